@@ -1,0 +1,53 @@
+# Everything a developer runs. Needs Python 3.11+, pip and make; the rest goes into .venv.
+#
+#   make test ARGS="tests/core -k island"     passes ARGS on
+#   make PYTHON=python3.12 test               chooses the interpreter of a new .venv
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format bench wheel clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/stamp ## place on simulated GPU nodes, on this machine (no GPU needed)
+	@$(BIN)/placement demo $(ARGS)
+
+test: .venv/stamp ## run the tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/stamp ## check style, format, types and layers
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+
+format: .venv/stamp ## mend what `make lint` can mend
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: .venv/stamp ## measure how long placing takes
+	@$(BIN)/python -m benchmarks.place $(ARGS)
+
+wheel: .venv/stamp ## build dist/placement-*.whl
+	@rm -rf dist
+	@$(BIN)/python -m build --wheel --no-isolation .
+
+clean: ## remove .venv, builds and caches
+	@rm -rf .venv dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Made again when the dependencies change; the editable install follows the sources by itself.
+.venv/stamp: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, as: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo "this Python cannot make a venv; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	@echo "installing into .venv (once, about a minute)"
+	@$(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[dev]'
+	@touch $@

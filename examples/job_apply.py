@@ -1,0 +1,28 @@
+"""A job that applies a deployment file and leaves it placed::
+
+    ray job submit --working-dir examples -- python job_apply.py deployments.toml
+"""
+
+import sys
+
+import ray
+
+import placement
+
+
+def main() -> int:
+    ray.init(address="auto", log_to_driver=False)
+    service = placement.start()
+    try:
+        results = ray.get(service.apply_all.remote(placement.load_deployments(sys.argv[1])))
+    except placement.PlacementError as error:
+        print(f"not placed: {getattr(error, 'cause', None) or error}", file=sys.stderr)
+        return 1
+    for result in results:
+        for a in result.assignments:
+            print(f"{result.deployment}[{a.replica_index}] {a.node_name} {a.gpus if a.gpus else a.egress_resource}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

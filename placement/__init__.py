@@ -1,0 +1,97 @@
+"""Distributed GPU placement on Ray: exact GPUs, chosen by topology, held in Ray's own books.
+
+Names are imported when first used, so that ``import placement`` costs nothing and needs no Ray.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from placement.errors import (
+        ClusterUnreachable,
+        DeploymentConflict,
+        InvalidDeployment,
+        MissingSecret,
+        NoEgressNodes,
+        NoGpuNodes,
+        NotEnoughEgress,
+        NotEnoughGpus,
+        PlacementError,
+        ReservationFailed,
+        ServiceNotRunning,
+        UnknownDeployment,
+        UnknownNode,
+        UnknownTopology,
+        Unplaceable,
+    )
+    from placement.runtime.bootstrap import connect, start
+    from placement.runtime.results import NodeAssignment, PlacementPlan, PlacementResult
+    from placement.wire.deployment import (
+        ApiKey,
+        Budget,
+        Deployment,
+        PlacementConstraints,
+        RuntimeConfig,
+        Serving,
+    )
+    from placement.wire.files import load_deployments
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "placement.errors": (
+        "ClusterUnreachable", "DeploymentConflict", "InvalidDeployment", "MissingSecret", "NoEgressNodes",
+        "NoGpuNodes", "NotEnoughEgress", "NotEnoughGpus", "PlacementError", "ReservationFailed",
+        "ServiceNotRunning", "UnknownDeployment", "UnknownNode", "UnknownTopology", "Unplaceable",
+    ),
+    "placement.runtime.bootstrap": ("connect", "start"),
+    "placement.runtime.results": ("NodeAssignment", "PlacementPlan", "PlacementResult"),
+    "placement.wire.deployment": (
+        "ApiKey", "Budget", "Deployment", "PlacementConstraints", "RuntimeConfig", "Serving",
+    ),
+    "placement.wire.files": ("load_deployments",),
+}  # fmt: skip
+_WHERE = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "ApiKey",
+    "Budget",
+    "ClusterUnreachable",
+    "Deployment",
+    "DeploymentConflict",
+    "InvalidDeployment",
+    "MissingSecret",
+    "NoEgressNodes",
+    "NoGpuNodes",
+    "NodeAssignment",
+    "NotEnoughEgress",
+    "NotEnoughGpus",
+    "PlacementConstraints",
+    "PlacementError",
+    "PlacementPlan",
+    "PlacementResult",
+    "ReservationFailed",
+    "RuntimeConfig",
+    "ServiceNotRunning",
+    "Serving",
+    "UnknownDeployment",
+    "UnknownNode",
+    "UnknownTopology",
+    "Unplaceable",
+    "__version__",
+    "connect",
+    "load_deployments",
+    "start",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'placement' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

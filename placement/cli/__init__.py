@@ -1,0 +1,1 @@
+"""The ``placement`` command: click commands and their rendering."""

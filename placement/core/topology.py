@@ -1,0 +1,156 @@
+"""How the GPUs of one node are joined: links, islands, NUMA nodes. Immutable and hashable.
+
+A topology says what ``nvidia-smi topo -m`` says. NVLink hides the PCIe path of a pair there, and so
+it does here: a pair is joined by *n* NVLinks, or by a PCIe path, or by something nobody knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+
+
+class Path(StrEnum):
+    """What a pair of GPUs talks over, best first. Names and meaning are those of ``nvidia-smi topo -m``."""
+
+    NVLINK = "NV"
+    """One or more NVLinks, direct or through NVSwitch."""
+    PIX = "PIX"
+    """At most a single PCIe bridge."""
+    PXB = "PXB"
+    """Several PCIe bridges, without the host bridge."""
+    PHB = "PHB"
+    """A PCIe host bridge, typically the CPU."""
+    NODE = "NODE"
+    """The interconnect between host bridges within one NUMA node."""
+    SYS = "SYS"
+    """The interconnect between NUMA nodes (UPI, xGMI)."""
+    UNKNOWN = "?"
+    """Nobody could tell. Never treated as fast, and never as absent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What joins two GPUs: a path, and the number of NVLinks where the path is NVLink.
+
+    Raises:
+        ValueError: NVLinks were counted on another path, or none on an NVLink path.
+    """
+
+    path: Path
+    nvlinks: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.path is Path.NVLINK) != (self.nvlinks > 0):
+            raise ValueError(f"a link over {self.path.name} cannot have {self.nvlinks} NVLinks")
+
+    def __str__(self) -> str:
+        """The cell of ``nvidia-smi topo -m``: ``NV12``, ``PHB``."""
+        return f"NV{self.nvlinks}" if self.path is Path.NVLINK else self.path.value
+
+
+UNKNOWN_LINK = Link(Path.UNKNOWN)
+
+MAX_NVLINKS_PER_GPU = 18
+"""Most NVLinks on one GPU so far: 18 on H100, H200, B200 (NVIDIA data sheets)."""
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The GPUs of one node and the link between each two of them.
+
+    Attributes:
+        links: an ``n`` x ``n`` symmetric matrix; ``links[a][b]`` joins ordinals ``a`` and ``b``.
+            The diagonal is :data:`UNKNOWN_LINK` and is never read.
+        numa: per GPU its NUMA nodes, ascending; empty where unknown.
+        cpus: per GPU the CPUs near it, ascending; empty where unknown.
+        model: product name shared by the GPUs (``"NVIDIA H100 80GB HBM3"``), ``None`` where unknown.
+            Ignored by ``==``: two machines of one shape are one topology.
+
+    Raises:
+        ValueError: the matrix is not square or not symmetric, or a list has another length.
+    """
+
+    links: tuple[tuple[Link, ...], ...]
+    numa: tuple[tuple[int, ...], ...] = ()
+    cpus: tuple[tuple[int, ...], ...] = ()
+    model: str | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        count = len(self.links)
+        for name in ("numa", "cpus"):
+            values = getattr(self, name)
+            if not values:
+                object.__setattr__(self, name, ((),) * count)
+            elif len(values) != count:
+                raise ValueError(f"{name} describes {len(values)} GPUs, the matrix {count}")
+        for a, row in enumerate(self.links):
+            if len(row) != count:
+                raise ValueError(f"row {a} has {len(row)} links, expected {count}")
+            for b in range(a):
+                if row[b] != self.links[b][a]:
+                    raise ValueError(f"GPU {a} to {b} is {row[b]}, but {b} to {a} is {self.links[b][a]}")
+
+    @classmethod
+    def unknown(cls, count: int) -> Topology:
+        """``count`` GPUs of which nothing is known (no NVML, no label)."""
+        return cls(links=((UNKNOWN_LINK,) * count,) * count)
+
+    def __len__(self) -> int:
+        """How many GPUs the node has."""
+        return len(self.links)
+
+    def link(self, a: int, b: int) -> Link:
+        """The link between ordinals ``a`` and ``b``."""
+        return self.links[a][b]
+
+    @cached_property
+    def known(self) -> bool:
+        """Whether any link is known."""
+        return any(link != UNKNOWN_LINK for row in self.links for link in row)
+
+    @cached_property
+    def nvswitch(self) -> bool:
+        """Whether the GPUs meet in an NVSwitch.
+
+        A switch offers every peer the whole link count of a GPU, so that a row adds up to more
+        links than a GPU has. A direct mesh never does.
+        """
+        return any(sum(link.nvlinks for link in row) > MAX_NVLINKS_PER_GPU for row in self.links)
+
+    @cached_property
+    def islands(self) -> tuple[tuple[int, ...], ...]:
+        """GPUs joined by NVLink, directly or over others, each island ascending; a lone GPU is its own."""
+        return tuple(_components(range(len(self)), lambda a, b: self.links[a][b].nvlinks > 0))
+
+    def island_of(self, ordinal: int) -> int:
+        """Index into :attr:`islands` of the island that holds ``ordinal``."""
+        return next(i for i, island in enumerate(self.islands) if ordinal in island)
+
+
+def _components(items: Iterable[int], joined) -> list[tuple[int, ...]]:  # type: ignore[no-untyped-def]
+    found: list[tuple[int, ...]] = []
+    left = list(items)
+    while left:
+        group, frontier = [], [left.pop(0)]
+        while frontier:
+            here = frontier.pop()
+            group.append(here)
+            near = [other for other in left if joined(here, other)]
+            left = [other for other in left if other not in near]
+            frontier += near
+        found.append(tuple(sorted(group)))
+    return found
+
+
+def ordinals(gpus: Sequence[int]) -> str:
+    """Ordinals as people write them: ``0-3``, ``0,2,5-7``."""
+    runs: list[list[int]] = []
+    for gpu in sorted(gpus):
+        if runs and gpu == runs[-1][-1] + 1:
+            runs[-1].append(gpu)
+        else:
+            runs.append([gpu])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

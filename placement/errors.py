@@ -1,0 +1,261 @@
+"""What goes wrong, as types.
+
+Every field is a positional constructor argument, so that an error crosses a Ray actor call as itself.
+The sentence is in ``__str__``: what was refused, why, and what to do next. No error carries a secret.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class PlacementError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class InvalidDeployment(PlacementError):
+    """A deployment or a deployment file that cannot be accepted.
+
+    Args:
+        source: the file or deployment that was refused (``"examples/deployments.toml"``).
+        problems: one sentence each, naming the field, the value and the fix.
+    """
+
+    def __init__(self, source: str, problems: tuple[str, ...]) -> None:
+        super().__init__(source, problems)
+        self.source, self.problems = source, tuple(problems)
+
+    def __str__(self) -> str:
+        if len(self.problems) == 1:
+            return f"{self.source}: {self.problems[0]}"
+        return f"{self.source}: {len(self.problems)} problems\n" + "\n".join(f"  {p}" for p in self.problems)
+
+
+class UnknownTopology(PlacementError):
+    """A topology name that is not in the catalogue.
+
+    Args:
+        name: what was asked for.
+        known: the names there are.
+        where: what named it (``"label placement/topology of node 127.0.0.4"``), may be empty.
+    """
+
+    def __init__(self, name: str, known: tuple[str, ...], where: str = "") -> None:
+        super().__init__(name, known, where)
+        self.name, self.known, self.where = name, tuple(known), where
+
+    def __str__(self) -> str:
+        where = f"{self.where}: " if self.where else ""
+        return f"{where}unknown topology {self.name!r}; use one of: {', '.join(self.known)}"
+
+
+class MatrixError(PlacementError):
+    """Text that is not the output of ``nvidia-smi topo -m``.
+
+    Args:
+        line: 1-based line number, 0 if the text as a whole is at fault.
+        problem: what is wrong there.
+    """
+
+    def __init__(self, line: int, problem: str) -> None:
+        super().__init__(line, problem)
+        self.line, self.problem = line, problem
+
+    def __str__(self) -> str:
+        where = f"line {self.line}: " if self.line else ""
+        return f"{where}{self.problem}; paste the output of `nvidia-smi topo -m` unchanged"
+
+
+class MissingSecret(PlacementError):
+    """An API key reference whose value is needed here and cannot be read. The value is never shown.
+
+    Args:
+        field: ``"runtime_config.api_key.from_env"``.
+        reference: the variable or file that the field names.
+        reason: ``"is not set"``, ``"does not exist"`` and the like.
+    """
+
+    def __init__(self, field: str, reference: str, reason: str) -> None:
+        super().__init__(field, reference, reason)
+        self.field, self.reference, self.reason = field, reference, reason
+
+    def __str__(self) -> str:
+        fix = f"export {self.reference}=..." if self.field.endswith("from_env") else f"create {self.reference}"
+        return f"{self.field}: {self.reference} {self.reason} where the key is needed; {fix} on that node"
+
+
+class Unplaceable(PlacementError):
+    """A deployment that fits nowhere now. Nothing of it stays reserved.
+
+    Args:
+        deployment: its name.
+        summary: one sentence, what is missing.
+        excluded: reason -> how many nodes it excluded.
+        advice: what would make it fit.
+    """
+
+    def __init__(self, deployment: str, summary: str, excluded: Mapping[str, int], advice: str) -> None:
+        super().__init__(deployment, summary, dict(excluded), advice)
+        self.deployment, self.summary, self.excluded, self.advice = deployment, summary, dict(excluded), advice
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{_nodes(n)}: {reason}" for reason, n in self.excluded.items())
+        return f"cannot place {self.deployment!r}: {self.summary}" + (f" ({counts})" if counts else "") + f"; {self.advice}"
+
+
+class NoGpuNodes(Unplaceable):
+    """No node offers GPUs, or none that the constraints allow."""
+
+
+class NoEgressNodes(Unplaceable):
+    """No node may call out to the provider, or none that the constraints allow.
+
+    Args:
+        deployment, summary, excluded, advice: as in :class:`Unplaceable`.
+        provider: ``"openai"``, ``"anthropic"``, ...
+    """
+
+    def __init__(
+        self, deployment: str, summary: str, excluded: Mapping[str, int], advice: str, provider: str = ""
+    ) -> None:
+        super().__init__(deployment, summary, excluded, advice)
+        self.args = (deployment, summary, dict(excluded), advice, provider)
+        self.provider = provider
+
+
+class NotEnoughGpus(Unplaceable):
+    """There are GPU nodes, but not this many GPUs free together.
+
+    Args:
+        deployment, summary, excluded, advice: as in :class:`Unplaceable`.
+        requested: GPUs per replica.
+        largest_node: GPUs of the largest node that was considered.
+    """
+
+    def __init__(
+        self,
+        deployment: str,
+        summary: str,
+        excluded: Mapping[str, int],
+        advice: str,
+        requested: int = 0,
+        largest_node: int = 0,
+    ) -> None:
+        super().__init__(deployment, summary, excluded, advice)
+        self.args = (deployment, summary, dict(excluded), advice, requested, largest_node)
+        self.requested, self.largest_node = requested, largest_node
+
+
+class NotEnoughEgress(Unplaceable):
+    """There are egress nodes for the provider, but without this much capacity free."""
+
+
+class ReservationFailed(PlacementError):
+    """Others kept taking the GPUs while they were being reserved. Nothing stays reserved.
+
+    Args:
+        deployment: its name.
+        node: where it was tried last.
+        attempts: how often.
+        reason: what happened the last time.
+    """
+
+    def __init__(self, deployment: str, node: str, attempts: int, reason: str) -> None:
+        super().__init__(deployment, node, attempts, reason)
+        self.deployment, self.node, self.attempts, self.reason = deployment, node, attempts, reason
+
+    def __str__(self) -> str:
+        return (
+            f"cannot reserve {self.deployment!r} on {self.node}: gave up after {self.attempts} attempts "
+            f"({self.reason}); nothing is held, so try again, or when the node is less busy"
+        )
+
+
+class DeploymentConflict(PlacementError):
+    """The name is placed already, with another shape.
+
+    Args:
+        name: the deployment.
+        differences: field -> (what stands, what was asked for), both as text.
+    """
+
+    def __init__(self, name: str, differences: Mapping[str, tuple[str, str]]) -> None:
+        super().__init__(name, dict(differences))
+        self.name, self.differences = name, dict(differences)
+
+    def __str__(self) -> str:
+        changes = ", ".join(f"{field} {old} -> {new}" for field, (old, new) in self.differences.items())
+        return (
+            f"deployment {self.name!r} is placed with another shape ({changes}); "
+            f"use apply to change it, release it first, or choose another name"
+        )
+
+
+class UnknownDeployment(PlacementError):
+    """No deployment of that name is placed.
+
+    Args:
+        name: what was asked for.
+        known: the names that are.
+    """
+
+    def __init__(self, name: str, known: tuple[str, ...]) -> None:
+        super().__init__(name, known)
+        self.name, self.known = name, tuple(known)
+
+    def __str__(self) -> str:
+        known = ", ".join(self.known) if self.known else "none"
+        return f"no deployment {self.name!r} is placed; placed: {known}"
+
+
+class UnknownNode(PlacementError):
+    """A node that the cluster does not have.
+
+    Args:
+        field: where it was named (``"constraints.gpu_nodes"``, ``"--node"``).
+        name: what was asked for.
+        known: the nodes there are.
+    """
+
+    def __init__(self, field: str, name: str, known: tuple[str, ...]) -> None:
+        super().__init__(field, name, known)
+        self.field, self.name, self.known = field, name, tuple(known)
+
+    def __str__(self) -> str:
+        return f"{self.field}: no node {self.name!r}; use one of: {', '.join(self.known) or '(none alive)'}"
+
+
+class ServiceNotRunning(PlacementError):
+    """The cluster is there, the placement service is not.
+
+    Args:
+        address: the cluster's address.
+    """
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.address = address
+
+    def __str__(self) -> str:
+        return f"no placement service on the Ray cluster at {self.address}; start it with `placement up`"
+
+
+class ClusterUnreachable(PlacementError):
+    """No Ray cluster answers at the address.
+
+    Args:
+        address: what was tried.
+        reason: one line, may be empty.
+    """
+
+    def __init__(self, address: str, reason: str = "") -> None:
+        super().__init__(address, reason)
+        self.address, self.reason = address, reason
+
+    def __str__(self) -> str:
+        reason = f" ({self.reason})" if self.reason else ""
+        return f"no Ray cluster at {self.address}{reason}; start one with `ray start --head`, or pass --address HOST:PORT"
+
+
+def _nodes(count: int) -> str:
+    return f"{count} node" if count == 1 else f"{count} nodes"

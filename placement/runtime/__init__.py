@@ -1,0 +1,1 @@
+"""The Ray shell: the only package that imports Ray. Actors convert, call one core function, enact."""

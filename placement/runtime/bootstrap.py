@@ -1,0 +1,103 @@
+"""Starts and finds the service. The only place that applies ``ray.remote``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from placement.errors import ServiceNotRunning
+from placement.runtime.discovery import NodeInfo
+from placement.runtime.groups import my_gpu_ids
+from placement.runtime.node_agent import NodePlacementActor
+from placement.runtime.service import DeploymentPlacementActor
+
+NAME = "placement"
+NAMESPACE = "placement"
+START_DEADLINE_SECONDS = 120.0
+
+# num_cpus=0: holding a bundle of one GPU leaves no CPU for a probe. max_calls=0: keep the worker process,
+# which Ray otherwise ends after every task that had a GPU.
+_probe = ray.remote(num_cpus=0, max_calls=0)(my_gpu_ids)
+_Agent = ray.remote(num_cpus=0, concurrency_groups={"facts": 1})(NodePlacementActor)
+_Service = ray.remote(num_cpus=0)(DeploymentPlacementActor)
+
+
+def make_agent(info: NodeInfo) -> Any:
+    """The node actor of a GPU node, made if there is none."""
+    return _Agent.options(
+        name=f"node:{info.id}",
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(info.id, soft=False),
+    ).remote(info.id, info.gpu_count, info.topology_name, _probe)
+
+
+def start() -> Any:
+    """Gets the placement service of the connected cluster, started if need be. Safe to call at any time.
+
+    The service is a detached actor on the head node: it outlives the caller and restarts if it dies.
+
+    Returns:
+        The actor handle; see :class:`~placement.runtime.service.DeploymentPlacementActor` for its methods.
+
+    Raises:
+        RuntimeError: Ray is not connected; call ``ray.init(address="auto")`` first.
+        ray.exceptions.GetTimeoutError: the actor did not come up within two minutes.
+    """
+    _require_ray()
+    service = _Service.options(
+        name=NAME,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        max_restarts=-1,
+        max_task_retries=-1,
+        max_concurrency=64,
+        resources={"node:__internal_head__": 0.001},
+    ).remote(make_agent)
+    ray.get(service.ping.remote(), timeout=START_DEADLINE_SECONDS)
+    return service
+
+
+def connect() -> Any:
+    """Finds the placement service of the connected cluster.
+
+    Returns:
+        The actor handle.
+
+    Raises:
+        RuntimeError: Ray is not connected; call ``ray.init(address="auto")`` first.
+        ServiceNotRunning: nobody started it.
+    """
+    _require_ray()
+    try:
+        return ray.get_actor(NAME, namespace=NAMESPACE)
+    except ValueError:
+        raise ServiceNotRunning(ray.get_runtime_context().gcs_address) from None
+
+
+def stop(keep_placements: bool = False) -> list[str]:
+    """Stops the service and its node actors.
+
+    Args:
+        keep_placements: leave all placement groups as they are; the next :func:`start` finds them again.
+
+    Returns:
+        The deployments that were released.
+
+    Raises:
+        ServiceNotRunning: there is none.
+    """
+    service = connect()
+    released: list[str] = [] if keep_placements else ray.get(service.release_all.remote())
+    ray.get(service.stop_agents.remote())
+    ray.kill(service, no_restart=True)
+    return released
+
+
+def _require_ray() -> None:
+    if not ray.is_initialized():
+        raise RuntimeError('Ray is not connected; call ray.init(address="auto") before using the placement service')

@@ -1,0 +1,207 @@
+"""The one seam to Ray's placement groups: create, wait, remove, and ask which GPUs a bundle holds.
+
+Measured on Ray 2.60, and what the callers rely on:
+
+- A raylet gives the lowest-numbered completely free GPUs, when a bundle is reserved; the bundles of one
+  group on one node are reserved in ascending order.
+- A group that no worker ever ran in is gone as soon as its removal has been sent: a group created right
+  after it finds its GPUs free. A group that was probed is not: Ray's scheduler waits for the raylet to
+  report the worker's resources back (up to 100 ms), misses, and backs off for 100 ms or more.
+- No call tells which GPUs a bundle holds; a task inside must say so.
+- A group that is removed while Ray is reserving it (state ``PREPARED``) leaks its GPUs for as long as the
+  raylet lives. So a group is removed only when it is ready, or right after an attempt to schedule it has
+  failed, when the next one is at least 100 ms away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+STUCK_SECONDS = 10.0
+"""Longest wait for Ray's scheduler to end one attempt; it takes 2 to 5 ms, more if thousands are queued."""
+
+GPU_IDS_DEADLINE_SECONDS = 60.0
+"""How long a task in a group that is ready may take. A cold worker process takes 1 to 3 s on a busy machine."""
+
+
+def my_gpu_ids() -> list[str]:
+    """The GPU ids Ray gave to the task or actor that calls this, as workers see them."""
+    return [str(gpu) for gpu in ray.get_runtime_context().get_accelerator_ids()["GPU"]]
+
+
+class GpuIds:
+    """Translates Ray's GPU ids to slots (ordinals) on one node.
+
+    Where CUDA_VISIBLE_DEVICES was unset at ``ray start``, an id is its slot. Where it was set, ids are its
+    tokens, and slot ``i`` is the ``i``-th token.
+    """
+
+    def __init__(self, visible_devices: str | None) -> None:
+        self.tokens = [t.strip() for t in visible_devices.split(",") if t.strip()] if visible_devices else None
+
+    def slot(self, gpu_id: str) -> int:
+        """The slot of ``gpu_id``."""
+        return int(gpu_id) if self.tokens is None else self.tokens.index(gpu_id)
+
+
+class NodeGroups:
+    """Placement groups on one node. Must be used on that node: probing from elsewhere is 10 times slower.
+
+    Args:
+        node_id: the node, hex.
+        probe: a Ray remote function that returns :func:`my_gpu_ids`.
+    """
+
+    def __init__(self, node_id: str, probe: Any) -> None:
+        self._node_id = node_id
+        self._probe = probe
+        self._ready: set[str] = set()
+        self._ids = GpuIds(os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+    def hold(self, count: int) -> PlacementGroup:
+        """Takes the ``count`` lowest free GPUs in one bundle. It dies with this actor, however that ends."""
+        return create_group(f"hold-{secrets.token_hex(6)}", [{"GPU": count}], self._node_id, lifetime=None)
+
+    def reserve(self, name: str, count: int) -> PlacementGroup:
+        """Takes the ``count`` lowest free GPUs, one per bundle (what vLLM needs), detached."""
+        return create_group(name, [{"GPU": 1}] * count, self._node_id)
+
+    def ready_or_removed(self, group: PlacementGroup, deadline_seconds: float) -> bool:
+        """See :func:`ready_or_removed`."""
+        ready = ready_or_removed(group, deadline_seconds)
+        if ready:
+            self._ready.add(group.id.hex())
+        return ready
+
+    def remove(self, group: PlacementGroup) -> None:
+        """See :func:`remove_group`."""
+        ready = group.id.hex() in self._ready
+        self._ready.discard(group.id.hex())
+        remove_group(group, ready)
+
+    def gpus_of(self, group: PlacementGroup, count: int) -> list[int]:
+        """The slots that the first ``count`` bundles hold, as a worker in each of them says.
+
+        Asked one after the other, so that one warm worker process answers all.
+
+        Raises:
+            ray.exceptions.GetTimeoutError: a bundle did not answer in time.
+        """
+        slots = []
+        for bundle in range(count):
+            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+            ids = self._ask(self._probe.options(num_gpus=1, scheduling_strategy=strategy), GPU_IDS_DEADLINE_SECONDS)
+            slots.append(self._ids.slot(ids[0]))
+        return slots
+
+    def lowest_free(self, count: int, deadline_seconds: float) -> list[int] | None:
+        """Which ``count`` GPUs are the lowest free ones, by taking them for a moment with a plain task.
+
+        Returns:
+            Their slots, ascending; ``None`` if that many were not free within the deadline.
+        """
+        here = NodeAffinitySchedulingStrategy(self._node_id, soft=False)
+        # A cold worker process must not be mistaken for missing GPUs.
+        self._ask(self._probe.options(num_gpus=0, scheduling_strategy=here), GPU_IDS_DEADLINE_SECONDS)
+        try:
+            ids = self._ask(self._probe.options(num_gpus=count, scheduling_strategy=here), deadline_seconds)
+        except ray.exceptions.GetTimeoutError:
+            return None
+        return sorted(self._ids.slot(gpu_id) for gpu_id in ids)
+
+    def available(self) -> int:
+        """Whole GPUs that the cluster's books show as free here; up to about 0.1 s old."""
+        return int(available_resources().get(self._node_id, {}).get("GPU", 0.0) + 1e-6)
+
+    def _ask(self, task: Any, deadline_seconds: float) -> list[str]:
+        reference = task.remote()
+        try:
+            return list(ray.get(reference, timeout=deadline_seconds))
+        except ray.exceptions.GetTimeoutError:
+            ray.cancel(reference, force=True)
+            raise
+
+
+def create_group(
+    name: str, bundles: Sequence[dict[str, float]], node_id: str, lifetime: str | None = "detached"
+) -> PlacementGroup:
+    """Asks Ray for a group whose bundles all lie on one node."""
+    return placement_group(
+        list(bundles),
+        strategy="PACK",
+        name=name,
+        lifetime=lifetime,
+        bundle_label_selector=[{"ray.io/node-id": node_id}] * len(bundles),
+    )
+
+
+def ready_or_removed(group: PlacementGroup, deadline_seconds: float = 0.15) -> bool:
+    """Waits until the group is reserved; if it is not by the first attempt that ends after the deadline, removes it.
+
+    Ray tries at once, again after 0.2 to 0.3 s, then every second.
+
+    Returns:
+        Whether it is reserved. If not, it is gone.
+    """
+    start = time.monotonic()
+    with contextlib.suppress(Exception):  # what Ray raises for a group that is gone; the table tells for sure
+        if group.wait(min(deadline_seconds, 0.05)):
+            return True
+    seen = None
+    while True:
+        row = placement_group_table(group)
+        waited = time.monotonic() - start
+        if not row or row["state"] == "REMOVED":
+            return False
+        if row["state"] == "CREATED":
+            return True
+        # Ray counts an attempt when it starts, but raises the delay before the next one when it has failed.
+        delay = row["stats"]["highest_retry_delay_ms"]
+        just_failed = row["state"] == "PENDING" and seen is not None and delay > seen
+        if (just_failed and waited > deadline_seconds) or waited > STUCK_SECONDS:
+            remove_placement_group(group)
+            return False
+        seen = delay
+        time.sleep(0.002)
+
+
+def remove_group(group: PlacementGroup, ready: bool = False) -> None:
+    """Gives a group back and ends the workers in it. Removing it twice is harmless.
+
+    Args:
+        group: what to remove.
+        ready: it is known to be reserved; else this waits for a moment at which removing it is safe.
+    """
+    if ready or ready_or_removed(group, 0.0):
+        remove_placement_group(group)
+
+
+def group_from_hex(group_id: str) -> PlacementGroup:
+    """A handle to a group that exists."""
+    return PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id)))
+
+
+def live_groups(wanted: Callable[[str], bool]) -> dict[str, dict[str, Any]]:
+    """Group id -> row of Ray's table, of the groups not yet removed whose name is ``wanted``."""
+    table: dict[str, dict[str, Any]] = placement_group_table()
+    return {gid: row for gid, row in table.items() if row["state"] != "REMOVED" and wanted(row["name"] or "")}
+
+
+def node_of_group(group: PlacementGroup) -> str | None:
+    """The node that Ray's books show for bundle 0 of a reserved group, hex."""
+    return placement_group_table(group)["bundles_to_node_id"].get(0)
+
+
+def available_resources() -> dict[str, dict[str, float]]:
+    """Node id -> resource -> free amount, as the cluster's books show it; up to about 0.1 s old."""
+    found: dict[str, dict[str, float]] = ray._private.state.available_resources_per_node()
+    return found

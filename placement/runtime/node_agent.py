@@ -1,0 +1,179 @@
+"""The actor on each GPU node: reads the GPUs, and reserves exact ones."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup
+
+from placement import topologies
+from placement.core.score import score
+from placement.core.topology import Topology
+from placement.nvml import Reader
+from placement.runtime.groups import GpuIds, NodeGroups
+from placement.runtime.reservation import NodeReserver, Refused
+from placement.wire.facts import GpuFacts, NodeFacts, PairFacts
+
+
+@dataclass(frozen=True)
+class Order:
+    """One replica to reserve. ``name`` is unique and begins the placement group's name."""
+
+    name: str
+    gpus: int
+
+
+@dataclass(frozen=True)
+class Filled:
+    """An order that is reserved and verified."""
+
+    order: Order
+    group: PlacementGroup
+    gpus: tuple[int, ...]
+    bundles: tuple[int, ...]
+    ray_gpus: tuple[int, ...]
+    weakest_link: str | None
+    weakest_gb_per_s: float | None
+    ray_weakest_gb_per_s: float | None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """All orders filled, or none of them and the reason.
+
+    ``foreign_gpus`` are those that other Ray users held when the node actor last looked.
+    """
+
+    filled: tuple[Filled, ...]
+    refused: Refused | None
+    foreign_gpus: tuple[int, ...]
+
+
+class NodePlacementActor:
+    """Pinned to one GPU node. Reservations are made one at a time; facts are served beside them.
+
+    Args:
+        node_id: the node, hex.
+        gpu_count: GPUs that Ray has on the node.
+        topology_name: catalogue entry of a simulated node; ``None`` reads NVML.
+        probe: the Ray remote function that reports GPU ids from inside a bundle.
+    """
+
+    def __init__(self, node_id: str, gpu_count: int, topology_name: str | None, probe: Any) -> None:
+        self._gpu_count = gpu_count
+        self._reserver = NodeReserver(NodeGroups(node_id, probe), gpu_count)
+        self._recorded = topologies.facts(topology_name) if topology_name else None
+        self._reader = None if topology_name else Reader()
+        self._topology: Topology | None = None
+
+    @ray.method(concurrency_group="facts")
+    def facts(self) -> NodeFacts:
+        """What the node's GPUs report, one entry for each GPU that Ray has, in Ray's order.
+
+        Never fails: without NVML the GPUs are there and nothing is known of them. A new reading is
+        started for the next caller, so that memory use is recent.
+        """
+        if self._recorded is not None:
+            return self._recorded
+        assert self._reader is not None
+        facts = in_ray_order(self._reader.facts(), self._gpu_count, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        if facts.age_seconds is None or facts.age_seconds > 1.0:
+            self._reader.refresh()
+        return facts
+
+    def adopt(self, holdings: Sequence[tuple[str, Sequence[int]]]) -> None:
+        """Notes which (order name, GPUs) are reserved already: all that this service holds here."""
+        self._reserver.adopt(holdings)
+
+    def reserve(self, orders: Sequence[Order]) -> Reply:
+        """Reserves all orders, each on the best GPUs that are free, or none of them."""
+        topology = self._shape()
+        filled: list[Filled] = []
+        try:
+            for order in orders:
+                outcome = self._reserver.reserve(order.name, order.gpus, topology)
+                if isinstance(outcome, Refused):
+                    self._undo(filled)
+                    return Reply((), outcome, tuple(sorted(self._reserver.foreign)))
+                filled.append(
+                    Filled(
+                        order,
+                        outcome.group,
+                        outcome.gpus,
+                        outcome.bundles,
+                        outcome.ray_gpus,
+                        *_weakest(topology, outcome.gpus),
+                        ray_weakest_gb_per_s=_weakest(topology, outcome.ray_gpus)[1],
+                    )
+                )
+        except BaseException:
+            self._undo(filled)
+            raise
+        return Reply(tuple(filled), None, tuple(sorted(self._reserver.foreign)))
+
+    def release(self, orders: Sequence[tuple[str, PlacementGroup]]) -> None:
+        """Gives groups back. Harmless if they are gone already."""
+        for name, group in orders:
+            self._reserver.remove(name, group)
+
+    def _undo(self, filled: Sequence[Filled]) -> None:
+        self.release([(one.order.name, one.group) for one in filled])
+
+    def _shape(self) -> Topology:
+        # Wiring does not change while the machine is up; a reading that failed may succeed later.
+        if self._topology is None or not self._topology.known:
+            self._topology = self.facts().topology()
+        return self._topology
+
+
+def in_ray_order(facts: NodeFacts, gpu_count: int, visible_devices: str | None) -> NodeFacts:
+    """A reading with exactly the GPUs that Ray has, in the order of Ray's slots.
+
+    NVML sees all GPUs of the machine. Ray has as many as ``ray start`` was told, or found, or those of
+    CUDA_VISIBLE_DEVICES (NVML indices, which CUDA shares if CUDA_DEVICE_ORDER=PCI_BUS_ID, or UUIDs).
+    """
+    tokens = GpuIds(visible_devices).tokens
+    if tokens is None:
+        chosen: list[int | None] = list(range(min(gpu_count, len(facts.gpus))))
+    else:
+        chosen = [_nvml_index(facts, token) for token in tokens[:gpu_count]]
+    chosen += [None] * (gpu_count - len(chosen))
+    problem = facts.problem
+    if facts.source == "nvml" and None in chosen:
+        problem = problem or f"Ray has {gpu_count} GPUs here, NVML shows {len(facts.gpus)} of them"
+
+    slot_of = {index: slot for slot, index in enumerate(chosen) if index is not None}
+    gpus = tuple(
+        GpuFacts(ordinal=slot) if index is None else facts.gpus[index].model_copy(update={"ordinal": slot})
+        for slot, index in enumerate(chosen)
+    )
+    pairs = []
+    for pair in facts.pairs:
+        if pair.a in slot_of and pair.b in slot_of:
+            a, b = sorted((slot_of[pair.a], slot_of[pair.b]))
+            pairs.append(PairFacts(**{**dict(pair), "a": a, "b": b}))
+    return facts.model_copy(update={"gpus": gpus, "pairs": tuple(pairs), "problem": problem})
+
+
+def _nvml_index(facts: NodeFacts, token: str) -> int | None:
+    if token.isdigit():
+        return int(token) if int(token) < len(facts.gpus) else None
+    matches = [gpu.ordinal for gpu in facts.gpus if gpu.uuid is not None and gpu.uuid.startswith(token)]
+    return matches[0] if len(matches) == 1 else None
+
+
+def _weakest(topology: Topology, gpus: tuple[int, ...]) -> tuple[str | None, float | None]:
+    """The slowest link of a set: its name, and its GB/s if it is known."""
+    if len(gpus) < 2:
+        return None, None
+    value = score(topology, gpus)
+    if value.weakest is None:
+        return None, None
+    known = topology.known and value.weakest.path.value != "?"
+    return str(value.weakest), value.weakest_gb_per_s if known else None
+
+

@@ -1,0 +1,103 @@
+"""The service's state as JSON-ready values, for ``status`` and ``topology``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from placement.core.matrix import render_matrix
+from placement.core.topology import Topology
+from placement.runtime.books import Books
+from placement.runtime.discovery import NodeInfo
+from placement.wire.facts import NodeFacts
+
+
+def status_report(
+    nodes: Iterable[NodeInfo],
+    books: Books,
+    shapes: Mapping[str, Topology],
+    facts: Mapping[str, NodeFacts],
+    available: Mapping[str, Mapping[str, float]],
+) -> dict[str, Any]:
+    """Nodes with their GPUs and who sits where, and deployments with their replicas."""
+    listed = list(nodes)
+    alive = {info.id for info in listed}
+    deployments = []
+    for name in books.names():
+        standing = books.standing[name]
+        deployment = standing.deployment
+        assignments = standing.result().assignments
+        deployments.append(
+            {
+                "name": name,
+                "model": deployment.model,
+                "runtime": deployment.runtime_name,
+                "transport": deployment.transport,
+                "replicas": deployment.replicas,
+                "state": "placed" if all(a.node in alive for a in assignments) else "node lost",
+                "assignments": [a.to_dict() for a in assignments],
+            }
+        )
+    return {
+        "nodes": [_node(info, books, shapes.get(info.id), facts.get(info.id), available.get(info.id, {})) for info in listed],
+        "deployments": deployments,
+    }
+
+
+def _node(
+    info: NodeInfo, books: Books, shape: Topology | None, facts: NodeFacts | None, available: Mapping[str, float]
+) -> dict[str, Any]:
+    occupant = {
+        gpu: (a.replica_index, standing.deployment.name)
+        for standing, a in books.assignments()
+        if a.node == info.id
+        for gpu in a.gpus
+    }
+    units: dict[str, int] = {}
+    for _, a in books.assignments():
+        if a.node == info.id and a.egress_resource is not None:
+            units[a.egress_resource] = units.get(a.egress_resource, 0) + a.egress_units
+    not_free = info.gpu_count - int(available.get("GPU", 0.0) + 1e-6)
+    others = max(0, not_free - len(occupant))
+    located = sorted(books.foreign.get(info.id, frozenset()) - occupant.keys())[:others]
+    gpus = []
+    for ordinal in range(info.gpu_count):
+        replica, name = occupant.get(ordinal, (None, None))
+        state = "held" if name is not None else "other" if ordinal in located else "free"
+        gpus.append({"ordinal": ordinal, "state": state, "deployment": name, "replica": replica})
+    topology = shape if shape is not None else Topology.unknown(info.gpu_count)
+    return {
+        "id": info.id,
+        "name": info.name,
+        "address": info.address,
+        "gpu_count": info.gpu_count,
+        "gpu_model": topology.model,
+        "topology": info.topology_name or (facts.source if facts is not None else None),
+        "topology_known": topology.known,
+        "nvswitch": topology.nvswitch,
+        "islands": [list(island) for island in topology.islands] if topology.known else [],
+        "gpus": gpus,
+        "others_unlocated": others - len(located),
+        "egress": [
+            {"resource": name, "total": total, "held": units.get(name, 0)} for name, total in info.egress.items()
+        ],
+        "problem": info.label_problem() or (facts.problem if facts is not None else None),
+    }
+
+
+def topology_report(info: NodeInfo, facts: NodeFacts | None) -> dict[str, Any]:
+    """One GPU node: what was read, the islands, and the matrix as ``nvidia-smi topo -m`` prints it."""
+    shape = facts.topology() if facts is not None and facts.gpus else Topology.unknown(info.gpu_count)
+    return {
+        "id": info.id,
+        "name": info.name,
+        "address": info.address,
+        "gpu_count": info.gpu_count,
+        "topology": info.topology_name,
+        "known": shape.known,
+        "nvswitch": shape.nvswitch,
+        "islands": [list(island) for island in shape.islands] if shape.known else [],
+        "matrix": render_matrix(shape),
+        "problem": info.label_problem(),
+        "facts": facts.model_dump(mode="json") if facts is not None else None,
+    }

@@ -1,0 +1,1 @@
+"""Pydantic models at every border: deployment files, actor messages, JSON."""

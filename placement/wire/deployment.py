@@ -1,0 +1,320 @@
+"""What a user declares: a deployment, and optional constraints on where it may go."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
+
+from placement.errors import MissingSecret
+from placement.wire.base import Model
+
+LocalRuntime = Literal["vllm", "tensorrt", "ort", "candle", "cudarc", "mistralrs", "python"]
+RemoteRuntime = Literal["openai", "anthropic", "gemini", "litellm"]
+Runtime = Literal[
+    "vllm", "tensorrt", "ort", "candle", "cudarc", "mistralrs", "python",
+    "openai", "anthropic", "gemini", "litellm",
+    "custom",
+]  # fmt: skip
+Transport = Literal["local_gpu", "remote_network"]
+
+REMOTE_RUNTIMES = ("openai", "anthropic", "gemini", "litellm")
+DEFAULT_KEY_VARIABLES = {
+    "openai": "OPENAI_API_KEY",
+    "anthropic": "ANTHROPIC_API_KEY",
+    "gemini": "GEMINI_API_KEY",
+    "litellm": "LITELLM_API_KEY",
+}
+"""The variable each provider's own client reads where a deployment names no key."""
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_ENV_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+_SECRET_PATTERN = re.compile(r"api_?key|secret|password|credential|(^|_)token$", re.IGNORECASE)
+_PROVIDER_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,31}")
+
+_INFERRED: tuple[tuple[Runtime, str], ...] = (
+    # litellm first: "gpt-4o-via-litellm" says how it is reached.
+    ("litellm", r"litellm/|.*via-litellm"),
+    ("openai", r"gpt-4|gpt-3\.5|o1-|o3-|chatgpt-"),
+    ("anthropic", r"claude-|anthropic/"),
+    ("gemini", r"gemini-|google/gemini"),
+    ("mistralrs", r".*mistral"),
+)
+
+
+def infer_runtime(model: str) -> Runtime:
+    """The runtime that a model name suggests; ``vllm`` where it suggests none."""
+    lowered = model.lower()
+    return next((runtime for runtime, pattern in _INFERRED if re.match(pattern, lowered)), "vllm")
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int):
+        kind = "fractional" if isinstance(value, float) else "not a number"
+        raise ValueError(f"{value!r} is {kind}; use a whole number of at least 1")
+    if value < 1:
+        raise ValueError(f"{value} is too small; use a whole number of at least 1")
+    return value
+
+
+def _gpus(value: Any) -> Any:
+    if isinstance(value, float):
+        raise ValueError(f"{value!r} GPUs is fractional; use a whole number of at least 1 per replica")
+    if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+        raise ValueError(f"{value} is too small; use at least 1, or leave gpus out on a remote deployment")
+    return _whole(value)
+
+
+Count = Annotated[int, BeforeValidator(_whole)]
+
+
+class ApiKey(Model):
+    """A reference to an API key. The key itself never enters a deployment, the ledger or a log.
+
+    Exactly one of the two is set. Which node resolves it, and when, is up to the worker: see :meth:`resolve`.
+    """
+
+    from_env: str | None = Field(default=None, description="name of an environment variable on the egress node")
+    from_file: str | None = Field(default=None, description="path of a file on the egress node")
+
+    @field_validator("from_env")
+    @classmethod
+    def _is_a_name(cls, value: str | None) -> str | None:
+        if value is not None and not _ENV_PATTERN.fullmatch(value):
+            raise ValueError("is not the name of an environment variable; name one, never paste the key itself")
+        return value
+
+    @field_validator("from_file")
+    @classmethod
+    def _is_a_path(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("/", "~/", "./")):
+            raise ValueError("is not a path that starts with /, ~/ or ./; name a file, never paste the key itself")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_a_reference(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError('must not hold a key; write {from_env = "VARIABLE"} or {from_file = "/path"}')
+        return value
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> ApiKey:
+        if (self.from_env is None) == (self.from_file is None):
+            raise ValueError("set exactly one of from_env and from_file")
+        return self
+
+    @property
+    def reference(self) -> str:
+        """``env:NAME`` or ``file:PATH``: what identifies the key without being it."""
+        return f"env:{self.from_env}" if self.from_env is not None else f"file:{self.from_file}"
+
+    def resolve(self) -> str:
+        """The key itself, read here and now. Placing never calls this; a worker that needs the key does.
+
+        Raises:
+            MissingSecret: the variable is not set or empty, or the file cannot be read.
+        """
+        if self.from_env is not None:
+            value = os.environ.get(self.from_env, "")
+            if not value:
+                raise MissingSecret("runtime_config.api_key.from_env", self.from_env, "is not set")
+            return value
+        path = str(self.from_file)
+        try:
+            value = Path(path).expanduser().read_text(encoding="utf-8").strip()
+        except OSError as error:
+            reason = f"cannot be read ({error.strerror})"
+            raise MissingSecret("runtime_config.api_key.from_file", path, reason) from None
+        if not value:
+            raise MissingSecret("runtime_config.api_key.from_file", path, "is empty")
+        return value
+
+
+class RuntimeConfig(Model):
+    """How the runtime is reached and configured."""
+
+    runtime: Runtime | None = Field(default=None, description="the runtime, where the deployment does not say")
+    transport: Transport | None = Field(default=None, description="required by, and only for, runtime custom")
+    provider: str | None = Field(default=None, description="provider that a custom remote runtime calls")
+    api_key: ApiKey | None = Field(default=None, description="remote runtimes: a reference to the key")
+    base_url: str | None = Field(default=None, description="remote runtimes: endpoint of a proxy or gateway")
+    options: dict[str, JsonValue] = Field(default_factory=dict, description="handed to the runtime unread")
+
+    @field_validator("provider")
+    @classmethod
+    def _provider(cls, value: str | None) -> str | None:
+        if value is not None and not _PROVIDER_PATTERN.fullmatch(value):
+            raise ValueError("use lower-case letters, digits and _; it names the node resource egress_<provider>")
+        return value
+
+    @field_validator("options")
+    @classmethod
+    def _no_secrets(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        secret = next((key for key in value if _SECRET_PATTERN.search(key)), None)
+        if secret is not None:
+            raise ValueError(f"{secret!r} looks like a secret, and options are stored; use api_key with a reference")
+        return value
+
+    @field_validator("base_url")
+    @classmethod
+    def _base_url(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"https?://[^\s@]+", value):
+            raise ValueError("must start with http:// or https:// and hold no user or password")
+        return value
+
+
+class Serving(Model):
+    """How a replica serves."""
+
+    max_concurrent: Count = Field(default=1, description="requests in flight per replica; egress units it takes")
+    on_capacity_exhausted: Literal["queue", "reject"] = Field(
+        default="queue", description="what the replica does with a request above max_concurrent"
+    )
+
+
+class Budget(Model):
+    """Spending limits, carried to the workers; placing does not read them."""
+
+    usd_per_day: float | None = Field(default=None, gt=0)
+    tokens_per_minute: int | None = Field(default=None, gt=0)
+    requests_per_minute: int | None = Field(default=None, gt=0)
+
+
+class PlacementConstraints(Model):
+    """Limits the choice of nodes. A node is named by its id, its name or its address.
+
+    ``None`` means "any that the cluster has"; an empty list is refused.
+    """
+
+    gpu_nodes: tuple[str, ...] | None = Field(default=None, min_length=1)
+    egress_nodes: tuple[str, ...] | None = Field(default=None, min_length=1)
+    egress_preference: tuple[str, ...] = Field(default=(), description="egress nodes to try first, best first")
+
+
+class Deployment(Model):
+    """A model, how many replicas of it, and what each one needs.
+
+    Example:
+        >>> Deployment(name="llama", model="meta-llama/Llama-3.1-70B-Instruct", gpus=4, replicas=2).runtime_name
+        'vllm'
+    """
+
+    name: str = Field(description="unique in the cluster; letters, digits, '.', '_' and '-', at most 63")
+    model: str = Field(description="what the runtime loads or the provider is asked for")
+    runtime: Runtime | None = Field(default=None, description="else runtime_config.runtime, else by the model's name")
+    runtime_config: RuntimeConfig | None = None
+    gpus: Annotated[int, BeforeValidator(_gpus)] | None = Field(
+        default=None, description="GPUs per replica; 1 if left out on a local runtime; never on a remote one"
+    )
+    replicas: Count = 1
+    serving: Serving = Serving()
+    budget: Budget | None = None
+    idempotent: bool = Field(default=False, description="requests may be sent twice")
+    constraints: PlacementConstraints | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if not value:
+            raise ValueError("is empty; give the deployment a name")
+        if not NAME_PATTERN.fullmatch(value):
+            raise ValueError(
+                f"{value[:80]!r} is not a name Ray groups can carry; use letters, digits, '.', '_' and '-', "
+                "start with a letter or digit, at most 63 characters"
+            )
+        return value
+
+    @field_validator("model")
+    @classmethod
+    def _model(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("is empty; name the model to serve")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Deployment:
+        config = self.runtime_config
+        if config and self.runtime and config.runtime and config.runtime != self.runtime:
+            raise ValueError(f"runtime is {self.runtime!r} but runtime_config.runtime is {config.runtime!r}; keep one")
+        if self.runtime_name == "custom":
+            if config is None or config.transport is None:
+                raise ValueError('runtime custom needs runtime_config.transport: "local_gpu" or "remote_network"')
+            if config.transport == "remote_network" and config.provider is None:
+                raise ValueError("a custom remote runtime needs runtime_config.provider, such as openai")
+        elif config and (config.transport is not None or config.provider is not None):
+            raise ValueError(f"runtime_config.transport and provider are for runtime custom, not {self.runtime_name}")
+        if self.remote and self.gpus is not None:
+            raise ValueError(
+                f"gpus: {self.gpus} on a remote deployment ({self.runtime_name}); leave gpus out, "
+                "or set runtime to a local one such as vllm"
+            )
+        if config and config.api_key and not self.remote:
+            raise ValueError(f"runtime_config.api_key is for remote runtimes, not {self.runtime_name}; remove it")
+        return self
+
+    @property
+    def runtime_name(self) -> Runtime:
+        """The runtime: explicit, or that of ``runtime_config``, or inferred from the model's name."""
+        configured = self.runtime_config.runtime if self.runtime_config else None
+        return self.runtime or configured or infer_runtime(self.model)
+
+    @property
+    def transport(self) -> Transport:
+        """Whether replicas run on local GPUs or call a provider."""
+        if self.runtime_name == "custom":
+            assert self.runtime_config is not None and self.runtime_config.transport is not None
+            return self.runtime_config.transport
+        return "remote_network" if self.runtime_name in REMOTE_RUNTIMES else "local_gpu"
+
+    @property
+    def remote(self) -> bool:
+        """Whether replicas call a provider instead of running on GPUs."""
+        return self.transport == "remote_network"
+
+    @property
+    def provider(self) -> str | None:
+        """The provider a remote deployment calls, ``None`` for a local one."""
+        if not self.remote:
+            return None
+        if self.runtime_name == "custom":
+            return self.runtime_config.provider if self.runtime_config else None
+        return self.runtime_name
+
+    @property
+    def gpus_per_replica(self) -> int:
+        """GPUs each replica takes; 0 for a remote one."""
+        return 0 if self.remote else self.gpus or 1
+
+    @property
+    def egress_per_replica(self) -> int:
+        """Egress units (concurrent requests) each replica takes; 0 for a local one."""
+        return self.serving.max_concurrent if self.remote else 0
+
+    @property
+    def key_fingerprint(self) -> str | None:
+        """Identifies (API key reference, endpoint) without revealing it: 16 hex digits of a SHA-256.
+
+        It is taken of the reference, not of the key: placing never reads a key.
+        """
+        if not self.remote:
+            return None
+        config = self.runtime_config
+        default = f"env:{DEFAULT_KEY_VARIABLES.get(self.provider or '', '')}"
+        reference = config.api_key.reference if config and config.api_key else default
+        endpoint = (config.base_url or "") if config else ""
+        return hashlib.sha256(f"{reference}\n{endpoint}".encode()).hexdigest()[:16]
+
+    def shape(self) -> dict[str, Any]:
+        """What decides where replicas can sit. A change here replaces them; any other change does not."""
+        return {
+            "gpus": self.gpus_per_replica,
+            "provider": self.provider,
+            "max_concurrent": self.egress_per_replica,
+            "api_key": self.key_fingerprint,
+            "constraints": self.constraints.model_dump(mode="json") if self.constraints else None,
+        }

@@ -1,0 +1,78 @@
+"""What one node's GPUs report about themselves: the message between NVML and everybody else."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
+from placement.wire.base import Model
+
+Source = Literal["nvml", "catalogue", "none"]
+
+
+class GpuFacts(Model):
+    """One GPU. ``None`` is "unknown or not supported", never zero."""
+
+    ordinal: int = Field(ge=0, description="NVML index within this reading, in PCI bus order")
+    uuid: str | None = None
+    name: str | None = None
+    memory_total_bytes: int | None = None
+    memory_used_bytes: int | None = None
+    compute_capability: tuple[int, int] | None = Field(default=None, description="major, minor")
+    pci_bus_id: str | None = Field(default=None, description="as sysfs writes it: 0000:1b:00.0")
+    numa_nodes: tuple[int, ...] = Field(default=(), description="NUMA nodes near the GPU; empty if unknown")
+    cpus: tuple[int, ...] = Field(default=(), description="CPUs near the GPU; empty if unknown")
+    mig_enabled: bool | None = None
+    nvswitch_links: int | None = Field(default=None, description="NVLinks of this GPU that end in an NVSwitch")
+    errors: tuple[str, ...] = Field(default=(), description="NVML calls that failed on this GPU, and how")
+
+    @property
+    def lost(self) -> bool:
+        """The driver lists the GPU but cannot reach it."""
+        return self.uuid is None and bool(self.errors)
+
+
+class PairFacts(Model):
+    """Two GPUs of one node, ``a < b``."""
+
+    a: int
+    b: int
+    common_ancestor: Path = Field(default=Path.UNKNOWN, description="PCIe level, also below NVLink")
+    nvlinks: int | None = Field(default=None, description="active NVLinks between the two; None if unknown")
+    peer_read: bool | None = Field(default=None, description="driver allows peer-to-peer reads")
+    peer_write: bool | None = Field(default=None, description="driver allows peer-to-peer writes")
+
+    @property
+    def link(self) -> Link:
+        """The cell that ``nvidia-smi topo -m`` prints for the pair."""
+        if self.nvlinks:
+            return Link(Path.NVLINK, self.nvlinks)
+        return UNKNOWN_LINK if self.common_ancestor is Path.UNKNOWN else Link(self.common_ancestor)
+
+
+class NodeFacts(Model):
+    """One reading of one node's GPUs."""
+
+    source: Source = Field(description="nvml: read now; catalogue: a recorded machine; none: nothing to read")
+    catalogue_name: str | None = None
+    gpus: tuple[GpuFacts, ...] = ()
+    pairs: tuple[PairFacts, ...] = ()
+    driver_version: str | None = None
+    age_seconds: float | None = Field(default=None, description="how old the reading is, set when it is handed out")
+    problem: str | None = Field(default=None, description="why the newest reading failed or is partial, if it is")
+
+    def topology(self) -> Topology:
+        """The reading as a :class:`~placement.core.topology.Topology`."""
+        count = len(self.gpus)
+        matrix = [[UNKNOWN_LINK] * count for _ in range(count)]
+        for pair in self.pairs:
+            matrix[pair.a][pair.b] = matrix[pair.b][pair.a] = pair.link
+        names = {gpu.name for gpu in self.gpus}
+        return Topology(
+            links=tuple(map(tuple, matrix)),
+            numa=tuple(gpu.numa_nodes for gpu in self.gpus),
+            cpus=tuple(gpu.cpus for gpu in self.gpus),
+            model=names.pop() if len(names) == 1 else None,
+        )

@@ -1,0 +1,133 @@
+"""Deployment files: TOML or YAML, many deployments in one, unknown fields refused."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from placement.errors import InvalidDeployment
+from placement.wire.deployment import Deployment
+
+M = TypeVar("M", bound=BaseModel)
+
+_ECHOED = {"name", "model", "runtime", "gpus", "replicas", "serving", "idempotent", "constraints", "budget"}
+"""Fields whose refused value may be shown. The rest may hold a pasted key."""
+
+
+def load_deployments(path: str | Path) -> list[Deployment]:
+    """Reads a deployment file: ``[[deployments]]`` tables in TOML, a ``deployments:`` list in YAML.
+
+    Raises:
+        InvalidDeployment: the file cannot be read, is empty, or any deployment in it is refused. All
+            problems are reported at once.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InvalidDeployment(str(path), (f"cannot be read: {error.strerror}; check the path",)) from None
+    except UnicodeDecodeError:
+        raise InvalidDeployment(str(path), ("is not UTF-8 text; give a TOML or YAML file",)) from None
+    return parse_deployments(text, suffix=path.suffix, source=str(path))
+
+
+def parse_deployments(text: str, suffix: str, source: str) -> list[Deployment]:
+    """Like :func:`load_deployments`, from text. ``suffix`` is ``.toml``, ``.yaml`` or ``.yml``."""
+    content = _parse(text, suffix.lower(), source)
+    example = "[[deployments]]" if suffix.lower() == ".toml" else "deployments:"
+    if not content:
+        raise InvalidDeployment(source, (f"is empty; add at least one deployment under {example}",))
+    if not isinstance(content, Mapping):
+        raise InvalidDeployment(source, (f"is not a mapping; put the deployments under {example}",))
+    problems = [f"unknown field {key!r} at the top; the file holds only deployments" for key in content if key != "deployments"]
+    entries = content.get("deployments")
+    if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
+        problems.append(f"has no deployments; add at least one under {example}")
+        raise InvalidDeployment(source, tuple(problems))
+
+    deployments: list[Deployment] = []
+    first_seen: dict[str, int] = {}
+    for number, entry in enumerate(entries, start=1):
+        name = entry.get("name") if isinstance(entry, Mapping) else None
+        label = f"deployment {number}" + (f" ({name})" if isinstance(name, str) and name else "")
+        try:
+            deployment = parse_model(Deployment, entry, source)
+        except InvalidDeployment as error:
+            problems += [f"{label}: {problem}" for problem in error.problems]
+            continue
+        if deployment.name in first_seen:
+            first = first_seen[deployment.name]
+            problems.append(f"{label}: name {deployment.name!r} is already used by deployment {first}; rename one")
+        first_seen.setdefault(deployment.name, number)
+        deployments.append(deployment)
+    if problems:
+        raise InvalidDeployment(source, tuple(problems))
+    return deployments
+
+
+def parse_model(model: type[M], value: Any, source: str) -> M:
+    """Validates ``value`` as ``model``.
+
+    Raises:
+        InvalidDeployment: with a sentence for each problem; no secret in any of them.
+    """
+    if isinstance(value, model):
+        return value
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        sentences = tuple(_sentence(model, dict(problem)) for problem in error.errors())
+        raise InvalidDeployment(source, sentences) from None
+
+
+def _sentence(model: type[BaseModel], problem: dict[str, Any]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    field = ".".join(location)
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    kind = problem["type"]
+    if kind == "missing":
+        return f"{field}: is missing; add it"
+    if kind == "extra_forbidden":
+        return f"unknown field {field!r}; known here: {', '.join(_known_fields(model, location[:-1]))}"
+    if kind != "value_error" and location and location[0] in _ECHOED:
+        value = problem.get("input")
+        if isinstance(value, str | int | float | bool) and len(str(value)) <= 80:
+            message = f"{value!r} is refused: {message[:1].lower()}{message[1:]}"
+    return f"{field}: {message}" if field else message
+
+
+def _known_fields(model: type[BaseModel], location: list[str]) -> list[str]:
+    from placement.wire import deployment as wire
+
+    nested: dict[str, type[BaseModel]] = {
+        "runtime_config": wire.RuntimeConfig,
+        "api_key": wire.ApiKey,
+        "serving": wire.Serving,
+        "budget": wire.Budget,
+        "constraints": wire.PlacementConstraints,
+    }
+    here = nested.get(location[-1], model) if location else model
+    return list(here.model_fields)
+
+
+def _parse(text: str, suffix: str, source: str) -> Any:
+    if suffix == ".toml":
+        try:
+            return tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise InvalidDeployment(source, (f"is not valid TOML: {error}",)) from None
+    if suffix in (".yaml", ".yml"):
+        import yaml
+
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+            what = getattr(error, "problem", None) or "cannot be parsed"
+            raise InvalidDeployment(source, (f"is not valid YAML: {what}{where}",)) from None
+    raise InvalidDeployment(source, (f"has the ending {suffix!r}; use .toml, .yaml or .yml",))

@@ -1,0 +1,33 @@
+"""What every test stands on: a Ray that reads and writes nothing of the user's.
+
+The variables are set here, at import: Ray reads them when it is imported and hands them to every process
+it starts. A bare ``ray.init()`` writes an authentication token into the home folder, and a token found there
+turns authentication on: hence no authentication, and a home of the tests' own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+_real_home = Path.home()
+_home = Path(tempfile.mkdtemp(prefix="placement-home-"))
+
+# pip, which the wheel's test runs, keeps its settings and downloads.
+os.environ.setdefault("XDG_CONFIG_HOME", str(_real_home / ".config"))
+os.environ.setdefault("XDG_CACHE_HOME", str(_real_home / ".cache"))
+os.environ["HOME"] = str(_home)
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+assert "ray" not in sys.modules, "Ray was imported before tests/conftest.py could set its variables"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the home once every fixture, a cluster's shutdown included, is done."""
+    shutil.rmtree(_home, ignore_errors=True)

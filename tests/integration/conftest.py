@@ -1,0 +1,81 @@
+"""Real clusters of simulated nodes, one for each module, and what must hold when it ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.util.placement_group import placement_group_table
+
+from placement.runtime.embedded import SimulatedNode, embedded_cluster
+
+pytestmark = pytest.mark.integration
+
+
+def settled(condition: Callable[[], Any], seconds: float = 10.0) -> bool:
+    """Whether the condition comes true; Ray's books follow the truth by up to 0.1 s and workers take time to die."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def left_over() -> dict[str, Any]:
+    """What is not free, and which groups are not removed; empty when all is given back."""
+    total, free = ray.cluster_resources(), ray.available_resources()
+    watched = [name for name in total if name == "GPU" or name == "egress" or name.startswith("egress_")]
+    short = {name: (total[name], free.get(name, 0.0)) for name in watched if free.get(name, 0.0) != total[name]}
+    groups = {gid: row["state"] for gid, row in placement_group_table().items() if row["state"] != "REMOVED"}
+    return short | groups
+
+
+@pytest.fixture(scope="module")
+def cluster_nodes() -> list[SimulatedNode]:
+    """Which nodes a module's cluster has; modules override it."""
+    return [
+        SimulatedNode("dgx", topology="dgx-1v"),
+        SimulatedNode("pcie", topology="a100-pcie-4x"),
+        SimulatedNode("egress-a", resources={"egress_openai": 32, "egress_anthropic": 16}),
+        SimulatedNode("egress-b", resources={"egress": 32}),
+    ]
+
+
+@pytest.fixture(scope="module")
+def address(cluster_nodes: list[SimulatedNode]) -> Iterator[str]:
+    """A cluster with this process as a driver on its head."""
+    with embedded_cluster(cluster_nodes) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def service(address: str) -> Iterator[Any]:
+    """The running service. At the end everything must be free again."""
+    import placement
+
+    handle = placement.start()
+    yield handle
+    ray.get(handle.release_all.remote())
+    assert settled(lambda: not left_over()), left_over()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test that used the service every GPU and every egress unit is free, and no group is left."""
+    yield
+    if "service" in request.fixturenames:
+        handle = request.getfixturevalue("service")
+        ray.get(handle.release_all.remote())
+        assert settled(lambda: not left_over()), left_over()
+
+
+@pytest.fixture
+def session_files(address: str) -> Callable[[], list[Path]]:
+    """Every file of this cluster's session folder, logs included."""
+    folder = Path(ray._private.worker.global_worker.node.get_session_dir_path())
+    return lambda: [path for path in folder.rglob("*") if path.is_file()]

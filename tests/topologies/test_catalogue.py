@@ -1,0 +1,117 @@
+"""The catalogue: every machine is whole, says where it is from, and reads the same everywhere."""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+
+import pytest
+
+from placement import topologies
+from placement.core.matrix import parse_matrix, render_matrix
+from placement.core.topology import MAX_NVLINKS_PER_GPU, Path
+from placement.errors import UnknownTopology
+
+NAMES = topologies.names()
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "levels", "switched", "islands"),
+    [
+        ("dgx-1v", 8, {"NV1", "NV2", "SYS"}, False, 1),
+        ("dgx-2", 16, {"NV6"}, True, 1),
+        ("dgx-a100", 8, {"NV12"}, True, 1),
+        ("dgx-h100", 8, {"NV18"}, True, 1),
+        ("gcp-a4", 8, {"NV18"}, True, 1),
+        ("hgx-a100-4gpu", 4, {"NV4"}, False, 1),
+        ("a100-pcie-4x", 4, {"NV12", "SYS"}, False, 2),
+        ("a100-pcie-8x", 8, {"NV12", "NODE", "SYS"}, False, 4),
+        ("l40s-4x", 4, {"NODE", "SYS"}, False, 4),
+        ("rtx-4090-8x", 8, {"SYS"}, False, 8),
+    ],
+)
+def test_machines_are_what_they_are_known_for(
+    name: str, gpus: int, levels: set[str], switched: bool, islands: int
+) -> None:
+    shape = topologies.load(name)
+    found = {str(shape.link(a, b)) for a in range(len(shape)) for b in range(a)}
+    assert (gpus, levels, switched, islands) == (len(shape), found, shape.nvswitch, len(shape.islands))
+
+
+def test_every_matrix_has_its_entry_and_every_entry_its_matrix() -> None:
+    texts = {path.name for path in files(topologies).iterdir() if path.name.endswith(".txt")}
+    assert {f"{name}.txt" for name in NAMES} == texts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_entry_is_complete_and_tells_its_source(name: str) -> None:
+    entry = topologies.describe(name)
+    assert name == entry.name
+    assert re.fullmatch(r"(https://github\.com/|public text, page not recorded)[^\n]*", entry.source)
+    assert entry.title and entry.gpu.startswith(("NVIDIA ", "Tesla "))
+    assert 16 <= entry.memory_gib <= 288
+    assert (7, 0) <= entry.compute_capability <= (12, 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_machine_is_written_and_read_back(name: str) -> None:
+    shape = topologies.load(name)
+    assert shape == parse_matrix(render_matrix(shape))
+    assert topologies.describe(name).gpu == shape.model
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_machine_is_possible(name: str) -> None:
+    """Without a switch no GPU has more links than there are, and no CPU is near to two sockets' GPUs."""
+    shape = topologies.load(name)
+    assert shape.known
+    for gpu, row in enumerate(shape.links):
+        assert shape.nvswitch or sum(link.nvlinks for link in row) <= MAX_NVLINKS_PER_GPU
+        assert shape.cpus[gpu]
+        for other in range(gpu):
+            shared = set(shape.cpus[gpu]) & set(shape.cpus[other])
+            assert shape.cpus[gpu] == shape.cpus[other] or not shared
+            if shape.numa[gpu] and shape.numa[other]:
+                assert (shape.numa[gpu] == shape.numa[other]) == bool(shared)
+
+
+def test_the_v100_mesh_uses_all_six_links_of_each_gpu() -> None:
+    assert [6] * 8 == [sum(link.nvlinks for link in row) for row in topologies.load("dgx-1v").links]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_simulated_node_reports_the_machine_and_nothing_it_cannot_know(name: str) -> None:
+    entry, shape, facts = topologies.describe(name), topologies.load(name), topologies.facts(name)
+    assert ("catalogue", name) == (facts.source, facts.catalogue_name)
+    assert (shape, shape.model) == (facts.topology(), facts.topology().model)
+    for ordinal, gpu in enumerate(facts.gpus):
+        assert (ordinal, entry.gpu, entry.memory_gib * 1024**3) == (
+            gpu.ordinal,
+            gpu.name,
+            gpu.memory_total_bytes,
+        )
+        assert entry.compute_capability == gpu.compute_capability
+        assert (None, None, None, False) == (gpu.uuid, gpu.memory_used_bytes, gpu.pci_bus_id, gpu.lost)
+    for pair in facts.pairs:
+        hidden = shape.link(pair.a, pair.b).path is Path.NVLINK
+        assert hidden == (pair.common_ancestor is Path.UNKNOWN)
+
+
+def test_a_message_survives_the_wire() -> None:
+    facts = topologies.facts("dgx-1v")
+    assert facts == type(facts).model_validate_json(facts.model_dump_json())
+
+
+def test_the_links_of_a_gpu_end_in_the_switch_where_there_is_one() -> None:
+    ends = {name: {gpu.nvswitch_links for gpu in topologies.facts(name).gpus} for name in NAMES}
+    assert {"dgx-2": {6}, "dgx-a100": {12}, "dgx-h100": {18}, "gcp-a4": {18}} == {
+        name: links for name, links in ends.items() if links != {0}
+    }
+
+
+@pytest.mark.parametrize("name", ["dgx-3", "", "catalogue", "../core/dgx-1v", "DGX-1V"])
+def test_an_unknown_machine_is_refused_with_the_known_ones(name: str) -> None:
+    for function in (topologies.load, topologies.facts, topologies.describe):
+        with pytest.raises(UnknownTopology) as caught:
+            function(name)
+        assert (name, NAMES) == (caught.value.name, caught.value.known)

@@ -1,0 +1,161 @@
+"""What a deployment accepts, infers and refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from placement.errors import InvalidDeployment, MissingSecret
+from placement.wire.deployment import ApiKey, Deployment
+from placement.wire.files import load_deployments, parse_deployments
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "deployments.toml"
+
+
+@pytest.mark.parametrize(
+    ("model", "runtime", "transport", "provider"),
+    [
+        ("gpt-4o", "openai", "remote_network", "openai"),
+        ("gpt-3.5-turbo", "openai", "remote_network", "openai"),
+        ("o1-mini", "openai", "remote_network", "openai"),
+        ("o3-pro", "openai", "remote_network", "openai"),
+        ("chatgpt-4o-latest", "openai", "remote_network", "openai"),
+        ("claude-sonnet-4", "anthropic", "remote_network", "anthropic"),
+        ("anthropic/claude-3", "anthropic", "remote_network", "anthropic"),
+        ("gemini-2.5-pro", "gemini", "remote_network", "gemini"),
+        ("google/gemini-flash", "gemini", "remote_network", "gemini"),
+        ("litellm/command-r", "litellm", "remote_network", "litellm"),
+        ("gpt-4o-via-litellm", "litellm", "remote_network", "litellm"),
+        ("mistralai/Mistral-7B", "mistralrs", "local_gpu", None),
+        ("meta-llama/Llama-3.1-8B", "vllm", "local_gpu", None),
+        ("openai/whisper-large-v3", "vllm", "local_gpu", None),
+    ],
+)
+def test_the_runtime_follows_from_the_models_name(model: str, runtime: str, transport: str, provider: str | None) -> None:
+    deployment = Deployment(name="d", model=model)
+    assert (deployment.runtime_name, deployment.transport, deployment.provider) == (runtime, transport, provider)
+
+
+def test_what_is_said_wins_over_what_is_inferred() -> None:
+    explicit = Deployment(name="d", model="gpt-4o", runtime="vllm")
+    configured = Deployment.model_validate({"name": "d", "model": "gpt-4o", "runtime_config": {"runtime": "candle"}})
+    assert (explicit.runtime_name, configured.runtime_name) == ("vllm", "candle")
+
+
+def test_a_local_replica_takes_one_gpu_by_default_and_a_remote_one_none() -> None:
+    local, remote = Deployment(name="d", model="m"), Deployment(name="d", model="gpt-4o")
+    assert (local.gpus_per_replica, local.egress_per_replica) == (1, 0)
+    assert (remote.gpus_per_replica, remote.egress_per_replica) == (0, 1)
+
+
+def test_a_custom_runtime_says_its_transport() -> None:
+    fields = {"name": "d", "model": "m", "runtime": "custom"}
+    local = Deployment.model_validate({**fields, "runtime_config": {"transport": "local_gpu"}})
+    remote = Deployment.model_validate({**fields, "runtime_config": {"transport": "remote_network", "provider": "acme"}})
+    assert (local.gpus_per_replica, remote.provider) == (1, "acme")
+    with pytest.raises(ValidationError, match=r'needs runtime_config.transport: "local_gpu" or "remote_network"'):
+        Deployment.model_validate(fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"name": ""}, "name: is empty; give the deployment a name"),
+        ({"name": "a b"}, "name: 'a b' is not a name Ray groups can carry"),
+        ({"name": "../etc"}, "name: '../etc' is not a name Ray groups can carry"),
+        ({"name": "x" * 64}, "at most 63 characters"),
+        ({"model": " "}, "model: is empty; name the model to serve"),
+        ({"replicas": 0}, "replicas: 0 is too small; use a whole number of at least 1"),
+        ({"replicas": -2}, "replicas: -2 is too small"),
+        ({"replicas": "2"}, "replicas: '2' is not a number"),
+        ({"gpus": 0}, "gpus: 0 is too small; use at least 1"),
+        ({"gpus": -1}, "gpus: -1 is too small"),
+        ({"gpus": 0.5}, "gpus: 0.5 GPUs is fractional; use a whole number"),
+        ({"gpus": True}, "gpus: True is not a number"),
+        ({"model": "gpt-4o", "gpus": 2}, "gpus: 2 on a remote deployment (openai); leave gpus out"),
+        ({"runtime": "tgi"}, "runtime: 'tgi' is refused: input should be 'vllm'"),
+        ({"replica": 2}, "unknown field 'replica'; known here: name, model"),
+        ({"serving": {"concurrency": 2}}, "unknown field 'serving.concurrency'; known here: max_concurrent"),
+        ({"serving": {"max_concurrent": 0}}, "serving.max_concurrent: 0 is too small"),
+        ({"runtime_config": {"api_key": {"from_env": "K"}}}, "runtime_config.api_key is for remote runtimes, not vllm"),
+        ({"model": "gpt-4o", "runtime_config": {"api_key": {}}}, "set exactly one of from_env and from_file"),
+        ({"constraints": {"gpu_nodes": []}}, "constraints.gpu_nodes: "),
+    ],
+)
+def test_bad_input_is_named_with_its_value_and_the_fix(fields: dict[str, object], sentence: str) -> None:
+    import yaml
+
+    text = yaml.safe_dump({"deployments": [{"name": "d", "model": "m"} | fields]})
+    with pytest.raises(InvalidDeployment) as refused:
+        parse_deployments(text, ".yaml", "f.yaml")
+    assert sentence in str(refused.value)
+    assert len(refused.value.problems) == 1
+
+
+def test_toml_and_yaml_say_the_same() -> None:
+    import tomllib
+
+    import yaml
+
+    toml = load_deployments(EXAMPLE)
+    text = yaml.safe_dump(tomllib.loads(EXAMPLE.read_text()))
+    assert parse_deployments(text, ".yml", "x") == toml
+    assert [d.name for d in toml][:2] == ["llama-70b", "qwen-32b"]
+    assert sum(d.gpus_per_replica * d.replicas for d in toml) == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "suffix", "sentence"),
+    [
+        ("", ".toml", "is empty; add at least one deployment under [[deployments]]"),
+        ("# nothing\n", ".yaml", "is empty; add at least one deployment under deployments:"),
+        ("deployments = []", ".toml", "has no deployments"),
+        ("deployment: []", ".yaml", "unknown field 'deployment' at the top"),
+        ("[1, 2]", ".yaml", "is not a mapping"),
+        ("a = ", ".toml", "is not valid TOML"),
+        ("a: [", ".yaml", "is not valid YAML"),
+        ("{}", ".json", "has the ending '.json'; use .toml, .yaml or .yml"),
+    ],
+)
+def test_a_file_that_holds_no_deployments_is_refused(text: str, suffix: str, sentence: str) -> None:
+    with pytest.raises(InvalidDeployment) as refused:
+        parse_deployments(text, suffix, "f" + suffix)
+    assert sentence in str(refused.value)
+    assert str(refused.value).startswith("f" + suffix)
+
+
+def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidDeployment, match="cannot be read: No such file or directory; check the path"):
+        load_deployments(tmp_path / "missing.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InvalidDeployment, match="is not UTF-8 text"):
+        load_deployments(tmp_path / "binary.toml")
+
+
+def test_the_same_name_twice_in_a_file_is_refused() -> None:
+    text = "deployments: [{name: a, model: m}, {name: b, model: m}, {name: a, model: n}]"
+    with pytest.raises(InvalidDeployment, match="deployment 3 .a.: name 'a' is already used by deployment 1; rename one"):
+        parse_deployments(text, ".yaml", "f.yaml")
+
+
+def test_a_missing_variable_matters_only_where_the_key_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("MY_KEY", raising=False)
+    key = ApiKey(from_env="MY_KEY")
+    with pytest.raises(MissingSecret, match="from_env: MY_KEY is not set where the key is needed; export MY_KEY"):
+        key.resolve()
+    monkeypatch.setenv("MY_KEY", "value")
+    assert key.resolve() == "value"
+    with pytest.raises(MissingSecret, match="cannot be read"):
+        ApiKey(from_file=str(tmp_path / "none")).resolve()
+
+
+def test_one_key_reference_is_one_identity_whatever_the_model() -> None:
+    def identity(model: str, variable: str) -> str | None:
+        config = {"api_key": {"from_env": variable}}
+        return Deployment.model_validate({"name": "d", "model": model, "runtime_config": config}).key_fingerprint
+
+    assert identity("gpt-4o", "A") == identity("gpt-4o-mini", "A") != identity("gpt-4o", "B")
+    assert Deployment(name="d", model="gpt-4o").key_fingerprint == identity("gpt-4o", "OPENAI_API_KEY")
+    assert Deployment(name="d", model="m").key_fingerprint is None
