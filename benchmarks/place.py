@@ -49,7 +49,9 @@ def plain(node: str) -> Callable[[], None]:
     def once() -> None:
         group = placement_group([{"GPU": 1}] * 2, bundle_label_selector=[{"ray.io/node-id": node}] * 2)
         group.wait(30)
-        strategies = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(2)]
+        strategies = [
+            PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(2)
+        ]
         ray.get([gpu_id.options(scheduling_strategy=strategy).remote() for strategy in strategies])
         once.undo = lambda: remove_placement_group(group)  # type: ignore[attr-defined]
 
@@ -60,7 +62,9 @@ def ours(service: Any, node: str, seen: list[list[int]]) -> Callable[[], None]:
     """``place()`` limited to one node."""
 
     def once() -> None:
-        result = ray.get(service.place.remote({"name": "bench", "model": "m", "gpus": 2}, {"gpu_nodes": [node]}))
+        result = ray.get(
+            service.place.remote({"name": "bench", "model": "m", "gpus": 2}, {"gpu_nodes": [node]})
+        )
         seen.append(result.assignments[0].gpus)
         once.undo = lambda: ray.get(service.release.remote("bench"))  # type: ignore[attr-defined]
 

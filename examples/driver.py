@@ -30,14 +30,17 @@ def main() -> None:
     ray.init(address="auto", log_to_driver=False)
     service = placement.start()
     result = ray.get(
-        service.place.remote(Deployment(name="driver-example", model="my/model", gpus=args.gpus, replicas=args.replicas))
+        service.place.remote(
+            Deployment(name="driver-example", model="my/model", gpus=args.gpus, replicas=args.replicas)
+        )
     )
     try:
         for assignment in result.assignments:
             ranks = range(len(assignment.gpus))
             workers = [Engine.options(**assignment.actor_options(rank)).remote() for rank in ranks]
             got = [int(gpu) for gpu in ray.get([worker.gpu.remote() for worker in workers])]
-            print(f"replica {assignment.replica_index} on {assignment.node_name}: placed on {assignment.gpus}, workers on {got}")
+            where = f"replica {assignment.replica_index} on {assignment.node_name}"
+            print(f"{where}: placed on {assignment.gpus}, workers on {got}")
             assert got == assignment.gpus
     finally:
         ray.get(service.release.remote("driver-example"))

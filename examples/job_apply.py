@@ -1,6 +1,6 @@
 """A job that applies a deployment file and leaves it placed::
 
-    ray job submit --working-dir examples -- python job_apply.py deployments.toml
+ray job submit --working-dir examples -- python job_apply.py deployments.toml
 """
 
 import sys
@@ -11,16 +11,18 @@ import placement
 
 
 def main() -> int:
-    ray.init(address="auto", log_to_driver=False)
-    service = placement.start()
     try:
-        results = ray.get(service.apply_all.remote(placement.load_deployments(sys.argv[1])))
+        deployments = placement.load_deployments(sys.argv[1])
+        ray.init(address="auto", log_to_driver=False)
+        results = ray.get(placement.start().apply_all.remote(deployments))
     except placement.PlacementError as error:
         print(f"not placed: {getattr(error, 'cause', None) or error}", file=sys.stderr)
         return 1
     for result in results:
         for a in result.assignments:
-            print(f"{result.deployment}[{a.replica_index}] {a.node_name} {a.gpus if a.gpus else a.egress_resource}")
+            print(
+                f"{result.deployment}[{a.replica_index}] {a.node_name} {a.gpus if a.gpus else a.egress_resource}"
+            )
     return 0
 
 

@@ -80,7 +80,9 @@ class MissingSecret(PlacementError):
         self.field, self.reference, self.reason = field, reference, reason
 
     def __str__(self) -> str:
-        fix = f"export {self.reference}=..." if self.field.endswith("from_env") else f"create {self.reference}"
+        fix = (
+            f"export {self.reference}=..." if self.field.endswith("from_env") else f"create {self.reference}"
+        )
         return f"{self.field}: {self.reference} {self.reason} where the key is needed; {fix} on that node"
 
 
@@ -96,11 +98,20 @@ class Unplaceable(PlacementError):
 
     def __init__(self, deployment: str, summary: str, excluded: Mapping[str, int], advice: str) -> None:
         super().__init__(deployment, summary, dict(excluded), advice)
-        self.deployment, self.summary, self.excluded, self.advice = deployment, summary, dict(excluded), advice
+        self.deployment, self.summary, self.excluded, self.advice = (
+            deployment,
+            summary,
+            dict(excluded),
+            advice,
+        )
 
     def __str__(self) -> str:
         counts = ", ".join(f"{_nodes(n)}: {reason}" for reason, n in self.excluded.items())
-        return f"cannot place {self.deployment!r}: {self.summary}" + (f" ({counts})" if counts else "") + f"; {self.advice}"
+        return (
+            f"cannot place {self.deployment!r}: {self.summary}"
+            + (f" ({counts})" if counts else "")
+            + f"; {self.advice}"
+        )
 
 
 class NoGpuNodes(Unplaceable):
@@ -254,7 +265,8 @@ class ClusterUnreachable(PlacementError):
 
     def __str__(self) -> str:
         reason = f" ({self.reason})" if self.reason else ""
-        return f"no Ray cluster at {self.address}{reason}; start one with `ray start --head`, or pass --address HOST:PORT"
+        fix = "start one with `ray start --head`, or pass --address HOST:PORT"
+        return f"no Ray cluster at {self.address}{reason}; {fix}"
 
 
 def _nodes(count: int) -> str:

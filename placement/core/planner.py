@@ -98,7 +98,9 @@ def occupy(snapshot: Snapshot, request: Request, replica: PlannedReplica) -> Sna
     return snapshot.with_node(replace(node, egress=egress, serving=serving))
 
 
-def _sift(nodes: Iterable[Node], objection: Callable[[Node], str | None]) -> tuple[list[Node], dict[str, int]]:
+def _sift(
+    nodes: Iterable[Node], objection: Callable[[Node], str | None]
+) -> tuple[list[Node], dict[str, int]]:
     """The nodes without an objection, and how many each objection excluded."""
     passed: list[Node] = []
     excluded: Counter[str] = Counter()
@@ -206,7 +208,8 @@ def _place_remote(
 
     def rank(node: Node) -> tuple[int, int, bool, int, str, str]:
         preference = next(
-            (i for i, name in enumerate(request.egress_preference) if node.named(name)), len(request.egress_preference)
+            (i for i, name in enumerate(request.egress_preference) if node.named(name)),
+            len(request.egress_preference),
         )
         return (standing[node.id], preference, identity not in node.serving, -left(node), node.name, node.id)
 

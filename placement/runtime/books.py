@@ -50,7 +50,9 @@ class Standing:
             }
             for index, assignment in sorted(self.replicas.items())
         ]
-        ledger.save(self.deployment.name, self.deployment.model_dump(mode="json", exclude_none=True), replicas)
+        ledger.save(
+            self.deployment.name, self.deployment.model_dump(mode="json", exclude_none=True), replicas
+        )
 
     @classmethod
     def load(cls, record: Mapping[str, Any]) -> Standing:
@@ -60,7 +62,8 @@ class Standing:
             index = replica["replica_index"]
             standing.orders[index] = replica["order"]
             standing.replicas[index] = NodeAssignment(
-                placement_group=groups.group_from_hex(replica["group"]), **{name: replica[name] for name in RECORDED}
+                placement_group=groups.group_from_hex(replica["group"]),
+                **{name: replica[name] for name in RECORDED},
             )
         return standing
 
@@ -74,12 +77,11 @@ class Claim:
 
 
 class Books:
-    """All standing deployments and open claims, and what nodes last said about other Ray users."""
+    """All standing deployments and open claims."""
 
     def __init__(self) -> None:
         self.standing: dict[str, Standing] = {}
         self.claims: list[Claim] = []
-        self.foreign: dict[str, frozenset[int]] = {}
 
     def names(self) -> tuple[str, ...]:
         """Names of the deployments that stand, in order."""
@@ -95,13 +97,16 @@ class Books:
     def holdings(self, node_id: str) -> list[tuple[str, list[int]]]:
         """(order name, GPUs) of the replicas that stand on a node."""
         return [
-            (standing.orders[a.replica_index], a.gpus) for standing, a in self.assignments() if a.node == node_id and a.gpus
+            (standing.orders[a.replica_index], a.gpus)
+            for standing, a in self.assignments()
+            if a.node == node_id and a.gpus
         ]
 
     def snapshot(
         self,
         nodes: Iterable[NodeInfo],
         shapes: Mapping[str, Topology],
+        foreign: Mapping[str, frozenset[int]],
         available: Mapping[str, Mapping[str, float]],
         ignoring: str | None = None,
         full: Mapping[str, int] | None = None,
@@ -111,6 +116,7 @@ class Books:
         Args:
             nodes: what is alive.
             shapes: node id -> topology, where known.
+            foreign: node id -> GPUs that other Ray users held when the node actor last looked.
             available: node id -> resource -> free amount in Ray's books.
             ignoring: a deployment to be counted as if it were released.
             full: node id -> most GPUs that may be planned there, after it refused.
@@ -140,7 +146,7 @@ class Books:
 
         states = []
         for info in nodes:
-            free = Counter({name: amount for name, amount in available.get(info.id, {}).items()})  # type: ignore[misc]
+            free = Counter({name: amount for name, amount in available.get(info.id, {}).items()})
             free.update(returned.get(info.id, Counter()))
             if full is not None and info.id in full:
                 free["GPU"] = min(free["GPU"], full[info.id])
@@ -150,7 +156,7 @@ class Books:
                     shapes.get(info.id),
                     free,
                     gpus.get(info.id, set()),
-                    self.foreign.get(info.id, frozenset()),
+                    foreign.get(info.id, frozenset()),
                     egress.get(info.id, {}),
                     serving.get(info.id, set()),
                 )

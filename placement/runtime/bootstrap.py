@@ -100,4 +100,6 @@ def stop(keep_placements: bool = False) -> list[str]:
 
 def _require_ray() -> None:
     if not ray.is_initialized():
-        raise RuntimeError('Ray is not connected; call ray.init(address="auto") before using the placement service')
+        raise RuntimeError(
+            'Ray is not connected; call ray.init(address="auto") before using the placement service'
+        )

@@ -23,7 +23,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 STUCK_SECONDS = 10.0
@@ -46,7 +51,9 @@ class GpuIds:
     """
 
     def __init__(self, visible_devices: str | None) -> None:
-        self.tokens = [t.strip() for t in visible_devices.split(",") if t.strip()] if visible_devices else None
+        self.tokens = (
+            [t.strip() for t in visible_devices.split(",") if t.strip()] if visible_devices else None
+        )
 
     def slot(self, gpu_id: str) -> int:
         """The slot of ``gpu_id``."""
@@ -99,7 +106,9 @@ class NodeGroups:
         slots = []
         for bundle in range(count):
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
-            ids = self._ask(self._probe.options(num_gpus=1, scheduling_strategy=strategy), GPU_IDS_DEADLINE_SECONDS)
+            ids = self._ask(
+                self._probe.options(num_gpus=1, scheduling_strategy=strategy), GPU_IDS_DEADLINE_SECONDS
+            )
             slots.append(self._ids.slot(ids[0]))
         return slots
 

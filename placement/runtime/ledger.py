@@ -23,7 +23,9 @@ def token() -> str:
     """Marks the groups of this cluster's service apart from everybody else's. Made once, then kept."""
     found = internal_kv._internal_kv_get(_TOKEN, namespace=_NAMESPACE)
     if found is None:
-        internal_kv._internal_kv_put(_TOKEN, secrets.token_hex(4).encode(), overwrite=False, namespace=_NAMESPACE)
+        internal_kv._internal_kv_put(
+            _TOKEN, secrets.token_hex(4).encode(), overwrite=False, namespace=_NAMESPACE
+        )
         found = internal_kv._internal_kv_get(_TOKEN, namespace=_NAMESPACE)
     return str(found.decode())
 

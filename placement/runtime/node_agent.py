@@ -175,5 +175,3 @@ def _weakest(topology: Topology, gpus: tuple[int, ...]) -> tuple[str | None, flo
         return None, None
     known = topology.known and value.weakest.path.value != "?"
     return str(value.weakest), value.weakest_gb_per_s if known else None
-
-

@@ -9,14 +9,14 @@ from placement.core.matrix import render_matrix
 from placement.core.topology import Topology
 from placement.runtime.books import Books
 from placement.runtime.discovery import NodeInfo
+from placement.runtime.fleet import Fleet
 from placement.wire.facts import NodeFacts
 
 
 def status_report(
     nodes: Iterable[NodeInfo],
     books: Books,
-    shapes: Mapping[str, Topology],
-    facts: Mapping[str, NodeFacts],
+    fleet: Fleet,
     available: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
     """Nodes with their GPUs and who sits where, and deployments with their replicas."""
@@ -39,14 +39,14 @@ def status_report(
             }
         )
     return {
-        "nodes": [_node(info, books, shapes.get(info.id), facts.get(info.id), available.get(info.id, {})) for info in listed],
+        "nodes": [_node(info, books, fleet, available.get(info.id, {})) for info in listed],
         "deployments": deployments,
     }
 
 
-def _node(
-    info: NodeInfo, books: Books, shape: Topology | None, facts: NodeFacts | None, available: Mapping[str, float]
-) -> dict[str, Any]:
+def _node(info: NodeInfo, books: Books, fleet: Fleet, available: Mapping[str, float]) -> dict[str, Any]:
+    facts = fleet.facts.get(info.id)
+    topology = fleet.shapes.get(info.id) or Topology.unknown(info.gpu_count)
     occupant = {
         gpu: (a.replica_index, standing.deployment.name)
         for standing, a in books.assignments()
@@ -59,13 +59,12 @@ def _node(
             units[a.egress_resource] = units.get(a.egress_resource, 0) + a.egress_units
     not_free = info.gpu_count - int(available.get("GPU", 0.0) + 1e-6)
     others = max(0, not_free - len(occupant))
-    located = sorted(books.foreign.get(info.id, frozenset()) - occupant.keys())[:others]
+    located = sorted(fleet.foreign.get(info.id, frozenset()) - occupant.keys())[:others]
     gpus = []
     for ordinal in range(info.gpu_count):
         replica, name = occupant.get(ordinal, (None, None))
         state = "held" if name is not None else "other" if ordinal in located else "free"
         gpus.append({"ordinal": ordinal, "state": state, "deployment": name, "replica": replica})
-    topology = shape if shape is not None else Topology.unknown(info.gpu_count)
     return {
         "id": info.id,
         "name": info.name,
@@ -79,7 +78,8 @@ def _node(
         "gpus": gpus,
         "others_unlocated": others - len(located),
         "egress": [
-            {"resource": name, "total": total, "held": units.get(name, 0)} for name, total in info.egress.items()
+            {"resource": name, "total": total, "held": units.get(name, 0)}
+            for name, total in info.egress.items()
         ],
         "problem": info.label_problem() or (facts.problem if facts is not None else None),
     }

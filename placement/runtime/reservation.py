@@ -36,13 +36,26 @@ LOOK_DEADLINE_SECONDS = 0.25
 class Groups(Protocol):
     """What steering needs of a node; :class:`~placement.runtime.groups.NodeGroups` is the real one."""
 
-    def hold(self, count: int) -> Any: ...
-    def reserve(self, name: str, count: int) -> Any: ...
-    def ready_or_removed(self, group: Any, deadline_seconds: float) -> bool: ...
-    def remove(self, group: Any) -> None: ...
-    def gpus_of(self, group: Any, count: int) -> list[int]: ...
-    def lowest_free(self, count: int, deadline_seconds: float) -> list[int] | None: ...
-    def available(self) -> int: ...
+    def hold(self, count: int) -> Any:
+        """Takes the lowest free GPUs, for a moment."""
+
+    def reserve(self, name: str, count: int) -> Any:
+        """Takes the lowest free GPUs, one per bundle, to stay."""
+
+    def ready_or_removed(self, group: Any, deadline_seconds: float) -> bool:
+        """Waits for a group; one that could not be had is gone."""
+
+    def remove(self, group: Any) -> None:
+        """Gives a group back."""
+
+    def gpus_of(self, group: Any, count: int) -> list[int]:
+        """Which GPU each bundle holds, as a worker inside says."""
+
+    def lowest_free(self, count: int, deadline_seconds: float) -> list[int] | None:
+        """Which GPUs are the lowest free ones; ``None`` if there are not that many."""
+
+    def available(self) -> int:
+        """Whole free GPUs in Ray's books."""
 
 
 @dataclass(frozen=True)

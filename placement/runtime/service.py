@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-import logging
-import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import ray
-
 from placement.core import planner
-from placement.core.planner import Plan, PlannedReplica, Request
+from placement.core.planner import Plan, Request
 from placement.core.score import score
 from placement.core.snapshot import Snapshot
-from placement.core.topology import Topology
-from placement.errors import DeploymentConflict, ReservationFailed, UnknownDeployment, UnknownNode, Unplaceable
+from placement.errors import (
+    DeploymentConflict,
+    ReservationFailed,
+    UnknownDeployment,
+    UnknownNode,
+    Unplaceable,
+)
 from placement.runtime import groups, ledger
 from placement.runtime.books import Books, Claim, Standing
 from placement.runtime.discovery import NodeInfo, live_nodes
-from placement.runtime.node_agent import Order, Reply
+from placement.runtime.fleet import Fleet
 from placement.runtime.report import status_report, topology_report
 from placement.runtime.results import NodeAssignment, PlacementPlan, PlacementResult, PlannedAssignment
 from placement.wire.deployment import Deployment, PlacementConstraints
-from placement.wire.facts import NodeFacts
 from placement.wire.files import parse_model
 
 MAX_REPLANS = 5
-FACTS_DEADLINE_SECONDS = 45.0
-"""A first NVML reading without persistence mode takes up to 30 s on 8 GPUs (docs/design.md, sources)."""
-RESERVE_DEADLINE_SECONDS = 180.0
 VIEW_LAG_SECONDS = 0.25
 """No refusal is based on books that may be older than our own last change."""
-
-logger = logging.getLogger(__name__)
 
 DeploymentLike = Deployment | Mapping[str, Any]
 
@@ -48,17 +43,13 @@ class DeploymentPlacementActor:
     """
 
     def __init__(self, make_agent: Callable[[NodeInfo], Any]) -> None:
-        self._make_agent = make_agent
         self._lock = threading.Lock()
         self._name_locks: dict[str, threading.Lock] = {}
         self._books = Books()
-        self._agents: dict[str, Any] = {}
-        self._facts: dict[str, NodeFacts] = {}
-        self._shapes: dict[str, Topology] = {}
-        self._changed_at = float("-inf")
         self._prefix = f"placement:{ledger.token()}:"
+        self._fleet = Fleet(make_agent, self._books.holdings, self._prefix)
         self._reload()
-        self._meet(live_nodes())
+        self._fleet.meet(live_nodes())
 
     # -- the public surface ------------------------------------------------------------------------
 
@@ -83,7 +74,8 @@ class DeploymentPlacementActor:
             InvalidDeployment: a field is refused.
             UnknownNode: the constraints name a node that the cluster lacks.
             DeploymentConflict: the name stands with another declaration.
-            Unplaceable: it fits nowhere now (``NoGpuNodes``, ``NotEnoughGpus``, ``NoEgressNodes``, ``NotEnoughEgress``).
+            Unplaceable: it fits nowhere now: ``NoGpuNodes``, ``NotEnoughGpus``, ``NoEgressNodes`` or
+                ``NotEnoughEgress``.
             ReservationFailed: others kept taking the GPUs. In every case nothing of it stays reserved.
         """
         wanted = self._parse(deployment, constraints)
@@ -196,9 +188,9 @@ class DeploymentPlacementActor:
     def status(self) -> dict[str, Any]:
         """Nodes with their GPUs and who sits where, and deployments with their replicas; JSON-ready."""
         nodes = live_nodes()
-        self._meet(nodes)
+        self._fleet.meet(nodes)
         with self._lock:
-            return status_report(nodes, self._books, self._shapes, self._facts, groups.available_resources())
+            return status_report(nodes, self._books, self._fleet, groups.available_resources())
 
     def topology(self, node: str | None = None) -> list[dict[str, Any]]:
         """What each GPU node's GPUs report, read anew; JSON-ready.
@@ -212,8 +204,8 @@ class DeploymentPlacementActor:
             if not chosen:
                 raise UnknownNode("--node", node, tuple(info.name for info in nodes))
             nodes = chosen
-        self._meet(nodes, again=True)
-        return [topology_report(info, self._facts.get(info.id)) for info in nodes]
+        self._fleet.meet(nodes, again=True)
+        return [topology_report(info, self._fleet.facts.get(info.id)) for info in nodes]
 
     def release_all(self) -> list[str]:
         """Releases every deployment.
@@ -228,10 +220,7 @@ class DeploymentPlacementActor:
 
     def stop_agents(self) -> None:
         """Ends the node actors. Placement groups stay as they are."""
-        with self._lock:
-            agents, self._agents = self._agents, {}
-        for agent in agents.values():
-            ray.kill(agent)
+        self._fleet.stop()
 
     # -- planning ----------------------------------------------------------------------------------
 
@@ -239,11 +228,15 @@ class DeploymentPlacementActor:
         source = f"deployment {deployment.get('name')!r}" if isinstance(deployment, Mapping) else "deployment"
         wanted = parse_model(Deployment, deployment, source)
         if constraints is not None:
-            limits = parse_model(PlacementConstraints, constraints, f"deployment {wanted.name!r}: constraints")
+            limits = parse_model(
+                PlacementConstraints, constraints, f"deployment {wanted.name!r}: constraints"
+            )
             wanted = wanted.model_copy(update={"constraints": limits})
         return wanted
 
-    def _request(self, wanted: Deployment, indices: Iterable[int], standing: Mapping[str, int], nodes: list[NodeInfo]) -> Request:
+    def _request(
+        self, wanted: Deployment, indices: Iterable[int], standing: Mapping[str, int], nodes: list[NodeInfo]
+    ) -> Request:
         limits = wanted.constraints or PlacementConstraints()
         known = {name for info in nodes for name in (info.id, info.name, info.address)}
         for field in ("gpu_nodes", "egress_nodes", "egress_preference"):
@@ -263,13 +256,17 @@ class DeploymentPlacementActor:
             standing=dict(standing),
         )
 
-    def _snapshot(self, nodes: list[NodeInfo], ignoring: str | None = None, full: Mapping[str, int] | None = None) -> Snapshot:
-        return self._books.snapshot(nodes, self._shapes, groups.available_resources(), ignoring, full)
+    def _snapshot(
+        self, nodes: list[NodeInfo], ignoring: str | None = None, full: Mapping[str, int] | None = None
+    ) -> Snapshot:
+        return self._books.snapshot(
+            nodes, self._fleet.shapes, self._fleet.foreign, groups.available_resources(), ignoring, full
+        )
 
     def _patiently(self, decide: Callable[[], Any]) -> Any:
         """Decides; before a refusal stands, looks once more with books that show our own last change."""
         while True:
-            changed_at = self._changed_at
+            changed_at = self._fleet.changed_at
             try:
                 return decide()
             except Unplaceable:
@@ -280,7 +277,7 @@ class DeploymentPlacementActor:
 
     def _plan_all(self, wanted: Sequence[Deployment]) -> list[PlacementPlan]:
         nodes = live_nodes()
-        self._meet(nodes)
+        self._fleet.meet(nodes)
         with self._lock:
             snapshot = self._snapshot(nodes)
             plans = []
@@ -303,10 +300,19 @@ class DeploymentPlacementActor:
                 plans.append(self._preview(one, keep, outcome, snapshot))
             return plans
 
-    def _preview(self, one: Deployment, keep: Mapping[int, NodeAssignment], outcome: Plan, snapshot: Snapshot) -> PlacementPlan:
+    def _preview(
+        self, one: Deployment, keep: Mapping[int, NodeAssignment], outcome: Plan, snapshot: Snapshot
+    ) -> PlacementPlan:
         planned = {
             index: PlannedAssignment(
-                index, a.node, a.node_name, list(a.gpus), a.weakest_link, a.weakest_gb_per_s, a.egress_resource, a.egress_units
+                index,
+                a.node,
+                a.node_name,
+                list(a.gpus),
+                a.weakest_link,
+                a.weakest_gb_per_s,
+                a.egress_resource,
+                a.egress_units,
             )
             for index, a in keep.items()
         }
@@ -329,7 +335,7 @@ class DeploymentPlacementActor:
     # -- reserving ---------------------------------------------------------------------------------
 
     @contextmanager
-    def _sole(self, name: str) -> Any:
+    def _sole(self, name: str) -> Iterator[None]:
         """One change of a deployment at a time; different deployments change side by side."""
         with self._lock:
             lock = self._name_locks.setdefault(name, threading.Lock())
@@ -381,26 +387,31 @@ class DeploymentPlacementActor:
         for _ in range(MAX_REPLANS):
             claim = self._patiently(lambda: self._claim(wanted, indices, standing.nodes(), full))
             try:
-                filled, refusals = self._enact(claim)
+                reserved, refusals = self._fleet.reserve(claim)
             finally:
                 with self._lock:
                     self._books.claims.remove(claim)
             if not refusals:
-                for order, assignment in filled:
+                for order, assignment in reserved:
                     standing.replicas[assignment.replica_index] = assignment
                     standing.orders[assignment.replica_index] = order
                 return
-            undone = Standing(wanted, {a.replica_index: a for _, a in filled}, {a.replica_index: o for o, a in filled})
-            self._give_back(undone, list(undone.replicas))
-            for node, tried, why, is_full in refusals:
-                where, attempts, reason = node.name, attempts + tried, why
-                if is_full:
-                    full[node.id] = wanted.gpus_per_replica - 1
+            self._fleet.give_back(reserved)
+            for refusal in refusals:
+                where, attempts, reason = refusal.node_name, attempts + refusal.attempts, refusal.reason
+                if refusal.full:
+                    full[refusal.node_id] = wanted.gpus_per_replica - 1
         raise ReservationFailed(wanted.name, where, attempts, reason)
 
-    def _claim(self, wanted: Deployment, indices: tuple[int, ...], standing: Mapping[str, int], full: Mapping[str, int]) -> Claim:
+    def _claim(
+        self,
+        wanted: Deployment,
+        indices: tuple[int, ...],
+        standing: Mapping[str, int],
+        full: Mapping[str, int],
+    ) -> Claim:
         nodes = live_nodes()
-        self._meet(nodes)
+        self._fleet.meet(nodes)
         with self._lock:
             request = self._request(wanted, indices, standing, nodes)
             outcome = planner.plan(self._snapshot(nodes, full=full), request)
@@ -410,136 +421,9 @@ class DeploymentPlacementActor:
             self._books.claims.append(claim)
             return claim
 
-    def _enact(
-        self, claim: Claim
-    ) -> tuple[list[tuple[str, NodeAssignment]], list[tuple[NodeInfo, int, str, bool]]]:
-        """Reserves a claim on all its nodes side by side.
-
-        Returns:
-            (order name, assignment) of what was reserved, and (node, attempts, reason, full?) of each refusal.
-        """
-        nodes = {info.id: info for info in live_nodes()}
-        names = {r.replica_index: f"{self._prefix}{claim.deployment.name}:{r.replica_index}:{secrets.token_hex(4)}" for r in claim.replicas}
-        by_node: dict[str, list[PlannedReplica]] = {}
-        for replica in claim.replicas:
-            by_node.setdefault(replica.node_id, []).append(replica)
-
-        filled: list[tuple[str, NodeAssignment]] = []
-        refusals: list[tuple[NodeInfo, int, str, bool]] = []
-        pending: list[tuple[str, Any]] = []
-        for node_id, replicas in by_node.items():
-            info = nodes.get(node_id)
-            if info is None:
-                gone = NodeInfo(node_id, node_id[:12], "", 0)
-                refusals.append((gone, 1, "the node died", False))
-            elif claim.deployment.remote:
-                self._reserve_egress(info, claim.deployment, replicas, names, filled, refusals)
-            else:
-                orders = [Order(names[r.replica_index], claim.deployment.gpus_per_replica) for r in replicas]
-                pending.append((node_id, self._agent(info).reserve.remote(orders)))
-        for node_id, reference in pending:
-            info = nodes[node_id]
-            try:
-                reply: Reply = ray.get(reference, timeout=RESERVE_DEADLINE_SECONDS)
-            except ray.exceptions.RayError as error:
-                logger.exception("the node actor of %s failed", info.name)
-                if not isinstance(error, ray.exceptions.RayTaskError):
-                    self._lose_agent(node_id)
-                refusals.append((info, 1, f"its node actor failed: {type(error).__name__}", False))
-                continue
-            with self._lock:
-                self._books.foreign[node_id] = frozenset(reply.foreign_gpus)
-            if reply.refused is not None:
-                refusals.append((info, reply.refused.attempts, reply.refused.reason, reply.refused.full))
-            for replica, one in zip(by_node[node_id], reply.filled, strict=False):
-                assignment = NodeAssignment(
-                    replica.replica_index, node_id, list(one.gpus), one.group, list(one.bundles), info.name,
-                    list(one.ray_gpus), one.weakest_link, one.weakest_gb_per_s, one.ray_weakest_gb_per_s,
-                )  # fmt: skip
-                filled.append((one.order.name, assignment))
-        self._changed_at = time.monotonic()
-        return filled, refusals
-
-    def _reserve_egress(
-        self,
-        info: NodeInfo,
-        wanted: Deployment,
-        replicas: Sequence[PlannedReplica],
-        names: Mapping[int, str],
-        filled: list[tuple[str, NodeAssignment]],
-        refusals: list[tuple[NodeInfo, int, str, bool]],
-    ) -> None:
-        """Reserves egress capacity. There are no slots to steer, so that Ray's own table verifies it."""
-        made = []
-        for replica in replicas:
-            resource, units = replica.egress_resource or "", wanted.egress_per_replica
-            group = groups.create_group(names[replica.replica_index], [{resource: units}], info.id)
-            made.append((replica, group))
-        for replica, group in made:
-            if not groups.ready_or_removed(group) or groups.node_of_group(group) != info.id:
-                groups.remove_group(group)
-                refusals.append((info, 1, "another Ray user took egress capacity meanwhile", False))
-                continue
-            assignment = NodeAssignment(
-                replica.replica_index, info.id, [], group, [0], info.name,
-                egress_resource=replica.egress_resource, egress_units=wanted.egress_per_replica,
-            )  # fmt: skip
-            filled.append((names[replica.replica_index], assignment))
-
     def _give_back(self, standing: Standing, indices: Iterable[int]) -> None:
-        """Removes the groups of some replicas, by their node actors so that no steering is disturbed."""
-        by_node: dict[str, list[tuple[str, Any]]] = {}
-        for index in indices:
-            assignment = standing.replicas.pop(index)
-            order = standing.orders.pop(index)
-            if assignment.gpus and assignment.node in self._agents:
-                by_node.setdefault(assignment.node, []).append((order, assignment.placement_group))
-            else:
-                groups.remove_group(assignment.placement_group, ready=True)
-        calls = {node: (self._agents[node].release.remote(orders), orders) for node, orders in by_node.items()}
-        for node, (reference, orders) in calls.items():
-            try:
-                ray.get(reference, timeout=RESERVE_DEADLINE_SECONDS)
-            except ray.exceptions.RayError:
-                self._lose_agent(node)
-                for _, group in orders:
-                    groups.remove_group(group)
-        self._changed_at = time.monotonic()
-
-    # -- nodes and their actors --------------------------------------------------------------------
-
-    def _agent(self, info: NodeInfo) -> Any:
-        with self._lock:
-            agent = self._agents.get(info.id)
-            if agent is None:
-                agent = self._agents[info.id] = self._make_agent(info)
-                agent.adopt.remote(self._books.holdings(info.id))
-            return agent
-
-    def _lose_agent(self, node_id: str) -> None:
-        with self._lock:
-            self._agents.pop(node_id, None)
-
-    def _meet(self, nodes: Sequence[NodeInfo], again: bool = False) -> None:
-        """Makes sure that every GPU node has its actor and has said what its GPUs are, all side by side."""
-        asked = {
-            info.id: self._agent(info).facts.remote()
-            for info in nodes
-            if info.gpu_count and info.label_problem() is None and (again or info.id not in self._facts)
-        }
-        if not asked:
-            return
-        ray.wait(list(asked.values()), num_returns=len(asked), timeout=FACTS_DEADLINE_SECONDS)
-        for node_id, reference in asked.items():
-            try:
-                facts = ray.get(reference, timeout=0)
-            except ray.exceptions.RayError as error:
-                facts = NodeFacts(source="none", problem=f"the node actor does not answer: {type(error).__name__}")
-                self._lose_agent(node_id)
-            with self._lock:
-                if facts.gpus or node_id not in self._shapes:
-                    self._shapes[node_id] = facts.topology()
-                self._facts[node_id] = facts
+        """Removes the groups of some replicas."""
+        self._fleet.give_back([(standing.orders.pop(i), standing.replicas.pop(i)) for i in tuple(indices)])
 
     def _reload(self) -> None:
         """Reads the ledger, and removes groups that carry our token but stand in no record."""
@@ -556,7 +440,9 @@ def _differences(old: Deployment, new: Deployment) -> dict[str, tuple[str, str]]
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
     # Nested fields may name endpoints and key references: say only that they differ.
     return {
-        field: (str(before[field]), str(after[field])) if not isinstance(after[field] or before[field], dict) else ("one", "another")
+        field: (str(before[field]), str(after[field]))
+        if not isinstance(after[field] or before[field], dict)
+        else ("one", "another")
         for field in after
         if before[field] != after[field]
     }

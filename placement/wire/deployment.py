@@ -78,21 +78,27 @@ class ApiKey(Model):
     Exactly one of the two is set. Which node resolves it, and when, is up to the worker: see :meth:`resolve`.
     """
 
-    from_env: str | None = Field(default=None, description="name of an environment variable on the egress node")
+    from_env: str | None = Field(
+        default=None, description="name of an environment variable on the egress node"
+    )
     from_file: str | None = Field(default=None, description="path of a file on the egress node")
 
     @field_validator("from_env")
     @classmethod
     def _is_a_name(cls, value: str | None) -> str | None:
         if value is not None and not _ENV_PATTERN.fullmatch(value):
-            raise ValueError("is not the name of an environment variable; name one, never paste the key itself")
+            raise ValueError(
+                "is not the name of an environment variable; name one, never paste the key itself"
+            )
         return value
 
     @field_validator("from_file")
     @classmethod
     def _is_a_path(cls, value: str | None) -> str | None:
         if value is not None and not value.startswith(("/", "~/", "./")):
-            raise ValueError("is not a path that starts with /, ~/ or ./; name a file, never paste the key itself")
+            raise ValueError(
+                "is not a path that starts with /, ~/ or ./; name a file, never paste the key itself"
+            )
         return value
 
     @model_validator(mode="before")
@@ -138,7 +144,9 @@ class ApiKey(Model):
 class RuntimeConfig(Model):
     """How the runtime is reached and configured."""
 
-    runtime: Runtime | None = Field(default=None, description="the runtime, where the deployment does not say")
+    runtime: Runtime | None = Field(
+        default=None, description="the runtime, where the deployment does not say"
+    )
     transport: Transport | None = Field(default=None, description="required by, and only for, runtime custom")
     provider: str | None = Field(default=None, description="provider that a custom remote runtime calls")
     api_key: ApiKey | None = Field(default=None, description="remote runtimes: a reference to the key")
@@ -149,7 +157,9 @@ class RuntimeConfig(Model):
     @classmethod
     def _provider(cls, value: str | None) -> str | None:
         if value is not None and not _PROVIDER_PATTERN.fullmatch(value):
-            raise ValueError("use lower-case letters, digits and _; it names the node resource egress_<provider>")
+            raise ValueError(
+                "use lower-case letters, digits and _; it names the node resource egress_<provider>"
+            )
         return value
 
     @field_validator("options")
@@ -157,7 +167,9 @@ class RuntimeConfig(Model):
     def _no_secrets(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
         secret = next((key for key in value if _SECRET_PATTERN.search(key)), None)
         if secret is not None:
-            raise ValueError(f"{secret!r} looks like a secret, and options are stored; use api_key with a reference")
+            raise ValueError(
+                f"{secret!r} looks like a secret, and options are stored; use api_key with a reference"
+            )
         return value
 
     @field_validator("base_url")
@@ -171,7 +183,9 @@ class RuntimeConfig(Model):
 class Serving(Model):
     """How a replica serves."""
 
-    max_concurrent: Count = Field(default=1, description="requests in flight per replica; egress units it takes")
+    max_concurrent: Count = Field(
+        default=1, description="requests in flight per replica; egress units it takes"
+    )
     on_capacity_exhausted: Literal["queue", "reject"] = Field(
         default="queue", description="what the replica does with a request above max_concurrent"
     )
@@ -193,7 +207,9 @@ class PlacementConstraints(Model):
 
     gpu_nodes: tuple[str, ...] | None = Field(default=None, min_length=1)
     egress_nodes: tuple[str, ...] | None = Field(default=None, min_length=1)
-    egress_preference: tuple[str, ...] = Field(default=(), description="egress nodes to try first, best first")
+    egress_preference: tuple[str, ...] = Field(
+        default=(), description="egress nodes to try first, best first"
+    )
 
 
 class Deployment(Model):
@@ -206,7 +222,9 @@ class Deployment(Model):
 
     name: str = Field(description="unique in the cluster; letters, digits, '.', '_' and '-', at most 63")
     model: str = Field(description="what the runtime loads or the provider is asked for")
-    runtime: Runtime | None = Field(default=None, description="else runtime_config.runtime, else by the model's name")
+    runtime: Runtime | None = Field(
+        default=None, description="else runtime_config.runtime, else by the model's name"
+    )
     runtime_config: RuntimeConfig | None = None
     gpus: Annotated[int, BeforeValidator(_gpus)] | None = Field(
         default=None, description="GPUs per replica; 1 if left out on a local runtime; never on a remote one"
@@ -240,21 +258,29 @@ class Deployment(Model):
     def _consistent(self) -> Deployment:
         config = self.runtime_config
         if config and self.runtime and config.runtime and config.runtime != self.runtime:
-            raise ValueError(f"runtime is {self.runtime!r} but runtime_config.runtime is {config.runtime!r}; keep one")
+            raise ValueError(
+                f"runtime is {self.runtime!r} but runtime_config.runtime is {config.runtime!r}; keep one"
+            )
         if self.runtime_name == "custom":
             if config is None or config.transport is None:
-                raise ValueError('runtime custom needs runtime_config.transport: "local_gpu" or "remote_network"')
+                raise ValueError(
+                    'runtime custom needs runtime_config.transport: "local_gpu" or "remote_network"'
+                )
             if config.transport == "remote_network" and config.provider is None:
                 raise ValueError("a custom remote runtime needs runtime_config.provider, such as openai")
         elif config and (config.transport is not None or config.provider is not None):
-            raise ValueError(f"runtime_config.transport and provider are for runtime custom, not {self.runtime_name}")
+            raise ValueError(
+                f"runtime_config.transport and provider are for runtime custom, not {self.runtime_name}"
+            )
         if self.remote and self.gpus is not None:
             raise ValueError(
                 f"gpus: {self.gpus} on a remote deployment ({self.runtime_name}); leave gpus out, "
                 "or set runtime to a local one such as vllm"
             )
         if config and config.api_key and not self.remote:
-            raise ValueError(f"runtime_config.api_key is for remote runtimes, not {self.runtime_name}; remove it")
+            raise ValueError(
+                f"runtime_config.api_key is for remote runtimes, not {self.runtime_name}; remove it"
+            )
         return self
 
     @property

@@ -25,7 +25,9 @@ class GpuFacts(Model):
     numa_nodes: tuple[int, ...] = Field(default=(), description="NUMA nodes near the GPU; empty if unknown")
     cpus: tuple[int, ...] = Field(default=(), description="CPUs near the GPU; empty if unknown")
     mig_enabled: bool | None = None
-    nvswitch_links: int | None = Field(default=None, description="NVLinks of this GPU that end in an NVSwitch")
+    nvswitch_links: int | None = Field(
+        default=None, description="NVLinks of this GPU that end in an NVSwitch"
+    )
     errors: tuple[str, ...] = Field(default=(), description="NVML calls that failed on this GPU, and how")
 
     @property
@@ -60,8 +62,12 @@ class NodeFacts(Model):
     gpus: tuple[GpuFacts, ...] = ()
     pairs: tuple[PairFacts, ...] = ()
     driver_version: str | None = None
-    age_seconds: float | None = Field(default=None, description="how old the reading is, set when it is handed out")
-    problem: str | None = Field(default=None, description="why the newest reading failed or is partial, if it is")
+    age_seconds: float | None = Field(
+        default=None, description="how old the reading is, set when it is handed out"
+    )
+    problem: str | None = Field(
+        default=None, description="why the newest reading failed or is partial, if it is"
+    )
 
     def topology(self) -> Topology:
         """The reading as a :class:`~placement.core.topology.Topology`."""

@@ -43,7 +43,11 @@ def parse_deployments(text: str, suffix: str, source: str) -> list[Deployment]:
         raise InvalidDeployment(source, (f"is empty; add at least one deployment under {example}",))
     if not isinstance(content, Mapping):
         raise InvalidDeployment(source, (f"is not a mapping; put the deployments under {example}",))
-    problems = [f"unknown field {key!r} at the top; the file holds only deployments" for key in content if key != "deployments"]
+    problems = [
+        f"unknown field {key!r} at the top; the file holds only deployments"
+        for key in content
+        if key != "deployments"
+    ]
     entries = content.get("deployments")
     if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
         problems.append(f"has no deployments; add at least one under {example}")
@@ -61,7 +65,9 @@ def parse_deployments(text: str, suffix: str, source: str) -> list[Deployment]:
             continue
         if deployment.name in first_seen:
             first = first_seen[deployment.name]
-            problems.append(f"{label}: name {deployment.name!r} is already used by deployment {first}; rename one")
+            problems.append(
+                f"{label}: name {deployment.name!r} is already used by deployment {first}; rename one"
+            )
         first_seen.setdefault(deployment.name, number)
         deployments.append(deployment)
     if problems:

@@ -30,7 +30,9 @@ def left_over() -> dict[str, Any]:
     """What is not free, and which groups are not removed; empty when all is given back."""
     total, free = ray.cluster_resources(), ray.available_resources()
     watched = [name for name in total if name == "GPU" or name == "egress" or name.startswith("egress_")]
-    short = {name: (total[name], free.get(name, 0.0)) for name in watched if free.get(name, 0.0) != total[name]}
+    short = {
+        name: (total[name], free.get(name, 0.0)) for name in watched if free.get(name, 0.0) != total[name]
+    }
     groups = {gid: row["state"] for gid, row in placement_group_table().items() if row["state"] != "REMOVED"}
     return short | groups
 

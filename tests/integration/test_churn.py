@@ -14,7 +14,7 @@ from ray.util.placement_group import placement_group, placement_group_table
 
 import placement
 from placement.runtime.embedded import SimulatedNode
-from placement.runtime.groups import remove_group, ready_or_removed
+from placement.runtime.groups import ready_or_removed, remove_group
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 STEPS = 120
@@ -96,7 +96,9 @@ def test_random_steps_beside_another_user(service: Any, neighbour: Neighbour) ->
             continue
         gpus, replicas = chance.choice([(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (4, 1), (0, 1)])
         wanted: dict[str, Any] = {"name": f"step-{step}", "replicas": replicas}
-        wanted |= {"model": "m", "gpus": gpus} if gpus else {"model": "gpt-4o", "serving": {"max_concurrent": 2}}
+        wanted |= (
+            {"model": "m", "gpus": gpus} if gpus else {"model": "gpt-4o", "serving": {"max_concurrent": 2}}
+        )
         try:
             result = ray.get(service.place.remote(wanted))
         except (placement.Unplaceable, placement.ReservationFailed):
@@ -109,6 +111,8 @@ def test_random_steps_beside_another_user(service: Any, neighbour: Neighbour) ->
         assert len(taken) == len(set(taken)), f"step {step}: a GPU is in two hands"
         names = [row["name"] for row in placement_group_table().values() if row["state"] != "REMOVED"]
         assert not [name for name in names if name.startswith("hold-")], "holds are gone once placing returns"
-    print(f"placed {placed}, refused {refused}, released {released}; the other user took GPUs {neighbour.taken} times")
+    print(
+        f"placed {placed}, refused {refused}, released {released}; the other user took GPUs {neighbour.taken} times"
+    )
     assert placed >= STEPS // 4
     assert neighbour.taken > 0

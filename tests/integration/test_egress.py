@@ -14,9 +14,17 @@ from tests.integration.conftest import settled
 pytestmark = pytest.mark.integration
 
 
-def remote(name: str, model: str = "gpt-4o", key: str = "OPENAI_API_KEY", units: int = 4, **fields: Any) -> dict[str, Any]:
+def remote(
+    name: str, model: str = "gpt-4o", key: str = "OPENAI_API_KEY", units: int = 4, **fields: Any
+) -> dict[str, Any]:
     config = {"api_key": {"from_env": key}}
-    return {"name": name, "model": model, "runtime_config": config, "serving": {"max_concurrent": units}, **fields}
+    return {
+        "name": name,
+        "model": model,
+        "runtime_config": config,
+        "serving": {"max_concurrent": units},
+        **fields,
+    }
 
 
 def nodes_of(result: placement.PlacementResult) -> list[str]:

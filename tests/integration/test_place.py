@@ -29,7 +29,9 @@ class Worker:
 
 def ranks_gpus(assignment: NodeAssignment) -> list[int]:
     """What a worker at each rank says it got; the workers are ended again."""
-    workers = [Worker.options(**assignment.actor_options(rank)).remote() for rank in range(len(assignment.gpus))]
+    workers = [
+        Worker.options(**assignment.actor_options(rank)).remote() for rank in range(len(assignment.gpus))
+    ]
     got = ray.get([worker.gpus.remote() for worker in workers])
     assert ray.get(workers[0].node.remote()) == assignment.node
     for worker in workers:
@@ -51,7 +53,9 @@ def another_user(node: str, gpus: int = 1) -> Any:
 
 
 def test_the_workers_of_every_replica_get_exactly_the_gpus_of_the_result(service: Any) -> None:
-    result = ray.get(service.place.remote(Deployment(name="llama", model="meta-llama/Llama-3.1-70B", gpus=4, replicas=2)))
+    result = ray.get(
+        service.place.remote(Deployment(name="llama", model="meta-llama/Llama-3.1-70B", gpus=4, replicas=2))
+    )
     assert [a.replica_index for a in result.assignments] == [0, 1]
     for assignment in result.assignments:
         assert ranks_gpus(assignment) == assignment.gpus
@@ -168,13 +172,17 @@ def test_the_same_deployment_asked_for_twice_at_once_is_placed_once(service: Any
 
 
 def test_unknown_nodes_and_bad_fields_are_named(service: Any) -> None:
-    with pytest.raises(placement.UnknownNode, match=r"constraints.gpu_nodes: no node 'nowhere'; use one of: dgx"):
+    with pytest.raises(
+        placement.UnknownNode, match=r"constraints.gpu_nodes: no node 'nowhere'; use one of: dgx"
+    ):
         ray.get(service.place.remote({"name": "x", "model": "m"}, {"gpu_nodes": ["nowhere"]}))
     with pytest.raises(placement.InvalidDeployment, match="gpus: 1.5 GPUs is fractional"):
         ray.get(service.place.remote({"name": "x", "model": "m", "gpus": 1.5}))
     with pytest.raises(placement.InvalidDeployment, match="unknown field 'gpu'"):
         ray.get(service.place.remote({"name": "x", "model": "m", "gpu": 1}))
-    with pytest.raises(placement.NotEnoughGpus, match="1 node: has fewer than 4 GPUs free|largest node has 4"):
+    with pytest.raises(
+        placement.NotEnoughGpus, match="1 node: has fewer than 4 GPUs free|largest node has 4"
+    ):
         ray.get(service.place.remote({"name": "x", "model": "m", "gpus": 5}, {"gpu_nodes": ["pcie"]}))
 
 
@@ -183,7 +191,9 @@ def test_starting_again_finds_the_same_service(service: Any) -> None:
 
 
 def test_a_restarted_service_knows_what_stands(service: Any) -> None:
-    before = ray.get(service.place.remote({"name": "stays", "model": "m", "gpus": 2, "replicas": 2})).to_dict()
+    before = ray.get(
+        service.place.remote({"name": "stays", "model": "m", "gpus": 2, "replicas": 2})
+    ).to_dict()
     ray.kill(service, no_restart=False)
     assert ray.get(placement.connect().get.remote("stays")).to_dict() == before
     other = ray.get(service.place.remote({"name": "other", "model": "m", "gpus": 4}))

@@ -33,14 +33,22 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "deployments.toml"
         ("openai/whisper-large-v3", "vllm", "local_gpu", None),
     ],
 )
-def test_the_runtime_follows_from_the_models_name(model: str, runtime: str, transport: str, provider: str | None) -> None:
+def test_the_runtime_follows_from_the_models_name(
+    model: str, runtime: str, transport: str, provider: str | None
+) -> None:
     deployment = Deployment(name="d", model=model)
-    assert (deployment.runtime_name, deployment.transport, deployment.provider) == (runtime, transport, provider)
+    assert (deployment.runtime_name, deployment.transport, deployment.provider) == (
+        runtime,
+        transport,
+        provider,
+    )
 
 
 def test_what_is_said_wins_over_what_is_inferred() -> None:
     explicit = Deployment(name="d", model="gpt-4o", runtime="vllm")
-    configured = Deployment.model_validate({"name": "d", "model": "gpt-4o", "runtime_config": {"runtime": "candle"}})
+    configured = Deployment.model_validate(
+        {"name": "d", "model": "gpt-4o", "runtime_config": {"runtime": "candle"}}
+    )
     assert (explicit.runtime_name, configured.runtime_name) == ("vllm", "candle")
 
 
@@ -53,9 +61,13 @@ def test_a_local_replica_takes_one_gpu_by_default_and_a_remote_one_none() -> Non
 def test_a_custom_runtime_says_its_transport() -> None:
     fields = {"name": "d", "model": "m", "runtime": "custom"}
     local = Deployment.model_validate({**fields, "runtime_config": {"transport": "local_gpu"}})
-    remote = Deployment.model_validate({**fields, "runtime_config": {"transport": "remote_network", "provider": "acme"}})
+    remote = Deployment.model_validate(
+        {**fields, "runtime_config": {"transport": "remote_network", "provider": "acme"}}
+    )
     assert (local.gpus_per_replica, remote.provider) == (1, "acme")
-    with pytest.raises(ValidationError, match=r'needs runtime_config.transport: "local_gpu" or "remote_network"'):
+    with pytest.raises(
+        ValidationError, match=r'needs runtime_config.transport: "local_gpu" or "remote_network"'
+    ):
         Deployment.model_validate(fields)
 
 
@@ -79,7 +91,10 @@ def test_a_custom_runtime_says_its_transport() -> None:
         ({"replica": 2}, "unknown field 'replica'; known here: name, model"),
         ({"serving": {"concurrency": 2}}, "unknown field 'serving.concurrency'; known here: max_concurrent"),
         ({"serving": {"max_concurrent": 0}}, "serving.max_concurrent: 0 is too small"),
-        ({"runtime_config": {"api_key": {"from_env": "K"}}}, "runtime_config.api_key is for remote runtimes, not vllm"),
+        (
+            {"runtime_config": {"api_key": {"from_env": "K"}}},
+            "runtime_config.api_key is for remote runtimes, not vllm",
+        ),
         ({"model": "gpt-4o", "runtime_config": {"api_key": {}}}, "set exactly one of from_env and from_file"),
         ({"constraints": {"gpu_nodes": []}}, "constraints.gpu_nodes: "),
     ],
@@ -136,14 +151,20 @@ def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
 
 def test_the_same_name_twice_in_a_file_is_refused() -> None:
     text = "deployments: [{name: a, model: m}, {name: b, model: m}, {name: a, model: n}]"
-    with pytest.raises(InvalidDeployment, match="deployment 3 .a.: name 'a' is already used by deployment 1; rename one"):
+    with pytest.raises(
+        InvalidDeployment, match="deployment 3 .a.: name 'a' is already used by deployment 1; rename one"
+    ):
         parse_deployments(text, ".yaml", "f.yaml")
 
 
-def test_a_missing_variable_matters_only_where_the_key_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_variable_matters_only_where_the_key_is_needed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.delenv("MY_KEY", raising=False)
     key = ApiKey(from_env="MY_KEY")
-    with pytest.raises(MissingSecret, match="from_env: MY_KEY is not set where the key is needed; export MY_KEY"):
+    with pytest.raises(
+        MissingSecret, match="from_env: MY_KEY is not set where the key is needed; export MY_KEY"
+    ):
         key.resolve()
     monkeypatch.setenv("MY_KEY", "value")
     assert key.resolve() == "value"
@@ -154,7 +175,9 @@ def test_a_missing_variable_matters_only_where_the_key_is_needed(monkeypatch: py
 def test_one_key_reference_is_one_identity_whatever_the_model() -> None:
     def identity(model: str, variable: str) -> str | None:
         config = {"api_key": {"from_env": variable}}
-        return Deployment.model_validate({"name": "d", "model": model, "runtime_config": config}).key_fingerprint
+        return Deployment.model_validate(
+            {"name": "d", "model": model, "runtime_config": config}
+        ).key_fingerprint
 
     assert identity("gpt-4o", "A") == identity("gpt-4o-mini", "A") != identity("gpt-4o", "B")
     assert Deployment(name="d", model="gpt-4o").key_fingerprint == identity("gpt-4o", "OPENAI_API_KEY")

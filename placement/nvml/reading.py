@@ -1,0 +1,297 @@
+"""One reading, in this process. The only module that imports pynvml.
+
+What a call that fails means, fact by fact:
+
+- The fact is unknown (``None``, ``()``, ``Path.UNKNOWN``), never zero; every other fact is still read.
+- The failure is reported, in ``GpuFacts.errors`` or, for pairs and the node, only in ``NodeFacts.problem``;
+  but not where it says that this GPU or this driver has no such feature (``_NO_FEATURE``).
+- A GPU without NVLink answers NOT_SUPPORTED, or INVALID_ARGUMENT, for every link number. That is zero
+  NVLinks, and known, unless the same GPU counts some links elsewhere (field 91): then it is unknown.
+- A fact that another call tells as well is taken from there: the memory from the older call, the links of a
+  GPU from their other ends, the links to a switch from field 147.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pynvml
+
+from placement.core.topology import Path, ordinals
+from placement.wire.facts import GpuFacts, NodeFacts, PairFacts
+
+_NO_FEATURE = {
+    pynvml.NVML_ERROR_NOT_SUPPORTED,
+    pynvml.NVML_ERROR_FUNCTION_NOT_FOUND,  # the driver is older than the binding
+    pynvml.NVML_ERROR_ARGUMENT_VERSION_MISMATCH,  # the same, for a newer version of a structure
+    pynvml.NVML_ERROR_DEPRECATED,
+}
+_NO_LINK = {pynvml.NVML_ERROR_NOT_SUPPORTED, pynvml.NVML_ERROR_INVALID_ARGUMENT}
+_ABSENT = -1
+
+# Linux knows at most 1024 NUMA nodes and 8192 CPUs (its Kconfig: NODES_SHIFT, NR_CPUS).
+_NUMA_WORDS, _CPU_WORDS = 1024 // 64, 8192 // 64
+
+_LINK_COUNT = (pynvml.NVML_FI_DEV_NVLINK_LINK_COUNT, 0)
+_SWITCH_LINK_COUNT = (pynvml.NVML_FI_DEV_NVSWITCH_CONNECTED_LINK_COUNT, 0)
+_LINK_STATES = tuple((pynvml.NVML_FI_DEV_NVLINK_GET_STATE, n) for n in range(pynvml.NVML_NVLINK_MAX_LINKS))
+_ACTIVE = {pynvml.NVML_NVLINK_STATE_ACTIVE, pynvml.NVML_NVLINK_STATE_SLEEP}  # traffic wakes a sleeping link
+
+_ANCESTORS = {
+    pynvml.NVML_TOPOLOGY_INTERNAL: Path.PIX,  # two GPUs on one board
+    pynvml.NVML_TOPOLOGY_SINGLE: Path.PIX,
+    pynvml.NVML_TOPOLOGY_MULTIPLE: Path.PXB,
+    pynvml.NVML_TOPOLOGY_HOSTBRIDGE: Path.PHB,
+    pynvml.NVML_TOPOLOGY_NODE: Path.NODE,
+    pynvml.NVML_TOPOLOGY_SYSTEM: Path.SYS,
+}
+_PEER_OK, _PEER_UNKNOWN = 0, 6
+_PEER_READ, _PEER_WRITE = 0, 1  # pynvml's own NVML_P2P_CAPS_INDEX_READ is a tuple by mistake
+
+
+def read() -> NodeFacts:
+    """Reads the GPUs of this node in this process. May block for ever: see :class:`~placement.nvml.Reader`.
+
+    Used memory is all that is not free, the driver's own included. Never raises: without a usable NVML the
+    source is ``"none"`` and ``problem`` says why.
+    """
+    try:
+        pynvml.nvmlInitWithFlags(pynvml.NVML_INIT_FLAG_NO_GPUS)
+    except pynvml.NVMLError_LibraryNotFound:
+        return NodeFacts(source="none", problem="no NVIDIA driver here: libnvidia-ml.so.1 cannot be loaded")
+    except pynvml.NVMLError as error:
+        return NodeFacts(source="none", problem=f"NVML does not start: {_sentence(error)}")
+    try:
+        return _Reading().node()
+    finally:
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
+
+
+@dataclass(frozen=True)
+class _NvLinks:
+    """How many active NVLinks of one GPU lead to each PCI address, and to NVSwitches; ``None`` if unknown."""
+
+    peers: Mapping[str, int] | None
+    switch: int | None
+
+    def to(self, bus_id: str | None) -> int | None:
+        """How many lead straight to the GPU at that address."""
+        if self.peers is None or (bus_id is None and self.peers):
+            return None
+        return self.peers.get(bus_id, 0) if bus_id else 0
+
+
+_UNKNOWN_NVLINKS = _NvLinks(peers=None, switch=None)
+
+
+@dataclass
+class _Reading:
+    """One pass over all GPUs. Keeps what failed: (call, error) -> the GPUs that each such call was about."""
+
+    failures: dict[tuple[str, str], set[tuple[int, ...]]] = field(default_factory=dict)
+
+    def ask(
+        self,
+        gpus: tuple[int, ...],
+        call: Callable[..., Any],
+        *args: Any,
+        report: bool = True,
+        no_link: Any = None,
+    ) -> Any:
+        """What a call about ``gpus`` answers; ``None`` if it fails, ``no_link`` if there is no such link."""
+        try:
+            return call(*args)
+        except pynvml.NVMLError as error:
+            # By number: an error's class cannot be put in a set, and new errors have none.
+            if no_link is not None and error.value in _NO_LINK:
+                return no_link
+            if report and error.value not in _NO_FEATURE:
+                self.failures.setdefault((call.__name__, _sentence(error)), set()).add(gpus)
+        except UnicodeDecodeError:
+            self.failures.setdefault((call.__name__, "the text is damaged"), set()).add(gpus)
+        return None
+
+    def node(self) -> NodeFacts:
+        driver = self.ask((), pynvml.nvmlSystemGetDriverVersion)
+        try:
+            count = pynvml.nvmlDeviceGetCount()
+        except pynvml.NVMLError as error:
+            uncounted = f"NVML cannot count the GPUs: {_sentence(error)}"
+            return NodeFacts(source="none", driver_version=driver, problem=uncounted)
+        handles = [self.handle(gpu) for gpu in range(count)]
+        bus_ids = [
+            None if handle is None else _bus_id(self.ask((gpu,), pynvml.nvmlDeviceGetPciInfo_v3, handle))
+            for gpu, handle in enumerate(handles)
+        ]
+        links: list[_NvLinks] = []
+        gpus: list[GpuFacts] = []
+        for gpu, handle in enumerate(handles):
+            if handle is None:
+                links.append(_UNKNOWN_NVLINKS)
+                gpus.append(GpuFacts(ordinal=gpu, errors=self.errors_of(gpu)))
+                continue
+            capability = self.ask((gpu,), pynvml.nvmlDeviceGetCudaComputeCapability, handle)
+            links.append(self.nvlinks(gpu, handle, capability, bus_ids))
+            gpus.append(self.gpu(gpu, handle, bus_ids[gpu], capability, links[-1].switch))
+        pairs = tuple(
+            self.pair(a, b, handles, _between(links[a], links[b], bus_ids[a], bus_ids[b]))
+            for a in range(count)
+            for b in range(a + 1, count)
+        )
+        problem = self.problem()
+        return NodeFacts(source="nvml", gpus=tuple(gpus), pairs=pairs, driver_version=driver, problem=problem)
+
+    def handle(self, gpu: int) -> Any:
+        try:
+            return pynvml.nvmlDeviceGetHandleByIndex(gpu)
+        except pynvml.NVMLError as error:
+            # Whatever the reason, nothing of this GPU can be read: it is always reported.
+            self.failures.setdefault(("nvmlDeviceGetHandleByIndex", _sentence(error)), set()).add((gpu,))
+            return None
+
+    def gpu(
+        self,
+        gpu: int,
+        handle: Any,
+        bus_id: str | None,
+        capability: tuple[int, int] | None,
+        switch_links: int | None,
+    ) -> GpuFacts:
+        one = (gpu,)
+        memory = self.ask(one, pynvml.nvmlDeviceGetMemoryInfo, handle, pynvml.nvmlMemory_v2, report=False)
+        memory = memory or self.ask(one, pynvml.nvmlDeviceGetMemoryInfo, handle)
+        mig = self.ask(one, pynvml.nvmlDeviceGetMigMode, handle)
+        scope = pynvml.NVML_AFFINITY_SCOPE_NODE
+        return GpuFacts(
+            ordinal=gpu,
+            uuid=self.ask(one, pynvml.nvmlDeviceGetUUID, handle),
+            name=self.ask(one, pynvml.nvmlDeviceGetName, handle),
+            memory_total_bytes=memory and memory.total,
+            memory_used_bytes=memory and memory.total - memory.free,
+            compute_capability=capability,
+            pci_bus_id=bus_id,
+            numa_nodes=_bits(self.ask(one, pynvml.nvmlDeviceGetMemoryAffinity, handle, _NUMA_WORDS, scope)),
+            cpus=_bits(self.ask(one, pynvml.nvmlDeviceGetCpuAffinity, handle, _CPU_WORDS)),
+            mig_enabled=mig and mig[0] == pynvml.NVML_DEVICE_MIG_ENABLE,
+            nvswitch_links=switch_links,
+            errors=self.errors_of(gpu),
+        )
+
+    def pair(self, a: int, b: int, handles: Sequence[Any], nvlinks: int | None) -> PairFacts:
+        near, far = handles[a], handles[b]
+        if near is None or far is None:
+            return PairFacts(a=a, b=b, nvlinks=nvlinks)
+        level = self.ask((a, b), pynvml.nvmlDeviceGetTopologyCommonAncestor, near, far)
+        return PairFacts(
+            a=a,
+            b=b,
+            common_ancestor=_ANCESTORS.get(level, Path.UNKNOWN),
+            nvlinks=nvlinks,
+            peer_read=_allowed(self.ask((a, b), pynvml.nvmlDeviceGetP2PStatus, near, far, _PEER_READ)),
+            peer_write=_allowed(self.ask((a, b), pynvml.nvmlDeviceGetP2PStatus, near, far, _PEER_WRITE)),
+        )
+
+    def nvlinks(
+        self, gpu: int, handle: Any, capability: tuple[int, int] | None, bus_ids: Sequence[str | None]
+    ) -> _NvLinks:
+        """Where the active links of one GPU lead. One link that cannot be told makes all of them unknown."""
+        wanted = [_LINK_COUNT, _SWITCH_LINK_COUNT, *_LINK_STATES]
+        answers = self.ask((gpu,), pynvml.nvmlDeviceGetFieldValues, handle, wanted) or ()
+        fields = {(value.fieldId, value.scopeId): _field(value) for value in answers}
+        unknown = _NvLinks(peers=None, switch=_count(fields.get(_SWITCH_LINK_COUNT)))
+
+        # NCCL's choice too: from Hopper on the field tells the state, and the call is deprecated.
+        by_field = (capability or (0, 0)) >= (9, 0) and _count(fields.get(_LINK_STATES[0])) is not None
+        states: list[int] = []
+        for link, key in enumerate(_LINK_STATES):
+            if by_field:
+                state = fields.get(key)
+            else:
+                state = self.ask((gpu,), pynvml.nvmlDeviceGetNvLinkState, handle, link, no_link=_ABSENT)
+            if state is None:
+                return unknown
+            states.append(state)
+        if set(states) == {_ABSENT} and _count(fields.get(_LINK_COUNT)):
+            return unknown
+
+        peers: Counter[str] = Counter()
+        switch = 0
+        for link in (link for link, state in enumerate(states) if state in _ACTIVE):
+            kind = self.ask((gpu,), pynvml.nvmlDeviceGetNvLinkRemoteDeviceType, handle, link)
+            if kind == pynvml.NVML_NVLINK_DEVICE_TYPE_SWITCH:
+                switch += 1
+                continue
+            if kind == pynvml.NVML_NVLINK_DEVICE_TYPE_IBMNPU:
+                continue
+            remote = self.ask((gpu,), pynvml.nvmlDeviceGetNvLinkRemotePciInfo, handle, link)
+            bus_id = _bus_id(remote)
+            is_gpu = kind == pynvml.NVML_NVLINK_DEVICE_TYPE_GPU
+            if bus_id is not None and (is_gpu or bus_id in bus_ids):
+                peers[bus_id] += 1
+            elif remote is not None and bus_id is None and not is_gpu:
+                # Virtual machines and some switches hide the far end; NCCL takes that for a switch as well.
+                switch += 1
+            else:
+                return unknown
+        return _NvLinks(peers=peers, switch=switch)
+
+    def errors_of(self, gpu: int) -> tuple[str, ...]:
+        return tuple(f"{call}: {error}" for (call, error), where in self.failures.items() if (gpu,) in where)
+
+    def problem(self) -> str | None:
+        """All failures in one sentence, by error."""
+        by_error: dict[str, list[str]] = {}
+        for (call, error), where in self.failures.items():
+            # Where every failed pair has one GPU in common, it is that GPU.
+            gpus = set.intersection(*map(set, where)) or set().union(*where)
+            by_error.setdefault(error, []).append(f"{call} on GPU {ordinals(tuple(gpus))}" if gpus else call)
+        errors = (f"{error}: {', '.join(calls)}" for error, calls in by_error.items())
+        return "NVML answered in part: " + "; ".join(errors) if by_error else None
+
+
+def _between(one: _NvLinks, other: _NvLinks, one_bus_id: str | None, other_bus_id: str | None) -> int | None:
+    """NVLinks between two GPUs, as ``nvidia-smi topo -m`` counts them."""
+    # Either end can tell the direct ones.
+    direct = [n for n in (one.to(other_bus_id), other.to(one_bus_id)) if n is not None]
+    # A switch gives two GPUs what the one with fewer links has; one without any settles it.
+    switch = [n for n in (one.switch, other.switch) if n is not None]
+    known = [min(direct)] if direct else []
+    if len(switch) == 2 or 0 in switch:
+        known.append(min(switch))
+    return max(known) if len(known) == 2 or any(known) else None
+
+
+def _field(value: Any) -> int | None:
+    """A field's number. NVML gives each field a return code of its own."""
+    if value.nvmlReturn == pynvml.NVML_SUCCESS:
+        return int(value.value.uiVal)
+    return _ABSENT if value.nvmlReturn in _NO_LINK else None
+
+
+def _count(number: int | None) -> int | None:
+    return None if number == _ABSENT else number
+
+
+def _bus_id(pci: Any) -> str | None:
+    """The address as sysfs writes it. From the numbers, as the text has too few digits for some domains."""
+    if pci is None or not pci.busId or pci.busId.upper().startswith("FFFFFFFF"):
+        return None
+    return f"{pci.domain:04x}:{pci.bus:02x}:{pci.device:02x}.0"
+
+
+def _bits(words: Sequence[int] | None) -> tuple[int, ...]:
+    """The numbers of the bits that are set, in 64-bit words."""
+    return tuple(64 * i + bit for i, word in enumerate(words or ()) for bit in range(64) if word >> bit & 1)
+
+
+def _allowed(status: int | None) -> bool | None:
+    return None if status is None or status == _PEER_UNKNOWN else status == _PEER_OK
+
+
+def _sentence(error: pynvml.NVMLError) -> str:
+    return f"{str(error).rstrip('.')} (NVML error {error.value})"

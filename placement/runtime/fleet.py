@@ -1,0 +1,233 @@
+"""The GPU nodes' actors: meeting them, reserving on many of them side by side, giving back."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from placement.core.planner import PlannedReplica
+from placement.core.topology import Topology
+from placement.runtime import groups
+from placement.runtime.books import Claim
+from placement.runtime.discovery import NodeInfo, live_nodes
+from placement.runtime.node_agent import Order, Reply
+from placement.runtime.results import NodeAssignment
+from placement.wire.facts import NodeFacts
+
+FACTS_DEADLINE_SECONDS = 45.0
+"""A first NVML reading takes 30 s on an 8-GPU machine without persistence mode (Azure/aks-gpu#105)."""
+RESERVE_DEADLINE_SECONDS = 180.0
+
+logger = logging.getLogger(__name__)
+
+Reserved = tuple[str, NodeAssignment]
+"""The name of a replica's order, which begins its group's name, and the assignment."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A node that did not reserve what was planned. ``full``: it has too few GPUs free."""
+
+    node_id: str
+    node_name: str
+    attempts: int
+    reason: str
+    full: bool = False
+
+
+class Fleet:
+    """All node actors. Thread-safe.
+
+    Args:
+        make_agent: creates (or finds) the actor of a node.
+        holdings: node id -> (order name, GPUs) of what stands there, for an actor that is new.
+        prefix: begins the name of every group that is made.
+    """
+
+    def __init__(
+        self,
+        make_agent: Callable[[NodeInfo], Any],
+        holdings: Callable[[str], list[tuple[str, list[int]]]],
+        prefix: str,
+    ) -> None:
+        self._make_agent = make_agent
+        self._holdings = holdings
+        self._prefix = prefix
+        self._lock = threading.Lock()
+        self._agents: dict[str, Any] = {}
+        self.facts: dict[str, NodeFacts] = {}
+        self.shapes: dict[str, Topology] = {}
+        self.foreign: dict[str, frozenset[int]] = {}
+        self.changed_at = float("-inf")
+
+    def meet(self, nodes: Sequence[NodeInfo], again: bool = False) -> None:
+        """Makes sure that every GPU node has its actor and has said what its GPUs are, all side by side."""
+        asked = {
+            info.id: self._agent(info).facts.remote()
+            for info in nodes
+            if info.gpu_count and info.label_problem() is None and (again or info.id not in self.facts)
+        }
+        if not asked:
+            return
+        ray.wait(list(asked.values()), num_returns=len(asked), timeout=FACTS_DEADLINE_SECONDS)
+        for node_id, reference in asked.items():
+            try:
+                facts = ray.get(reference, timeout=0)
+            except ray.exceptions.RayError as error:
+                problem = f"the node actor does not answer: {type(error).__name__}"
+                facts = NodeFacts(source="none", problem=problem)
+                self._lost(node_id, error)
+            with self._lock:
+                if facts.gpus or node_id not in self.shapes:
+                    self.shapes[node_id] = facts.topology()
+                self.facts[node_id] = facts
+
+    def reserve(self, claim: Claim) -> tuple[list[Reserved], list[Refusal]]:
+        """Reserves a claim on all its nodes side by side; what some refuse, others may have reserved."""
+        nodes = {info.id: info for info in live_nodes()}
+        by_node: dict[str, list[PlannedReplica]] = {}
+        for replica in claim.replicas:
+            by_node.setdefault(replica.node_id, []).append(replica)
+        stem = f"{self._prefix}{claim.deployment.name}"
+        names = {
+            replica.replica_index: f"{stem}:{replica.replica_index}:{secrets.token_hex(4)}"
+            for replica in claim.replicas
+        }
+        reserved: list[Reserved] = []
+        refusals = [
+            Refusal(node_id, node_id[:12], 1, "the node died") for node_id in by_node if node_id not in nodes
+        ]
+        alive = {node_id: replicas for node_id, replicas in by_node.items() if node_id in nodes}
+        if claim.deployment.remote:
+            for node_id, replicas in alive.items():
+                self._reserve_egress(nodes[node_id], claim, replicas, names, reserved, refusals)
+        else:
+            calls = {
+                node_id: self._agent(nodes[node_id]).reserve.remote(
+                    [Order(names[r.replica_index], claim.deployment.gpus_per_replica) for r in replicas]
+                )
+                for node_id, replicas in alive.items()
+            }
+            for node_id, reference in calls.items():
+                self._collect(nodes[node_id], reference, alive[node_id], reserved, refusals)
+        self.changed_at = time.monotonic()
+        return reserved, refusals
+
+    def give_back(self, reserved: Iterable[Reserved]) -> None:
+        """Removes groups, by their nodes' actors so that no steering is disturbed, and ends the workers in them."""
+        by_node: dict[str, list[tuple[str, Any]]] = {}
+        for order, assignment in reserved:
+            if assignment.gpus and assignment.node in self._agents:
+                by_node.setdefault(assignment.node, []).append((order, assignment.placement_group))
+            else:
+                groups.remove_group(assignment.placement_group, ready=True)
+        calls = {node: self._agents[node].release.remote(orders) for node, orders in by_node.items()}
+        for node, reference in calls.items():
+            try:
+                ray.get(reference, timeout=RESERVE_DEADLINE_SECONDS)
+            except ray.exceptions.RayError as error:
+                self._lost(node, error)
+                for _, group in by_node[node]:
+                    groups.remove_group(group)
+        self.changed_at = time.monotonic()
+
+    def stop(self) -> None:
+        """Ends the node actors. Placement groups stay as they are."""
+        with self._lock:
+            agents, self._agents = self._agents, {}
+        for agent in agents.values():
+            ray.kill(agent)
+
+    def _collect(
+        self,
+        info: NodeInfo,
+        reference: Any,
+        replicas: Sequence[PlannedReplica],
+        reserved: list[Reserved],
+        refusals: list[Refusal],
+    ) -> None:
+        try:
+            reply: Reply = ray.get(reference, timeout=RESERVE_DEADLINE_SECONDS)
+        except ray.exceptions.RayError as error:
+            self._lost(info.id, error)
+            refusals.append(Refusal(info.id, info.name, 1, f"its node actor failed: {type(error).__name__}"))
+            return
+        self.foreign[info.id] = frozenset(reply.foreign_gpus)
+        if reply.refused is not None:
+            refused = reply.refused
+            refusals.append(Refusal(info.id, info.name, refused.attempts, refused.reason, refused.full))
+            return
+        for replica, one in zip(replicas, reply.filled, strict=True):
+            assignment = NodeAssignment(
+                replica_index=replica.replica_index,
+                node=info.id,
+                gpus=list(one.gpus),
+                placement_group=one.group,
+                bundle_indices=list(one.bundles),
+                node_name=info.name,
+                ray_gpus=list(one.ray_gpus),
+                weakest_link=one.weakest_link,
+                weakest_gb_per_s=one.weakest_gb_per_s,
+                ray_weakest_gb_per_s=one.ray_weakest_gb_per_s,
+            )
+            reserved.append((one.order.name, assignment))
+
+    def _reserve_egress(
+        self,
+        info: NodeInfo,
+        claim: Claim,
+        replicas: Sequence[PlannedReplica],
+        names: Mapping[int, str],
+        reserved: list[Reserved],
+        refusals: list[Refusal],
+    ) -> None:
+        """Reserves egress capacity. There are no slots to steer, so that Ray's own table verifies it."""
+        units = claim.deployment.egress_per_replica
+        made = [
+            (
+                replica,
+                groups.create_group(
+                    names[replica.replica_index], [{replica.egress_resource or "": units}], info.id
+                ),
+            )
+            for replica in replicas
+        ]
+        for replica, group in made:
+            if not groups.ready_or_removed(group) or groups.node_of_group(group) != info.id:
+                groups.remove_group(group)
+                reason = "another Ray user took egress capacity meanwhile"
+                refusals.append(Refusal(info.id, info.name, 1, reason))
+                continue
+            assignment = NodeAssignment(
+                replica_index=replica.replica_index,
+                node=info.id,
+                gpus=[],
+                placement_group=group,
+                bundle_indices=[0],
+                node_name=info.name,
+                egress_resource=replica.egress_resource,
+                egress_units=units,
+            )
+            reserved.append((names[replica.replica_index], assignment))
+
+    def _agent(self, info: NodeInfo) -> Any:
+        with self._lock:
+            agent = self._agents.get(info.id)
+            if agent is None:
+                agent = self._agents[info.id] = self._make_agent(info)
+                agent.adopt.remote(self._holdings(info.id))
+            return agent
+
+    def _lost(self, node_id: str, error: Exception) -> None:
+        """Forgets an actor that failed, to make it anew, unless the failure was an error that it raised itself."""
+        logger.error("the node actor of %s failed: %s", node_id, error)
+        if not isinstance(error, ray.exceptions.RayTaskError):
+            with self._lock:
+                self._agents.pop(node_id, None)

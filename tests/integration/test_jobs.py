@@ -1,0 +1,88 @@
+"""``ray job submit`` for real: a job that applies a deployment file, and one that starts workers in the result."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from placement.runtime.embedded import SimulatedNode, embedded_cluster
+from tests.integration.conftest import left_over, settled
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+EXAMPLES = Path(__file__).parents[2] / "examples"
+FILE = """
+deployments:
+  - {name: pair, model: m, gpus: 2, replicas: 2}
+  - {name: gpt, model: gpt-4o, serving: {max_concurrent: 4}}
+"""
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    nodes = [SimulatedNode("pcie", topology="a100-pcie-4x"), SimulatedNode("egress", resources={"egress": 8})]
+    with embedded_cluster(nodes, dashboard=True) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def jobs(address: str) -> JobSubmissionClient:
+    return JobSubmissionClient(f"http://{ray._private.worker.get_dashboard_url()}")
+
+
+def run(jobs: JobSubmissionClient, folder: Path, entrypoint: str) -> tuple[JobStatus, int | None, str]:
+    """Submits a job, waits for its end: status, exit code, output."""
+    job = jobs.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(folder)})
+    ended = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
+    end = time.monotonic() + 180
+    while jobs.get_job_status(job) not in ended and time.monotonic() < end:
+        time.sleep(0.3)
+    return jobs.get_job_status(job), jobs.get_job_info(job).driver_exit_code, jobs.get_job_logs(job)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a user submits: the example jobs and a deployment file."""
+    folder = tmp_path_factory.mktemp("job")
+    for name in ("job_apply.py", "job_workers.py"):
+        (folder / name).write_text((EXAMPLES / name).read_text())
+    (folder / "two.yaml").write_text(FILE)
+    (folder / "huge.yaml").write_text("deployments: [{name: huge, model: m, gpus: 64}]")
+    return folder
+
+
+def test_a_job_applies_a_file_and_another_starts_workers_in_it(
+    jobs: JobSubmissionClient, folder: Path, service: Any
+) -> None:
+    status, code, output = run(jobs, folder, f"{sys.executable} job_apply.py two.yaml")
+    assert (status, code) == (JobStatus.SUCCEEDED, 0), output
+    assert "pair[0] pcie [0, 1]\npair[1] pcie [2, 3]\ngpt[0] egress egress\n" in output
+
+    status, code, output = run(jobs, folder, f"{sys.executable} job_workers.py pair")
+    assert (status, code) == (JobStatus.SUCCEEDED, 0), output
+    assert "pair[0] pcie: placed on [0, 1], workers on [0, 1]" in output
+    assert "pair[1] pcie: placed on [2, 3], workers on [2, 3]" in output
+    # The jobs are over; what they placed stands.
+    assert [a.gpus for a in ray.get(service.get.remote("pair")).assignments] == [[0, 1], [2, 3]]
+
+
+def test_a_job_whose_file_does_not_fit_fails_with_the_reason(
+    jobs: JobSubmissionClient, folder: Path, service: Any
+) -> None:
+    status, code, output = run(jobs, folder, f"{sys.executable} job_apply.py huge.yaml")
+    assert (status, code) == (JobStatus.FAILED, 1), output
+    assert "not placed: cannot place 'huge': 64 GPUs per replica, but the largest node has 4" in output
+    assert not left_over()
+
+
+def test_the_driver_example_runs_as_a_job(jobs: JobSubmissionClient, service: Any) -> None:
+    status, code, output = run(jobs, EXAMPLES, f"{sys.executable} driver.py --gpus 2 --replicas 2")
+    assert (status, code) == (JobStatus.SUCCEEDED, 0), output
+    assert "replica 1 on pcie: placed on [2, 3], workers on [2, 3]\nreleased" in output
+    assert settled(lambda: not left_over()), left_over()
