@@ -12,11 +12,11 @@ from typing import Any
 
 from placement.core.planner import PlannedReplica
 from placement.core.snapshot import Snapshot
-from placement.core.topology import Topology
 from placement.runtime import groups, ledger
 from placement.runtime.discovery import NodeInfo, node_state
 from placement.runtime.results import NodeAssignment, PlacementResult
 from placement.wire.deployment import Deployment
+from placement.wire.facts import NodeFacts
 
 RECORDED = (
     "replica_index", "node", "node_name", "gpus", "bundle_indices", "ray_gpus", "weakest_link",
@@ -105,7 +105,7 @@ class Books:
     def snapshot(
         self,
         nodes: Iterable[NodeInfo],
-        shapes: Mapping[str, Topology],
+        facts: Mapping[str, NodeFacts],
         foreign: Mapping[str, frozenset[int]],
         available: Mapping[str, Mapping[str, float]],
         ignoring: str | None = None,
@@ -115,7 +115,7 @@ class Books:
 
         Args:
             nodes: what is alive.
-            shapes: node id -> topology, where known.
+            facts: node id -> what its GPUs report, where known.
             foreign: node id -> GPUs that other Ray users held when the node actor last looked.
             available: node id -> resource -> free amount in Ray's books.
             ignoring: a deployment to be counted as if it were released.
@@ -153,7 +153,7 @@ class Books:
             states.append(
                 node_state(
                     info,
-                    shapes.get(info.id),
+                    facts.get(info.id),
                     free,
                     gpus.get(info.id, set()),
                     foreign.get(info.id, frozenset()),

@@ -11,6 +11,7 @@ from placement import topologies
 from placement.core.snapshot import Node
 from placement.core.topology import Topology
 from placement.errors import UnknownTopology
+from placement.wire.facts import NodeFacts
 
 TOPOLOGY_LABEL = "placement/topology"
 """A node with this label has the topology of that catalogue entry (a simulated node)."""
@@ -76,7 +77,7 @@ def live_nodes() -> list[NodeInfo]:
 
 def node_state(
     info: NodeInfo,
-    topology: Topology | None,
+    facts: NodeFacts | None,
     available: Mapping[str, float],
     held_gpus: Collection[int],
     foreign_gpus: Collection[int],
@@ -87,13 +88,14 @@ def node_state(
 
     Args:
         info: the node.
-        topology: its GPUs, ``None`` while unknown.
+        facts: what its GPUs report, ``None`` while unknown.
         available: resource -> free amount in Ray's books, up to 0.1 s old.
         held_gpus: GPUs that this service holds or is about to take there.
         foreign_gpus: GPUs that other Ray users held when the node actor last looked.
         held_egress: resource -> units that this service holds or is about to take there.
         serving: (provider, key fingerprint) of the remote replicas there.
     """
+    lost = facts.lost() if facts is not None else frozenset()
     not_held = set(range(info.gpu_count)) - set(held_gpus)
     count = min(int(available.get("GPU", 0.0) + 1e-6), len(not_held))
     free = sorted(not_held - set(foreign_gpus))
@@ -105,8 +107,8 @@ def node_state(
         id=info.id,
         name=info.name,
         address=info.address,
-        topology=topology if topology is not None else Topology.unknown(info.gpu_count),
-        free=frozenset(free),
+        topology=facts.topology() if facts is not None and facts.gpus else Topology.unknown(info.gpu_count),
+        free=frozenset(free) - lost,
         egress={
             name: min(int(available.get(name, 0.0) + 1e-6), total - held_egress.get(name, 0))
             for name, total in info.egress.items()

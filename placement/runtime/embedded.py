@@ -29,6 +29,7 @@ class SimulatedNode:
         gpus: GPU count where there is no catalogue entry.
         resources: custom resources, such as ``{"egress_openai": 64}``.
         labels: further node labels.
+        env: environment variables of the node's raylet, and so of its workers.
     """
 
     name: str
@@ -36,6 +37,7 @@ class SimulatedNode:
     gpus: int = 0
     resources: Mapping[str, float] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
 
 
 @contextmanager
@@ -83,6 +85,7 @@ def embedded_cluster(
                     num_gpus=gpus,
                     resources=dict(node.resources),
                     labels=labels,
+                    env_vars=dict(node.env) or None,
                     object_store_memory=80_000_000,
                 )
             running.wait_for_nodes()

@@ -13,7 +13,6 @@ from typing import Any
 import ray
 
 from placement.core.planner import PlannedReplica
-from placement.core.topology import Topology
 from placement.runtime import groups
 from placement.runtime.books import Claim
 from placement.runtime.discovery import NodeInfo, live_nodes
@@ -63,7 +62,6 @@ class Fleet:
         self._lock = threading.Lock()
         self._agents: dict[str, Any] = {}
         self.facts: dict[str, NodeFacts] = {}
-        self.shapes: dict[str, Topology] = {}
         self.foreign: dict[str, frozenset[int]] = {}
         self.changed_at = float("-inf")
 
@@ -85,9 +83,8 @@ class Fleet:
                 facts = NodeFacts(source="none", problem=problem)
                 self._lost(node_id, error)
             with self._lock:
-                if facts.gpus or node_id not in self.shapes:
-                    self.shapes[node_id] = facts.topology()
-                self.facts[node_id] = facts
+                if facts.gpus or node_id not in self.facts:
+                    self.facts[node_id] = facts
 
     def reserve(self, claim: Claim) -> tuple[list[Reserved], list[Refusal]]:
         """Reserves a claim on all its nodes side by side; what some refuse, others may have reserved."""

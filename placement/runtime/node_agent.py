@@ -68,7 +68,6 @@ class NodePlacementActor:
         self._reserver = NodeReserver(NodeGroups(node_id, probe), gpu_count)
         self._recorded = topologies.facts(topology_name) if topology_name else None
         self._reader = None if topology_name else Reader()
-        self._topology: Topology | None = None
 
     @ray.method(concurrency_group="facts")
     def facts(self) -> NodeFacts:
@@ -77,11 +76,8 @@ class NodePlacementActor:
         Never fails: without NVML the GPUs are there and nothing is known of them. A new reading is
         started for the next caller, so that memory use is recent.
         """
-        if self._recorded is not None:
-            return self._recorded
-        assert self._reader is not None
-        facts = in_ray_order(self._reader.facts(), self._gpu_count, os.environ.get("CUDA_VISIBLE_DEVICES"))
-        if facts.age_seconds is None or facts.age_seconds > 1.0:
+        facts = self._last_facts()
+        if self._reader is not None and (facts.age_seconds is None or facts.age_seconds > 1.0):
             self._reader.refresh()
         return facts
 
@@ -91,11 +87,12 @@ class NodePlacementActor:
 
     def reserve(self, orders: Sequence[Order]) -> Reply:
         """Reserves all orders, each on the best GPUs that are free, or none of them."""
-        topology = self._shape()
+        facts = self._last_facts()
+        topology, lost = facts.topology(), facts.lost()
         filled: list[Filled] = []
         try:
             for order in orders:
-                outcome = self._reserver.reserve(order.name, order.gpus, topology)
+                outcome = self._reserver.reserve(order.name, order.gpus, topology, lost)
                 if isinstance(outcome, Refused):
                     self._undo(filled)
                     return Reply((), outcome, tuple(sorted(self._reserver.foreign)))
@@ -120,14 +117,14 @@ class NodePlacementActor:
         for name, group in orders:
             self._reserver.remove(name, group)
 
+    def _last_facts(self) -> NodeFacts:
+        if self._recorded is not None:
+            return self._recorded
+        assert self._reader is not None
+        return in_ray_order(self._reader.facts(), self._gpu_count, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
     def _undo(self, filled: Sequence[Filled]) -> None:
         self.release([(one.order.name, one.group) for one in filled])
-
-    def _shape(self) -> Topology:
-        # Wiring does not change while the machine is up; a reading that failed may succeed later.
-        if self._topology is None or not self._topology.known:
-            self._topology = self.facts().topology()
-        return self._topology
 
 
 def in_ray_order(facts: NodeFacts, gpu_count: int, visible_devices: str | None) -> NodeFacts:

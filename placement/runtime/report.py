@@ -46,7 +46,7 @@ def status_report(
 
 def _node(info: NodeInfo, books: Books, fleet: Fleet, available: Mapping[str, float]) -> dict[str, Any]:
     facts = fleet.facts.get(info.id)
-    topology = fleet.shapes.get(info.id) or Topology.unknown(info.gpu_count)
+    topology = facts.topology() if facts is not None and facts.gpus else Topology.unknown(info.gpu_count)
     occupant = {
         gpu: (a.replica_index, standing.deployment.name)
         for standing, a in books.assignments()

@@ -108,14 +108,16 @@ class NodeReserver:
         self._held.pop(name, None)
         self._changed_at = time.monotonic()
 
-    def reserve(self, name: str, count: int, topology: Topology) -> Reserved | Refused:
-        """Reserves the best ``count`` GPUs that are free, in a new group called ``name``."""
+    def reserve(
+        self, name: str, count: int, topology: Topology, lost: frozenset[int] = frozenset()
+    ) -> Reserved | Refused:
+        """Reserves the best ``count`` GPUs that are free and not ``lost``, in a new group called ``name``."""
         reason, full, attempt = "", False, 0
         for attempt in range(1, MAX_ATTEMPTS + 1):
             free = self._look(count)
-            wanted = best_set(topology, free, count) if free is not None else None
+            wanted = best_set(topology, free - lost, count) if free is not None else None
             if free is None or wanted is None:
-                reason, full = f"fewer than {count} of its GPUs are free", True
+                reason, full = f"fewer than {count} of its GPUs are free and sound", True
                 # The books may simply be behind a release; once they are not, believe them.
                 if attempt > 3:
                     break
@@ -127,7 +129,7 @@ class NodeReserver:
             else:
                 group, slots = outcome
                 got = tuple(sorted(slots))
-                if got == wanted or score(topology, got) >= score(topology, wanted):
+                if got == wanted or (not lost & set(got) and score(topology, got) >= score(topology, wanted)):
                     self._held[name] = got
                     bundles = tuple(slots.index(gpu) for gpu in got)
                     return Reserved(group, got, bundles, ray_set(free, count) or got, attempt)

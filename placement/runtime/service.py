@@ -260,7 +260,7 @@ class DeploymentPlacementActor:
         self, nodes: list[NodeInfo], ignoring: str | None = None, full: Mapping[str, int] | None = None
     ) -> Snapshot:
         return self._books.snapshot(
-            nodes, self._fleet.shapes, self._fleet.foreign, groups.available_resources(), ignoring, full
+            nodes, self._fleet.facts, self._fleet.foreign, groups.available_resources(), ignoring, full
         )
 
     def _patiently(self, decide: Callable[[], Any]) -> Any:

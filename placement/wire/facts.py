@@ -69,6 +69,10 @@ class NodeFacts(Model):
         default=None, description="why the newest reading failed or is partial, if it is"
     )
 
+    def lost(self) -> frozenset[int]:
+        """Ordinals of the GPUs that the driver lists but cannot reach. Nothing is placed on them."""
+        return frozenset(gpu.ordinal for gpu in self.gpus if gpu.lost)
+
     def topology(self) -> Topology:
         """The reading as a :class:`~placement.core.topology.Topology`."""
         count = len(self.gpus)
