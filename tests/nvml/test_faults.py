@@ -235,3 +235,18 @@ def test_an_nvml_that_cannot_count_is_no_source(error: int, read_machine: Read) 
 def test_an_nvml_that_does_not_stop_changes_nothing(read_machine: Read) -> None:
     healthy = read_machine(description("dgx-1v"))
     assert healthy == read_machine(description("dgx-1v") + "fail nvmlShutdown 999\n")
+
+
+def test_straight_links_are_unknown_not_to_a_switch_when_nothing_tells_their_ends(read_machine: Read) -> None:
+    faults = (
+        "fail field147 999\n"
+        "fail nvmlDeviceGetNvLinkRemoteDeviceType 999\n"
+        "fail nvmlDeviceGetNvLinkRemotePciInfo_v2 999\n"
+    )
+    facts = read_machine(description("dgx-1v") + faults)
+    assert {None} == {one.nvswitch_links for one in facts.gpus} == {one.nvlinks for one in facts.pairs}
+
+
+def test_a_gpu_without_nvlink_has_none_to_a_lost_one_either(read_machine: Read) -> None:
+    facts = read_machine(description("rtx-4090-8x") + f"fail nvmlDeviceGetHandleByIndex_v2 {GPU_IS_LOST} 2\n")
+    assert {0} == {one.nvlinks for one in facts.pairs}

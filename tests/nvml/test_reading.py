@@ -165,3 +165,13 @@ def test_links_to_a_gpu_that_this_container_may_not_see_count_for_nobody(read_ma
         whole + "fail nvmlDeviceGetHandleByIndex_v2 4 1\nfail nvmlDeviceGetHandleByIndex_v2 4 2\n"
     )
     assert {(0, 3): 0} == {(p.a, p.b): p.nvlinks for p in facts.pairs if (p.a, p.b) == (0, 3)}
+
+
+def test_from_hopper_on_a_field_tells_the_state_of_a_link(read_machine: Read) -> None:
+    # The older call is deprecated there; a library without it still tells everything.
+    assert (
+        QUAD
+        == read_machine(
+            fake_nvml.describe(QUAD, "fail nvmlDeviceGetNvLinkState 13", capability=(9, 0))
+        ).topology()
+    )

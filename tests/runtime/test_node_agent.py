@@ -48,7 +48,9 @@ def test_ray_may_claim_more_than_nvml_shows(reading: NodeFacts) -> None:
 
 
 @pytest.mark.parametrize("devices", ["9", "GPU-none", "GPU-", "MIG-1"])
-def test_a_token_that_names_no_gpu_is_a_gpu_of_which_nothing_is_known(reading: NodeFacts, devices: str) -> None:
+def test_a_token_that_names_no_gpu_is_a_gpu_of_which_nothing_is_known(
+    reading: NodeFacts, devices: str
+) -> None:
     facts = in_ray_order(reading, 1, devices)
     assert uuids(facts) == [None]
     assert facts.problem == "Ray has 1 GPUs here, NVML shows 4 of them"
