@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 
-from placement.core.topology import Link, Path, Topology
+from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
 
 # -- What a pair of GPUs can carry, MB/s in one direction ----------------------------------------------------
 
@@ -102,6 +102,16 @@ class Score:
     total_gb_per_s: float
     weakest: Link | None = field(default=None, compare=False)
     weakest_pair: tuple[int, int] | None = field(default=None, compare=False)
+
+    @property
+    def link_name(self) -> str | None:
+        """The weakest link as ``nvidia-smi topo -m`` prints it, ``"?"`` if unknown; ``None`` for a single GPU."""
+        return None if self.weakest is None else str(self.weakest)
+
+    @property
+    def known_gb_per_s(self) -> float | None:
+        """The slowest pair's GB/s where something is known of it: for people, who would take a guess for a fact."""
+        return None if self.weakest in (None, UNKNOWN_LINK) else self.weakest_gb_per_s
 
 
 def score(topology: Topology, gpus: Collection[int]) -> Score:

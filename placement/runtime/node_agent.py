@@ -12,7 +12,6 @@ from ray.util.placement_group import PlacementGroup
 
 from placement import topologies
 from placement.core.score import score
-from placement.core.topology import Topology
 from placement.nvml import Reader
 from placement.runtime.groups import GpuIds, NodeGroups
 from placement.runtime.reservation import NodeReserver, Refused
@@ -96,6 +95,7 @@ class NodePlacementActor:
                 if isinstance(outcome, Refused):
                     self._undo(filled)
                     return Reply((), outcome, tuple(sorted(self._reserver.foreign)))
+                value = score(topology, outcome.gpus)
                 filled.append(
                     Filled(
                         order,
@@ -103,8 +103,9 @@ class NodePlacementActor:
                         outcome.gpus,
                         outcome.bundles,
                         outcome.ray_gpus,
-                        *_weakest(topology, outcome.gpus),
-                        ray_weakest_gb_per_s=_weakest(topology, outcome.ray_gpus)[1],
+                        value.link_name,
+                        value.known_gb_per_s,
+                        score(topology, outcome.ray_gpus).known_gb_per_s,
                     )
                 )
         except BaseException:
@@ -161,14 +162,3 @@ def _nvml_index(facts: NodeFacts, token: str) -> int | None:
         return int(token) if int(token) < len(facts.gpus) else None
     matches = [gpu.ordinal for gpu in facts.gpus if gpu.uuid is not None and gpu.uuid.startswith(token)]
     return matches[0] if len(matches) == 1 else None
-
-
-def _weakest(topology: Topology, gpus: tuple[int, ...]) -> tuple[str | None, float | None]:
-    """The slowest link of a set: its name, and its GB/s if it is known."""
-    if len(gpus) < 2:
-        return None, None
-    value = score(topology, gpus)
-    if value.weakest is None:
-        return None, None
-    known = topology.known and value.weakest.path.value != "?"
-    return str(value.weakest), value.weakest_gb_per_s if known else None

@@ -318,15 +318,14 @@ class DeploymentPlacementActor:
         }
         for replica in outcome.replicas:
             node = snapshot.node(replica.node_id)
-            value = score(node.topology, replica.gpus) if len(replica.gpus) > 1 else None
-            known = value is not None and value.weakest is not None and str(value.weakest) != "?"
+            value = score(node.topology, replica.gpus)
             planned[replica.replica_index] = PlannedAssignment(
                 replica.replica_index,
                 replica.node_id,
                 node.name,
                 list(replica.gpus),
-                str(value.weakest) if value is not None and value.weakest is not None else None,
-                value.weakest_gb_per_s if value is not None and known else None,
+                value.link_name,
+                value.known_gb_per_s,
                 replica.egress_resource,
                 one.egress_per_replica,
             )
