@@ -1,4 +1,4 @@
-"""Starts and finds the service. The only place that applies ``ray.remote``."""
+"""Starts and finds the service. The only place that turns its classes into Ray actors."""
 
 from __future__ import annotations
 

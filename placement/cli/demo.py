@@ -1,0 +1,142 @@
+"""``placement demo``: the main job, on an embedded cluster of simulated nodes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from typing import Any
+
+import click
+from rich.table import Table
+
+from placement.cli.render import assignments_table, cluster_map, console, link_text
+from placement.core.topology import ordinals
+from placement.runtime import bootstrap, client
+from placement.runtime.embedded import SimulatedNode, embedded_cluster
+from placement.runtime.probing import another_user, everything_is_free, gpus_seen_by_workers
+from placement.wire.files import parse_deployments
+
+NODES = (
+    SimulatedNode("dgx", topology="dgx-1v"),
+    SimulatedNode("hgx", topology="dgx-h100"),
+    SimulatedNode("pcie", topology="a100-pcie-4x"),
+    SimulatedNode("egress-a", resources={"egress_openai": 32, "egress_anthropic": 16, "egress_gemini": 16}),
+    SimulatedNode("egress-b", resources={"egress": 32}),
+)
+EXAMPLE = "deployments.toml"
+
+
+def run(as_json: bool) -> int:
+    """Runs the demo.
+
+    Returns:
+        The exit code: 0 if every worker got the GPU that its replica was promised, and all was given back.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    deployments = parse_deployments(files("placement.cli").joinpath(EXAMPLE).read_text(), ".toml", EXAMPLE)
+    with _step("starting a head, 3 GPU nodes and 2 egress nodes (real Ray, counted GPUs)") as tell:
+        cluster = embedded_cluster(NODES, progress=tell)
+        cluster.__enter__()
+    try:
+        report = _show(deployments)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with _step("stopping the cluster"):
+            cluster.__exit__(None, None, None)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+    else:
+        _tell(report)
+    return 0 if report["matching"] == report["workers"] and report["all_free"] else 1
+
+
+def _show(deployments: list[Any]) -> dict[str, Any]:
+    with _step("starting the placement service"):
+        service = bootstrap.start()
+    with _step("another Ray user takes a GPU of node pcie: Ray gives GPU 0"):
+        neighbour = another_user("pcie")
+    with _step(f"placing {len(deployments)} deployments of {EXAMPLE}"):
+        results = client.ask(service.apply_all.remote(deployments))
+        status = client.ask(service.status.remote())
+    with _step("asking a real worker in every bundle which GPU it got") as tell:
+        seen = [row for result in results for row in gpus_seen_by_workers(result, tell)]
+    with _step("releasing everything"):
+        client.ask(service.release_all.remote())
+        neighbour.leave()
+        all_free = everything_is_free()
+    return {
+        "status": status,
+        "deployments": [result.to_dict() for result in results],
+        "seen_by_workers": seen,
+        "workers": len(seen),
+        "matching": sum(row["got"] == row["promised"] for row in seen),
+        "all_free": all_free,
+    }
+
+
+def _tell(report: dict[str, Any]) -> None:
+    out = console()
+    out.print("\n[bold]Who sits where[/] (a bracket is an NVLink island; 'other' is another Ray user)")
+    out.print(cluster_map(report["status"]))
+    out.print(assignments_table(report["deployments"], title="placed"))
+    out.print(_beside_ray(report["deployments"]))
+    matching, workers = report["matching"], report["workers"]
+    for row in report["seen_by_workers"]:
+        if row["got"] != row["promised"]:
+            out.print(f"[bold red]MISMATCH[/] {row}")
+    verdict = "all as promised" if matching == workers else "NOT as promised"
+    out.print(f"{matching} of {workers} workers got the GPU or egress node of their replica: {verdict}")
+    out.print(
+        "afterwards every GPU and egress unit was free" if report["all_free"] else "NOT everything came back"
+    )
+
+
+def _beside_ray(deployments: list[dict[str, Any]]) -> Table:
+    """Each replica of several GPUs beside what Ray alone would have given it at that moment."""
+    table = Table(
+        title="beside Ray alone, which gives the lowest-numbered free GPUs", title_justify="left", box=None
+    )
+    for heading in ("replica", "node", "placement", "weakest link", "Ray alone", "weakest link", ""):
+        table.add_column(heading, no_wrap=True)
+    for deployment in deployments:
+        for a in deployment["assignments"]:
+            if len(a["gpus"]) < 2:
+                continue
+            ours, theirs = a["weakest_gb_per_s"], a["ray_weakest_gb_per_s"]
+            verdict = f"{ours / theirs:.0f}x slower" if ours and theirs and ours > theirs else "the same"
+            table.add_row(
+                f"{deployment['deployment']}/{a['replica_index']}",
+                a["node_name"],
+                f"GPU {ordinals(a['gpus'])}",
+                link_text(a["weakest_link"], ours),
+                f"GPU {ordinals(a['ray_gpus'])}",
+                "" if theirs is None else f"{theirs:g} GB/s",
+                verdict,
+            )
+    return table
+
+
+@contextmanager
+def _step(text: str) -> Iterator[Any]:
+    """A progress line on stderr: what is being done, and how long it took."""
+    start = time.monotonic()
+    status = console().status(text) if sys.stdout.isatty() else None
+    if status is not None:
+        status.start()
+
+    def tell(detail: str) -> None:
+        if status is not None:
+            status.update(f"{text}: {detail}")
+
+    try:
+        yield tell
+    finally:
+        if status is not None:
+            status.stop()
+    click.echo(f"{time.monotonic() - start:5.1f} s  {text}", err=True)

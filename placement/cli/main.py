@@ -1,0 +1,292 @@
+"""The ``placement`` command. Ray and pydantic are imported by the commands that need them, so that help is instant."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from placement import __version__, errors
+
+DONE, REFUSED, BAD_INPUT, NO_SERVICE, INTERRUPTED = 0, 1, 2, 3, 130
+
+_EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
+    (errors.InvalidDeployment, BAD_INPUT),
+    (errors.UnknownTopology, BAD_INPUT),
+    (errors.MatrixError, BAD_INPUT),
+    (errors.ClusterUnreachable, NO_SERVICE),
+    (errors.ServiceNotRunning, NO_SERVICE),
+    (errors.PlacementError, REFUSED),
+)
+
+EPILOG = """\b
+Exit codes:
+  0    done
+  1    refused: it does not fit, others were in the way, or the name is not known
+  2    bad input: a file, a field or an option
+  3    no Ray cluster at the address, or no placement service on it
+  130  interrupted
+
+\b
+Example:
+  ray start --head --num-gpus=8
+  placement up
+  placement apply deployments.toml
+"""
+
+
+class Commands(click.Group):
+    """Turns the project's errors into one line on stderr and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs a command."""
+        try:
+            return super().invoke(ctx)
+        except errors.PlacementError as error:
+            as_json = "--json" in sys.argv
+            if as_json:
+                detail = {"type": type(error).__name__, "message": str(error)}
+                click.echo(json.dumps({"error": detail}, indent=2), err=True)
+            else:
+                click.echo(f"error: {error}", err=True)
+            ctx.exit(next(code for kind, code in _EXIT_CODES if isinstance(error, kind)))
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("interrupted", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+def _address(command: Callable[..., Any]) -> Callable[..., Any]:
+    text = "HOST:PORT of the head; without it RAY_ADDRESS, else the cluster on this machine."
+    return click.option("--address", metavar="HOST:PORT", help=text)(command)
+
+
+def _json(command: Callable[..., Any]) -> Callable[..., Any]:
+    text = "Print JSON to stdout and nothing else; errors go to stderr as JSON."
+    return click.option("--json", "as_json", is_flag=True, help=text)(command)
+
+
+@contextmanager
+def _service(address: str | None, start: bool = False) -> Iterator[Any]:
+    from placement.runtime import bootstrap, client
+
+    with client.cluster(address):
+        yield bootstrap.start() if start else bootstrap.connect()
+
+
+def _ask(reference: Any) -> Any:
+    from placement.runtime import client
+
+    return client.ask(reference)
+
+
+def _note(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _dump(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+def _show(*renderables: Any) -> None:
+    from placement.cli.render import console
+
+    for renderable in renderables:
+        console().print(renderable)
+
+
+@click.group(cls=Commands, epilog=EPILOG)
+@click.version_option(__version__, prog_name="placement")
+def main() -> None:
+    """Places deployments on exactly the right GPUs of a Ray cluster."""
+
+
+@main.command(epilog="\b\nExample:\n  placement demo")
+@_json
+def demo(as_json: bool) -> None:
+    """Places a mixed set of models on an embedded cluster of simulated nodes. Needs no GPU; takes about a minute."""
+    from placement.cli.demo import run
+
+    sys.exit(run(as_json))
+
+
+@main.command(epilog="\b\nExample:\n  placement up --address 127.0.0.1:6379")
+@_address
+@_json
+def up(address: str | None, as_json: bool) -> None:
+    """Starts the service, or finds it running. It stays when this command ends."""
+    if not as_json:
+        _note("starting the placement service ...")
+    with _service(address, start=True) as service:
+        status = _ask(service.status.remote())
+    if as_json:
+        _dump(status)
+        return
+    nodes = status["nodes"]
+    gpus = sum(node["gpu_count"] for node in nodes)
+    with_gpus = sum(1 for node in nodes if node["gpu_count"])
+    egress = sum(1 for node in nodes if node["egress"])
+    click.echo(f"the placement service runs: {gpus} GPUs on {with_gpus} nodes, {egress} egress nodes")
+    for node in nodes:
+        if node["problem"]:
+            _note(f"note: {node['name']}: {node['problem']}")
+
+
+@main.command(epilog="\b\nExample:\n  placement apply deployments.toml")
+@click.argument("file", type=click.Path(path_type=Path))
+@_address
+@_json
+def apply(file: Path, address: str | None, as_json: bool) -> None:
+    """Makes what stands be as FILE (TOML or YAML) declares: all of it, or nothing is changed.
+
+    Deployments that FILE does not name are left alone.
+    """
+    from placement.wire.files import load_deployments
+
+    deployments = load_deployments(file)
+    with _service(address) as service:
+        if not as_json:
+            _note(f"placing {len(deployments)} deployments ...")
+        results = _ask(service.apply_all.remote(deployments))
+        report = {"deployments": [result.to_dict() for result in results]}
+    if as_json:
+        _dump(report)
+    else:
+        from placement.cli.render import assignments_table
+
+        _show(assignments_table(report["deployments"], title="placed"))
+
+
+@main.command(epilog="\b\nExample:\n  placement plan deployments.toml")
+@click.argument("file", type=click.Path(path_type=Path))
+@_address
+@_json
+def plan(file: Path, address: str | None, as_json: bool) -> None:
+    """Shows what applying FILE would do now. Reserves nothing."""
+    from placement.wire.files import load_deployments
+
+    deployments = load_deployments(file)
+    with _service(address) as service:
+        report = {"deployments": [one.to_dict() for one in _ask(service.plan_all.remote(deployments))]}
+    if as_json:
+        _dump(report)
+    else:
+        from placement.cli.render import assignments_table
+
+        _show(assignments_table(report["deployments"], title="planned, nothing is reserved"))
+
+
+@main.command(epilog="\b\nExample:\n  placement status --json")
+@_address
+@_json
+def status(address: str | None, as_json: bool) -> None:
+    """Shows each node with its GPUs and who sits where, and each deployment."""
+    with _service(address) as service:
+        report = _ask(service.status.remote())
+    if as_json:
+        _dump(report)
+    else:
+        from placement.cli.render import status_view
+
+        _show(*status_view(report))
+
+
+@main.command(epilog="\b\nExample:\n  placement topology --node gpu-a\n  placement topology --name dgx-1v")
+@click.option("--node", help="Only this node: its id, name or address.")
+@click.option("--name", "name", help="A machine of the catalogue instead of a cluster's nodes.")
+@click.option(
+    "--file", "file", type=click.Path(path_type=Path), help="Output of `nvidia-smi topo -m` instead."
+)
+@_address
+@_json
+def topology(
+    node: str | None, name: str | None, file: Path | None, address: str | None, as_json: bool
+) -> None:
+    """Shows how the GPUs of each node are linked, as NVML or the catalogue says."""
+    if sum(choice is not None for choice in (node, name, file)) > 1:
+        raise click.UsageError("--node, --name and --file exclude each other; give one of them")
+    from placement.cli.render import topology_view
+
+    if name is not None or file is not None:
+        reports = [_recorded(name, file)]
+    else:
+        with _service(address) as service:
+            reports = _ask(service.topology.remote(node))
+    if as_json:
+        _dump({"nodes": reports})
+        return
+    for report in reports:
+        _show(*topology_view(report))
+
+
+def _recorded(name: str | None, file: Path | None) -> dict[str, Any]:
+    """A machine of the catalogue or of a file, in the form that nodes are reported in."""
+    from placement import topologies
+    from placement.core.matrix import parse_matrix, render_matrix
+
+    if name is not None:
+        shape = topologies.load(name)
+    else:
+        assert file is not None
+        try:
+            shape = parse_matrix(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8 text"
+            raise errors.InvalidDeployment(
+                str(file), (f"cannot be read: {reason}; check the path",)
+            ) from None
+    return {
+        "name": name or str(file),
+        "gpu_count": len(shape),
+        "topology": name,
+        "known": shape.known,
+        "nvswitch": shape.nvswitch,
+        "islands": [list(island) for island in shape.islands],
+        "matrix": render_matrix(shape),
+        "problem": None,
+        "facts": topologies.facts(name).model_dump(mode="json") if name is not None else None,
+    }
+
+
+@main.command(epilog="\b\nExample:\n  placement release llama-70b whisper")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@_address
+@_json
+def release(names: tuple[str, ...], address: str | None, as_json: bool) -> None:
+    """Gives back all that deployments hold, and ends the workers in their placement groups."""
+    released: dict[str, int] = {}
+    with _service(address) as service:
+        for name in names:
+            released[name] = _ask(service.release.remote(name))
+            if not as_json:
+                count = released[name]
+                click.echo(f"released {name}: {count} {'replica' if count == 1 else 'replicas'}")
+    if as_json:
+        _dump({"released": released})
+
+
+@main.command(epilog="\b\nExample:\n  placement down")
+@click.option(
+    "--keep-placements", is_flag=True, help="Leave everything placed; the next `placement up` finds it."
+)
+@_address
+@_json
+def down(keep_placements: bool, address: str | None, as_json: bool) -> None:
+    """Releases everything and stops the service."""
+    from placement.runtime import bootstrap, client
+
+    with client.cluster(address):
+        released = bootstrap.stop(keep_placements)
+    if as_json:
+        _dump({"released": released})
+    else:
+        what = f"; released {', '.join(released)}" if released else ""
+        click.echo(f"the placement service is stopped{what}")
+
+
+if __name__ == "__main__":
+    main()
