@@ -12,9 +12,10 @@ from importlib.resources import files
 from typing import Any
 
 import click
+from rich import box
 from rich.table import Table
 
-from placement.cli.render import assignments_table, cluster_map, console, link_text
+from placement.cli.render import cluster_map, console, link_text
 from placement.core.topology import ordinals
 from placement.runtime import bootstrap, client
 from placement.runtime.embedded import SimulatedNode, embedded_cluster
@@ -82,10 +83,10 @@ def _show(deployments: list[Any]) -> dict[str, Any]:
 
 def _tell(report: dict[str, Any]) -> None:
     out = console()
-    out.print("\n[bold]Who sits where[/] (a bracket is an NVLink island; 'other' is another Ray user)")
+    out.print("\nWho sits where; a bracket is an NVLink island, llama-70b/1 is replica 1 of llama-70b")
     out.print(cluster_map(report["status"]))
-    out.print(assignments_table(report["deployments"], title="placed"))
     out.print(_beside_ray(report["deployments"]))
+    out.print(" * the lowest-numbered free GPUs at that moment, which is what Ray gives without placement\n")
     matching, workers = report["matching"], report["workers"]
     for row in report["seen_by_workers"]:
         if row["got"] != row["promised"]:
@@ -99,10 +100,8 @@ def _tell(report: dict[str, Any]) -> None:
 
 def _beside_ray(deployments: list[dict[str, Any]]) -> Table:
     """Each replica of several GPUs beside what Ray alone would have given it at that moment."""
-    table = Table(
-        title="beside Ray alone, which gives the lowest-numbered free GPUs", title_justify="left", box=None
-    )
-    for heading in ("replica", "node", "placement", "weakest link", "Ray alone", "weakest link", ""):
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("replica", "node", "placement", "weakest link", "Ray alone*", "weakest link", ""):
         table.add_column(heading, no_wrap=True)
     for deployment in deployments:
         for a in deployment["assignments"]:
@@ -126,17 +125,17 @@ def _beside_ray(deployments: list[dict[str, Any]]) -> Table:
 def _step(text: str) -> Iterator[Any]:
     """A progress line on stderr: what is being done, and how long it took."""
     start = time.monotonic()
-    status = console().status(text) if sys.stdout.isatty() else None
-    if status is not None:
-        status.start()
+    live = sys.stderr.isatty()
+    click.echo(f"{text} ...", err=True, nl=False)
 
     def tell(detail: str) -> None:
-        if status is not None:
-            status.update(f"{text}: {detail}")
+        if live:
+            click.echo(f"\r\033[K{text} ... {detail}", err=True, nl=False)
 
     try:
         yield tell
-    finally:
-        if status is not None:
-            status.stop()
-    click.echo(f"{time.monotonic() - start:5.1f} s  {text}", err=True)
+    except BaseException:
+        click.echo("", err=True)
+        raise
+    click.echo(f"\r\033[K{text}: " if live else " ", err=True, nl=False)
+    click.echo(f"{time.monotonic() - start:.1f} s", err=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from itertools import groupby
 from typing import Any
 
 from rich import box
@@ -111,8 +112,10 @@ def _gpu_heading(node: Mapping[str, Any]) -> Text:
         parts.append("NVSwitch")
     else:
         sizes = [len(island) for island in node["islands"]]
-        joined = max(sizes) > 1
-        parts.append(f"NVLink islands of {' + '.join(map(str, sizes))}" if joined else "PCIe only")
+        islands = (
+            f"NVLink islands of {' + '.join(map(str, sizes))}" if len(sizes) > 1 else "one NVLink island"
+        )
+        parts.append(islands if max(sizes) > 1 else "PCIe only")
     if node["others_unlocated"]:
         parts.append(f"other Ray users hold {node['others_unlocated']} more, on ordinals not looked up yet")
     return Text(", ".join(parts), style="dim")
@@ -126,17 +129,21 @@ def _islands(node: Mapping[str, Any], names: Sequence[str]) -> list[Text]:
     lines = []
     for island in islands:
         line = Text("[ ")
-        for position, ordinal in enumerate(island):
-            gpu = node["gpus"][ordinal]
-            line.append("  " if position else "")
-            line.append(f"{ordinal} ", style="dim")
-            if gpu["state"] == "held":
-                line.append(f"{gpu['deployment']}/{gpu['replica']}", style=colour(names, gpu["deployment"]))
+        occupants = groupby((node["gpus"][ordinal] for ordinal in island), key=_occupant)
+        for position, ((state, deployment, replica), gpus) in enumerate(occupants):
+            line.append("   " if position else "")
+            line.append(f"{ordinals([gpu['ordinal'] for gpu in gpus])} ", style="dim")
+            if state == "held":
+                line.append(f"{deployment}/{replica}", style=colour(names, deployment))
             else:
-                line.append("other" if gpu["state"] == "other" else "-", style="dim")
+                line.append({"other": "(another Ray user)", "free": "free"}[state], style="dim")
         line.append(" ]")
         lines.append(line)
     return lines
+
+
+def _occupant(gpu: Mapping[str, Any]) -> tuple[str, str, int]:
+    return gpu["state"], gpu["deployment"] or "", gpu["replica"] or 0
 
 
 def _egress(

@@ -6,17 +6,14 @@ Not thread-safe by itself; the service guards it with one lock.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from placement.core.planner import PlannedReplica
-from placement.core.snapshot import Snapshot
 from placement.runtime import groups, ledger
-from placement.runtime.discovery import NodeInfo, node_state
 from placement.runtime.results import NodeAssignment, PlacementResult
 from placement.wire.deployment import Deployment
-from placement.wire.facts import NodeFacts
 
 RECORDED = (
     "replica_index", "node", "node_name", "gpus", "bundle_indices", "ray_gpus", "weakest_link",
@@ -76,6 +73,31 @@ class Claim:
     replicas: tuple[PlannedReplica, ...]
 
 
+@dataclass
+class Tally:
+    """What this service holds and claims on one node.
+
+    Attributes:
+        gpus, claimed_gpus: GPUs of replicas that stand, and of those about to be reserved.
+        egress: resource -> units of both.
+        serving: (provider, key fingerprint) of both.
+        leaving_gpus, leaving_egress: how much is counted as released although it is not yet.
+    """
+
+    gpus: set[int] = field(default_factory=set)
+    claimed_gpus: set[int] = field(default_factory=set)
+    egress: Counter[str] = field(default_factory=Counter)
+    serving: set[tuple[str, str]] = field(default_factory=set)
+    leaving_gpus: int = 0
+    leaving_egress: Counter[str] = field(default_factory=Counter)
+
+    def add_egress(self, deployment: Deployment, resource: str | None) -> None:
+        """Counts one remote replica; a local one has no ``resource``."""
+        if resource is not None:
+            self.egress[resource] += deployment.egress_per_replica
+            self.serving.add((deployment.provider or "", deployment.key_fingerprint or ""))
+
+
 class Books:
     """All standing deployments and open claims."""
 
@@ -102,63 +124,27 @@ class Books:
             if a.node == node_id and a.gpus
         ]
 
-    def snapshot(
-        self,
-        nodes: Iterable[NodeInfo],
-        facts: Mapping[str, NodeFacts],
-        foreign: Mapping[str, frozenset[int]],
-        available: Mapping[str, Mapping[str, float]],
-        ignoring: str | None = None,
-        full: Mapping[str, int] | None = None,
-    ) -> Snapshot:
-        """The cluster as the planner sees it.
+    def tally(self, node_id: str, ignoring: str | None = None) -> Tally:
+        """What this service holds on a node, and is about to.
 
         Args:
-            nodes: what is alive.
-            facts: node id -> what its GPUs report, where known.
-            foreign: node id -> GPUs that other Ray users held when the node actor last looked.
-            available: node id -> resource -> free amount in Ray's books.
+            node_id: the node.
             ignoring: a deployment to be counted as if it were released.
-            full: node id -> most GPUs that may be planned there, after it refused.
         """
-        gpus: dict[str, set[int]] = {}
-        egress: dict[str, Counter[str]] = {}
-        serving: dict[str, set[tuple[str, str]]] = {}
-        returned: dict[str, Counter[str]] = {}
-
-        def take(node: str, who: Deployment, ordinals: Iterable[int], resource: str | None) -> None:
-            gpus.setdefault(node, set()).update(ordinals)
-            if resource is not None:
-                egress.setdefault(node, Counter())[resource] += who.egress_per_replica
-                serving.setdefault(node, set()).add((who.provider or "", who.key_fingerprint or ""))
-
+        tally = Tally()
         for standing, assignment in self.assignments():
+            if assignment.node != node_id:
+                continue
             if standing.deployment.name == ignoring:
-                back = returned.setdefault(assignment.node, Counter())
-                back["GPU"] += len(assignment.gpus)
+                tally.leaving_gpus += len(assignment.gpus)
                 if assignment.egress_resource is not None:
-                    back[assignment.egress_resource] += assignment.egress_units
-            else:
-                take(assignment.node, standing.deployment, assignment.gpus, assignment.egress_resource)
+                    tally.leaving_egress[assignment.egress_resource] += assignment.egress_units
+                continue
+            tally.gpus.update(assignment.gpus)
+            tally.add_egress(standing.deployment, assignment.egress_resource)
         for claim in self.claims:
             for replica in claim.replicas:
-                take(replica.node_id, claim.deployment, replica.gpus, replica.egress_resource)
-
-        states = []
-        for info in nodes:
-            free = Counter({name: amount for name, amount in available.get(info.id, {}).items()})
-            free.update(returned.get(info.id, Counter()))
-            if full is not None and info.id in full:
-                free["GPU"] = min(free["GPU"], full[info.id])
-            states.append(
-                node_state(
-                    info,
-                    facts.get(info.id),
-                    free,
-                    gpus.get(info.id, set()),
-                    foreign.get(info.id, frozenset()),
-                    egress.get(info.id, {}),
-                    serving.get(info.id, set()),
-                )
-            )
-        return Snapshot(tuple(states))
+                if replica.node_id == node_id:
+                    tally.claimed_gpus.update(replica.gpus)
+                    tally.add_egress(claim.deployment, replica.egress_resource)
+        return tally

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import ray
@@ -11,6 +11,7 @@ from placement import topologies
 from placement.core.snapshot import Node
 from placement.core.topology import Topology
 from placement.errors import UnknownTopology
+from placement.runtime.books import Tally
 from placement.wire.facts import NodeFacts
 
 TOPOLOGY_LABEL = "placement/topology"
@@ -78,41 +79,43 @@ def live_nodes() -> list[NodeInfo]:
 def node_state(
     info: NodeInfo,
     facts: NodeFacts | None,
-    available: Mapping[str, float],
-    held_gpus: Collection[int],
-    foreign_gpus: Collection[int],
-    held_egress: Mapping[str, int],
-    serving: Collection[tuple[str, str]],
+    available: Mapping[str, float] | None,
+    tally: Tally,
+    foreign: frozenset[int],
 ) -> Node:
     """One node as the planner sees it.
 
     Args:
         info: the node.
         facts: what its GPUs report, ``None`` while unknown.
-        available: resource -> free amount in Ray's books, up to 0.1 s old.
-        held_gpus: GPUs that this service holds or is about to take there.
-        foreign_gpus: GPUs that other Ray users held when the node actor last looked.
-        held_egress: resource -> units that this service holds or is about to take there.
-        serving: (provider, key fingerprint) of the remote replicas there.
+        available: resource -> free amount in Ray's books; ``None`` while they lag behind our own last change.
+        tally: what this service holds and claims there.
+        foreign: GPUs that other Ray users held when the node actor last looked.
     """
+    not_ours = frozenset(range(info.gpu_count)) - tally.gpus
+    foreign &= not_ours
+    if available is not None:
+        free_in_books = int(available.get("GPU", 0.0) + 1e-6) + tally.leaving_gpus
+        unseen = len(not_ours) - free_in_books - len(foreign)
+        if unseen < 0:  # somebody gave GPUs back since
+            foreign = frozenset(sorted(foreign)[-unseen:])
+        else:  # or took some: Ray gives the lowest-numbered. Some of them may be our own claims, just reserved.
+            untouched = sorted(not_ours - foreign - tally.claimed_gpus)
+            foreign |= frozenset(untouched[: max(0, unseen - len(tally.claimed_gpus))])
+    egress = {}
+    for name, total in info.egress.items():
+        egress[name] = total - tally.egress[name]
+        if available is not None:
+            in_books = int(available.get(name, 0.0) + 1e-6) + tally.leaving_egress[name]
+            egress[name] = min(egress[name], in_books)
     lost = facts.lost() if facts is not None else frozenset()
-    not_held = set(range(info.gpu_count)) - set(held_gpus)
-    count = min(int(available.get("GPU", 0.0) + 1e-6), len(not_held))
-    free = sorted(not_held - set(foreign_gpus))
-    if len(free) < count:  # somebody gave GPUs back since the node actor looked
-        free = sorted(set(free) | set(sorted(not_held & set(foreign_gpus))[: count - len(free)]))
-    # Somebody took more since: Ray gives the lowest-numbered ones.
-    free = free[len(free) - count :]
     return Node(
         id=info.id,
         name=info.name,
         address=info.address,
         topology=facts.topology() if facts is not None and facts.gpus else Topology.unknown(info.gpu_count),
-        free=frozenset(free) - lost,
-        egress={
-            name: min(int(available.get(name, 0.0) + 1e-6), total - held_egress.get(name, 0))
-            for name, total in info.egress.items()
-        },
-        serving=frozenset(serving),
+        free=not_ours - foreign - tally.claimed_gpus - lost,
+        egress=egress,
+        serving=frozenset(tally.serving),
         problem=info.label_problem(),
     )

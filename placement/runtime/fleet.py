@@ -23,6 +23,8 @@ from placement.wire.facts import NodeFacts
 FACTS_DEADLINE_SECONDS = 45.0
 """A first NVML reading takes 30 s on an 8-GPU machine without persistence mode (Azure/aks-gpu#105)."""
 RESERVE_DEADLINE_SECONDS = 180.0
+VIEW_LAG_SECONDS = 0.25
+"""Ray's books follow a change after 0.1 s (measured), and as long again if a worker has to die first."""
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +66,12 @@ class Fleet:
         self.facts: dict[str, NodeFacts] = {}
         self.foreign: dict[str, frozenset[int]] = {}
         self.changed_at = float("-inf")
+        self._changed: dict[str, float] = {}
+
+    def settling(self) -> frozenset[str]:
+        """Nodes of which Ray's books may not yet show our own last change; what we know of them is newer."""
+        now = time.monotonic()
+        return frozenset(node for node, at in self._changed.items() if now - at < VIEW_LAG_SECONDS)
 
     def meet(self, nodes: Sequence[NodeInfo], again: bool = False) -> None:
         """Makes sure that every GPU node has its actor and has said what its GPUs are, all side by side."""
@@ -114,7 +122,7 @@ class Fleet:
             }
             for node_id, reference in calls.items():
                 self._collect(nodes[node_id], reference, alive[node_id], reserved, refusals)
-        self.changed_at = time.monotonic()
+        self._note_change(by_node)
         return reserved, refusals
 
     def give_back(self, reserved: Iterable[Reserved]) -> None:
@@ -133,7 +141,7 @@ class Fleet:
                 self._lost(node, error)
                 for _, group in by_node[node]:
                     groups.remove_group(group)
-        self.changed_at = time.monotonic()
+        self._note_change(by_node)
 
     def stop(self) -> None:
         """Ends the node actors. Placement groups stay as they are."""
@@ -213,6 +221,11 @@ class Fleet:
                 egress_units=units,
             )
             reserved.append((names[replica.replica_index], assignment))
+
+    def _note_change(self, nodes: Iterable[str]) -> None:
+        self.changed_at = time.monotonic()
+        for node in nodes:
+            self._changed[node] = self.changed_at
 
     def _agent(self, info: NodeInfo) -> Any:
         with self._lock:

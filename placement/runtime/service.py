@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from placement.core import planner
@@ -21,16 +22,14 @@ from placement.errors import (
 )
 from placement.runtime import groups, ledger
 from placement.runtime.books import Books, Claim, Standing
-from placement.runtime.discovery import NodeInfo, live_nodes
-from placement.runtime.fleet import Fleet
+from placement.runtime.discovery import NodeInfo, live_nodes, node_state
+from placement.runtime.fleet import VIEW_LAG_SECONDS, Fleet
 from placement.runtime.report import status_report, topology_report
 from placement.runtime.results import NodeAssignment, PlacementPlan, PlacementResult, PlannedAssignment
 from placement.wire.deployment import Deployment, PlacementConstraints
 from placement.wire.files import parse_model
 
 MAX_REPLANS = 5
-VIEW_LAG_SECONDS = 0.25
-"""No refusal is based on books that may be older than our own last change."""
 
 DeploymentLike = Deployment | Mapping[str, Any]
 
@@ -259,9 +258,28 @@ class DeploymentPlacementActor:
     def _snapshot(
         self, nodes: list[NodeInfo], ignoring: str | None = None, full: Mapping[str, int] | None = None
     ) -> Snapshot:
-        return self._books.snapshot(
-            nodes, self._fleet.facts, self._fleet.foreign, groups.available_resources(), ignoring, full
-        )
+        """The cluster as the planner sees it.
+
+        Args:
+            nodes: what is alive.
+            ignoring: a deployment to be counted as if it were released.
+            full: node id -> most GPUs that may be planned there, after it refused.
+        """
+        available = groups.available_resources()
+        settling = self._fleet.settling()
+        states = []
+        for info in nodes:
+            state = node_state(
+                info,
+                self._fleet.facts.get(info.id),
+                None if info.id in settling else available.get(info.id, {}),
+                self._books.tally(info.id, ignoring),
+                self._fleet.foreign.get(info.id, frozenset()),
+            )
+            if full is not None and info.id in full:
+                state = replace(state, free=frozenset(sorted(state.free)[: full[info.id]]))
+            states.append(state)
+        return Snapshot(tuple(states))
 
     def _patiently(self, decide: Callable[[], Any]) -> Any:
         """Decides; before a refusal stands, looks once more with books that show our own last change."""

@@ -1,0 +1,84 @@
+"""What the planner believes of a node, from books that lag and from what the node actor saw last."""
+
+from __future__ import annotations
+
+import pytest
+
+from placement.runtime.books import Tally
+from placement.runtime.discovery import TOPOLOGY_LABEL, NodeInfo, node_state
+from placement.wire.facts import GpuFacts, NodeFacts
+
+NODE = NodeInfo("id", "gpu-a", "10.0.0.1", gpu_count=8, egress={"egress": 10})
+
+
+@pytest.mark.parametrize(
+    ("case", "in_books", "standing", "claimed", "foreign", "free"),
+    [
+        ("nobody is there", 8, (), (), (), (0, 1, 2, 3, 4, 5, 6, 7)),
+        ("what stands is not free", 6, (2, 3), (), (), (0, 1, 4, 5, 6, 7)),
+        ("nor what is claimed and not reserved yet", 8, (), (0, 1), (), (2, 3, 4, 5, 6, 7)),
+        ("nor what is claimed and just reserved", 6, (), (0, 1), (), (2, 3, 4, 5, 6, 7)),
+        ("others took two nobody has located: the lowest", 6, (), (), (), (2, 3, 4, 5, 6, 7)),
+        ("others hold two that were located", 6, (), (), (4, 5), (0, 1, 2, 3, 6, 7)),
+        ("and gave one back since", 7, (), (), (4, 5), (0, 1, 2, 3, 4, 6, 7)),
+        ("and took one more since", 5, (), (), (4, 5), (1, 2, 3, 6, 7)),
+        ("a claim beside a located other", 7, (), (0, 1), (4,), (2, 3, 5, 6, 7)),
+        ("the books lag behind our own change", None, (0, 1), (), (4,), (2, 3, 5, 6, 7)),
+        ("a share of a GPU makes it not whole", 7.5, (), (), (), (1, 2, 3, 4, 5, 6, 7)),
+    ],
+)
+def test_free_gpus(
+    case: str,
+    in_books: float | None,
+    standing: tuple[int, ...],
+    claimed: tuple[int, ...],
+    foreign: tuple[int, ...],
+    free: tuple[int, ...],
+) -> None:
+    available = None if in_books is None else {"GPU": in_books, "egress": 10.0}
+    tally = Tally(gpus=set(standing), claimed_gpus=set(claimed))
+    assert sorted(node_state(NODE, None, available, tally, frozenset(foreign)).free) == list(free), case
+
+
+def test_a_lost_gpu_is_not_free() -> None:
+    facts = NodeFacts(
+        source="nvml", gpus=(GpuFacts(ordinal=0, uuid="a"), GpuFacts(ordinal=1, errors=("lost",)))
+    )
+    node = NodeInfo("id", "a", "", gpu_count=2)
+    assert node_state(node, facts, {"GPU": 2.0}, Tally(), frozenset()).free == {0}
+
+
+def test_free_egress_is_the_less_of_what_the_books_and_we_know() -> None:
+    def left(in_books: float | None, ours: int, leaving: int = 0) -> int:
+        tally = Tally()
+        tally.egress["egress"] = ours
+        tally.leaving_egress["egress"] = leaving
+        available = None if in_books is None else {"egress": in_books}
+        return node_state(NODE, None, available, tally, frozenset()).egress["egress"]
+
+    assert [left(10, 4), left(5, 4), left(None, 4), left(4, 0, leaving=6)] == [6, 5, 6, 10]
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "problem"),
+    [
+        (None, 8, None),
+        ("dgx-1v", 8, None),
+        (
+            "dgx-1v",
+            4,
+            "label placement/topology of node a: dgx-1v has 8 GPUs, the node 4; correct one of them",
+        ),
+        (
+            "dgx-9",
+            8,
+            "label placement/topology of node a: unknown topology 'dgx-9'; use one of: ",
+        ),
+    ],
+)
+def test_a_wrong_topology_label_is_named_with_its_value_and_the_fix(
+    name: str | None, gpus: int, problem: str | None
+) -> None:
+    node = NodeInfo("id", "a", "", gpus, labels={TOPOLOGY_LABEL: name} if name else {})
+    said = node.label_problem()
+    assert said == problem if problem is None else said is not None and said.startswith(problem)
