@@ -1,0 +1,68 @@
+"""``placement demo`` as a user runs it: to its end, and interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import settled
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+COMMAND = [str(Path(sys.executable).with_name("placement")), "demo"]
+
+
+def ray_processes() -> set[int]:
+    """Every Ray process on this machine."""
+    found = set()
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                command = (folder / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if b"raylet" in command or b"gcs_server" in command or command.startswith(b"ray::"):
+                found.add(int(folder.name))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_process_left_behind() -> Iterator[None]:
+    before = ray_processes()
+    yield
+    assert settled(lambda: ray_processes() <= before), ray_processes() - before
+
+
+def test_it_places_the_example_and_every_worker_is_where_it_was_promised() -> None:
+    done = subprocess.run([*COMMAND, "--json"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["workers"], report["matching"], report["all_free"]) == (22, 22, True)
+    assert len(report["deployments"]) == 10
+    (qwen,) = next(d["assignments"] for d in report["deployments"] if d["deployment"] == "qwen-32b")
+    # With GPU 0 taken, Ray alone would straddle the two bridges of the PCIe node.
+    assert (qwen["node_name"], qwen["gpus"], qwen["ray_gpus"]) == ("pcie", [2, 3], [1, 2])
+    assert qwen["weakest_gb_per_s"] > 10 * qwen["ray_weakest_gb_per_s"]
+    for step in ("starting a head", "placing 10 deployments", "releasing everything", "stopping the cluster"):
+        assert step in done.stderr
+
+
+@pytest.mark.parametrize("moment", ["starting a head", "placing 10 deployments"])
+def test_ctrl_c_cleans_up(moment: str) -> None:
+    demo = subprocess.Popen(COMMAND, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+    assert demo.stderr is not None
+    seen = b""
+    while moment.encode() not in seen:
+        seen += os.read(demo.stderr.fileno(), 4096)
+    # A terminal sends it to the whole group.
+    os.killpg(demo.pid, signal.SIGINT)
+    rest = demo.stderr.read()
+    assert demo.wait(timeout=60) == 130, (seen + rest).decode()
+    assert b"interrupted" in rest
+    assert b"Traceback" not in rest
