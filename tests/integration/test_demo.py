@@ -55,7 +55,9 @@ def test_it_places_the_example_and_every_worker_is_where_it_was_promised() -> No
 
 @pytest.mark.parametrize("moment", ["starting a head", "placing 10 deployments"])
 def test_ctrl_c_cleans_up(moment: str) -> None:
-    demo = subprocess.Popen(COMMAND, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+    demo = subprocess.Popen(
+        COMMAND, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+    )
     assert demo.stderr is not None
     seen = b""
     while moment.encode() not in seen:
