@@ -187,7 +187,7 @@ class DeploymentConflict(PlacementError):
 
     Args:
         name: the deployment.
-        differences: field -> (what stands, what was asked for), both as text.
+        differences: field -> (what stands, what was asked for) as text; equal where the values are not shown.
     """
 
     def __init__(self, name: str, differences: Mapping[str, tuple[str, str]]) -> None:
@@ -195,7 +195,10 @@ class DeploymentConflict(PlacementError):
         self.name, self.differences = name, dict(differences)
 
     def __str__(self) -> str:
-        changes = ", ".join(f"{field} {old} -> {new}" for field, (old, new) in self.differences.items())
+        changes = ", ".join(
+            f"{field} {old} -> {new}" if old != new else f"{field} differs"
+            for field, (old, new) in self.differences.items()
+        )
         return (
             f"deployment {self.name!r} is placed with another shape ({changes}); "
             f"use apply to change it, release it first, or choose another name"

@@ -6,8 +6,8 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.resources import files
 from typing import Any
 
@@ -40,21 +40,30 @@ def run(as_json: bool) -> int:
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     deployments = parse_deployments(files("placement.cli").joinpath(EXAMPLE).read_text(), ".toml", EXAMPLE)
-    with _step("starting a head, 3 GPU nodes and 2 egress nodes (real Ray, counted GPUs)") as tell:
-        cluster = embedded_cluster(NODES, progress=tell)
-        cluster.__enter__()
-    try:
+    with ExitStack() as stack:
+        with (
+            _step("starting a head, 3 GPU nodes and 2 egress nodes (real Ray, counted GPUs)") as tell,
+            _uninterrupted() as let_through,
+        ):
+
+            def next_node(name: str) -> None:
+                let_through()
+                tell(name)
+
+            cluster = embedded_cluster(NODES, progress=next_node)
+            cluster.__enter__()
+            stack.callback(_stop, cluster)
         report = _show(deployments)
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        with _step("stopping the cluster"):
-            cluster.__exit__(None, None, None)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
         _tell(report)
     return 0 if report["matching"] == report["workers"] and report["all_free"] else 1
+
+
+def _stop(cluster: AbstractContextManager[str]) -> None:
+    with _step("stopping the cluster"), _uninterrupted():
+        cluster.__exit__(None, None, None)
 
 
 def _show(deployments: list[Any]) -> dict[str, Any]:
@@ -119,6 +128,32 @@ def _beside_ray(deployments: list[dict[str, Any]]) -> Table:
                 verdict,
             )
     return table
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[Callable[[], None]]:
+    """Holds back Ctrl-C and SIGTERM until the end of the block, or until what it yields is called.
+
+    Ray keeps no account of a node whose start was cut short, and half a clean-up leaves the other half.
+    """
+    held_back: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: held_back.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+
+    def let_through() -> None:
+        if held_back:
+            handler = before[signal.Signals(held_back.pop())]
+            if callable(handler):
+                handler(0, None)
+
+    try:
+        yield let_through
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    let_through()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import click
 from placement import __version__, errors
 
 DONE, REFUSED, BAD_INPUT, NO_SERVICE, INTERRUPTED = 0, 1, 2, 3, 130
+_AS_JSON = "placement.as_json"
 
 _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (errors.InvalidDeployment, BAD_INPUT),
@@ -41,23 +42,36 @@ Example:
 
 
 class Commands(click.Group):
-    """Turns the project's errors into one line on stderr and an exit code."""
+    """Turns errors into one line on stderr, or JSON where ``--json`` was given, and an exit code."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Notes whether JSON is asked for, since a command that fails to parse cannot say so."""
+        ctx.meta[_AS_JSON] = "--json" in args
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs a command."""
         try:
             return super().invoke(ctx)
         except errors.PlacementError as error:
-            as_json = "--json" in sys.argv
-            if as_json:
-                detail = {"type": type(error).__name__, "message": str(error)}
-                click.echo(json.dumps({"error": detail}, indent=2), err=True)
-            else:
-                click.echo(f"error: {error}", err=True)
+            _tell_error(ctx, error, str(error))
             ctx.exit(next(code for kind, code in _EXIT_CODES if isinstance(error, kind)))
+        except click.UsageError as error:
+            if not ctx.meta[_AS_JSON]:
+                raise
+            _tell_error(ctx, error, error.format_message())
+            ctx.exit(BAD_INPUT)
         except (KeyboardInterrupt, click.Abort):
             click.echo("interrupted", err=True)
             ctx.exit(INTERRUPTED)
+
+
+def _tell_error(ctx: click.Context, error: Exception, message: str) -> None:
+    if ctx.meta[_AS_JSON]:
+        message = json.dumps({"error": {"type": type(error).__name__, "message": message}}, indent=2)
+    else:
+        message = f"error: {message}"
+    click.echo(message, err=True)
 
 
 def _address(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,11 +85,11 @@ def _json(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def _service(address: str | None, start: bool = False) -> Iterator[Any]:
+def _service(address: str | None) -> Iterator[Any]:
     from placement.runtime import bootstrap, client
 
     with client.cluster(address):
-        yield bootstrap.start() if start else bootstrap.connect()
+        yield bootstrap.connect()
 
 
 def _ask(reference: Any) -> Any:
@@ -119,10 +133,18 @@ def demo(as_json: bool) -> None:
 @_json
 def up(address: str | None, as_json: bool) -> None:
     """Starts the service, or finds it running. It stays when this command ends."""
-    if not as_json:
-        _note("starting the placement service ...")
-    with _service(address, start=True) as service:
-        status = _ask(service.status.remote())
+    from placement.runtime import bootstrap, client
+
+    with client.cluster(address):
+        try:
+            bootstrap.connect()
+            said = "runs already"
+        except errors.ServiceNotRunning:
+            said = "is started"
+            if not as_json:
+                _note("starting the placement service ...")
+        # Also where it was found: it may be restarting, and this waits until it answers.
+        status = _ask(bootstrap.start().status.remote())
     if as_json:
         _dump(status)
         return
@@ -130,7 +152,7 @@ def up(address: str | None, as_json: bool) -> None:
     gpus = sum(node["gpu_count"] for node in nodes)
     with_gpus = sum(1 for node in nodes if node["gpu_count"])
     egress = sum(1 for node in nodes if node["egress"])
-    click.echo(f"the placement service runs: {gpus} GPUs on {with_gpus} nodes, {egress} egress nodes")
+    click.echo(f"the placement service {said}: {gpus} GPUs on {with_gpus} nodes, {egress} egress nodes")
     for node in nodes:
         if node["problem"]:
             _note(f"note: {node['name']}: {node['problem']}")

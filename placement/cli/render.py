@@ -76,9 +76,9 @@ def status_view(report: Mapping[str, Any]) -> list[Any]:
     if report["deployments"]:
         rows = [{"deployment": d["name"], "assignments": d["assignments"]} for d in report["deployments"]]
         parts.append(assignments_table(rows, title="deployments"))
-        lost = [d["name"] for d in report["deployments"] if d["state"] != "placed"]
+        lost = [f"{d['name']} ({d['state']})" for d in report["deployments"] if d["state"] != "placed"]
         if lost:
-            parts.append(Text(f"not whole, a node of theirs is gone: {', '.join(lost)}", style="bold red"))
+            parts.append(Text(f"not whole: {', '.join(lost)}", style="bold red"))
     else:
         parts.append("nothing is placed; try `placement apply FILE`")
     return parts

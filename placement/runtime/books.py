@@ -6,7 +6,7 @@ Not thread-safe by itself; the service guards it with one lock.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,11 +31,11 @@ class Standing:
 
     def result(self) -> PlacementResult:
         """What callers get."""
-        return PlacementResult(self.deployment.name, [self.replicas[i] for i in sorted(self.replicas)])
+        return PlacementResult(self.deployment.name, [a for _, a in sorted(self.replicas.items())])
 
     def nodes(self) -> Counter[str]:
         """Node id -> replicas there."""
-        return Counter(assignment.node for assignment in self.replicas.values())
+        return Counter(assignment.node for assignment in list(self.replicas.values()))
 
     def save(self) -> None:
         """Writes this deployment to the ledger."""
@@ -112,30 +112,33 @@ class Books:
     def assignments(self) -> Iterator[tuple[Standing, NodeAssignment]]:
         """Every replica that stands."""
         for name in self.names():
-            standing = self.standing[name]
-            for index in sorted(standing.replicas):
-                yield standing, standing.replicas[index]
+            standing = self.standing.get(name)
+            if standing is None:
+                continue
+            # Sorted copies: a release under way removes replicas without holding the lock.
+            for _, assignment in sorted(standing.replicas.items()):
+                yield standing, assignment
 
     def holdings(self, node_id: str) -> list[tuple[str, list[int]]]:
         """(order name, GPUs) of the replicas that stand on a node."""
         return [
-            (standing.orders[a.replica_index], a.gpus)
+            (standing.orders.get(a.replica_index, ""), a.gpus)
             for standing, a in self.assignments()
             if a.node == node_id and a.gpus
         ]
 
-    def tally(self, node_id: str, ignoring: str | None = None) -> Tally:
+    def tally(self, node_id: str, leaving: Mapping[str, Collection[int]]) -> Tally:
         """What this service holds on a node, and is about to.
 
         Args:
             node_id: the node.
-            ignoring: a deployment to be counted as if it were released.
+            leaving: deployment -> replicas to be counted as if they were released.
         """
         tally = Tally()
         for standing, assignment in self.assignments():
             if assignment.node != node_id:
                 continue
-            if standing.deployment.name == ignoring:
+            if assignment.replica_index in leaving.get(standing.deployment.name, ()):
                 tally.leaving_gpus += len(assignment.gpus)
                 if assignment.egress_resource is not None:
                     tally.leaving_egress[assignment.egress_resource] += assignment.egress_units

@@ -127,13 +127,15 @@ class Fleet:
 
     def give_back(self, reserved: Iterable[Reserved]) -> None:
         """Removes groups, by their nodes' actors so that no steering is disturbed, and ends the workers in them."""
+        with self._lock:
+            agents = dict(self._agents)
         by_node: dict[str, list[tuple[str, Any]]] = {}
         for order, assignment in reserved:
-            if assignment.gpus and assignment.node in self._agents:
+            if assignment.gpus and assignment.node in agents:
                 by_node.setdefault(assignment.node, []).append((order, assignment.placement_group))
             else:
                 groups.remove_group(assignment.placement_group, ready=True)
-        calls = {node: self._agents[node].release.remote(orders) for node, orders in by_node.items()}
+        calls = {node: agents[node].release.remote(orders) for node, orders in by_node.items()}
         for node, reference in calls.items():
             try:
                 ray.get(reference, timeout=RESERVE_DEADLINE_SECONDS)

@@ -173,6 +173,9 @@ def ready_or_removed(group: PlacementGroup, deadline_seconds: float = 0.15) -> b
             return False
         if row["state"] == "CREATED":
             return True
+        if row["state"] == "RESCHEDULING":  # its node died, and no other will do
+            remove_placement_group(group)
+            return False
         # Ray counts an attempt when it starts, but raises the delay before the next one when it has failed.
         delay = row["stats"]["highest_retry_delay_ms"]
         just_failed = row["state"] == "PENDING" and seen is not None and delay > seen

@@ -34,7 +34,7 @@ def status_report(
                 "runtime": deployment.runtime_name,
                 "transport": deployment.transport,
                 "replicas": deployment.replicas,
-                "state": "placed" if all(a.node in alive for a in assignments) else "node lost",
+                "state": _state(deployment.replicas, [a.node in alive for a in assignments]),
                 "assignments": [a.to_dict() for a in assignments],
             }
         )
@@ -42,6 +42,12 @@ def status_report(
         "nodes": [_node(info, books, fleet, available.get(info.id, {})) for info in listed],
         "deployments": deployments,
     }
+
+
+def _state(wanted: int, alive: list[bool]) -> str:
+    if not all(alive):
+        return "node lost"
+    return "placed" if len(alive) == wanted else "incomplete"
 
 
 def _node(info: NodeInfo, books: Books, fleet: Fleet, available: Mapping[str, float]) -> dict[str, Any]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from placement.core import planner
-from placement.core.planner import Plan, Request
+from placement.core.planner import Plan, PlannedReplica, Request
 from placement.core.score import score
 from placement.core.snapshot import Snapshot
 from placement.errors import (
@@ -28,6 +28,8 @@ from placement.runtime.report import status_report, topology_report
 from placement.runtime.results import NodeAssignment, PlacementPlan, PlacementResult, PlannedAssignment
 from placement.wire.deployment import Deployment, PlacementConstraints
 from placement.wire.files import parse_model
+
+T = TypeVar("T")
 
 MAX_REPLANS = 5
 
@@ -256,16 +258,20 @@ class DeploymentPlacementActor:
         )
 
     def _snapshot(
-        self, nodes: list[NodeInfo], ignoring: str | None = None, full: Mapping[str, int] | None = None
+        self,
+        nodes: list[NodeInfo],
+        available: Mapping[str, Mapping[str, float]],
+        leaving: Mapping[str, Collection[int]] | None = None,
+        full: Mapping[str, int] | None = None,
     ) -> Snapshot:
         """The cluster as the planner sees it.
 
         Args:
             nodes: what is alive.
-            ignoring: a deployment to be counted as if it were released.
+            available: node id -> resource -> free amount in Ray's books.
+            leaving: deployment -> replicas to be counted as if they were released.
             full: node id -> most GPUs that may be planned there, after it refused.
         """
-        available = groups.available_resources()
         settling = self._fleet.settling()
         states = []
         for info in nodes:
@@ -273,7 +279,7 @@ class DeploymentPlacementActor:
                 info,
                 self._fleet.facts.get(info.id),
                 None if info.id in settling else available.get(info.id, {}),
-                self._books.tally(info.id, ignoring),
+                self._books.tally(info.id, leaving or {}),
                 self._fleet.foreign.get(info.id, frozenset()),
             )
             if full is not None and info.id in full:
@@ -281,41 +287,54 @@ class DeploymentPlacementActor:
             states.append(state)
         return Snapshot(tuple(states))
 
-    def _patiently(self, decide: Callable[[], Any]) -> Any:
-        """Decides; before a refusal stands, looks once more with books that show our own last change."""
-        while True:
+    def _patiently(self, decide: Callable[[], T]) -> T:
+        """Decides; before a refusal stands, looks again with books that show our own last change.
+
+        Looks three times at most: others' changes, which keep coming, are no reason to wait.
+        """
+        for looks_left in (2, 1, 0):
             changed_at = self._fleet.changed_at
             try:
                 return decide()
             except Unplaceable:
                 behind = VIEW_LAG_SECONDS - (time.monotonic() - changed_at)
-                if behind <= 0:
+                if behind <= 0 or not looks_left:
                     raise
                 time.sleep(behind)
+        raise AssertionError("unreachable")
 
     def _plan_all(self, wanted: Sequence[Deployment]) -> list[PlacementPlan]:
         nodes = live_nodes()
         self._fleet.meet(nodes)
+        plans: list[PlacementPlan] = []
+        leaving: dict[str, frozenset[int]] = {}
+        planned: list[tuple[Request, PlannedReplica]] = []
         with self._lock:
-            snapshot = self._snapshot(nodes)
-            plans = []
+            available = groups.available_resources()
+
+            def snapshot() -> Snapshot:
+                found = self._snapshot(nodes, available, leaving)
+                for request, replica in planned:
+                    found = planner.occupy(found, request, replica)
+                return found
+
             for one in wanted:
                 standing = self._books.standing.get(one.name)
-                keep: dict[int, NodeAssignment] = {}
-                if standing is not None and standing.deployment.shape() == one.shape():
-                    keep = {i: a for i, a in standing.replicas.items() if i < one.replicas}
+                stands = dict(standing.replicas) if standing is not None else {}
+                same_shape = standing is not None and standing.deployment.shape() == one.shape()
+                keep = {i: a for i, a in stands.items() if i < one.replicas} if same_shape else {}
                 missing = [index for index in range(one.replicas) if index not in keep]
-                where = Standing(one, keep).nodes()
-                request = self._request(one, missing, where, nodes)
-                outcome = planner.plan(snapshot, request)
-                if isinstance(outcome, Unplaceable) and standing is not None and not keep:
-                    outcome = planner.plan(self._snapshot(nodes, ignoring=one.name), request)
+                request = self._request(one, missing, Standing(one, keep).nodes(), nodes)
+                outcome = planner.plan(snapshot(), request)
+                leaving[one.name] = frozenset(stands) - frozenset(keep)
+                if isinstance(outcome, Unplaceable) and not same_shape:
+                    outcome = planner.plan(
+                        snapshot(), request
+                    )  # in place of its old replicas, not beside them
                 if isinstance(outcome, Unplaceable):
                     raise outcome
-                for replica in outcome.replicas:
-                    if set(replica.gpus) <= snapshot.node(replica.node_id).free:
-                        snapshot = planner.occupy(snapshot, request, replica)
-                plans.append(self._preview(one, keep, outcome, snapshot))
+                planned += [(request, replica) for replica in outcome.replicas]
+                plans.append(self._preview(one, keep, outcome, snapshot()))
             return plans
 
     def _preview(
@@ -361,8 +380,13 @@ class DeploymentPlacementActor:
 
     def _add(self, standing: Standing, indices: Iterable[int]) -> Standing:
         """Reserves more replicas of a deployment, all or none, and keeps it."""
-        self._reserve(standing, tuple(indices))
-        self._keep(standing)
+        added = tuple(indices)
+        self._reserve(standing, added)
+        try:
+            self._keep(standing)
+        except BaseException:  # what no record tells of must not stay reserved
+            self._give_back(standing, added)
+            raise
         return standing
 
     def _keep(self, standing: Standing) -> None:
@@ -377,12 +401,14 @@ class DeploymentPlacementActor:
         except Unplaceable as refusal:
             nodes = live_nodes()
             with self._lock:
-                snapshot = self._snapshot(nodes, ignoring=wanted.name)
+                leaving = {wanted.name: tuple(old.replicas)}
+                snapshot = self._snapshot(nodes, groups.available_resources(), leaving)
                 outcome = planner.plan(snapshot, self._request(wanted, range(wanted.replicas), {}, nodes))
             if isinstance(outcome, Unplaceable):
                 raise refusal from None
             before, indices = old.deployment, tuple(old.replicas)
-            self._give_back(old, list(indices))
+            self._give_back(old, indices)
+            self._keep(old)
             try:
                 return self._add(new, range(wanted.replicas))
             except Exception:
@@ -431,7 +457,7 @@ class DeploymentPlacementActor:
         self._fleet.meet(nodes)
         with self._lock:
             request = self._request(wanted, indices, standing, nodes)
-            outcome = planner.plan(self._snapshot(nodes, full=full), request)
+            outcome = planner.plan(self._snapshot(nodes, groups.available_resources(), full=full), request)
             if isinstance(outcome, Unplaceable):
                 raise outcome
             claim = Claim(wanted, outcome.replicas)
@@ -439,8 +465,11 @@ class DeploymentPlacementActor:
             return claim
 
     def _give_back(self, standing: Standing, indices: Iterable[int]) -> None:
-        """Removes the groups of some replicas."""
-        self._fleet.give_back([(standing.orders.pop(i), standing.replicas.pop(i)) for i in tuple(indices)])
+        """Removes the groups of some replicas, and the replicas from ``standing``."""
+        leaving = tuple(indices)
+        self._fleet.give_back([(standing.orders[index], standing.replicas[index]) for index in leaving])
+        for index in leaving:
+            del standing.orders[index], standing.replicas[index]
 
     def _reload(self) -> None:
         """Reads the ledger, and removes groups that carry our token but stand in no record."""
@@ -457,9 +486,9 @@ def _differences(old: Deployment, new: Deployment) -> dict[str, tuple[str, str]]
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
     # Nested fields may name endpoints and key references: say only that they differ.
     return {
-        field: (str(before[field]), str(after[field]))
-        if not isinstance(after[field] or before[field], dict)
-        else ("one", "another")
+        field: ("", "")
+        if isinstance(after[field] or before[field], dict)
+        else (str(before[field]), str(after[field]))
         for field in after
         if before[field] != after[field]
     }

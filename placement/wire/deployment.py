@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,6 +37,9 @@ _ENV_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _SECRET_PATTERN = re.compile(r"api_?key|secret|password|credential|(^|_)token$", re.IGNORECASE)
 _PROVIDER_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
+MOST = 100_000
+"""A count above this is a slip of the pen, not a deployment."""
+
 _INFERRED: tuple[tuple[Runtime, str], ...] = (
     # litellm first: "gpt-4o-via-litellm" says how it is reached.
     ("litellm", r"litellm/|.*via-litellm"),
@@ -58,7 +62,20 @@ def _whole(value: Any) -> Any:
         raise ValueError(f"{value!r} is {kind}; use a whole number of at least 1")
     if value < 1:
         raise ValueError(f"{value} is too small; use a whole number of at least 1")
+    if value > MOST:
+        raise ValueError(f"{value} is too large; use at most {MOST}")
     return value
+
+
+def _keys(value: JsonValue) -> Iterator[str]:
+    """All field names in a JSON value, however deep."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from _keys(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _keys(inner)
 
 
 def _gpus(value: Any) -> Any:
@@ -165,7 +182,7 @@ class RuntimeConfig(Model):
     @field_validator("options")
     @classmethod
     def _no_secrets(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        secret = next((key for key in value if _SECRET_PATTERN.search(key)), None)
+        secret = next((key for key in _keys(value) if _SECRET_PATTERN.search(key)), None)
         if secret is not None:
             raise ValueError(
                 f"{secret!r} looks like a secret, and options are stored; use api_key with a reference"
@@ -175,8 +192,8 @@ class RuntimeConfig(Model):
     @field_validator("base_url")
     @classmethod
     def _base_url(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"https?://[^\s@]+", value):
-            raise ValueError("must start with http:// or https:// and hold no user or password")
+        if value is not None and not re.fullmatch(r"https?://[^\s@?#]+", value):
+            raise ValueError("must start with http:// or https:// and hold no user, password or query")
         return value
 
 

@@ -80,6 +80,21 @@ def test_errors_are_json_too_where_json_is_asked_for() -> None:
     assert json.loads(done.stderr)["error"]["type"] == "ClusterUnreachable"
 
 
+@pytest.mark.parametrize(
+    ("args", "kind"),
+    [
+        (["topology", "--name", "a", "--node", "b"], "UsageError"),
+        (["status", "--nope"], "NoSuchOption"),
+        (["apply"], "MissingParameter"),
+    ],
+)
+def test_misuse_is_json_too_where_json_is_asked_for(args: list[str], kind: str) -> None:
+    result = run(*args, "--json")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert json.loads(result.stderr)["error"]["type"] == kind
+    assert run(*args).stderr.startswith("Usage: ")
+
+
 def test_a_catalogue_machine_is_drawn_without_a_cluster() -> None:
     result = run("topology", "--name", "a100-pcie-4x")
     assert result.exit_code == 0

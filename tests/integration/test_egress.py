@@ -93,7 +93,9 @@ def test_a_planted_key_is_nowhere(service: Any, monkeypatch: pytest.MonkeyPatch,
         {"runtime_config": {"api_key": {"from_file": planted}}},
         {"runtime_config": {"key": planted}},
         {"runtime_config": {"options": {"openai_api_key": planted}}},
+        {"runtime_config": {"options": {"deep": [{"password": planted}]}}},
         {"runtime_config": {"base_url": f"https://user:{planted}@host"}},
+        {"runtime_config": {"base_url": f"https://host/v1?key={planted}"}},
     ):
         with pytest.raises(placement.InvalidDeployment) as refused:
             ray.get(service.place.remote({"name": "wrong", "model": "gpt-4o", **wrong}))

@@ -142,6 +142,16 @@ def test_one_deployment_that_cannot_fit_keeps_a_whole_file_from_being_applied(se
     assert ray.get(service.status.remote())["deployments"] == []
 
 
+def test_a_file_may_shrink_one_deployment_to_make_room_for_the_next(service: Any) -> None:
+    ray.get(service.apply.remote({"name": "wide", "model": "m", "gpus": 4, "replicas": 3}))
+    file = [
+        {"name": "wide", "model": "m", "gpus": 4},
+        {"name": "new", "model": "m", "gpus": 4, "replicas": 2},
+    ]
+    wide, new = ray.get(service.apply_all.remote(file))
+    assert (len(wide.assignments), len(new.assignments)) == (1, 2)
+
+
 def test_a_plan_reserves_nothing_and_is_what_placing_then_does(service: Any) -> None:
     wanted = {"name": "dry", "model": "m", "gpus": 2, "replicas": 2}
     planned = ray.get(service.plan.remote(wanted))

@@ -82,6 +82,7 @@ def test_a_custom_runtime_says_its_transport() -> None:
         ({"replicas": 0}, "replicas: 0 is too small; use a whole number of at least 1"),
         ({"replicas": -2}, "replicas: -2 is too small"),
         ({"replicas": "2"}, "replicas: '2' is not a number"),
+        ({"replicas": 10**9}, "replicas: 1000000000 is too large; use at most 100000"),
         ({"gpus": 0}, "gpus: 0 is too small; use at least 1"),
         ({"gpus": -1}, "gpus: -1 is too small"),
         ({"gpus": 0.5}, "gpus: 0.5 GPUs is fractional; use a whole number"),
