@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from placement.errors import (
+        BelowFloor,
         ClusterUnreachable,
         DeploymentConflict,
+        InvalidClusterFile,
         InvalidDeployment,
         MissingSecret,
         NoEgressNodes,
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
         Unplaceable,
     )
     from placement.runtime.bootstrap import connect, start
-    from placement.runtime.results import NodeAssignment, PlacementPlan, PlacementResult
+    from placement.runtime.results import NodeAssignment, PlacementResult
     from placement.wire.deployment import (
         ApiKey,
         Budget,
@@ -37,30 +39,35 @@ if TYPE_CHECKING:
         Serving,
     )
     from placement.wire.files import load_deployments
+    from placement.wire.plans import PlacementPlan
 
 __version__ = "0.1.0"
 
 _HOME = {
     "placement.errors": (
-        "ClusterUnreachable", "DeploymentConflict", "InvalidDeployment", "MissingSecret", "NoEgressNodes",
-        "NoGpuNodes", "NotEnoughEgress", "NotEnoughGpus", "PlacementError", "ReservationFailed",
-        "ServiceNotRunning", "UnknownDeployment", "UnknownNode", "UnknownTopology", "Unplaceable",
+        "BelowFloor", "ClusterUnreachable", "DeploymentConflict", "InvalidClusterFile", "InvalidDeployment",
+        "MissingSecret", "NoEgressNodes", "NoGpuNodes", "NotEnoughEgress", "NotEnoughGpus", "PlacementError",
+        "ReservationFailed", "ServiceNotRunning", "UnknownDeployment", "UnknownNode", "UnknownTopology",
+        "Unplaceable",
     ),
     "placement.runtime.bootstrap": ("connect", "start"),
-    "placement.runtime.results": ("NodeAssignment", "PlacementPlan", "PlacementResult"),
+    "placement.runtime.results": ("NodeAssignment", "PlacementResult"),
     "placement.wire.deployment": (
         "ApiKey", "Budget", "Deployment", "PlacementConstraints", "RuntimeConfig", "Serving",
     ),
     "placement.wire.files": ("load_deployments",),
+    "placement.wire.plans": ("PlacementPlan",),
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "ApiKey",
+    "BelowFloor",
     "Budget",
     "ClusterUnreachable",
     "Deployment",
     "DeploymentConflict",
+    "InvalidClusterFile",
     "InvalidDeployment",
     "MissingSecret",
     "NoEgressNodes",

@@ -66,6 +66,18 @@ class MatrixError(PlacementError):
         return f"{where}{self.problem}; paste the output of `nvidia-smi topo -m` unchanged"
 
 
+class InvalidClusterFile(PlacementError):
+    """A file that is not what ``placement snapshot`` wrote.
+
+    Args:
+        problem: the file or field, what is wrong with it, and the fix.
+    """
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+
 class MissingSecret(PlacementError):
     """An API key reference whose value is needed here and cannot be read. The value is never shown.
 
@@ -155,6 +167,10 @@ class NotEnoughGpus(Unplaceable):
         super().__init__(deployment, summary, excluded, advice)
         self.args = (deployment, summary, dict(excluded), advice, requested, largest_node)
         self.requested, self.largest_node = requested, largest_node
+
+
+class BelowFloor(Unplaceable):
+    """There are enough free GPUs, but nowhere as close together or as fast as the deployment demands."""
 
 
 class NotEnoughEgress(Unplaceable):

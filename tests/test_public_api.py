@@ -34,6 +34,8 @@ ERRORS = [
     errors.MissingSecret("runtime_config.api_key.from_env", "KEY", "is not set"),
     errors.NoGpuNodes("d", "none", {"reason": 1}, "add one"),
     errors.NoEgressNodes("d", "none", {"reason": 1}, "add one", "openai"),
+    errors.BelowFloor("d", "too slow", {"reason": 2}, "add some"),
+    errors.InvalidClusterFile("c.json: nodes: wrong; write it again"),
     errors.NotEnoughGpus("d", "too few", {"reason": 2}, "add some", 4, 2),
     errors.NotEnoughEgress("d", "too few", {}, "add some"),
     errors.ReservationFailed("d", "gpu-a", 12, "taken"),

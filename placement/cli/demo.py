@@ -15,7 +15,7 @@ import click
 from rich import box
 from rich.table import Table
 
-from placement.cli.render import cluster_map, console, link_text
+from placement.cli.render import bandwidth_text, cluster_map, console, slowdown
 from placement.core.topology import ordinals
 from placement.runtime import bootstrap, client
 from placement.runtime.embedded import SimulatedNode, embedded_cluster
@@ -110,22 +110,20 @@ def _tell(report: dict[str, Any]) -> None:
 def _beside_ray(deployments: list[dict[str, Any]]) -> Table:
     """Each replica of several GPUs beside what Ray alone would have given it at that moment."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("replica", "node", "placement", "weakest link", "Ray alone*", "weakest link", ""):
+    for heading in ("replica", "node", "placement", "all-reduce", "Ray alone*", "all-reduce", ""):
         table.add_column(heading, no_wrap=True)
     for deployment in deployments:
         for a in deployment["assignments"]:
             if len(a["gpus"]) < 2:
                 continue
-            ours, theirs = a["weakest_gb_per_s"], a["ray_weakest_gb_per_s"]
-            verdict = f"{ours / theirs:.0f}x slower" if ours and theirs and ours > theirs else "the same"
             table.add_row(
                 f"{deployment['deployment']}/{a['replica_index']}",
                 a["node_name"],
                 f"GPU {ordinals(a['gpus'])}",
-                link_text(a["weakest_link"], ours),
+                bandwidth_text(a["bandwidth_gb_per_s"], a["weakest_link"]),
                 f"GPU {ordinals(a['ray_gpus'])}",
-                "" if theirs is None else f"{theirs:g} GB/s",
-                verdict,
+                bandwidth_text(a["ray_bandwidth_gb_per_s"], a["ray_weakest_link"]),
+                slowdown(a),
             )
     return table
 

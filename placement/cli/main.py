@@ -18,6 +18,7 @@ _AS_JSON = "placement.as_json"
 
 _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (errors.InvalidDeployment, BAD_INPUT),
+    (errors.InvalidClusterFile, BAD_INPUT),
     (errors.UnknownTopology, BAD_INPUT),
     (errors.MatrixError, BAD_INPUT),
     (errors.ClusterUnreachable, NO_SERVICE),
@@ -183,23 +184,65 @@ def apply(file: Path, address: str | None, as_json: bool) -> None:
         _show(assignments_table(report["deployments"], title="placed"))
 
 
-@main.command(epilog="\b\nExample:\n  placement plan deployments.toml")
-@click.argument("file", type=click.Path(path_type=Path))
+@main.command(
+    epilog="\b\nExample:\n  placement plan deployments.toml\n"
+    "  placement snapshot > cluster.json\n  placement plan --file cluster.json --explain deployments.toml"
+)
+@click.argument("deployments", metavar="FILE", type=click.Path(path_type=Path))
+@click.option(
+    "--file",
+    "cluster",
+    type=click.Path(path_type=Path),
+    help="Plan for the cluster that `placement snapshot` wrote here. Needs no Ray and no cluster.",
+)
+@click.option("--explain", is_flag=True, help="Also say, stage by stage, what excluded how many nodes.")
 @_address
 @_json
-def plan(file: Path, address: str | None, as_json: bool) -> None:
+def plan(deployments: Path, cluster: Path | None, explain: bool, address: str | None, as_json: bool) -> None:
     """Shows what applying FILE would do now. Reserves nothing."""
     from placement.wire.files import load_deployments
 
-    deployments = load_deployments(file)
-    with _service(address) as service:
-        report = {"deployments": [one.to_dict() for one in _ask(service.plan_all.remote(deployments))]}
-    if as_json:
-        _dump(report)
-    else:
-        from placement.cli.render import assignments_table
+    if cluster is not None and address is not None:
+        raise click.UsageError("--file and --address exclude each other; give one of them")
+    wanted = load_deployments(deployments)
+    if cluster is not None:
+        from placement.wire.cluster import load_cluster
+        from placement.wire.plans import explain_deployments, plan_deployments
 
-        _show(assignments_table(report["deployments"], title="planned, nothing is reserved"))
+        known = load_cluster(cluster)
+        snapshot, held = known.snapshot(), known.held()
+        explained = explain_deployments(snapshot, held, wanted) if explain else []
+        plans = [] if explain else plan_deployments(snapshot, held, wanted)
+    else:
+        with _service(address) as service:
+            explained = _ask(service.explain_all.remote(wanted)) if explain else []
+            plans = [] if explain else _ask(service.plan_all.remote(wanted))
+
+    refusal = explained[-1].refusal if explained else None
+    plans = plans or [one.plan for one in explained if one.plan is not None]
+    if as_json:
+        listed = explained if explain else plans
+        _dump({"deployments": [one.to_dict() for one in listed]})
+    else:
+        from placement.cli.render import assignments_table, explanation_view
+
+        for one in explained:
+            _show(*explanation_view(one.to_dict()))
+        if plans:
+            rows = [one.to_dict() for one in plans]
+            _show(assignments_table(rows, title="planned, nothing is reserved"))
+    if refusal is not None:
+        _note(f"error: {refusal}")
+        sys.exit(REFUSED)
+
+
+@main.command(epilog="\b\nExample:\n  placement snapshot > cluster.json")
+@_address
+@_json
+def snapshot(address: str | None, as_json: bool) -> None:
+    """Prints the cluster as the planner sees it, as JSON for `placement plan --file`. Holds no secret."""
+    with _service(address) as service:
+        _dump(_ask(service.snapshot.remote()))
 
 
 @main.command(epilog="\b\nExample:\n  placement status --json")
@@ -217,24 +260,41 @@ def status(address: str | None, as_json: bool) -> None:
         _show(*status_view(report))
 
 
-@main.command(epilog="\b\nExample:\n  placement topology --node gpu-a\n  placement topology --name dgx-1v")
+@main.command(
+    epilog="\b\nExample:\n  placement topology --node gpu-a\n  placement topology --name dgx-1v\n"
+    "  nvidia-smi topo -m | placement topology --file -"
+)
 @click.option("--node", help="Only this node: its id, name or address.")
 @click.option("--name", "name", help="A machine of the catalogue instead of a cluster's nodes.")
 @click.option(
-    "--file", "file", type=click.Path(path_type=Path), help="Output of `nvidia-smi topo -m` instead."
+    "--file",
+    "file",
+    type=click.Path(path_type=Path, allow_dash=True),
+    help="Output of `nvidia-smi topo -m` instead; - for stdin. Needs no cluster.",
 )
+@click.option("--gpu", metavar="NAME", help="With --file: the GPUs' product name, which the text lacks.")
 @_address
 @_json
 def topology(
-    node: str | None, name: str | None, file: Path | None, address: str | None, as_json: bool
+    node: str | None,
+    name: str | None,
+    file: Path | None,
+    gpu: str | None,
+    address: str | None,
+    as_json: bool,
 ) -> None:
-    """Shows how the GPUs of each node are linked, as NVML or the catalogue says."""
+    """Shows how the GPUs of each node are linked, as NVML, the catalogue or a file says."""
+    recorded = name is not None or file is not None
     if sum(choice is not None for choice in (node, name, file)) > 1:
         raise click.UsageError("--node, --name and --file exclude each other; give one of them")
+    if recorded and address is not None:
+        raise click.UsageError("--name and --file ask no cluster; leave out --address")
+    if gpu is not None and file is None:
+        raise click.UsageError("--gpu goes with --file; elsewhere the product name is known")
     from placement.cli.render import topology_view
 
-    if name is not None or file is not None:
-        reports = [_recorded(name, file)]
+    if recorded:
+        reports = [_recorded(name, file, gpu)]
     else:
         with _service(address) as service:
             reports = _ask(service.topology.remote(node))
@@ -245,8 +305,10 @@ def topology(
         _show(*topology_view(report))
 
 
-def _recorded(name: str | None, file: Path | None) -> dict[str, Any]:
+def _recorded(name: str | None, file: Path | None, gpu: str | None) -> dict[str, Any]:
     """A machine of the catalogue or of a file, in the form that nodes are reported in."""
+    from dataclasses import replace
+
     from placement import topologies
     from placement.core.matrix import parse_matrix, render_matrix
 
@@ -254,16 +316,11 @@ def _recorded(name: str | None, file: Path | None) -> dict[str, Any]:
         shape = topologies.load(name)
     else:
         assert file is not None
-        try:
-            shape = parse_matrix(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8 text"
-            raise errors.InvalidDeployment(
-                str(file), (f"cannot be read: {reason}; check the path",)
-            ) from None
+        shape = replace(parse_matrix(_text(file)), model=gpu)
     return {
-        "name": name or str(file),
+        "name": name or ("stdin" if file == Path("-") else str(file)),
         "gpu_count": len(shape),
+        "gpu_model": shape.model,
         "topology": name,
         "known": shape.known,
         "nvswitch": shape.nvswitch,
@@ -272,6 +329,15 @@ def _recorded(name: str | None, file: Path | None) -> dict[str, Any]:
         "problem": None,
         "facts": topologies.facts(name).model_dump(mode="json") if name is not None else None,
     }
+
+
+def _text(file: Path) -> str:
+    try:
+        content = sys.stdin.buffer.read() if file == Path("-") else file.read_bytes()
+        return content.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise errors.InvalidDeployment(str(file), (f"cannot be read: {reason}; check the path",)) from None
 
 
 @main.command(epilog="\b\nExample:\n  placement release llama-70b whisper")

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from placement.core.topology import ordinals
+from placement.core.matrix import parse_matrix
+from placement.core.topology import Topology, ordinals
 
 COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "bright_red", "bright_cyan", "bright_green")
 
@@ -30,11 +31,15 @@ def colour(names: Sequence[str], name: str) -> str:
 
 
 def assignments_table(deployments: Iterable[Mapping[str, Any]], title: str) -> Table:
-    """One row for each replica: where it is, on what, over which link, and what Ray alone would have given."""
+    """One row for each replica: where it is, on what, how fast that is, and what Ray alone would have given."""
+    listed = list(deployments)
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("deployment", "replica", "node", "holds", "weakest link", "Ray alone"):
-        table.add_column(heading, no_wrap=heading != "Ray alone")
-    for deployment in deployments:
+    for heading in ("deployment", "replica", "node", "holds", "all-reduce"):
+        table.add_column(heading, no_wrap=True)
+    beside_ray = any(a.get("ray_gpus") for deployment in listed for a in deployment["assignments"])
+    if beside_ray:
+        table.add_column("Ray alone")
+    for deployment in listed:
         for a in deployment["assignments"]:
             if a["egress_resource"]:
                 holds = f"{a['egress_units']} x {a['egress_resource']}"
@@ -45,29 +50,59 @@ def assignments_table(deployments: Iterable[Mapping[str, Any]], title: str) -> T
                 str(a["replica_index"]),
                 a["node_name"],
                 holds,
-                link_text(a["weakest_link"], a["weakest_gb_per_s"]),
-                ray_alone(a),
+                bandwidth_text(a["bandwidth_gb_per_s"], a["weakest_link"]),
+                *([ray_alone(a)] if beside_ray else []),
             )
     return table
 
 
-def link_text(link: str | None, gb_per_s: float | None) -> str:
-    """``NV12, 300 GB/s``; empty for a single GPU."""
-    if link is None:
+def bandwidth_text(gb_per_s: float | None, weakest_link: str | None) -> str:
+    """``230 GB/s, NV12``; empty for a single GPU."""
+    if weakest_link is None:
         return ""
-    return "unknown" if gb_per_s is None else f"{link}, {gb_per_s:g} GB/s"
+    return "unknown" if gb_per_s is None else f"{gb_per_s:.3g} GB/s, {weakest_link}"
+
+
+def slowdown(assignment: Mapping[str, Any]) -> str:
+    """How much slower Ray's own choice would have been."""
+    ours, theirs = assignment["bandwidth_gb_per_s"], assignment.get("ray_bandwidth_gb_per_s")
+    if not ours or not theirs or ours <= theirs:
+        return "the same"
+    ratio = ours / theirs
+    return f"{ratio:.0f}x slower" if ratio >= 10 else f"{ratio:.1f}x slower"
 
 
 def ray_alone(assignment: Mapping[str, Any]) -> str:
-    """What Ray's own choice would have been, and how much slower its weakest link is."""
+    """What Ray's own choice would have been, and how much slower it is."""
     ray_gpus = assignment.get("ray_gpus") or []
     if not ray_gpus or list(ray_gpus) == list(assignment["gpus"]):
         return "the same" if ray_gpus else ""
     text = f"GPU {ordinals(ray_gpus)}"
-    ours, theirs = assignment["weakest_gb_per_s"], assignment.get("ray_weakest_gb_per_s")
-    if ours and theirs and ours > theirs:
-        text += f", {theirs:g} GB/s: {ours / theirs:.0f}x slower"
+    if (slower := slowdown(assignment)) != "the same":
+        text += f", {assignment['ray_bandwidth_gb_per_s']:.3g} GB/s: {slower}"
     return text
+
+
+def explanation_view(explained: Mapping[str, Any]) -> list[Any]:
+    """Stage by stage, how many nodes were left and what excluded the others."""
+    why = explained["explanation"]
+    table = Table(
+        title=f"{explained['deployment']}: {why['nodes']} nodes",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for heading in ("stage", "left", "excluded"):
+        table.add_column(heading, justify="right" if heading == "left" else "left")
+    for stage in why["stages"]:
+        reasons = "\n".join(f"{count}: {reason}" for reason, count in stage["excluded"].items())
+        table.add_row(stage["name"], str(stage["kept"]), reasons)
+    parts: list[Any] = [table]
+    if why["nearest_miss"]:
+        parts.append(Text(f"nearest miss: {why['nearest_miss']}"))
+    if why["advice"]:
+        parts.append(Text(f"what would help: {why['advice']}"))
+    return parts
 
 
 def status_view(report: Mapping[str, Any]) -> list[Any]:
@@ -160,19 +195,22 @@ def _egress(
 
 
 def topology_view(report: Mapping[str, Any]) -> list[Any]:
-    """One machine: what it is, its islands, its matrix, and what each GPU says of itself."""
+    """One machine: what it is, its islands, its links, what is near, and what each GPU says of itself."""
     facts = report["facts"] or {}
     heading = Text(report["name"], style="bold")
     source = {"nvml": "read with NVML", "catalogue": "catalogue", "none": "nothing could be read"}
     said = source.get(facts.get("source", ""), "")
     if facts.get("age_seconds") is not None:
         said += f", {facts['age_seconds']:.0f} s ago"
-    heading.append(f"  {report['gpu_count']} GPUs{', ' + said if said else ''}", style="dim")
+    gpus = f"{report['gpu_count']} x {report['gpu_model']}" if report.get("gpu_model") else None
+    gpus = gpus or ("1 GPU" if report["gpu_count"] == 1 else f"{report['gpu_count']} GPUs")
+    heading.append(f"  {gpus}{', ' + said if said else ''}", style="dim")
     parts: list[Any] = [heading]
     if report["known"]:
         islands = "  ".join(f"[{ordinals(island)}]" for island in report["islands"])
         parts.append(f"{'NVSwitch' if report['nvswitch'] else 'NVLink islands'}: {islands}")
-        parts.append(_matrix(report["matrix"]))
+    if report["known"] or report["gpu_count"] == 1:
+        parts.append(_links(parse_matrix(report["matrix"])))
     for problem in dict.fromkeys((report["problem"], facts.get("problem"))):
         if problem:
             parts.append(Text(problem, style="red"))
@@ -181,14 +219,27 @@ def topology_view(report: Mapping[str, Any]) -> list[Any]:
     return parts
 
 
-def _matrix(text: str) -> Table:
-    rows = [line.split("\t") for line in text.splitlines() if line.strip()]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for cell in rows[0]:
-        table.add_column(cell.strip(), no_wrap=True)
-    for row in rows[1:]:
-        table.add_row(*(cell.strip() for cell in row))
+def _links(shape: Topology) -> Table:
+    """One row for each GPU. Network cards would be a dozen columns more, so only the nearest are named."""
+    # Sixteen GPUs fit into 100 columns, just.
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1 if len(shape) <= 8 else 0, 0, 0))
+    table.add_column("GPU", no_wrap=True)
+    for gpu in range(len(shape)):
+        table.add_column(str(gpu), no_wrap=True)
+    for heading in ("NUMA", "CPUs", *(["nearest NIC"] if shape.nics else [])):
+        table.add_column(heading, overflow="fold")
+    for gpu, row in enumerate(shape.links):
+        links = ["X" if other == gpu else str(link) for other, link in enumerate(row)]
+        near = [ordinals(shape.numa[gpu]) or "?", ordinals(shape.cpus[gpu]) or "?"]
+        table.add_row(str(gpu), *links, *near, *([_nearest_nic(shape, gpu)] if shape.nics else []))
     return table
+
+
+def _nearest_nic(shape: Topology, gpu: int) -> str:
+    """``PIX mlx5_0``, ``PXB NIC0 and 3 more``."""
+    path = shape.nearest_nic[gpu]
+    first, *more = [nic.name for nic in shape.nics if nic.paths[gpu] is path]
+    return f"{path} {first}" + (f" and {len(more)} more" if more else "")
 
 
 def _gpus(gpus: Iterable[Mapping[str, Any]]) -> Table:

@@ -1,8 +1,9 @@
 """Reading and writing what ``nvidia-smi topo -m`` prints.
 
 Read as printed, or as people paste it: columns parted by tabs or by blanks, colour codes, a Markdown table,
-a legend below. The columns after the devices differ between drivers (none, CPU Affinity, NUMA Affinity,
-GPU NUMA ID); what is not there is unknown. Rows and columns of network cards are skipped.
+a legend below. The affinity columns differ between drivers (none, CPU Affinity, NUMA Affinity, GPU NUMA ID,
+in any order); what is not there is unknown. Every other column is a network card. A GPU's row tells all of
+them, so the cards' own rows, which people like to cut off, are not read.
 
 A GPU's row must be whole: where a cell is missing nobody can tell which, so the text is refused.
 """
@@ -13,13 +14,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology, ordinals
+from placement.core.topology import UNKNOWN_LINK, Link, Nic, Path, Topology, ordinals
 from placement.errors import MatrixError
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _GPU = re.compile(r"GPU\d+")
 _CPU, _NUMA, _ = _AFFINITIES = ("CPU Affinity", "NUMA Affinity", "GPU NUMA ID")
-_AFFINITY = re.compile("|".join(name.replace(" ", r"\s+") for name in _AFFINITIES))
+_COLUMN = re.compile("|".join([*(name.replace(" ", r"\s+") for name in _AFFINITIES), r"\S+"]))
 
 _SELF = "X"
 _PATHS = {path.value: Link(path) for path in Path if path is not Path.NVLINK} | {"SOC": Link(Path.SYS)}
@@ -38,9 +39,10 @@ class _Row:
 
 
 def parse_matrix(text: str) -> Topology:
-    """The GPUs and the links between them, out of the output of ``nvidia-smi topo -m``.
+    """The GPUs, the links between them and to the network cards, out of the output of ``nvidia-smi topo -m``.
 
-    CPU and NUMA affinities are taken over where they are printed; the model is not printed.
+    CPU and NUMA affinities are taken over where they are printed; the model is not printed. Network cards are
+    called what their columns are called, also where a legend below gives ``NIC0`` another name.
 
     Raises:
         MatrixError: the text has no matrix, or a damaged or partial one; names the line.
@@ -48,11 +50,16 @@ def parse_matrix(text: str) -> Topology:
     lines = [_COLOUR.sub("", line).rstrip("\r") for line in text.lstrip("\ufeff").split("\n")]
     start = next((i for i, line in enumerate(lines) if _is_header(line)), None)
     if start is None:
-        raise MatrixError(0, "no header line that names GPU0")
+        orphan = next((i for i, line in enumerate(lines) if _is_row(line)), -1)
+        raise MatrixError(orphan + 1, "no header line that names GPU0")
     columns = _header_cells(lines[start])
     gpus = [name for name in columns if _GPU.fullmatch(name)]
     if gpus != [f"GPU{i}" for i in range(len(gpus))]:
         raise MatrixError(start + 1, f"the GPU columns are {', '.join(gpus)}, not GPU0, GPU1, ... in order")
+    nics = [name for name in columns if name and name not in (*gpus, *_AFFINITIES)]
+    twice = [name for name in columns if columns.count(name) > 1]
+    if twice:
+        raise MatrixError(start + 1, f"column {twice[0]!r} is there twice")
 
     rows: dict[str, _Row] = {}
     for number, line in enumerate(lines[start + 1 :], start + 2):
@@ -73,24 +80,37 @@ def parse_matrix(text: str) -> Topology:
         raise MatrixError(last, f"the rows of {', '.join(missing)} are missing")
 
     ordered = [rows[name] for name in gpus]
+    paths = [[_path(row, gpu, nic) for nic in nics] for gpu, row in enumerate(ordered)]
+    try:
+        cards = tuple(
+            Nic(name, tuple(column)) for name, column in zip(nics, zip(*paths, strict=True), strict=True)
+        )
+    except ValueError as error:
+        raise MatrixError(start + 1, str(error)) from None
     return Topology(
         links=_links(ordered),
         numa=tuple(_numbers(row, _NUMA) for row in ordered),
         cpus=tuple(_numbers(row, _CPU) for row in ordered),
+        nics=cards,
     )
 
 
 def render_matrix(topology: Topology) -> str:
-    """The matrix as ``nvidia-smi topo -m`` prints it, tab-separated, the GPUs only.
+    """The matrix as ``nvidia-smi topo -m`` prints it, tab-separated.
 
     An unknown link is ``?``, an unknown affinity ``N/A``. :func:`parse_matrix` reads it back unchanged.
     """
-    names = [f"GPU{i}" for i in range(len(topology))]
-    lines = ["\t".join(["", *names, _CPU, _NUMA])]
-    for a, name in enumerate(names):
+    gpus = [f"GPU{i}" for i in range(len(topology))]
+    nics = topology.nics
+    lines = ["\t".join(["", *gpus, *(nic.name for nic in nics), _CPU, _NUMA])]
+    for a, name in enumerate(gpus):
         links = [f" {_SELF} " if a == b else str(link) for b, link in enumerate(topology.links[a])]
         near = [ordinals(topology.cpus[a]) or "N/A", ordinals(topology.numa[a]) or "N/A"]
-        lines.append("\t".join([name, *links, *near]))
+        lines.append("\t".join([name, *links, *(nic.paths[a] for nic in nics), *near]))
+    for nic in nics:
+        # What is between two network cards is not kept: nothing is placed by it.
+        others = [f" {_SELF} " if other is nic else Path.UNKNOWN for other in nics]
+        lines.append("\t".join([nic.name, *nic.paths, *others]))
     return "\n".join(lines) + "\n"
 
 
@@ -106,8 +126,7 @@ def _header_cells(line: str) -> list[str]:
     """The names of the columns; of a Markdown table also the empty one above the rows' names."""
     if _is_table(line):
         return _table_cells(line)
-    devices, names = _AFFINITY.sub(" ", line), _AFFINITY.findall(line)
-    return devices.split() + [" ".join(name.split()) for name in names]
+    return [" ".join(name.split()) for name in _COLUMN.findall(line)]
 
 
 def _is_header(line: str) -> bool:
@@ -115,6 +134,12 @@ def _is_header(line: str) -> bool:
     # Elsewhere than in a table the first column is a GPU's: prose that mentions one is no header.
     first = names if _is_table(line) else names[:1]
     return any(map(_GPU.fullmatch, first)) and _SELF not in names
+
+
+def _is_row(line: str) -> bool:
+    """Whether a line looks like a GPU's row, where no header tells the columns."""
+    label, *cells = line.replace("|", " ").split() or [""]
+    return _GPU.fullmatch(label) is not None and _SELF in cells
 
 
 def _cells_of_row(columns: Sequence[str], line: str, number: int) -> tuple[str, dict[str, str]] | None:
@@ -155,6 +180,14 @@ def _link(row: _Row, a: int, b: int) -> Link:
     if re.fullmatch(r"NV[1-9]\d*", cell):
         return Link(Path.NVLINK, int(cell[2:]))
     raise MatrixError(row.line, f"GPU{a} to GPU{b} is {cell!r}, which is no link")
+
+
+def _path(row: _Row, gpu: int, nic: str) -> Path:
+    """How a GPU reaches a network card."""
+    cell = row.cells[nic]
+    if cell not in _PATHS:
+        raise MatrixError(row.line, f"GPU{gpu} to {nic} is {cell!r}, which is no path")
+    return _PATHS[cell].path
 
 
 def _numbers(row: _Row, column: str) -> tuple[int, ...]:

@@ -1,90 +1,60 @@
 """How good a set of GPUs is, and the best set among those that are free.
 
-A set is as fast as its slowest pair: collectives run in rings, and a ring waits for its slowest edge (two
-bridged A100 PCIe cards reach 208 GB/s of all-reduce bus bandwidth, a third one across sockets makes it 20:
-NVIDIA/nccl-tests issue 178). So the weakest link counts first, the sum over all pairs second.
+All that can be asked of machines of one shape is worked out once, on first use, and shared by every node of
+that shape: the predicted bandwidth of every set (:mod:`placement.core.bandwidth`) and what every rest still
+has on offer. Choosing is then a look at a table.
 
-Rates are kept in whole MB/s inside: sums of them are exact, so that equal sets compare as equal.
+GPUs that can change places without any difference are *twins*. Sets that take equally many of each group
+of twins are equally good, and leave equally much, so that counts are searched instead of sets: 9 instead of 256
+for an NVSwitch board. Such counts, a *pick*, are packed into one integer, a field per group with one bit to
+spare, so that taking a pick out of another is one subtraction.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import cache, lru_cache
+from itertools import combinations, groupby
+from typing import NamedTuple
 
+from placement.core.bandwidth import (
+    Generation,
+    generation,
+    has_switch,
+    hop_mb_per_s,
+    nvlink_rings,
+    switch_mb_per_s,
+)
 from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
 
-# -- What a pair of GPUs can carry, MB/s in one direction ----------------------------------------------------
+Links = tuple[tuple[Link, ...], ...]
 
-_PCIE_X16 = {3: 12_000, 4: 24_000, 5: 48_000}
-"""What NCCL charges for sixteen lanes of each PCIe generation (src/graph/topo.h), 3/4 of the raw rate."""
+Pick = int
+"""How many GPUs of each group of twins, packed."""
 
-_PERCENT_OF_PCIE = {Path.PIX: 100, Path.PXB: 95, Path.PHB: 70, Path.NODE: 65, Path.SYS: 60}
-"""What is left of it on each path. Only the order is certain: NCCL by default uses peer-to-peer below the
-host bridge and stages through host memory above it, so PHB and NODE are charged about a third. A guess."""
+LEFTOVER_SIZES = (8, 4, 2)
+"""What others are most likely to ask for: replicas come in powers of two, as tensor parallelism does."""
 
-_BETWEEN_SOCKETS = 10_000
-"""What NCCL charges for the link between two Intel sockets since Skylake (src/graph/topo.h). AMD's and newer
-Intel's carry more, but a topology does not tell which CPU it is."""
+MAX_PICKS = 1 << 16
+"""Machines with more picks (17 GPUs and more, no two of them alike) are not tabulated."""
 
-_UNKNOWN = 5_000
-"""A pair nobody could look at: what GPUs do through host memory where the driver has no peer-to-peer (two
-2080 Ti on one switch copy 5.7 GB/s). Below every path that is known."""
-
-_GENERATIONS: tuple[tuple[str, int, int], ...] = (
-    # product name, PCIe generation, MB/s per NVLink (of no effect where the model has none)
-    (r"P100", 3, 20_000),
-    (r"V100|GV100|Titan V|Titan RTX|RTX 20\d\d|Quadro RTX|GTX|T4|P4|P40|K80|M60", 3, 25_000),
-    (r"RTX 30\d\d|RTX A\d\d00|A40|A10|A16|A2", 4, 14_062),
-    (r"A100|A800|A30", 4, 25_000),
-    (r"H100|H200|H800|H20|GH200", 5, 25_000),
-    (r"G?B[123]00|RTX 50\d\d|RTX PRO \d\d00", 5, 50_000),
-)
-"""Per NVLink 20 GB/s in the first generation (P100), 25 in the second to fourth, 50 in the fifth (Blackwell),
-and 14.062 on the four-link bridges of GA102 (RTX 3090, A6000, A40), as `nvidia-smi nvlink -s` prints it.
-From network/README.md of stas00/ml-engineering and NVIDIA's data sheets."""
-
-_DEFAULT_GENERATION = (4, 25_000)
-"""For a model that is not listed, or a node of several models: PCIe 4.0, and the most common NVLink rate."""
+_PATH_ORDER = {path: order for order, path in enumerate(Path)}
 
 
-@lru_cache(maxsize=256)
-def _generation(model: str | None) -> tuple[int, int]:
-    """PCIe generation and MB/s per NVLink of a product name."""
-    for names, pcie, nvlink in _GENERATIONS:
-        if model and re.search(rf"(?<![A-Z0-9])(?:{names})(?![0-9])", model, re.IGNORECASE):
-            return pcie, nvlink
-    return _DEFAULT_GENERATION
+class Within(StrEnum):
+    """How far apart the GPUs of one replica may be, narrowest first."""
 
-
-@lru_cache(maxsize=4096)
-def _mb_per_s(link: Link, model: str | None) -> int:
-    """Strictly ordered as :class:`Path` is, whatever the model, and increasing in the number of NVLinks."""
-    pcie_generation, per_nvlink = _generation(model)
-    pcie = _PCIE_X16[pcie_generation]
-    if link.path is Path.NVLINK:
-        # One slow link (a degraded bridge on PCIe 5.0) still counts above PCIe: NCCL takes it first, and
-        # it leaves the way through the CPU to others.
-        return max(link.nvlinks * per_nvlink, pcie + link.nvlinks)
-    if link.path is Path.UNKNOWN:
-        return _UNKNOWN
-    through = pcie * _PERCENT_OF_PCIE[link.path] // 100
-    return min(through, _BETWEEN_SOCKETS) if link.path is Path.SYS else through
-
-
-def pair_bandwidth(topology: Topology, a: int, b: int) -> float:
-    """What ordinals ``a`` and ``b`` can exchange, GB/s (10^9 bytes) per direction.
-
-    An estimate for comparing sets, not a measurement; the tables above say where each figure is from. It is
-    strictly ordered for GPUs of one model: NVLink > PIX > PXB > PHB > NODE > SYS > unknown.
-    """
-    return _mb_per_s(topology.link(a, b), topology.model) / 1000
-
-
-# -- How good a set is ---------------------------------------------------------------------------------------
+    NVLINK = "nvlink"
+    """A collective over them runs on NVLink alone."""
+    SWITCH = "switch"
+    """... on NVLink and PCIe switches (PIX, PXB), past no host bridge."""
+    NUMA = "numa"
+    """They share a NUMA node, and it is known."""
+    NODE = "node"
+    """They are on one node, as they always are."""
 
 
 @dataclass(frozen=True, order=True)
@@ -92,14 +62,13 @@ class Score:
     """How good a set of GPUs is. Orderable: a greater score is a better set.
 
     Attributes:
-        weakest_gb_per_s: the slowest pair, GB/s per direction; infinite for fewer than two GPUs.
-        total_gb_per_s: the sum over all pairs, GB/s per direction.
-        weakest: the link of the slowest pair (its lowest ordinals, if several tie); not part of the order.
-        weakest_pair: that pair; not part of the order.
+        bandwidth_gb_per_s: predicted bus bandwidth of a large all-reduce over the set, GB/s (10^9 bytes) per
+            GPU and direction, as nccl-tests reports it; infinite for fewer than two GPUs.
+        weakest: the slowest link between two of them; not part of the order.
+        weakest_pair: that pair (its lowest ordinals, if several tie); not part of the order.
     """
 
-    weakest_gb_per_s: float
-    total_gb_per_s: float
+    bandwidth_gb_per_s: float
     weakest: Link | None = field(default=None, compare=False)
     weakest_pair: tuple[int, int] | None = field(default=None, compare=False)
 
@@ -110,25 +79,56 @@ class Score:
 
     @property
     def known_gb_per_s(self) -> float | None:
-        """The slowest pair's GB/s where something is known of it: for people, who would take a guess for a fact."""
-        return None if self.weakest in (None, UNKNOWN_LINK) else self.weakest_gb_per_s
+        """The bandwidth where every link is known: for people, who would take a guess for a fact."""
+        return None if self.weakest in (None, UNKNOWN_LINK) else self.bandwidth_gb_per_s
+
+
+class Needs(NamedTuple):
+    """What one replica needs of a node.
+
+    Attributes:
+        gpus: how many GPUs.
+        within: how close together.
+        min_bandwidth_gb_per_s: the least predicted bandwidth between them that will do.
+    """
+
+    gpus: int
+    within: Within = Within.NODE
+    min_bandwidth_gb_per_s: float = 0.0
+
+    @property
+    def slowest(self) -> int:
+        """The greatest :attr:`Offer.slowness` that will do."""
+        return -round(self.min_bandwidth_gb_per_s * 1000) if self.gpus > 1 else 0
+
+    @property
+    def floor(self) -> bool:
+        """Whether some sets of this size will not do."""
+        return self.within is not Within.NODE or self.slowest < 0
+
+
+class Offer(NamedTuple):
+    """What a node's free GPUs hold for a request. Sorts from the most to the least welcome.
+
+    Attributes:
+        slowness: minus the predicted bandwidth of the best set, MB/s; 0 for a single GPU.
+        loss: how much less the others are then offered: the best bandwidth for 8, 4 and 2 GPUs, MB/s.
+        free: how many GPUs are free before.
+    """
+
+    slowness: int
+    loss: tuple[int, ...]
+    free: int
 
 
 def score(topology: Topology, gpus: Collection[int]) -> Score:
     """How good ``gpus`` are together."""
-    rates = _rates_of(topology)
     ordered = sorted(gpus)
-    pairs = [(rates.mb_per_s[a][b], (a, b)) for i, a in enumerate(ordered) for b in ordered[i + 1 :]]
-    if not pairs:
-        return Score(math.inf, 0.0)
-    weakest, pair = min(pairs)
-    return Score(weakest / 1000, sum(rate for rate, _ in pairs) / 1000, topology.link(*pair), pair)
-
-
-# -- Which set to take ---------------------------------------------------------------------------------------
-
-_LEFTOVER_SIZES = (8, 4, 2)
-"""What others are most likely to ask for: replicas come in powers of two, as tensor parallelism does."""
+    if len(ordered) < 2:
+        return Score(math.inf)
+    shape = shape_of(topology)
+    _, pair = min((shape.hops[a][b], (a, b)) for a, b in combinations(ordered, 2))
+    return Score(shape.mb_per_s(ordered) / 1000, topology.link(*pair), pair)
 
 
 def ray_set(free: Collection[int], count: int) -> tuple[int, ...] | None:
@@ -143,20 +143,24 @@ def ray_set(free: Collection[int], count: int) -> tuple[int, ...] | None:
     return lowest if len(lowest) == count else None
 
 
-def best_set(topology: Topology, free: Collection[int], count: int) -> tuple[int, ...] | None:
+def best_set(
+    topology: Topology, free: Collection[int], count: int, within: Within = Within.NODE
+) -> tuple[int, ...] | None:
     """The best ``count`` of the ``free`` GPUs.
 
     In this order:
 
-    1. the highest :class:`Score`: the weakest link, then the sum;
-    2. what leaves the other free GPUs best off: the highest score that they still offer to a request for
-       8, then for 4, then for 2 GPUs;
-    3. the lowest ordinals, which is what Ray gives of itself, so that nothing need be steered.
+    1. the highest :class:`Score`;
+    2. what leaves the other free GPUs best off: the best bandwidth that they still offer to a request for 8
+       GPUs, then the sum over all their sets of 8; then the same for 4, and for 2;
+    3. the nearest network card of the GPU that is farthest from one; then the fewest NUMA nodes;
+    4. the lowest ordinals, which is what Ray gives of itself, so that nothing need be steered.
 
-    Exact, and the same answer every time. Answers are cached per machine.
+    The same answer every time, and exact: as good as any set by trying all. (On machines of more than 16
+    GPUs among which hardly two are alike it is a good one.)
 
     Returns:
-        Ordinals, ascending, or ``None`` if fewer than ``count`` are free.
+        Ordinals, ascending, or ``None`` if there are no ``count`` free GPUs ``within`` such a distance.
 
     Raises:
         ValueError: ``count`` is negative, or the topology has no such GPU.
@@ -168,52 +172,373 @@ def best_set(topology: Topology, free: Collection[int], count: int) -> tuple[int
         if not 0 <= gpu < len(topology):
             raise ValueError(f"GPU {gpu} is free, but the topology has {len(topology)} GPUs")
         mask |= 1 << gpu
-    return _best_set(_rates_of(topology), mask, count)
+    return shape_of(topology).best(mask, count, within)
 
 
-Pick = tuple[int, ...]
-"""How many GPUs of each kind; kinds are the groups of :func:`_twins`."""
+def choose(topology: Topology, free: Collection[int], needs: Needs, more: int = 0) -> tuple[int, ...] | None:
+    """The best set that meets ``needs`` and, if that can be had, leaves room for as many ``more`` like it.
 
-
-@lru_cache(maxsize=16384)
-def _best_set(rates: _Rates, mask: int, count: int) -> tuple[int, ...] | None:
-    free = [gpu for gpu in range(mask.bit_length()) if mask >> gpu & 1]
-    if len(free) < count:
-        return None
-    kinds = _twins(rates, free)
-    value = cache(_valuation(rates, kinds))
-
-    @cache
-    def on_offer(pool: Pick, size: int) -> tuple[float, int]:
-        return max(map(value, _picks(pool, size)))
-
-    pool = tuple(map(len, kinds))
-
-    def left(pick: Pick) -> list[tuple[float, int]]:
-        rest = tuple(have - taken for have, taken in zip(pool, pick, strict=True))
-        return [on_offer(rest, size) for size in _LEFTOVER_SIZES if size <= sum(rest)]
-
-    def lowest(pick: Pick) -> tuple[int, ...]:
-        return tuple(sorted(gpu for kind, take in zip(kinds, pick, strict=True) for gpu in kind[:take]))
-
-    fastest = on_offer(pool, count)
-    tied = [(left(pick), lowest(pick)) for pick in _picks(pool, count) if value(pick) == fastest]
-    kindest = max(leaves for leaves, _ in tied)
-    return min(gpus for leaves, gpus in tied if leaves == kindest)
-
-
-def _twins(rates: _Rates, gpus: Sequence[int]) -> list[list[int]]:
-    """The GPUs, ascending, grouped so that two of a group can change places and nothing changes.
-
-    Sets that take equally many of each group are equally good, and leave equally much. So counts are
-    searched instead of sets: 1 instead of 12,870 for half of an NVSwitch machine with 16 GPUs.
+    Returns:
+        Ordinals, ascending, or ``None`` if no free set meets them.
     """
+    best = best_set(topology, free, needs.gpus, needs.within)
+    shape = shape_of(topology)
+    if best is None or (needs.gpus > 1 and -shape.mb_per_s(best) > needs.slowest):
+        return None
+    if more and needs.floor:
+        mask = sum(1 << gpu for gpu in free)
+        rest = mask & ~sum(1 << gpu for gpu in best)
+        if len(shape.packed(rest, needs)) < more:
+            together = shape.packed(mask, needs)
+            if len(together) > more:
+                return together[0]
+    return best
+
+
+def shape_of(topology: Topology) -> Shape:
+    """The tables of a machine's shape; built on first use, within milliseconds (8 GPUs) or a second (16)."""
+    return _shape_of(_Same(topology))
+
+
+class Shape:
+    """Machines that nothing but their names tells apart. Get one from :func:`shape_of`.
+
+    Attributes:
+        hops: per pair of GPUs, what one hop of a ring carries, MB/s.
+    """
+
+    def __init__(
+        self, links: Links, numa: Sequence[tuple[int, ...]], nearest_nic: Sequence[Path], gpu: Generation
+    ) -> None:
+        self._links, self._numa, self._gpu = links, numa, gpu
+        self._switch = has_switch(links, gpu)
+        self.hops = [[hop_mb_per_s(link, gpu) for link in row] for row in links]
+        self._nic = [_PATH_ORDER[path] for path in nearest_nic]
+        self._kinds = _twins(links, list(zip(numa, self._nic, strict=True)))
+        self._chosen: dict[tuple[int, int, Within], tuple[int, ...] | None] = {}
+        self._offered: dict[tuple[int, int, Within], Offer | None] = {}
+
+        self._units: list[Pick] = []
+        self._fields: list[Pick] = []
+        self._kind_masks: list[int] = []
+        self._spare: Pick = 0
+        bit = 0
+        for kind in self._kinds:
+            self._units.append(1 << bit)
+            self._fields.append(((1 << len(kind).bit_length()) - 1) << bit)
+            bit += len(kind).bit_length() + 1
+            self._spare |= 1 << (bit - 1)
+            self._kind_masks.append(sum(1 << gpu for gpu in kind))
+
+        self.tabulated = math.prod(len(kind) + 1 for kind in self._kinds) <= MAX_PICKS
+        if self.tabulated:
+            self._tabulate()
+
+    # -- asking ----------------------------------------------------------------------------------
+
+    def mb_per_s(self, gpus: Sequence[int]) -> int:
+        """The predicted bus bandwidth of two or more GPUs."""
+        if self.tabulated:
+            return self._bandwidth[self._pick(sum(1 << gpu for gpu in gpus))]
+        return self._at_least(gpus)
+
+    def best(self, mask: int, count: int, within: Within = Within.NODE) -> tuple[int, ...] | None:
+        """:func:`best_set`, with the free GPUs as a bit mask."""
+        key = (mask, count, within)
+        try:
+            return self._chosen[key]
+        except KeyError:
+            if len(self._chosen) >= MAX_PICKS:
+                self._chosen.clear()
+            found = self._chosen[key] = self._search(mask, count, within)
+            return found
+
+    def offer(self, mask: int, count: int, within: Within = Within.NODE) -> Offer | None:
+        """What taking :meth:`best` gives, and what it costs the others; ``None`` if there is no such set."""
+        key = (mask, count, within)
+        try:
+            return self._offered[key]
+        except KeyError:
+            if len(self._offered) >= MAX_PICKS:
+                self._offered.clear()
+            gpus = self.best(mask, count, within)
+            found = None
+            if gpus is not None:
+                rest = mask & ~sum(1 << gpu for gpu in gpus)
+                loss = tuple(a - b for a, b in zip(self._on_offer(mask), self._on_offer(rest), strict=True))
+                speed = self.mb_per_s(gpus) if count > 1 else 0
+                found = Offer(-speed, loss, mask.bit_count())
+            self._offered[key] = found
+            return found
+
+    def packed(self, mask: int, needs: Needs) -> list[tuple[int, ...]]:
+        """As many disjoint sets that meet ``needs`` as the free GPUs hold, the fastest first."""
+        if not self.tabulated:
+            return self._packed_greedily(mask, needs)
+        fitting = (
+            [
+                pick
+                for equally_fast in self._fastest_first[needs.gpus]
+                for pick in equally_fast
+                if needs.within in self._reach[pick] and -self._bandwidth[pick] <= needs.slowest
+            ]
+            if needs.gpus <= len(self._links)
+            else []
+        )
+        spare = self._spare
+
+        @cache
+        def most(pool: Pick) -> tuple[int, tuple[Pick, ...]]:
+            """The most picks out of a pool, and which."""
+            limit = sum(self._counts(pool)) // needs.gpus
+            if not limit:
+                return 0, ()
+            unit, field = next(
+                (unit, field) for unit, field in zip(self._units, self._fields, strict=True) if pool & field
+            )
+            best: tuple[int, tuple[Pick, ...]] = (0, ())
+            for pick in fitting:  # that takes a GPU of the first group; or none does
+                if pick & field and ((pool | spare) - pick) & spare == spare:
+                    count, picks = most(pool - pick)
+                    if count + 1 > best[0]:
+                        best = count + 1, (pick, *picks)
+                        if best[0] == limit:
+                            return best
+            without = most(pool - unit)
+            return without if without[0] > best[0] else best
+
+        sets = []
+        for pick in most(self._pick(mask))[1]:
+            gpus = self._lowest(pick, mask)
+            mask &= ~sum(1 << gpu for gpu in gpus)
+            sets.append(gpus)
+        return sorted(sets, key=lambda gpus: (-self.mb_per_s(gpus) if len(gpus) > 1 else 0, gpus))
+
+    def _on_offer(self, mask: int) -> tuple[int, ...]:
+        return self._left[self._pick(mask)][::2] if self.tabulated else (0,) * len(LEFTOVER_SIZES)
+
+    def _search(self, mask: int, count: int, within: Within) -> tuple[int, ...] | None:
+        if mask.bit_count() < count:
+            return None
+        if not self.tabulated:
+            return self._greedy(mask, count, within)
+        pool, spare, left, near = self._pick(mask), self._spare, self._left, self._near
+        guarded = pool | spare
+        for equally_fast in self._fastest_first[count]:
+            picks = [pick for pick in equally_fast if (guarded - pick) & spare == spare]
+            if within is not Within.NODE:
+                picks = [pick for pick in picks if within in self._reach[pick]]
+            if picks:
+                break
+        else:
+            return None
+        if len(picks) > 1:
+            kindest = max(left[pool - pick] for pick in picks)
+            picks = [pick for pick in picks if left[pool - pick] == kindest]
+            nearest = min(near[pick] for pick in picks)
+            picks = [pick for pick in picks if near[pick] == nearest]
+        return min(self._lowest(pick, mask) for pick in picks)
+
+    def _pick(self, mask: int) -> Pick:
+        return sum(
+            (mask & kind).bit_count() * unit for kind, unit in zip(self._kind_masks, self._units, strict=True)
+        )
+
+    def _counts(self, pick: Pick) -> Iterator[int]:
+        for field, unit in zip(self._fields, self._units, strict=True):
+            yield (pick & field) // unit
+
+    def _lowest(self, pick: Pick, mask: int) -> tuple[int, ...]:
+        """The lowest free GPUs that a pick can mean."""
+        gpus: list[int] = []
+        for kind, count in zip(self._kinds, self._counts(pick), strict=True):
+            if count:
+                gpus += [gpu for gpu in kind if mask >> gpu & 1][:count]
+        return tuple(sorted(gpus))
+
+    # -- tabulating ------------------------------------------------------------------------------
+
+    def _tabulate(self) -> None:
+        """Fills the tables: per pick its bandwidth, its reach, its nearness and what it offers as a rest."""
+        most = len(self._links)
+        self._picks: list[list[Pick]] = [[] for _ in range(most + 1)]
+        self._picks[0] = [0]
+        for kind, unit in zip(self._kinds, self._units, strict=True):
+            for count in range(most, 0, -1):
+                for taken in range(1, min(len(kind), count) + 1):
+                    self._picks[count] += [pick + taken * unit for pick in self._picks[count - taken]]
+
+        members = {pick: self._lowest(pick, -1) for picks in self._picks for pick in picks}
+        ring = self._best_hop()
+        on_nvlink = self._closed(lambda a, b: self._links[a][b].nvlinks > 0)
+        self._bandwidth: dict[Pick, int] = {}
+        self._reach: dict[Pick, frozenset[Within]] = {}
+        self._near: dict[Pick, tuple[int, int]] = {}
+        past_no_host = hop_mb_per_s(Link(Path.PXB), self._gpu)
+        for pick, gpus in members.items():
+            numa = {self._numa[gpu] for gpu in gpus}
+            self._near[pick] = max((self._nic[gpu] for gpu in gpus), default=0), len(numa)
+            nvlink = len(gpus) < 2 or pick in on_nvlink
+            self._bandwidth[pick] = 0
+            if len(gpus) > 1:
+                self._bandwidth[pick] = ring[pick]
+                if nvlink:
+                    self._bandwidth[pick] = max(ring[pick], self._over_nvlink(gpus))
+            reach = {
+                Within.NODE: True,
+                Within.NVLINK: nvlink,
+                Within.SWITCH: len(gpus) < 2 or ring[pick] >= past_no_host,
+                Within.NUMA: len(numa) == 1 and () not in numa,
+            }
+            self._reach[pick] = frozenset(distance for distance, kept in reach.items() if kept)
+        self._left = self._what_rests_offer()
+        self._fastest_first = [
+            [list(equal) for _, equal in groupby(sorted(picks, key=self._slowness), self._slowness)]
+            for picks in self._picks
+        ]
+
+    def _slowness(self, pick: Pick) -> int:
+        return -self._bandwidth[pick]
+
+    def _over_nvlink(self, gpus: Sequence[int]) -> int:
+        """The bandwidth of GPUs that have a ring over NVLink."""
+        fewest = min(self._links[a][b].nvlinks for a, b in combinations(gpus, 2))
+        if self._switch and fewest:
+            return switch_mb_per_s(fewest, len(gpus), self._gpu)
+        if len(gpus) == 2:
+            return fewest * self._gpu.nvlink_mb_per_s
+        return 2 * nvlink_rings(self._links, gpus) * self._gpu.nvlink_mb_per_s
+
+    def _best_hop(self) -> dict[Pick, int]:
+        """Per pick of two or more, the slowest hop of the best ring through it, MB/s."""
+        rates = sorted({self.hops[a][b] for a, b in self._pairs()})
+        slowest = rates[0] if rates else 0
+        found = {pick: slowest for picks in self._picks[2:] for pick in picks}
+        for rate in rates[1:]:
+            closed = self._closed(lambda a, b: self.hops[a][b] >= rate)  # noqa: B023
+            if not closed:
+                break
+            found.update(dict.fromkeys(closed, rate))
+        return found
+
+    def _pairs(self) -> Iterator[tuple[int, int]]:
+        """One pair of GPUs for each two groups, and within each group."""
+        for i, kind in enumerate(self._kinds):
+            if len(kind) > 1:
+                yield kind[0], kind[1]
+            for other in self._kinds[:i]:
+                yield kind[0], other[0]
+
+    def _closed(self, joined) -> set[Pick]:  # type: ignore[no-untyped-def]
+        """The picks of two or more GPUs with a ring in the graph of ``joined`` pairs (two GPUs: an edge).
+
+        By dynamic programming (Held and Karp): at which groups can a path end that starts in the pick's
+        first group and goes through all of it? The ring closes if one of them is joined to the start.
+        """
+        near = [0] * len(self._kinds)
+        for i, kind in enumerate(self._kinds):
+            if len(kind) > 1 and joined(kind[0], kind[1]):
+                near[i] |= 1 << i
+            for j, other in enumerate(self._kinds[:i]):
+                if joined(kind[0], other[0]):
+                    near[i] |= 1 << j
+                    near[j] |= 1 << i
+        fields = list(zip(range(len(self._kinds)), self._units, self._fields, strict=True))
+        closed: set[Pick] = set()
+        ends: dict[Pick, int] = {unit: 1 << i for i, unit in enumerate(self._units)}
+        for picks in self._picks[2:]:
+            longer: dict[Pick, int] = {}
+            for pick in picks:
+                here, start = 0, -1
+                for i, unit, bits in fields:
+                    if pick & bits:
+                        if start < 0:
+                            start = i
+                            if pick & bits == unit:
+                                continue  # the only one of its group is the start itself
+                        if ends.get(pick - unit, 0) & near[i]:
+                            here |= 1 << i
+                if here:
+                    longer[pick] = here
+                    if here & near[start]:
+                        closed.add(pick)
+            ends = longer
+        return closed
+
+    def _what_rests_offer(self) -> dict[Pick, tuple[int, ...]]:
+        """Per pick, as a rest: the best bandwidth and the sum of all, for sets of 8, of 4 and of 2 GPUs."""
+        best: dict[Pick, tuple[int, ...]] = {}
+        for count, picks in enumerate(self._picks):
+            for pick in picks:
+                row: list[int] = []
+                smaller = [
+                    (best[pick - unit], taken)
+                    for unit, taken in zip(self._units, self._counts(pick), strict=True)
+                    if taken
+                ]
+                for i, size in enumerate(LEFTOVER_SIZES):
+                    if count < size:
+                        row += [0, 0]
+                    elif count == size:
+                        row += [self._bandwidth[pick]] * 2
+                    else:
+                        # A set of `size` lies in `count - size` of the rests that are one GPU smaller.
+                        total = sum(rest[2 * i + 1] * taken for rest, taken in smaller)
+                        row += [max(rest[2 * i] for rest, _ in smaller), total // (count - size)]
+                best[pick] = tuple(row)
+        return best
+
+    # -- without tables --------------------------------------------------------------------------
+
+    def _at_least(self, gpus: Sequence[int]) -> int:
+        fewest = min(self._links[a][b].nvlinks for a, b in combinations(gpus, 2))
+        if self._switch and fewest:
+            return switch_mb_per_s(fewest, len(gpus), self._gpu)
+        return min(self.hops[a][b] for a, b in combinations(gpus, 2))
+
+    def _greedy(self, mask: int, count: int, within: Within) -> tuple[int, ...] | None:
+        """Grows a set from each free GPU by whoever is joined best, and takes the best of them."""
+        free = [gpu for gpu in range(mask.bit_length()) if mask >> gpu & 1]
+        found: list[tuple[int, tuple[int, ...]]] = []
+        for seed in free:
+            gpus = [seed]
+            while len(gpus) < count:
+                others = [gpu for gpu in free if gpu not in gpus and self._reachable([*gpus, gpu], within)]
+                if not others:
+                    break
+                gpus.append(max(others, key=lambda gpu: (min(self.hops[gpu][one] for one in gpus), -gpu)))
+            if len(gpus) == count:
+                speed = self._at_least(gpus) if count > 1 else 0
+                found.append((-speed, tuple(sorted(gpus))))
+        if not count:
+            return ()
+        return min(found)[1] if found else None
+
+    def _packed_greedily(self, mask: int, needs: Needs) -> list[tuple[int, ...]]:
+        sets: list[tuple[int, ...]] = []
+        while gpus := self._greedy(mask, needs.gpus, needs.within):
+            if needs.gpus > 1 and -self._at_least(gpus) > needs.slowest:
+                break
+            sets.append(gpus)
+            mask &= ~sum(1 << gpu for gpu in gpus)
+        return sets
+
+    def _reachable(self, gpus: Sequence[int], within: Within) -> bool:
+        if within is Within.NUMA:
+            return len({self._numa[gpu] for gpu in gpus} | {()}) == 2
+        links = [self._links[a][b].path for a, b in combinations(gpus, 2)]
+        farthest = {Within.NVLINK: Path.NVLINK, Within.SWITCH: Path.PXB}.get(within, Path.UNKNOWN)
+        return all(_PATH_ORDER[path] <= _PATH_ORDER[farthest] for path in links)
+
+
+def _twins(links: Links, places: Sequence[object]) -> list[list[int]]:
+    """The GPUs, ascending, grouped so that two of a group can change places and nothing changes."""
     kinds: list[list[int]] = []
-    for gpu in gpus:
-        row = rates.mb_per_s[gpu]
+    for gpu, place in enumerate(places):
         for kind in kinds:
-            twin = rates.mb_per_s[kind[0]]
-            if all(row[other] == twin[other] for other in gpus if other not in (gpu, kind[0])):
+            twin = kind[0]
+            others = (other for other in range(len(places)) if other not in (gpu, twin))
+            if place == places[twin] and all(links[gpu][other] == links[twin][other] for other in others):
                 kind.append(gpu)
                 break
         else:
@@ -221,55 +546,8 @@ def _twins(rates: _Rates, gpus: Sequence[int]) -> list[list[int]]:
     return kinds
 
 
-def _valuation(rates: _Rates, kinds: Sequence[Sequence[int]]) -> Callable[[Pick], tuple[float, int]]:
-    """The function from a pick to its weakest rate and its total."""
-    within = [rates.mb_per_s[kind[0]][kind[-1]] for kind in kinds]
-    between = [[rates.mb_per_s[one[0]][other[0]] for other in kinds] for one in kinds]
-
-    def value(pick: Pick) -> tuple[float, int]:
-        weakest, total = math.inf, 0
-        for i, take in enumerate(pick):
-            if take > 1:
-                weakest = min(weakest, within[i])
-                total += take * (take - 1) // 2 * within[i]
-            for j in range(i) if take else ():
-                if pick[j]:
-                    weakest = min(weakest, between[i][j])
-                    total += take * pick[j] * between[i][j]
-        return weakest, total
-
-    return value
-
-
-def _picks(pool: Pick, size: int) -> Iterator[Pick]:
-    """Every way to take ``size`` GPUs out of a pool."""
-    if not pool:
-        yield ()
-        return
-    have, others = pool[0], pool[1:]
-    for take in range(max(0, size - sum(others)), min(have, size) + 1):
-        for rest in _picks(others, size - take):
-            yield (take, *rest)
-
-
-# -- The rates of one machine, computed once -----------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Rates:
-    """All pairs of one machine, MB/s. Compared by identity, so that it is a cheap key of a cache."""
-
-    mb_per_s: tuple[tuple[int, ...], ...]
-
-
-@lru_cache(maxsize=256)
-def _rates(links: tuple[tuple[Link, ...], ...], model: str | None) -> _Rates:
-    # Not by topology: the model counts here, and a topology's equality leaves it out.
-    return _Rates(tuple(tuple(_mb_per_s(link, model) for link in row) for row in links))
-
-
 class _Same:
-    """A topology compared by identity: hashing its n x n links takes longer than a cached answer.
+    """A topology compared by identity: hashing its n x n links takes longer than an answer.
 
     It holds the topology, so that no other one can get the same identity while this is a key.
     """
@@ -286,10 +564,10 @@ class _Same:
         return isinstance(other, _Same) and self.topology is other.topology
 
 
-@lru_cache(maxsize=256)
-def _rates_of_same(same: _Same) -> _Rates:
-    return _rates(same.topology.links, same.topology.model)
+@lru_cache(maxsize=4096)
+def _shape_of(same: _Same) -> Shape:
+    machine = same.topology
+    return _shape(machine.links, machine.numa, machine.nearest_nic, generation(machine.model))
 
 
-def _rates_of(topology: Topology) -> _Rates:
-    return _rates_of_same(_Same(topology))
+_shape = lru_cache(maxsize=256)(Shape)

@@ -6,6 +6,7 @@ it does here: a pair is joined by *n* NVLinks, or by a PCIe path, or by somethin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -53,6 +54,32 @@ class Link:
 
 UNKNOWN_LINK = Link(Path.UNKNOWN)
 
+_NIC_NAME = re.compile(r"(?!(?:GPU\d+|X)$)[\w.:-]+", re.ASCII)
+"""One word that ``nvidia-smi topo -m`` does not use for something else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Nic:
+    """A network card, and how near it is to each GPU.
+
+    Attributes:
+        name: what the column is called: ``"mlx5_0"``; newer drivers say ``"NIC0"``.
+        paths: ``paths[g]`` leads from GPU ``g`` to the card.
+
+    Raises:
+        ValueError: the name is no word of its own, or a path is NVLink.
+    """
+
+    name: str
+    paths: tuple[Path, ...]
+
+    def __post_init__(self) -> None:
+        if not _NIC_NAME.fullmatch(self.name):
+            raise ValueError(f"{self.name!r} cannot be the name of a network card")
+        if Path.NVLINK in self.paths:
+            raise ValueError(f"no NVLink leads to network card {self.name}")
+
+
 MAX_NVLINKS_PER_GPU = 18
 """Most NVLinks on one GPU so far: 18 on H100, H200, B200 (NVIDIA data sheets)."""
 
@@ -66,16 +93,19 @@ class Topology:
             The diagonal is :data:`UNKNOWN_LINK` and is never read.
         numa: per GPU its NUMA nodes, ascending; empty where unknown.
         cpus: per GPU the CPUs near it, ascending; empty where unknown.
+        nics: the network cards; empty where unknown (NVML does not tell them).
         model: product name shared by the GPUs (``"NVIDIA H100 80GB HBM3"``), ``None`` where unknown.
             Ignored by ``==``: two machines of one shape are one topology.
 
     Raises:
-        ValueError: the matrix is not square or not symmetric, or a list has another length.
+        ValueError: the matrix is not square or not symmetric, a list has another length, or two network
+            cards have one name.
     """
 
     links: tuple[tuple[Link, ...], ...]
     numa: tuple[tuple[int, ...], ...] = ()
     cpus: tuple[tuple[int, ...], ...] = ()
+    nics: tuple[Nic, ...] = ()
     model: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -86,6 +116,11 @@ class Topology:
                 object.__setattr__(self, name, ((),) * count)
             elif len(values) != count:
                 raise ValueError(f"{name} describes {len(values)} GPUs, the matrix {count}")
+        for nic in self.nics:
+            if len(nic.paths) != count:
+                raise ValueError(f"{nic.name} has paths to {len(nic.paths)} GPUs, the matrix has {count}")
+        if len({nic.name for nic in self.nics}) != len(self.nics):
+            raise ValueError(f"network cards share a name: {', '.join(nic.name for nic in self.nics)}")
         for a, row in enumerate(self.links):
             if len(row) != count:
                 raise ValueError(f"row {a} has {len(row)} links, expected {count}")
@@ -110,6 +145,15 @@ class Topology:
     def known(self) -> bool:
         """Whether any link is known."""
         return any(link != UNKNOWN_LINK for row in self.links for link in row)
+
+    @cached_property
+    def nearest_nic(self) -> tuple[Path, ...]:
+        """Per GPU the best path to any network card; :attr:`Path.UNKNOWN` where none is known."""
+        best_first = tuple(Path)
+        return tuple(
+            min((nic.paths[gpu] for nic in self.nics), key=best_first.index, default=Path.UNKNOWN)
+            for gpu in range(len(self))
+        )
 
     @cached_property
     def nvswitch(self) -> bool:

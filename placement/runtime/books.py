@@ -6,18 +6,19 @@ Not thread-safe by itself; the service guards it with one lock.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from placement.core.planner import PlannedReplica
 from placement.runtime import groups, ledger
 from placement.runtime.results import NodeAssignment, PlacementResult
+from placement.wire.cluster import HeldDeployment, HeldReplica
 from placement.wire.deployment import Deployment
 
 RECORDED = (
-    "replica_index", "node", "node_name", "gpus", "bundle_indices", "ray_gpus", "weakest_link",
-    "weakest_gb_per_s", "ray_weakest_gb_per_s", "egress_resource", "egress_units",
+    "replica_index", "node", "node_name", "gpus", "bundle_indices", "ray_gpus", "bandwidth_gb_per_s",
+    "weakest_link", "ray_bandwidth_gb_per_s", "ray_weakest_link", "egress_resource", "egress_units",
 )  # fmt: skip
 
 
@@ -60,7 +61,7 @@ class Standing:
             standing.orders[index] = replica["order"]
             standing.replicas[index] = NodeAssignment(
                 placement_group=groups.group_from_hex(replica["group"]),
-                **{name: replica[name] for name in RECORDED},
+                **{name: replica[name] for name in RECORDED if name in replica},
             )
         return standing
 
@@ -81,15 +82,12 @@ class Tally:
         gpus, claimed_gpus: GPUs of replicas that stand, and of those about to be reserved.
         egress: resource -> units of both.
         serving: (provider, key fingerprint) of both.
-        leaving_gpus, leaving_egress: how much is counted as released although it is not yet.
     """
 
     gpus: set[int] = field(default_factory=set)
     claimed_gpus: set[int] = field(default_factory=set)
     egress: Counter[str] = field(default_factory=Counter)
     serving: set[tuple[str, str]] = field(default_factory=set)
-    leaving_gpus: int = 0
-    leaving_egress: Counter[str] = field(default_factory=Counter)
 
     def add_egress(self, deployment: Deployment, resource: str | None) -> None:
         """Counts one remote replica; a local one has no ``resource``."""
@@ -127,27 +125,42 @@ class Books:
             if a.node == node_id and a.gpus
         ]
 
-    def tally(self, node_id: str, leaving: Mapping[str, Collection[int]]) -> Tally:
-        """What this service holds on a node, and is about to.
+    def held(self) -> dict[str, HeldDeployment]:
+        """What stands, by name, as plans and snapshots see it."""
+        found: dict[str, list[HeldReplica]] = {name: [] for name in self.names()}
+        for standing, a in self.assignments():
+            found[standing.deployment.name].append(
+                HeldReplica(
+                    replica_index=a.replica_index,
+                    node=a.node,
+                    gpus=tuple(a.gpus),
+                    egress_resource=a.egress_resource,
+                    egress_units=a.egress_units,
+                )
+            )
+        return {
+            name: HeldDeployment(deployment=self.standing[name].deployment, replicas=tuple(replicas))
+            for name, replicas in found.items()
+        }
 
-        Args:
-            node_id: the node.
-            leaving: deployment -> replicas to be counted as if they were released.
-        """
-        tally = Tally()
+    def planned(self, name: str) -> list[PlannedReplica]:
+        """What a deployment holds, in the planner's terms."""
+        return [
+            PlannedReplica(a.replica_index, a.node, tuple(a.gpus), a.egress_resource, a.egress_units)
+            for standing, a in self.assignments()
+            if standing.deployment.name == name
+        ]
+
+    def tallies(self) -> dict[str, Tally]:
+        """Node id -> what this service holds there, and is about to."""
+        found: dict[str, Tally] = {}
         for standing, assignment in self.assignments():
-            if assignment.node != node_id:
-                continue
-            if assignment.replica_index in leaving.get(standing.deployment.name, ()):
-                tally.leaving_gpus += len(assignment.gpus)
-                if assignment.egress_resource is not None:
-                    tally.leaving_egress[assignment.egress_resource] += assignment.egress_units
-                continue
+            tally = found.setdefault(assignment.node, Tally())
             tally.gpus.update(assignment.gpus)
             tally.add_egress(standing.deployment, assignment.egress_resource)
         for claim in self.claims:
             for replica in claim.replicas:
-                if replica.node_id == node_id:
-                    tally.claimed_gpus.update(replica.gpus)
-                    tally.add_egress(claim.deployment, replica.egress_resource)
-        return tally
+                tally = found.setdefault(replica.node_id, Tally())
+                tally.claimed_gpus.update(replica.gpus)
+                tally.add_egress(claim.deployment, replica.egress_resource)
+        return found

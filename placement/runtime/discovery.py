@@ -79,6 +79,7 @@ def live_nodes() -> list[NodeInfo]:
 def node_state(
     info: NodeInfo,
     facts: NodeFacts | None,
+    topology: Topology,
     available: Mapping[str, float] | None,
     tally: Tally,
     foreign: frozenset[int],
@@ -88,6 +89,7 @@ def node_state(
     Args:
         info: the node.
         facts: what its GPUs report, ``None`` while unknown.
+        topology: how they are linked, as far as is known.
         available: resource -> free amount in Ray's books; ``None`` while they lag behind our own last change.
         tally: what this service holds and claims there.
         foreign: GPUs that other Ray users held when the node actor last looked.
@@ -95,7 +97,7 @@ def node_state(
     not_ours = frozenset(range(info.gpu_count)) - tally.gpus
     foreign &= not_ours
     if available is not None:
-        free_in_books = int(available.get("GPU", 0.0) + 1e-6) + tally.leaving_gpus
+        free_in_books = int(available.get("GPU", 0.0) + 1e-6)
         unseen = len(not_ours) - free_in_books - len(foreign)
         if unseen < 0:  # somebody gave GPUs back since
             foreign = frozenset(sorted(foreign)[-unseen:])
@@ -106,14 +108,13 @@ def node_state(
     for name, total in info.egress.items():
         egress[name] = total - tally.egress[name]
         if available is not None:
-            in_books = int(available.get(name, 0.0) + 1e-6) + tally.leaving_egress[name]
-            egress[name] = min(egress[name], in_books)
+            egress[name] = min(egress[name], int(available.get(name, 0.0) + 1e-6))
     lost = facts.lost() if facts is not None else frozenset()
     return Node(
         id=info.id,
         name=info.name,
         address=info.address,
-        topology=facts.topology() if facts is not None and facts.gpus else Topology.unknown(info.gpu_count),
+        topology=topology,
         free=not_ours - foreign - tally.claimed_gpus - lost,
         egress=egress,
         serving=frozenset(tally.serving),

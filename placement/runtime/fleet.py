@@ -13,11 +13,14 @@ from typing import Any
 import ray
 
 from placement.core.planner import PlannedReplica
+from placement.core.score import Needs, Within
+from placement.core.topology import Topology
 from placement.runtime import groups
 from placement.runtime.books import Claim
 from placement.runtime.discovery import NodeInfo, live_nodes
 from placement.runtime.node_agent import Order, Reply
 from placement.runtime.results import NodeAssignment
+from placement.wire.deployment import Deployment
 from placement.wire.facts import NodeFacts
 
 FACTS_DEADLINE_SECONDS = 45.0
@@ -64,6 +67,7 @@ class Fleet:
         self._lock = threading.Lock()
         self._agents: dict[str, Any] = {}
         self.facts: dict[str, NodeFacts] = {}
+        self._topologies: dict[str, Topology] = {}
         self.foreign: dict[str, frozenset[int]] = {}
         self.changed_at = float("-inf")
         self._changed: dict[str, float] = {}
@@ -93,6 +97,15 @@ class Fleet:
             with self._lock:
                 if facts.gpus or node_id not in self.facts:
                     self.facts[node_id] = facts
+                    if facts.gpus:
+                        self._topologies[node_id] = facts.topology()
+
+    def topology(self, info: NodeInfo) -> Topology:
+        """How a node's GPUs are linked, as far as is known. The same object until it reports something else."""
+        known = self._topologies.get(info.id)
+        if known is None or len(known) != info.gpu_count:
+            known = self._topologies[info.id] = Topology.unknown(info.gpu_count)
+        return known
 
     def reserve(self, claim: Claim) -> tuple[list[Reserved], list[Refusal]]:
         """Reserves a claim on all its nodes side by side; what some refuse, others may have reserved."""
@@ -116,7 +129,7 @@ class Fleet:
         else:
             calls = {
                 node_id: self._agent(nodes[node_id]).reserve.remote(
-                    [Order(names[r.replica_index], claim.deployment.gpus_per_replica) for r in replicas]
+                    [_order(names[r.replica_index], claim.deployment) for r in replicas]
                 )
                 for node_id, replicas in alive.items()
             }
@@ -180,9 +193,10 @@ class Fleet:
                 bundle_indices=list(one.bundles),
                 node_name=info.name,
                 ray_gpus=list(one.ray_gpus),
-                weakest_link=one.weakest_link,
-                weakest_gb_per_s=one.weakest_gb_per_s,
-                ray_weakest_gb_per_s=one.ray_weakest_gb_per_s,
+                bandwidth_gb_per_s=one.score.known_gb_per_s,
+                weakest_link=one.score.link_name,
+                ray_bandwidth_gb_per_s=one.ray_score.known_gb_per_s,
+                ray_weakest_link=one.ray_score.link_name,
             )
             reserved.append((one.order.name, assignment))
 
@@ -243,3 +257,8 @@ class Fleet:
         if not isinstance(error, ray.exceptions.RayTaskError):
             with self._lock:
                 self._agents.pop(node_id, None)
+
+
+def _order(name: str, deployment: Deployment) -> Order:
+    within = deployment.within or Within.NODE
+    return Order(name, Needs(deployment.gpus_per_replica, within, deployment.min_bandwidth_gb_per_s or 0.0))

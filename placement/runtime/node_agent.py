@@ -11,7 +11,8 @@ import ray
 from ray.util.placement_group import PlacementGroup
 
 from placement import topologies
-from placement.core.score import score
+from placement.core.score import Needs, Score, score
+from placement.core.topology import Path
 from placement.nvml import Reader
 from placement.runtime.groups import GpuIds, NodeGroups
 from placement.runtime.reservation import NodeReserver, Refused
@@ -23,7 +24,7 @@ class Order:
     """One replica to reserve. ``name`` is unique and begins the placement group's name."""
 
     name: str
-    gpus: int
+    needs: Needs
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,8 @@ class Filled:
     gpus: tuple[int, ...]
     bundles: tuple[int, ...]
     ray_gpus: tuple[int, ...]
-    weakest_link: str | None
-    weakest_gb_per_s: float | None
-    ray_weakest_gb_per_s: float | None
+    score: Score
+    ray_score: Score
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,11 @@ class NodePlacementActor:
         topology, lost = facts.topology(), facts.lost()
         filled: list[Filled] = []
         try:
-            for order in orders:
-                outcome = self._reserver.reserve(order.name, order.gpus, topology, lost)
+            for to_follow, order in zip(reversed(range(len(orders))), orders, strict=True):
+                outcome = self._reserver.reserve(order.name, order.needs, topology, lost, to_follow)
                 if isinstance(outcome, Refused):
                     self._undo(filled)
                     return Reply((), outcome, tuple(sorted(self._reserver.foreign)))
-                value = score(topology, outcome.gpus)
                 filled.append(
                     Filled(
                         order,
@@ -103,9 +102,8 @@ class NodePlacementActor:
                         outcome.gpus,
                         outcome.bundles,
                         outcome.ray_gpus,
-                        value.link_name,
-                        value.known_gb_per_s,
-                        score(topology, outcome.ray_gpus).known_gb_per_s,
+                        score(topology, outcome.gpus),
+                        score(topology, outcome.ray_gpus),
                     )
                 )
         except BaseException:
@@ -154,7 +152,13 @@ def in_ray_order(facts: NodeFacts, gpu_count: int, visible_devices: str | None) 
         if pair.a in slot_of and pair.b in slot_of:
             a, b = sorted((slot_of[pair.a], slot_of[pair.b]))
             pairs.append(PairFacts(**{**dict(pair), "a": a, "b": b}))
-    return facts.model_copy(update={"gpus": gpus, "pairs": tuple(pairs), "problem": problem})
+    nics = tuple(
+        nic.model_copy(
+            update={"paths": tuple(Path.UNKNOWN if index is None else nic.paths[index] for index in chosen)}
+        )
+        for nic in facts.nics
+    )
+    return facts.model_copy(update={"gpus": gpus, "pairs": tuple(pairs), "nics": nics, "problem": problem})
 
 
 def _nvml_index(facts: NodeFacts, token: str) -> int | None:

@@ -99,6 +99,7 @@ def topology_report(info: NodeInfo, facts: NodeFacts | None) -> dict[str, Any]:
         "name": info.name,
         "address": info.address,
         "gpu_count": info.gpu_count,
+        "gpu_model": shape.model,
         "topology": info.topology_name,
         "known": shape.known,
         "nvswitch": shape.nvswitch,

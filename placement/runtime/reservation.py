@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from placement.core.score import best_set, ray_set, score
+from placement.core.score import Needs, choose, ray_set, score
 from placement.core.topology import Topology
 
 MAX_ATTEMPTS = 12
@@ -109,15 +109,22 @@ class NodeReserver:
         self._changed_at = time.monotonic()
 
     def reserve(
-        self, name: str, count: int, topology: Topology, lost: frozenset[int] = frozenset()
+        self, name: str, needs: Needs, topology: Topology, lost: frozenset[int] = frozenset(), more: int = 0
     ) -> Reserved | Refused:
-        """Reserves the best ``count`` GPUs that are free and not ``lost``, in a new group called ``name``."""
+        """Reserves the best GPUs that are free, not ``lost`` and good enough, in a new group called ``name``.
+
+        As many ``more`` reservations with the same needs will follow, and should find room.
+        """
+        count = needs.gpus
         reason, full, attempt = "", False, 0
         for attempt in range(1, MAX_ATTEMPTS + 1):
             free = self._look(count)
-            wanted = best_set(topology, free - lost, count) if free is not None else None
+            wanted = choose(topology, free - lost, needs, more) if free is not None else None
             if free is None or wanted is None:
-                reason, full = f"fewer than {count} of its GPUs are free and sound", True
+                reason, full = (
+                    f"fewer than {count} of its GPUs are free, sound and as close as demanded",
+                    True,
+                )
                 # The books may simply be behind a release; once they are not, believe them.
                 if attempt > 3:
                     break
@@ -129,7 +136,8 @@ class NodeReserver:
             else:
                 group, slots = outcome
                 got = tuple(sorted(slots))
-                if got == wanted or (not lost & set(got) and score(topology, got) >= score(topology, wanted)):
+                as_good = not more and score(topology, got) >= score(topology, wanted)
+                if got == wanted or (as_good and not lost & set(got) and choose(topology, got, needs)):
                     self._held[name] = got
                     bundles = tuple(slots.index(gpu) for gpu in got)
                     return Reserved(group, got, bundles, ray_set(free, count) or got, attempt)

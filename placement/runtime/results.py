@@ -21,10 +21,11 @@ class NodeAssignment:
         bundle_indices: the bundles of this assignment.
         node_name: what people call the node.
         ray_gpus: what Ray alone would have given at that moment: the lowest-numbered free GPUs.
-        weakest_link: slowest link between two of the GPUs as ``nvidia-smi topo -m`` names it; ``None``
-            for fewer than two GPUs, ``"?"`` where the topology is unknown.
-        weakest_gb_per_s, ray_weakest_gb_per_s: estimated GB/s per direction of that link, and of the
-            slowest link among ``ray_gpus``; ``None`` where there is none or nothing is known.
+        bandwidth_gb_per_s, ray_bandwidth_gb_per_s: predicted bus bandwidth of an all-reduce between the GPUs,
+            GB/s per direction, and between ``ray_gpus``; ``None`` for fewer than two GPUs, or where a link
+            is unknown. The formula is in :mod:`placement.core.bandwidth`.
+        weakest_link, ray_weakest_link: slowest link between two of them as ``nvidia-smi topo -m`` names it;
+            ``None`` for fewer than two GPUs, ``"?"`` where the topology is unknown.
         egress_resource, egress_units: what a remote replica holds.
     """
 
@@ -35,9 +36,10 @@ class NodeAssignment:
     bundle_indices: list[int]
     node_name: str = ""
     ray_gpus: list[int] = field(default_factory=list)
+    bandwidth_gb_per_s: float | None = None
     weakest_link: str | None = None
-    weakest_gb_per_s: float | None = None
-    ray_weakest_gb_per_s: float | None = None
+    ray_bandwidth_gb_per_s: float | None = None
+    ray_weakest_link: str | None = None
     egress_resource: str | None = None
     egress_units: int = 0
 
@@ -73,9 +75,10 @@ class NodeAssignment:
             "placement_group": self.placement_group.id.hex(),
             "bundle_indices": list(self.bundle_indices),
             "ray_gpus": list(self.ray_gpus),
+            "bandwidth_gb_per_s": self.bandwidth_gb_per_s,
             "weakest_link": self.weakest_link,
-            "weakest_gb_per_s": self.weakest_gb_per_s,
-            "ray_weakest_gb_per_s": self.ray_weakest_gb_per_s,
+            "ray_bandwidth_gb_per_s": self.ray_bandwidth_gb_per_s,
+            "ray_weakest_link": self.ray_weakest_link,
             "egress_resource": self.egress_resource,
             "egress_units": self.egress_units,
         }
@@ -91,41 +94,3 @@ class PlacementResult:
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON-ready values."""
         return {"deployment": self.deployment, "assignments": [a.to_dict() for a in self.assignments]}
-
-
-@dataclass(frozen=True)
-class PlannedAssignment:
-    """Where a replica would go. ``gpus`` is a prediction: other Ray users may take or free some meanwhile."""
-
-    replica_index: int
-    node: str
-    node_name: str
-    gpus: list[int]
-    weakest_link: str | None = None
-    weakest_gb_per_s: float | None = None
-    egress_resource: str | None = None
-    egress_units: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """The planned assignment as JSON-ready values."""
-        return dict(vars(self))
-
-
-@dataclass(frozen=True)
-class PlacementPlan:
-    """A dry run: what placing would do now. Nothing is reserved.
-
-    Attributes:
-        deployment: its name.
-        assignments: one for each replica, by replica index.
-        standing: whether the deployment is placed already, just so.
-    """
-
-    deployment: str
-    assignments: list[PlannedAssignment]
-    standing: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON-ready values."""
-        assignments = [a.to_dict() for a in self.assignments]
-        return {"deployment": self.deployment, "standing": self.standing, "assignments": assignments}

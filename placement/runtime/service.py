@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from placement.core import planner
-from placement.core.planner import Plan, PlannedReplica, Request
-from placement.core.score import score
 from placement.core.snapshot import Snapshot
 from placement.errors import (
     DeploymentConflict,
@@ -21,13 +19,21 @@ from placement.errors import (
     Unplaceable,
 )
 from placement.runtime import groups, ledger
-from placement.runtime.books import Books, Claim, Standing
+from placement.runtime.books import Books, Claim, Standing, Tally
 from placement.runtime.discovery import NodeInfo, live_nodes, node_state
 from placement.runtime.fleet import VIEW_LAG_SECONDS, Fleet
 from placement.runtime.report import status_report, topology_report
-from placement.runtime.results import NodeAssignment, PlacementPlan, PlacementResult, PlannedAssignment
+from placement.runtime.results import PlacementResult
+from placement.wire.cluster import ClusterFile, HeldDeployment
 from placement.wire.deployment import Deployment, PlacementConstraints
 from placement.wire.files import parse_model
+from placement.wire.plans import (
+    ExplainedPlan,
+    PlacementPlan,
+    explain_deployments,
+    plan_deployments,
+    request_of,
+)
 
 T = TypeVar("T")
 
@@ -153,7 +159,17 @@ class DeploymentPlacementActor:
     def plan_all(self, deployments: Sequence[DeploymentLike]) -> list[PlacementPlan]:
         """What :meth:`apply_all` would do now, each deployment planned on top of the ones before."""
         wanted = [self._parse(one, None) for one in deployments]
-        return self._patiently(lambda: self._plan_all(wanted))
+        return self._patiently(lambda: plan_deployments(*self._look(), wanted))
+
+    def explain_all(self, deployments: Sequence[DeploymentLike]) -> list[ExplainedPlan]:
+        """:meth:`plan_all`, with what became of every node; a refusal is an answer here, and ends the list."""
+        wanted = [self._parse(one, None) for one in deployments]
+        return explain_deployments(*self._look(), wanted)
+
+    def snapshot(self) -> dict[str, Any]:
+        """The cluster as the planner sees it now; JSON-ready, for ``placement plan --file``."""
+        snapshot, held = self._look()
+        return ClusterFile.of(snapshot, held.values()).model_dump(mode="json", exclude_none=True)
 
     def release(self, name: str) -> int:
         """Gives back everything that a deployment holds, and ends the workers in its groups.
@@ -235,33 +251,10 @@ class DeploymentPlacementActor:
             wanted = wanted.model_copy(update={"constraints": limits})
         return wanted
 
-    def _request(
-        self, wanted: Deployment, indices: Iterable[int], standing: Mapping[str, int], nodes: list[NodeInfo]
-    ) -> Request:
-        limits = wanted.constraints or PlacementConstraints()
-        known = {name for info in nodes for name in (info.id, info.name, info.address)}
-        for field in ("gpu_nodes", "egress_nodes", "egress_preference"):
-            for name in getattr(limits, field) or ():
-                if name not in known:
-                    raise UnknownNode(f"constraints.{field}", name, tuple(info.name for info in nodes))
-        return Request(
-            deployment=wanted.name,
-            replicas=tuple(indices),
-            gpus=wanted.gpus_per_replica,
-            provider=wanted.provider,
-            key=wanted.key_fingerprint,
-            egress=wanted.egress_per_replica,
-            gpu_nodes=limits.gpu_nodes,
-            egress_nodes=limits.egress_nodes,
-            egress_preference=limits.egress_preference,
-            standing=dict(standing),
-        )
-
     def _snapshot(
         self,
         nodes: list[NodeInfo],
         available: Mapping[str, Mapping[str, float]],
-        leaving: Mapping[str, Collection[int]] | None = None,
         full: Mapping[str, int] | None = None,
     ) -> Snapshot:
         """The cluster as the planner sees it.
@@ -269,23 +262,23 @@ class DeploymentPlacementActor:
         Args:
             nodes: what is alive.
             available: node id -> resource -> free amount in Ray's books.
-            leaving: deployment -> replicas to be counted as if they were released.
             full: node id -> most GPUs that may be planned there, after it refused.
         """
-        settling = self._fleet.settling()
+        settling, tallies = self._fleet.settling(), self._books.tallies()
         states = []
         for info in nodes:
             state = node_state(
                 info,
                 self._fleet.facts.get(info.id),
+                self._fleet.topology(info),
                 None if info.id in settling else available.get(info.id, {}),
-                self._books.tally(info.id, leaving or {}),
+                tallies.get(info.id, Tally()),
                 self._fleet.foreign.get(info.id, frozenset()),
             )
             if full is not None and info.id in full:
                 state = replace(state, free=frozenset(sorted(state.free)[: full[info.id]]))
             states.append(state)
-        return Snapshot(tuple(states))
+        return Snapshot(states)
 
     def _patiently(self, decide: Callable[[], T]) -> T:
         """Decides; before a refusal stands, looks again with books that show our own last change.
@@ -303,70 +296,12 @@ class DeploymentPlacementActor:
                 time.sleep(behind)
         raise AssertionError("unreachable")
 
-    def _plan_all(self, wanted: Sequence[Deployment]) -> list[PlacementPlan]:
+    def _look(self) -> tuple[Snapshot, dict[str, HeldDeployment]]:
+        """The cluster as it is now, and what stands on it."""
         nodes = live_nodes()
         self._fleet.meet(nodes)
-        plans: list[PlacementPlan] = []
-        leaving: dict[str, frozenset[int]] = {}
-        planned: list[tuple[Request, PlannedReplica]] = []
         with self._lock:
-            available = groups.available_resources()
-
-            def snapshot() -> Snapshot:
-                found = self._snapshot(nodes, available, leaving)
-                for request, replica in planned:
-                    found = planner.occupy(found, request, replica)
-                return found
-
-            for one in wanted:
-                standing = self._books.standing.get(one.name)
-                stands = dict(standing.replicas) if standing is not None else {}
-                same_shape = standing is not None and standing.deployment.shape() == one.shape()
-                keep = {i: a for i, a in stands.items() if i < one.replicas} if same_shape else {}
-                missing = [index for index in range(one.replicas) if index not in keep]
-                request = self._request(one, missing, Standing(one, keep).nodes(), nodes)
-                outcome = planner.plan(snapshot(), request)
-                leaving[one.name] = frozenset(stands) - frozenset(keep)
-                if isinstance(outcome, Unplaceable) and not same_shape:
-                    outcome = planner.plan(
-                        snapshot(), request
-                    )  # in place of its old replicas, not beside them
-                if isinstance(outcome, Unplaceable):
-                    raise outcome
-                planned += [(request, replica) for replica in outcome.replicas]
-                plans.append(self._preview(one, keep, outcome, snapshot()))
-            return plans
-
-    def _preview(
-        self, one: Deployment, keep: Mapping[int, NodeAssignment], outcome: Plan, snapshot: Snapshot
-    ) -> PlacementPlan:
-        planned = {
-            index: PlannedAssignment(
-                index,
-                a.node,
-                a.node_name,
-                list(a.gpus),
-                a.weakest_link,
-                a.weakest_gb_per_s,
-                a.egress_resource,
-                a.egress_units,
-            )
-            for index, a in keep.items()
-        }
-        for replica in outcome.replicas:
-            node = snapshot.node(replica.node_id)
-            value = score(node.topology, replica.gpus)
-            planned[replica.replica_index] = PlannedAssignment(
-                replica.replica_index,
-                replica.node_id,
-                node.name,
-                list(replica.gpus),
-                value.link_name,
-                value.known_gb_per_s,
-                replica.egress_resource,
-                one.egress_per_replica,
-            )
-        return PlacementPlan(one.name, [planned[i] for i in sorted(planned)], standing=not outcome.replicas)
+            return self._snapshot(nodes, groups.available_resources()), self._books.held()
 
     # -- reserving ---------------------------------------------------------------------------------
 
@@ -401,9 +336,9 @@ class DeploymentPlacementActor:
         except Unplaceable as refusal:
             nodes = live_nodes()
             with self._lock:
-                leaving = {wanted.name: tuple(old.replicas)}
-                snapshot = self._snapshot(nodes, groups.available_resources(), leaving)
-                outcome = planner.plan(snapshot, self._request(wanted, range(wanted.replicas), {}, nodes))
+                snapshot = self._snapshot(nodes, groups.available_resources())
+                snapshot = planner.vacate(snapshot, self._books.planned(wanted.name))
+                outcome = planner.plan(snapshot, request_of(wanted, range(wanted.replicas), {}, snapshot))
             if isinstance(outcome, Unplaceable):
                 raise refusal from None
             before, indices = old.deployment, tuple(old.replicas)
@@ -456,8 +391,8 @@ class DeploymentPlacementActor:
         nodes = live_nodes()
         self._fleet.meet(nodes)
         with self._lock:
-            request = self._request(wanted, indices, standing, nodes)
-            outcome = planner.plan(self._snapshot(nodes, groups.available_resources(), full=full), request)
+            snapshot = self._snapshot(nodes, groups.available_resources(), full)
+            outcome = planner.plan(snapshot, request_of(wanted, indices, standing, snapshot))
             if isinstance(outcome, Unplaceable):
                 raise outcome
             claim = Claim(wanted, outcome.replicas)

@@ -14,7 +14,7 @@ from importlib.resources import files
 from placement.core.matrix import parse_matrix
 from placement.core.topology import Path, Topology
 from placement.errors import UnknownTopology
-from placement.wire.facts import GpuFacts, NodeFacts, PairFacts
+from placement.wire.facts import GpuFacts, NicFacts, NodeFacts, PairFacts
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ def facts(name: str) -> NodeFacts:
             for gpu in range(count)
         ),
         pairs=tuple(_pair(shape, a, b) for a in range(count) for b in range(a + 1, count)),
+        nics=tuple(NicFacts(name=nic.name, paths=nic.paths) for nic in shape.nics),
     )
 
 

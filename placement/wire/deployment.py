@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
 
+from placement.core.score import Within
 from placement.errors import MissingSecret
 from placement.wire.base import Model
 
@@ -247,6 +248,16 @@ class Deployment(Model):
         default=None, description="GPUs per replica; 1 if left out on a local runtime; never on a remote one"
     )
     replicas: Count = 1
+    min_bandwidth_gb_per_s: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="floor: predicted all-reduce bus bandwidth between a replica's GPUs, GB/s per direction",
+    )
+    within: Within | None = Field(
+        default=None,
+        description="floor: nvlink (a collective runs on NVLink alone), switch (past no CPU), numa, or node",
+    )
     serving: Serving = Serving()
     budget: Budget | None = None
     idempotent: bool = Field(default=False, description="requests may be sent twice")
@@ -294,6 +305,13 @@ class Deployment(Model):
                 f"gpus: {self.gpus} on a remote deployment ({self.runtime_name}); leave gpus out, "
                 "or set runtime to a local one such as vllm"
             )
+        for field in ("min_bandwidth_gb_per_s", "within"):
+            value = getattr(self, field)
+            if value is not None and self.gpus_per_replica < 2:
+                raise ValueError(
+                    f"{field}: {value} is about the links between a replica's GPUs, and it has "
+                    f"{self.gpus_per_replica}; leave it out, or ask for 2 gpus or more"
+                )
         if config and config.api_key and not self.remote:
             raise ValueError(
                 f"runtime_config.api_key is for remote runtimes, not {self.runtime_name}; remove it"
@@ -356,6 +374,8 @@ class Deployment(Model):
         """What decides where replicas can sit. A change here replaces them; any other change does not."""
         return {
             "gpus": self.gpus_per_replica,
+            "within": self.within,
+            "min_bandwidth_gb_per_s": self.min_bandwidth_gb_per_s,
             "provider": self.provider,
             "max_concurrent": self.egress_per_replica,
             "api_key": self.key_fingerprint,

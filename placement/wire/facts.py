@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
+from placement.core.topology import UNKNOWN_LINK, Link, Nic, Path, Topology
 from placement.wire.base import Model
 
 Source = Literal["nvml", "catalogue", "none"]
@@ -54,6 +54,13 @@ class PairFacts(Model):
         return UNKNOWN_LINK if self.common_ancestor is Path.UNKNOWN else Link(self.common_ancestor)
 
 
+class NicFacts(Model):
+    """One network card of a node."""
+
+    name: str = Field(description="as `nvidia-smi topo -m` calls its column")
+    paths: tuple[Path, ...] = Field(description="PCIe level from each GPU, in order")
+
+
 class NodeFacts(Model):
     """One reading of one node's GPUs."""
 
@@ -61,6 +68,7 @@ class NodeFacts(Model):
     catalogue_name: str | None = None
     gpus: tuple[GpuFacts, ...] = ()
     pairs: tuple[PairFacts, ...] = ()
+    nics: tuple[NicFacts, ...] = Field(default=(), description="empty if unknown; NVML does not tell them")
     driver_version: str | None = None
     age_seconds: float | None = Field(
         default=None, description="how old the reading is, set when it is handed out"
@@ -84,5 +92,6 @@ class NodeFacts(Model):
             links=tuple(map(tuple, matrix)),
             numa=tuple(gpu.numa_nodes for gpu in self.gpus),
             cpus=tuple(gpu.cpus for gpu in self.gpus),
+            nics=tuple(Nic(nic.name, nic.paths) for nic in self.nics),
             model=names.pop() if len(names) == 1 else None,
         )

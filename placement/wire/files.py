@@ -14,7 +14,10 @@ from placement.wire.deployment import Deployment
 
 M = TypeVar("M", bound=BaseModel)
 
-_ECHOED = {"name", "model", "runtime", "gpus", "replicas", "serving", "idempotent", "constraints", "budget"}
+_ECHOED = {
+    "name", "model", "runtime", "gpus", "replicas", "min_bandwidth_gb_per_s", "within", "serving",
+    "idempotent", "constraints", "budget",
+}  # fmt: skip
 """Fields whose refused value may be shown. The rest may hold a pasted key."""
 
 

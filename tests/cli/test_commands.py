@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ from click.testing import CliRunner, Result
 
 from placement import topologies
 from placement.cli.main import main
+from placement.core.matrix import render_matrix
 
+MACHINES = Path(__file__).parents[1] / "topologies" / "machines"
 NOBODY = ["--address", "127.0.0.9:1"]
 
 
@@ -120,7 +123,160 @@ def test_a_matrix_file_is_drawn_or_refused_by_line(tmp_path: Path) -> None:
     assert run("topology", "--file", str(tmp_path / "none")).exit_code == 2
 
 
-def test_options_that_exclude_each_other_are_refused() -> None:
-    result = run("topology", "--name", "dgx-1v", "--node", "a")
+def test_a_drawn_machine_shows_what_is_near(tmp_path: Path) -> None:
+    file = tmp_path / "matrix.txt"
+    file.write_text(
+        "GPU0 GPU1 mlx5_0 mlx5_1 CPU Affinity NUMA Affinity\n"
+        "GPU0 X NV4 PIX PIX 0-7 0\n"
+        "GPU1 NV4 X SYS NODE 8-15 1-2\n"
+    )
+    result = run("topology", "--file", str(file), "--gpu", "NVIDIA L4")
+    assert result.exit_code == 0
+    assert [
+        ["2", "x", "NVIDIA", "L4"],
+        ["NVLink", "islands:", "[0-1]"],
+        ["GPU", "0", "1", "NUMA", "CPUs", "nearest", "NIC"],
+        ["0", "X", "NV4", "0", "0-7", "PIX", "mlx5_0", "and", "1", "more"],
+        ["1", "NV4", "X", "1-2", "8-15", "NODE", "mlx5_1"],
+    ] == [line.removeprefix(str(file)).split() for line in result.output.splitlines() if line.strip(" ─")]
+    (node,) = json.loads(run("topology", "--file", str(file), "--gpu", "NVIDIA L4", "--json").output)["nodes"]
+    assert ("NVIDIA L4", 2, [[0, 1]], True) == (
+        node["gpu_model"],
+        node["gpu_count"],
+        node["islands"],
+        "mlx5_1\tSYS" not in node["matrix"],
+    )
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        *(["--name", name] for name in topologies.names()),
+        *(["--file", str(file)] for file in sorted(MACHINES.glob("*.txt"))),
+    ],
+    ids=lambda args: Path(args[1]).stem,
+)
+def test_every_machine_is_drawn_whole_or_refused_at_a_line(args: list[str]) -> None:
+    result = run("topology", *args)
+    if result.exit_code == 0:
+        assert "…" not in result.output
+        rows = [line for line in result.output.splitlines() if " X " in line]
+        assert json.loads(run("topology", *args, "--json").output)["nodes"][0]["gpu_count"] == len(rows)
+    else:
+        assert (2, "") == (result.exit_code, result.stdout)
+        assert re.match(r"error: line [1-9]", result.stderr)
+
+
+def test_a_matrix_can_be_piped_in_and_needs_no_ray() -> None:
+    code = (
+        "import sys\nfrom placement.cli.main import main\n"
+        "try: main(['topology', '--file', '-'])\nexcept SystemExit: pass\n"
+        "print('ray' in sys.modules)"
+    )
+    text = "\tGPU0\tGPU1\nGPU0\t X \tNV4\nGPU1\tNV4\t X \n"
+    done = subprocess.run([sys.executable, "-c", code], input=text, capture_output=True, text=True)
+    assert "stdin  2 GPUs" in done.stdout
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "matrix.txt"
+    file.write_bytes(b"\xff\xfeG")
+    for args in (["topology", "--file", str(file)], ["topology", "--file", str(tmp_path)]):
+        result = run(*args)
+        assert (2, "") == (result.exit_code, result.stdout)
+        assert "cannot be read: " in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--name", "dgx-1v", "--node", "a"], "exclude each other"),
+        (["--file", "matrix.txt", "--node", "a"], "exclude each other"),
+        (["--file", "matrix.txt", *NOBODY], "leave out --address"),
+        (["--name", "dgx-1v", *NOBODY], "leave out --address"),
+        (["--name", "dgx-1v", "--gpu", "NVIDIA L4"], "--gpu goes with --file"),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(args: list[str], said: str) -> None:
+    result = run("topology", *args)
     assert result.exit_code == 2
-    assert "exclude each other" in result.stderr
+    assert said in result.stderr
+
+
+CLUSTER = {
+    "machines": {
+        "pairs": {"matrix": render_matrix(topologies.load("a100-pcie-4x")), "model": "NVIDIA A100 80GB PCIe"}
+    },
+    "nodes": [
+        {"id": f"id-{i:03}", "name": f"gpu-{i:03}", "machine": "pairs", "free": [0, 1, 2, 3]}
+        for i in range(100)
+    ],
+}
+
+
+@pytest.fixture
+def offline(tmp_path: Path) -> list[str]:
+    """Arguments of a plan for 100 nodes in a file."""
+    (tmp_path / "cluster.json").write_text(json.dumps(CLUSTER))
+    (tmp_path / "d.toml").write_text('[[deployments]]\nname = "d"\nmodel = "m"\ngpus = 2\nreplicas = 3\n')
+    return ["plan", "--file", str(tmp_path / "cluster.json"), str(tmp_path / "d.toml")]
+
+
+def test_a_plan_without_a_cluster_is_the_same_to_the_letter(offline: list[str]) -> None:
+    first = run(*offline, "--json")
+    assert first.exit_code == 0
+    [deployment] = json.loads(first.output)["deployments"]
+    assert [(a["node_name"], a["gpus"]) for a in deployment["assignments"]] == [
+        ("gpu-000", [0, 1]), ("gpu-001", [0, 1]), ("gpu-002", [0, 1]),
+    ]  # fmt: skip
+    assert run(*offline, "--json").output == first.output
+    assert "230 GB/s, NV12" in run(*offline).output
+
+
+def test_a_plan_without_a_cluster_imports_no_ray(offline: list[str]) -> None:
+    script = (
+        "import sys\nfrom placement.cli.main import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert not end.code, end\n"
+        "strange = [name for name in sys.modules if name.split('.')[0] in ('ray', 'pynvml')]\n"
+        "assert not strange, strange\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *offline], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_explain_counts_the_nodes_names_the_nearest_miss_and_says_what_would_help(
+    offline: list[str], tmp_path: Path
+) -> None:
+    fits = run(*offline, "--explain")
+    assert fits.exit_code == 0
+    assert "d: 100 nodes" in fits.output
+    (tmp_path / "d.toml").write_text(
+        '[[deployments]]\nname = "d"\nmodel = "m"\ngpus = 4\nwithin = "nvlink"\n'
+    )
+    refused = run(*offline, "--explain")
+    assert refused.exit_code == 1
+    assert "100: has no 4 free GPUs within 'nvlink'" in refused.output
+    assert "nearest miss: gpu-000 has 4 free GPUs, but in NVLink islands of 2 + 2" in refused.output
+    assert "what would help: release something" in refused.output
+    assert "error: cannot place 'd'" in refused.output
+    as_json = run(*offline, "--explain", "--json")
+    assert as_json.exit_code == 1
+    [explained] = json.loads(as_json.stdout)["deployments"]
+    assert explained["plan"] is None
+    assert explained["explanation"]["stages"][-1]["excluded"] == {"has no 4 free GPUs within 'nvlink'": 100}
+
+
+@pytest.mark.parametrize(
+    ("cluster", "message"),
+    [("{}}", "Invalid JSON"), ('{"version": 7}', "version"), ('{"nodes": 1}', "nodes")],
+)
+def test_a_bad_cluster_file_is_bad_input(
+    cluster: str, message: str, offline: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "cluster.json").write_text(cluster)
+    refused = run(*offline)
+    assert refused.exit_code == 2
+    assert message in refused.output and "placement snapshot" in refused.output

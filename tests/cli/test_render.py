@@ -34,7 +34,7 @@ def node(**fields: Any) -> dict[str, Any]:
 def assignment(**fields: Any) -> dict[str, Any]:
     empty = {
         "replica_index": 0, "node": "id-a", "node_name": "a", "gpus": [], "ray_gpus": [], "weakest_link": None,
-        "weakest_gb_per_s": None, "ray_weakest_gb_per_s": None, "egress_resource": None, "egress_units": 0,
+        "bandwidth_gb_per_s": None, "ray_bandwidth_gb_per_s": None, "egress_resource": None, "egress_units": 0,
     }  # fmt: skip
     return empty | fields
 
@@ -78,10 +78,14 @@ def test_an_egress_node_shows_who_takes_how_much() -> None:
 
 def test_rays_own_choice_stands_beside_ours() -> None:
     ours = assignment(
-        gpus=[2, 3], ray_gpus=[1, 2], weakest_link="NV12", weakest_gb_per_s=300.0, ray_weakest_gb_per_s=10.0
+        gpus=[2, 3],
+        ray_gpus=[1, 2],
+        weakest_link="NV12",
+        bandwidth_gb_per_s=230.4,
+        ray_bandwidth_gb_per_s=19.92,
     )
-    assert render.ray_alone(ours) == "GPU 1-2, 10 GB/s: 30x slower"
+    assert render.ray_alone(ours) == "GPU 1-2, 19.9 GB/s: 12x slower"
     assert render.ray_alone(ours | {"gpus": [1, 2]}) == "the same"
     assert render.ray_alone(assignment()) == ""
-    assert render.link_text("NV12", 300.0) == "NV12, 300 GB/s"
-    assert (render.link_text("?", None), render.link_text(None, None)) == ("unknown", "")
+    assert render.bandwidth_text(230.4, "NV12") == "230 GB/s, NV12"
+    assert (render.bandwidth_text(None, "?"), render.bandwidth_text(None, None)) == ("unknown", "")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from placement.core.matrix import parse_matrix, render_matrix
-from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
+from placement.core.topology import UNKNOWN_LINK, Link, Nic, Path, Topology
 from placement.errors import MatrixError
 
 NV4, SYS = Link(Path.NVLINK, 4), Link(Path.SYS)
@@ -19,7 +19,10 @@ TABS = (
     "NIC0\tPIX\tSYS\t X \t\t\t\t\n"
 )
 PAIR = Topology(
-    links=((UNKNOWN_LINK, NV4), (NV4, UNKNOWN_LINK)), numa=((0, 1), ()), cpus=((0, 5, 6, 7), (8, 9))
+    links=((UNKNOWN_LINK, NV4), (NV4, UNKNOWN_LINK)),
+    numa=((0, 1), ()),
+    cpus=((0, 5, 6, 7), (8, 9)),
+    nics=(Nic("NIC0", (Path.PIX, Path.SYS)),),
 )
 
 
@@ -34,6 +37,11 @@ PAIR = Topology(
             "the command above, the legend below",
             "$ nvidia-smi topo -m\n" + TABS + "\nLegend:\n\n  X    = Self\n  GPU0 = a trap\n",
         ),
+        ("the network card's row is cut off", TABS[: TABS.index("NIC0\tPIX")]),
+        (
+            "the affinities in another order",
+            "GPU0 GPU1 NUMA Affinity CPU Affinity NIC0\nGPU0 X NV4 0-1 0,5-7 PIX\nGPU1 NV4 X N/A 8-9 SYS\n",
+        ),
         ("no header for the GPU's own NUMA node", TABS.replace("\tGPU NUMA ID", "").replace("\t\tN/A", "")),
         (
             "a Markdown table",
@@ -45,16 +53,21 @@ PAIR = Topology(
         ),
         (
             "a Markdown table with the affinities first",
-            "| CPU Affinity | NUMA Affinity |      | GPU0 | GPU1 |\n"
-            "|---|---|---|---|---|\n"
-            "| 0,5-7 | 0-1 | GPU0 | X | NV4 |\n"
-            "| 8-9 | N/A | GPU1 | NV4 | X |\n",
+            "| CPU Affinity | NUMA Affinity |      | GPU0 | GPU1 | NIC0 |\n"
+            "|---|---|---|---|---|---|\n"
+            "| 0,5-7 | 0-1 | GPU0 | X | NV4 | PIX |\n"
+            "| 8-9 | N/A | GPU1 | NV4 | X | SYS |\n",
         ),
     ],
     ids=lambda value: value if "\n" not in value else "",
 )
 def test_one_machine_in_all_its_spellings(case: str, text: str) -> None:
     assert PAIR == parse_matrix(text)
+
+
+def test_a_network_card_is_called_what_its_column_is_called() -> None:
+    text = "GPU0 mlx5_bond_0 CPU Affinity\nGPU0 X SOC 0\n\nNIC Legend:\n\n  NIC0: mlx5_1\n"
+    assert (Nic("mlx5_bond_0", (Path.SYS,)),) == parse_matrix(text).nics
 
 
 def test_what_is_not_printed_is_unknown() -> None:
@@ -80,7 +93,7 @@ THREE = "GPU0 GPU1 GPU2 CPU Affinity\nGPU0 X NV1 NV2 0\nGPU1 NV1 X NV1 0\nGPU2 N
     [
         ("nothing", "", 0, "no header line"),
         ("prose", "GPU 0: NVIDIA L4\nI have a GPU0 here\n", 0, "no header line"),
-        ("the header is cut off", THREE.split("\n", 1)[1], 0, "no header line"),
+        ("the header is cut off", THREE.split("\n", 1)[1], 1, "no header line"),
         ("the end is cut off", THREE[: THREE.index("GPU2 NV2")], 3, "rows of GPU2 are missing"),
         ("only the header", THREE[: THREE.index("\n")], 1, "rows of GPU0, GPU1, GPU2 are missing"),
         ("a row's end is cut off", THREE.replace("X 0\n", "X\n"), 4, "row GPU2 has 3 cells for 4 columns"),
@@ -99,6 +112,25 @@ THREE = "GPU0 GPU1 GPU2 CPU Affinity\nGPU0 X NV1 NV2 0\nGPU1 NV1 X NV1 0\nGPU2 N
         ("the same row twice", THREE + "GPU1 NV1 X NV1 0\n", 5, "row GPU1 is there already, in line 3"),
         ("a row without a column", THREE + "GPU3 X X X 0\n", 5, "row GPU3 has no column"),
         ("GPUs left out", THREE.replace("GPU1 GPU2 CPU", "GPU2 GPU3 CPU"), 1, "GPU0, GPU2, GPU3, not"),
+        (
+            "a card at a path unheard of",
+            TABS.replace("X \tSYS", "X \tXYZ"),
+            3,
+            "GPU1 to NIC0 is 'XYZ', which is no",
+        ),
+        (
+            "a card over NVLink",
+            TABS.replace("X \tSYS", "X \tNV4"),
+            3,
+            "GPU1 to NIC0 is 'NV4', which is no path",
+        ),
+        ("a column twice", "GPU0 a a\nGPU0 X SYS SYS\n", 1, "column 'a' is there twice"),
+        (
+            "a column of no name",
+            "GPU0 (PCI)\nGPU0 X SYS\n",
+            1,
+            "'(PCI)' cannot be the name of a network card",
+        ),
         ("no list of CPUs", THREE.replace("NV1 0", "NV1 0-x"), 3, "CPU Affinity is '0-x'"),
         ("a list backwards", THREE.replace("NV1 0", "NV1 7-3"), 3, "CPU Affinity is '7-3'"),
         ("too many CPUs", THREE.replace("NV1 0", "NV1 0-99999999999"), 3, "expected a list such as"),
@@ -120,7 +152,7 @@ def test_damaged_text_is_refused_at_its_line(case: str, text: str, line: int, pr
 
 @st.composite
 def machines(draw: st.DrawFn) -> Topology:
-    """Any machine of up to 8 GPUs, unknown links and affinities included."""
+    """Any machine of up to 8 GPUs and 4 network cards, unknown links and affinities included."""
     count = draw(st.integers(1, 8))
     paths = [Link(path) for path in Path if path is not Path.NVLINK]
     links = st.sampled_from(paths) | st.integers(1, 18).map(lambda n: Link(Path.NVLINK, n))
@@ -131,7 +163,12 @@ def machines(draw: st.DrawFn) -> Topology:
     near = st.lists(
         st.sets(st.integers(0, 300)).map(lambda found: tuple(sorted(found))), min_size=count, max_size=count
     )
-    return Topology(tuple(map(tuple, rows)), numa=tuple(draw(near)), cpus=tuple(draw(near)))
+    names = draw(
+        st.lists(st.from_regex(r"(NIC|mlx5_|roce_bond)[0-9]{1,2}", fullmatch=True), max_size=4, unique=True)
+    )
+    path = st.sampled_from([link.path for link in paths])
+    nics = [Nic(name, tuple(draw(path) for _ in range(count))) for name in names]
+    return Topology(tuple(map(tuple, rows)), numa=tuple(draw(near)), cpus=tuple(draw(near)), nics=tuple(nics))
 
 
 @given(machines())
@@ -140,9 +177,12 @@ def test_what_is_written_is_read_back(machine: Topology) -> None:
 
 
 @given(machines(), st.data())
-def test_a_text_cut_anywhere_before_its_last_cell_is_refused(machine: Topology, data: st.DataObject) -> None:
-    text = render_matrix(machine)
-    whole = len(text) - len(text.splitlines()[-1].split("\t")[-1]) - 1  # where the last cell begins
+def test_a_text_cut_anywhere_before_the_last_cell_of_a_gpu_is_refused(
+    machine: Topology, data: st.DataObject
+) -> None:
+    gpus = render_matrix(machine).splitlines()[: len(machine) + 1]
+    text = "\n".join(gpus)
+    whole = len(text) - len(gpus[-1].split("\t")[-1])  # where the last cell begins
     cut = data.draw(st.integers(0, whole - 1))
     with pytest.raises(MatrixError):
         parse_matrix(text[:cut])
@@ -150,5 +190,14 @@ def test_a_text_cut_anywhere_before_its_last_cell_is_refused(machine: Topology, 
 
 def test_the_text_written_is_that_of_nvidia_smi() -> None:
     assert render_matrix(PAIR) == (
-        "\tGPU0\tGPU1\tCPU Affinity\tNUMA Affinity\nGPU0\t X \tNV4\t0,5-7\t0-1\nGPU1\tNV4\t X \t8-9\tN/A\n"
+        "\tGPU0\tGPU1\tNIC0\tCPU Affinity\tNUMA Affinity\n"
+        "GPU0\t X \tNV4\tPIX\t0,5-7\t0-1\n"
+        "GPU1\tNV4\t X \tSYS\t8-9\tN/A\n"
+        "NIC0\tPIX\tSYS\t X \n"
     )
+
+
+def test_what_lies_between_two_network_cards_is_not_kept() -> None:
+    cards = (Nic("a", (Path.PIX,)), Nic("b", (Path.SYS,)))
+    text = render_matrix(Topology(links=((UNKNOWN_LINK,),), nics=cards))
+    assert text.endswith("\na\tPIX\t X \t?\nb\tSYS\t?\t X \n")

@@ -7,10 +7,13 @@ from dataclasses import replace
 import pytest
 
 from placement import topologies
-from placement.core.planner import Plan, Request, plan
+from placement.core.explanation import explain
+from placement.core.planner import Change, Plan, PlannedReplica, plan, steps, vacate
+from placement.core.request import Request
+from placement.core.score import Within
 from placement.core.snapshot import Node, Snapshot
 from placement.core.topology import Topology
-from placement.errors import NoEgressNodes, NoGpuNodes, NotEnoughEgress, NotEnoughGpus
+from placement.errors import BelowFloor, NoEgressNodes, NoGpuNodes, NotEnoughEgress, NotEnoughGpus
 
 
 def gpu_node(name: str, topology: str | int, busy: tuple[int, ...] = (), **fields: object) -> Node:
@@ -87,7 +90,7 @@ def test_gpu_replicas(
 
 
 def test_the_order_of_nodes_does_not_matter() -> None:
-    backwards = replace(MIXED, nodes=MIXED.nodes[::-1])
+    backwards = Snapshot(MIXED.nodes[::-1])
     assert plan(MIXED, local(2, 5)) == plan(backwards, local(2, 5))
 
 
@@ -106,12 +109,14 @@ def test_every_refusal_counts_its_reasons_and_says_what_would_help() -> None:
     refusal = plan(busy, local(4, gpu_nodes=("dgx", "pcie")))
     assert isinstance(refusal, NotEnoughGpus)
     assert refusal.excluded == {"has fewer than 4 GPUs free": 2}
-    assert "replica 0 needs 4 free GPUs on one node, and 3 (1-3) are free on pcie at best" in str(refusal)
+    assert "replica 0 needs 4 free GPUs on one node; at best pcie has 3 (1-3) of its 4 GPUs free" in str(
+        refusal
+    )
 
     refusal = plan(MIXED, local(4, gpu_nodes=("pcie",), replicas=2))
     assert isinstance(refusal, NotEnoughGpus)
     assert refusal.excluded == {"not in constraints.gpu_nodes": 2, "has fewer than 4 GPUs free": 1}
-    assert "replica 1 needs 4 free GPUs on one node, and none is free on pcie at best" in str(refusal)
+    assert "replica 1 needs 4 free GPUs on one node; at best pcie has none of its 4 GPUs free" in str(refusal)
 
 
 def test_without_gpu_nodes_it_says_how_to_get_one() -> None:
@@ -171,10 +176,112 @@ def test_a_nodes_own_provider_resource_goes_before_the_general_one() -> None:
 def test_remote_refusals() -> None:
     refusal = plan(Snapshot((A, B)), remote(9))
     assert isinstance(refusal, NotEnoughEgress)
-    assert "replica 0 needs 9 concurrent requests to openai on one node, and 8 are free on b at best" in str(
-        refusal
-    )
+    assert "replica 0 needs 9 concurrent requests to openai on one node; at best b has 8 free" in str(refusal)
     refusal = plan(Snapshot((egress_node("c", egress_gemini=4),)), remote(1))
     assert isinstance(refusal, NoEgressNodes)
     assert refusal.provider == "openai"
     assert str(refusal).endswith("start one with `ray start --resources='{\"egress_openai\": 64}'`")
+
+
+def test_a_floor_excludes_nodes_and_names_the_nearest_miss() -> None:
+    bridged = Snapshot((gpu_node("gpu-a", "a100-pcie-4x"),))
+    refusal = plan(bridged, local(4, within=Within.NVLINK))
+    assert isinstance(refusal, BelowFloor)
+    assert str(refusal) == (
+        "cannot place 'd': replica 0 needs 4 GPUs within 'nvlink'; at best gpu-a has 4 free GPUs, but in NVLink "
+        "islands of 2 + 2 (1 node: has no 4 free GPUs within 'nvlink'); release something, add a node that has "
+        "them, or ask for within: node (19.92 GB/s, weakest link SYS, on gpu-a)"
+    )
+    refusal = plan(bridged, local(4, min_bandwidth_gb_per_s=100.0))
+    assert isinstance(refusal, BelowFloor)
+    assert str(refusal) == (
+        "cannot place 'd': replica 0 needs 4 GPUs at 100 GB/s; at best gpu-a has 4 free GPUs that reach 19.92 GB/s "
+        "(weakest link SYS) (1 node: its best 4 free GPUs reach less than 100 GB/s); lower "
+        "min_bandwidth_gb_per_s to 19.92, release something, or add a faster node"
+    )
+    assert where(plan(bridged, local(2, replicas=2, within=Within.NVLINK, min_bandwidth_gb_per_s=230.4))) == [
+        ("gpu-a", (0, 1)),
+        ("gpu-a", (2, 3)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("machine", "busy", "within", "miss"),
+    [
+        ("dgx-1v", (3, 4, 6, 7), Within.NVLINK, "no 4 of them form an NVLink ring"),
+        ("rtx-4090-8x", (0, 1, 4, 5), Within.NUMA, "in NUMA nodes of 2 + 2"),
+        ("dgx-1v", (0, 1, 2, 3), Within.NUMA, "its NUMA nodes are unknown"),
+        ("l40s-4x", (), Within.SWITCH, "in PCIe switches of 1 + 1 + 1 + 1"),
+    ],
+)
+def test_what_keeps_free_gpus_apart(machine: str, busy: tuple[int, ...], within: Within, miss: str) -> None:
+    refusal = plan(Snapshot((gpu_node("a", machine, busy),)), local(4, within=within))
+    assert isinstance(refusal, BelowFloor)
+    assert f"at best a has 4 free GPUs, but {miss} (" in str(refusal)
+
+
+def test_a_floor_leads_to_a_slower_node_only_where_it_is_met() -> None:
+    # the switch is faster, but spans sockets; the DGX-1V knows no NUMA nodes
+    snapshot = Snapshot(
+        (gpu_node("hgx", "dgx-h100", busy=(0, 1, 2, 4, 5, 6)), gpu_node("pcie", "a100-pcie-4x"))
+    )
+    assert where(plan(snapshot, local(2))) == [("hgx", (3, 7))]
+    assert where(plan(snapshot, local(2, within=Within.NUMA))) == [("pcie", (0, 1))]
+
+
+def test_single_gpus_come_from_where_others_lose_least() -> None:
+    whole, broken = gpu_node("a", "dgx-h100"), gpu_node("b", "dgx-h100", busy=(0,))
+    assert where(plan(Snapshot((whole, broken)), local(1))) == [("b", (1,))]
+    slow = gpu_node("c", "rtx-4090-8x")
+    assert where(plan(Snapshot((whole, slow)), local(1))) == [("c", (6,))]  # and the card is near GPU 6
+
+
+def test_the_stages_of_an_explanation() -> None:
+    snapshot = Snapshot(
+        (
+            *MIXED.nodes,
+            egress_node("e", egress=1),
+            gpu_node("ill", 4, problem="is ill"),
+            gpu_node("busy", 8, busy=tuple(range(6))),
+        )
+    )
+    why = explain(snapshot, local(4, gpu_nodes=("dgx", "hgx", "ill", "busy"), within=Within.NVLINK))
+    assert [(stage.name, stage.kept, stage.excluded) for stage in why.stages] == [
+        ("GPU nodes", 5, {"has no GPUs": 1}),
+        ("constraints", 4, {"not in constraints.gpu_nodes": 1}),
+        ("health", 3, {"is ill": 1}),
+        ("size", 3, {}),
+        ("free GPUs", 2, {"has fewer than 4 GPUs free": 1}),
+        ("within", 2, {}),
+    ]
+    assert (why.nodes, why.nearest_miss, why.advice) == (6, "busy has 2 (6-7) of its 8 GPUs free", "")
+
+
+def test_several_deployments_are_planned_on_top_of_each_other() -> None:
+    one_machine = Snapshot((gpu_node("a", "a100-pcie-4x"),))
+    first, second, third = (replace(local(2), deployment=name) for name in "fst")
+    outcomes = [step.outcome for step in steps(one_machine, [Change(first), Change(second), Change(third)])]
+    assert [where(outcome)[0][1] for outcome in outcomes[:2]] == [(0, 1), (2, 3)]
+    assert isinstance(outcomes[2], NotEnoughGpus)
+
+
+def test_what_leaves_makes_room_for_what_comes_after_and_in_place_for_itself() -> None:
+    full_machine = Snapshot((gpu_node("a", "a100-pcie-4x", busy=(0, 1, 2, 3)),))
+    old = PlannedReplica(0, "id-a", (2, 3))
+    after = steps(full_machine, [Change(local(0, replicas=0), leaving=(old,)), Change(local(2))])
+    assert [where(step.outcome) for step in after] == [[], [("a", (2, 3))]]
+    [beside] = steps(full_machine, [Change(local(2), leaving=(old,))])
+    assert isinstance(beside.outcome, NotEnoughGpus)
+    [instead] = steps(full_machine, [Change(local(2), leaving=(old,), in_place=True)])
+    assert where(instead.outcome) == [("a", (2, 3))]
+
+
+def test_vacating_gives_back_gpus_and_egress_and_passes_over_nodes_that_are_gone() -> None:
+    snapshot = Snapshot((gpu_node("g", 4, busy=(0, 1)), egress_node("e", egress=1)))
+    gone = PlannedReplica(2, "id-x", (0,))
+    left = vacate(
+        snapshot, [PlannedReplica(0, "id-g", (1,)), PlannedReplica(1, "id-e", (), "egress", 3), gone]
+    )
+    assert left.node("id-g").free == {1, 2, 3}
+    assert left.node("id-e").egress == {"egress": 4}
+    assert snapshot.node("id-g").free == {2, 3}

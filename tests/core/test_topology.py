@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology, ordinals
+from placement.core.topology import UNKNOWN_LINK, Link, Nic, Path, Topology, ordinals
 
 NV1, SYS = Link(Path.NVLINK, 1), Link(Path.SYS)
 
@@ -66,6 +66,32 @@ def test_a_switch_is_told_from_a_mesh_by_more_links_than_a_gpu_has() -> None:
     pairs = [(a, b) for a in range(4) for b in range(a)]
     assert not mesh(4, *pairs, link=Link(Path.NVLINK, 6)).nvswitch  # H100 board with 4 GPUs: 18 links each
     assert mesh(4, *pairs, link=Link(Path.NVLINK, 18)).nvswitch
+
+
+def test_the_nearest_network_card_is_the_one_over_the_best_path() -> None:
+    cards = (
+        Nic("NIC0", (Path.SYS, Path.PHB, Path.UNKNOWN)),
+        Nic("NIC1", (Path.PIX, Path.NODE, Path.UNKNOWN)),
+    )
+    shape = Topology(links=mesh(3).links, nics=cards)
+    assert (Path.PIX, Path.PHB, Path.UNKNOWN) == shape.nearest_nic
+    assert (Path.UNKNOWN,) * 3 == mesh(3).nearest_nic
+    assert mesh(3) != shape
+
+
+@pytest.mark.parametrize("name", ["", "GPU0", "X", "mlx5 0", "mlx5\t0", "|", "Karte-ä"])
+def test_a_network_card_needs_a_name_of_its_own(name: str) -> None:
+    with pytest.raises(ValueError, match="cannot be the name of a network card"):
+        Nic(name, ())
+
+
+def test_network_cards_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="no NVLink leads to network card NIC0"):
+        Nic("NIC0", (Path.NVLINK,))
+    with pytest.raises(ValueError, match="NIC0 has paths to 1 GPUs, the matrix has 2"):
+        Topology(links=mesh(2).links, nics=(Nic("NIC0", (Path.PIX,)),))
+    with pytest.raises(ValueError, match="share a name: a, a"):
+        Topology(links=mesh(1).links, nics=(Nic("a", (Path.PIX,)), Nic("a", (Path.SYS,))))
 
 
 def test_the_same_shape_is_the_same_topology_whatever_the_model() -> None:

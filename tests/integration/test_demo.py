@@ -48,7 +48,7 @@ def test_it_places_the_example_and_every_worker_is_where_it_was_promised() -> No
     (qwen,) = next(d["assignments"] for d in report["deployments"] if d["deployment"] == "qwen-32b")
     # With GPU 0 taken, Ray alone would straddle the two bridges of the PCIe node.
     assert (qwen["node_name"], qwen["gpus"], qwen["ray_gpus"]) == ("pcie", [2, 3], [1, 2])
-    assert qwen["weakest_gb_per_s"] > 10 * qwen["ray_weakest_gb_per_s"]
+    assert qwen["bandwidth_gb_per_s"] > 10 * qwen["ray_bandwidth_gb_per_s"]
     for step in ("starting a head", "placing 10 deployments", "releasing everything", "stopping the cluster"):
         assert step in done.stderr
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from placement.core.topology import Topology
 from placement.runtime.books import Tally
 from placement.runtime.discovery import TOPOLOGY_LABEL, NodeInfo, node_state
 from placement.wire.facts import GpuFacts, NodeFacts
@@ -37,7 +38,9 @@ def test_free_gpus(
 ) -> None:
     available = None if in_books is None else {"GPU": in_books, "egress": 10.0}
     tally = Tally(gpus=set(standing), claimed_gpus=set(claimed))
-    assert sorted(node_state(NODE, None, available, tally, frozenset(foreign)).free) == list(free), case
+    assert sorted(
+        node_state(NODE, None, Topology.unknown(8), available, tally, frozenset(foreign)).free
+    ) == list(free), case
 
 
 def test_a_lost_gpu_is_not_free() -> None:
@@ -45,18 +48,17 @@ def test_a_lost_gpu_is_not_free() -> None:
         source="nvml", gpus=(GpuFacts(ordinal=0, uuid="a"), GpuFacts(ordinal=1, errors=("lost",)))
     )
     node = NodeInfo("id", "a", "", gpu_count=2)
-    assert node_state(node, facts, {"GPU": 2.0}, Tally(), frozenset()).free == {0}
+    assert node_state(node, facts, facts.topology(), {"GPU": 2.0}, Tally(), frozenset()).free == {0}
 
 
 def test_free_egress_is_the_less_of_what_the_books_and_we_know() -> None:
-    def left(in_books: float | None, ours: int, leaving: int = 0) -> int:
+    def left(in_books: float | None, ours: int) -> int:
         tally = Tally()
         tally.egress["egress"] = ours
-        tally.leaving_egress["egress"] = leaving
         available = None if in_books is None else {"egress": in_books}
-        return node_state(NODE, None, available, tally, frozenset()).egress["egress"]
+        return node_state(NODE, None, Topology.unknown(8), available, tally, frozenset()).egress["egress"]
 
-    assert [left(10, 4), left(5, 4), left(None, 4), left(4, 0, leaving=6)] == [6, 5, 6, 10]
+    assert [left(10, 4), left(5, 4), left(None, 4)] == [6, 5, 6]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from placement import topologies
-from placement.core.score import best_set, score
+from placement.core.score import Needs, best_set, score
 from placement.core.topology import Topology
 from placement.runtime import reservation
 from placement.runtime.reservation import NodeReserver, Refused, Reserved
@@ -88,7 +88,7 @@ DGX1 = topologies.load("dgx-1v")
 def test_a_pair_stays_on_its_bridge_when_gpu_0_is_busy() -> None:
     """Ray alone would give 1 and 2, one half of each bridge."""
     slots = Slots(4, others={0})
-    outcome = NodeReserver(slots, 4).reserve("r", 2, PAIRS)
+    outcome = NodeReserver(slots, 4).reserve("r", Needs(2), PAIRS)
     assert isinstance(outcome, Reserved)
     assert (outcome.gpus, outcome.ray_gpus, outcome.attempts) == ((2, 3), (1, 2), 1)
     assert list(slots.groups.values()) == [[2, 3]]
@@ -96,7 +96,7 @@ def test_a_pair_stays_on_its_bridge_when_gpu_0_is_busy() -> None:
 
 def test_nothing_is_steered_where_rays_own_choice_is_best() -> None:
     slots = Slots(8)
-    outcome = NodeReserver(slots, 8).reserve("r", 4, DGX1)
+    outcome = NodeReserver(slots, 8).reserve("r", Needs(4), DGX1)
     assert isinstance(outcome, Reserved)
     assert outcome.gpus == outcome.ray_gpus == (0, 1, 2, 3)
     assert slots.steps == 2, "one group created, one verification"
@@ -104,17 +104,17 @@ def test_nothing_is_steered_where_rays_own_choice_is_best() -> None:
 
 def test_several_runs_are_steered_with_every_hold_given_back() -> None:
     slots = Slots(8, others={3})
-    outcome = NodeReserver(slots, 8).reserve("r", 2, Topology.unknown(8))
+    outcome = NodeReserver(slots, 8).reserve("r", Needs(2), Topology.unknown(8))
     assert isinstance(outcome, Reserved)
     wanted = best_set(DGX1, {0, 1, 2, 4, 5, 6, 7}, 2)
-    outcome = NodeReserver(Slots(8, others={3}), 8).reserve("r", 2, DGX1)
+    outcome = NodeReserver(Slots(8, others={3}), 8).reserve("r", Needs(2), DGX1)
     assert isinstance(outcome, Reserved)
     assert outcome.gpus == wanted
 
 
 def test_a_full_node_refuses_and_holds_nothing() -> None:
     slots = Slots(4, others={0, 1, 2})
-    outcome = NodeReserver(slots, 4).reserve("r", 2, PAIRS)
+    outcome = NodeReserver(slots, 4).reserve("r", Needs(2), PAIRS)
     assert isinstance(outcome, Refused)
     assert outcome.full
     assert slots.groups == {}
@@ -126,7 +126,7 @@ def test_unending_interference_ends_in_a_refusal_that_holds_nothing() -> None:
         slots.others = ({0, 2} if slots.steps % 2 else {1, 3}) - held
 
     slots = Slots(4, disturb=swap)
-    outcome = NodeReserver(slots, 4).reserve("r", 2, PAIRS)
+    outcome = NodeReserver(slots, 4).reserve("r", Needs(2), PAIRS)
     if isinstance(outcome, Refused):
         assert (outcome.attempts, slots.groups) == (reservation.MAX_ATTEMPTS, {})
     else:
@@ -140,7 +140,7 @@ def test_a_failing_probe_leaves_nothing_held() -> None:
 
     slots = Broken(4, others={0})
     with pytest.raises(RuntimeError):
-        NodeReserver(slots, 4).reserve("r", 2, PAIRS)
+        NodeReserver(slots, 4).reserve("r", Needs(2), PAIRS)
     assert slots.groups == {}
 
 
@@ -152,7 +152,7 @@ def test_undisturbed_the_best_free_set_is_reserved_whatever_others_hold(machine:
     others = set(chance.sample(range(count), chance.randrange(count)))
     slots, size = Slots(count, others=others), chance.randint(1, count)
     free = set(range(count)) - others
-    outcome = NodeReserver(slots, count).reserve("r", size, machine)
+    outcome = NodeReserver(slots, count).reserve("r", Needs(size), machine)
     if size > len(free):
         assert isinstance(outcome, Refused)
         assert slots.groups == {}
@@ -178,7 +178,7 @@ def test_disturbed_at_any_step_the_result_is_what_is_held_or_nothing_is(seed: in
     standing: dict[str, Reserved] = {}
     for step in range(6):
         size = chance.choice([1, 2, 2, 4])
-        outcome = reserver.reserve(f"r{step}", size, DGX1)
+        outcome = reserver.reserve(f"r{step}", Needs(size), DGX1)
         if isinstance(outcome, Reserved):
             standing[f"r{step}"] = outcome
         elif standing and chance.random() < 0.5:

@@ -18,16 +18,29 @@ NAMES = topologies.names()
 @pytest.mark.parametrize(
     ("name", "gpus", "levels", "switched", "islands"),
     [
+        ("dgx-1p", 8, {"NV1", "SYS"}, False, 1),
         ("dgx-1v", 8, {"NV1", "NV2", "SYS"}, False, 1),
         ("dgx-2", 16, {"NV6"}, True, 1),
         ("dgx-a100", 8, {"NV12"}, True, 1),
         ("dgx-h100", 8, {"NV18"}, True, 1),
         ("gcp-a4", 8, {"NV18"}, True, 1),
+        ("dgx-b200", 8, {"NV18"}, True, 1),
+        ("gb200-tray", 4, {"NV18"}, True, 1),
+        ("azure-gb300", 4, {"NV18"}, True, 1),
+        ("hgx-h200", 8, {"NV18"}, True, 1),
+        ("hgx-h800", 8, {"NV8"}, True, 1),
         ("hgx-a100-4gpu", 4, {"NV4"}, False, 1),
+        ("hgx-h100-4gpu", 4, {"NV6"}, False, 1),
+        ("v100-4x", 4, {"NV2"}, False, 1),
         ("a100-pcie-4x", 4, {"NV12", "SYS"}, False, 2),
         ("a100-pcie-8x", 8, {"NV12", "NODE", "SYS"}, False, 4),
+        ("h100-pcie-2x", 2, {"NV12"}, False, 1),
         ("l40s-4x", 4, {"NODE", "SYS"}, False, 4),
         ("rtx-4090-8x", 8, {"SYS"}, False, 8),
+        ("rtx-3090-2x", 2, {"NV4"}, False, 1),
+        ("rtx-pro-6000-8x", 8, {"PHB", "PIX"}, False, 8),
+        ("a10-4x", 4, {"PHB"}, False, 4),
+        ("t4-4x", 4, {"PHB"}, False, 4),
     ],
 )
 def test_machines_are_what_they_are_known_for(
@@ -47,10 +60,12 @@ def test_every_matrix_has_its_entry_and_every_entry_its_matrix() -> None:
 def test_an_entry_is_complete_and_tells_its_source(name: str) -> None:
     entry = topologies.describe(name)
     assert name == entry.name
-    assert re.fullmatch(r"(https://github\.com/|public text, page not recorded)[^\n]*", entry.source)
+    assert re.fullmatch(
+        r"(https://github\.com/|public text, page not recorded|derived from )[^\n]*", entry.source
+    )
     assert entry.title and entry.gpu.startswith(("NVIDIA ", "Tesla "))
     assert 16 <= entry.memory_gib <= 288
-    assert (7, 0) <= entry.compute_capability <= (12, 1)
+    assert (6, 0) <= entry.compute_capability <= (12, 1)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -62,12 +77,15 @@ def test_a_machine_is_written_and_read_back(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_machine_is_possible(name: str) -> None:
-    """Without a switch no GPU has more links than there are, and no CPU is near to two sockets' GPUs."""
+    """Without a switch no GPU has more links than there are, and no CPU is near to two sockets' GPUs.
+
+    Affinities are told of all GPUs or of none.
+    """
     shape = topologies.load(name)
     assert shape.known
+    assert all(shape.cpus) or not any(shape.cpus)
     for gpu, row in enumerate(shape.links):
         assert shape.nvswitch or sum(link.nvlinks for link in row) <= MAX_NVLINKS_PER_GPU
-        assert shape.cpus[gpu]
         for other in range(gpu):
             shared = set(shape.cpus[gpu]) & set(shape.cpus[other])
             assert shape.cpus[gpu] == shape.cpus[other] or not shared
@@ -75,8 +93,20 @@ def test_a_machine_is_possible(name: str) -> None:
                 assert (shape.numa[gpu] == shape.numa[other]) == bool(shared)
 
 
-def test_the_v100_mesh_uses_all_six_links_of_each_gpu() -> None:
-    assert [6] * 8 == [sum(link.nvlinks for link in row) for row in topologies.load("dgx-1v").links]
+@pytest.mark.parametrize(
+    ("name", "links"),
+    [("dgx-1p", 4), ("dgx-1v", 6), ("v100-4x", 6), ("hgx-a100-4gpu", 12), ("hgx-h100-4gpu", 18)],
+)
+def test_a_mesh_uses_all_links_of_each_gpu(name: str, links: int) -> None:
+    assert {links} == {sum(link.nvlinks for link in row) for row in topologies.load(name).links}
+
+
+def test_the_network_cards_are_those_of_the_source() -> None:
+    assert {
+        "dgx-1p": 4, "dgx-1v": 4, "dgx-a100": 12, "dgx-h100": 12, "gcp-a4": 8, "gb200-tray": 6, "azure-gb300": 4,
+        "hgx-h200": 8, "hgx-h800": 9, "hgx-a100-4gpu": 2, "hgx-h100-4gpu": 4, "v100-4x": 1, "l40s-4x": 2,
+        "rtx-4090-8x": 2,
+    } == {name: len(topologies.load(name).nics) for name in NAMES if topologies.load(name).nics}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -104,7 +134,9 @@ def test_a_message_survives_the_wire() -> None:
 
 def test_the_links_of_a_gpu_end_in_the_switch_where_there_is_one() -> None:
     ends = {name: {gpu.nvswitch_links for gpu in topologies.facts(name).gpus} for name in NAMES}
-    assert {"dgx-2": {6}, "dgx-a100": {12}, "dgx-h100": {18}, "gcp-a4": {18}} == {
+    switched = {"dgx-2": 6, "dgx-a100": 12, "hgx-h800": 8}
+    switched |= dict.fromkeys(["dgx-h100", "gcp-a4", "dgx-b200", "gb200-tray", "azure-gb300", "hgx-h200"], 18)
+    assert {name: {links} for name, links in switched.items()} == {
         name: links for name, links in ends.items() if links != {0}
     }
 

@@ -1,0 +1,186 @@
+"""What a collective over a set of GPUs can carry: the rates of links, and the rings that they allow.
+
+The figure predicted is the *bus bandwidth* of a large all-reduce, as nccl-tests reports it: GB/s (10^9 bytes)
+per GPU and direction, comparable between sets of different sizes.
+
+**The model.** NCCL moves a large all-reduce in rings through all GPUs, or, on NVSwitch since Hopper, by
+reductions inside the switch (NVLS). So for a set of *k* GPUs:
+
+- *NVSwitch*: each GPU has ``links x rate`` to spend, whoever the peer. Rings reach just that. NVLS moves
+  ``(k + 1) / k`` of the data per direction instead of ``2 (k - 1) / k``, at an efficiency of its own, so that
+  it reports ``links x rate x efficiency x 2 (k - 1) / (k + 1)``. The better of the two.
+- *Direct NVLinks*: every undirected ring over NVLinks through all *k*, edge-disjoint from the others, carries
+  ``rate`` in each of its two directions: ``2 x rings x rate``; between two GPUs ``links x rate``. A set
+  can be joined by NVLinks and have no such ring: 48 of the 70 quads of a DGX-1V are like that.
+- *Otherwise* one ring over NVLink and PCIe, as fast as its slowest hop: the best such ring.
+
+**The figures** (MB/s, so that sums are exact). NVLink: what NCCL charges per link (``src/graph/topo.h`` of
+NVIDIA/nccl: SM60 18, SM70 20, SM86 12, SM90 20.6, SM100 40.1 GB/s), but 19.2 on A100 (SM80 20), whose SMs
+limit 12 links to about 230 GB/s (NVIDIA/nccl-tests issue 149). NVLS efficiency 0.85 on Hopper, 0.74 on
+Blackwell (``src/graph/tuning.cc`` of the same). PCIe: 12 GB/s for sixteen lanes of the third generation and twice that in
+each later one (topo.h); through the host, where NCCL by default stages in memory instead of peer-to-peer, what
+was measured: 20 GB/s on PCIe 4.0 between sockets (nccl-tests issue 178), 22 and 30 on PCIe 5.0 between and
+within sockets (voipmonitor/rtx6kpro).
+
+Against published figures it is within 15 %, see ``tests/core/test_bandwidth.py``, which also lists the ones
+that it misses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from placement.core.topology import Link, Path
+
+_PCIE_X16 = {3: 12_000, 4: 24_000, 5: 48_000}
+
+_THROUGH_HOST = {Path.PHB: (86, 31_000), Path.NODE: (85, 30_000), Path.SYS: (83, 22_000)}
+"""Percent of the PCIe rate, and what host memory and the sockets' link allow. Within a socket the order of
+PHB and NODE is certain, the distance is not."""
+
+_UNKNOWN = 5_000
+"""A pair nobody could look at: what GPUs do through host memory where the driver has no peer-to-peer (two
+2080 Ti on one switch copy 5.7 GB/s). Below every path that is known."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a GPU model brings along.
+
+    Attributes:
+        pcie: its PCIe generation.
+        nvlink_mb_per_s: what a collective gets of one NVLink, per direction.
+        nvlinks: how many NVLinks a GPU has. Peers that add up to more meet in an NVSwitch.
+        nvls_percent: efficiency of reductions inside NVSwitch; 0 where there are none.
+    """
+
+    pcie: int
+    nvlink_mb_per_s: int
+    nvlinks: int
+    nvls_percent: int = 0
+
+
+_GENERATIONS: tuple[tuple[str, Generation], ...] = (
+    (r"P100|GP100", Generation(3, 18_000, 4)),
+    (r"V100|GV100|Titan V|Titan RTX|RTX 20\d\d|Quadro RTX|GTX|T4|P4|P40|K80|M60", Generation(3, 20_000, 6)),
+    (r"RTX 30\d\d|RTX A\d\d00|A40|A10|A16|A2", Generation(4, 12_000, 4)),
+    (r"A100|A800|A30", Generation(4, 19_200, 12)),
+    (r"H100|H200|H800|H20|GH200", Generation(5, 20_600, 18, 85)),
+    (r"G?B[123]00", Generation(5, 40_100, 18, 74)),
+    (r"RTX 50\d\d|RTX PRO \d\d00", Generation(5, 40_100, 0)),
+)
+
+_DEFAULT = Generation(4, 20_000, 18)
+"""For a model that is not listed, or a node of several models."""
+
+
+@lru_cache(maxsize=256)
+def generation(model: str | None) -> Generation:
+    """The generation of a product name, as NVML gives it."""
+    for names, found in _GENERATIONS:
+        if model and re.search(rf"(?<![A-Z0-9])(?:{names})(?![0-9])", model, re.IGNORECASE):
+            return found
+    return _DEFAULT
+
+
+def has_switch(links: Sequence[Sequence[Link]], gpu: Generation) -> bool:
+    """Whether the GPUs meet in an NVSwitch: it offers every peer all links of a GPU, a mesh divides them."""
+    return any(sum(link.nvlinks for link in row) > gpu.nvlinks for row in links)
+
+
+def hop_mb_per_s(link: Link, gpu: Generation) -> int:
+    """What one hop of a ring carries per direction.
+
+    Strictly ordered as :class:`~placement.core.topology.Path` is, and increasing in the number of NVLinks.
+    """
+    pcie = _PCIE_X16[gpu.pcie]
+    if link.path is Path.NVLINK:
+        # A single slow link (a degraded bridge on PCIe 5.0) still counts above PCIe: NCCL takes it first.
+        return max(link.nvlinks * gpu.nvlink_mb_per_s, pcie + link.nvlinks)
+    if link.path in _THROUGH_HOST:
+        percent, most = _THROUGH_HOST[link.path]
+        return min(pcie * percent // 100, most)
+    return {Path.PIX: pcie, Path.PXB: pcie * 95 // 100}.get(link.path, _UNKNOWN)
+
+
+def switch_mb_per_s(links: int, count: int, gpu: Generation) -> int:
+    """What ``count`` GPUs reach over NVSwitch with ``links`` NVLinks each: the better of rings and NVLS."""
+    rings = links * gpu.nvlink_mb_per_s
+    nvls = rings * gpu.nvls_percent * 2 * (count - 1) // (100 * (count + 1))
+    return max(rings, nvls)
+
+
+_RING_SEARCH_STEPS = 2_000
+"""Bounds the search for rings. On every machine that exists it ends by itself."""
+
+
+def nvlink_rings(links: Sequence[Sequence[Link]], gpus: Sequence[int]) -> int:
+    """Most edge-disjoint undirected rings over direct NVLinks through all ``gpus`` (three or more).
+
+    Exact on real machines. On a dense mesh of many GPUs, which nobody builds, the search may stop early and
+    return fewer than there are.
+    """
+    size = len(gpus)
+    room = {
+        (a, b): links[gpus[a]][gpus[b]].nvlinks
+        for a in range(size)
+        for b in range(a + 1, size)
+        if links[gpus[a]][gpus[b]].nvlinks
+    }
+    degree = [sum(count for pair, count in room.items() if gpu in pair) for gpu in range(size)]
+    most = min(*(count // 2 for count in degree), sum(room.values()) // size)
+    if most == 0:
+        return 0
+    rings = _rings(size, room)
+    steps = _RING_SEARCH_STEPS
+
+    def pack(first: int, limit: int) -> int:
+        """Most rings out of ``rings[first:]`` with the room that is left, up to ``limit``."""
+        nonlocal steps
+        best = 0
+        for index in range(first, len(rings)):
+            if best >= limit or steps <= 0:
+                break
+            steps -= 1
+            ring = rings[index]
+            fits = min(room[edge] for edge in ring)
+            for times in range(min(fits, limit), 0, -1):
+                for edge in ring:
+                    room[edge] -= times
+                best = max(best, times + pack(index + 1, limit - times))
+                for edge in ring:
+                    room[edge] += times
+                if best >= limit or steps <= 0:
+                    break
+        return best
+
+    return pack(0, most)
+
+
+def _rings(size: int, edges: dict[tuple[int, int], int]) -> list[list[tuple[int, int]]]:
+    """The undirected rings through GPUs 0 to ``size`` - 1 over ``edges``, as lists of edges."""
+    near: list[list[int]] = [[] for _ in range(size)]
+    for a, b in edges:
+        near[a].append(b)
+        near[b].append(a)
+    found: list[list[tuple[int, int]]] = []
+    path = [0]
+
+    def extend() -> None:
+        here = path[-1]
+        if len(path) == size:
+            if path[1] < here and 0 in near[here]:  # each ring once, not once per direction
+                hops = zip(path, [*path[1:], 0], strict=True)
+                found.append([(min(hop), max(hop)) for hop in hops])
+            return
+        for there in near[here]:
+            if there not in path and len(found) < _RING_SEARCH_STEPS:
+                path.append(there)
+                extend()
+                path.pop()
+
+    extend()
+    return found

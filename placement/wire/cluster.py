@@ -1,0 +1,151 @@
+"""A cluster as a file: what ``placement snapshot`` writes and ``placement plan --file`` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from placement.core.matrix import parse_matrix, render_matrix
+from placement.core.snapshot import Node, Snapshot
+from placement.core.topology import Topology
+from placement.errors import InvalidClusterFile, MatrixError
+from placement.wire.base import Model
+from placement.wire.deployment import Deployment
+
+
+class HeldReplica(Model):
+    """A replica that stands: its node, and the GPUs or the egress units that it holds there."""
+
+    replica_index: int
+    node: str
+    gpus: tuple[int, ...] = ()
+    egress_resource: str | None = None
+    egress_units: int = 0
+
+
+class HeldDeployment(Model):
+    """A deployment that stands."""
+
+    deployment: Deployment
+    replicas: tuple[HeldReplica, ...]
+
+
+class Machine(Model):
+    """A make of GPU node, written once for all nodes of that make."""
+
+    matrix: str = Field(description="as `nvidia-smi topo -m` prints it")
+    model: str | None = Field(default=None, description="product name of the GPUs")
+
+
+class ClusterNode(Model):
+    """One node."""
+
+    id: str
+    name: str
+    address: str = ""
+    machine: str | None = Field(default=None, description="a key of `machines`; none on a pure egress node")
+    free: tuple[int, ...] = Field(default=(), description="GPU ordinals believed free")
+    egress: dict[str, int] = Field(default_factory=dict, description="resource -> requests still free")
+    serving: tuple[tuple[str, str], ...] = Field(default=(), description="(provider, key fingerprint)")
+    problem: str | None = None
+
+
+class ClusterFile(Model):
+    """Everything that planning looks at. Holds no secret: of an API key only a fingerprint."""
+
+    version: Literal[1] = 1
+    machines: dict[str, Machine] = Field(default_factory=dict)
+    nodes: tuple[ClusterNode, ...] = ()
+    deployments: tuple[HeldDeployment, ...] = ()
+
+    @classmethod
+    def of(cls, snapshot: Snapshot, held: Iterable[HeldDeployment]) -> ClusterFile:
+        """The file that describes a snapshot."""
+        keys: dict[tuple[str, str | None], str] = {}
+        nodes = []
+        for node in snapshot.nodes:
+            key = None
+            if len(node.topology):
+                make = render_matrix(node.topology), node.topology.model
+                key = keys.setdefault(make, f"machine-{len(keys) + 1}")
+            nodes.append(
+                ClusterNode(
+                    id=node.id,
+                    name=node.name,
+                    address=node.address,
+                    machine=key,
+                    free=tuple(sorted(node.free)),
+                    egress=dict(node.egress),
+                    serving=tuple(sorted(node.serving)),
+                    problem=node.problem,
+                )
+            )
+        machines = {key: Machine(matrix=matrix, model=model) for (matrix, model), key in keys.items()}
+        return cls(machines=machines, nodes=tuple(nodes), deployments=tuple(held))
+
+    def snapshot(self) -> Snapshot:
+        """What the planner sees.
+
+        Raises:
+            InvalidClusterFile: a node names a machine that is not there, or GPUs that it does not have; or
+                two nodes have one id.
+        """
+        machines = {key: _topology(key, machine) for key, machine in self.machines.items()}
+        nodes: dict[str, Node] = {}
+        for one in self.nodes:
+            where = f"node {one.name!r}"
+            if one.machine is not None and one.machine not in machines:
+                raise InvalidClusterFile(
+                    f"{where}: machine {one.machine!r} is not under machines; add it there"
+                )
+            topology = machines[one.machine] if one.machine is not None else Topology.unknown(0)
+            strange = sorted(set(one.free) - set(range(len(topology))))
+            if strange:
+                raise InvalidClusterFile(
+                    f"{where}: free names GPU {strange[0]}, but it has {len(topology)} GPUs"
+                )
+            if one.id in nodes:
+                raise InvalidClusterFile(f"{where}: id {one.id!r} is there twice; give each node its own")
+            nodes[one.id] = Node(
+                id=one.id,
+                name=one.name,
+                address=one.address,
+                topology=topology,
+                free=frozenset(one.free),
+                egress=dict(one.egress),
+                serving=frozenset(one.serving),
+                problem=one.problem,
+            )
+        return Snapshot(nodes.values())
+
+    def held(self) -> Mapping[str, HeldDeployment]:
+        """The deployments that stand, by name."""
+        return {one.deployment.name: one for one in self.deployments}
+
+
+def load_cluster(path: Path) -> ClusterFile:
+    """Reads what ``placement snapshot`` wrote.
+
+    Raises:
+        InvalidClusterFile: the file cannot be read, or is not such a file; names the first field at fault.
+    """
+    try:
+        return ClusterFile.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise InvalidClusterFile(f"{path}: cannot be read: {error.strerror}; check the path") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        what = f"{field}: {first['msg']}" if field else str(first["msg"])
+        raise InvalidClusterFile(f"{path}: {what}; write it with `placement snapshot`") from None
+
+
+def _topology(key: str, machine: Machine) -> Topology:
+    try:
+        return replace(parse_matrix(machine.matrix), model=machine.model)
+    except MatrixError as error:
+        raise InvalidClusterFile(f"machines.{key}.matrix: {error}") from None

@@ -1,0 +1,211 @@
+"""The dry run: what applying deployments would do. The same for a live cluster and for one in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from placement.core.explanation import Explanation, explain
+from placement.core.planner import Change, Plan, PlannedReplica, Step, steps
+from placement.core.request import Request
+from placement.core.score import Within, score
+from placement.core.snapshot import Snapshot
+from placement.errors import UnknownNode, Unplaceable
+from placement.wire.cluster import HeldDeployment, HeldReplica
+from placement.wire.deployment import Deployment, PlacementConstraints
+
+
+@dataclass(frozen=True)
+class PlannedAssignment:
+    """Where a replica would go. ``gpus`` is a prediction: other Ray users may take or free some meanwhile.
+
+    Attributes:
+        bandwidth_gb_per_s: predicted all-reduce bus bandwidth between the GPUs, GB/s per direction; ``None``
+            for fewer than two GPUs, or where a link is unknown.
+        weakest_link: slowest link between two of them as ``nvidia-smi topo -m`` names it.
+    """
+
+    replica_index: int
+    node: str
+    node_name: str
+    gpus: list[int]
+    bandwidth_gb_per_s: float | None = None
+    weakest_link: str | None = None
+    egress_resource: str | None = None
+    egress_units: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The planned assignment as JSON-ready values."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class PlacementPlan:
+    """A dry run: what placing would do now. Nothing is reserved.
+
+    Attributes:
+        deployment: its name.
+        assignments: one for each replica, by replica index.
+        standing: whether the deployment is placed already, just so.
+    """
+
+    deployment: str
+    assignments: list[PlannedAssignment]
+    standing: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready values."""
+        assignments = [a.to_dict() for a in self.assignments]
+        return {"deployment": self.deployment, "standing": self.standing, "assignments": assignments}
+
+
+@dataclass(frozen=True)
+class ExplainedPlan:
+    """A plan or a refusal, and what became of every node on the way.
+
+    Attributes:
+        deployment: its name.
+        plan: where its replicas would go, if they fit.
+        refusal: why not, if they do not.
+        explanation: stage by stage, how many nodes were excluded and why: for the first replica that is
+            not there yet, or for the one that was refused.
+    """
+
+    deployment: str
+    plan: PlacementPlan | None
+    refusal: str | None
+    explanation: Explanation
+
+    def to_dict(self) -> dict[str, Any]:
+        """Both as JSON-ready values."""
+        return {
+            "deployment": self.deployment,
+            "plan": self.plan.to_dict() if self.plan else None,
+            "refusal": self.refusal,
+            "explanation": self.explanation.to_dict(),
+        }
+
+
+def plan_deployments(
+    snapshot: Snapshot, held: Mapping[str, HeldDeployment], wanted: Sequence[Deployment]
+) -> list[PlacementPlan]:
+    """What applying ``wanted``, in order, would do to a cluster on which ``held`` stand.
+
+    Raises:
+        Unplaceable: one of them does not fit on top of those before it.
+        UnknownNode: its constraints name a node that is not there.
+    """
+    plans = []
+    for step, keep in _steps(snapshot, held, wanted):
+        if isinstance(step.outcome, Unplaceable):
+            raise step.outcome
+        plans.append(_preview(snapshot, step.outcome, keep))
+    return plans
+
+
+def explain_deployments(
+    snapshot: Snapshot, held: Mapping[str, HeldDeployment], wanted: Sequence[Deployment]
+) -> list[ExplainedPlan]:
+    """The same, explained; ends with the first deployment that does not fit.
+
+    Raises:
+        UnknownNode: as :func:`plan_deployments`.
+    """
+    explained = []
+    for step, keep in _steps(snapshot, held, wanted):
+        why = explain(step.seen, step.change.request)
+        name = step.change.request.deployment
+        if isinstance(step.outcome, Unplaceable):
+            explained.append(ExplainedPlan(name, None, str(step.outcome), why))
+        else:
+            explained.append(ExplainedPlan(name, _preview(snapshot, step.outcome, keep), None, why))
+    return explained
+
+
+def request_of(
+    wanted: Deployment, missing: Iterable[int], standing: Mapping[str, int], snapshot: Snapshot
+) -> Request:
+    """A deployment's replicas ``missing``, in the planner's terms.
+
+    Raises:
+        UnknownNode: its constraints name a node that is not there.
+    """
+    limits = wanted.constraints or PlacementConstraints()
+    for field in ("gpu_nodes", "egress_nodes", "egress_preference"):
+        for name in getattr(limits, field) or ():
+            if not snapshot.named([name]):
+                known = tuple(node.name for node in snapshot.nodes)
+                raise UnknownNode(f"constraints.{field}", name, known)
+    return Request(
+        deployment=wanted.name,
+        replicas=tuple(missing),
+        gpus=wanted.gpus_per_replica,
+        within=wanted.within or Within.NODE,
+        min_bandwidth_gb_per_s=wanted.min_bandwidth_gb_per_s or 0.0,
+        provider=wanted.provider,
+        key=wanted.key_fingerprint,
+        egress=wanted.egress_per_replica,
+        gpu_nodes=limits.gpu_nodes,
+        egress_nodes=limits.egress_nodes,
+        egress_preference=limits.egress_preference,
+        standing=dict(standing),
+    )
+
+
+def _steps(
+    snapshot: Snapshot, held: Mapping[str, HeldDeployment], wanted: Sequence[Deployment]
+) -> Iterator[tuple[Step, dict[int, HeldReplica]]]:
+    """Each deployment's step, and the replicas that stay as they are."""
+    parts = [_change(snapshot, held.get(one.name), one) for one in wanted]
+    yield from zip(
+        steps(snapshot, [change for change, _ in parts]), [keep for _, keep in parts], strict=False
+    )
+
+
+def _change(
+    snapshot: Snapshot, standing: HeldDeployment | None, one: Deployment
+) -> tuple[Change, dict[int, HeldReplica]]:
+    """What is to be done for a deployment, and the replicas that stay."""
+    stands = {replica.replica_index: replica for replica in standing.replicas} if standing else {}
+    same_shape = standing is not None and standing.deployment.shape() == one.shape()
+    keep = {i: replica for i, replica in stands.items() if i < one.replicas} if same_shape else {}
+    on_nodes: dict[str, int] = {}
+    for replica in keep.values():
+        on_nodes[replica.node] = on_nodes.get(replica.node, 0) + 1
+    missing = [index for index in range(one.replicas) if index not in keep]
+    leaving = tuple(
+        PlannedReplica(i, r.node, r.gpus, r.egress_resource, r.egress_units)
+        for i, r in stands.items()
+        if i not in keep
+    )
+    request = request_of(one, missing, on_nodes, snapshot)
+    return Change(request, leaving, in_place=not same_shape), keep
+
+
+def _preview(snapshot: Snapshot, outcome: Plan, keep: Mapping[int, HeldReplica]) -> PlacementPlan:
+    planned = [PlannedReplica(i, r.node, r.gpus, r.egress_resource, r.egress_units) for i, r in keep.items()]
+    assignments = []
+    for replica in sorted([*planned, *outcome.replicas], key=lambda replica: replica.replica_index):
+        if not snapshot.bit(replica.node_id):  # it stands on a node that is no more
+            assignments.append(
+                PlannedAssignment(
+                    replica.replica_index, replica.node_id, replica.node_id[:12], list(replica.gpus)
+                )
+            )
+            continue
+        node = snapshot.node(replica.node_id)
+        value = score(node.topology, replica.gpus)
+        assignments.append(
+            PlannedAssignment(
+                replica.replica_index,
+                node.id,
+                node.name,
+                list(replica.gpus),
+                value.known_gb_per_s,
+                value.link_name,
+                replica.egress_resource,
+                replica.egress_units,
+            )
+        )
+    return PlacementPlan(outcome.deployment, assignments, standing=not outcome.replicas)

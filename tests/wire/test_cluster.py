@@ -1,0 +1,112 @@
+"""A cluster in a file, and plans without a cluster."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from placement import topologies
+from placement.core.snapshot import Node, Snapshot
+from placement.core.topology import Topology
+from placement.errors import InvalidClusterFile, NotEnoughGpus, UnknownNode
+from placement.wire.cluster import ClusterFile, HeldDeployment, HeldReplica, load_cluster
+from placement.wire.deployment import Deployment
+from placement.wire.plans import explain_deployments, plan_deployments
+
+CLUSTER = Snapshot(
+    (
+        Node("id-b", "b", "10.0.0.2", topologies.load("a100-pcie-4x"), frozenset({1, 2, 3})),
+        Node("id-a", "a", "10.0.0.1", topologies.load("a100-pcie-4x"), frozenset({0})),
+        Node("id-c", "c", "10.0.0.3", Topology.unknown(2), frozenset({0, 1}), problem="is ill"),
+        Node("id-e", "e", egress={"egress": 4}, serving=frozenset({("openai", "0123456789abcdef")})),
+    )
+)
+STANDS = HeldDeployment(
+    deployment=Deployment(name="old", model="m", gpus=2),
+    replicas=(HeldReplica(replica_index=0, node="id-a", gpus=(2, 3)),),
+)
+
+
+def test_a_cluster_survives_its_file(tmp_path: Path) -> None:
+    file = ClusterFile.of(CLUSTER, [STANDS])
+    path = tmp_path / "cluster.json"
+    path.write_text(file.model_dump_json(exclude_none=True))
+    again = load_cluster(path)
+    assert again.snapshot().nodes == CLUSTER.nodes
+    assert [node.topology.model for node in again.snapshot().nodes] == [
+        node.topology.model for node in CLUSTER.nodes
+    ]
+    assert again.held() == {"old": STANDS}
+    assert len(again.machines) == 2, "a make of machine is written once"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "version: Input should be 1"),
+        ({"nodes": [{"name": "a"}]}, "nodes.0.id: Field required"),
+        ({"nodes": [{"id": "a", "name": "a", "colour": 1}]}, "nodes.0.colour: Extra inputs"),
+        ({"nodes": [{"id": "a", "name": "a", "machine": "m"}]}, "machine 'm' is not under machines"),
+        ({"nodes": [{"id": "a", "name": "a", "free": [0]}]}, "free names GPU 0, but it has 0 GPUs"),
+        ({"nodes": [{"id": "a", "name": n} for n in "ab"]}, "id 'a' is there twice"),
+        ({"machines": {"m": {"matrix": "what"}}}, "machines.m.matrix: no header line"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_bad_file_is_refused_with_the_field(
+    change: dict[str, Any] | None, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "cluster.json"
+    if change is not None:
+        path.write_text(json.dumps(change))
+    with pytest.raises(InvalidClusterFile, match=message):
+        load_cluster(path).snapshot()
+
+
+def deployment(name: str, **fields: Any) -> Deployment:
+    return Deployment.model_validate({"name": name, "model": "m", **fields})
+
+
+def test_what_stands_stays_and_what_shrinks_makes_room() -> None:
+    held = {"old": STANDS}
+    [same] = plan_deployments(CLUSTER, held, [STANDS.deployment])
+    assert (same.standing, [a.gpus for a in same.assignments]) == (True, [[2, 3]])
+    [grown] = plan_deployments(CLUSTER, held, [deployment("old", gpus=2, replicas=2)])
+    assert [(a.node_name, a.gpus) for a in grown.assignments] == [("a", [2, 3]), ("b", [2, 3])]
+    # another shape takes the room of what it replaces, where there is none beside it
+    with pytest.raises(NotEnoughGpus):
+        plan_deployments(CLUSTER, {}, [deployment("old", gpus=3, constraints={"gpu_nodes": ["a"]})])
+    [replaced] = plan_deployments(
+        CLUSTER, held, [deployment("old", gpus=3, constraints={"gpu_nodes": ["a"]})]
+    )
+    assert [a.gpus for a in replaced.assignments] == [[0, 2, 3]]
+
+
+def test_the_plan_says_how_fast_it_is() -> None:
+    [planned] = plan_deployments(CLUSTER, {}, [deployment("new", gpus=2)])
+    [assignment] = planned.assignments
+    assert (assignment.gpus, assignment.bandwidth_gb_per_s, assignment.weakest_link) == (
+        [2, 3],
+        230.4,
+        "NV12",
+    )
+
+
+def test_an_explanation_ends_with_the_refusal() -> None:
+    wanted = [deployment("fits", gpus=2), deployment("does-not", gpus=2), deployment("never-asked", gpus=1)]
+    first, second = explain_deployments(CLUSTER, {}, wanted)
+    assert (first.deployment, first.refusal) == ("fits", None)
+    assert second.plan is None
+    assert second.refusal is not None and "needs 2 free GPUs on one node" in second.refusal
+    stages = {stage.name: stage.excluded for stage in second.explanation.stages}
+    assert stages["free GPUs"] == {"has fewer than 2 GPUs free": 2}
+    assert stages["health"] == {"is ill": 1}
+    assert second.explanation.advice.startswith("release something")
+
+
+def test_constraints_must_name_nodes_that_are_there() -> None:
+    with pytest.raises(UnknownNode, match="nowhere"):
+        plan_deployments(CLUSTER, {}, [deployment("d", constraints={"gpu_nodes": ["nowhere"]})])
