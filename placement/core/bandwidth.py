@@ -17,10 +17,10 @@ reductions inside the switch (NVLS). So for a set of *k* GPUs:
 **The figures** (MB/s, so that sums are exact). NVLink: what NCCL charges per link (``src/graph/topo.h`` of
 NVIDIA/nccl: SM60 18, SM70 20, SM86 12, SM90 20.6, SM100 40.1 GB/s), but 19.2 on A100 (SM80 20), whose SMs
 limit 12 links to about 230 GB/s (NVIDIA/nccl-tests issue 149). NVLS efficiency 0.85 on Hopper, 0.74 on
-Blackwell (``src/graph/tuning.cc`` of the same). PCIe: 12 GB/s for sixteen lanes of the third generation and twice that in
-each later one (topo.h); through the host, where NCCL by default stages in memory instead of peer-to-peer, what
-was measured: 20 GB/s on PCIe 4.0 between sockets (nccl-tests issue 178), 22 and 30 on PCIe 5.0 between and
-within sockets (voipmonitor/rtx6kpro).
+Blackwell (``src/graph/tuning.cc`` of the same). PCIe: 12 GB/s for sixteen lanes of the third generation and
+twice that in each later one (topo.h); through the host, where NCCL by default stages in memory instead of
+peer-to-peer, what was measured: 20 GB/s on PCIe 4.0 between sockets (nccl-tests issue 178), 22 and 30 on
+PCIe 5.0 between and within sockets (voipmonitor/rtx6kpro).
 
 Against published figures it is within 15 %, see ``tests/core/test_bandwidth.py``, which also lists the ones
 that it misses.

@@ -293,12 +293,12 @@ class Shape:
             limit = sum(self._counts(pool)) // needs.gpus
             if not limit:
                 return 0, ()
-            unit, field = next(
-                (unit, field) for unit, field in zip(self._units, self._fields, strict=True) if pool & field
+            unit, bits = next(
+                (unit, bits) for unit, bits in zip(self._units, self._fields, strict=True) if pool & bits
             )
             best: tuple[int, tuple[Pick, ...]] = (0, ())
             for pick in fitting:  # that takes a GPU of the first group; or none does
-                if pick & field and ((pool | spare) - pick) & spare == spare:
+                if pick & bits and ((pool | spare) - pick) & spare == spare:
                     count, picks = most(pool - pick)
                     if count + 1 > best[0]:
                         best = count + 1, (pick, *picks)
@@ -345,8 +345,8 @@ class Shape:
         )
 
     def _counts(self, pick: Pick) -> Iterator[int]:
-        for field, unit in zip(self._fields, self._units, strict=True):
-            yield (pick & field) // unit
+        for bits, unit in zip(self._fields, self._units, strict=True):
+            yield (pick & bits) // unit
 
     def _lowest(self, pick: Pick, mask: int) -> tuple[int, ...]:
         """The lowest free GPUs that a pick can mean."""
