@@ -17,6 +17,7 @@ from collections.abc import Callable
 from placement import topologies
 from placement.core.planner import Change, Plan, plan, steps
 from placement.core.request import Request
+from placement.core.score import Needs
 from placement.core.snapshot import Node, Snapshot
 
 MAKES = ("dgx-1v", "dgx-a100", "dgx-h100", "gcp-a4", "a100-pcie-8x", "rtx-4090-8x")
@@ -40,7 +41,7 @@ def cluster(count: int) -> Snapshot:
 def one_deployment(snapshot: Snapshot) -> int:
     """Places one deployment of many single GPUs, as many as fit."""
     room = sum(len(node.free) for node in snapshot.nodes)
-    outcome = plan(snapshot, Request("d", tuple(range(min(REPLICAS, room // 2))), gpus=1))
+    outcome = plan(snapshot, Request("d", tuple(range(min(REPLICAS, room // 2))), Needs(1)))
     assert isinstance(outcome, Plan)
     return len(outcome.replicas)
 
@@ -49,7 +50,7 @@ def many_deployments(snapshot: Snapshot) -> int:
     """Places deployments of four replicas of 1, 2 or 4 GPUs until there are many, or one does not fit."""
     dice = random.Random(1)
     changes = [
-        Change(Request(f"d{i}", (0, 1, 2, 3), gpus=dice.choice((1, 2, 4)))) for i in range(REPLICAS // 4)
+        Change(Request(f"d{i}", (0, 1, 2, 3), Needs(dice.choice((1, 2, 4))))) for i in range(REPLICAS // 4)
     ]
     done = [step.outcome for step in steps(snapshot, changes)]
     return sum(len(outcome.replicas) for outcome in done if isinstance(outcome, Plan))
@@ -63,8 +64,8 @@ def every_node_anew(snapshot: Snapshot) -> int:
         roomy = [node for node in nodes.values() if len(node.free) >= 2]
         if not roomy:
             break
-        best = min(roomy, key=lambda node: (node.offer(2), node.name))
-        gpus = set(best.best(2) or ())
+        best = min(roomy, key=lambda node: (node.offer(Needs(2)), node.name))
+        gpus = set(best.best(Needs(2)) or ())
         nodes[best.id] = Node(best.id, best.name, topology=best.topology, free=best.free - gpus)
         placed += 1
     return placed
@@ -83,7 +84,7 @@ def microseconds(case: Callable[[Snapshot], int], count: int, repeat: int) -> fl
     for _ in range(repeat):
         snapshot = cluster(count)
         for gpus in (1, 2, 4):
-            plan(snapshot, Request("first", (0,), gpus=gpus))
+            plan(snapshot, Request("first", (0,), Needs(gpus)))
         start = time.perf_counter()
         placed = case(snapshot)
         best = min(best, (time.perf_counter() - start) / placed * 1e6)

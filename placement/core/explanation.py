@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from placement.core.labels import meets
 from placement.core.request import Request
-from placement.core.score import Within, score
+from placement.core.score import GIB, WHOLE, Needs, Within, score
 from placement.core.snapshot import Node, Snapshot
 from placement.core.topology import Path, Topology, _components, ordinals
 from placement.errors import (
@@ -114,26 +115,28 @@ def refuse(snapshot: Snapshot, request: Request, index: int) -> Unplaceable:
 
 
 def _refuse_gpus(snapshot: Snapshot, request: Request, index: int) -> Unplaceable:
-    name, count = request.deployment, request.gpus
+    name, count = request.deployment, request.needs.gpus
     sieve, miss, advice, stage = _sift(snapshot, request)
     excluded = Explanation(0, tuple(sieve.stages)).excluded
     excluded.pop(_NO_GPUS, None)
     largest = max((len(node.topology) for node in sieve.dropped), default=0)
-    if stage in ("GPU nodes", "constraints", "health"):
-        summary = "the cluster has no GPU node" if stage == "GPU nodes" else "no GPU node may be used"
-        return NoGpuNodes(name, summary, excluded, advice)
+    what = describe(request.needs)
     if stage == "size":
-        summary = f"{count} GPUs per replica, but the largest node has {largest}"
+        summary = f"{what} per replica, but {miss}"
         return NotEnoughGpus(name, summary, excluded, advice, count, largest)
     if stage == "free GPUs":
-        summary = f"replica {index} needs {count} free GPUs on one node; at best {miss}"
+        summary = f"replica {index} needs {what} free on one node; at best {miss}"
         return NotEnoughGpus(name, summary, excluded, advice, count, largest)
-    asked = (
-        f"within {request.within.value!r}"
-        if stage == "within"
-        else f"at {_gb(request.min_bandwidth_gb_per_s)}"
-    )
-    return BelowFloor(name, f"replica {index} needs {count} GPUs {asked}; at best {miss}", excluded, advice)
+    if stage == "within":
+        summary = f"replica {index} needs {what} within {request.needs.within.value!r}; at best {miss}"
+        return BelowFloor(name, summary, excluded, advice)
+    if stage == "bandwidth":
+        floor = _gb(request.needs.min_bandwidth_gb_per_s)
+        return BelowFloor(name, f"replica {index} needs {what} at {floor}; at best {miss}", excluded, advice)
+    if stage in ("CPUs and memory", "spread"):
+        return Unplaceable(name, f"replica {index} finds no node: {miss}", excluded, advice)
+    summary = "the cluster has no GPU node" if stage == "GPU nodes" else "no GPU node may be used"
+    return NoGpuNodes(name, summary, excluded, advice)
 
 
 def _refuse_egress(snapshot: Snapshot, request: Request, index: int) -> Unplaceable:
@@ -167,8 +170,81 @@ def _sift(snapshot: Snapshot, request: Request) -> Sifted:
     return _sift_gpus(snapshot, request) if request.provider is None else _sift_egress(snapshot, request)
 
 
+def describe(needs: Needs) -> str:
+    """``4 GPUs``, ``0.25 of a GPU``, ``20 GiB of a GPU``, ``a MIG instance 1g.10gb``."""
+    if needs.profile:
+        return f"a MIG instance {needs.profile}"
+    if needs.memory_bytes:
+        return f"{needs.memory_bytes / GIB:g} GiB of a GPU"
+    if needs.share < WHOLE:
+        return f"{needs.share / WHOLE:g} of a GPU"
+    return "1 GPU" if needs.gpus == 1 else f"{needs.gpus} GPUs"
+
+
+def limits(request: Request) -> list[tuple[str, Objection]]:
+    """The questions about what a node is, as far as the request asks: (stage, objection)."""
+    asked: list[tuple[str, Objection]] = []
+    for key, condition in sorted(request.labels.items()):
+        asked.append((f"label {key}", _unlike(key, condition)))
+    if request.accelerators:
+        named = ", ".join(request.accelerators)
+        asked.append(
+            (
+                "accelerator",
+                lambda node: (
+                    None if node.accelerators & set(request.accelerators) else f"its GPUs are not {named}"
+                ),
+            )
+        )
+    least = request.compute_capability
+    if least is not None:
+        reason = f"compute capability below {least[0]}.{least[1]}, or unknown"
+        asked.append(
+            (
+                "compute capability",
+                lambda node: None if (node.compute_capability or (0, 0)) >= least else reason,
+            )
+        )
+    for other in request.apart_from:
+        asked.append((f"apart from {other}", _shared_with(other)))
+    for other in request.near_to:
+        asked.append((f"near to {other}", _not_shared_with(other)))
+    if request.spread_label is not None:
+        label = request.spread_label
+        asked.append(("spread label", lambda node: None if label in node.labels else f"has no label {label}"))
+    return asked
+
+
+def short_of(request: Request) -> Objection | None:
+    """The question about CPUs and memory, if the request takes any."""
+    cpu, memory = request.cpu_milli, request.memory_bytes
+    if not cpu and not memory:
+        return None
+
+    def objection(node: Node) -> str | None:
+        if node.cpu_milli < cpu:
+            return f"has fewer than {cpu / 1000:g} CPUs free"
+        return f"has less than {memory / GIB:g} GiB of memory free" if node.memory_bytes < memory else None
+
+    return objection
+
+
+def _unlike(key: str, condition: str) -> Objection:
+    reason = f"label {key} is not {condition!r}"
+    return lambda node: None if meets(node.labels, key, condition) else reason
+
+
+def _shared_with(other: str) -> Objection:
+    return lambda node: f"has a replica of {other!r}" if other in node.deployments else None
+
+
+def _not_shared_with(other: str) -> Objection:
+    return lambda node: None if other in node.deployments else f"has no replica of {other!r}"
+
+
 def _sift_gpus(snapshot: Snapshot, request: Request) -> Sifted:
-    count, within = request.gpus, request.within
+    needs = request.needs
+    count, what = needs.gpus, describe(needs)
     sieve = _Sieve(snapshot.nodes)
     if not sieve.put("GPU nodes", lambda node: None if len(node.topology) else _NO_GPUS):
         return sieve, "", "start one with `ray start --num-gpus=N`", "GPU nodes"
@@ -176,46 +252,95 @@ def _sift_gpus(snapshot: Snapshot, request: Request) -> Sifted:
         return sieve, "", "widen constraints.gpu_nodes", "constraints"
     if not sieve.put("health", lambda node: node.problem):
         return sieve, "", "run `placement topology` and repair the nodes it names", "health"
+    for stage, objection in limits(request):
+        if not sieve.put(stage, objection):
+            return sieve, "", f"loosen the constraint ({stage}), or add a node that meets it", stage
+    if not sieve.put("size", lambda node: _too_small(node, needs)):
+        return sieve, *_size_miss(sieve.dropped, needs), "size"
 
-    if not sieve.put(
-        "size", lambda node: f"has fewer than {count} GPUs" if len(node.topology) < count else None
-    ):
-        largest = max(sieve.dropped, key=lambda node: len(node.topology))
-        most = len(largest.topology)
-        advice = f"ask for at most {most} GPUs per replica, or add a node with {count}"
-        return sieve, f"{largest.name} has {most} GPUs", advice, "size"
-
-    if not sieve.put(
-        "free GPUs", lambda node: f"has fewer than {count} GPUs free" if len(node.free) < count else None
-    ):
-        advice = f"release something, add a node with {count} GPUs, or ask for fewer replicas or GPUs"
+    free_only = needs._replace(within=Within.NODE)
+    reason = f"has no {what} free" if not needs.whole else f"has fewer than {count} GPUs free"
+    if needs.free_memory_bytes:
+        reason += f" with {needs.free_memory_bytes / GIB:g} GiB unused"
+    if not sieve.put("free GPUs", lambda node: None if node.offer(free_only) else reason):
+        advice = f"release something, add a node with {what}, or ask for fewer replicas or GPUs"
         return sieve, _most_free(sieve.dropped), advice, "free GPUs"
     short = _most_free(sieve.dropped) if sieve.dropped else ""
 
-    if within is not Within.NODE:
-        reason = f"has no {count} free GPUs within {within.value!r}"
-        if not sieve.put("within", lambda node: None if node.offer(count, within) else reason):
-            nearest = min(sieve.dropped, key=lambda node: (node.offer(count) or (), node.name))
-            return sieve, _apart(nearest, count, within), _wider(within, nearest, count), "within"
-        short = _apart(sieve.dropped[0], count, within) if sieve.dropped else short
+    if needs.within is not Within.NODE:
+        reason = f"has no {count} free GPUs within {needs.within.value!r}"
+        if not sieve.put("within", lambda node: None if node.offer(needs) else reason):
+            nearest = min(sieve.dropped, key=lambda node: (node.offer(free_only) or (), node.name))
+            return sieve, _apart(nearest, count, needs.within), _wider(nearest, needs), "within"
+        short = _apart(sieve.dropped[0], count, needs.within) if sieve.dropped else short
 
-    if request.needs.slowest < 0:
-        floor = _gb(request.min_bandwidth_gb_per_s)
+    if needs.slowest < 0:
+        floor = _gb(needs.min_bandwidth_gb_per_s)
         reason = f"its best {count} free GPUs reach less than {floor}"
 
         def too_slow(node: Node) -> str | None:
-            offer = node.offer(count, within)
-            return reason if offer is None or offer.slowness > request.needs.slowest else None
+            offer = node.offer(needs)
+            return reason if offer is None or offer.slowness > needs.slowest else None
 
         met = sieve.put("bandwidth", too_slow)
         if sieve.dropped:
-            nearest = min(sieve.dropped, key=lambda node: (node.offer(count, within) or (), node.name))
-            short = _too_slow(nearest, count, within)
+            nearest = min(sieve.dropped, key=lambda node: (node.offer(needs) or (), node.name))
+            short = _too_slow(nearest, needs)
+            reached = -(nearest.offer(needs) or (0,))[0] / 1000
         if not met:
-            reached = -(nearest.offer(count, within) or (0,))[0] / 1000
             advice = f"lower min_bandwidth_gb_per_s to {reached:g}, release something, or add a faster node"
             return sieve, short, advice, "bandwidth"
+
+    too_little = short_of(request)
+    if too_little is not None and not sieve.put("CPUs and memory", too_little):
+        most = max(sieve.dropped, key=lambda node: (node.cpu_milli, node.memory_bytes, node.name))
+        miss = f"{most.name} has {most.cpu_milli / 1000:g} CPUs and {most.memory_bytes / GIB:.3g} GiB free"
+        return sieve, miss, "ask for less CPU or memory per GPU, or release something", "CPUs and memory"
+    if request.max_per_domain:
+        full = _full_domains(snapshot, request)
+        label = request.spread_label or ""
+        reason = f"its {label} has {request.max_per_domain} of its replicas already"
+        if not sieve.put("spread", lambda node: reason if node.labels.get(label) in full else None):
+            miss = f"every {label} with room has {request.max_per_domain} replicas already"
+            return sieve, miss, f"raise constraints.spread.max, or add a node with another {label}", "spread"
     return sieve, short, "", ""
+
+
+def _full_domains(snapshot: Snapshot, request: Request) -> set[str]:
+    """Values of the spread label under which no more replicas may go."""
+    counts: Counter[str] = Counter()
+    for node in snapshot.nodes:
+        value = node.labels.get(request.spread_label or "")
+        if value is not None:
+            counts[value] += request.standing.get(node.id, 0)
+    return {value for value, count in counts.items() if count >= request.max_per_domain}
+
+
+def _too_small(node: Node, needs: Needs) -> str | None:
+    """Why a node could not even take such a replica if all of it were free."""
+    if needs.profile:
+        return None if needs.profile in node.profiles else f"has no MIG instances {needs.profile}"
+    whole = len(node.topology) - sum(1 for _ in node.slots)
+    if not whole:
+        return "has MIG instances only"
+    if needs.memory_bytes and needs.share_of(node.gpu_memory_bytes) is None:
+        return f"its GPUs have less than {needs.memory_bytes / GIB:g} GiB, or nobody knows"
+    return f"has fewer than {needs.gpus} GPUs" if whole < needs.gpus else None
+
+
+def _size_miss(nodes: Sequence[Node], needs: Needs) -> tuple[str, str]:
+    if needs.profile:
+        known = sorted({profile for node in nodes for profile in node.profiles})
+        advice = f"ask for one of: {', '.join(known)}" if known else "start a node with MIG instances"
+        return "no node has one", advice
+    if needs.memory_bytes:
+        most = max((node.gpu_memory_bytes or 0 for node in nodes), default=0)
+        return f"the largest GPU has {most / GIB:g} GiB", "ask for less gpu_memory_gib, or add a larger GPU"
+    most = max(len(node.topology) for node in nodes)
+    return (
+        f"the largest node has {most}",
+        f"ask for at most {most} GPUs per replica, or add a node with {needs.gpus}",
+    )
 
 
 def _sift_egress(snapshot: Snapshot, request: Request) -> Sifted:
@@ -288,20 +413,19 @@ def _groups(node: Node, within: Within) -> list[tuple[int, ...]]:
     return _components(sorted(node.free), joined)
 
 
-def _wider(within: Within, nearest: Node, count: int) -> str:
-    reached = score(nearest.topology, nearest.best(count) or ())
-    link = reached.link_name or "?"
-    looser = [other.value for other in Within if nearest.offer(count, other) is not None]
+def _wider(nearest: Node, needs: Needs) -> str:
+    reached = score(nearest.topology, nearest.best(needs._replace(within=Within.NODE)) or ())
+    looser = [other.value for other in Within if nearest.offer(needs._replace(within=other)) is not None]
     return (
         f"release something, add a node that has them, or ask for within: {looser[0]} "
-        f"({_gb(reached.bandwidth_gb_per_s)}, weakest link {link}, on {nearest.name})"
+        f"({_gb(reached.bandwidth_gb_per_s)}, weakest link {reached.link_name}, on {nearest.name})"
     )
 
 
-def _too_slow(node: Node, count: int, within: Within) -> str:
-    best = score(node.topology, node.best(count, within) or ())
+def _too_slow(node: Node, needs: Needs) -> str:
+    best = score(node.topology, node.best(needs) or ())
     speed = _gb(best.bandwidth_gb_per_s)
-    return f"{node.name} has {count} free GPUs that reach {speed} (weakest link {best.link_name})"
+    return f"{node.name} has {needs.gpus} free GPUs that reach {speed} (weakest link {best.link_name})"
 
 
 def _gb(bandwidth: float) -> str:

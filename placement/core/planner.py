@@ -7,7 +7,8 @@ Rules, in order:
 3. A node is left out that has no set of GPUs as close together, or as fast, as the request demands.
 4. A GPU replica goes where the best set on offer is fastest; among equals, to the node with the fewest
    replicas of the same deployment, then to the one where others lose least by it (large sets stay whole),
-   then to the one with the fewest free GPUs.
+   then to the one with the fewest free GPUs. A share of a GPU goes on one that is shared already, where
+   it leaves the least. (:class:`~placement.core.snapshot.Policy` has other orders to choose from.)
 5. A remote replica goes to the node with the fewest replicas of the same deployment; among equals, to
    nodes named in ``egress_preference``, then to nodes that already serve the same (provider, API key) so
    that they can share a rate limiter, then to the one with the most capacity left.
@@ -20,20 +21,30 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from placement.core.explanation import refuse
+from placement.core.explanation import limits, refuse, short_of
 from placement.core.request import Request
-from placement.core.score import score
-from placement.core.snapshot import Bits, Node, Snapshot
+from placement.core.score import WHOLE, score
+from placement.core.snapshot import Bits, Node, Snapshot, Take, rank_of
 from placement.errors import Unplaceable
 
 
 @dataclass(frozen=True)
 class PlannedReplica:
-    """One replica's node, the GPU set on offer there, or the egress resource and units it takes."""
+    """One replica's node and what it takes there: GPUs, or egress units.
+
+    Attributes:
+        share: thousandths of each GPU.
+        profile: that of the MIG instance which ``gpus`` is; empty for a GPU.
+        cpu_milli, memory_bytes: CPUs (thousandths) and memory that it takes as well.
+    """
 
     replica_index: int
     node_id: str
     gpus: tuple[int, ...] = ()
+    share: int = WHOLE
+    profile: str = ""
+    cpu_milli: int = 0
+    memory_bytes: int = 0
     egress_resource: str | None = None
     egress_units: int = 0
 
@@ -67,7 +78,7 @@ def plan(snapshot: Snapshot, request: Request) -> Plan | Unplaceable:
     Returns:
         The plan, or why there is none. Nothing is raised: both are answers.
     """
-    return _plan(snapshot, request)[0]
+    return _plan(snapshot, request)[0].outcome
 
 
 @dataclass(frozen=True)
@@ -75,11 +86,12 @@ class Step:
     """What became of one change.
 
     Attributes:
+        request: what was asked; for a refusal with what had been planned until then as standing.
         outcome: its plan, or why there is none.
         seen: the cluster as its first replica found it; as the refused replica found it, if one was.
     """
 
-    change: Change
+    request: Request
     outcome: Plan | Unplaceable
     seen: Snapshot
 
@@ -87,17 +99,13 @@ class Step:
 def steps(snapshot: Snapshot, changes: Iterable[Change]) -> Iterator[Step]:
     """Plans several deployments, each on top of the ones before. Ends after the first refusal."""
     for change in changes:
-        seen = snapshot
-        outcome, later = _plan(seen, change.request)
-        if isinstance(outcome, Plan):
+        step, later = _plan(snapshot, change.request)
+        if isinstance(step.outcome, Plan):
             snapshot = vacate(later, change.leaving)
         elif change.in_place:
-            seen = vacate(seen, change.leaving)
-            outcome, snapshot = _plan(seen, change.request)
-            later = snapshot
-        refused = isinstance(outcome, Unplaceable)
-        yield Step(change, outcome, later if refused else seen)
-        if refused:
+            step, snapshot = _plan(vacate(snapshot, change.leaving), change.request)
+        yield step
+        if isinstance(step.outcome, Unplaceable):
             return
 
 
@@ -109,7 +117,13 @@ def vacate(snapshot: Snapshot, replicas: Sequence[PlannedReplica]) -> Snapshot:
             continue
         node = changed.get(replica.node_id) or snapshot.node(replica.node_id)
         if replica.egress_resource is None:
-            node = replace(node, free=node.free | set(replica.gpus))
+            node = node.before(replica.gpus, replica.share, replica.profile)
+            if replica.cpu_milli or replica.memory_bytes:
+                node = replace(
+                    node,
+                    cpu_milli=node.cpu_milli + replica.cpu_milli,
+                    memory_bytes=node.memory_bytes + replica.memory_bytes,
+                )
         elif replica.egress_resource in node.egress:
             left = node.egress[replica.egress_resource] + replica.egress_units
             node = replace(node, egress={**node.egress, replica.egress_resource: left})
@@ -121,45 +135,134 @@ Placed = tuple[list[PlannedReplica], dict[Bits, Node]]
 """Replicas that found a place, and the nodes as they are then."""
 
 
-def _plan(snapshot: Snapshot, request: Request) -> tuple[Plan | Unplaceable, Snapshot]:
-    """The plan, and the snapshot as it is once it has been carried out, as far as it could be."""
+def _plan(snapshot: Snapshot, request: Request) -> tuple[Step, Snapshot]:
+    """What becomes of a request, and the snapshot as it is once the plan has been carried out."""
     place = _place_local if request.provider is None else _place_remote
     planned, changed = place(snapshot, request)
     later = snapshot.changed(changed.values()) if changed else snapshot
-    if len(planned) < len(request.replicas):
-        return refuse(later, request, request.replicas[len(planned)]), later
-    return Plan(request.deployment, tuple(planned)), later
+    if len(planned) == len(request.replicas):
+        return Step(request, Plan(request.deployment, tuple(planned)), snapshot), later
+    standing = Counter(request.standing) + Counter(replica.node_id for replica in planned)
+    refused = replace(request, standing=standing)
+    return Step(refused, refuse(later, refused, request.replicas[len(planned)]), later), later
 
 
 def _place_local(snapshot: Snapshot, request: Request) -> Placed:
     """Places as many replicas as there is room for."""
-    count, within, slowest = request.gpus, request.within, request.needs.slowest
-    offers = snapshot.offers(count, within).copy()
+    needs, policy = request.needs, request.policy
+    offers = snapshot.offers(needs, policy).copy()
+    allowed = _allowed(snapshot, request)
+    crowd = _Crowd(snapshot, request, allowed)
+    short = short_of(request)
+    planned: list[PlannedReplica] = []
+    changed: dict[Bits, Node] = {}
+    shared: dict[Bits, tuple[int, ...]] = {}
+    for index in request.replicas:
+        bit = offers.best(crowd.preference())
+        if not bit:
+            break
+        node = changed.get(bit) or snapshot.at(bit)
+        taken = node.take(needs, shared.get(bit, ()))
+        assert taken is not None
+        planned.append(_planned(index, node, taken, request))
+        changed[bit] = after = _after(node, taken, request)
+        offers.move(bit, rank_of(node, needs, policy), rank_of(after, needs, policy))
+        crowd.add(bit)
+        shared[bit] = (*shared.get(bit, ()), *taken.gpus)
+        if short and short(after):
+            crowd.close(bit)
+    if len(planned) < len(request.replicas) and needs.floor:
+        return _pack(snapshot, request, allowed) or (planned, changed)
+    return planned, changed
+
+
+def _allowed(snapshot: Snapshot, request: Request) -> Bits:
+    """The nodes that nothing but a lack of free GPUs excludes."""
     allowed = snapshot.usable
     if request.gpu_nodes is not None:
         allowed &= snapshot.named(request.gpu_nodes)
-    # level[n]: the allowed nodes with n replicas of this deployment
-    levels: list[Bits] = [allowed]
-    levels_of: dict[Bits, int] = {}
-    for node_id, replicas in sorted(request.standing.items()):
-        _raise(levels, levels_of, snapshot.bit(node_id) & allowed, replicas)
+    objections = [objection for _, objection in limits(request)]
+    if short := short_of(request):
+        objections.append(short)
+    if objections:
+        allowed &= snapshot.select(
+            node for node in snapshot.nodes if not any(objection(node) for objection in objections)
+        )
+    return allowed
 
-    planned: list[PlannedReplica] = []
-    changed: dict[Bits, Node] = {}
-    for index in request.replicas:
-        best = offers.best(levels, slowest)
-        if best is None:
-            break
-        offer, bit = best
-        node = changed.get(bit) or snapshot.at(bit)
-        gpus = node.best(count, within) or ()
-        planned.append(PlannedReplica(index, node.id, gpus))
-        changed[bit] = after = replace(node, free=node.free.difference(gpus))
-        offers.move(bit, offer, after.offer(count, within))
-        _raise(levels, levels_of, bit, 1)
-    if len(planned) < len(request.replicas) and request.needs.floor:
-        return _pack(snapshot, request, allowed) or (planned, changed)
-    return planned, changed
+
+def _planned(index: int, node: Node, taken: Take, request: Request) -> PlannedReplica:
+    return PlannedReplica(
+        index,
+        node.id,
+        taken.gpus,
+        taken.share,
+        request.needs.profile,
+        request.cpu_milli,
+        request.memory_bytes,
+    )
+
+
+def _after(node: Node, taken: Take, request: Request) -> Node:
+    """The node once a replica has taken its GPUs, its CPUs and its memory there."""
+    return replace(
+        node.after(taken),
+        cpu_milli=node.cpu_milli - request.cpu_milli,
+        memory_bytes=node.memory_bytes - request.memory_bytes,
+        deployments=node.deployments | {request.deployment},
+    )
+
+
+class _Crowd:
+    """How many replicas of one deployment sit on each node and, where it spreads, in each domain."""
+
+    def __init__(self, snapshot: Snapshot, request: Request, allowed: Bits) -> None:
+        self._levels: list[Bits] = [allowed]
+        self._level_of: dict[Bits, int] = {}
+        self._domain_of: dict[Bits, str] = {}
+        self._domains: dict[str, Bits] = {}
+        self._in_domain: Counter[str] = Counter()
+        self._most = request.max_per_domain
+        if request.spread_label is not None:
+            members: dict[str, list[Node]] = {}
+            for node in snapshot.nodes:
+                value = node.labels.get(request.spread_label)
+                if value is not None:
+                    members.setdefault(value, []).append(node)
+                    self._domain_of[snapshot.bit(node.id)] = value
+            self._domains = {value: snapshot.select(nodes) for value, nodes in sorted(members.items())}
+        for node_id, replicas in sorted(request.standing.items()):
+            bit = snapshot.bit(node_id)
+            for _ in range(replicas if bit else 0):
+                self.add(bit)
+
+    def add(self, bit: Bits) -> None:
+        """Notes one replica more on a node."""
+        old = self._level_of.get(bit, 0)
+        self._level_of[bit] = old + 1
+        if len(self._levels) == old + 1:
+            self._levels.append(0)
+        if self._levels[old] & bit:
+            self._levels[old] &= ~bit
+            self._levels[old + 1] |= bit
+        if (domain := self._domain_of.get(bit)) is not None:
+            self._in_domain[domain] += 1
+            if self._most and self._in_domain[domain] >= self._most:
+                self.close(self._domains[domain])
+
+    def close(self, bits: Bits) -> None:
+        """Takes no more replicas on these nodes."""
+        self._levels = [level & ~bits for level in self._levels]
+
+    def preference(self) -> list[Bits]:
+        """The nodes in sets: the fewest replicas in the domain first, then the fewest on the node."""
+        if not self._domains:
+            return self._levels
+        by_count: dict[int, Bits] = {}
+        for domain, bits in self._domains.items():
+            count = self._in_domain[domain]
+            by_count[count] = by_count.get(count, 0) | bits
+        return [level & bits for _, bits in sorted(by_count.items()) for level in self._levels]
 
 
 def _pack(snapshot: Snapshot, request: Request, allowed: Bits) -> Placed | None:
@@ -167,10 +270,12 @@ def _pack(snapshot: Snapshot, request: Request, allowed: Bits) -> Placed | None:
 
     Only sets that a floor excludes make this needed: otherwise any GPUs will do for the rest.
     """
+    if request.max_per_domain or request.cpu_milli or request.memory_bytes:
+        return None  # what is left over is then bounded otherwise, and greed has to do
     found = []
     for node in snapshot.nodes:
         if snapshot.bit(node.id) & allowed:
-            for turn, gpus in enumerate(node.shape.packed(node.mask, request.needs)):
+            for turn, gpus in enumerate(node.shape.packed(node.free_mask(request.needs), request.needs)):
                 found.append((-score(node.topology, gpus).bandwidth_gb_per_s, turn, node.name, node.id, gpus))
     if len(found) < len(request.replicas):
         return None
@@ -179,20 +284,10 @@ def _pack(snapshot: Snapshot, request: Request, allowed: Bits) -> Placed | None:
     for index, (*_, node_id, gpus) in zip(request.replicas, sorted(found), strict=False):
         bit = snapshot.bit(node_id)
         node = changed.get(bit) or snapshot.at(bit)
-        changed[bit] = replace(node, free=node.free.difference(gpus))
-        planned.append(PlannedReplica(index, node_id, gpus))
+        taken = Take(gpus, WHOLE, 0)
+        changed[bit] = _after(node, taken, request)
+        planned.append(_planned(index, node, taken, request))
     return planned, changed
-
-
-def _raise(levels: list[Bits], levels_of: dict[Bits, int], bit: Bits, by: int) -> None:
-    """Moves a node up: it has ``by`` more replicas of the deployment."""
-    if not bit or not by:
-        return
-    old = levels_of.get(bit, 0)
-    new = levels_of[bit] = old + by
-    levels[old] &= ~bit
-    levels += [0] * (new + 1 - len(levels))
-    levels[new] |= bit
 
 
 def _place_remote(snapshot: Snapshot, request: Request) -> Placed:
@@ -226,7 +321,7 @@ def _place_remote(snapshot: Snapshot, request: Request) -> Placed:
         bit = min(roomy, key=rank)
         node = candidates[bit]
         resource = node.egress_resource(provider) or ""
-        planned.append(PlannedReplica(index, node.id, (), resource, request.egress))
+        planned.append(PlannedReplica(index, node.id, egress_resource=resource, egress_units=request.egress))
         candidates[bit] = changed[bit] = replace(
             node,
             egress={**node.egress, resource: node.egress[resource] - request.egress},

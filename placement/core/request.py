@@ -5,40 +5,48 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from placement.core.score import Needs, Within
+from placement.core.score import Needs
+from placement.core.snapshot import Policy
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be placed.
+    """What is to be placed. An empty limit is no limit.
 
     Attributes:
         replicas: indices of the replicas to place.
-        gpus: GPUs per replica; 0 for a remote deployment.
-        within: how far apart the GPUs of one replica may be.
-        min_bandwidth_gb_per_s: the least predicted bandwidth between the GPUs of one replica that will do
-            (see :class:`~placement.core.score.Score`).
+        needs: what each needs of a node's GPUs; of no meaning where ``provider`` is set.
+        policy: which node goes first among those with room.
         provider, key: what a remote replica calls, and the fingerprint of its API key.
         egress: egress units per remote replica.
-        gpu_nodes, egress_nodes: limits the choice to these nodes; ``None`` means any.
+        gpu_nodes, egress_nodes: only these nodes, by id, name or address; ``None`` means any.
         egress_preference: egress nodes to try first, best first.
+        labels: label -> condition, in Ray's syntax (``"a"``, ``"!a"``, ``"in(a, b)"``, ``"!in(a, b)"``).
+        accelerators: accelerator types, as Ray names them.
+        compute_capability: the least that will do.
+        cpu_milli, memory_bytes: CPUs (thousandths) and memory that each replica takes as well.
+        apart_from, near_to: deployments that must not, or must, have a replica on the node.
+        spread_label, max_per_domain: at most so many replicas on nodes with one value of that label.
         standing: node id -> replicas of the same deployment that already sit there.
     """
 
     deployment: str
     replicas: tuple[int, ...]
-    gpus: int = 0
-    within: Within = Within.NODE
-    min_bandwidth_gb_per_s: float = 0.0
+    needs: Needs = Needs(0)
+    policy: Policy = Policy.TOPOLOGY
     provider: str | None = None
     key: str | None = None
     egress: int = 0
     gpu_nodes: tuple[str, ...] | None = None
     egress_nodes: tuple[str, ...] | None = None
     egress_preference: tuple[str, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    accelerators: tuple[str, ...] = ()
+    compute_capability: tuple[int, int] | None = None
+    cpu_milli: int = 0
+    memory_bytes: int = 0
+    apart_from: tuple[str, ...] = ()
+    near_to: tuple[str, ...] = ()
+    spread_label: str | None = None
+    max_per_domain: int = 0
     standing: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def needs(self) -> Needs:
-        """What each replica needs of a GPU node."""
-        return Needs(self.gpus, self.within, self.min_bandwidth_gb_per_s)

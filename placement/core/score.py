@@ -35,6 +35,11 @@ Links = tuple[tuple[Link, ...], ...]
 Pick = int
 """How many GPUs of each group of twins, packed."""
 
+WHOLE = 1000
+"""A whole GPU, in thousandths."""
+
+GIB = 1 << 30
+
 LEFTOVER_SIZES = (8, 4, 2)
 """What others are most likely to ask for: replicas come in powers of two, as tensor parallelism does."""
 
@@ -84,17 +89,30 @@ class Score:
 
 
 class Needs(NamedTuple):
-    """What one replica needs of a node.
+    """What one replica needs of a node's GPUs.
 
     Attributes:
         gpus: how many GPUs.
         within: how close together.
         min_bandwidth_gb_per_s: the least predicted bandwidth between them that will do.
+        share: thousandths of one GPU, where it is not a whole one.
+        memory_bytes: another way to ask for a share: as much of one GPU as has this much memory; 0 if not asked.
+        free_memory_bytes: the least memory that NVML must show as free on each GPU.
+        profile: a MIG instance of this profile instead of a GPU; empty if not asked.
     """
 
     gpus: int
     within: Within = Within.NODE
     min_bandwidth_gb_per_s: float = 0.0
+    share: int = WHOLE
+    memory_bytes: int = 0
+    free_memory_bytes: int = 0
+    profile: str = ""
+
+    @property
+    def whole(self) -> bool:
+        """Whether whole GPUs are asked for."""
+        return self.share == WHOLE and not self.memory_bytes and not self.profile
 
     @property
     def slowest(self) -> int:
@@ -106,6 +124,14 @@ class Needs(NamedTuple):
         """Whether some sets of this size will not do."""
         return self.within is not Within.NODE or self.slowest < 0
 
+    def share_of(self, gpu_memory_bytes: int | None) -> int | None:
+        """Thousandths of a GPU of that size; ``None`` if it is too small, or of unknown size and that matters."""
+        if not self.memory_bytes:
+            return self.share
+        if not gpu_memory_bytes or self.memory_bytes > gpu_memory_bytes:
+            return None
+        return -(-self.memory_bytes * WHOLE // gpu_memory_bytes)
+
 
 class Offer(NamedTuple):
     """What a node's free GPUs hold for a request. Sorts from the most to the least welcome.
@@ -113,11 +139,13 @@ class Offer(NamedTuple):
     Attributes:
         slowness: minus the predicted bandwidth of the best set, MB/s; 0 for a single GPU.
         loss: how much less the others are then offered: the best bandwidth for 8, 4 and 2 GPUs, MB/s.
+        rest: thousandths that stay free on a GPU that is shared.
         free: how many GPUs are free before.
     """
 
     slowness: int
     loss: tuple[int, ...]
+    rest: int
     free: int
 
 
@@ -267,7 +295,7 @@ class Shape:
                 rest = mask & ~sum(1 << gpu for gpu in gpus)
                 loss = tuple(a - b for a, b in zip(self._on_offer(mask), self._on_offer(rest), strict=True))
                 speed = self.mb_per_s(gpus) if count > 1 else 0
-                found = Offer(-speed, loss, mask.bit_count())
+                found = Offer(-speed, loss, 0, mask.bit_count())
             self._offered[key] = found
             return found
 

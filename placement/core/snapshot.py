@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, NamedTuple
 
-from placement.core.score import Offer, Shape, Within, shape_of
+from placement.core.score import LEFTOVER_SIZES, WHOLE, Needs, Offer, Shape, shape_of
 from placement.core.topology import Topology
+
+
+class Take(NamedTuple):
+    """GPUs of a node for one replica: whole ones, one MIG instance, or a share of one GPU.
+
+    Attributes:
+        share: thousandths of each.
+        rest: thousandths that stay free on it.
+    """
+
+    gpus: tuple[int, ...]
+    share: int
+    rest: int
+
 
 Bits = int
 """A set of nodes: bit *i* is the *i*-th node by name and id. Thousands of nodes are met in one operation."""
@@ -27,6 +45,16 @@ class Node:
         egress: resource name (``egress`` or ``egress_<provider>``) -> concurrent requests still free.
         serving: (provider, key fingerprint) of the remote replicas that sit here.
         problem: why nothing may be placed here, if so.
+        rests: GPU -> thousandths still free, of the GPUs that this service shares out.
+        instances: slots that are free MIG instances -> profile; none of them is in ``free``.
+        slots: the same of all MIG instances, free or not.
+        gpu_memory_bytes: memory of one GPU, the smallest if they differ; ``None`` if unknown.
+        free_memory: GPU -> bytes that NVML shows as free, where it does.
+        cpu_milli, memory_bytes: CPUs (thousandths) and memory not yet reserved.
+        labels: Ray's node labels.
+        accelerators: names its GPUs go by: Ray's accelerator type (``"H100"``), words of the product name.
+        compute_capability: the lowest of its GPUs; ``None`` if unknown.
+        deployments: names of the deployments with a replica here.
     """
 
     id: str
@@ -37,6 +65,17 @@ class Node:
     egress: Mapping[str, int] = field(default_factory=dict)
     serving: frozenset[tuple[str, str]] = frozenset()
     problem: str | None = None
+    rests: Mapping[int, int] = field(default_factory=dict)
+    instances: Mapping[int, str] = field(default_factory=dict)
+    slots: Mapping[int, str] = field(default_factory=dict)
+    gpu_memory_bytes: int | None = None
+    free_memory: Mapping[int, int] = field(default_factory=dict)
+    cpu_milli: int = 0
+    memory_bytes: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict)
+    accelerators: frozenset[str] = frozenset()
+    compute_capability: tuple[int, int] | None = None
+    deployments: frozenset[str] = frozenset()
 
     @cached_property
     def shape(self) -> Shape:
@@ -52,23 +91,124 @@ class Node:
         """Whether ``name`` is this node's id, name or address."""
         return name in (self.id, self.name, self.address)
 
-    def best(self, count: int, within: Within = Within.NODE) -> tuple[int, ...] | None:
-        """The best ``count`` of its free GPUs; see :func:`~placement.core.score.best_set`."""
-        return self.shape.best(self.mask, count, within)
+    @property
+    def profiles(self) -> frozenset[str]:
+        """The profiles of its MIG instances."""
+        return frozenset(self.slots.values())
 
-    def offer(self, count: int, within: Within = Within.NODE) -> Offer | None:
-        """How good they are, and what taking them costs the others."""
-        return self.shape.offer(self.mask, count, within)
+    def best(self, needs: Needs) -> tuple[int, ...] | None:
+        """The best free GPUs for a replica, whatever the floor on bandwidth."""
+        taken = self.take(needs)
+        return None if taken is None else taken.gpus
+
+    def free_mask(self, needs: Needs) -> int:
+        """The wholly free GPUs that have as much free memory as is needed, as a bit mask."""
+        if not needs.free_memory_bytes:
+            return self.mask
+        return sum(1 << gpu for gpu in self.free if self.free_memory.get(gpu, 0) >= needs.free_memory_bytes)
+
+    def take(self, needs: Needs, crowded: Collection[int] = ()) -> Take | None:
+        """The best GPUs that are free for a replica; ``None`` if there are none (floors on bandwidth aside).
+
+        A share goes on the GPU that is shared already and on which it leaves the least; only if there is none
+        on a whole one, the one that others miss least. ``crowded`` GPUs are avoided where that costs nothing.
+        """
+        if needs.profile:
+            slots = [slot for slot, profile in self.instances.items() if profile == needs.profile]
+            return Take((min(slots),), WHOLE, 0) if slots else None
+        share = needs.share_of(self.gpu_memory_bytes)
+        if share is None:
+            return None
+        if share < WHOLE:
+            fitting = [
+                (rest, gpu in crowded, gpu)
+                for gpu, rest in self.rests.items()
+                if rest >= share and self.free_memory.get(gpu, 0) >= needs.free_memory_bytes
+            ]
+            if fitting:
+                rest, _, gpu = min(fitting)
+                return Take((gpu,), share, rest - share)
+        gpus = self.shape.best(self.free_mask(needs), needs.gpus, needs.within)
+        return None if gpus is None else Take(gpus, share, WHOLE - share)
+
+    def offer(self, needs: Needs) -> Offer | None:
+        """How good what :meth:`take` gives is, and what taking it costs the others."""
+        if needs.whole:
+            return self.shape.offer(self.free_mask(needs), needs.gpus, needs.within)
+        taken = self.take(needs)
+        if taken is None:
+            return None
+        if needs.profile:
+            return Offer(0, (), 0, len(self.instances))
+        if taken.gpus[0] in self.rests:
+            return Offer(0, (0,) * len(LEFTOVER_SIZES), taken.rest, len(self.free))
+        whole = self.shape.offer(self.free_mask(needs), 1)
+        return None if whole is None else whole._replace(rest=taken.rest)
+
+    def after(self, taken: Take) -> Node:
+        """The node once that has been taken."""
+        if not self.free.isdisjoint(taken.gpus) and taken.share == WHOLE:
+            return replace(self, free=self.free.difference(taken.gpus))
+        [gpu] = taken.gpus
+        if gpu in self.instances:
+            return replace(self, instances={g: p for g, p in self.instances.items() if g != gpu})
+        return replace(self, free=self.free - {gpu}, rests={**self.rests, gpu: taken.rest})
+
+    def before(self, gpus: Collection[int], share: int, profile: str) -> Node:
+        """The node once that has been given back."""
+        if profile:
+            return replace(self, instances={**self.instances, **dict.fromkeys(gpus, profile)})
+        if share == WHOLE:
+            return replace(self, free=self.free.union(gpus))
+        [gpu] = gpus
+        rest = self.rests.get(gpu, 0) + share
+        others = {g: r for g, r in self.rests.items() if g != gpu}
+        if rest >= WHOLE:
+            return replace(self, free=self.free | {gpu}, rests=others)
+        return replace(self, rests={**others, gpu: rest})
 
     def egress_resource(self, provider: str) -> str | None:
         """The resource that a replica calling ``provider`` takes here: its own before the general one."""
         return next((r for r in (f"egress_{provider}", "egress") if r in self.egress), None)
 
 
-class Offers:
-    """Which nodes have which :class:`~placement.core.score.Offer` for one kind of request."""
+class Policy(StrEnum):
+    """Which node goes first among those with room."""
 
-    def __init__(self, nodes: dict[Offer, Bits]) -> None:
+    TOPOLOGY = "topology"
+    """The fastest set on offer; then fewest replicas of the same deployment; then what others miss least."""
+    PACK = "pack"
+    """The fullest node."""
+    SPREAD = "spread"
+    """The node with the fewest replicas of the same deployment; then as topology."""
+    ROUND_ROBIN = "round_robin"
+    """The nodes in turn, by name."""
+    LEAST_LOADED = "least_loaded"
+    """The node with the most free GPUs; then as topology."""
+
+    def rank(self, offer: Offer) -> Rank:
+        """Sorts offers. Before the second half, replicas of the same deployment count."""
+        slowness, loss, rest, free = offer
+        match self:
+            case Policy.TOPOLOGY:
+                return (slowness,), (loss, rest, free)
+            case Policy.PACK:
+                return (free, rest, slowness, loss), ()
+            case Policy.SPREAD:
+                return (), (slowness, loss, rest, free)
+            case Policy.ROUND_ROBIN:
+                return (), ()
+            case Policy.LEAST_LOADED:
+                return (-free,), (slowness, loss, rest)
+
+
+Rank = tuple[tuple[Any, ...], tuple[Any, ...]]
+
+
+class Offers:
+    """Which nodes are how welcome to one kind of request: rank -> nodes, the best rank first."""
+
+    def __init__(self, nodes: dict[Rank, Bits]) -> None:
         self._nodes = nodes
         self._best_first = sorted(nodes)
 
@@ -76,8 +216,8 @@ class Offers:
         """The same, to be changed on its own."""
         return Offers(dict(self._nodes))
 
-    def move(self, node: Bits, old: Offer | None, new: Offer | None) -> None:
-        """Notes that one node's offer has changed."""
+    def move(self, node: Bits, old: Rank | None, new: Rank | None) -> None:
+        """Notes that one node's rank has changed; ``None`` is "has no room"."""
         if old == new:
             return
         if old is not None:
@@ -92,32 +232,22 @@ class Offers:
                 insort(self._best_first, new)
             self._nodes[new] = self._nodes.get(new, 0) | node
 
-    def best(self, preference: Iterable[Bits], slowest: int) -> tuple[Offer, Bits] | None:
-        """The best offer and one node, the first, that has it.
+    def best(self, preference: Iterable[Bits]) -> Bits:
+        """The one node to take; none if no node of ``preference`` has room.
 
-        The fastest sets on offer count first. Among the nodes that have such, those in the first of the
-        ``preference`` sets that holds any; among these the least loss to others, then the fewest free GPUs.
-
-        Args:
-            preference: disjoint sets of nodes, most wanted first. No others are considered.
-            slowest: the greatest slowness that will do.
+        The first half of the rank counts first. Among the nodes that are equal in it, those in the first of
+        the ``preference`` sets (disjoint, most wanted first) that holds any; among these the second half;
+        then the order of nodes.
         """
         sets = list(preference)
-        start = 0
-        while start < len(self._best_first):
-            slowness = self._best_first[start].slowness
-            if slowness > slowest:
-                break
-            end = start
-            while end < len(self._best_first) and self._best_first[end].slowness == slowness:
-                end += 1
+        for _, equals in groupby(self._best_first, key=itemgetter(0)):
+            ranks = list(equals)
             for wanted in sets:
-                for offer in self._best_first[start:end]:
-                    found = self._nodes[offer] & wanted
+                for rank in ranks:
+                    found = self._nodes[rank] & wanted
                     if found:
-                        return offer, found & -found
-            start = end
-        return None
+                        return found & -found
+        return 0
 
 
 class Snapshot:
@@ -129,7 +259,7 @@ class Snapshot:
 
     def __init__(self, nodes: Iterable[Node]) -> None:
         self.nodes: tuple[Node, ...] = tuple(sorted(nodes, key=lambda node: (node.name, node.id)))
-        self._offers: dict[tuple[int, Within], Offers] = {}
+        self._offers: dict[tuple[Needs, Policy], Offers] = {}
 
     @cached_property
     def _position(self) -> dict[str, int]:
@@ -180,21 +310,21 @@ class Snapshot:
             found |= self._by_name.get(name, 0)
         return found
 
-    def offers(self, count: int, within: Within) -> Offers:
-        """What every usable node offers to a request for ``count`` GPUs. Not to be changed."""
-        key = (count, within)
+    def offers(self, needs: Needs, policy: Policy) -> Offers:
+        """How welcome every usable node is to a request. Not to be changed."""
+        key = (needs, policy)
         if key not in self._offers:
-            groups: dict[Offer, list[Node]] = {}
+            groups: dict[Rank, list[Node]] = {}
             for node in self.nodes:
                 if node.problem is None and len(node.topology):
-                    offer = node.offer(count, within)
-                    if offer is not None:
-                        groups.setdefault(offer, []).append(node)
-            self._offers[key] = Offers({offer: self.select(nodes) for offer, nodes in groups.items()})
+                    rank = rank_of(node, needs, policy)
+                    if rank is not None:
+                        groups.setdefault(rank, []).append(node)
+            self._offers[key] = Offers({rank: self.select(nodes) for rank, nodes in groups.items()})
         return self._offers[key]
 
     def changed(self, nodes: Iterable[Node]) -> Snapshot:
-        """The same cluster with some nodes replaced by others of the same id, name, address and topology.
+        """The same cluster with some nodes replaced, by others that differ only in what is free.
 
         What was worked out of the cluster is carried over, so that this takes next to no time.
         """
@@ -203,8 +333,8 @@ class Snapshot:
         for node in nodes:
             position = self._position[node.id]
             old, listed[position] = listed[position], node
-            for (count, within), known in offers.items():
-                known.move(1 << position, old.offer(count, within), node.offer(count, within))
+            for (needs, policy), known in offers.items():
+                known.move(1 << position, rank_of(old, needs, policy), rank_of(node, needs, policy))
         later = Snapshot(())
         later.nodes = tuple(listed)
         later._offers = offers
@@ -212,3 +342,9 @@ class Snapshot:
             if name in self.__dict__:
                 later.__dict__[name] = self.__dict__[name]
         return later
+
+
+def rank_of(node: Node, needs: Needs, policy: Policy) -> Rank | None:
+    """How welcome a node is to a request; ``None`` if it has no GPUs for it that are good enough."""
+    offer = node.offer(needs)
+    return None if offer is None or offer.slowness > needs.slowest else policy.rank(offer)

@@ -8,7 +8,9 @@ What a call that fails means, fact by fact:
 - A GPU without NVLink answers NOT_SUPPORTED, or INVALID_ARGUMENT, for every link number. That is zero
   NVLinks, and known, unless the same GPU counts some links elsewhere (field 91): then it is unknown.
 - A fact that another call tells as well is taken from there: the memory from the older call, the links of a
-  GPU from their other ends, the links to a switch from field 147.
+  GPU from their other ends, the links to a switch from field 147, the profile and the memory of a MIG instance
+  from its attributes.
+- What fails on a MIG instance is reported in its ``MigFacts.errors``, and for the node under its GPU.
 """
 
 from __future__ import annotations
@@ -22,13 +24,14 @@ from typing import Any
 import pynvml
 
 from placement.core.topology import Path, ordinals
-from placement.wire.facts import GpuFacts, NodeFacts, PairFacts
+from placement.wire.facts import GpuFacts, MigFacts, NodeFacts, PairFacts
 
 _NO_FEATURE = {
     pynvml.NVML_ERROR_NOT_SUPPORTED,
     pynvml.NVML_ERROR_FUNCTION_NOT_FOUND,  # the driver is older than the binding
     pynvml.NVML_ERROR_ARGUMENT_VERSION_MISMATCH,  # the same, for a newer version of a structure
     pynvml.NVML_ERROR_DEPRECATED,
+    pynvml.NVML_ERROR_NOT_FOUND,  # no MIG instance has this index
 }
 _NO_LINK = {pynvml.NVML_ERROR_NOT_SUPPORTED, pynvml.NVML_ERROR_INVALID_ARGUMENT}
 _ABSENT = -1
@@ -130,6 +133,7 @@ class _Reading:
         ]
         links: list[_NvLinks] = []
         gpus: list[GpuFacts] = []
+        instances: list[MigFacts] = []
         for gpu, handle in enumerate(handles):
             if handle is None:
                 links.append(_UNKNOWN_NVLINKS)
@@ -137,14 +141,24 @@ class _Reading:
                 continue
             capability = self.ask((gpu,), pynvml.nvmlDeviceGetCudaComputeCapability, handle)
             links.append(self.nvlinks(gpu, handle, capability, bus_ids))
-            gpus.append(self.gpu(gpu, handle, bus_ids[gpu], capability, links[-1].switch))
+            mig = self.ask((gpu,), pynvml.nvmlDeviceGetMigMode, handle)
+            enabled = mig and mig[0] == pynvml.NVML_DEVICE_MIG_ENABLE
+            parts = self.instance_handles(gpu, handle) if enabled else []
+            gpus.append(self.gpu(gpu, handle, bus_ids[gpu], capability, links[-1].switch, enabled))
+            instances += [self.instance(gpu, part, gpus[gpu].memory_total_bytes) for part in parts]
         pairs = tuple(
             self.pair(a, b, handles, _between(links[a], links[b], bus_ids[a], bus_ids[b]))
             for a in range(count)
             for b in range(a + 1, count)
         )
-        problem = self.problem()
-        return NodeFacts(source="nvml", gpus=tuple(gpus), pairs=pairs, driver_version=driver, problem=problem)
+        return NodeFacts(
+            source="nvml",
+            gpus=tuple(gpus),
+            instances=tuple(instances),
+            pairs=pairs,
+            driver_version=driver,
+            problem=self.problem(),
+        )
 
     def handle(self, gpu: int) -> Any:
         try:
@@ -161,11 +175,11 @@ class _Reading:
         bus_id: str | None,
         capability: tuple[int, int] | None,
         switch_links: int | None,
+        mig_enabled: bool | None,
     ) -> GpuFacts:
         one = (gpu,)
-        memory = self.ask(one, pynvml.nvmlDeviceGetMemoryInfo, handle, pynvml.nvmlMemory_v2, report=False)
-        memory = memory or self.ask(one, pynvml.nvmlDeviceGetMemoryInfo, handle)
-        mig = self.ask(one, pynvml.nvmlDeviceGetMigMode, handle)
+        # With MIG on, only the privileged may ask for the memory of all instances together.
+        memory = self.memory(one, handle, report=not mig_enabled)
         scope = pynvml.NVML_AFFINITY_SCOPE_NODE
         return GpuFacts(
             ordinal=gpu,
@@ -177,10 +191,42 @@ class _Reading:
             pci_bus_id=bus_id,
             numa_nodes=_bits(self.ask(one, pynvml.nvmlDeviceGetMemoryAffinity, handle, _NUMA_WORDS, scope)),
             cpus=_bits(self.ask(one, pynvml.nvmlDeviceGetCpuAffinity, handle, _CPU_WORDS)),
-            mig_enabled=mig and mig[0] == pynvml.NVML_DEVICE_MIG_ENABLE,
+            mig_enabled=mig_enabled,
             nvswitch_links=switch_links,
             errors=self.errors_of(gpu),
         )
+
+    def memory(self, gpus: tuple[int, ...], handle: Any, report: bool = True) -> Any:
+        newer = self.ask(gpus, pynvml.nvmlDeviceGetMemoryInfo, handle, pynvml.nvmlMemory_v2, report=False)
+        return newer or self.ask(gpus, pynvml.nvmlDeviceGetMemoryInfo, handle, report=report)
+
+    def instance_handles(self, gpu: int, handle: Any) -> list[Any]:
+        """The MIG instances of one GPU. There are holes among their indices, so that all are asked for."""
+        most = self.ask((gpu,), pynvml.nvmlDeviceGetMaxMigDeviceCount, handle) or 0
+        call = pynvml.nvmlDeviceGetMigDeviceHandleByIndex
+        found = [self.ask((gpu,), call, handle, index) for index in range(most)]
+        return [part for part in found if part is not None]
+
+    def instance(self, gpu: int, handle: Any, gpu_memory_bytes: int | None) -> MigFacts:
+        alone = _Reading()  # so that no other instance of this GPU answers for what fails here
+        attributes = alone.ask((gpu,), pynvml.nvmlDeviceGetAttributes_v2, handle)
+        memory = alone.memory((gpu,), handle)
+        nominal = attributes and attributes.memorySizeMB << 20
+        facts = MigFacts(
+            parent=gpu,
+            uuid=alone.ask((gpu,), pynvml.nvmlDeviceGetUUID, handle),
+            profile=_profile(
+                alone.ask((gpu,), pynvml.nvmlDeviceGetName, handle), attributes, gpu_memory_bytes
+            ),
+            memory_total_bytes=memory.total if memory else nominal or None,
+            memory_used_bytes=memory and memory.total - memory.free,
+            gpu_instance_id=alone.ask((gpu,), pynvml.nvmlDeviceGetGpuInstanceId, handle),
+            compute_instance_id=alone.ask((gpu,), pynvml.nvmlDeviceGetComputeInstanceId, handle),
+            errors=alone.errors_of(gpu),
+        )
+        for failure, where in alone.failures.items():
+            self.failures.setdefault(failure, set()).update(where)
+        return facts
 
     def pair(self, a: int, b: int, handles: Sequence[Any], nvlinks: int | None) -> PairFacts:
         near, far = handles[a], handles[b]
@@ -264,6 +310,24 @@ def _between(one: _NvLinks, other: _NvLinks, one_bus_id: str | None, other_bus_i
     if len(switch) == 2 or 0 in switch:
         known.append(min(switch))
     return max(known) if len(known) == 2 or any(known) else None
+
+
+def _profile(name: str | None, attributes: Any, gpu_memory_bytes: int | None) -> str | None:
+    """What a MIG instance is called for its size: ``1g.10gb``.
+
+    Newer drivers put it last in the name. Else it follows from the attributes, as in NVIDIA's go-nvlib
+    (``getMigMemorySizeGB``): the GB are those of as many eighths of the GPU's memory as the instance touches.
+    """
+    _, told, profile = (name or "").rpartition(" MIG ")
+    if told:
+        return profile
+    if not (attributes and gpu_memory_bytes and attributes.gpuInstanceSliceCount and attributes.memorySizeMB):
+        return None
+    eighths = -(-8 * (attributes.memorySizeMB << 20) // gpu_memory_bytes)
+    gpu_gb = -(-gpu_memory_bytes >> 30)
+    slices, of = attributes.computeInstanceSliceCount, attributes.gpuInstanceSliceCount
+    part = f"{slices}c." if slices not in (0, of) else ""
+    return f"{part}{of}g.{(eighths * gpu_gb + 4) // 8}gb"
 
 
 def _field(value: Any) -> int | None:

@@ -11,13 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from placement.core.planner import PlannedReplica
+from placement.core.score import WHOLE
 from placement.runtime import groups, ledger
+from placement.runtime.reservation import Holding
 from placement.runtime.results import NodeAssignment, PlacementResult
 from placement.wire.cluster import HeldDeployment, HeldReplica
 from placement.wire.deployment import Deployment
 
 RECORDED = (
-    "replica_index", "node", "node_name", "gpus", "bundle_indices", "ray_gpus", "bandwidth_gb_per_s",
+    "replica_index", "node", "node_name", "gpus", "bundle_indices", "share", "mig", "cpus_per_gpu",
+    "memory_bytes_per_gpu", "ray_gpus", "bandwidth_gb_per_s",
     "weakest_link", "ray_bandwidth_gb_per_s", "ray_weakest_link", "egress_resource", "egress_units",
 )  # fmt: skip
 
@@ -79,20 +82,33 @@ class Tally:
     """What this service holds and claims on one node.
 
     Attributes:
-        gpus, claimed_gpus: GPUs of replicas that stand, and of those about to be reserved.
+        gpus, claimed_gpus: whole GPUs (and MIG instances) of replicas that stand, and of those about to be
+            reserved; a GPU of which a share stands is in ``gpus``.
+        shares: GPU -> thousandths in use by both, of GPUs that are shared.
         egress: resource -> units of both.
         serving: (provider, key fingerprint) of both.
+        deployments: names of both.
+        cpu_milli, memory_bytes: CPUs (thousandths) and memory of both.
     """
 
     gpus: set[int] = field(default_factory=set)
     claimed_gpus: set[int] = field(default_factory=set)
+    shares: Counter[int] = field(default_factory=Counter)
     egress: Counter[str] = field(default_factory=Counter)
     serving: set[tuple[str, str]] = field(default_factory=set)
+    deployments: set[str] = field(default_factory=set)
+    cpu_milli: int = 0
+    memory_bytes: int = 0
 
-    def add_egress(self, deployment: Deployment, resource: str | None) -> None:
-        """Counts one remote replica; a local one has no ``resource``."""
-        if resource is not None:
-            self.egress[resource] += deployment.egress_per_replica
+    def add(self, deployment: Deployment, replica: PlannedReplica) -> None:
+        """Counts one replica, but for its whole GPUs."""
+        self.deployments.add(deployment.name)
+        self.cpu_milli += replica.cpu_milli
+        self.memory_bytes += replica.memory_bytes
+        if replica.share < WHOLE:
+            self.shares[replica.gpus[0]] += replica.share
+        if replica.egress_resource is not None:
+            self.egress[replica.egress_resource] += deployment.egress_per_replica
             self.serving.add((deployment.provider or "", deployment.key_fingerprint or ""))
 
 
@@ -117,27 +133,21 @@ class Books:
             for _, assignment in sorted(standing.replicas.items()):
                 yield standing, assignment
 
-    def holdings(self, node_id: str) -> list[tuple[str, list[int]]]:
-        """(order name, GPUs) of the replicas that stand on a node."""
-        return [
-            (standing.orders.get(a.replica_index, ""), a.gpus)
+    def holdings(self, node_id: str) -> dict[str, Holding]:
+        """Order name -> what stands on a node."""
+        return {
+            standing.orders.get(a.replica_index, ""): Holding(
+                standing.deployment.name, tuple(a.gpus), round(a.share * WHOLE)
+            )
             for standing, a in self.assignments()
             if a.node == node_id and a.gpus
-        ]
+        }
 
     def held(self) -> dict[str, HeldDeployment]:
         """What stands, by name, as plans and snapshots see it."""
         found: dict[str, list[HeldReplica]] = {name: [] for name in self.names()}
         for standing, a in self.assignments():
-            found[standing.deployment.name].append(
-                HeldReplica(
-                    replica_index=a.replica_index,
-                    node=a.node,
-                    gpus=tuple(a.gpus),
-                    egress_resource=a.egress_resource,
-                    egress_units=a.egress_units,
-                )
-            )
+            found[standing.deployment.name].append(held_replica(a))
         return {
             name: HeldDeployment(deployment=self.standing[name].deployment, replicas=tuple(replicas))
             for name, replicas in found.items()
@@ -146,7 +156,7 @@ class Books:
     def planned(self, name: str) -> list[PlannedReplica]:
         """What a deployment holds, in the planner's terms."""
         return [
-            PlannedReplica(a.replica_index, a.node, tuple(a.gpus), a.egress_resource, a.egress_units)
+            held_replica(a).planned()
             for standing, a in self.assignments()
             if standing.deployment.name == name
         ]
@@ -157,10 +167,25 @@ class Books:
         for standing, assignment in self.assignments():
             tally = found.setdefault(assignment.node, Tally())
             tally.gpus.update(assignment.gpus)
-            tally.add_egress(standing.deployment, assignment.egress_resource)
+            tally.add(standing.deployment, held_replica(assignment).planned())
         for claim in self.claims:
             for replica in claim.replicas:
                 tally = found.setdefault(replica.node_id, Tally())
-                tally.claimed_gpus.update(replica.gpus)
-                tally.add_egress(claim.deployment, replica.egress_resource)
+                tally.claimed_gpus.update(set(replica.gpus) - tally.gpus)
+                tally.add(claim.deployment, replica)
         return found
+
+
+def held_replica(a: NodeAssignment) -> HeldReplica:
+    """An assignment as plans and snapshots see it."""
+    return HeldReplica(
+        replica_index=a.replica_index,
+        node=a.node,
+        gpus=tuple(a.gpus),
+        share=round(a.share * WHOLE),
+        profile=a.mig,
+        cpu_milli=round(a.cpus_per_gpu * 1000) * len(a.gpus),
+        memory_bytes=a.memory_bytes_per_gpu * len(a.gpus),
+        egress_resource=a.egress_resource,
+        egress_units=a.egress_units,
+    )

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import ray
 
 from placement import topologies
+from placement.core.score import WHOLE
 from placement.core.snapshot import Node
-from placement.core.topology import Topology
 from placement.errors import UnknownTopology
 from placement.runtime.books import Tally
-from placement.wire.facts import NodeFacts
+from placement.runtime.reservation import Machine
 
 TOPOLOGY_LABEL = "placement/topology"
 """A node with this label has the topology of that catalogue entry (a simulated node)."""
+
+ACCELERATOR_LABEL = "ray.io/accelerator-type"
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class NodeInfo:
 
     Attributes:
         egress: resource name (``egress``, ``egress_<provider>``) -> concurrent requests the node may carry.
+        cpu_milli, memory_bytes: CPUs (thousandths) and memory that Ray was told of.
+        accelerator: Ray's accelerator type, if it knows one.
     """
 
     id: str
@@ -32,6 +36,9 @@ class NodeInfo:
     gpu_count: int
     labels: Mapping[str, str] = field(default_factory=dict)
     egress: Mapping[str, int] = field(default_factory=dict)
+    cpu_milli: int = 0
+    memory_bytes: int = 0
+    accelerator: str | None = None
 
     @property
     def topology_name(self) -> str | None:
@@ -71,6 +78,12 @@ def live_nodes() -> list[NodeInfo]:
                     for name, amount in sorted(resources.items())
                     if (name == "egress" or name.startswith("egress_")) and "_group_" not in name
                 },
+                cpu_milli=round(resources.get("CPU", 0) * 1000),
+                memory_bytes=int(resources.get("memory", 0)),
+                accelerator=next(
+                    (name.partition(":")[2] for name in resources if name.startswith("accelerator_type:")),
+                    None,
+                ),
             )
         )
     return sorted(found, key=lambda node: (node.name, node.id))
@@ -78,8 +91,7 @@ def live_nodes() -> list[NodeInfo]:
 
 def node_state(
     info: NodeInfo,
-    facts: NodeFacts | None,
-    topology: Topology,
+    machine: Machine,
     available: Mapping[str, float] | None,
     tally: Tally,
     foreign: frozenset[int],
@@ -88,8 +100,7 @@ def node_state(
 
     Args:
         info: the node.
-        facts: what its GPUs report, ``None`` while unknown.
-        topology: how they are linked, as far as is known.
+        machine: what its GPUs are, as far as is known.
         available: resource -> free amount in Ray's books; ``None`` while they lag behind our own last change.
         tally: what this service holds and claims there.
         foreign: GPUs that other Ray users held when the node actor last looked.
@@ -97,26 +108,38 @@ def node_state(
     not_ours = frozenset(range(info.gpu_count)) - tally.gpus
     foreign &= not_ours
     if available is not None:
-        free_in_books = int(available.get("GPU", 0.0) + 1e-6)
+        # Rests of GPUs that we share are free in the books, too, and claims may have been taken there by now.
+        shared = [tally.shares[gpu] for gpu in tally.gpus & tally.shares.keys()]
+        rests = sum(WHOLE - share for share in shared)
+        free_in_books = int(available.get("GPU", 0.0) - rests / WHOLE + 1e-6)
         unseen = len(not_ours) - free_in_books - len(foreign)
         if unseen < 0:  # somebody gave GPUs back since
             foreign = frozenset(sorted(foreign)[-unseen:])
         else:  # or took some: Ray gives the lowest-numbered. Some of them may be our own claims, just reserved.
             untouched = sorted(not_ours - foreign - tally.claimed_gpus)
             foreign |= frozenset(untouched[: max(0, unseen - len(tally.claimed_gpus))])
-    egress = {}
-    for name, total in info.egress.items():
-        egress[name] = total - tally.egress[name]
-        if available is not None:
-            egress[name] = min(egress[name], int(available.get(name, 0.0) + 1e-6))
-    lost = facts.lost() if facts is not None else frozenset()
-    return Node(
+    amounts = {
+        "CPU": (info.cpu_milli - tally.cpu_milli) / 1000,
+        "memory": info.memory_bytes - tally.memory_bytes,
+    }
+    amounts |= {name: total - tally.egress[name] for name, total in info.egress.items()}
+    if available is not None:
+        amounts = {name: min(amount, available.get(name, 0.0) + 1e-6) for name, amount in amounts.items()}
+    rests_of = {gpu: WHOLE - share for gpu, share in tally.shares.items() if share < WHOLE}
+    seen = machine.node(not_ours - foreign - tally.claimed_gpus, rests_of)
+    names = {info.accelerator, info.labels.get(ACCELERATOR_LABEL), *(machine.topology.model or "").split()}
+    return replace(
+        seen,
         id=info.id,
         name=info.name,
         address=info.address,
-        topology=topology,
-        free=not_ours - foreign - tally.claimed_gpus - lost,
-        egress=egress,
+        egress={name: int(amounts[name]) for name in info.egress},
+        cpu_milli=int(amounts["CPU"] * 1000),
+        memory_bytes=int(amounts["memory"]),
         serving=frozenset(tally.serving),
+        deployments=frozenset(tally.deployments),
+        labels=info.labels,
+        accelerators=frozenset(name for name in names if name),
+        compute_capability=machine.capability,
         problem=info.label_problem(),
     )

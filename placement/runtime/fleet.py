@@ -13,12 +13,12 @@ from typing import Any
 import ray
 
 from placement.core.planner import PlannedReplica
-from placement.core.score import Needs, Within
-from placement.core.topology import Topology
+from placement.core.score import WHOLE
 from placement.runtime import groups
 from placement.runtime.books import Claim
 from placement.runtime.discovery import NodeInfo, live_nodes
-from placement.runtime.node_agent import Order, Reply
+from placement.runtime.node_agent import Reply
+from placement.runtime.reservation import Holding, Machine, Order, machine_of
 from placement.runtime.results import NodeAssignment
 from placement.wire.deployment import Deployment
 from placement.wire.facts import NodeFacts
@@ -51,14 +51,14 @@ class Fleet:
 
     Args:
         make_agent: creates (or finds) the actor of a node.
-        holdings: node id -> (order name, GPUs) of what stands there, for an actor that is new.
+        holdings: node id -> order name -> what stands there, for an actor that is new.
         prefix: begins the name of every group that is made.
     """
 
     def __init__(
         self,
         make_agent: Callable[[NodeInfo], Any],
-        holdings: Callable[[str], list[tuple[str, list[int]]]],
+        holdings: Callable[[str], dict[str, Holding]],
         prefix: str,
     ) -> None:
         self._make_agent = make_agent
@@ -67,7 +67,7 @@ class Fleet:
         self._lock = threading.Lock()
         self._agents: dict[str, Any] = {}
         self.facts: dict[str, NodeFacts] = {}
-        self._topologies: dict[str, Topology] = {}
+        self._machines: dict[str, Machine] = {}
         self.foreign: dict[str, frozenset[int]] = {}
         self.changed_at = float("-inf")
         self._changed: dict[str, float] = {}
@@ -97,14 +97,13 @@ class Fleet:
             with self._lock:
                 if facts.gpus or node_id not in self.facts:
                     self.facts[node_id] = facts
-                    if facts.gpus:
-                        self._topologies[node_id] = facts.topology()
+                    self._machines.pop(node_id, None)
 
-    def topology(self, info: NodeInfo) -> Topology:
-        """How a node's GPUs are linked, as far as is known. The same object until it reports something else."""
-        known = self._topologies.get(info.id)
-        if known is None or len(known) != info.gpu_count:
-            known = self._topologies[info.id] = Topology.unknown(info.gpu_count)
+    def machine(self, info: NodeInfo) -> Machine:
+        """What a node's GPUs are, as far as is known. The same object until it reports something else."""
+        known = self._machines.get(info.id)
+        if known is None:
+            known = self._machines[info.id] = machine_of(self.facts.get(info.id), info.gpu_count)
         return known
 
     def reserve(self, claim: Claim) -> tuple[list[Reserved], list[Refusal]]:
@@ -188,11 +187,15 @@ class Fleet:
             assignment = NodeAssignment(
                 replica_index=replica.replica_index,
                 node=info.id,
-                gpus=list(one.gpus),
-                placement_group=one.group,
-                bundle_indices=list(one.bundles),
+                gpus=list(one.reserved.gpus),
+                placement_group=one.reserved.group,
+                bundle_indices=list(one.reserved.bundles),
                 node_name=info.name,
-                ray_gpus=list(one.ray_gpus),
+                share=one.reserved.share / WHOLE,
+                mig=one.order.needs.profile,
+                cpus_per_gpu=one.order.beside.get("CPU", 0.0),
+                memory_bytes_per_gpu=int(one.order.beside.get("memory", 0)),
+                ray_gpus=list(one.reserved.ray_gpus),
                 bandwidth_gb_per_s=one.score.known_gb_per_s,
                 weakest_link=one.score.link_name,
                 ray_bandwidth_gb_per_s=one.ray_score.known_gb_per_s,
@@ -260,5 +263,9 @@ class Fleet:
 
 
 def _order(name: str, deployment: Deployment) -> Order:
-    within = deployment.within or Within.NODE
-    return Order(name, Needs(deployment.gpus_per_replica, within, deployment.min_bandwidth_gb_per_s or 0.0))
+    beside: dict[str, float] = {}
+    if deployment.cpu_milli_per_gpu:
+        beside["CPU"] = deployment.cpu_milli_per_gpu / 1000
+    if deployment.memory_bytes_per_gpu:
+        beside["memory"] = deployment.memory_bytes_per_gpu
+    return Order(name, deployment.needs, deployment.name, beside)

@@ -74,13 +74,16 @@ class NodeGroups:
         self._ready: set[str] = set()
         self._ids = GpuIds(os.environ.get("CUDA_VISIBLE_DEVICES"))
 
-    def hold(self, count: int) -> PlacementGroup:
-        """Takes the ``count`` lowest free GPUs in one bundle. It dies with this actor, however that ends."""
-        return create_group(f"hold-{secrets.token_hex(6)}", [{"GPU": count}], self._node_id, lifetime=None)
+    def hold(self, amount: float) -> PlacementGroup:
+        """Takes the lowest free GPUs, or a share of the fullest GPU that has it, in one bundle.
 
-    def reserve(self, name: str, count: int) -> PlacementGroup:
-        """Takes the ``count`` lowest free GPUs, one per bundle (what vLLM needs), detached."""
-        return create_group(name, [{"GPU": 1}] * count, self._node_id)
+        It dies with this actor, however that ends.
+        """
+        return create_group(f"hold-{secrets.token_hex(6)}", [{"GPU": amount}], self._node_id, lifetime=None)
+
+    def reserve(self, name: str, bundle: dict[str, float], count: int) -> PlacementGroup:
+        """Reserves ``count`` equal bundles, detached. Of GPUs one per bundle, which is what vLLM needs."""
+        return create_group(name, [bundle] * count, self._node_id)
 
     def ready_or_removed(self, group: PlacementGroup, deadline_seconds: float) -> bool:
         """See :func:`ready_or_removed`."""
@@ -95,8 +98,8 @@ class NodeGroups:
         self._ready.discard(group.id.hex())
         remove_group(group, ready)
 
-    def gpus_of(self, group: PlacementGroup, count: int) -> list[int]:
-        """The slots that the first ``count`` bundles hold, as a worker in each of them says.
+    def gpus_of(self, group: PlacementGroup, count: int, share: float = 1) -> list[int]:
+        """The slots of which the first ``count`` bundles hold a ``share``, as a worker in each of them says.
 
         Asked one after the other, so that one warm worker process answers all.
 
@@ -107,7 +110,7 @@ class NodeGroups:
         for bundle in range(count):
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
             ids = self._ask(
-                self._probe.options(num_gpus=1, scheduling_strategy=strategy), GPU_IDS_DEADLINE_SECONDS
+                self._probe.options(num_gpus=share, scheduling_strategy=strategy), GPU_IDS_DEADLINE_SECONDS
             )
             slots.append(self._ids.slot(ids[0]))
         return slots
@@ -127,9 +130,9 @@ class NodeGroups:
             return None
         return sorted(self._ids.slot(gpu_id) for gpu_id in ids)
 
-    def available(self) -> int:
-        """Whole GPUs that the cluster's books show as free here; up to about 0.1 s old."""
-        return int(available_resources().get(self._node_id, {}).get("GPU", 0.0) + 1e-6)
+    def available(self) -> float:
+        """GPUs that the cluster's books show as free here, shares included; up to about 0.1 s old."""
+        return available_resources().get(self._node_id, {}).get("GPU", 0.0)
 
     def _ask(self, task: Any, deadline_seconds: float) -> list[str]:
         reference = task.remote()

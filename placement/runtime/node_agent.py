@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,20 +11,12 @@ import ray
 from ray.util.placement_group import PlacementGroup
 
 from placement import topologies
-from placement.core.score import Needs, Score, score
+from placement.core.score import Score, score
 from placement.core.topology import Path
 from placement.nvml import Reader
 from placement.runtime.groups import GpuIds, NodeGroups
-from placement.runtime.reservation import NodeReserver, Refused
+from placement.runtime.reservation import Holding, NodeReserver, Order, Refused, Reserved, machine_of
 from placement.wire.facts import GpuFacts, NodeFacts, PairFacts
-
-
-@dataclass(frozen=True)
-class Order:
-    """One replica to reserve. ``name`` is unique and begins the placement group's name."""
-
-    name: str
-    needs: Needs
 
 
 @dataclass(frozen=True)
@@ -32,10 +24,7 @@ class Filled:
     """An order that is reserved and verified."""
 
     order: Order
-    group: PlacementGroup
-    gpus: tuple[int, ...]
-    bundles: tuple[int, ...]
-    ray_gpus: tuple[int, ...]
+    reserved: Reserved
     score: Score
     ray_score: Score
 
@@ -80,32 +69,23 @@ class NodePlacementActor:
             self._reader.refresh()
         return facts
 
-    def adopt(self, holdings: Sequence[tuple[str, Sequence[int]]]) -> None:
-        """Notes which (order name, GPUs) are reserved already: all that this service holds here."""
+    def adopt(self, holdings: Mapping[str, Holding]) -> None:
+        """Notes what is reserved already, by order name: all that this service holds here."""
         self._reserver.adopt(holdings)
 
     def reserve(self, orders: Sequence[Order]) -> Reply:
         """Reserves all orders, each on the best GPUs that are free, or none of them."""
-        facts = self._last_facts()
-        topology, lost = facts.topology(), facts.lost()
+        machine = machine_of(self._last_facts(), self._gpu_count)
+        topology = machine.topology
         filled: list[Filled] = []
         try:
             for to_follow, order in zip(reversed(range(len(orders))), orders, strict=True):
-                outcome = self._reserver.reserve(order.name, order.needs, topology, lost, to_follow)
+                outcome = self._reserver.reserve(order, machine, to_follow)
                 if isinstance(outcome, Refused):
                     self._undo(filled)
                     return Reply((), outcome, tuple(sorted(self._reserver.foreign)))
-                filled.append(
-                    Filled(
-                        order,
-                        outcome.group,
-                        outcome.gpus,
-                        outcome.bundles,
-                        outcome.ray_gpus,
-                        score(topology, outcome.gpus),
-                        score(topology, outcome.ray_gpus),
-                    )
-                )
+                ours, rays = score(topology, outcome.gpus), score(topology, outcome.ray_gpus)
+                filled.append(Filled(order, outcome, ours, rays))
         except BaseException:
             self._undo(filled)
             raise
@@ -123,7 +103,7 @@ class NodePlacementActor:
         return in_ray_order(self._reader.facts(), self._gpu_count, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
     def _undo(self, filled: Sequence[Filled]) -> None:
-        self.release([(one.order.name, one.group) for one in filled])
+        self.release([(one.order.name, one.reserved.group) for one in filled])
 
 
 def in_ray_order(facts: NodeFacts, gpu_count: int, visible_devices: str | None) -> NodeFacts:

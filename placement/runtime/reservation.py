@@ -12,22 +12,31 @@ Ray always gives the lowest-numbered free GPUs of a node. So the wanted ones are
 4. Verify from inside every bundle. Others may have taken or freed a GPU meanwhile: then give everything back
    and start over, a bounded number of times.
 
+A share of a GPU is steered in the same way. Ray gives it on the GPU with the smallest rest that is enough, so the rests that
+would come before the wanted one are filled for a moment. A rest that nobody knew of shows when the share
+lands there: it then serves as one more filler, and the share is tried again.
+
 Nothing is held for longer than one pass takes (tens of milliseconds), and nothing at all after a refusal.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from placement.core.score import Needs, choose, ray_set, score
+from placement.core.score import WHOLE, Needs, choose, ray_set, score
+from placement.core.snapshot import Node
 from placement.core.topology import Topology
+from placement.wire.facts import NodeFacts
 
 MAX_ATTEMPTS = 12
 VIEW_LAG_SECONDS = 0.15
 """Ray's books follow a change after at most 0.1 s (measured); they are trusted again after this long."""
+MAX_STRAY_SHARES = 6
+"""How many rests that nobody knew of are filled by a share that landed there."""
 READY_DEADLINE_SECONDS = 0.15
 """Long enough for Ray to try twice; see :func:`~placement.runtime.groups.ready_or_removed`."""
 LOOK_DEADLINE_SECONDS = 0.25
@@ -36,11 +45,11 @@ LOOK_DEADLINE_SECONDS = 0.25
 class Groups(Protocol):
     """What steering needs of a node; :class:`~placement.runtime.groups.NodeGroups` is the real one."""
 
-    def hold(self, count: int) -> Any:
-        """Takes the lowest free GPUs, for a moment."""
+    def hold(self, amount: float) -> Any:
+        """Takes the lowest free GPUs, or a share of the fullest GPU that has it, for a moment."""
 
-    def reserve(self, name: str, count: int) -> Any:
-        """Takes the lowest free GPUs, one per bundle, to stay."""
+    def reserve(self, name: str, bundle: dict[str, float], count: int) -> Any:
+        """Takes equal bundles, to stay: one GPU each, or a share of one."""
 
     def ready_or_removed(self, group: Any, deadline_seconds: float) -> bool:
         """Waits for a group; one that could not be had is gone."""
@@ -48,25 +57,112 @@ class Groups(Protocol):
     def remove(self, group: Any) -> None:
         """Gives a group back."""
 
-    def gpus_of(self, group: Any, count: int) -> list[int]:
-        """Which GPU each bundle holds, as a worker inside says."""
+    def gpus_of(self, group: Any, count: int, share: float = 1) -> list[int]:
+        """Which GPU each bundle holds a share of, as a worker inside says."""
 
     def lowest_free(self, count: int, deadline_seconds: float) -> list[int] | None:
         """Which GPUs are the lowest free ones; ``None`` if there are not that many."""
 
-    def available(self) -> int:
-        """Whole free GPUs in Ray's books."""
+    def available(self) -> float:
+        """Free GPUs in Ray's books, shares included."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a node's GPUs are.
+
+    Attributes:
+        topology: how they are linked.
+        lost: GPUs that nothing may be placed on.
+        instances: slot that is a MIG instance -> its profile.
+        gpu_memory_bytes: memory of one GPU; ``None`` if unknown.
+        free_memory: GPU -> bytes that NVML shows as free.
+        capability: the lowest compute capability; ``None`` if unknown.
+    """
+
+    topology: Topology
+    lost: frozenset[int] = frozenset()
+    instances: Mapping[int, str] = field(default_factory=dict)
+    gpu_memory_bytes: int | None = None
+    free_memory: Mapping[int, int] = field(default_factory=dict)
+    capability: tuple[int, int] | None = None
+
+    def node(self, free: Iterable[int], rests: Mapping[int, int]) -> Node:
+        """The machine as the planner sees it, with these GPUs free."""
+        sound = frozenset(free) - self.lost
+        return Node(
+            "",
+            "",
+            topology=self.topology,
+            free=sound - self.instances.keys(),
+            rests=rests,
+            slots=self.instances,
+            instances={slot: profile for slot, profile in self.instances.items() if slot in sound},
+            gpu_memory_bytes=self.gpu_memory_bytes,
+            free_memory=self.free_memory,
+        )
+
+
+def machine_of(facts: NodeFacts | None, gpu_count: int) -> Machine:
+    """What is known of a node's GPUs; nothing at all without facts."""
+    if facts is None or not facts.gpus:
+        return Machine(Topology.unknown(gpu_count))
+    totals = [gpu.memory_total_bytes for gpu in facts.gpus]
+    return Machine(
+        topology=facts.topology(),
+        lost=facts.lost(),
+        instances={gpu.ordinal: gpu.mig_profile for gpu in facts.gpus if gpu.mig_profile},
+        gpu_memory_bytes=min((total for total in totals if total), default=None) if all(totals) else None,
+        free_memory={
+            gpu.ordinal: gpu.memory_total_bytes - gpu.memory_used_bytes
+            for gpu in facts.gpus
+            if gpu.memory_total_bytes is not None and gpu.memory_used_bytes is not None
+        },
+        capability=min(
+            (gpu.compute_capability for gpu in facts.gpus if gpu.compute_capability), default=None
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Order:
+    """One replica to reserve.
+
+    Attributes:
+        name: unique; begins the placement group's name.
+        needs: what it needs of the GPUs.
+        deployment: replicas of one deployment avoid each other's GPUs where that costs nothing.
+        beside: what each bundle takes beside its GPU: ``{"CPU": 4, "memory": 8589934592}``.
+    """
+
+    name: str
+    needs: Needs
+    deployment: str = ""
+    beside: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What a replica that stands holds: GPUs, and thousandths of each."""
+
+    deployment: str
+    gpus: tuple[int, ...]
+    share: int = WHOLE
 
 
 @dataclass(frozen=True)
 class Reserved:
-    """A group that holds exactly ``gpus``: ``bundles[i]`` holds ``gpus[i]``. And what Ray alone would have given."""
+    """A group that holds exactly ``gpus``: ``bundles[i]`` holds ``share`` thousandths of ``gpus[i]``.
+
+    And what Ray alone would have given.
+    """
 
     group: Any
     gpus: tuple[int, ...]
     bundles: tuple[int, ...]
     ray_gpus: tuple[int, ...]
     attempts: int
+    share: int = WHOLE
 
 
 @dataclass(frozen=True)
@@ -89,7 +185,7 @@ class NodeReserver:
     def __init__(self, groups: Groups, gpu_count: int) -> None:
         self._groups = groups
         self._gpu_count = gpu_count
-        self._held: dict[str, tuple[int, ...]] = {}
+        self._held: dict[str, Holding] = {}
         self._foreign: frozenset[int] | None = frozenset()
         self._changed_at = float("-inf")
 
@@ -98,9 +194,9 @@ class NodeReserver:
         """GPUs that other Ray users held when they were last looked at."""
         return (self._foreign or frozenset()) - self._ours()
 
-    def adopt(self, holdings: Iterable[tuple[str, Iterable[int]]]) -> None:
-        """Notes which (name, GPUs) are reserved already, and that nothing else of ours is."""
-        self._held = {name: tuple(gpus) for name, gpus in holdings}
+    def adopt(self, holdings: Mapping[str, Holding]) -> None:
+        """Notes what is reserved already, by order name, and that nothing else of ours is."""
+        self._held = dict(holdings)
 
     def remove(self, name: str, group: Any) -> None:
         """Gives a reserved group back."""
@@ -108,21 +204,36 @@ class NodeReserver:
         self._held.pop(name, None)
         self._changed_at = time.monotonic()
 
-    def reserve(
-        self, name: str, needs: Needs, topology: Topology, lost: frozenset[int] = frozenset(), more: int = 0
-    ) -> Reserved | Refused:
-        """Reserves the best GPUs that are free, not ``lost`` and good enough, in a new group called ``name``.
+    def reserve(self, order: Order, machine: Machine, more: int = 0) -> Reserved | Refused:
+        """Reserves the best GPUs that are free, sound and good enough, in a new group.
 
         As many ``more`` reservations with the same needs will follow, and should find room.
         """
+        share = order.needs.share_of(machine.gpu_memory_bytes)
+        if share is None:
+            return Refused("its GPUs have too little memory, or nobody knows how much", 0, True)
+        return self._reserve(order, machine, more) if share == WHOLE else self._share(order, machine, share)
+
+    def _reserve(self, order: Order, machine: Machine, more: int) -> Reserved | Refused:
+        """Whole GPUs, or a MIG instance."""
+        needs, topology = order.needs, machine.topology
         count = needs.gpus
         reason, full, attempt = "", False, 0
         for attempt in range(1, MAX_ATTEMPTS + 1):
             free = self._look(count)
-            wanted = choose(topology, free - lost, needs, more) if free is not None else None
+            wanted: tuple[int, ...] | None = None
+            if free is not None:
+                node = machine.node(free, {})
+                if needs.profile:
+                    taken = node.take(needs)
+                    wanted = None if taken is None else taken.gpus
+                else:
+                    mask = node.free_mask(needs)
+                    allowed = [gpu for gpu in node.free if mask >> gpu & 1]
+                    wanted = choose(topology, allowed, needs, more)
             if free is None or wanted is None:
                 reason, full = (
-                    f"fewer than {count} of its GPUs are free, sound and as close as demanded",
+                    f"too few of its GPUs are free, sound and as close as demanded for {count}",
                     True,
                 )
                 # The books may simply be behind a release; once they are not, believe them.
@@ -130,15 +241,18 @@ class NodeReserver:
                     break
                 time.sleep(VIEW_LAG_SECONDS / 2)
                 continue
-            outcome = self._take(f"{name}:{attempt}", free, wanted)
+            outcome = self._take(f"{order.name}:{attempt}", order.beside, free, wanted)
             if outcome is None:
-                reason, full = "another Ray user took GPUs meanwhile", False
+                reason, full = "another Ray user took GPUs meanwhile, or CPUs or memory are short", False
             else:
                 group, slots = outcome
                 got = tuple(sorted(slots))
-                as_good = not more and score(topology, got) >= score(topology, wanted)
-                if got == wanted or (as_good and not lost & set(got) and choose(topology, got, needs)):
-                    self._held[name] = got
+                # Others moved GPUs, and what was got instead is no worse: then it will do.
+                free_then = machine.node(got, {})
+                as_good = not more and needs.whole and len(free_then.free) == count
+                as_good = as_good and score(topology, got) >= score(topology, wanted)
+                if got == wanted or (as_good and choose(topology, got, needs._replace(free_memory_bytes=0))):
+                    self._held[order.name] = Holding(order.deployment, got)
                     bundles = tuple(slots.index(gpu) for gpu in got)
                     return Reserved(group, got, bundles, ray_set(free, count) or got, attempt)
                 self._groups.remove(group)
@@ -148,18 +262,64 @@ class NodeReserver:
             time.sleep(0.01 * attempt)
         return Refused(reason, attempt, full)
 
+    def _share(self, order: Order, machine: Machine, share: int) -> Reserved | Refused:
+        """A share of one GPU."""
+        reason, full, attempt = "", False, 0
+        crowded = {
+            gpu for held in self._held.values() if held.deployment == order.deployment for gpu in held.gpus
+        }
+        unsure: set[int] = set()
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            rests = {gpu: rest for gpu, rest in self._rests().items() if gpu not in machine.lost | unsure}
+            free: frozenset[int] = frozenset()
+            taken = machine.node(free, rests).take(order.needs, crowded)
+            if taken is None:  # no GPU that is shared has room: share one more
+                free = self._look(1) or frozenset()
+                taken = machine.node(free, {}).take(order.needs)
+            if taken is None:
+                reason, full = f"none of its GPUs has {share / WHOLE:g} free", True
+                if attempt > 3:
+                    break
+                unsure.clear()
+                time.sleep(VIEW_LAG_SECONDS / 2)
+                continue
+            [wanted] = taken.gpus
+            group = self._take_share(f"{order.name}:{attempt}", order.beside, share, free, wanted)
+            if group is not None:
+                self._held[order.name] = Holding(order.deployment, (wanted,), share)
+                return Reserved(group, (wanted,), (0,), (wanted,), attempt, share)
+            reason, full = f"another Ray user has some of GPU {wanted}, or CPUs or memory are short", False
+            if wanted in rests:
+                unsure.add(wanted)
+            self._foreign = None
+            self._changed_at = time.monotonic()
+            time.sleep(0.01 * attempt)
+        return Refused(reason, attempt, full)
+
     def _ours(self) -> frozenset[int]:
-        return frozenset(gpu for gpus in self._held.values() for gpu in gpus)
+        return frozenset(gpu for held in self._held.values() for gpu in held.gpus)
+
+    def _rests(self) -> dict[int, int]:
+        """Thousandths free of each GPU that we share out, unless others use it too."""
+        rests: dict[int, int] = {}
+        for held in self._held.values():
+            if held.share < WHOLE:
+                [gpu] = held.gpus
+                rests[gpu] = rests.get(gpu, WHOLE) - held.share
+        return rests
 
     def _look(self, count: int) -> frozenset[int] | None:
-        """The free GPUs, or ``None`` if there are fewer than ``count``."""
+        """The wholly free GPUs, or ``None`` if there are fewer than ``count``."""
         not_ours = frozenset(range(self._gpu_count)) - self._ours()
         expected = len(not_ours) - len(self.foreign)
         quiet = time.monotonic() - self._changed_at
         if self._foreign is None and quiet < VIEW_LAG_SECONDS:
             time.sleep(VIEW_LAG_SECONDS - quiet)
         if self._foreign is None or quiet > VIEW_LAG_SECONDS:
-            expected = min(len(not_ours), self._groups.available())
+            rests = self._rests()
+            whole = self._groups.available() - sum(rests.values()) / WHOLE
+            # Others may use the rest of a GPU that we share: then it is not what is short.
+            expected = min(len(not_ours), math.ceil(whole - 1e-6) if rests else math.floor(whole + 1e-6))
             if expected == len(not_ours):
                 self._foreign = frozenset()
         if expected == len(not_ours) and self._foreign is not None:
@@ -174,7 +334,9 @@ class NodeReserver:
         self._foreign = None
         return None
 
-    def _take(self, name: str, free: frozenset[int], wanted: tuple[int, ...]) -> tuple[Any, list[int]] | None:
+    def _take(
+        self, name: str, beside: Mapping[str, float], free: frozenset[int], wanted: tuple[int, ...]
+    ) -> tuple[Any, list[int]] | None:
         """Creates the real group with the wanted GPUs made the lowest free ones. Leaves nothing else held."""
         groups = self._groups
         holds: list[Any] = []
@@ -188,7 +350,7 @@ class NodeReserver:
                 return None
             while holds:
                 groups.remove(holds.pop())
-            real = groups.reserve(name, len(wanted))
+            real = groups.reserve(name, {"GPU": 1, **beside}, len(wanted))
             if not groups.ready_or_removed(real, READY_DEADLINE_SECONDS):
                 return None
             while fillers:
@@ -200,6 +362,44 @@ class NodeReserver:
             self._changed_at = time.monotonic()
             for group in holds + fillers + ([real] if real is not None and not done else []):
                 groups.remove(group)
+
+    def _take_share(
+        self, name: str, beside: Mapping[str, float], share: int, free: frozenset[int], wanted: int
+    ) -> Any:
+        """Creates the real group on the wanted GPU, every rest that Ray would prefer filled meanwhile.
+
+        Returns:
+            The group, or ``None``. Nothing else is left held.
+        """
+        groups = self._groups
+        rests = self._rests()
+        before = sorted((rest, gpu) for gpu, rest in rests.items() if rest >= share and gpu != wanted)
+        if wanted in rests:
+            before = [one for one in before if one < (rests[wanted], wanted)]
+        fillers: list[Any] = []
+        kept: Any = None
+        try:
+            for rest, _ in before:
+                fillers.append(groups.hold(rest / WHOLE))
+            lower = sum(1 for gpu in free if gpu < wanted)
+            if lower and wanted not in rests:
+                fillers.append(groups.hold(lower))
+            if not all(groups.ready_or_removed(group, READY_DEADLINE_SECONDS) for group in fillers):
+                return None
+            for again in range(MAX_STRAY_SHARES):
+                group = groups.reserve(f"{name}:{again}", {"GPU": share / WHOLE, **beside}, 1)
+                fillers.append(group)
+                if not groups.ready_or_removed(group, READY_DEADLINE_SECONDS):
+                    return None
+                if groups.gpus_of(group, 1, share / WHOLE) == [wanted]:
+                    kept = group
+                    return group
+            return None
+        finally:
+            self._changed_at = time.monotonic()
+            for group in fillers:
+                if group is not kept:
+                    groups.remove(group)
 
 
 def _runs(free: Iterable[int], wanted: tuple[int, ...]) -> list[tuple[int, bool]]:

@@ -20,6 +20,9 @@ class NodeAssignment:
         placement_group: the Ray placement group; bundle ``bundle_indices[r]`` holds ``gpus[r]``.
         bundle_indices: the bundles of this assignment.
         node_name: what people call the node.
+        share: how much of the GPU it is, 1 for whole ones.
+        mig: profile of the MIG instance that ``gpus`` is; empty for GPUs.
+        cpus_per_gpu, memory_bytes_per_gpu: what each bundle holds beside its GPU.
         ray_gpus: what Ray alone would have given at that moment: the lowest-numbered free GPUs.
         bandwidth_gb_per_s, ray_bandwidth_gb_per_s: predicted bus bandwidth of an all-reduce between the GPUs,
             GB/s per direction, and between ``ray_gpus``; ``None`` for fewer than two GPUs, or where a link
@@ -35,6 +38,10 @@ class NodeAssignment:
     placement_group: PlacementGroup
     bundle_indices: list[int]
     node_name: str = ""
+    share: float = 1.0
+    mig: str = ""
+    cpus_per_gpu: float = 0.0
+    memory_bytes_per_gpu: int = 0
     ray_gpus: list[int] = field(default_factory=list)
     bandwidth_gb_per_s: float | None = None
     weakest_link: str | None = None
@@ -58,9 +65,11 @@ class NodeAssignment:
         strategy = PlacementGroupSchedulingStrategy(
             self.placement_group, placement_group_bundle_index=self.bundle_indices[rank]
         )
-        options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": strategy}
+        options: dict[str, Any] = {"num_cpus": self.cpus_per_gpu, "scheduling_strategy": strategy}
+        if self.memory_bytes_per_gpu:
+            options["memory"] = self.memory_bytes_per_gpu
         if self.egress_resource is None:
-            options["num_gpus"] = 1
+            options["num_gpus"] = 1 if self.share == 1 else self.share
         else:
             options["resources"] = {self.egress_resource: self.egress_units}
         return options
@@ -74,6 +83,10 @@ class NodeAssignment:
             "gpus": list(self.gpus),
             "placement_group": self.placement_group.id.hex(),
             "bundle_indices": list(self.bundle_indices),
+            "share": self.share,
+            "mig": self.mig,
+            "cpus_per_gpu": self.cpus_per_gpu,
+            "memory_bytes_per_gpu": self.memory_bytes_per_gpu,
             "ray_gpus": list(self.ray_gpus),
             "bandwidth_gb_per_s": self.bandwidth_gb_per_s,
             "weakest_link": self.weakest_link,

@@ -269,8 +269,7 @@ class DeploymentPlacementActor:
         for info in nodes:
             state = node_state(
                 info,
-                self._fleet.facts.get(info.id),
-                self._fleet.topology(info),
+                self._fleet.machine(info),
                 None if info.id in settling else available.get(info.id, {}),
                 tallies.get(info.id, Tally()),
                 self._fleet.foreign.get(info.id, frozenset()),

@@ -10,11 +10,19 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from placement.core.matrix import parse_matrix, render_matrix
+from placement.core.planner import PlannedReplica
+from placement.core.score import WHOLE
 from placement.core.snapshot import Node, Snapshot
 from placement.core.topology import Topology
 from placement.errors import InvalidClusterFile, MatrixError
 from placement.wire.base import Model
 from placement.wire.deployment import Deployment
+
+_AS_THEY_ARE = (
+    "egress", "problem", "rests", "slots", "instances", "gpu_memory_bytes", "free_memory", "cpu_milli",
+    "memory_bytes", "labels", "compute_capability",
+)  # fmt: skip
+"""Fields that a node has in a file as it has them in a snapshot."""
 
 
 class HeldReplica(Model):
@@ -23,8 +31,17 @@ class HeldReplica(Model):
     replica_index: int
     node: str
     gpus: tuple[int, ...] = ()
+    share: int = Field(default=WHOLE, description="thousandths of the GPU")
+    profile: str = Field(default="", description="of the MIG instance that it holds instead of a GPU")
+    cpu_milli: int = 0
+    memory_bytes: int = 0
     egress_resource: str | None = None
     egress_units: int = 0
+
+    def planned(self) -> PlannedReplica:
+        """The same in the planner's terms."""
+        fields = self.model_dump(exclude={"node"})
+        return PlannedReplica(node_id=self.node, **fields)
 
 
 class HeldDeployment(Model):
@@ -48,7 +65,18 @@ class ClusterNode(Model):
     name: str
     address: str = ""
     machine: str | None = Field(default=None, description="a key of `machines`; none on a pure egress node")
-    free: tuple[int, ...] = Field(default=(), description="GPU ordinals believed free")
+    free: tuple[int, ...] = Field(default=(), description="GPU ordinals believed wholly free")
+    rests: dict[int, int] = Field(default_factory=dict, description="shared GPU -> thousandths left")
+    slots: dict[int, str] = Field(default_factory=dict, description="slot that is a MIG instance -> profile")
+    instances: dict[int, str] = Field(default_factory=dict, description="those of them that are free")
+    gpu_memory_bytes: int | None = None
+    free_memory: dict[int, int] = Field(default_factory=dict, description="GPU -> bytes free, by NVML")
+    cpu_milli: int = 0
+    memory_bytes: int = 0
+    labels: dict[str, str] = Field(default_factory=dict)
+    accelerators: tuple[str, ...] = ()
+    compute_capability: tuple[int, int] | None = None
+    deployments: tuple[str, ...] = ()
     egress: dict[str, int] = Field(default_factory=dict, description="resource -> requests still free")
     serving: tuple[tuple[str, str], ...] = Field(default=(), description="(provider, key fingerprint)")
     problem: str | None = None
@@ -79,9 +107,10 @@ class ClusterFile(Model):
                     address=node.address,
                     machine=key,
                     free=tuple(sorted(node.free)),
-                    egress=dict(node.egress),
+                    accelerators=tuple(sorted(node.accelerators)),
+                    deployments=tuple(sorted(node.deployments)),
                     serving=tuple(sorted(node.serving)),
-                    problem=node.problem,
+                    **{name: getattr(node, name) for name in _AS_THEY_ARE},
                 )
             )
         machines = {key: Machine(matrix=matrix, model=model) for (matrix, model), key in keys.items()}
@@ -116,9 +145,10 @@ class ClusterFile(Model):
                 address=one.address,
                 topology=topology,
                 free=frozenset(one.free),
-                egress=dict(one.egress),
+                accelerators=frozenset(one.accelerators),
+                deployments=frozenset(one.deployments),
                 serving=frozenset(one.serving),
-                problem=one.problem,
+                **{name: getattr(one, name) for name in _AS_THEY_ARE},
             )
         return Snapshot(nodes.values())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
 
-from placement.core.score import Within
+from placement.core.labels import parse_condition
+from placement.core.score import GIB, WHOLE, Needs, Within
+from placement.core.snapshot import Policy
 from placement.errors import MissingSecret
 from placement.wire.base import Model
 
@@ -36,6 +39,7 @@ DEFAULT_KEY_VARIABLES = {
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _ENV_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _SECRET_PATTERN = re.compile(r"api_?key|secret|password|credential|(^|_)token$", re.IGNORECASE)
+_MIG_PATTERN = re.compile(r"[1-7]g\.\d{1,3}gb(\+[a-z.]+)?|[1-7]c\.[1-7]g\.\d{1,3}gb")
 _PROVIDER_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 MOST = 100_000
@@ -79,9 +83,23 @@ def _keys(value: JsonValue) -> Iterator[str]:
             yield from _keys(inner)
 
 
+def _capability(value: Any) -> Any:
+    text = f"{value:.1f}" if isinstance(value, int | float) and not isinstance(value, bool) else value
+    if not isinstance(text, str) or not re.fullmatch(r"\d{1,2}\.\d", text):
+        raise ValueError(f'{value!r} is not a compute capability; write major.minor, such as "8.0"')
+    return text
+
+
 def _gpus(value: Any) -> Any:
     if isinstance(value, float):
-        raise ValueError(f"{value!r} GPUs is fractional; use a whole number of at least 1 per replica")
+        if value > 1:
+            raise ValueError(
+                f"{value!r} GPUs is more than one and not whole, and a share cannot span two GPUs; "
+                "use a whole number, or a share below 1"
+            )
+        if value != 1 and not (value > 0 and math.isclose(value * WHOLE, round(value * WHOLE), abs_tol=1e-6)):
+            raise ValueError(f"{value!r} is no share of a GPU; use 0.001 to 0.999, in thousandths")
+        return 1 if value == 1 else value
     if isinstance(value, int) and not isinstance(value, bool) and value < 1:
         raise ValueError(f"{value} is too small; use at least 1, or leave gpus out on a remote deployment")
     return _whole(value)
@@ -217,6 +235,13 @@ class Budget(Model):
     requests_per_minute: int | None = Field(default=None, gt=0)
 
 
+class Spread(Model):
+    """Keeps replicas apart: at most ``max`` of them on nodes with one value of ``label``."""
+
+    label: str = Field(min_length=1, description="a node label, such as ray.io/availability-zone")
+    max: Count = 1
+
+
 class PlacementConstraints(Model):
     """Limits the choice of nodes. A node is named by its id, its name or its address.
 
@@ -228,6 +253,45 @@ class PlacementConstraints(Model):
     egress_preference: tuple[str, ...] = Field(
         default=(), description="egress nodes to try first, best first"
     )
+    accelerators: tuple[str, ...] | None = Field(
+        default=None, min_length=1, description='accelerator types, as Ray names them: ["H100", "H200"]'
+    )
+    min_compute_capability: Annotated[str, BeforeValidator(_capability)] | None = Field(
+        default=None, description='the least that will do: "8.0"'
+    )
+    min_free_gpu_memory_gib: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="that NVML must show as free on each GPU"
+    )
+    node_labels: dict[str, str] = Field(
+        default_factory=dict, description="label -> a, !a, in(a, b) or !in(a, b), as Ray's label_selector"
+    )
+    cpus_per_gpu: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    memory_gib_per_gpu: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    spread: Spread | None = None
+    apart_from: tuple[str, ...] = Field(default=(), description="deployments that must not be on the node")
+    near_to: tuple[str, ...] = Field(default=(), description="deployments that must be on the node")
+
+    @field_validator("node_labels")
+    @classmethod
+    def _conditions(cls, value: dict[str, str]) -> dict[str, str]:
+        for condition in value.values():
+            parse_condition(condition)
+        return value
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> PlacementConstraints:
+        both = sorted(set(self.apart_from) & set(self.near_to))
+        if both:
+            raise ValueError(f"apart_from and near_to both name {both[0]!r}; remove it from one of them")
+        return self
+
+    @property
+    def compute_capability(self) -> tuple[int, int] | None:
+        """The least compute capability, as (major, minor)."""
+        if self.min_compute_capability is None:
+            return None
+        major, _, minor = self.min_compute_capability.partition(".")
+        return int(major), int(minor)
 
 
 class Deployment(Model):
@@ -244,9 +308,17 @@ class Deployment(Model):
         default=None, description="else runtime_config.runtime, else by the model's name"
     )
     runtime_config: RuntimeConfig | None = None
-    gpus: Annotated[int, BeforeValidator(_gpus)] | None = Field(
-        default=None, description="GPUs per replica; 1 if left out on a local runtime; never on a remote one"
+    gpus: Annotated[int | float, BeforeValidator(_gpus)] | None = Field(
+        default=None,
+        description="GPUs per replica, or a share of one (0.25); 1 if left out; never on a remote runtime",
     )
+    gpu_memory_gib: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="instead of gpus: as much of one GPU as has this much memory",
+    )
+    mig: str | None = Field(default=None, description="instead of gpus: one MIG instance, such as 1g.10gb")
     replicas: Count = 1
     min_bandwidth_gb_per_s: float | None = Field(
         default=None,
@@ -258,6 +330,7 @@ class Deployment(Model):
         default=None,
         description="floor: nvlink (a collective runs on NVLink alone), switch (past no CPU), numa, or node",
     )
+    policy: Policy = Field(default=Policy.TOPOLOGY, description="which node goes first among those with room")
     serving: Serving = Serving()
     budget: Budget | None = None
     idempotent: bool = Field(default=False, description="requests may be sent twice")
@@ -300,23 +373,39 @@ class Deployment(Model):
             raise ValueError(
                 f"runtime_config.transport and provider are for runtime custom, not {self.runtime_name}"
             )
-        if self.remote and self.gpus is not None:
-            raise ValueError(
-                f"gpus: {self.gpus} on a remote deployment ({self.runtime_name}); leave gpus out, "
-                "or set runtime to a local one such as vllm"
-            )
-        for field in ("min_bandwidth_gb_per_s", "within"):
-            value = getattr(self, field)
-            if value is not None and self.gpus_per_replica < 2:
-                raise ValueError(
-                    f"{field}: {value} is about the links between a replica's GPUs, and it has "
-                    f"{self.gpus_per_replica}; leave it out, or ask for 2 gpus or more"
-                )
+        self._no_contradiction()
         if config and config.api_key and not self.remote:
             raise ValueError(
                 f"runtime_config.api_key is for remote runtimes, not {self.runtime_name}; remove it"
             )
         return self
+
+    def _no_contradiction(self) -> None:
+        asked = [name for name in ("gpus", "gpu_memory_gib", "mig") if getattr(self, name) is not None]
+        if len(asked) > 1:
+            values = " and ".join(f"{name}: {getattr(self, name)}" for name in asked)
+            raise ValueError(f"{values} are different ways to ask for GPUs; keep one of them")
+        if self.remote and asked:
+            raise ValueError(
+                f"{asked[0]}: {getattr(self, asked[0])} on a remote deployment ({self.runtime_name}); leave "
+                f"{asked[0]} out, or set runtime to a local one such as vllm"
+            )
+        if self.mig is not None and not _MIG_PATTERN.fullmatch(self.mig):
+            raise ValueError(f"mig: {self.mig!r} is not a MIG profile; write one such as 1g.10gb")
+        for field in ("min_bandwidth_gb_per_s", "within"):
+            value = getattr(self, field)
+            if value is not None and self.gpus_per_replica < 2:
+                has = "no GPUs" if self.remote else "one GPU at most"
+                raise ValueError(
+                    f"{field}: {value} is about the links between a replica's GPUs, and it has {has}; "
+                    "leave it out, or ask for 2 gpus or more"
+                )
+        limits = self.constraints
+        if limits and self.name in (*limits.apart_from, *limits.near_to):
+            raise ValueError(
+                f"constraints: apart_from or near_to names {self.name!r} itself; use constraints.spread to keep "
+                "its replicas apart"
+            )
 
     @property
     def runtime_name(self) -> Runtime:
@@ -348,8 +437,34 @@ class Deployment(Model):
 
     @property
     def gpus_per_replica(self) -> int:
-        """GPUs each replica takes; 0 for a remote one."""
-        return 0 if self.remote else self.gpus or 1
+        """GPUs each replica has: 1 also where it is a share or a MIG instance; 0 for a remote one."""
+        if self.remote:
+            return 0
+        return self.gpus if isinstance(self.gpus, int) else 1
+
+    @property
+    def needs(self) -> Needs:
+        """What each replica needs of a node's GPUs."""
+        limits = self.constraints
+        return Needs(
+            gpus=self.gpus_per_replica,
+            within=self.within or Within.NODE,
+            min_bandwidth_gb_per_s=self.min_bandwidth_gb_per_s or 0.0,
+            share=round(self.gpus * WHOLE) if isinstance(self.gpus, float) else WHOLE,
+            memory_bytes=round((self.gpu_memory_gib or 0) * GIB),
+            free_memory_bytes=round(((limits and limits.min_free_gpu_memory_gib) or 0) * GIB),
+            profile=self.mig or "",
+        )
+
+    @property
+    def cpu_milli_per_gpu(self) -> int:
+        """CPUs (thousandths) that each GPU's bundle takes as well."""
+        return round(((self.constraints and self.constraints.cpus_per_gpu) or 0) * 1000)
+
+    @property
+    def memory_bytes_per_gpu(self) -> int:
+        """Memory that each GPU's bundle takes as well."""
+        return round(((self.constraints and self.constraints.memory_gib_per_gpu) or 0) * GIB)
 
     @property
     def egress_per_replica(self) -> int:
@@ -373,7 +488,9 @@ class Deployment(Model):
     def shape(self) -> dict[str, Any]:
         """What decides where replicas can sit. A change here replaces them; any other change does not."""
         return {
-            "gpus": self.gpus_per_replica,
+            "gpus": self.gpus_per_replica if self.gpus is None else self.gpus,
+            "gpu_memory_gib": self.gpu_memory_gib,
+            "mig": self.mig,
             "within": self.within,
             "min_bandwidth_gb_per_s": self.min_bandwidth_gb_per_s,
             "provider": self.provider,

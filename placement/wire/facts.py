@@ -25,6 +25,9 @@ class GpuFacts(Model):
     numa_nodes: tuple[int, ...] = Field(default=(), description="NUMA nodes near the GPU; empty if unknown")
     cpus: tuple[int, ...] = Field(default=(), description="CPUs near the GPU; empty if unknown")
     mig_enabled: bool | None = None
+    mig_profile: str | None = Field(
+        default=None, description="profile (1g.10gb) where this slot of Ray's is a MIG instance"
+    )
     nvswitch_links: int | None = Field(
         default=None, description="NVLinks of this GPU that end in an NVSwitch"
     )
@@ -34,6 +37,21 @@ class GpuFacts(Model):
     def lost(self) -> bool:
         """The driver lists the GPU but cannot reach it."""
         return self.uuid is None and bool(self.errors)
+
+
+class MigFacts(Model):
+    """One MIG instance of a GPU. ``None`` is "unknown or not supported", never zero."""
+
+    parent: int = Field(ge=0, description="ordinal of its GPU within this reading")
+    uuid: str | None = None
+    profile: str | None = Field(default=None, description="compute slices and memory: 1g.10gb, 1c.3g.40gb")
+    memory_total_bytes: int | None = None
+    memory_used_bytes: int | None = None
+    gpu_instance_id: int | None = None
+    compute_instance_id: int | None = None
+    errors: tuple[str, ...] = Field(
+        default=(), description="NVML calls that failed on this instance, and how"
+    )
 
 
 class PairFacts(Model):
@@ -67,6 +85,9 @@ class NodeFacts(Model):
     source: Source = Field(description="nvml: read now; catalogue: a recorded machine; none: nothing to read")
     catalogue_name: str | None = None
     gpus: tuple[GpuFacts, ...] = ()
+    instances: tuple[MigFacts, ...] = Field(
+        default=(), description="MIG instances of all GPUs; empty as well where NVML could not list them"
+    )
     pairs: tuple[PairFacts, ...] = ()
     nics: tuple[NicFacts, ...] = Field(default=(), description="empty if unknown; NVML does not tell them")
     driver_version: str | None = None

@@ -15,8 +15,8 @@ from placement.wire.deployment import Deployment
 M = TypeVar("M", bound=BaseModel)
 
 _ECHOED = {
-    "name", "model", "runtime", "gpus", "replicas", "min_bandwidth_gb_per_s", "within", "serving",
-    "idempotent", "constraints", "budget",
+    "name", "model", "runtime", "gpus", "replicas", "gpu_memory_gib", "mig", "min_bandwidth_gb_per_s", "within",
+    "policy", "serving", "idempotent", "constraints", "budget",
 }  # fmt: skip
 """Fields whose refused value may be shown. The rest may hold a pasted key."""
 
@@ -118,6 +118,7 @@ def _known_fields(model: type[BaseModel], location: list[str]) -> list[str]:
         "serving": wire.Serving,
         "budget": wire.Budget,
         "constraints": wire.PlacementConstraints,
+        "spread": wire.Spread,
     }
     here = nested.get(location[-1], model) if location else model
     return list(here.model_fields)

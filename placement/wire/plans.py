@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from placement.core.explanation import Explanation, explain
-from placement.core.planner import Change, Plan, PlannedReplica, Step, steps
+from placement.core.planner import Change, Plan, Step, steps
 from placement.core.request import Request
-from placement.core.score import Within, score
+from placement.core.score import WHOLE, score
 from placement.core.snapshot import Snapshot
 from placement.errors import UnknownNode, Unplaceable
 from placement.wire.cluster import HeldDeployment, HeldReplica
@@ -24,6 +24,8 @@ class PlannedAssignment:
         bandwidth_gb_per_s: predicted all-reduce bus bandwidth between the GPUs, GB/s per direction; ``None``
             for fewer than two GPUs, or where a link is unknown.
         weakest_link: slowest link between two of them as ``nvidia-smi topo -m`` names it.
+        share: how much of the GPU, 1 for whole ones.
+        mig: profile of the MIG instance that ``gpus`` is; empty for GPUs.
     """
 
     replica_index: int
@@ -32,6 +34,8 @@ class PlannedAssignment:
     gpus: list[int]
     bandwidth_gb_per_s: float | None = None
     weakest_link: str | None = None
+    share: float = 1.0
+    mig: str = ""
     egress_resource: str | None = None
     egress_units: int = 0
 
@@ -114,8 +118,8 @@ def explain_deployments(
     """
     explained = []
     for step, keep in _steps(snapshot, held, wanted):
-        why = explain(step.seen, step.change.request)
-        name = step.change.request.deployment
+        why = explain(step.seen, step.request)
+        name = step.request.deployment
         if isinstance(step.outcome, Unplaceable):
             explained.append(ExplainedPlan(name, None, str(step.outcome), why))
         else:
@@ -140,15 +144,23 @@ def request_of(
     return Request(
         deployment=wanted.name,
         replicas=tuple(missing),
-        gpus=wanted.gpus_per_replica,
-        within=wanted.within or Within.NODE,
-        min_bandwidth_gb_per_s=wanted.min_bandwidth_gb_per_s or 0.0,
+        needs=wanted.needs,
+        policy=wanted.policy,
         provider=wanted.provider,
         key=wanted.key_fingerprint,
         egress=wanted.egress_per_replica,
         gpu_nodes=limits.gpu_nodes,
         egress_nodes=limits.egress_nodes,
         egress_preference=limits.egress_preference,
+        labels=limits.node_labels,
+        accelerators=limits.accelerators or (),
+        compute_capability=limits.compute_capability,
+        cpu_milli=wanted.cpu_milli_per_gpu * wanted.gpus_per_replica,
+        memory_bytes=wanted.memory_bytes_per_gpu * wanted.gpus_per_replica,
+        apart_from=limits.apart_from,
+        near_to=limits.near_to,
+        spread_label=limits.spread.label if limits.spread else None,
+        max_per_domain=limits.spread.max if limits.spread else 0,
         standing=dict(standing),
     )
 
@@ -174,17 +186,13 @@ def _change(
     for replica in keep.values():
         on_nodes[replica.node] = on_nodes.get(replica.node, 0) + 1
     missing = [index for index in range(one.replicas) if index not in keep]
-    leaving = tuple(
-        PlannedReplica(i, r.node, r.gpus, r.egress_resource, r.egress_units)
-        for i, r in stands.items()
-        if i not in keep
-    )
+    leaving = tuple(replica.planned() for index, replica in stands.items() if index not in keep)
     request = request_of(one, missing, on_nodes, snapshot)
     return Change(request, leaving, in_place=not same_shape), keep
 
 
 def _preview(snapshot: Snapshot, outcome: Plan, keep: Mapping[int, HeldReplica]) -> PlacementPlan:
-    planned = [PlannedReplica(i, r.node, r.gpus, r.egress_resource, r.egress_units) for i, r in keep.items()]
+    planned = [replica.planned() for replica in keep.values()]
     assignments = []
     for replica in sorted([*planned, *outcome.replicas], key=lambda replica: replica.replica_index):
         if not snapshot.bit(replica.node_id):  # it stands on a node that is no more
@@ -204,6 +212,8 @@ def _preview(snapshot: Snapshot, outcome: Plan, keep: Mapping[int, HeldReplica])
                 list(replica.gpus),
                 value.known_gb_per_s,
                 value.link_name,
+                replica.share / WHOLE,
+                replica.profile,
                 replica.egress_resource,
                 replica.egress_units,
             )

@@ -10,7 +10,7 @@ from placement import topologies
 from placement.core.explanation import explain
 from placement.core.planner import Change, Plan, PlannedReplica, plan, steps, vacate
 from placement.core.request import Request
-from placement.core.score import Within
+from placement.core.score import Needs, Within
 from placement.core.snapshot import Node, Snapshot
 from placement.core.topology import Topology
 from placement.errors import BelowFloor, NoEgressNodes, NoGpuNodes, NotEnoughEgress, NotEnoughGpus
@@ -34,7 +34,8 @@ def where(outcome: object) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def local(gpus: int, replicas: int = 1, **fields: object) -> Request:
-    return Request("d", tuple(range(replicas)), gpus=gpus, **fields)  # type: ignore[arg-type]
+    needs = {name: fields.pop(name) for name in Needs._fields if name in fields}
+    return Request("d", tuple(range(replicas)), Needs(gpus, **needs), **fields)  # type: ignore[arg-type]
 
 
 def remote(units: int = 1, replicas: int = 1, key: str = "k", **fields: object) -> Request:
@@ -109,14 +110,14 @@ def test_every_refusal_counts_its_reasons_and_says_what_would_help() -> None:
     refusal = plan(busy, local(4, gpu_nodes=("dgx", "pcie")))
     assert isinstance(refusal, NotEnoughGpus)
     assert refusal.excluded == {"has fewer than 4 GPUs free": 2}
-    assert "replica 0 needs 4 free GPUs on one node; at best pcie has 3 (1-3) of its 4 GPUs free" in str(
+    assert "replica 0 needs 4 GPUs free on one node; at best pcie has 3 (1-3) of its 4 GPUs free" in str(
         refusal
     )
 
     refusal = plan(MIXED, local(4, gpu_nodes=("pcie",), replicas=2))
     assert isinstance(refusal, NotEnoughGpus)
     assert refusal.excluded == {"not in constraints.gpu_nodes": 2, "has fewer than 4 GPUs free": 1}
-    assert "replica 1 needs 4 free GPUs on one node; at best pcie has none of its 4 GPUs free" in str(refusal)
+    assert "replica 1 needs 4 GPUs free on one node; at best pcie has none of its 4 GPUs free" in str(refusal)
 
 
 def test_without_gpu_nodes_it_says_how_to_get_one() -> None:
@@ -280,7 +281,12 @@ def test_vacating_gives_back_gpus_and_egress_and_passes_over_nodes_that_are_gone
     snapshot = Snapshot((gpu_node("g", 4, busy=(0, 1)), egress_node("e", egress=1)))
     gone = PlannedReplica(2, "id-x", (0,))
     left = vacate(
-        snapshot, [PlannedReplica(0, "id-g", (1,)), PlannedReplica(1, "id-e", (), "egress", 3), gone]
+        snapshot,
+        [
+            PlannedReplica(0, "id-g", (1,)),
+            PlannedReplica(1, "id-e", egress_resource="egress", egress_units=3),
+            gone,
+        ],
     )
     assert left.node("id-g").free == {1, 2, 3}
     assert left.node("id-e").egress == {"egress": 4}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from placement import topologies
 from placement.core.planner import Plan, PlannedReplica, plan, vacate
 from placement.core.request import Request
-from placement.core.score import Within, score
+from placement.core.score import Needs, Within, score
 from placement.core.snapshot import Node, Snapshot
 from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
 
@@ -32,20 +32,19 @@ def clusters(draw: st.DrawFn) -> Snapshot:
 @st.composite
 def requests(draw: st.DrawFn) -> Request:
     gpus = draw(st.integers(1, 4))
+    floor = draw(st.sampled_from([0.0, 0.0, 19.95, 50.0])) if gpus > 1 else 0.0
     return Request(
         "d",
         tuple(range(draw(st.integers(1, 4)))),
-        gpus=gpus,
-        within=draw(st.sampled_from(Within)),
-        min_bandwidth_gb_per_s=draw(st.sampled_from([0.0, 0.0, 19.95, 50.0])) if gpus > 1 else 0.0,
+        Needs(gpus, draw(st.sampled_from(Within)), floor),
         gpu_nodes=draw(st.sampled_from([None, None, ("node-0", "node-2")])),
     )
 
 
 def near_enough(node: Node, gpus: tuple[int, ...], request: Request) -> bool:
     return (
-        node.shape.best(sum(1 << gpu for gpu in gpus), len(gpus), request.within) is not None
-        and score(node.topology, gpus).bandwidth_gb_per_s >= request.min_bandwidth_gb_per_s
+        node.shape.best(sum(1 << gpu for gpu in gpus), len(gpus), request.needs.within) is not None
+        and score(node.topology, gpus).bandwidth_gb_per_s >= request.needs.min_bandwidth_gb_per_s
     )
 
 
@@ -54,7 +53,7 @@ def exists(free: dict[str, frozenset[int]], nodes: dict[str, Node], request: Req
     if not replicas:
         return True
     for node_id, left in free.items():
-        for gpus in combinations(sorted(left), request.gpus):
+        for gpus in combinations(sorted(left), request.needs.gpus):
             if near_enough(nodes[node_id], gpus, request) and exists(
                 free | {node_id: left - set(gpus)}, nodes, request, replicas - 1
             ):
@@ -87,7 +86,7 @@ def test_one_replica_is_placed_exactly_when_it_can_be_and_on_the_fastest_set(
         assert reached == max(
             score(node.topology, gpus)
             for node in nodes.values()
-            for gpus in combinations(sorted(node.free), request.gpus)
+            for gpus in combinations(sorted(node.free), request.needs.gpus)
             if near_enough(node, gpus, request)
         )
 
@@ -116,7 +115,7 @@ def test_the_best_set_is_left_alone_where_two_others_are_needed() -> None:
     row = Snapshot(
         (Node("id", "row", topology=Topology(tuple(map(tuple, links))), free=frozenset(range(4))),)
     )
-    one, two = (Request("d", tuple(range(n)), gpus=2, within=Within.NVLINK) for n in (1, 2))
+    one, two = (Request("d", tuple(range(n)), Needs(2, Within.NVLINK)) for n in (1, 2))
     assert [replica.gpus for replica in plan(row, one).replicas]  # type: ignore[union-attr] == [(1, 2)]
     assert [replica.gpus for replica in plan(row, two).replicas]  # type: ignore[union-attr] == [(0, 1), (2, 3)]
 

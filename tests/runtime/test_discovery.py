@@ -7,6 +7,7 @@ import pytest
 from placement.core.topology import Topology
 from placement.runtime.books import Tally
 from placement.runtime.discovery import TOPOLOGY_LABEL, NodeInfo, node_state
+from placement.runtime.reservation import Machine, machine_of
 from placement.wire.facts import GpuFacts, NodeFacts
 
 NODE = NodeInfo("id", "gpu-a", "10.0.0.1", gpu_count=8, egress={"egress": 10})
@@ -39,7 +40,7 @@ def test_free_gpus(
     available = None if in_books is None else {"GPU": in_books, "egress": 10.0}
     tally = Tally(gpus=set(standing), claimed_gpus=set(claimed))
     assert sorted(
-        node_state(NODE, None, Topology.unknown(8), available, tally, frozenset(foreign)).free
+        node_state(NODE, Machine(Topology.unknown(8)), available, tally, frozenset(foreign)).free
     ) == list(free), case
 
 
@@ -48,7 +49,7 @@ def test_a_lost_gpu_is_not_free() -> None:
         source="nvml", gpus=(GpuFacts(ordinal=0, uuid="a"), GpuFacts(ordinal=1, errors=("lost",)))
     )
     node = NodeInfo("id", "a", "", gpu_count=2)
-    assert node_state(node, facts, facts.topology(), {"GPU": 2.0}, Tally(), frozenset()).free == {0}
+    assert node_state(node, machine_of(facts, 2), {"GPU": 2.0}, Tally(), frozenset()).free == {0}
 
 
 def test_free_egress_is_the_less_of_what_the_books_and_we_know() -> None:
@@ -56,7 +57,7 @@ def test_free_egress_is_the_less_of_what_the_books_and_we_know() -> None:
         tally = Tally()
         tally.egress["egress"] = ours
         available = None if in_books is None else {"egress": in_books}
-        return node_state(NODE, None, Topology.unknown(8), available, tally, frozenset()).egress["egress"]
+        return node_state(NODE, Machine(Topology.unknown(8)), available, tally, frozenset()).egress["egress"]
 
     assert [left(10, 4), left(5, 4), left(None, 4)] == [6, 5, 6]
 

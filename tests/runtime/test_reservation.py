@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from placement import topologies
-from placement.core.score import Needs, best_set, score
+from placement.core.score import WHOLE, Needs, best_set, score
 from placement.core.topology import Topology
 from placement.runtime import reservation
-from placement.runtime.reservation import NodeReserver, Refused, Reserved
+from placement.runtime.reservation import Machine, NodeReserver, Order, Refused, Reserved
 
 
 @pytest.fixture(autouse=True)
@@ -34,33 +34,48 @@ class Slots:
 
     count: int
     others: set[int] = field(default_factory=set)
-    groups: dict[int, list[int]] = field(default_factory=dict)
+    others_shares: dict[int, int] = field(default_factory=dict)
+    groups: dict[int, dict[int, int]] = field(default_factory=dict)
     disturb: object = None
     steps: int = 0
     _ids: itertools.count = field(default_factory=itertools.count)
 
+    def rests(self) -> dict[int, int]:
+        """Thousandths free of each GPU."""
+        rests = {gpu: WHOLE * (gpu not in self.others) for gpu in range(self.count)}
+        for taken in (self.others_shares, *self.groups.values()):
+            for gpu, share in taken.items():
+                rests[gpu] -= share
+        assert min(rests.values()) >= 0
+        return rests
+
     def free(self) -> list[int]:
-        taken = self.others.union(*self.groups.values()) if self.groups else self.others
-        return [gpu for gpu in range(self.count) if gpu not in taken]
+        return [gpu for gpu, rest in self.rests().items() if rest == WHOLE]
 
     def _step(self) -> None:
         self.steps += 1
         if self.disturb is not None:
             self.disturb(self)
 
-    def _create(self, count: int) -> int:
+    def _create(self, amount: float) -> int:
         self._step()
         group = next(self._ids)
-        lowest = self.free()[:count]
-        if len(lowest) == count:
-            self.groups[group] = lowest
+        if amount < 1:  # as measured: the smallest rest that is enough, then the lowest
+            share = round(amount * WHOLE)
+            enough = [(rest, gpu) for gpu, rest in self.rests().items() if rest >= share]
+            if enough:
+                self.groups[group] = {min(enough)[1]: share}
+            return group
+        lowest = self.free()[: round(amount)]
+        if len(lowest) == amount:
+            self.groups[group] = dict.fromkeys(lowest, WHOLE)
         return group
 
-    def hold(self, count: int) -> int:
-        return self._create(count)
+    def hold(self, amount: float) -> int:
+        return self._create(amount)
 
-    def reserve(self, name: str, count: int) -> int:
-        return self._create(count)
+    def reserve(self, name: str, bundle: dict[str, float], count: int) -> int:
+        return self._create(bundle["GPU"] * count)
 
     def ready_or_removed(self, group: int, deadline_seconds: float) -> bool:
         return group in self.groups
@@ -68,17 +83,17 @@ class Slots:
     def remove(self, group: int) -> None:
         self.groups.pop(group, None)
 
-    def gpus_of(self, group: int, count: int) -> list[int]:
+    def gpus_of(self, group: int, count: int, share: float = 1) -> list[int]:
         self._step()
-        return list(self.groups[group])
+        return sorted(self.groups[group])
 
     def lowest_free(self, count: int, deadline_seconds: float) -> list[int] | None:
         self._step()
         lowest = self.free()[:count]
         return lowest if len(lowest) == count else None
 
-    def available(self) -> int:
-        return len(self.free())
+    def available(self) -> float:
+        return sum(self.rests().values()) / WHOLE
 
 
 PAIRS = topologies.load("a100-pcie-4x")
@@ -88,15 +103,15 @@ DGX1 = topologies.load("dgx-1v")
 def test_a_pair_stays_on_its_bridge_when_gpu_0_is_busy() -> None:
     """Ray alone would give 1 and 2, one half of each bridge."""
     slots = Slots(4, others={0})
-    outcome = NodeReserver(slots, 4).reserve("r", Needs(2), PAIRS)
+    outcome = NodeReserver(slots, 4).reserve(Order("r", Needs(2)), Machine(PAIRS))
     assert isinstance(outcome, Reserved)
     assert (outcome.gpus, outcome.ray_gpus, outcome.attempts) == ((2, 3), (1, 2), 1)
-    assert list(slots.groups.values()) == [[2, 3]]
+    assert [list(group) for group in slots.groups.values()] == [[2, 3]]
 
 
 def test_nothing_is_steered_where_rays_own_choice_is_best() -> None:
     slots = Slots(8)
-    outcome = NodeReserver(slots, 8).reserve("r", Needs(4), DGX1)
+    outcome = NodeReserver(slots, 8).reserve(Order("r", Needs(4)), Machine(DGX1))
     assert isinstance(outcome, Reserved)
     assert outcome.gpus == outcome.ray_gpus == (0, 1, 2, 3)
     assert slots.steps == 2, "one group created, one verification"
@@ -104,17 +119,17 @@ def test_nothing_is_steered_where_rays_own_choice_is_best() -> None:
 
 def test_several_runs_are_steered_with_every_hold_given_back() -> None:
     slots = Slots(8, others={3})
-    outcome = NodeReserver(slots, 8).reserve("r", Needs(2), Topology.unknown(8))
+    outcome = NodeReserver(slots, 8).reserve(Order("r", Needs(2)), Machine(Topology.unknown(8)))
     assert isinstance(outcome, Reserved)
     wanted = best_set(DGX1, {0, 1, 2, 4, 5, 6, 7}, 2)
-    outcome = NodeReserver(Slots(8, others={3}), 8).reserve("r", Needs(2), DGX1)
+    outcome = NodeReserver(Slots(8, others={3}), 8).reserve(Order("r", Needs(2)), Machine(DGX1))
     assert isinstance(outcome, Reserved)
     assert outcome.gpus == wanted
 
 
 def test_a_full_node_refuses_and_holds_nothing() -> None:
     slots = Slots(4, others={0, 1, 2})
-    outcome = NodeReserver(slots, 4).reserve("r", Needs(2), PAIRS)
+    outcome = NodeReserver(slots, 4).reserve(Order("r", Needs(2)), Machine(PAIRS))
     assert isinstance(outcome, Refused)
     assert outcome.full
     assert slots.groups == {}
@@ -126,11 +141,11 @@ def test_unending_interference_ends_in_a_refusal_that_holds_nothing() -> None:
         slots.others = ({0, 2} if slots.steps % 2 else {1, 3}) - held
 
     slots = Slots(4, disturb=swap)
-    outcome = NodeReserver(slots, 4).reserve("r", Needs(2), PAIRS)
+    outcome = NodeReserver(slots, 4).reserve(Order("r", Needs(2)), Machine(PAIRS))
     if isinstance(outcome, Refused):
         assert (outcome.attempts, slots.groups) == (reservation.MAX_ATTEMPTS, {})
     else:
-        assert list(slots.groups.values()) == [list(outcome.gpus)]
+        assert [sorted(group) for group in slots.groups.values()] == [list(outcome.gpus)]
 
 
 def test_a_failing_probe_leaves_nothing_held() -> None:
@@ -140,7 +155,7 @@ def test_a_failing_probe_leaves_nothing_held() -> None:
 
     slots = Broken(4, others={0})
     with pytest.raises(RuntimeError):
-        NodeReserver(slots, 4).reserve("r", Needs(2), PAIRS)
+        NodeReserver(slots, 4).reserve(Order("r", Needs(2)), Machine(PAIRS))
     assert slots.groups == {}
 
 
@@ -152,14 +167,14 @@ def test_undisturbed_the_best_free_set_is_reserved_whatever_others_hold(machine:
     others = set(chance.sample(range(count), chance.randrange(count)))
     slots, size = Slots(count, others=others), chance.randint(1, count)
     free = set(range(count)) - others
-    outcome = NodeReserver(slots, count).reserve("r", Needs(size), machine)
+    outcome = NodeReserver(slots, count).reserve(Order("r", Needs(size)), Machine(machine))
     if size > len(free):
         assert isinstance(outcome, Refused)
         assert slots.groups == {}
     else:
         assert isinstance(outcome, Reserved)
         assert outcome.gpus == best_set(machine, free, size)
-        assert list(slots.groups.values()) == [list(outcome.gpus)]
+        assert [sorted(group) for group in slots.groups.values()] == [list(outcome.gpus)]
 
 
 @given(seed=st.integers(0, 10_000))
@@ -178,7 +193,7 @@ def test_disturbed_at_any_step_the_result_is_what_is_held_or_nothing_is(seed: in
     standing: dict[str, Reserved] = {}
     for step in range(6):
         size = chance.choice([1, 2, 2, 4])
-        outcome = reserver.reserve(f"r{step}", Needs(size), DGX1)
+        outcome = reserver.reserve(Order(f"r{step}", Needs(size)), Machine(DGX1))
         if isinstance(outcome, Reserved):
             standing[f"r{step}"] = outcome
         elif standing and chance.random() < 0.5:
@@ -189,3 +204,100 @@ def test_disturbed_at_any_step_the_result_is_what_is_held_or_nothing_is(seed: in
         assert len(held) == len(set(held))
         assert not set(held) & slots.others
     assert all(score(DGX1, one.gpus) for one in standing.values())
+
+
+def share(name: str, thousandths: int, deployment: str = "d") -> Order:
+    return Order(name, Needs(1, share=thousandths), deployment)
+
+
+FLAT = Machine(Topology.unknown(4))
+
+
+def test_shares_are_packed_on_as_few_gpus_as_possible() -> None:
+    slots = Slots(4, others={0})
+    reserver = NodeReserver(slots, 4)
+    outcomes = [reserver.reserve(share(f"r{i}", 250), FLAT) for i in range(8)]
+    assert [outcome.gpus for outcome in outcomes] == [(1,)] * 4 + [(2,)] * 4  # type: ignore[union-attr]
+    assert slots.free() == [3]
+
+
+def test_a_share_goes_where_it_leaves_the_least_whatever_ray_would_do() -> None:
+    slots = Slots(4)
+    reserver = NodeReserver(slots, 4)
+    for name, thousandths in [("a", 600), ("b", 500), ("c", 300)]:
+        reserver.reserve(share(name, thousandths), FLAT)
+    # GPU 0 has 100 left, GPU 1 has 500
+    assert slots.rests() == {0: 100, 1: 500, 2: 1000, 3: 1000}
+    pair = Machine(PAIRS)
+    reserver.reserve(Order("pair", Needs(2)), pair)
+    assert slots.free() == []
+    assert isinstance(reserver.reserve(share("big", 600), FLAT), Refused)
+    assert reserver.reserve(share("half", 500), FLAT).gpus == (1,)  # type: ignore[union-attr]
+
+
+def test_a_share_breaks_the_gpu_that_others_miss_least_and_is_steered_there() -> None:
+    slots = Slots(4, others={3})
+    outcome = NodeReserver(slots, 4).reserve(share("r", 250), Machine(PAIRS))
+    assert isinstance(outcome, Reserved)
+    assert (outcome.gpus, outcome.share) == ((2,), 250)  # 0 and 1 are a whole bridge
+    assert list(slots.groups.values()) == [{2: 250}]
+
+
+def test_rests_that_nobody_knew_of_are_filled_and_given_back() -> None:
+    slots = Slots(4, others_shares={0: 500, 2: 200})
+    outcome = NodeReserver(slots, 4).reserve(share("r", 250), Machine(Topology.unknown(4)))
+    assert isinstance(outcome, Reserved)
+    assert list(slots.groups.values()) == [{outcome.gpus[0]: 250}]
+    assert outcome.gpus[0] in (1, 3)
+
+
+def test_memory_asks_for_a_share_of_the_gpu_that_the_node_has() -> None:
+    order = Order("r", Needs(1, memory_bytes=20 << 30))
+    outcome = NodeReserver(Slots(4), 4).reserve(order, replace(FLAT, gpu_memory_bytes=80 << 30))
+    assert isinstance(outcome, Reserved)
+    assert outcome.share == 250
+    assert isinstance(NodeReserver(Slots(4), 4).reserve(order, FLAT), Refused)
+
+
+def test_instances_and_whole_gpus_keep_to_themselves() -> None:
+    mixed = replace(FLAT, instances={1: "1g.10gb", 2: "2g.20gb"})
+    reserver = NodeReserver(Slots(4), 4)
+    assert reserver.reserve(Order("a", Needs(1, profile="2g.20gb")), mixed).gpus == (2,)  # type: ignore[union-attr]
+    assert reserver.reserve(Order("b", Needs(2)), mixed).gpus == (0, 3)  # type: ignore[union-attr]
+    assert isinstance(reserver.reserve(Order("c", Needs(1)), mixed), Refused)
+    assert isinstance(reserver.reserve(Order("e", Needs(1, profile="2g.20gb")), mixed), Refused)
+    assert reserver.reserve(Order("f", Needs(1, profile="1g.10gb")), mixed).gpus == (1,)  # type: ignore[union-attr]
+
+
+@given(st.integers(0, 10_000))
+def test_shares_and_whole_gpus_under_churn_are_exact_or_refused_and_leave_nothing_else(seed: int) -> None:
+    dice = random.Random(seed)
+
+    def churn(slots: Slots) -> None:
+        if slots.steps > 200 or dice.random() < 0.8:
+            return
+        gpu = dice.randrange(8)
+        if gpu in slots.others:
+            slots.others.remove(gpu)
+        elif slots.rests()[gpu] == WHOLE:
+            slots.others.add(gpu)
+
+    slots = Slots(8, disturb=churn)
+    reserver = NodeReserver(slots, 8)
+    standing: dict[str, dict[int, int]] = {}
+    groups: dict[str, int] = {}
+    for step in range(12):
+        name = f"r{step}"
+        if standing and dice.random() < 0.3:
+            gone = dice.choice(sorted(standing))
+            reserver.remove(gone, groups.pop(gone))
+            del standing[gone]
+            continue
+        thousandths = dice.choice([100, 250, 500, 1000, 1000])
+        count = dice.choice([1, 2]) if thousandths == WHOLE else 1
+        order = Order(name, Needs(count, share=thousandths), dice.choice("ab"))
+        outcome = reserver.reserve(order, Machine(DGX1))
+        if isinstance(outcome, Reserved):
+            assert slots.groups[outcome.group] == dict.fromkeys(outcome.gpus, thousandths)
+            standing[name], groups[name] = slots.groups[outcome.group], outcome.group
+        assert sorted(map(str, slots.groups.values())) == sorted(map(str, standing.values()))

@@ -100,7 +100,7 @@ def test_an_explanation_ends_with_the_refusal() -> None:
     first, second = explain_deployments(CLUSTER, {}, wanted)
     assert (first.deployment, first.refusal) == ("fits", None)
     assert second.plan is None
-    assert second.refusal is not None and "needs 2 free GPUs on one node" in second.refusal
+    assert second.refusal is not None and "needs 2 GPUs free on one node" in second.refusal
     stages = {stage.name: stage.excluded for stage in second.explanation.stages}
     assert stages["free GPUs"] == {"has fewer than 2 GPUs free": 2}
     assert stages["health"] == {"is ill": 1}

@@ -1,0 +1,92 @@
+"""Ray's GPU slots on one node: which GPU or MIG instance each of them is."""
+
+from __future__ import annotations
+
+import re
+
+from placement.core.topology import Path
+from placement.wire.facts import GpuFacts, MigFacts, NodeFacts, PairFacts
+
+_OLD_MIG = re.compile(r"MIG-(?P<gpu>GPU-[^/]+)/(?P<gi>\d+)/(?P<ci>\d+)")
+"""A MIG instance as drivers before R470 name it, and CUDA still takes it: its GPU and its two ids."""
+
+
+def visible_tokens(visible_devices: str | None) -> list[str] | None:
+    """The tokens of CUDA_VISIBLE_DEVICES in their order, ``None`` where it is unset or empty."""
+    return [t.strip() for t in visible_devices.split(",") if t.strip()] if visible_devices else None
+
+
+def in_ray_order(facts: NodeFacts, gpu_count: int, visible_devices: str | None) -> NodeFacts:
+    """A reading with exactly the GPUs that Ray has, in the order of Ray's slots.
+
+    NVML sees all GPUs of the machine. Ray has as many as ``ray start`` was told, or found, or those of
+    CUDA_VISIBLE_DEVICES, in its order. A token there is an NVML index (which CUDA shares if
+    CUDA_DEVICE_ORDER=PCI_BUS_ID), or the UUID of a GPU or of a MIG instance, or the beginning of one.
+
+    A slot that is a MIG instance has the instance's UUID and memory and all else of its GPU, but no links:
+    neither NVLink nor PCIe peer access leads to an instance, not even from the same GPU. MIG is on there as on
+    a whole GPU that is cut up; what tells them apart is ``mig_profile``.
+
+    Args:
+        facts: what NVML shows.
+        gpu_count: GPUs that Ray has on the node.
+        visible_devices: CUDA_VISIBLE_DEVICES as it was at ``ray start``.
+    """
+    tokens = visible_tokens(visible_devices)
+    found = facts.gpus if tokens is None else [_named(facts, token) for token in tokens]
+    chosen = [*found[:gpu_count], *[None] * (gpu_count - len(found))]
+    problem = facts.problem
+    if facts.source == "nvml" and None in chosen:
+        shown = gpu_count - chosen.count(None)
+        problem = problem or f"Ray has {gpu_count} GPUs here, NVML shows {shown} of them"
+
+    slot_of = {one.ordinal: slot for slot, one in enumerate(chosen) if isinstance(one, GpuFacts)}
+    pairs = []
+    for pair in facts.pairs:
+        if pair.a in slot_of and pair.b in slot_of:
+            a, b = sorted((slot_of[pair.a], slot_of[pair.b]))
+            pairs.append(PairFacts(**{**dict(pair), "a": a, "b": b}))
+    gpu_of = [one.parent if isinstance(one, MigFacts) else one and one.ordinal for one in chosen]
+    nics = tuple(
+        nic.model_copy(
+            update={"paths": tuple(Path.UNKNOWN if gpu is None else nic.paths[gpu] for gpu in gpu_of)}
+        )
+        for nic in facts.nics
+    )
+    gpus = tuple(_in_slot(facts, slot, one) for slot, one in enumerate(chosen))
+    return facts.model_copy(update={"gpus": gpus, "pairs": tuple(pairs), "nics": nics, "problem": problem})
+
+
+def _named(facts: NodeFacts, token: str) -> GpuFacts | MigFacts | None:
+    """What a token of CUDA_VISIBLE_DEVICES names, if that is exactly one."""
+    if token.isdigit():
+        return facts.gpus[int(token)] if int(token) < len(facts.gpus) else None
+    known: tuple[GpuFacts | MigFacts, ...] = (*facts.gpus, *facts.instances)
+    named = [one for one in known if (one.uuid or "").startswith(token)]
+    if old := _OLD_MIG.fullmatch(token):
+        ids = int(old["gi"]), int(old["ci"])
+        named = named or [
+            one
+            for one in facts.instances
+            if (one.gpu_instance_id, one.compute_instance_id) == ids
+            and (facts.gpus[one.parent].uuid or "").startswith(old["gpu"])
+        ]
+    return named[0] if len(named) == 1 else None
+
+
+def _in_slot(facts: NodeFacts, slot: int, one: GpuFacts | MigFacts | None) -> GpuFacts:
+    if one is None:
+        return GpuFacts(ordinal=slot)
+    if isinstance(one, GpuFacts):
+        return one.model_copy(update={"ordinal": slot})
+    return facts.gpus[one.parent].model_copy(
+        update={
+            "ordinal": slot,
+            "uuid": one.uuid,
+            "memory_total_bytes": one.memory_total_bytes,
+            "memory_used_bytes": one.memory_used_bytes,
+            "mig_profile": one.profile,
+            "nvswitch_links": None,
+            "errors": one.errors,
+        }
+    )

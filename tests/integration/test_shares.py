@@ -1,0 +1,132 @@
+"""Shares of GPUs on real nodes, each verified from inside a worker, also while another Ray user comes and goes."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import ray
+
+import placement
+from placement import NodeAssignment
+from placement.runtime.embedded import SimulatedNode
+from placement.runtime.probing import another_user
+from tests.integration.test_place import Worker
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def cluster_nodes() -> list[SimulatedNode]:
+    zones = {"zone": "a"}, {"zone": "b"}, {"zone": "c"}
+    return [
+        SimulatedNode("pcie", topology="a100-pcie-4x", labels=zones[0]),
+        SimulatedNode("l40s", topology="l40s-4x", labels=zones[1]),
+        SimulatedNode("t4", topology="t4-4x", labels=zones[2]),
+    ]
+
+
+def seen(assignment: NodeAssignment) -> list[int]:
+    """Which GPU a worker in the replica's bundle got."""
+    worker = Worker.options(**assignment.actor_options(0)).remote()
+    gpus = ray.get(worker.gpus.remote())
+    ray.kill(worker)
+    return gpus
+
+
+def place(
+    service: Any, name: str, constraints: dict[str, Any] | None = None, **fields: Any
+) -> list[NodeAssignment]:
+    wanted = {"name": name, "model": "m", **fields}
+    result = ray.get(service.place.remote(wanted, constraints))
+    for assignment in result.assignments:
+        assert seen(assignment) == assignment.gpus[:1]
+    return result.assignments
+
+
+PCIE = {"gpu_nodes": ["pcie"]}
+
+
+def test_eight_quarters_are_packed_on_two_gpus_among_whole_ones(service: Any) -> None:
+    neighbour = another_user("pcie")  # has GPU 0, one half of a bridge
+    try:
+        first = place(service, "first", PCIE, gpus=0.25)
+        assert first[0].gpus == [1], "the other half of the bridge, which nobody can use for a pair"
+        whole = place(service, "pair", PCIE, gpus=2)
+        assert (whole[0].gpus, whole[0].weakest_link) == ([2, 3], "NV12")
+        more = place(service, "more", PCIE, gpus=0.25, replicas=3)
+        assert [a.gpus for a in more] == [[1], [1], [1]]
+        ray.get(service.release.remote("pair"))
+        rest = place(service, "rest", PCIE, gpus=0.25, replicas=4)
+        assert [a.gpus for a in rest] == [[2]] * 4
+        assert all(a.actor_options()["num_gpus"] == 0.25 for a in rest)
+    finally:
+        neighbour.leave()
+
+
+def test_quarters_while_another_user_takes_and_frees_gpus(service: Any) -> None:
+    stop = threading.Event()
+
+    def churn() -> None:
+        while not stop.is_set():
+            another_user("pcie").leave()
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        held: dict[tuple[str, int], float] = {}
+        for step in range(6):
+            for assignment in place(service, f"q{step}", PCIE, gpus=0.25):
+                key = assignment.node, assignment.gpus[0]
+                held[key] = held.get(key, 0.0) + assignment.share
+        assert max(held.values()) <= 1
+        status = ray.get(service.status.remote())
+        assert {d["state"] for d in status["deployments"]} == {"placed"}
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_memory_is_another_way_to_ask(service: Any) -> None:
+    [assignment] = place(service, "small", PCIE, gpu_memory_gib=20)
+    assert assignment.share == 0.25
+    with pytest.raises(placement.NotEnoughGpus, match="the largest GPU has 80 GiB"):
+        place(service, "large", None, gpu_memory_gib=100)
+
+
+def test_a_spread_over_three_zones_with_a_maximum_of_one(service: Any) -> None:
+    limits = {"spread": {"label": "zone", "max": 1}}
+    replicas = place(service, "apart", limits, gpus=2, replicas=3)
+    assert sorted(a.node_name for a in replicas) == ["l40s", "pcie", "t4"]
+    with pytest.raises(placement.Unplaceable, match="every zone with room has 1 replicas already"):
+        ray.get(service.place.remote({"name": "too-many", "model": "m", "gpus": 1, "replicas": 4}, limits))
+
+
+@pytest.mark.parametrize(
+    ("limits", "node"),
+    [
+        ({"accelerators": ["L40S"]}, "l40s"),
+        ({"node_labels": {"zone": "!in(a, b)"}}, "t4"),
+        ({"min_compute_capability": "8.9"}, "l40s"),
+    ],
+)
+def test_constraints_choose_the_node(service: Any, limits: dict[str, Any], node: str) -> None:
+    [assignment] = place(service, "one", limits, gpus=2)
+    assert assignment.node_name == node
+
+
+def test_cpus_and_memory_per_gpu_are_held_in_the_bundles(service: Any) -> None:
+    limits = {"gpu_nodes": ["t4"], "cpus_per_gpu": 1, "memory_gib_per_gpu": 0.01}
+    [assignment] = place(service, "cpu", limits, gpus=2)
+    options = assignment.actor_options(1)
+    assert (options["num_cpus"], options["memory"]) == (1, 10737418)
+    with pytest.raises(placement.Unplaceable, match="has fewer than 1 CPUs free"):
+        ray.get(service.place.remote({"name": "cpu2", "model": "m", "gpus": 1}, limits))
+
+
+def test_apart_and_near(service: Any) -> None:
+    [first] = place(service, "first", {"gpu_nodes": ["l40s"]}, gpus=1)
+    [near] = place(service, "near", {"near_to": ["first"]}, gpus=1)
+    [apart] = place(service, "apart", {"apart_from": ["first"]}, gpus=1)
+    assert near.node == first.node != apart.node
