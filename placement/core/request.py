@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from placement.core.score import Needs
+from placement.core.score import NO_GPUS, Needs
 from placement.core.snapshot import Policy
 
 
@@ -32,7 +32,7 @@ class Request:
 
     deployment: str
     replicas: tuple[int, ...]
-    needs: Needs = Needs(0)
+    needs: Needs = NO_GPUS
     policy: Policy = Policy.TOPOLOGY
     provider: str | None = None
     key: str | None = None

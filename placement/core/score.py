@@ -133,6 +133,10 @@ class Needs(NamedTuple):
         return -(-self.memory_bytes * WHOLE // gpu_memory_bytes)
 
 
+NO_GPUS = Needs(0)
+"""What a remote replica needs of GPUs."""
+
+
 class Offer(NamedTuple):
     """What a node's free GPUs hold for a request. Sorts from the most to the least welcome.
 

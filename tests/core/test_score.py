@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from placement import topologies
-from placement.core.score import Score, best_set, pair_bandwidth, ray_set, score
+from placement.core.score import Score, best_set, ray_set, score
 from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
 
 ALL = range(16)
@@ -29,73 +29,17 @@ def nv(links: int) -> Link:
     return Link(Path.NVLINK, links)
 
 
-@pytest.mark.parametrize(
-    ("model", "link", "gb_per_s"),
-    [
-        ("Tesla P100-SXM2-16GB", nv(1), 20),
-        ("Tesla V100-SXM2-32GB", nv(2), 50),
-        ("Tesla V100-SXM2-32GB", Link(Path.PIX), 12),
-        ("Tesla T4", Link(Path.PIX), 12),
-        ("NVIDIA GeForce RTX 3090", nv(4), 56.248),
-        ("NVIDIA RTX A6000", nv(4), 56.248),
-        ("NVIDIA A100-SXM4-80GB", nv(12), 300),
-        ("NVIDIA A100-SXM4-80GB", Link(Path.PIX), 24),
-        ("NVIDIA A10G", Link(Path.PIX), 24),
-        ("NVIDIA L40S", Link(Path.NODE), 15.6),
-        ("NVIDIA GeForce RTX 4090", Link(Path.SYS), 10),
-        ("NVIDIA H100 80GB HBM3", nv(18), 450),
-        ("NVIDIA H200 NVL", Link(Path.PIX), 48),
-        ("NVIDIA H20", nv(18), 450),
-        ("NVIDIA B200", nv(18), 900),
-        ("NVIDIA GB300", nv(18), 900),
-        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", Link(Path.PIX), 48),
-        ("a model of next year", nv(4), 100),
-        (None, Link(Path.PHB), 16.8),
-        (None, UNKNOWN_LINK, 5),
-    ],
-)
-def test_what_a_pair_carries(model: str | None, link: Link, gb_per_s: float) -> None:
-    assert gb_per_s == pair_bandwidth(pair(link, model), 0, 1)
-
-
-MODELS = {topologies.describe(name).gpu for name in topologies.names()} | {
-    "Tesla P100-SXM2-16GB",
-    "NVIDIA GeForce RTX 3090",
-    "NVIDIA RTX PRO 6000 Blackwell Server Edition",
-    "a model of next year",
-}
-
-
-@pytest.mark.parametrize("model", [None, *sorted(MODELS)])
-def test_paths_are_strictly_ordered_on_every_model(model: str | None) -> None:
-    paths = [Path.PIX, Path.PXB, Path.PHB, Path.NODE, Path.SYS, Path.UNKNOWN]
-    best_first = [*map(nv, range(18, 0, -1)), *map(Link, paths)]
-    rates = [pair_bandwidth(pair(link, model), 0, 1) for link in best_first]
-    assert sorted(set(rates), reverse=True) == rates
-    assert rates[-1] > 0
-
-
-def test_the_weakest_link_counts_before_the_total() -> None:
-    assert Score(50, 50) > Score(25, 400)
-    assert Score(25, 400) > Score(25, 300)
-    assert Score(math.inf, 0) > Score(900, 900)
-
-
-def test_a_score_names_its_weakest_pair_which_does_not_change_the_order() -> None:
-    dgx = topologies.load("dgx-1v")
-    quad = score(dgx, (3, 1, 2, 0))
-    assert Score(25, 225) == quad
+def test_a_score_orders_by_bandwidth_and_names_its_weakest_pair() -> None:
+    assert Score(50) > Score(25) and Score(math.inf) > Score(900)
+    quad = score(topologies.load("dgx-1v"), (3, 1, 2, 0))
+    # two rings of double and single links: the NV1 edges (two rings' worth) bound both
     assert (nv(1), (0, 1)) == (quad.weakest, quad.weakest_pair)
+    assert quad == Score(quad.bandwidth_gb_per_s, None, None)
 
 
-def test_one_gpu_has_no_weakest_pair() -> None:
+def test_one_gpu_needs_no_link() -> None:
     alone = score(topologies.load("l40s-4x"), (2,))
-    assert (math.inf, 0.0, None, None) == (
-        alone.weakest_gb_per_s,
-        alone.total_gb_per_s,
-        alone.weakest,
-        alone.weakest_pair,
-    )
+    assert (math.inf, None, None) == (alone.bandwidth_gb_per_s, alone.weakest, alone.weakest_pair)
 
 
 @pytest.mark.parametrize(
@@ -115,8 +59,9 @@ def test_one_gpu_has_no_weakest_pair() -> None:
         ("two pairs of one socket", "a100-pcie-8x", {1, 2, 3, 4, 5, 6, 7}, 4, (4, 5, 6, 7)),
         ("three GPUs stay on a socket", "a100-pcie-8x", {1, 3, 4, 6, 7}, 3, (4, 6, 7)),
         ("two GPUs of a socket without NVLink", "l40s-4x", {1, 2, 3}, 2, (2, 3)),
-        ("behind a switch all pairs are equal: Ray's own choice", "dgx-h100", {1, 4, 6, 7}, 2, (1, 4)),
-        ("16 GPUs behind switches", "dgx-2", {*range(3, 16)}, 8, (3, 4, 5, 6, 7, 8, 9, 10)),
+        ("behind a switch all pairs are equal: one NUMA node", "dgx-h100", {1, 4, 6, 7}, 2, (4, 6)),
+        ("of one NUMA node: Ray's own choice", "dgx-h100", {4, 5, 6, 7}, 2, (4, 5)),
+        ("16 GPUs behind switches, in two NUMA nodes", "dgx-2", {*range(3, 16)}, 8, (*range(8, 16),)),
         ("all of them", "dgx-2", ALL, 16, tuple(ALL)),
         ("all pairs over SYS", "rtx-4090-8x", {2, 3, 5, 7}, 2, (2, 3)),
         ("nothing asked for", "dgx-1v", {1, 2}, 0, ()),
@@ -156,9 +101,22 @@ def joined(count: int, rest: Link, links: dict[tuple[int, int], Link]) -> Topolo
 
 
 def test_one_fast_pair_does_not_make_up_for_a_slow_one() -> None:
-    machine = joined(4, Link(Path.PIX), {(1, 3): nv(12), (0, 3): Link(Path.SYS), (2, 3): Link(Path.SYS)})
-    assert score(machine, (0, 1, 2)).total_gb_per_s < score(machine, (1, 2, 3)).total_gb_per_s
+    slow = {(0, 3): Link(Path.SYS), (2, 3): Link(Path.SYS)}
+    machine = joined(4, Link(Path.PIX), {(1, 3): nv(12), **slow})
+    assert score(machine, (0, 1, 2)) > score(machine, (1, 2, 3))
     assert (0, 1, 2) == best_set(machine, range(4), 3)
+
+
+def test_a_chain_of_nvlinks_is_no_ring() -> None:
+    """Quads of a DGX-1V that NVLink joins, but not in a ring, are worth no more than PCIe."""
+    dgx = topologies.load("dgx-1v")
+    chained = [
+        quad
+        for quad in itertools.combinations(range(8), 4)
+        if len(Topology(tuple(tuple(dgx.link(a, b) for b in quad) for a in quad)).islands) == 1
+        and score(dgx, quad).bandwidth_gb_per_s < 20
+    ]
+    assert 48 == len(chained)
 
 
 def test_a_good_quad_is_left_to_others_before_a_good_pair() -> None:
@@ -174,7 +132,7 @@ def test_the_model_decides_where_shapes_are_equal() -> None:
     on = {
         model: score(replace(shape, model=model), (0, 1)) for model in ("Tesla P100-SXM2-16GB", "NVIDIA B200")
     }
-    assert [20.0, 50.0] == [value.weakest_gb_per_s for value in on.values()]
+    assert [18.0, 48.001] == [value.bandwidth_gb_per_s for value in on.values()]
 
 
 def test_equal_sets_score_exactly_equal() -> None:
