@@ -75,7 +75,7 @@ class Machine:
         topology: how they are linked.
         lost: GPUs that nothing may be placed on.
         instances: slot that is a MIG instance -> its profile.
-        gpu_memory_bytes: memory of one GPU; ``None`` if unknown.
+        gpu_memory_bytes: memory of one whole GPU; ``None`` if unknown.
         free_memory: GPU -> bytes that NVML shows as free.
         capability: the lowest compute capability; ``None`` if unknown.
     """
@@ -107,11 +107,12 @@ def machine_of(facts: NodeFacts | None, gpu_count: int) -> Machine:
     """What is known of a node's GPUs; nothing at all without facts."""
     if facts is None or not facts.gpus:
         return Machine(Topology.unknown(gpu_count))
-    totals = [gpu.memory_total_bytes for gpu in facts.gpus]
+    instances = {gpu.ordinal: gpu.instance for gpu in facts.gpus if gpu.instance is not None}
+    totals = [gpu.memory_total_bytes for gpu in facts.gpus if gpu.ordinal not in instances]
     return Machine(
         topology=facts.topology(),
         lost=facts.lost(),
-        instances={gpu.ordinal: gpu.mig_profile for gpu in facts.gpus if gpu.mig_profile},
+        instances=instances,
         gpu_memory_bytes=min((total for total in totals if total), default=None) if all(totals) else None,
         free_memory={
             gpu.ordinal: gpu.memory_total_bytes - gpu.memory_used_bytes
@@ -236,6 +237,8 @@ class NodeReserver:
                     f"too few of its GPUs are free, sound and as close as demanded for {count}",
                     True,
                 )
+                if needs.profile:
+                    reason = f"none of its MIG instances {needs.profile} is free"
                 # The books may simply be behind a release; once they are not, believe them.
                 if attempt > 3:
                     break
