@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from placement import topologies
-from placement.wire.slots import in_ray_order
 from placement.wire.facts import NodeFacts
+from placement.wire.slots import in_ray_order
 
 PAIRS = topologies.load("a100-pcie-4x")
 
