@@ -95,6 +95,11 @@ class Node:
         return name in (self.id, self.name, self.address)
 
     @property
+    def whole_gpus(self) -> int:
+        """How many GPUs it has that are not cut up into MIG instances, free or not."""
+        return len(self.topology) - len(self.slots)
+
+    @property
     def profiles(self) -> frozenset[str]:
         """The profiles of its MIG instances, as far as they are known."""
         return frozenset(self.slots.values()) - {UNKNOWN_PROFILE}
