@@ -1,7 +1,7 @@
 """Ray's label selectors: ``{"ray.io/accelerator-type": "in(H100, A100)"}``.
 
-The syntax is Ray's own (``label_selector`` of ``ray.remote``): a value, ``!value``, ``in(a, b)`` or ``!in(a, b)``. A node
-without the label meets only the negative forms.
+The syntax is Ray's own (``label_selector`` of ``ray.remote``): a value, ``!value``, ``in(a, b)`` or
+``!in(a, b)``. A node without the label meets only the negative forms.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from placement.core.score import Needs
 from placement.core.snapshot import Policy
 
+NOTHING = Needs(0)
+
 
 @dataclass(frozen=True)
 class Request:
@@ -32,7 +34,7 @@ class Request:
 
     deployment: str
     replicas: tuple[int, ...]
-    needs: Needs = Needs(0)
+    needs: Needs = NOTHING
     policy: Policy = Policy.TOPOLOGY
     provider: str | None = None
     key: str | None = None

@@ -12,9 +12,10 @@ Ray always gives the lowest-numbered free GPUs of a node. So the wanted ones are
 4. Verify from inside every bundle. Others may have taken or freed a GPU meanwhile: then give everything back
    and start over, a bounded number of times.
 
-A share of a GPU is steered in the same way. Ray gives it on the GPU with the smallest rest that is enough, so the rests that
-would come before the wanted one are filled for a moment. A rest that nobody knew of shows when the share
-lands there: it then serves as one more filler, and the share is tried again.
+A share of a GPU is steered in the same way. Ray gives it on the GPU with the smallest rest that is enough, so
+the rests that would come before the wanted one are filled for a moment. A rest that nobody knew of shows when
+the share lands there: it then serves as one more filler, and the share is tried again. To Ray a MIG instance
+is a GPU like any other, and is steered to as one.
 
 Nothing is held for longer than one pass takes (tens of milliseconds), and nothing at all after a refusal.
 """

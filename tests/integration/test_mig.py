@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import placement
 from placement import NodeAssignment, topologies
 from placement.runtime.embedded import SimulatedNode, embedded_cluster
 from placement.runtime.probing import AnotherUser, another_user
+from placement.wire.files import load_deployments
 from tests import fake_nvml
 
 pytestmark = pytest.mark.integration
@@ -143,6 +145,23 @@ def test_a_simulated_node_has_instances_too(service: Any) -> None:
         place(service, "more", "recorded", gpus=1)
 
 
+def test_the_example_is_placed_and_shown(service: Any) -> None:
+    wanted = load_deployments(Path(__file__).parents[2] / "examples" / "mig.toml")
+    results = {one.deployment: one.assignments for one in ray.get(service.apply_all.remote(wanted))}
+    assert [a.mig for a in results["embed"]] == ["1g.10gb"] * 4
+    assert [a.weakest_link for a in results["qwen-32b"]] == ["NV12"]
+    report = ray.get(service.status.remote())
+    held = {
+        (node["name"], gpu["ordinal"]): gpu["mig"]
+        for node in report["nodes"]
+        for gpu in node["gpus"]
+        if gpu["deployment"] in ("embed", "qwen-7b")
+    }
+    assert sorted(held.values()) == ["1g.10gb"] * 4 + ["3g.40gb"]
+    [mixed] = [node for node in report["nodes"] if node["name"] == "mixed"]
+    assert [gpu["mig"] for gpu in mixed["gpus"]] == PROFILES
+
+
 def test_instances_while_another_user_takes_and_frees_some(service: Any) -> None:
     dice = random.Random(7)
     uuids = dict(enumerate(MIXED))
@@ -153,7 +172,7 @@ def test_instances_while_another_user_takes_and_frees_some(service: Any) -> None
         for step in range(15):
             if others and dice.random() < 0.4:
                 others.pop(dice.randrange(len(others))).leave()
-            elif len(others) < 4:
+            elif len(others) < 4 and len(others) + len(standing) < len(MIXED):
                 others.append(another_user("mixed"))
             if standing and dice.random() < 0.4:
                 ray.get(service.release.remote(standing.pop(dice.randrange(len(standing)))))

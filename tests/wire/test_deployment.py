@@ -11,7 +11,8 @@ from placement.errors import InvalidDeployment, MissingSecret
 from placement.wire.deployment import ApiKey, Deployment
 from placement.wire.files import load_deployments, parse_deployments
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "deployments.toml"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLE = EXAMPLES / "deployments.toml"
 
 
 @pytest.mark.parametrize(
@@ -211,3 +212,8 @@ def test_one_key_reference_is_one_identity_whatever_the_model() -> None:
 def test_a_mig_profile_is_written_as_nvidia_smi_does(mig: str) -> None:
     needs = Deployment(name="d", model="m", mig=mig).needs
     assert (needs.profile, needs.gpus, needs.whole) == (mig, 1, False)
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.toml")), ids=lambda file: file.stem)
+def test_an_example_is_read(file: Path) -> None:
+    assert load_deployments(file)
