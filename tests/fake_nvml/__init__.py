@@ -101,7 +101,7 @@ def describe(
         ]
         if mig is not None:
             lines.append(f"mig {gpu} {1 if gpu in cut_up else mig}")
-        # GPU instances are numbered by size on these machines: 1 and 2, from 3, from 7.
+        # Ids are distinct on each GPU, whatever the size.
         ids = Counter({"4": 1, "3": 1, "2": 3, "1": 7})
         for index, profile in enumerate(cut_up.get(gpu, ())):
             name = f"{topology.model or 'NVIDIA Something'} MIG {profile}"
