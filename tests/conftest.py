@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +25,9 @@ os.environ.setdefault("XDG_CACHE_HOME", str(_real_home / ".cache"))
 os.environ["HOME"] = str(_home)
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+# A shell's background job ignores Ctrl-C, and so would the processes started here, whose Ctrl-C is tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 assert "ray" not in sys.modules, "Ray was imported before tests/conftest.py could set its variables"
 

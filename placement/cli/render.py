@@ -41,19 +41,25 @@ def assignments_table(deployments: Iterable[Mapping[str, Any]], title: str) -> T
         table.add_column("Ray alone")
     for deployment in listed:
         for a in deployment["assignments"]:
-            if a["egress_resource"]:
-                holds = f"{a['egress_units']} x {a['egress_resource']}"
-            else:
-                holds = f"GPU {ordinals(a['gpus'])}"
             table.add_row(
                 deployment["deployment"],
                 str(a["replica_index"]),
                 a["node_name"],
-                holds,
+                _holds(a),
                 bandwidth_text(a["bandwidth_gb_per_s"], a["weakest_link"]),
                 *([ray_alone(a)] if beside_ray else []),
             )
     return table
+
+
+def _holds(a: Mapping[str, Any]) -> str:
+    """``GPU 0-3``, ``0.25 of GPU 1``, ``MIG 1g.10gb, slot 4``, ``16 x egress_openai``."""
+    if a["egress_resource"]:
+        return f"{a['egress_units']} x {a['egress_resource']}"
+    if a["mig"]:
+        return f"MIG {a['mig']}, slot {ordinals(a['gpus'])}"
+    share = f"{a['share']:g} of " if a["share"] < 1 else ""
+    return f"{share}GPU {ordinals(a['gpus'])}"
 
 
 def bandwidth_text(gb_per_s: float | None, weakest_link: str | None) -> str:
@@ -77,7 +83,7 @@ def ray_alone(assignment: Mapping[str, Any]) -> str:
     ray_gpus = assignment.get("ray_gpus") or []
     if not ray_gpus or list(ray_gpus) == list(assignment["gpus"]):
         return "the same" if ray_gpus else ""
-    text = f"GPU {ordinals(ray_gpus)}"
+    text = f"{'slot' if assignment['mig'] else 'GPU'} {ordinals(ray_gpus)}"
     if (slower := slowdown(assignment)) != "the same":
         text += f", {assignment['ray_bandwidth_gb_per_s']:.3g} GB/s: {slower}"
     return text
@@ -120,7 +126,7 @@ def status_view(report: Mapping[str, Any]) -> list[Any]:
 
 
 def cluster_map(report: Mapping[str, Any]) -> Table:
-    """Each node with its GPUs, one bracket for each NVLink island, and who sits where."""
+    """Each node with its GPUs, one bracket for each NVLink island or MIG profile, and who sits where."""
     names = [deployment["name"] for deployment in report["deployments"]]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=False)
     table.add_column("node", no_wrap=True)
@@ -140,45 +146,80 @@ def cluster_map(report: Mapping[str, Any]) -> Table:
 
 
 def _gpu_heading(node: Mapping[str, Any]) -> Text:
-    parts = [f"{node['gpu_count']} x {node['gpu_model'] or 'GPU'}"]
-    if not node["topology_known"]:
-        parts.append("topology unknown")
-    elif node["nvswitch"]:
-        parts.append("NVSwitch")
-    else:
-        sizes = [len(island) for island in node["islands"]]
-        islands = (
-            f"NVLink islands of {' + '.join(map(str, sizes))}" if len(sizes) > 1 else "one NVLink island"
-        )
-        parts.append(islands if max(sizes) > 1 else "PCIe only")
+    profiles = _by_profile({gpu["ordinal"]: gpu["mig"] for gpu in node["gpus"]})
+    whole = len(profiles.pop(None, ()))
+    parts = [f"{whole} x {node['gpu_model'] or 'GPU'}"] if whole or not profiles else []
+    if not profiles or whole > 1:
+        parts.append(_how_linked(node))
+    if profiles:
+        cut = "MIG " + ", ".join(f"{len(slots)} x {profile}" for profile, slots in profiles.items())
+        parts.append(cut if whole else f"{cut} of {node['gpu_model'] or 'GPUs'}")
     if node["others_unlocated"]:
         parts.append(f"other Ray users hold {node['others_unlocated']} more, on ordinals not looked up yet")
     return Text(", ".join(parts), style="dim")
 
 
+def _how_linked(node: Mapping[str, Any]) -> str:
+    if not node["topology_known"]:
+        return "topology unknown"
+    if node["nvswitch"]:
+        return "NVSwitch"
+    sizes = [len(island) for island in _whole_islands(node)]
+    if max(sizes) == 1:
+        return "PCIe only"
+    return f"NVLink islands of {' + '.join(map(str, sizes))}" if len(sizes) > 1 else "one NVLink island"
+
+
+def _by_profile(instances: Mapping[int, str | None]) -> dict[str | None, list[int]]:
+    """Profile -> the slots that are such MIG instances; ``None`` -> the whole GPUs."""
+    found: dict[str | None, list[int]] = {}
+    for slot, profile in instances.items():
+        found.setdefault(profile, []).append(slot)
+    return found
+
+
+def _whole_islands(node: Mapping[str, Any]) -> list[list[int]]:
+    """The NVLink islands of the whole GPUs; they are one where the topology is unknown."""
+    whole = [gpu["ordinal"] for gpu in node["gpus"] if gpu["mig"] is None]
+    islands = [[gpu for gpu in island if gpu in whole] for island in node["islands"] or [whole]]
+    return [island for island in islands if island]
+
+
 def _islands(node: Mapping[str, Any], names: Sequence[str]) -> list[Text]:
-    """One line for each island with more than one GPU; lone GPUs share a line."""
-    islands = node["islands"] or [[gpu["ordinal"] for gpu in node["gpus"]]]
-    if max(len(island) for island in islands) == 1:
+    """One line for each island with more than one GPU, lone GPUs share a line; then one for each MIG profile."""
+    islands = _whole_islands(node)
+    if islands and max(len(island) for island in islands) == 1:
         islands = [[gpu for island in islands for gpu in island]]
-    lines = []
-    for island in islands:
-        line = Text("[ ")
-        occupants = groupby((node["gpus"][ordinal] for ordinal in island), key=_occupant)
-        for position, ((state, deployment, replica), gpus) in enumerate(occupants):
-            line.append("   " if position else "")
-            line.append(f"{ordinals([gpu['ordinal'] for gpu in gpus])} ", style="dim")
-            if state == "held":
-                line.append(f"{deployment}/{replica}", style=colour(names, deployment))
-            else:
-                line.append({"other": "(another Ray user)", "free": "free"}[state], style="dim")
-        line.append(" ]")
-        lines.append(line)
+    lines = [_bracket([node["gpus"][ordinal] for ordinal in island], names) for island in islands]
+    profiles = _by_profile({gpu["ordinal"]: gpu["mig"] for gpu in node["gpus"]})
+    for profile, slots in profiles.items():
+        if profile is not None:
+            lines.append(_bracket([node["gpus"][slot] for slot in slots], names, f"{profile}: "))
     return lines
 
 
-def _occupant(gpu: Mapping[str, Any]) -> tuple[str, str, int]:
-    return gpu["state"], gpu["deployment"] or "", gpu["replica"] or 0
+def _bracket(gpus: Iterable[Mapping[str, Any]], names: Sequence[str], title: str = "") -> Text:
+    """``[ 0 free   1-2 qwen/0 ]``; equally used GPUs side by side are told together."""
+    line = Text(f"[ {title}")
+    for position, ((state, occupants), alike) in enumerate(groupby(gpus, key=_use)):
+        line.append("   " if position else "")
+        line.append(f"{ordinals([gpu['ordinal'] for gpu in alike])} ", style="dim")
+        if state != "held":
+            line.append({"other": "(another Ray user)", "free": "free"}[state], style="dim")
+        for number, (deployment, replica, share) in enumerate(occupants):
+            line.append(", " if number else "")
+            part = f" {share:g}" if share < 1 else ""
+            line.append(f"{deployment}/{replica}{part}", style=colour(names, deployment))
+        rest = 1 - sum(share for *_, share in occupants)
+        if occupants and rest > 1e-6:
+            line.append(f", {rest:g} left", style="dim")
+    line.append(" ]")
+    return line
+
+
+def _use(gpu: Mapping[str, Any]) -> tuple[str, tuple[tuple[str, int, float], ...]]:
+    who = ((one["deployment"], one["replica"], one["share"]) for one in gpu["occupants"])
+    return gpu["state"], tuple(who)
 
 
 def _egress(
@@ -202,15 +243,18 @@ def topology_view(report: Mapping[str, Any]) -> list[Any]:
     said = source.get(facts.get("source", ""), "")
     if facts.get("age_seconds") is not None:
         said += f", {facts['age_seconds']:.0f} s ago"
-    gpus = f"{report['gpu_count']} x {report['gpu_model']}" if report.get("gpu_model") else None
-    gpus = gpus or ("1 GPU" if report["gpu_count"] == 1 else f"{report['gpu_count']} GPUs")
-    heading.append(f"  {gpus}{', ' + said if said else ''}", style="dim")
+    instances = {gpu["ordinal"]: _instance(gpu) for gpu in facts.get("gpus", ())}
+    profiles = _by_profile(instances or dict.fromkeys(range(report["gpu_count"])))
+    whole = profiles.pop(None, [])
+    heading.append(f"  {_how_many(report, len(whole))}{', ' + said if said else ''}", style="dim")
     parts: list[Any] = [heading]
     if report["known"]:
-        islands = "  ".join(f"[{ordinals(island)}]" for island in report["islands"])
+        islands = "  ".join(f"[{ordinals(island)}]" for island in report["islands"] if island[0] in whole)
         parts.append(f"{'NVSwitch' if report['nvswitch'] else 'NVLink islands'}: {islands}")
-    if report["known"] or report["gpu_count"] == 1:
-        parts.append(_links(parse_matrix(report["matrix"])))
+    if report["known"] or (report["gpu_count"] == 1 and whole):
+        parts.append(_links(parse_matrix(report["matrix"]), whole))
+    for profile, slots in profiles.items():
+        parts.append(f"MIG {profile}: {'slot' if len(slots) == 1 else 'slots'} {ordinals(slots)}")
     for problem in dict.fromkeys((report["problem"], facts.get("problem"))):
         if problem:
             parts.append(Text(problem, style="red"))
@@ -219,17 +263,34 @@ def topology_view(report: Mapping[str, Any]) -> list[Any]:
     return parts
 
 
-def _links(shape: Topology) -> Table:
+def _instance(gpu: Mapping[str, Any]) -> str | None:
+    """The profile of the MIG instance that a slot is, ``?`` if unknown; ``None`` for a whole GPU."""
+    profile: str | None = gpu["mig_profile"]
+    return profile or ("?" if gpu["mig_enabled"] else None)
+
+
+def _how_many(report: Mapping[str, Any], whole: int) -> str:
+    """``4 x NVIDIA L40S``, ``1 GPU``, ``2 x NVIDIA A100 80GB PCIe and 11 MIG instances``."""
+    parts = []
+    if whole:
+        model = report.get("gpu_model")
+        parts.append(f"{whole} x {model}" if model else "1 GPU" if whole == 1 else f"{whole} GPUs")
+    if cut := report["gpu_count"] - whole:
+        parts.append("1 MIG instance" if cut == 1 else f"{cut} MIG instances")
+    return " and ".join(parts)
+
+
+def _links(shape: Topology, gpus: Sequence[int]) -> Table:
     """One row for each GPU. Network cards would be a dozen columns more, so only the nearest are named."""
     # Sixteen GPUs fit into 100 columns, just.
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1 if len(shape) <= 8 else 0, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1 if len(gpus) <= 8 else 0, 0, 0))
     table.add_column("GPU", no_wrap=True)
-    for gpu in range(len(shape)):
+    for gpu in gpus:
         table.add_column(str(gpu), no_wrap=True)
     for heading in ("NUMA", "CPUs", *(["nearest NIC"] if shape.nics else [])):
         table.add_column(heading, overflow="fold")
-    for gpu, row in enumerate(shape.links):
-        links = ["X" if other == gpu else str(link) for other, link in enumerate(row)]
+    for gpu in gpus:
+        links = ["X" if other == gpu else str(shape.link(gpu, other)) for other in gpus]
         near = [ordinals(shape.numa[gpu]) or "?", ordinals(shape.cpus[gpu]) or "?"]
         table.add_row(str(gpu), *links, *near, *([_nearest_nic(shape, gpu)] if shape.nics else []))
     return table
@@ -250,7 +311,7 @@ def _gpus(gpus: Iterable[Mapping[str, Any]]) -> Table:
         used, total = gpu["memory_used_bytes"], gpu["memory_total_bytes"]
         memory = "?" if used is None or total is None else f"{used / 2**30:.1f} of {total / 2**30:.0f} GiB"
         capability = gpu["compute_capability"]
-        mig = {True: "on", False: "off", None: "?"}[gpu["mig_enabled"]]
+        mig = gpu["mig_profile"] or {True: "on", False: "off", None: "?"}[gpu["mig_enabled"]]
         table.add_row(
             str(gpu["ordinal"]),
             gpu["name"] or "?",

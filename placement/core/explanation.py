@@ -119,7 +119,7 @@ def _refuse_gpus(snapshot: Snapshot, request: Request, index: int) -> Unplaceabl
     sieve, miss, advice, stage = _sift(snapshot, request)
     excluded = Explanation(0, tuple(sieve.stages)).excluded
     excluded.pop(_NO_GPUS, None)
-    largest = max((len(node.topology) for node in sieve.dropped), default=0)
+    largest = max((node.whole_gpus for node in sieve.dropped), default=0)
     what = describe(request.needs)
     if stage == "size":
         summary = f"{what} per replica, but {miss}"
@@ -264,8 +264,8 @@ def _sift_gpus(snapshot: Snapshot, request: Request) -> Sifted:
         reason += f" with {needs.free_memory_bytes / GIB:g} GiB unused"
     if not sieve.put("free GPUs", lambda node: None if node.offer(free_only) else reason):
         advice = f"release something, add a node with {what}, or ask for fewer replicas or GPUs"
-        return sieve, _most_free(sieve.dropped), advice, "free GPUs"
-    short = _most_free(sieve.dropped) if sieve.dropped else ""
+        return sieve, _most_free(sieve.dropped, needs), advice, "free GPUs"
+    short = _most_free(sieve.dropped, needs) if sieve.dropped else ""
 
     if needs.within is not Within.NODE:
         reason = f"has no {count} free GPUs within {needs.within.value!r}"
@@ -320,23 +320,25 @@ def _too_small(node: Node, needs: Needs) -> str | None:
     """Why a node could not even take such a replica if all of it were free."""
     if needs.profile:
         return None if needs.profile in node.profiles else f"has no MIG instances {needs.profile}"
-    whole = len(node.topology) - sum(1 for _ in node.slots)
-    if not whole:
+    if not node.whole_gpus:
         return "has MIG instances only"
     if needs.memory_bytes and needs.share_of(node.gpu_memory_bytes) is None:
         return f"its GPUs have less than {needs.memory_bytes / GIB:g} GiB, or nobody knows"
-    return f"has fewer than {needs.gpus} GPUs" if whole < needs.gpus else None
+    return f"has fewer than {needs.gpus} GPUs" if node.whole_gpus < needs.gpus else None
 
 
 def _size_miss(nodes: Sequence[Node], needs: Needs) -> tuple[str, str]:
+    known = ", ".join(sorted({profile for node in nodes for profile in node.profiles}))
     if needs.profile:
-        known = sorted({profile for node in nodes for profile in node.profiles})
-        advice = f"ask for one of: {', '.join(known)}" if known else "start a node with MIG instances"
+        advice = f"ask for one of: {known}" if known else "start a node with MIG instances"
         return "no node has one", advice
+    if not any(node.whole_gpus for node in nodes):
+        instead = f"ask for a MIG instance (mig: one of {known}), or " if known else ""
+        return "the GPUs are all cut up into MIG instances", f"{instead}add a node with {describe(needs)}"
     if needs.memory_bytes:
         most = max((node.gpu_memory_bytes or 0 for node in nodes), default=0)
         return f"the largest GPU has {most / GIB:g} GiB", "ask for less gpu_memory_gib, or add a larger GPU"
-    most = max(len(node.topology) for node in nodes)
+    most = max(node.whole_gpus for node in nodes)
     return (
         f"the largest node has {most}",
         f"ask for at most {most} GPUs per replica, or add a node with {needs.gpus}",
@@ -379,10 +381,13 @@ def _outside(field_name: str, allowed: tuple[str, ...] | None) -> Objection:
     return objection
 
 
-def _most_free(nodes: Sequence[Node]) -> str:
+def _most_free(nodes: Sequence[Node], needs: Needs) -> str:
+    if needs.profile:
+        most = max(nodes, key=lambda node: (list(node.slots.values()).count(needs.profile), node.id))
+        return f"{most.name} has none of its {list(most.slots.values()).count(needs.profile)} free"
     most = max(nodes, key=lambda node: (len(node.free), node.id))
     free = f"{len(most.free)} ({ordinals(tuple(most.free))})" if most.free else "none"
-    return f"{most.name} has {free} of its {len(most.topology)} GPUs free"
+    return f"{most.name} has {free} of its {most.whole_gpus} GPUs free"
 
 
 def _apart(node: Node, count: int, within: Within) -> str:

@@ -28,6 +28,9 @@ class Take(NamedTuple):
     rest: int
 
 
+UNKNOWN_PROFILE = "?"
+"""Of a MIG instance that nobody could tell the size of. Nothing is placed on it."""
+
 Bits = int
 """A set of nodes: bit *i* is the *i*-th node by name and id. Thousands of nodes are met in one operation."""
 
@@ -92,9 +95,14 @@ class Node:
         return name in (self.id, self.name, self.address)
 
     @property
+    def whole_gpus(self) -> int:
+        """How many GPUs it has that are not cut up into MIG instances, free or not."""
+        return len(self.topology) - len(self.slots)
+
+    @property
     def profiles(self) -> frozenset[str]:
-        """The profiles of its MIG instances."""
-        return frozenset(self.slots.values())
+        """The profiles of its MIG instances, as far as they are known."""
+        return frozenset(self.slots.values()) - {UNKNOWN_PROFILE}
 
     def best(self, needs: Needs) -> tuple[int, ...] | None:
         """The best free GPUs for a replica, whatever the floor on bandwidth."""
@@ -114,7 +122,11 @@ class Node:
         on a whole one, the one that others miss least. ``crowded`` GPUs are avoided where that costs nothing.
         """
         if needs.profile:
-            slots = [slot for slot, profile in self.instances.items() if profile == needs.profile]
+            slots = [
+                slot
+                for slot, profile in self.instances.items()
+                if profile == needs.profile and self.free_memory.get(slot, 0) >= needs.free_memory_bytes
+            ]
             return Take((min(slots),), WHOLE, 0) if slots else None
         share = needs.share_of(self.gpu_memory_bytes)
         if share is None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,8 +31,8 @@ _NO_FEATURE = {
     pynvml.NVML_ERROR_FUNCTION_NOT_FOUND,  # the driver is older than the binding
     pynvml.NVML_ERROR_ARGUMENT_VERSION_MISMATCH,  # the same, for a newer version of a structure
     pynvml.NVML_ERROR_DEPRECATED,
-    pynvml.NVML_ERROR_NOT_FOUND,  # no MIG instance has this index
 }
+_NO_INSTANCE = {pynvml.NVML_ERROR_NOT_FOUND, pynvml.NVML_ERROR_INVALID_ARGUMENT}
 _NO_LINK = {pynvml.NVML_ERROR_NOT_SUPPORTED, pynvml.NVML_ERROR_INVALID_ARGUMENT}
 _ABSENT = -1
 
@@ -104,16 +104,20 @@ class _Reading:
         call: Callable[..., Any],
         *args: Any,
         report: bool = True,
+        fine: Collection[int] = (),
         no_link: Any = None,
     ) -> Any:
-        """What a call about ``gpus`` answers; ``None`` if it fails, ``no_link`` if there is no such link."""
+        """What a call about ``gpus`` answers; ``None`` if it fails, ``no_link`` if there is no such link.
+
+        ``fine`` are errors that only say that there is nothing to tell.
+        """
         try:
             return call(*args)
         except pynvml.NVMLError as error:
             # By number: an error's class cannot be put in a set, and new errors have none.
             if no_link is not None and error.value in _NO_LINK:
                 return no_link
-            if report and error.value not in _NO_FEATURE:
+            if report and error.value not in _NO_FEATURE and error.value not in fine:
                 self.failures.setdefault((call.__name__, _sentence(error)), set()).add(gpus)
         except UnicodeDecodeError:
             self.failures.setdefault((call.__name__, "the text is damaged"), set()).add(gpus)
@@ -142,7 +146,7 @@ class _Reading:
             capability = self.ask((gpu,), pynvml.nvmlDeviceGetCudaComputeCapability, handle)
             links.append(self.nvlinks(gpu, handle, capability, bus_ids))
             mig = self.ask((gpu,), pynvml.nvmlDeviceGetMigMode, handle)
-            enabled = mig and mig[0] == pynvml.NVML_DEVICE_MIG_ENABLE
+            enabled = mig and mig[0] == pynvml.NVML_DEVICE_MIG_ENABLE  # of (now, after the next reset)
             parts = self.instance_handles(gpu, handle) if enabled else []
             gpus.append(self.gpu(gpu, handle, bus_ids[gpu], capability, links[-1].switch, enabled))
             instances += [self.instance(gpu, part, gpus[gpu].memory_total_bytes) for part in parts]
@@ -179,7 +183,7 @@ class _Reading:
     ) -> GpuFacts:
         one = (gpu,)
         # With MIG on, only the privileged may ask for the memory of all instances together.
-        memory = self.memory(one, handle, report=not mig_enabled)
+        memory = self.memory(one, handle, fine={pynvml.NVML_ERROR_NO_PERMISSION} if mig_enabled else ())
         scope = pynvml.NVML_AFFINITY_SCOPE_NODE
         return GpuFacts(
             ordinal=gpu,
@@ -196,15 +200,15 @@ class _Reading:
             errors=self.errors_of(gpu),
         )
 
-    def memory(self, gpus: tuple[int, ...], handle: Any, report: bool = True) -> Any:
+    def memory(self, gpus: tuple[int, ...], handle: Any, fine: Collection[int] = ()) -> Any:
         newer = self.ask(gpus, pynvml.nvmlDeviceGetMemoryInfo, handle, pynvml.nvmlMemory_v2, report=False)
-        return newer or self.ask(gpus, pynvml.nvmlDeviceGetMemoryInfo, handle, report=report)
+        return newer or self.ask(gpus, pynvml.nvmlDeviceGetMemoryInfo, handle, fine=fine)
 
     def instance_handles(self, gpu: int, handle: Any) -> list[Any]:
         """The MIG instances of one GPU. There are holes among their indices, so that all are asked for."""
         most = self.ask((gpu,), pynvml.nvmlDeviceGetMaxMigDeviceCount, handle) or 0
         call = pynvml.nvmlDeviceGetMigDeviceHandleByIndex
-        found = [self.ask((gpu,), call, handle, index) for index in range(most)]
+        found = [self.ask((gpu,), call, handle, index, fine=_NO_INSTANCE) for index in range(most)]
         return [part for part in found if part is not None]
 
     def instance(self, gpu: int, handle: Any, gpu_memory_bytes: int | None) -> MigFacts:
@@ -218,7 +222,7 @@ class _Reading:
             profile=_profile(
                 alone.ask((gpu,), pynvml.nvmlDeviceGetName, handle), attributes, gpu_memory_bytes
             ),
-            memory_total_bytes=memory.total if memory else nominal or None,
+            memory_total_bytes=memory.total if memory else (nominal or None),
             memory_used_bytes=memory and memory.total - memory.free,
             gpu_instance_id=alone.ask((gpu,), pynvml.nvmlDeviceGetGpuInstanceId, handle),
             compute_instance_id=alone.ask((gpu,), pynvml.nvmlDeviceGetComputeInstanceId, handle),

@@ -31,6 +31,8 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from placement.wire.slots import visible_tokens
+
 STUCK_SECONDS = 10.0
 """Longest wait for Ray's scheduler to end one attempt; it takes 2 to 5 ms, more if thousands are queued."""
 
@@ -41,23 +43,6 @@ GPU_IDS_DEADLINE_SECONDS = 60.0
 def my_gpu_ids() -> list[str]:
     """The GPU ids Ray gave to the task or actor that calls this, as workers see them."""
     return [str(gpu) for gpu in ray.get_runtime_context().get_accelerator_ids()["GPU"]]
-
-
-class GpuIds:
-    """Translates Ray's GPU ids to slots (ordinals) on one node.
-
-    Where CUDA_VISIBLE_DEVICES was unset at ``ray start``, an id is its slot. Where it was set, ids are its
-    tokens, and slot ``i`` is the ``i``-th token.
-    """
-
-    def __init__(self, visible_devices: str | None) -> None:
-        self.tokens = (
-            [t.strip() for t in visible_devices.split(",") if t.strip()] if visible_devices else None
-        )
-
-    def slot(self, gpu_id: str) -> int:
-        """The slot of ``gpu_id``."""
-        return int(gpu_id) if self.tokens is None else self.tokens.index(gpu_id)
 
 
 class NodeGroups:
@@ -72,7 +57,7 @@ class NodeGroups:
         self._node_id = node_id
         self._probe = probe
         self._ready: set[str] = set()
-        self._ids = GpuIds(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        self._tokens = visible_tokens(os.environ.get("CUDA_VISIBLE_DEVICES"))
 
     def hold(self, amount: float) -> PlacementGroup:
         """Takes the lowest free GPUs, or a share of the fullest GPU that has it, in one bundle.
@@ -112,7 +97,7 @@ class NodeGroups:
             ids = self._ask(
                 self._probe.options(num_gpus=share, scheduling_strategy=strategy), GPU_IDS_DEADLINE_SECONDS
             )
-            slots.append(self._ids.slot(ids[0]))
+            slots.append(self._slot(ids[0]))
         return slots
 
     def lowest_free(self, count: int, deadline_seconds: float) -> list[int] | None:
@@ -128,11 +113,15 @@ class NodeGroups:
             ids = self._ask(self._probe.options(num_gpus=count, scheduling_strategy=here), deadline_seconds)
         except ray.exceptions.GetTimeoutError:
             return None
-        return sorted(self._ids.slot(gpu_id) for gpu_id in ids)
+        return sorted(self._slot(gpu_id) for gpu_id in ids)
 
     def available(self) -> float:
         """GPUs that the cluster's books show as free here, shares included; up to about 0.1 s old."""
         return available_resources().get(self._node_id, {}).get("GPU", 0.0)
+
+    def _slot(self, gpu_id: str) -> int:
+        """The slot that an id of Ray's means: a token of CUDA_VISIBLE_DEVICES, or its place where that was unset."""
+        return int(gpu_id) if self._tokens is None else self._tokens.index(gpu_id)
 
     def _ask(self, task: Any, deadline_seconds: float) -> list[str]:
         reference = task.remote()

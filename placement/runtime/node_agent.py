@@ -12,11 +12,11 @@ from ray.util.placement_group import PlacementGroup
 
 from placement import topologies
 from placement.core.score import Score, score
-from placement.core.topology import Path
 from placement.nvml import Reader
-from placement.runtime.groups import GpuIds, NodeGroups
+from placement.runtime.groups import NodeGroups
 from placement.runtime.reservation import Holding, NodeReserver, Order, Refused, Reserved, machine_of
-from placement.wire.facts import GpuFacts, NodeFacts, PairFacts
+from placement.wire.facts import NodeFacts
+from placement.wire.slots import in_ray_order
 
 
 @dataclass(frozen=True)
@@ -104,45 +104,3 @@ class NodePlacementActor:
 
     def _undo(self, filled: Sequence[Filled]) -> None:
         self.release([(one.order.name, one.reserved.group) for one in filled])
-
-
-def in_ray_order(facts: NodeFacts, gpu_count: int, visible_devices: str | None) -> NodeFacts:
-    """A reading with exactly the GPUs that Ray has, in the order of Ray's slots.
-
-    NVML sees all GPUs of the machine. Ray has as many as ``ray start`` was told, or found, or those of
-    CUDA_VISIBLE_DEVICES (NVML indices, which CUDA shares if CUDA_DEVICE_ORDER=PCI_BUS_ID, or UUIDs).
-    """
-    tokens = GpuIds(visible_devices).tokens
-    if tokens is None:
-        chosen: list[int | None] = list(range(min(gpu_count, len(facts.gpus))))
-    else:
-        chosen = [_nvml_index(facts, token) for token in tokens[:gpu_count]]
-    chosen += [None] * (gpu_count - len(chosen))
-    problem = facts.problem
-    if facts.source == "nvml" and None in chosen:
-        problem = problem or f"Ray has {gpu_count} GPUs here, NVML shows {len(facts.gpus)} of them"
-
-    slot_of = {index: slot for slot, index in enumerate(chosen) if index is not None}
-    gpus = tuple(
-        GpuFacts(ordinal=slot) if index is None else facts.gpus[index].model_copy(update={"ordinal": slot})
-        for slot, index in enumerate(chosen)
-    )
-    pairs = []
-    for pair in facts.pairs:
-        if pair.a in slot_of and pair.b in slot_of:
-            a, b = sorted((slot_of[pair.a], slot_of[pair.b]))
-            pairs.append(PairFacts(**{**dict(pair), "a": a, "b": b}))
-    nics = tuple(
-        nic.model_copy(
-            update={"paths": tuple(Path.UNKNOWN if index is None else nic.paths[index] for index in chosen)}
-        )
-        for nic in facts.nics
-    )
-    return facts.model_copy(update={"gpus": gpus, "pairs": tuple(pairs), "nics": nics, "problem": problem})
-
-
-def _nvml_index(facts: NodeFacts, token: str) -> int | None:
-    if token.isdigit():
-        return int(token) if int(token) < len(facts.gpus) else None
-    matches = [gpu.ordinal for gpu in facts.gpus if gpu.uuid is not None and gpu.uuid.startswith(token)]
-    return matches[0] if len(matches) == 1 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -53,24 +54,33 @@ def _state(wanted: int, alive: list[bool]) -> str:
 def _node(info: NodeInfo, books: Books, fleet: Fleet, available: Mapping[str, float]) -> dict[str, Any]:
     facts = fleet.facts.get(info.id)
     topology = facts.topology() if facts is not None and facts.gpus else Topology.unknown(info.gpu_count)
-    occupant = {
-        gpu: (a.replica_index, standing.deployment.name)
-        for standing, a in books.assignments()
-        if a.node == info.id
-        for gpu in a.gpus
-    }
+    occupants: dict[int, list[dict[str, Any]]] = {}
+    for standing, a in books.assignments():
+        for gpu in a.gpus if a.node == info.id else ():
+            who = {"deployment": standing.deployment.name, "replica": a.replica_index, "share": a.share}
+            occupants.setdefault(gpu, []).append(who)
     units: dict[str, int] = {}
     for _, a in books.assignments():
         if a.node == info.id and a.egress_resource is not None:
             units[a.egress_resource] = units.get(a.egress_resource, 0) + a.egress_units
-    not_free = info.gpu_count - int(available.get("GPU", 0.0) + 1e-6)
-    others = max(0, not_free - len(occupant))
-    located = sorted(fleet.foreign.get(info.id, frozenset()) - occupant.keys())[:others]
+    ours = sum(who["share"] for together in occupants.values() for who in together)
+    others = max(0, math.ceil(info.gpu_count - available.get("GPU", 0.0) - ours - 1e-6))
+    located = sorted(fleet.foreign.get(info.id, frozenset()) - occupants.keys())[:others]
+    instances = {gpu.ordinal: gpu.instance for gpu in facts.gpus} if facts is not None else {}
     gpus = []
     for ordinal in range(info.gpu_count):
-        replica, name = occupant.get(ordinal, (None, None))
-        state = "held" if name is not None else "other" if ordinal in located else "free"
-        gpus.append({"ordinal": ordinal, "state": state, "deployment": name, "replica": replica})
+        here = occupants.get(ordinal, [])
+        first = here[0] if here else {"deployment": None, "replica": None}
+        gpus.append(
+            {
+                "ordinal": ordinal,
+                "state": "held" if here else "other" if ordinal in located else "free",
+                "deployment": first["deployment"],
+                "replica": first["replica"],
+                "occupants": here,
+                "mig": instances.get(ordinal),
+            }
+        )
     return {
         "id": info.id,
         "name": info.name,

@@ -14,7 +14,8 @@ Ray always gives the lowest-numbered free GPUs of a node. So the wanted ones are
 
 A share of a GPU is steered in the same way. Ray gives it on the GPU with the smallest rest that is enough, so
 the rests that would come before the wanted one are filled for a moment. A rest that nobody knew of shows when
-the share lands there: it then serves as one more filler, and the share is tried again.
+the share lands there: it then serves as one more filler, and the share is tried again. To Ray a MIG instance
+is a GPU like any other, and is steered to as one.
 
 Nothing is held for longer than one pass takes (tens of milliseconds), and nothing at all after a refusal.
 """
@@ -75,7 +76,7 @@ class Machine:
         topology: how they are linked.
         lost: GPUs that nothing may be placed on.
         instances: slot that is a MIG instance -> its profile.
-        gpu_memory_bytes: memory of one GPU; ``None`` if unknown.
+        gpu_memory_bytes: memory of one whole GPU; ``None`` if unknown.
         free_memory: GPU -> bytes that NVML shows as free.
         capability: the lowest compute capability; ``None`` if unknown.
     """
@@ -107,11 +108,12 @@ def machine_of(facts: NodeFacts | None, gpu_count: int) -> Machine:
     """What is known of a node's GPUs; nothing at all without facts."""
     if facts is None or not facts.gpus:
         return Machine(Topology.unknown(gpu_count))
-    totals = [gpu.memory_total_bytes for gpu in facts.gpus]
+    instances = {gpu.ordinal: gpu.instance for gpu in facts.gpus if gpu.instance is not None}
+    totals = [gpu.memory_total_bytes for gpu in facts.gpus if gpu.ordinal not in instances]
     return Machine(
         topology=facts.topology(),
         lost=facts.lost(),
-        instances={gpu.ordinal: gpu.mig_profile for gpu in facts.gpus if gpu.mig_profile},
+        instances=instances,
         gpu_memory_bytes=min((total for total in totals if total), default=None) if all(totals) else None,
         free_memory={
             gpu.ordinal: gpu.memory_total_bytes - gpu.memory_used_bytes
@@ -236,6 +238,8 @@ class NodeReserver:
                     f"too few of its GPUs are free, sound and as close as demanded for {count}",
                     True,
                 )
+                if needs.profile:
+                    reason = f"none of its MIG instances {needs.profile} is free"
                 # The books may simply be behind a release; once they are not, believe them.
                 if attempt > 3:
                     break

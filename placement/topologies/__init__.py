@@ -2,19 +2,24 @@
 
 Each is data: what the machine printed for ``nvidia-smi topo -m`` (``<name>.txt``), and a few facts that the
 matrix does not tell (``catalogue.toml``), with their source. Nothing is read before it is asked for.
+
+Of a machine whose GPUs are cut up the matrix shows the GPUs, and everything here Ray's slots: the GPUs in order, in
+the place of each one that is cut up its MIG instances.
 """
 
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 
 from placement.core.matrix import parse_matrix
 from placement.core.topology import Path, Topology
 from placement.errors import UnknownTopology
-from placement.wire.facts import GpuFacts, NicFacts, NodeFacts, PairFacts
+from placement.wire.facts import GpuFacts, MigFacts, NicFacts, NodeFacts, PairFacts
+from placement.wire.slots import in_slots
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Entry:
         memory_gib: nominal memory per GPU, GiB.
         compute_capability: major, minor.
         source: where the matrix is from, and what it leaves open.
+        instances: GPU that is cut up -> the profiles of its MIG instances.
     """
 
     name: str
@@ -36,6 +42,7 @@ class Entry:
     memory_gib: int
     compute_capability: tuple[int, int]
     source: str
+    instances: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 def names() -> tuple[str, ...]:
@@ -62,8 +69,7 @@ def load(name: str) -> Topology:
     Raises:
         UnknownTopology: the catalogue has no such name.
     """
-    entry = describe(name)
-    return replace(parse_matrix(_text(f"{name}.txt")), model=entry.gpu)
+    return facts(name).topology() if describe(name).instances else _matrix(name)
 
 
 @cache
@@ -73,9 +79,9 @@ def facts(name: str) -> NodeFacts:
     Raises:
         UnknownTopology: the catalogue has no such name.
     """
-    entry, shape = describe(name), load(name)
+    entry, shape = describe(name), _matrix(name)
     count = len(shape)
-    return NodeFacts(
+    machine = NodeFacts(
         source="catalogue",
         catalogue_name=name,
         gpus=tuple(
@@ -88,12 +94,32 @@ def facts(name: str) -> NodeFacts:
                 cpus=shape.cpus[gpu],
                 # A switch offers each peer all the links that a GPU has.
                 nvswitch_links=max(link.nvlinks for link in shape.links[gpu]) if shape.nvswitch else 0,
+                mig_enabled=gpu in entry.instances if entry.instances else None,
             )
             for gpu in range(count)
+        ),
+        instances=tuple(
+            MigFacts(parent=gpu, profile=profile, memory_total_bytes=_nominal_bytes(profile))
+            for gpu, profiles in sorted(entry.instances.items())
+            for profile in profiles
         ),
         pairs=tuple(_pair(shape, a, b) for a in range(count) for b in range(a + 1, count)),
         nics=tuple(NicFacts(name=nic.name, paths=nic.paths) for nic in shape.nics),
     )
+    slots: list[GpuFacts | MigFacts] = []
+    for gpu in machine.gpus:
+        slots += [one for one in machine.instances if one.parent == gpu.ordinal] or [gpu]
+    return in_slots(machine, slots)
+
+
+@cache
+def _matrix(name: str) -> Topology:
+    return replace(parse_matrix(_text(f"{name}.txt")), model=describe(name).gpu)
+
+
+def _nominal_bytes(profile: str) -> int:
+    """``1g.10gb`` has 10 GiB; NVML reports a little less."""
+    return int(profile.rpartition(".")[2].removesuffix("gb")) << 30
 
 
 def _pair(shape: Topology, a: int, b: int) -> PairFacts:
@@ -106,10 +132,12 @@ def _pair(shape: Topology, a: int, b: int) -> PairFacts:
 @cache
 def _entries() -> dict[str, Entry]:
     tables = tomllib.loads(_text("catalogue.toml"))
-    return {
-        name: Entry(name=name, **(table | {"compute_capability": tuple(table["compute_capability"])}))
-        for name, table in tables.items()
-    }
+    entries = {}
+    for name, table in tables.items():
+        table["compute_capability"] = tuple(table["compute_capability"])
+        table["instances"] = {int(gpu): tuple(cut) for gpu, cut in table.get("instances", {}).items()}
+        entries[name] = Entry(name=name, **table)
+    return entries
 
 
 def _text(file: str) -> str:

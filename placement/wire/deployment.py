@@ -39,11 +39,16 @@ DEFAULT_KEY_VARIABLES = {
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _ENV_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _SECRET_PATTERN = re.compile(r"api_?key|secret|password|credential|(^|_)token$", re.IGNORECASE)
-_MIG_PATTERN = re.compile(r"[1-7]g\.\d{1,3}gb(\+[a-z.]+)?|[1-7]c\.[1-7]g\.\d{1,3}gb")
+_MIG_PATTERN = re.compile(r"([1-8]c\.)?[1-8]g\.\d{1,3}gb([+-][a-z.]+)?")
 _PROVIDER_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 MOST = 100_000
 """A count above this is a slip of the pen, not a deployment."""
+
+NO_LINKS_BETWEEN_INSTANCES = (
+    "no NVLink and no peer-to-peer access leads from one MIG instance to another, not even on one GPU"
+)
+"""Why one replica cannot have several; https://github.com/NVIDIA/nccl/issues/1716."""
 
 _INFERRED: tuple[tuple[Runtime, str], ...] = (
     # litellm first: "gpt-4o-via-litellm" says how it is reached.
@@ -381,6 +386,11 @@ class Deployment(Model):
         return self
 
     def _no_contradiction(self) -> None:
+        if self.mig is not None and (self.gpus or 0) > 1:
+            raise ValueError(
+                f"mig: {self.mig} and gpus: {self.gpus} ask for tensor parallelism across MIG instances; "
+                f"{NO_LINKS_BETWEEN_INSTANCES}; ask for one larger instance, or for whole GPUs"
+            )
         asked = [name for name in ("gpus", "gpu_memory_gib", "mig") if getattr(self, name) is not None]
         if len(asked) > 1:
             values = " and ".join(f"{name}: {getattr(self, name)}" for name in asked)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from placement.core.snapshot import UNKNOWN_PROFILE
 from placement.core.topology import UNKNOWN_LINK, Link, Nic, Path, Topology
 from placement.wire.base import Model
 
@@ -37,6 +38,14 @@ class GpuFacts(Model):
     def lost(self) -> bool:
         """The driver lists the GPU but cannot reach it."""
         return self.uuid is None and bool(self.errors)
+
+    @property
+    def instance(self) -> str | None:
+        """Profile of the MIG instance that a program on this slot gets, ``"?"`` if unknown; ``None``: all of a GPU.
+
+        With MIG on, a program that is given the GPU gets one of its instances, too.
+        """
+        return self.mig_profile or (UNKNOWN_PROFILE if self.mig_enabled else None)
 
 
 class MigFacts(Model):

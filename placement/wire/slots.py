@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
-from placement.core.topology import Path
+from placement.core.topology import Path, ordinals
 from placement.wire.facts import GpuFacts, MigFacts, NodeFacts, PairFacts
 
+_MIG = "MIG-"
 _OLD_MIG = re.compile(r"MIG-(?P<gpu>GPU-[^/]+)/(?P<gi>\d+)/(?P<ci>\d+)")
 """A MIG instance as drivers before R470 name it, and CUDA still takes it: its GPU and its two ids."""
 
@@ -23,10 +25,6 @@ def in_ray_order(facts: NodeFacts, gpu_count: int, visible_devices: str | None) 
     CUDA_VISIBLE_DEVICES, in its order. A token there is an NVML index (which CUDA shares if
     CUDA_DEVICE_ORDER=PCI_BUS_ID), or the UUID of a GPU or of a MIG instance, or the beginning of one.
 
-    A slot that is a MIG instance has the instance's UUID and memory and all else of its GPU, but no links:
-    neither NVLink nor PCIe peer access leads to an instance, not even from the same GPU. MIG is on there as on
-    a whole GPU that is cut up; what tells them apart is ``mig_profile``.
-
     Args:
         facts: what NVML shows.
         gpu_count: GPUs that Ray has on the node.
@@ -34,27 +32,60 @@ def in_ray_order(facts: NodeFacts, gpu_count: int, visible_devices: str | None) 
     """
     tokens = visible_tokens(visible_devices)
     found = facts.gpus if tokens is None else [_named(facts, token) for token in tokens]
-    chosen = [*found[:gpu_count], *[None] * (gpu_count - len(found))]
-    problem = facts.problem
-    if facts.source == "nvml" and None in chosen:
-        shown = gpu_count - chosen.count(None)
-        problem = problem or f"Ray has {gpu_count} GPUs here, NVML shows {shown} of them"
+    shown = [*found[:gpu_count], *[None] * (gpu_count - len(found))]
+    ordered = in_slots(facts, shown)
+    problem = facts.problem or _problem(facts, shown)
+    # Whatever NVML says or does not say, a slot whose token names an instance is no whole GPU.
+    gpus = tuple(
+        gpu.model_copy(update={"mig_enabled": True}) if token.startswith(_MIG) else gpu
+        for gpu, token in zip(ordered.gpus, [*(tokens or ()), *[""] * gpu_count], strict=False)
+    )
+    return ordered.model_copy(update={"gpus": gpus, "problem": problem})
 
-    slot_of = {one.ordinal: slot for slot, one in enumerate(chosen) if isinstance(one, GpuFacts)}
+
+def in_slots(facts: NodeFacts, shown: Sequence[GpuFacts | MigFacts | None]) -> NodeFacts:
+    """A reading with these GPUs and MIG instances of it, in this order; ``None`` is a slot of which nothing is known.
+
+    A slot that is a MIG instance has the instance's UUID and memory and all else of its GPU, but no links:
+    neither NVLink nor PCIe peer access leads to an instance, not even from the same GPU. Where MIG is on, a
+    program that is given the GPU itself gets one of its instances, so that it has no links either.
+    """
+    slot_of = {
+        one.ordinal: slot
+        for slot, one in enumerate(shown)
+        if isinstance(one, GpuFacts) and one.instance is None
+    }
     pairs = []
     for pair in facts.pairs:
         if pair.a in slot_of and pair.b in slot_of:
             a, b = sorted((slot_of[pair.a], slot_of[pair.b]))
             pairs.append(PairFacts(**{**dict(pair), "a": a, "b": b}))
-    gpu_of = [one.parent if isinstance(one, MigFacts) else one and one.ordinal for one in chosen]
+    gpu_of = [
+        one.parent if isinstance(one, MigFacts) else None if one is None else one.ordinal for one in shown
+    ]
     nics = tuple(
         nic.model_copy(
             update={"paths": tuple(Path.UNKNOWN if gpu is None else nic.paths[gpu] for gpu in gpu_of)}
         )
         for nic in facts.nics
     )
-    gpus = tuple(_in_slot(facts, slot, one) for slot, one in enumerate(chosen))
-    return facts.model_copy(update={"gpus": gpus, "pairs": tuple(pairs), "nics": nics, "problem": problem})
+    gpus = tuple(_in_slot(facts, slot, one) for slot, one in enumerate(shown))
+    return facts.model_copy(update={"gpus": gpus, "pairs": tuple(pairs), "nics": nics})
+
+
+def _problem(facts: NodeFacts, shown: Sequence[GpuFacts | MigFacts | None]) -> str | None:
+    if facts.source != "nvml":
+        return None
+    if None in shown:
+        count = len(shown) - shown.count(None)
+        return f"Ray has {len(shown)} GPUs here, NVML shows {count} of them"
+    cut_up = [one.ordinal for one in shown if isinstance(one, GpuFacts) and one.instance is not None]
+    if not cut_up:
+        return None
+    return (
+        f"MIG is on on GPU {ordinals(cut_up)}, and Ray has it as a whole: nothing is placed there; "
+        "name its instances in CUDA_VISIBLE_DEVICES at `ray start`"
+    )
 
 
 def _named(facts: NodeFacts, token: str) -> GpuFacts | MigFacts | None:
@@ -85,6 +116,7 @@ def _in_slot(facts: NodeFacts, slot: int, one: GpuFacts | MigFacts | None) -> Gp
             "uuid": one.uuid,
             "memory_total_bytes": one.memory_total_bytes,
             "memory_used_bytes": one.memory_used_bytes,
+            "mig_enabled": True,
             "mig_profile": one.profile,
             "nvswitch_links": None,
             "errors": one.errors,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from rich.console import Console
 
+from placement import topologies
 from placement.cli import render
+from placement.core.matrix import render_matrix
 
 
 def text(*renderables: Any) -> str:
@@ -18,9 +21,14 @@ def text(*renderables: Any) -> str:
 
 
 def gpu(
-    ordinal: int, state: str = "free", deployment: str | None = None, replica: int | None = None
+    ordinal: int, state: str = "free", *occupants: tuple[str, int, float], mig: str | None = None
 ) -> dict[str, Any]:
-    return {"ordinal": ordinal, "state": state, "deployment": deployment, "replica": replica}
+    who = [{"deployment": name, "replica": replica, "share": share} for name, replica, share in occupants]
+    first = who[0] if who else {"deployment": None, "replica": None}
+    return {
+        "ordinal": ordinal, "state": state, "deployment": first["deployment"], "replica": first["replica"],
+        "occupants": who, "mig": mig,
+    }  # fmt: skip
 
 
 def node(**fields: Any) -> dict[str, Any]:
@@ -35,12 +43,13 @@ def assignment(**fields: Any) -> dict[str, Any]:
     empty = {
         "replica_index": 0, "node": "id-a", "node_name": "a", "gpus": [], "ray_gpus": [], "weakest_link": None,
         "bandwidth_gb_per_s": None, "ray_bandwidth_gb_per_s": None, "egress_resource": None, "egress_units": 0,
+        "share": 1.0, "mig": "",
     }  # fmt: skip
     return empty | fields
 
 
 def test_a_node_is_drawn_island_by_island_with_who_sits_where() -> None:
-    gpus = [gpu(0, "other"), gpu(1), gpu(2, "held", "qwen", 0), gpu(3, "held", "qwen", 0)]
+    gpus = [gpu(0, "other"), gpu(1), gpu(2, "held", ("qwen", 0, 1)), gpu(3, "held", ("qwen", 0, 1))]
     report = {
         "nodes": [node(gpu_count=4, gpu_model="A100", islands=[[0, 1], [2, 3]], gpus=gpus)],
         "deployments": [{"name": "qwen", "assignments": []}],
@@ -62,6 +71,78 @@ def test_lone_gpus_share_a_line_and_what_is_unknown_is_said() -> None:
     assert "[ 0-1 free ]" in shown
     assert "topology unknown, other Ray users hold 1 more" in shown
     assert "no driver" in shown
+
+
+def test_a_shared_gpu_names_all_who_share_it_and_what_is_left() -> None:
+    gpus = [
+        gpu(0, "held", ("embed", 0, 0.25), ("embed", 1, 0.25), ("rank", 0, 0.4)),
+        gpu(1, "held", ("embed", 2, 0.5), ("embed", 3, 0.5)),
+    ]
+    names = [{"name": name, "assignments": []} for name in ("embed", "rank")]
+    shown = text(render.cluster_map({"nodes": [node(gpu_count=2, gpus=gpus)], "deployments": names}))
+    assert "[ 0 embed/0 0.25, embed/1 0.25, rank/0 0.4, 0.1 left   1 embed/2 0.5, embed/3 0.5 ]" in shown
+
+
+def test_instances_stand_by_profile_beside_the_whole_gpus() -> None:
+    gpus = [
+        gpu(0),
+        gpu(1, mig="1g.10gb"),
+        gpu(2, "held", ("small", 0, 1), mig="1g.10gb"),
+        gpu(3, "other", mig="3g.40gb"),
+        gpu(4),
+        gpu(5, mig="1g.10gb"),
+    ]
+    islands = [[0, 4], [1], [2], [3], [5]]
+    report = {
+        "nodes": [node(gpu_count=6, gpu_model="A100", islands=islands, gpus=gpus)],
+        "deployments": [{"name": "small", "assignments": []}],
+    }
+    assert text(render.cluster_map(report)).splitlines() == [
+        " a   2 x A100, one NVLink island, MIG 3 x 1g.10gb, 1 x 3g.40gb",
+        "     [ 0,4 free ]",
+        "     [ 1g.10gb: 1 free   2 small/0   5 free ]",
+        "     [ 3g.40gb: 3 (another Ray user) ]",
+    ]
+
+
+def test_a_node_of_instances_only_says_so() -> None:
+    gpus = [gpu(0, mig="1g.10gb"), gpu(1, mig="1g.10gb")]
+    one = node(gpu_count=2, gpu_model="A100", topology_known=False, gpus=gpus)
+    assert text(render.cluster_map({"nodes": [one], "deployments": []})).splitlines() == [
+        " a   MIG 2 x 1g.10gb of A100",
+        "     [ 1g.10gb: 0-1 free ]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "holds"),
+    [
+        ({"gpus": [0, 1, 2, 3]}, "GPU 0-3"),
+        ({"gpus": [1], "share": 0.25}, "0.25 of GPU 1"),
+        ({"gpus": [4], "mig": "1g.10gb"}, "MIG 1g.10gb, slot 4"),
+        ({"egress_resource": "egress_openai", "egress_units": 16}, "16 x egress_openai"),
+    ],
+)
+def test_a_replica_says_what_it_holds(fields: dict[str, Any], holds: str) -> None:
+    row = {"deployment": "d", "assignments": [assignment(**fields)]}
+    assert holds in text(render.assignments_table([row], title="placed"))
+
+
+def test_a_machine_with_instances_lists_them_and_links_only_the_whole_gpus() -> None:
+    facts = topologies.facts("a100-mig-4x").model_dump(mode="json")
+    shape = topologies.load("a100-mig-4x")
+    report = {
+        "name": "a100-mig-4x", "gpu_count": 13, "gpu_model": shape.model, "known": True, "nvswitch": False,
+        "islands": [list(island) for island in shape.islands], "matrix": render_matrix(shape), "problem": None,
+        "facts": facts,
+    }  # fmt: skip
+    lines = text(*render.topology_view(report)).splitlines()
+    assert lines[:2] == [
+        "a100-mig-4x  2 x NVIDIA A100 80GB PCIe and 11 MIG instances, catalogue",
+        "NVLink islands: [11-12]",
+    ]
+    assert [line.split()[:3] for line in lines[-5:-3]] == [["11", "X", "NV12"], ["12", "NV12", "X"]]
+    assert lines[-3:] == ["MIG 1g.10gb: slots 0-6,9-10", "MIG 3g.40gb: slot 7", "MIG 2g.20gb: slot 8"]
 
 
 def test_an_egress_node_shows_who_takes_how_much() -> None:

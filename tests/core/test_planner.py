@@ -291,3 +291,42 @@ def test_vacating_gives_back_gpus_and_egress_and_passes_over_nodes_that_are_gone
     assert left.node("id-g").free == {1, 2, 3}
     assert left.node("id-e").egress == {"egress": 4}
     assert snapshot.node("id-g").free == {2, 3}
+
+
+INSTANCES = dict(enumerate(["1g.10gb", "1g.10gb", "3g.40gb"]))
+CUT_UP = Node("a", "a", topology=Topology.unknown(3), slots=INSTANCES, instances=INSTANCES)
+PARTLY = Node("b", "b", topology=Topology.unknown(5), slots=INSTANCES, free=frozenset({3, 4}))
+
+
+def test_instances_and_whole_gpus_are_never_taken_for_each_other() -> None:
+    snapshot = Snapshot([CUT_UP, PARTLY])
+    outcome = plan(snapshot, Request("d", (0, 1), Needs(1, profile="1g.10gb")))
+    assert isinstance(outcome, Plan)
+    assert [(one.node_id, one.gpus) for one in outcome.replicas] == [("a", (0,)), ("a", (1,))]
+    outcome = plan(snapshot, Request("d", (0, 1), Needs(1)))
+    assert isinstance(outcome, Plan)
+    assert [(one.node_id, one.gpus) for one in outcome.replicas] == [("b", (3,)), ("b", (4,))]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "needs", "sentence"),
+    [
+        ([CUT_UP, PARTLY], Needs(3), "3 GPUs per replica, but the largest node has 2"),
+        ([CUT_UP], Needs(1), "1 GPU per replica, but the GPUs are all cut up into MIG instances"),
+        (
+            [CUT_UP],
+            Needs(1),
+            "ask for a MIG instance (mig: one of 1g.10gb, 3g.40gb), or add a node with 1 GPU",
+        ),
+        ([CUT_UP, PARTLY], Needs(1, profile="7g.80gb"), "ask for one of: 1g.10gb, 3g.40gb"),
+        (
+            [PARTLY],
+            Needs(1, profile="1g.10gb"),
+            "replica 0 needs a MIG instance 1g.10gb free on one node; at best b has none of its 2 free",
+        ),
+    ],
+)
+def test_a_refusal_tells_instances_from_gpus(nodes: list[Node], needs: Needs, sentence: str) -> None:
+    refusal = plan(Snapshot(nodes), Request("d", (0,), needs))
+    assert isinstance(refusal, NotEnoughGpus)
+    assert sentence in str(refusal)

@@ -7,7 +7,8 @@ directory before the process starts: :func:`environment`.
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path as FilePath
 
 from placement.core.topology import Path, Topology
@@ -15,6 +16,8 @@ from placement.core.topology import Path, Topology
 LIBRARY = "libnvidia-ml.so.1"
 DRIVER = "580.95.05"
 TOTAL, RESERVED, USED = 80 << 30, 1 << 30, 3 << 30
+INSTANCE_USED = 13 << 20
+"""What an idle 2g.20gb of an A100-SXM4-80GB showed: https://github.com/XuehaiPan/nvitop/pull/8."""
 
 _LEVELS = {Path.PIX: 10, Path.PXB: 20, Path.PHB: 30, Path.NODE: 40, Path.SYS: 50}
 
@@ -49,18 +52,41 @@ def bus_id(gpu: int) -> str:
     return f"0000:{0x1B + 8 * gpu:02x}:00.0"
 
 
+def mig_uuid(gpu: int, index: int) -> str:
+    """The UUID that :func:`describe` gives to a MIG instance."""
+    return f"MIG-00000000-0000-{gpu:04d}-0000-{index:012d}"
+
+
+def instance_bytes(profile: str) -> int:
+    """The memory of an instance on an A100 with 80 GB: 19968 MiB for 20gb, and so on (nvitop, as above)."""
+    return (int(profile.partition("g.")[2].removesuffix("gb")) * 1024 - 512) << 20
+
+
+def instance_line(gpu: int, index: int, profile: str, name: str, gpu_instance: int) -> str:
+    """The line for one MIG instance that is a GPU instance as a whole."""
+    slices = profile[0]
+    return (
+        f"instance {gpu} {index} {gpu_instance} 0 {instance_bytes(profile)} {INSTANCE_USED} {slices} {slices} "
+        f"{mig_uuid(gpu, index)} {name}"
+    )
+
+
 def describe(
     topology: Topology,
     *more: str,
     capability: tuple[int, int] = (8, 0),
     mig: int | None = 0,
     peer: tuple[int, int] = (0, 0),
+    instances: Mapping[int, Sequence[str]] | None = None,
 ) -> str:
     """The description of a machine with these links, and ``more`` lines: faults, for example.
 
     NVLinks that the matrix shows lead to a switch where :attr:`Topology.nvswitch`, else straight to the other
     GPU. The PCIe level below NVLink, which no matrix shows, is NODE within a NUMA node and SYS else.
+
+    ``instances`` are GPU -> the profiles of its MIG instances, in the order of their indices.
     """
+    cut_up = instances or {}
     gpus = range(len(topology))
     lines = [f"driver {DRIVER}", f"gpus {len(topology)}"]
     for gpu in gpus:
@@ -74,7 +100,13 @@ def describe(
             f"cpus {gpu} {_spaced(topology.cpus[gpu])}",
         ]
         if mig is not None:
-            lines.append(f"mig {gpu} {mig}")
+            lines.append(f"mig {gpu} {1 if gpu in cut_up else mig}")
+        # Ids are distinct on each GPU, whatever the size.
+        ids = Counter({"4": 1, "3": 1, "2": 3, "1": 7})
+        for index, profile in enumerate(cut_up.get(gpu, ())):
+            name = f"{topology.model or 'NVIDIA Something'} MIG {profile}"
+            lines.append(instance_line(gpu, index, profile, name, ids[profile[0]]))
+            ids[profile[0]] += 1
         if topology.nvswitch:
             lines.append(f"switch {gpu} {max(link.nvlinks for link in topology.links[gpu])}")
     for a in gpus:

@@ -12,8 +12,13 @@
  *   pci 0 0 1b 0                memory 0 total reserved used    (bytes)
  *   idle 0 2                    2 more NVLinks of GPU 0 that are there, but inactive
  *   hidden                      the PCI address of a switch reads FFFFFFFF:FF:FF.0, and its kind is unknown
+ *   instance 0 2 5 0 total used 1 3 MIG-... NVIDIA H100 ... MIG 1c.3g.40gb
+ *                               GPU 0 has a MIG instance at index 2: its GPU and compute instance ids, bytes,
+ *                               compute slices of itself and of its GPU instance, UUID and name
  *
- *   fail NAME CODE [GPU]        that function returns CODE (where the GPU is concerned); field147 is a field
+ *   fail NAME CODE [GPU [INDEX]]
+ *                               that function returns CODE (where the GPU and its instances, or the one
+ *                               instance, are concerned); field147 is a field
  *   hang NAME                   that function never returns
  *   crash NAME                  that function aborts the process
  */
@@ -22,9 +27,10 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, INSUFFICIENT_SIZE = 7,
-       DRIVER_NOT_LOADED = 9, ARGUMENT_VERSION_MISMATCH = 25 };
-enum { MAX_GPUS = 32, MAX_LINKS = 36, MAX_CPUS = 8192, MAX_NODES = 1024, MAX_FAULTS = 64, ANY = -1 };
+enum { SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6,
+       INSUFFICIENT_SIZE = 7, DRIVER_NOT_LOADED = 9, ARGUMENT_VERSION_MISMATCH = 25 };
+enum { MAX_GPUS = 32, MAX_LINKS = 36, MAX_CPUS = 8192, MAX_NODES = 1024, MAX_FAULTS = 64,
+       MAX_PARTS = 8, ANY = -1 };
 enum { TO_SWITCH = -1, IDLE = -2 }; /* where a link leads, if not to a GPU */
 enum { HANG = -1, CRASH = -2 };     /* what a fault does, if not a return code */
 enum { KIND_GPU = 0, KIND_SWITCH = 2, KIND_UNKNOWN = 255 };
@@ -45,7 +51,16 @@ typedef struct {
 } Field;
 
 typedef struct {
+    unsigned multiprocessors, copy_engines, decoders, encoders, jpeg, ofa;
+    unsigned gpu_instance_slices, compute_instance_slices;
+    unsigned long long memory_mb;
+} Attributes;
+
+/* A GPU, or a MIG instance of one. */
+typedef struct {
     int index;
+    int part, gpu_instance, compute_instance; /* part is an instance's index, ANY for a GPU */
+    unsigned gpu_instance_slices, compute_instance_slices;
     char uuid[96], name[96];
     unsigned domain, bus, device;
     int has_memory, major, minor, mig; /* mig < 0: not supported */
@@ -57,10 +72,10 @@ typedef struct {
 static struct {
     int started, count, hidden, faults;
     char driver[80];
-    Gpu gpu[MAX_GPUS];
+    Gpu gpu[MAX_GPUS], instance[MAX_GPUS][MAX_PARTS]; /* without a UUID: a hole */
     int ancestor[MAX_GPUS][MAX_GPUS]; /* < 0: not supported */
     int peer[MAX_GPUS][MAX_GPUS][2];
-    struct { char name[64]; int code, gpu; } fault[MAX_FAULTS];
+    struct { char name[64]; int code, gpu, part; } fault[MAX_FAULTS];
 } machine;
 
 static void refuse(const char *line) {
@@ -78,10 +93,23 @@ static void add_links(Gpu *gpu, int to, int number, const char *line) {
     while (number-- > 0) gpu->link_to[gpu->links++] = to;
 }
 
-static void add_fault(const char *name, int code, int gpu, const char *line) {
+static void add_instance(int gpu, const char *text, const char *line) {
+    int part, at = 0, gpu_instance, compute_instance;
+    if (sscanf(text, "%d %d %d %n", &part, &gpu_instance, &compute_instance, &at) != 3 || !at) refuse(line);
+    if (part < 0 || part >= MAX_PARTS) refuse(line);
+    Gpu *one = &machine.instance[gpu_at(gpu, line)->index][part];
+    *one = (Gpu){.index = gpu, .part = part, .has_memory = 1, .mig = -1};
+    one->gpu_instance = gpu_instance, one->compute_instance = compute_instance;
+    if (sscanf(text + at, "%llu %llu %u %u %95s %95[^\n]", &one->total, &one->used,
+               &one->compute_instance_slices, &one->gpu_instance_slices, one->uuid, one->name) < 5)
+        refuse(line);
+}
+
+static void add_fault(const char *name, int code, int gpu, int part, const char *line) {
     if (machine.faults == MAX_FAULTS) refuse(line);
     snprintf(machine.fault[machine.faults].name, sizeof machine.fault->name, "%s", name);
     machine.fault[machine.faults].code = code;
+    machine.fault[machine.faults].part = part;
     machine.fault[machine.faults++].gpu = gpu;
 }
 
@@ -121,6 +149,8 @@ static void read_line(const char *line) {
     } else if (IS("capability")) {
         Gpu *gpu = gpu_at(a, line);
         if (sscanf(text, "%d %d", &gpu->major, &gpu->minor) != 2) refuse(line);
+    } else if (IS("instance")) {
+        add_instance(a, text, line);
     } else if (IS("mig")) {
         if (sscanf(text, "%d", &gpu_at(a, line)->mig) != 1) refuse(line);
     } else if (IS("ancestor")) {
@@ -140,12 +170,12 @@ static void read_line(const char *line) {
         if (sscanf(text, "%d", &b) != 1) refuse(line);
         add_links(gpu_at(a, line), IS("switch") ? TO_SWITCH : IDLE, b, line);
     } else if (IS("fail")) {
-        int given = sscanf(rest, "%63s %d %d", name, &b, &c);
-        if (given < 2) refuse(line);
-        add_fault(name, b, given == 3 ? c : ANY, line);
+        c = d = ANY;
+        if (sscanf(rest, "%63s %d %d %d", name, &b, &c, &d) < 2) refuse(line);
+        add_fault(name, b, c, d, line);
     } else if (IS("hang") || IS("crash")) {
         if (sscanf(rest, "%63s", name) != 1) refuse(line);
-        add_fault(name, IS("hang") ? HANG : CRASH, ANY, line);
+        add_fault(name, IS("hang") ? HANG : CRASH, ANY, ANY, line);
     } else refuse(line);
 #undef IS
 }
@@ -159,7 +189,7 @@ static int load(void) {
     memset(machine.ancestor, 0xff, sizeof machine.ancestor);
     for (int i = 0; i < MAX_GPUS; i++) {
         machine.gpu[i].index = i;
-        machine.gpu[i].mig = -1;
+        machine.gpu[i].part = machine.gpu[i].mig = -1;
     }
     while (fgets(line, sizeof line, file)) {
         line[strcspn(line, "\n")] = '\0';
@@ -171,10 +201,11 @@ static int load(void) {
 }
 
 /* What a call shall fail with, if anything. Played before the arguments are looked at, as a driver would. */
-static int fault(const char *name, int a, int b) {
+static int fault(const char *name, int a, int b, int part) {
     for (int i = 0; i < machine.faults; i++) {
-        int about = machine.fault[i].gpu;
+        int about = machine.fault[i].gpu, about_part = machine.fault[i].part;
         if (strcmp(machine.fault[i].name, name) != 0 || (about != ANY && about != a && about != b)) continue;
+        if (about_part != ANY && about_part != part) continue;
         if (machine.fault[i].code == CRASH) abort();
         while (machine.fault[i].code == HANG) pause();
         return machine.fault[i].code;
@@ -182,11 +213,13 @@ static int fault(const char *name, int a, int b) {
     return machine.started ? SUCCESS : UNINITIALIZED;
 }
 
-#define CHECK(a, b)                                    \
+#define CHECK_PART(a, b, part)                         \
     do {                                               \
-        int code_ = fault(__func__, (a), (b));         \
+        int code_ = fault(__func__, (a), (b), (part)); \
         if (code_ != SUCCESS) return code_;            \
     } while (0)
+#define CHECK(a, b) CHECK_PART(a, b, ANY)
+#define CHECK_ONE(gpu) CHECK_PART((gpu)->index, ANY, (gpu)->part)
 
 static int copy(char *to, unsigned size, const char *from) {
     if (!*from) return NOT_SUPPORTED;
@@ -256,12 +289,12 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned index, Gpu **gpu) {
 }
 
 int nvmlDeviceGetUUID(Gpu *gpu, char *uuid, unsigned size) {
-    CHECK(gpu->index, ANY);
+    CHECK_ONE(gpu);
     return copy(uuid, size, gpu->uuid);
 }
 
 int nvmlDeviceGetName(Gpu *gpu, char *name, unsigned size) {
-    CHECK(gpu->index, ANY);
+    CHECK_ONE(gpu);
     return copy(name, size, gpu->name);
 }
 
@@ -273,7 +306,7 @@ int nvmlDeviceGetPciInfo_v3(Gpu *gpu, Pci *pci) {
 
 /* The first version counts what the driver keeps for itself as used, the second apart. */
 int nvmlDeviceGetMemoryInfo(Gpu *gpu, Memory *memory) {
-    CHECK(gpu->index, ANY);
+    CHECK_ONE(gpu);
     if (!gpu->has_memory) return NOT_SUPPORTED;
     memory->total = gpu->total;
     memory->used = gpu->used + gpu->reserved;
@@ -282,7 +315,7 @@ int nvmlDeviceGetMemoryInfo(Gpu *gpu, Memory *memory) {
 }
 
 int nvmlDeviceGetMemoryInfo_v2(Gpu *gpu, MemoryV2 *memory) {
-    CHECK(gpu->index, ANY);
+    CHECK_ONE(gpu);
     if (memory->version != (sizeof *memory | 2U << 24)) return ARGUMENT_VERSION_MISMATCH;
     if (!gpu->has_memory) return NOT_SUPPORTED;
     memory->total = gpu->total;
@@ -313,6 +346,43 @@ int nvmlDeviceGetMigMode(Gpu *gpu, unsigned *current, unsigned *pending) {
     CHECK(gpu->index, ANY);
     if (gpu->mig < 0) return NOT_SUPPORTED;
     *current = *pending = (unsigned)gpu->mig;
+    return SUCCESS;
+}
+
+/* "0 if MIG is not supported or enabled", says the header. */
+int nvmlDeviceGetMaxMigDeviceCount(Gpu *gpu, unsigned *count) {
+    CHECK(gpu->index, ANY);
+    *count = gpu->mig > 0 ? MAX_PARTS - 1 : 0;
+    return SUCCESS;
+}
+
+int nvmlDeviceGetMigDeviceHandleByIndex(Gpu *gpu, unsigned index, Gpu **instance) {
+    CHECK_PART(gpu->index, ANY, (int)index);
+    if (gpu->part != ANY || index >= MAX_PARTS) return INVALID_ARGUMENT;
+    *instance = &machine.instance[gpu->index][index];
+    return *(*instance)->uuid ? SUCCESS : NOT_FOUND;
+}
+
+int nvmlDeviceGetGpuInstanceId(Gpu *instance, unsigned *id) {
+    CHECK_ONE(instance);
+    *id = (unsigned)instance->gpu_instance;
+    return instance->part == ANY ? INVALID_ARGUMENT : SUCCESS;
+}
+
+int nvmlDeviceGetComputeInstanceId(Gpu *instance, unsigned *id) {
+    CHECK_ONE(instance);
+    *id = (unsigned)instance->compute_instance;
+    return instance->part == ANY ? INVALID_ARGUMENT : SUCCESS;
+}
+
+int nvmlDeviceGetAttributes_v2(Gpu *instance, Attributes *attributes) {
+    CHECK_ONE(instance);
+    if (instance->part == ANY) return INVALID_ARGUMENT;
+    memset(attributes, 0, sizeof *attributes);
+    attributes->multiprocessors = 14 * instance->compute_instance_slices;
+    attributes->gpu_instance_slices = instance->gpu_instance_slices;
+    attributes->compute_instance_slices = instance->compute_instance_slices;
+    attributes->memory_mb = instance->total >> 20;
     return SUCCESS;
 }
 
@@ -360,7 +430,7 @@ int nvmlDeviceGetNvLinkRemotePciInfo_v2(Gpu *gpu, unsigned link, Pci *pci) {
 static unsigned field_value(const Gpu *gpu, const Field *field, unsigned long long *value) {
     char name[16];
     snprintf(name, sizeof name, "field%u", field->field);
-    int code = fault(name, gpu->index, ANY);
+    int code = fault(name, gpu->index, ANY, ANY);
     if (code != SUCCESS) return (unsigned)code;
     switch (field->field) {
     case FIELD_LINK_COUNT:

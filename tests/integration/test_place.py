@@ -186,7 +186,7 @@ def test_unknown_nodes_and_bad_fields_are_named(service: Any) -> None:
         placement.UnknownNode, match=r"constraints.gpu_nodes: no node 'nowhere'; use one of: dgx"
     ):
         ray.get(service.place.remote({"name": "x", "model": "m"}, {"gpu_nodes": ["nowhere"]}))
-    with pytest.raises(placement.InvalidDeployment, match="gpus: 1.5 GPUs is fractional"):
+    with pytest.raises(placement.InvalidDeployment, match="gpus: 1.5 GPUs is more than one and not whole"):
         ray.get(service.place.remote({"name": "x", "model": "m", "gpus": 1.5}))
     with pytest.raises(placement.InvalidDeployment, match="unknown field 'gpu'"):
         ray.get(service.place.remote({"name": "x", "model": "m", "gpu": 1}))

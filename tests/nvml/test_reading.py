@@ -15,6 +15,9 @@ from tests import fake_nvml
 
 Read = Callable[[str], NodeFacts]
 
+WHOLE = [name for name in topologies.names() if not topologies.describe(name).instances]
+"""Machines that are not cut up; for the others see test_mig.py."""
+
 TWO_GPUS = """
 driver 580.95.05
 gpus 2
@@ -44,7 +47,7 @@ GPU3    SYS   NV1   NV2    X
 FOUR_ON_A_SWITCH = "\n".join(["gpus 4", *(f"pci {gpu} 0 {gpu + 1} 0" for gpu in range(4))]) + "\n"
 
 
-@pytest.mark.parametrize("name", topologies.names())
+@pytest.mark.parametrize("name", WHOLE)
 def test_every_recorded_machine_reads_as_what_its_matrix_says(name: str, read_machine: Read) -> None:
     recorded = replace(topologies.load(name), nics=())  # NVML does not tell them
     capability = topologies.describe(name).compute_capability
@@ -53,7 +56,7 @@ def test_every_recorded_machine_reads_as_what_its_matrix_says(name: str, read_ma
     assert (recorded.model, None) == (facts.topology().model, facts.problem)
 
 
-@pytest.mark.parametrize("name", topologies.names())
+@pytest.mark.parametrize("name", WHOLE)
 def test_a_reading_agrees_with_the_catalogue_on_every_fact_that_both_know(
     name: str, read_machine: Read
 ) -> None:

@@ -17,7 +17,8 @@ from placement import topologies
 from placement.core.score import WHOLE, Needs, best_set, score
 from placement.core.topology import Topology
 from placement.runtime import reservation
-from placement.runtime.reservation import Machine, NodeReserver, Order, Refused, Reserved
+from placement.runtime.reservation import Machine, NodeReserver, Order, Refused, Reserved, machine_of
+from placement.wire.facts import GpuFacts, NodeFacts
 
 
 @pytest.fixture(autouse=True)
@@ -267,6 +268,41 @@ def test_instances_and_whole_gpus_keep_to_themselves() -> None:
     assert isinstance(reserver.reserve(Order("c", Needs(1)), mixed), Refused)
     assert isinstance(reserver.reserve(Order("e", Needs(1, profile="2g.20gb")), mixed), Refused)
     assert reserver.reserve(Order("f", Needs(1, profile="1g.10gb")), mixed).gpus == (1,)  # type: ignore[union-attr]
+
+
+def test_a_machine_tells_instances_from_whole_gpus() -> None:
+    facts = topologies.facts("a100-mig-4x")
+    machine = machine_of(facts, 13)
+    assert machine.gpu_memory_bytes == 80 << 30, "that of the whole GPUs"
+    node = machine.node(range(13), {})
+    assert (node.free, len(node.instances)) == ({11, 12}, 11)
+    assert node.profiles == {"1g.10gb", "2g.20gb", "3g.40gb"}
+
+
+def test_an_instance_of_unknown_size_and_a_gpu_that_is_cut_up_are_given_to_nobody() -> None:
+    gpus = (GpuFacts(ordinal=0, mig_enabled=True), GpuFacts(ordinal=1))
+    machine = machine_of(NodeFacts(source="nvml", gpus=gpus), 2)
+    node = machine.node({0, 1}, {})
+    assert (node.free, node.profiles) == ({1}, frozenset())
+    reserver = NodeReserver(Slots(2), 2)
+    assert isinstance(reserver.reserve(Order("a", Needs(2)), machine), Refused)
+    assert reserver.reserve(Order("b", Needs(1)), machine).gpus == (1,)  # type: ignore[union-attr]
+
+
+def test_a_share_never_lands_on_an_instance() -> None:
+    mixed = replace(FLAT, instances={0: "1g.10gb", 1: "2g.20gb"})
+    reserver = NodeReserver(Slots(4), 4)
+    assert reserver.reserve(share("a", 500), mixed).gpus == (2,)  # type: ignore[union-attr]
+
+
+def test_an_instance_must_have_as_much_free_memory_as_is_asked() -> None:
+    mixed = replace(
+        FLAT, instances={0: "1g.10gb", 1: "1g.10gb", 2: "1g.10gb"}, free_memory={0: 1 << 30, 1: 9 << 30}
+    )
+    needs = Needs(1, profile="1g.10gb", free_memory_bytes=8 << 30)
+    reserver = NodeReserver(Slots(4), 4)
+    assert reserver.reserve(Order("a", needs), mixed).gpus == (1,)  # type: ignore[union-attr]
+    assert isinstance(reserver.reserve(Order("b", needs), mixed), Refused)
 
 
 @given(st.integers(0, 10_000))

@@ -41,6 +41,7 @@ NAMES = topologies.names()
         ("rtx-pro-6000-8x", 8, {"PHB", "PIX"}, False, 8),
         ("a10-4x", 4, {"PHB"}, False, 4),
         ("t4-4x", 4, {"PHB"}, False, 4),
+        ("a100-mig-4x", 13, {"?", "NV12"}, False, 12),
     ],
 )
 def test_machines_are_what_they_are_known_for(
@@ -115,11 +116,9 @@ def test_a_simulated_node_reports_the_machine_and_nothing_it_cannot_know(name: s
     assert ("catalogue", name) == (facts.source, facts.catalogue_name)
     assert (shape, shape.model) == (facts.topology(), facts.topology().model)
     for ordinal, gpu in enumerate(facts.gpus):
-        assert (ordinal, entry.gpu, entry.memory_gib * 1024**3) == (
-            gpu.ordinal,
-            gpu.name,
-            gpu.memory_total_bytes,
-        )
+        assert (ordinal, entry.gpu) == (gpu.ordinal, gpu.name)
+        if gpu.instance is None:
+            assert entry.memory_gib * 1024**3 == gpu.memory_total_bytes
         assert entry.compute_capability == gpu.compute_capability
         assert (None, None, None, False) == (gpu.uuid, gpu.memory_used_bytes, gpu.pci_bus_id, gpu.lost)
     for pair in facts.pairs:
@@ -133,7 +132,10 @@ def test_a_message_survives_the_wire() -> None:
 
 
 def test_the_links_of_a_gpu_end_in_the_switch_where_there_is_one() -> None:
-    ends = {name: {gpu.nvswitch_links for gpu in topologies.facts(name).gpus} for name in NAMES}
+    ends = {
+        name: {gpu.nvswitch_links for gpu in topologies.facts(name).gpus if gpu.instance is None}
+        for name in NAMES
+    }
     switched = {"dgx-2": 6, "dgx-a100": 12, "hgx-h800": 8}
     switched |= dict.fromkeys(["dgx-h100", "gcp-a4", "dgx-b200", "gb200-tray", "azure-gb300", "hgx-h200"], 18)
     assert {name: {links} for name, links in switched.items()} == {
@@ -147,3 +149,20 @@ def test_an_unknown_machine_is_refused_with_the_known_ones(name: str) -> None:
         with pytest.raises(UnknownTopology) as caught:
             function(name)
         assert (name, NAMES) == (caught.value.name, caught.value.known)
+
+
+def test_the_instances_of_a_cut_up_gpu_stand_in_its_place() -> None:
+    facts = topologies.facts("a100-mig-4x")
+    profiles = ["1g.10gb"] * 7 + ["3g.40gb", "2g.20gb", "1g.10gb", "1g.10gb"]
+    assert [gpu.instance for gpu in facts.gpus] == [*profiles, None, None]
+    assert [gpu.memory_total_bytes for gpu in facts.gpus[6:9]] == [10 << 30, 40 << 30, 20 << 30]
+    assert [(pair.a, pair.b, pair.nvlinks) for pair in facts.pairs] == [(11, 12, 12)]
+    assert {facts.gpus[slot].numa_nodes for slot in range(11)} == {(0,)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_instances_are_as_many_as_fit_on_their_gpu(name: str) -> None:
+    entry = topologies.describe(name)
+    for profiles in entry.instances.values():
+        assert sum(int(profile[0]) for profile in profiles) <= 7
+        assert sum(int(profile[3:-2]) for profile in profiles) <= entry.memory_gib

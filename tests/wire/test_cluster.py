@@ -110,3 +110,19 @@ def test_an_explanation_ends_with_the_refusal() -> None:
 def test_constraints_must_name_nodes_that_are_there() -> None:
     with pytest.raises(UnknownNode, match="nowhere"):
         plan_deployments(CLUSTER, {}, [deployment("d", constraints={"gpu_nodes": ["nowhere"]})])
+
+
+def test_instances_survive_their_file_and_are_planned_with() -> None:
+    slots = dict(enumerate(["1g.10gb", "1g.10gb", "?"]))
+    shape = topologies.load("a100-mig-4x")
+    node = Node("id-m", "m", topology=shape, free=frozenset({11, 12}), slots=slots, instances={1: "1g.10gb"})
+    text = ClusterFile.of(Snapshot([node]), []).model_dump_json()
+    again = ClusterFile.model_validate_json(text).snapshot()
+    assert again.nodes == (node,)
+    small = Deployment(name="small", model="m", mig="1g.10gb")
+    pair = Deployment(name="pair", model="m", gpus=2)
+    plans = plan_deployments(again, {}, [small, pair])
+    assert [(plan.assignments[0].gpus, plan.assignments[0].mig) for plan in plans] == [
+        ([1], "1g.10gb"),
+        ([11, 12], ""),
+    ]

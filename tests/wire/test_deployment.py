@@ -11,7 +11,8 @@ from placement.errors import InvalidDeployment, MissingSecret
 from placement.wire.deployment import ApiKey, Deployment
 from placement.wire.files import load_deployments, parse_deployments
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "deployments.toml"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLE = EXAMPLES / "deployments.toml"
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,25 @@ def test_a_custom_runtime_says_its_transport() -> None:
         ({"gpus": 0.0001}, "gpus: 0.0001 is no share of a GPU; use 0.001 to 0.999"),
         ({"gpus": True}, "gpus: True is not a number"),
         ({"model": "gpt-4o", "gpus": 2}, "gpus: 2 on a remote deployment (openai); leave gpus out"),
+        (
+            {"mig": "1g.10gb", "gpus": 2},
+            "mig: 1g.10gb and gpus: 2 ask for tensor parallelism across MIG instances; no NVLink and no "
+            "peer-to-peer access leads from one MIG instance to another",
+        ),
+        ({"mig": "1g.10gb", "gpus": 1}, "mig: 1g.10gb are different ways to ask for GPUs; keep one of them"),
+        ({"mig": "10gb"}, "mig: '10gb' is not a MIG profile; write one such as 1g.10gb"),
+        (
+            {"mig": "1g.10gb", "within": "nvlink"},
+            "within: nvlink is about the links between a replica's GPUs",
+        ),
+        (
+            {"mig": "1g.10gb", "min_bandwidth_gb_per_s": 10},
+            "min_bandwidth_gb_per_s: 10.0 is about the links between a replica's GPUs",
+        ),
+        (
+            {"model": "gpt-4o", "mig": "1g.10gb"},
+            "mig: 1g.10gb on a remote deployment (openai); leave mig out",
+        ),
         ({"runtime": "tgi"}, "runtime: 'tgi' is refused: input should be 'vllm'"),
         ({"replica": 2}, "unknown field 'replica'; known here: name, model"),
         ({"serving": {"concurrency": 2}}, "unknown field 'serving.concurrency'; known here: max_concurrent"),
@@ -184,3 +204,16 @@ def test_one_key_reference_is_one_identity_whatever_the_model() -> None:
     assert identity("gpt-4o", "A") == identity("gpt-4o-mini", "A") != identity("gpt-4o", "B")
     assert Deployment(name="d", model="gpt-4o").key_fingerprint == identity("gpt-4o", "OPENAI_API_KEY")
     assert Deployment(name="d", model="m").key_fingerprint is None
+
+
+@pytest.mark.parametrize(
+    "mig", ["1g.5gb", "7g.141gb", "1c.3g.40gb", "1g.10gb+me", "1g.24gb-me", "1g.24gb+me.all"]
+)
+def test_a_mig_profile_is_written_as_nvidia_smi_does(mig: str) -> None:
+    needs = Deployment(name="d", model="m", mig=mig).needs
+    assert (needs.profile, needs.gpus, needs.whole) == (mig, 1, False)
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.toml")), ids=lambda file: file.stem)
+def test_an_example_is_read(file: Path) -> None:
+    assert load_deployments(file)

@@ -1,0 +1,193 @@
+"""MIG instances on real raylets: found through NVML, placed by profile, seen by the worker inside."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+import placement
+from placement import NodeAssignment, topologies
+from placement.runtime.embedded import SimulatedNode, embedded_cluster
+from placement.runtime.probing import AnotherUser, another_user
+from placement.wire.files import load_deployments
+from tests import fake_nvml
+
+pytestmark = pytest.mark.integration
+
+CUT_UP = topologies.describe("a100-mig-4x").instances
+SMALL = [fake_nvml.mig_uuid(0, index) for index in range(7)]
+BALANCED = [fake_nvml.mig_uuid(1, index) for index in range(4)]  # 3g.40gb, 2g.20gb, 1g.10gb, 1g.10gb
+# A whole GPU, then instances, then the GPU that it is bridged to.
+MIXED = [fake_nvml.uuid(2), SMALL[4], *BALANCED, SMALL[1], fake_nvml.uuid(3)]
+PROFILES = [None, "1g.10gb", "3g.40gb", "2g.20gb", "1g.10gb", "1g.10gb", "1g.10gb", None]
+ONLY = [SMALL[0], SMALL[5], SMALL[3]]
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("nvml")
+    machine = folder / "machine.txt"
+    machine.write_text(fake_nvml.describe(topologies.load("a100-pcie-4x"), instances=CUT_UP))
+    env = fake_nvml.environment(fake_nvml.build(folder), machine)
+
+    def node(name: str, tokens: list[str]) -> SimulatedNode:
+        return SimulatedNode(name, gpus=len(tokens), env={**env, "CUDA_VISIBLE_DEVICES": ",".join(tokens)})
+
+    nodes = [
+        node("mixed", MIXED),
+        node("only", ONLY),
+        SimulatedNode("unlisted", gpus=4, env=env),
+        SimulatedNode("recorded", topology="a100-mig-4x"),
+    ]
+    with embedded_cluster(nodes) as running:
+        yield running
+
+
+@ray.remote
+class Worker:
+    def gpus(self) -> tuple[list[str], str]:
+        import os
+
+        ids = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+        return ids, os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def seen(assignment: NodeAssignment) -> list[str]:
+    """What the worker at each rank was given, as Ray says and as CUDA will see."""
+    found = []
+    for rank in range(len(assignment.gpus)):
+        worker = Worker.options(**assignment.actor_options(rank)).remote()
+        [gpu], visible = ray.get(worker.gpus.remote())
+        assert gpu == visible
+        ray.kill(worker)
+        found.append(gpu)
+    return found
+
+
+def place(service: Any, name: str, node: str | None, **fields: Any) -> list[NodeAssignment]:
+    wanted = {"name": name, "model": "m", **fields}
+    limits = {"gpu_nodes": [node]} if node else None
+    return ray.get(service.place.remote(wanted, limits)).assignments
+
+
+def test_a_node_offers_its_instances_with_their_profiles(service: Any) -> None:
+    [report] = ray.get(service.topology.remote("mixed"))
+    gpus = report["facts"]["gpus"]
+    assert [gpu["uuid"] for gpu in gpus] == MIXED
+    assert [gpu["mig_profile"] for gpu in gpus] == PROFILES
+    assert (report["problem"], report["facts"]["problem"]) == (None, None)
+
+
+def test_two_replicas_of_a_profile_get_two_instances_of_it(service: Any) -> None:
+    replicas = place(service, "small", "mixed", mig="1g.10gb", replicas=2)
+    assert [(a.gpus, a.mig) for a in replicas] == [([1], "1g.10gb"), ([4], "1g.10gb")]
+    assert [seen(a) for a in replicas] == [[SMALL[4]], [BALANCED[2]]]
+
+
+def test_an_instance_in_the_middle_is_had_and_nothing_else_is_kept(service: Any) -> None:
+    [middle] = place(service, "two", "mixed", mig="2g.20gb")
+    assert (middle.gpus, middle.ray_gpus, seen(middle)) == ([3], [0], [BALANCED[1]])
+    [larger] = place(service, "three", "mixed", mig="3g.40gb")
+    assert seen(larger) == [BALANCED[0]]
+    [pair] = place(service, "pair", "mixed", gpus=2)
+    assert (pair.weakest_link, seen(pair)) == ("NV12", [fake_nvml.uuid(2), fake_nvml.uuid(3)])
+    rest = place(service, "rest", "mixed", mig="1g.10gb", replicas=4)
+    assert sorted(a.gpus[0] for a in rest) == [1, 4, 5, 6]
+
+
+def test_whole_gpus_never_land_on_instances(service: Any) -> None:
+    assert [a.gpus for a in place(service, "ones", "mixed", gpus=1, replicas=2)] == [[0], [7]]
+    with pytest.raises(placement.NotEnoughGpus, match="1 GPU free on one node"):
+        place(service, "third", "mixed", gpus=1)
+    with pytest.raises(placement.NotEnoughGpus, match="has MIG instances only"):
+        place(service, "whole", "only", gpus=1)
+    with pytest.raises(placement.NotEnoughGpus, match="has MIG instances only"):
+        place(service, "share", "only", gpus=0.5)
+    ray.get(service.release.remote("ones"))
+    shares = place(service, "shares", "mixed", gpus=0.5, replicas=4)
+    assert [a.gpus for a in shares] == [[0], [0], [7], [7]]
+
+
+def test_instances_never_land_on_whole_gpus(service: Any) -> None:
+    place(service, "all", "only", mig="1g.10gb", replicas=3)
+    with pytest.raises(placement.NotEnoughGpus, match=re.escape("a MIG instance 1g.10gb free on one node")):
+        place(service, "one-more", "only", mig="1g.10gb")
+    with pytest.raises(placement.NotEnoughGpus, match=re.escape("ask for one of: 1g.10gb, 2g.20gb, 3g.40gb")):
+        place(service, "unknown", None, mig="7g.80gb")
+
+
+def test_tensor_parallelism_across_instances_is_refused_with_the_reason(service: Any) -> None:
+    with pytest.raises(placement.InvalidDeployment, match="no NVLink and no peer-to-peer access"):
+        place(service, "parallel", "mixed", mig="1g.10gb", gpus=2)
+
+
+def test_a_gpu_that_is_cut_up_is_no_whole_gpu_where_ray_was_not_told(service: Any) -> None:
+    [report] = ray.get(service.topology.remote("unlisted"))
+    assert "MIG is on on GPU 0-1" in report["facts"]["problem"]
+    [pair] = place(service, "pair", "unlisted", gpus=2)
+    assert (pair.gpus, seen(pair)) == ([2, 3], ["2", "3"])
+    with pytest.raises(placement.NotEnoughGpus):
+        place(service, "more", "unlisted", gpus=1)
+
+
+def test_a_simulated_node_has_instances_too(service: Any) -> None:
+    [two] = place(service, "two", "recorded", mig="2g.20gb")
+    assert two.gpus == [8]
+    [pair] = place(service, "pair", "recorded", gpus=2)
+    assert (pair.gpus, pair.weakest_link) == ([11, 12], "NV12")
+    with pytest.raises(placement.NotEnoughGpus):
+        place(service, "more", "recorded", gpus=1)
+
+
+def test_the_example_is_placed_and_shown(service: Any) -> None:
+    wanted = load_deployments(Path(__file__).parents[2] / "examples" / "mig.toml")
+    results = {one.deployment: one.assignments for one in ray.get(service.apply_all.remote(wanted))}
+    assert [a.mig for a in results["embed"]] == ["1g.10gb"] * 4
+    assert [a.weakest_link for a in results["qwen-32b"]] == ["NV12"]
+    report = ray.get(service.status.remote())
+    held = {
+        (node["name"], gpu["ordinal"]): gpu["mig"]
+        for node in report["nodes"]
+        for gpu in node["gpus"]
+        if gpu["deployment"] in ("embed", "qwen-7b")
+    }
+    assert sorted(held.values()) == ["1g.10gb"] * 4 + ["3g.40gb"]
+    [mixed] = [node for node in report["nodes"] if node["name"] == "mixed"]
+    assert [gpu["mig"] for gpu in mixed["gpus"]] == PROFILES
+
+
+def test_instances_while_another_user_takes_and_frees_some(service: Any) -> None:
+    dice = random.Random(7)
+    uuids = dict(enumerate(MIXED))
+    others: list[AnotherUser] = []
+    standing: list[str] = []
+    placed = refused = 0
+    try:
+        for step in range(15):
+            if others and dice.random() < 0.4:
+                others.pop(dice.randrange(len(others))).leave()
+            elif len(others) < 4 and len(others) + len(standing) < len(MIXED):
+                others.append(another_user("mixed"))
+            if standing and dice.random() < 0.4:
+                ray.get(service.release.remote(standing.pop(dice.randrange(len(standing)))))
+                continue
+            profile = dice.choice(["1g.10gb", "1g.10gb", "2g.20gb", "3g.40gb"])
+            try:
+                [replica] = place(service, f"step-{step}", "mixed", mig=profile)
+            except (placement.NotEnoughGpus, placement.ReservationFailed):
+                refused += 1
+                continue
+            placed += 1
+            standing.append(f"step-{step}")
+            assert PROFILES[replica.gpus[0]] == profile
+            assert seen(replica) == [uuids[replica.gpus[0]]]
+    finally:
+        for other in others:
+            other.leave()
+    assert placed > refused

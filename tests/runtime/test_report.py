@@ -1,0 +1,83 @@
+"""What ``status`` reports of one node: who sits on which GPU, and what others hold."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from placement import Deployment, topologies
+from placement.runtime.books import Books, Standing
+from placement.runtime.discovery import NodeInfo
+from placement.runtime.report import status_report
+from placement.runtime.results import NodeAssignment
+
+
+def books(**held: list[tuple[int, float]]) -> Books:
+    """Deployment -> the (GPU, share) of each replica, all on node n."""
+    found = Books()
+    for name, replicas in held.items():
+        standing = Standing(Deployment(name=name, model="m", replicas=len(replicas)))
+        for index, (gpu, share) in enumerate(replicas):
+            standing.replicas[index] = NodeAssignment(index, "n", [gpu], _NO_GROUP, [0], "n", share)
+        found.standing[name] = standing
+    return found
+
+
+_NO_GROUP: Any = SimpleNamespace(id=SimpleNamespace(hex=lambda: "00"))
+
+
+def node(
+    held: Books, available: float, foreign: frozenset[int] = frozenset(), gpus: int = 4, topology: str = ""
+) -> dict[str, Any]:
+    facts = {"n": topologies.facts(topology)} if topology else {}
+    fleet: Any = SimpleNamespace(facts=facts, foreign={"n": foreign})
+    report = status_report([NodeInfo("n", "n", "a", gpus)], held, fleet, {"n": {"GPU": available}})
+    return report["nodes"][0]
+
+
+@pytest.mark.parametrize(
+    ("available", "foreign", "others", "unlocated"),
+    [
+        # held: half and a quarter of GPU 0, all of GPU 1
+        (2.25, frozenset(), [], 0),
+        (1.25, frozenset(), [], 1),
+        (1.25, frozenset({3}), [3], 0),
+        (2.25, frozenset({3}), [], 0),  # given back since
+        (1.65, frozenset(), [], 1),  # others share, too
+        (0.25, frozenset({2}), [2], 1),
+    ],
+)
+def test_what_others_hold_is_counted_beside_shares(
+    available: float, foreign: frozenset[int], others: list[int], unlocated: int
+) -> None:
+    report = node(books(a=[(0, 0.5), (1, 1.0)], b=[(0, 0.25)]), available, foreign)
+    assert [gpu["ordinal"] for gpu in report["gpus"] if gpu["state"] == "other"] == others
+    assert report["others_unlocated"] == unlocated
+
+
+def test_a_shared_gpu_lists_all_its_occupants() -> None:
+    report = node(books(a=[(0, 0.5), (1, 1.0)], b=[(0, 0.25)]), 2.25)
+    assert report["gpus"][0]["occupants"] == [
+        {"deployment": "a", "replica": 0, "share": 0.5},
+        {"deployment": "b", "replica": 0, "share": 0.25},
+    ]
+    assert [(gpu["state"], gpu["deployment"], gpu["replica"]) for gpu in report["gpus"]] == [
+        ("held", "a", 0),
+        ("held", "a", 1),
+        ("free", None, None),
+        ("free", None, None),
+    ]
+
+
+def test_tenths_add_up() -> None:
+    report = node(books(a=[(0, 0.1)] * 10), 3.0)
+    assert (len(report["gpus"][0]["occupants"]), report["others_unlocated"]) == (10, 0)
+
+
+def test_instances_are_reported_by_their_profile() -> None:
+    report = node(books(a=[(7, 1.0)]), 12.0, gpus=13, topology="a100-mig-4x")
+    profiles = [gpu["mig"] for gpu in report["gpus"]]
+    assert profiles == ["1g.10gb"] * 7 + ["3g.40gb", "2g.20gb", "1g.10gb", "1g.10gb", None, None]
+    assert report["gpus"][7]["deployment"] == "a"
