@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from placement.core.labels import meets
 from placement.core.request import Request
 from placement.core.score import GIB, WHOLE, Needs, Within, score
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import Bits, Node, Snapshot
 from placement.core.topology import Path, Topology, _components, ordinals
 from placement.errors import (
     BelowFloor,
@@ -227,6 +227,25 @@ def short_of(request: Request) -> Objection | None:
         return f"has less than {memory / GIB:g} GiB of memory free" if node.memory_bytes < memory else None
 
     return objection
+
+
+def eligible(snapshot: Snapshot, request: Request) -> Bits:
+    """The nodes that nothing but a lack of room excludes."""
+    allowed = snapshot.usable
+    if request.gpu_nodes is not None:
+        allowed &= snapshot.named(request.gpu_nodes)
+    objections = [objection for _, objection in limits(request)]
+    if objections:
+        allowed &= snapshot.select(
+            node for node in snapshot.nodes if not any(objection(node) for objection in objections)
+        )
+    return allowed
+
+
+def roomy(snapshot: Snapshot, request: Request) -> Bits:
+    """The nodes with the CPUs and the memory for one set of GPUs."""
+    short = short_of(request)
+    return snapshot.usable if short is None else snapshot.select(n for n in snapshot.nodes if not short(n))
 
 
 def _unlike(key: str, condition: str) -> Objection:

@@ -2,7 +2,8 @@
 
 Rules, in order:
 
-1. A replica's GPUs lie on one node; a remote replica's capacity lies on one egress node.
+1. A replica's GPUs lie on one node; those of a larger one on several, one tensor-parallel group on one node
+   or in one NVLink domain (:mod:`placement.core.gangs`). A remote replica's capacity lies on one egress node.
 2. All replicas are placed, or none.
 3. A node is left out that has no set of GPUs as close together, or as fast, as the request demands.
 4. A GPU replica goes where the best set on offer is fastest; among equals, to the node with the fewest
@@ -21,40 +22,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from placement.core.explanation import limits, refuse, short_of
+from placement.core import gangs
+from placement.core.explanation import eligible, refuse, roomy, short_of
+from placement.core.replicas import Crowd, Placed, Plan, PlannedReplica, take
 from placement.core.request import Request
-from placement.core.score import WHOLE, score
-from placement.core.snapshot import Bits, Node, Snapshot, Take, rank_of
+from placement.core.snapshot import Bits, Node, Snapshot, rank_of
 from placement.errors import Unplaceable
-
-
-@dataclass(frozen=True)
-class PlannedReplica:
-    """One replica's node and what it takes there: GPUs, or egress units.
-
-    Attributes:
-        share: thousandths of each GPU.
-        profile: that of the MIG instance which ``gpus`` is; empty for a GPU.
-        cpu_milli, memory_bytes: CPUs (thousandths) and memory that it takes as well.
-    """
-
-    replica_index: int
-    node_id: str
-    gpus: tuple[int, ...] = ()
-    share: int = WHOLE
-    profile: str = ""
-    cpu_milli: int = 0
-    memory_bytes: int = 0
-    egress_resource: str | None = None
-    egress_units: int = 0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A decision. Nothing is reserved by it."""
-
-    deployment: str
-    replicas: tuple[PlannedReplica, ...]
 
 
 @dataclass(frozen=True)
@@ -131,28 +104,47 @@ def vacate(snapshot: Snapshot, replicas: Sequence[PlannedReplica]) -> Snapshot:
     return snapshot.changed(changed.values()) if changed else snapshot
 
 
-Placed = tuple[list[PlannedReplica], dict[Bits, Node]]
-"""Replicas that found a place, and the nodes as they are then."""
-
-
 def _plan(snapshot: Snapshot, request: Request) -> tuple[Step, Snapshot]:
     """What becomes of a request, and the snapshot as it is once the plan has been carried out."""
     place = _place_local if request.provider is None else _place_remote
-    planned, changed = place(snapshot, request)
+    request, (planned, changed) = place(snapshot, request)
     later = snapshot.changed(changed.values()) if changed else snapshot
-    if len(planned) == len(request.replicas):
+    first_parts = {replica.replica_index: replica.node_id for replica in reversed(planned)}
+    if len(first_parts) == len(request.replicas):
         return Step(request, Plan(request.deployment, tuple(planned)), snapshot), later
-    standing = Counter(request.standing) + Counter(replica.node_id for replica in planned)
+    standing = Counter(request.standing) + Counter(first_parts.values())
     refused = replace(request, standing=standing)
-    return Step(refused, refuse(later, refused, request.replicas[len(planned)]), later), later
+    return Step(refused, refuse(later, refused, request.replicas[len(first_parts)]), later), later
 
 
-def _place_local(snapshot: Snapshot, request: Request) -> Placed:
-    """Places as many replicas as there is room for."""
+def _place_local(snapshot: Snapshot, request: Request) -> tuple[Request, Placed]:
+    """Places as many replicas as there is room for, the request cut to pieces if it is larger than a node."""
+    nodes = eligible(snapshot, request)
+    allowed = nodes & roomy(snapshot, request)
+    if request.stages == 1:
+        placed = _place_singly(snapshot, request, allowed)
+        if len(placed[0]) == len(request.replicas):
+            return request, placed
+        if request.needs.floor:  # the best set for one may be two that others need
+            placed = max(placed, gangs.place(snapshot, request, allowed), key=lambda found: len(found[0]))
+    else:
+        placed = gangs.place(snapshot, request, allowed)
+    best = request, placed
+    whole = list(gangs.splits(snapshot, request, nodes))
+    for cut in whole:
+        placed = gangs.place(snapshot, cut, nodes & roomy(snapshot, cut))
+        if len({replica.replica_index for replica in placed[0]}) == len(request.replicas):
+            return cut, placed
+        if best[0] is request:
+            best = cut, placed
+    return best
+
+
+def _place_singly(snapshot: Snapshot, request: Request, allowed: Bits) -> Placed:
+    """Each replica on the node that is best for it, one after the other."""
     needs, policy = request.needs, request.policy
     offers = snapshot.offers(needs, policy).copy()
-    allowed = _allowed(snapshot, request)
-    crowd = _Crowd(snapshot, request, allowed)
+    crowd = Crowd(snapshot, request, allowed)
     short = short_of(request)
     planned: list[PlannedReplica] = []
     changed: dict[Bits, Node] = {}
@@ -164,133 +156,18 @@ def _place_local(snapshot: Snapshot, request: Request) -> Placed:
         node = changed.get(bit) or snapshot.at(bit)
         taken = node.take(needs, shared.get(bit, ()))
         assert taken is not None
-        planned.append(_planned(index, node, taken, request))
-        changed[bit] = after = _after(node, taken, request)
+        replica, after = take(index, node, taken, request)
+        planned.append(replica)
+        changed[bit] = after
         offers.move(bit, rank_of(node, needs, policy), rank_of(after, needs, policy))
         crowd.add(bit)
         shared[bit] = (*shared.get(bit, ()), *taken.gpus)
         if short and short(after):
             crowd.close(bit)
-    if len(planned) < len(request.replicas) and needs.floor:
-        return _pack(snapshot, request, allowed) or (planned, changed)
     return planned, changed
 
 
-def _allowed(snapshot: Snapshot, request: Request) -> Bits:
-    """The nodes that nothing but a lack of free GPUs excludes."""
-    allowed = snapshot.usable
-    if request.gpu_nodes is not None:
-        allowed &= snapshot.named(request.gpu_nodes)
-    objections = [objection for _, objection in limits(request)]
-    if short := short_of(request):
-        objections.append(short)
-    if objections:
-        allowed &= snapshot.select(
-            node for node in snapshot.nodes if not any(objection(node) for objection in objections)
-        )
-    return allowed
-
-
-def _planned(index: int, node: Node, taken: Take, request: Request) -> PlannedReplica:
-    return PlannedReplica(
-        index,
-        node.id,
-        taken.gpus,
-        taken.share,
-        request.needs.profile,
-        request.cpu_milli,
-        request.memory_bytes,
-    )
-
-
-def _after(node: Node, taken: Take, request: Request) -> Node:
-    """The node once a replica has taken its GPUs, its CPUs and its memory there."""
-    return replace(
-        node.after(taken),
-        cpu_milli=node.cpu_milli - request.cpu_milli,
-        memory_bytes=node.memory_bytes - request.memory_bytes,
-        deployments=node.deployments | {request.deployment},
-    )
-
-
-class _Crowd:
-    """How many replicas of one deployment sit on each node and, where it spreads, in each domain."""
-
-    def __init__(self, snapshot: Snapshot, request: Request, allowed: Bits) -> None:
-        self._levels: list[Bits] = [allowed]
-        self._level_of: dict[Bits, int] = {}
-        self._domain_of: dict[Bits, str] = {}
-        self._domains: dict[str, Bits] = {}
-        self._in_domain: Counter[str] = Counter()
-        self._most = request.max_per_domain
-        if request.spread_label is not None:
-            members: dict[str, list[Node]] = {}
-            for node in snapshot.nodes:
-                value = node.labels.get(request.spread_label)
-                if value is not None:
-                    members.setdefault(value, []).append(node)
-                    self._domain_of[snapshot.bit(node.id)] = value
-            self._domains = {value: snapshot.select(nodes) for value, nodes in sorted(members.items())}
-        for node_id, replicas in sorted(request.standing.items()):
-            bit = snapshot.bit(node_id)
-            for _ in range(replicas if bit else 0):
-                self.add(bit)
-
-    def add(self, bit: Bits) -> None:
-        """Notes one replica more on a node."""
-        old = self._level_of.get(bit, 0)
-        self._level_of[bit] = old + 1
-        if len(self._levels) == old + 1:
-            self._levels.append(0)
-        if self._levels[old] & bit:
-            self._levels[old] &= ~bit
-            self._levels[old + 1] |= bit
-        if (domain := self._domain_of.get(bit)) is not None:
-            self._in_domain[domain] += 1
-            if self._most and self._in_domain[domain] >= self._most:
-                self.close(self._domains[domain])
-
-    def close(self, bits: Bits) -> None:
-        """Takes no more replicas on these nodes."""
-        self._levels = [level & ~bits for level in self._levels]
-
-    def preference(self) -> list[Bits]:
-        """The nodes in sets: the fewest replicas in the domain first, then the fewest on the node."""
-        if not self._domains:
-            return self._levels
-        by_count: dict[int, Bits] = {}
-        for domain, bits in self._domains.items():
-            count = self._in_domain[domain]
-            by_count[count] = by_count.get(count, 0) | bits
-        return [level & bits for _, bits in sorted(by_count.items()) for level in self._levels]
-
-
-def _pack(snapshot: Snapshot, request: Request, allowed: Bits) -> Placed | None:
-    """All replicas, if they fit at all: the best set for one may be two that others need.
-
-    Only sets that a floor excludes make this needed: otherwise any GPUs will do for the rest.
-    """
-    if request.max_per_domain or request.cpu_milli or request.memory_bytes:
-        return None  # what is left over is then bounded otherwise, and greed has to do
-    found = []
-    for node in snapshot.nodes:
-        if snapshot.bit(node.id) & allowed:
-            for turn, gpus in enumerate(node.shape.packed(node.free_mask(request.needs), request.needs)):
-                found.append((-score(node.topology, gpus).bandwidth_gb_per_s, turn, node.name, node.id, gpus))
-    if len(found) < len(request.replicas):
-        return None
-    planned: list[PlannedReplica] = []
-    changed: dict[Bits, Node] = {}
-    for index, (*_, node_id, gpus) in zip(request.replicas, sorted(found), strict=False):
-        bit = snapshot.bit(node_id)
-        node = changed.get(bit) or snapshot.at(bit)
-        taken = Take(gpus, WHOLE, 0)
-        changed[bit] = _after(node, taken, request)
-        planned.append(_planned(index, node, taken, request))
-    return planned, changed
-
-
-def _place_remote(snapshot: Snapshot, request: Request) -> Placed:
+def _place_remote(snapshot: Snapshot, request: Request) -> tuple[Request, Placed]:
     """Places as many replicas as there is capacity for."""
     provider = request.provider or ""
     identity = (provider, request.key or "")
@@ -328,4 +205,4 @@ def _place_remote(snapshot: Snapshot, request: Request) -> Placed:
             serving=node.serving | {identity},
         )
         standing[node.id] += 1
-    return planned, changed
+    return request, (planned, changed)

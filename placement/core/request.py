@@ -16,6 +16,9 @@ class Request:
     Attributes:
         replicas: indices of the replicas to place.
         needs: what each needs of a node's GPUs; of no meaning where ``provider`` is set.
+        stages: a replica is so many times ``needs``: tensor-parallel groups, one for each pipeline stage.
+        parts: a group lies on so many nodes of one NVLink domain, ``needs`` on each.
+        divisible: a replica that no node can hold may be cut into stages.
         policy: which node goes first among those with room.
         provider, key: what a remote replica calls, and the fingerprint of its API key.
         egress: egress units per remote replica.
@@ -24,15 +27,18 @@ class Request:
         labels: label -> condition, in Ray's syntax (``"a"``, ``"!a"``, ``"in(a, b)"``, ``"!in(a, b)"``).
         accelerators: accelerator types, as Ray names them.
         compute_capability: the least that will do.
-        cpu_milli, memory_bytes: CPUs (thousandths) and memory that each replica takes as well.
+        cpu_milli, memory_bytes: CPUs (thousandths) and memory that it takes for each ``needs`` as well.
         apart_from, near_to: deployments that must not, or must, have a replica on the node.
         spread_label, max_per_domain: at most so many replicas on nodes with one value of that label.
-        standing: node id -> replicas of the same deployment that already sit there.
+        standing: node id -> replicas of the same deployment that already sit there, or begin there.
     """
 
     deployment: str
     replicas: tuple[int, ...]
     needs: Needs = NO_GPUS
+    stages: int = 1
+    parts: int = 1
+    divisible: bool = False
     policy: Policy = Policy.TOPOLOGY
     provider: str | None = None
     key: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
@@ -30,6 +30,12 @@ class Take(NamedTuple):
 
 UNKNOWN_PROFILE = "?"
 """Of a MIG instance that nobody could tell the size of. Nothing is placed on it."""
+
+GPU_DOMAIN_LABEL = "ray.io/gpu-domain"
+"""Nodes with one value of this label share an NVLink fabric (an NVL72 rack). Ray's own name for it."""
+
+NEAR_LABELS = ("ray.io/availability-region", "ray.io/availability-zone", "block", "rack", GPU_DOMAIN_LABEL)
+"""What makes nodes near each other unless the operator says otherwise, widest first."""
 
 Bits = int
 """A set of nodes: bit *i* is the *i*-th node by name and id. Thousands of nodes are met in one operation."""
@@ -267,9 +273,11 @@ class Snapshot:
 
     Args:
         nodes: in any order; :attr:`nodes` has them by name and id.
+        near: labels of which nodes that are near each other share the values, widest first.
     """
 
-    def __init__(self, nodes: Iterable[Node]) -> None:
+    def __init__(self, nodes: Iterable[Node], near: Sequence[str] = NEAR_LABELS) -> None:
+        self.near = tuple(near)
         self.nodes: tuple[Node, ...] = tuple(sorted(nodes, key=lambda node: (node.name, node.id)))
         self._offers: dict[tuple[Needs, Policy], Offers] = {}
 
@@ -281,6 +289,31 @@ class Snapshot:
     def usable(self) -> Bits:
         """The nodes that have GPUs, and no problem."""
         return self.select(node for node in self.nodes if len(node.topology) and node.problem is None)
+
+    def domains(self, label: str) -> dict[str, Bits]:
+        """The nodes by their value of a label; those without it are left out."""
+        members: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            if label in node.labels:
+                members.setdefault(node.labels[label], []).append(node)
+        return {value: self.select(nodes) for value, nodes in sorted(members.items())}
+
+    @cached_property
+    def regions(self) -> list[tuple[int, Bits]]:
+        """Sets of nodes that are near each other, as (level, nodes); the narrowest level, 0, first.
+
+        The last one is the whole cluster.
+        """
+        found: dict[Bits, int] = {self.select(self.nodes): len(self.near)}
+        for labels in range(1, len(self.near) + 1):
+            named = self.near[:labels]
+            members: dict[tuple[str | None, ...], list[Node]] = {}
+            for node in self.nodes:
+                if named[-1] in node.labels:
+                    members.setdefault(tuple(map(node.labels.get, named)), []).append(node)
+            for nodes in members.values():
+                found[self.select(nodes)] = len(self.near) - labels
+        return sorted((level, bits) for bits, level in found.items())
 
     @cached_property
     def _by_name(self) -> dict[str, Bits]:
@@ -347,10 +380,10 @@ class Snapshot:
             old, listed[position] = listed[position], node
             for (needs, policy), known in offers.items():
                 known.move(1 << position, rank_of(old, needs, policy), rank_of(node, needs, policy))
-        later = Snapshot(())
+        later = Snapshot((), self.near)
         later.nodes = tuple(listed)
         later._offers = offers
-        for name in ("_position", "_by_name", "usable"):
+        for name in ("_position", "_by_name", "usable", "regions"):
             if name in self.__dict__:
                 later.__dict__[name] = self.__dict__[name]
         return later

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from placement.core.planner import PlannedReplica
+from placement.core.replicas import PlannedReplica
 from placement.core.score import WHOLE
 from placement.runtime import groups, ledger
 from placement.runtime.reservation import Holding

@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from placement.core.planner import PlannedReplica
+from placement.core.replicas import PlannedReplica
 from placement.core.score import WHOLE
 from placement.runtime import groups
 from placement.runtime.books import Claim

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from placement.core.matrix import parse_matrix, render_matrix
-from placement.core.planner import PlannedReplica
+from placement.core.replicas import PlannedReplica
 from placement.core.score import WHOLE
 from placement.core.snapshot import Node, Snapshot
 from placement.core.topology import Topology

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from placement.core.explanation import Explanation, explain
-from placement.core.planner import Change, Plan, Step, steps
+from placement.core.planner import Change, Step, steps
+from placement.core.replicas import Plan
 from placement.core.request import Request
 from placement.core.score import WHOLE, score
 from placement.core.snapshot import Snapshot

@@ -1,0 +1,137 @@
+"""What a plan consists of: replicas with their places, and the nodes as they are then."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from placement.core.request import Request
+from placement.core.score import WHOLE
+from placement.core.snapshot import Bits, Node, Snapshot, Take
+
+
+@dataclass(frozen=True)
+class PlannedReplica:
+    """What one replica takes on one node: GPUs, or egress units.
+
+    A replica over several nodes is several of these with the same ``replica_index``.
+
+    Attributes:
+        gpus: in the order of ``ranks``.
+        ranks: which ranks of the replica run here; empty where all do, in order.
+        share: thousandths of each GPU.
+        profile: that of the MIG instance which ``gpus`` is; empty for a GPU.
+        cpu_milli, memory_bytes: CPUs (thousandths) and memory that it takes as well.
+    """
+
+    replica_index: int
+    node_id: str
+    gpus: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = ()
+    share: int = WHOLE
+    profile: str = ""
+    cpu_milli: int = 0
+    memory_bytes: int = 0
+    egress_resource: str | None = None
+    egress_units: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A decision. Nothing is reserved by it."""
+
+    deployment: str
+    replicas: tuple[PlannedReplica, ...]
+
+
+Placed = tuple[list[PlannedReplica], dict[Bits, Node]]
+"""Replicas that found a place, and the nodes as they are then."""
+
+
+def take(index: int, node: Node, taken: Take, request: Request) -> tuple[PlannedReplica, Node]:
+    """The replica on a node that takes this there, and the node afterwards."""
+    planned = PlannedReplica(
+        index,
+        node.id,
+        taken.gpus,
+        share=taken.share,
+        profile=request.needs.profile,
+        cpu_milli=request.cpu_milli,
+        memory_bytes=request.memory_bytes,
+    )
+    after = replace(
+        node.after(taken),
+        cpu_milli=node.cpu_milli - request.cpu_milli,
+        memory_bytes=node.memory_bytes - request.memory_bytes,
+        deployments=node.deployments | {request.deployment},
+    )
+    return planned, after
+
+
+class Crowd:
+    """How many replicas of one deployment sit on each node and, where it spreads, in each domain.
+
+    Args:
+        snapshot: the cluster.
+        request: what is placed.
+        allowed: the nodes it may go to.
+    """
+
+    def __init__(self, snapshot: Snapshot, request: Request, allowed: Bits) -> None:
+        self._allowed = allowed
+        self._levels: list[Bits] = [allowed]
+        self._level_of: dict[Bits, int] = {}
+        self._domain_of: dict[Bits, str] = {}
+        self._domains: dict[str, Bits] = {}
+        self._in_domain: Counter[str] = Counter()
+        self._most = request.max_per_domain
+        if request.spread_label is not None:
+            self._domains = snapshot.domains(request.spread_label)
+            for node in snapshot.nodes:
+                if request.spread_label in node.labels:
+                    self._domain_of[snapshot.bit(node.id)] = node.labels[request.spread_label]
+        for node_id, replicas in sorted(request.standing.items()):
+            bit = snapshot.bit(node_id)
+            for _ in range(replicas if bit else 0):
+                self.add(bit)
+
+    def add(self, bit: Bits) -> None:
+        """Notes one replica more on a node."""
+        old = self._level_of.get(bit, 0)
+        self._level_of[bit] = old + 1
+        if len(self._levels) == old + 1:
+            self._levels.append(0)
+        if self._levels[old] & bit:
+            self._levels[old] &= ~bit
+            self._levels[old + 1] |= bit
+        if (domain := self._domain_of.get(bit)) is not None:
+            self._in_domain[domain] += 1
+            if self._most and self._in_domain[domain] >= self._most:
+                self.close(self._domains[domain])
+
+    def on(self, bit: Bits) -> int:
+        """How many replicas are on a node."""
+        return self._level_of.get(bit, 0)
+
+    def domains(self) -> list[list[Bits]]:
+        """The domains that may take more replicas, in sets: the fewest replicas first."""
+        by_count: dict[int, list[Bits]] = {}
+        for domain, bits in self._domains.items():
+            count = self._in_domain[domain]
+            if not self._most or count < self._most:
+                by_count.setdefault(count, []).append(bits & self._allowed)
+        return [domains for _, domains in sorted(by_count.items())]
+
+    def close(self, bits: Bits) -> None:
+        """Takes no more replicas on these nodes."""
+        self._levels = [level & ~bits for level in self._levels]
+
+    def preference(self) -> list[Bits]:
+        """The nodes in sets: the fewest replicas in the domain first, then the fewest on the node."""
+        if not self._domains:
+            return self._levels
+        by_count: dict[int, Bits] = {}
+        for domain, bits in self._domains.items():
+            count = self._in_domain[domain]
+            by_count[count] = by_count.get(count, 0) | bits
+        return [level & bits for _, bits in sorted(by_count.items()) for level in self._levels]
