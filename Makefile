@@ -30,8 +30,10 @@ format: .venv/stamp ## mend what `make lint` can mend
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: .venv/stamp ## measure how long placing takes
+bench: .venv/stamp ## measure what placing costs, what the choice is worth, and how planning grows
 	@$(BIN)/python -m benchmarks.place $(ARGS)
+	@$(BIN)/python -m benchmarks.choice
+	@$(BIN)/python -m benchmarks.plan
 
 wheel: .venv/stamp ## build dist/placement-*.whl
 	@rm -rf dist

@@ -185,8 +185,10 @@ def best_set(
     1. the highest :class:`Score`;
     2. what leaves the other free GPUs best off: the best bandwidth that they still offer to a request for 8
        GPUs, then the sum over all their sets of 8; then the same for 4, and for 2;
-    3. the nearest network card of the GPU that is farthest from one; then the fewest NUMA nodes;
-    4. the lowest ordinals, which is what Ray gives of itself, so that nothing need be steered.
+    3. what is worth most when it is given back: the same measure, of the set itself, so that GPUs which
+       belong together come and go together;
+    4. the nearest network card of the GPU that is farthest from one; then the fewest NUMA nodes;
+    5. the lowest ordinals, which is what Ray gives of itself, so that nothing need be steered.
 
     The same answer every time, and exact: as good as any set by trying all. (On machines of more than 16
     GPUs among which hardly two are alike it is a good one.)
@@ -365,8 +367,8 @@ class Shape:
         else:
             return None
         if len(picks) > 1:
-            kindest = max(left[pool - pick] for pick in picks)
-            picks = [pick for pick in picks if left[pool - pick] == kindest]
+            kindest = max((left[pool - pick], left[pick]) for pick in picks)
+            picks = [pick for pick in picks if (left[pool - pick], left[pick]) == kindest]
             nearest = min(near[pick] for pick in picks)
             picks = [pick for pick in picks if near[pick] == nearest]
         return min(self._lowest(pick, mask) for pick in picks)

@@ -1,0 +1,109 @@
+"""The yardstick does what its public description says, and the tables come out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from benchmarks import choice, partition
+from placement import topologies
+from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
+
+
+def nv(links: int) -> Link:
+    return Link(Path.NVLINK, links)
+
+
+def four(links: dict[tuple[int, int], Link], rest: Path = Path.SYS) -> Topology:
+    """Four GPUs, the named pairs joined so."""
+    return Topology(
+        tuple(tuple(links.get((min(a, b), max(a, b)), Link(rest)) for b in range(4)) for a in range(4))
+    )
+
+
+@pytest.mark.parametrize(
+    ("link", "points"),
+    [
+        (nv(1), 100),
+        (nv(12), 1200),
+        (Link(Path.PIX), 50),
+        (Link(Path.PXB), 40),
+        (Link(Path.PHB), 30),
+        (Link(Path.NODE), 20),
+        (Link(Path.SYS), 10),
+        (UNKNOWN_LINK, 0),
+    ],
+)
+def test_a_pair_scores_by_its_link(link: Link, points: int) -> None:
+    assert points == partition.pair_score(link)
+
+
+@pytest.mark.parametrize(
+    ("free", "size", "ways"),
+    [(4, 2, 3), (8, 2, 105), (8, 4, 35), (7, 2, 105), (5, 4, 5), (3, 1, 1), (6, 8, 1)],
+)
+def test_every_division_is_tried_once(free: int, size: int, ways: int) -> None:
+    tried = [frozenset(sets) for sets in partition.partitions(tuple(range(free)), size)]
+    assert ways == len(tried) == len(set(tried)) == partition.count_partitions(free, size)
+    smaller = [free % size] if free % size else []
+    for sets in tried:
+        assert list(range(free)) == sorted(gpu for gpus in sets for gpu in gpus)
+        assert sorted(smaller + [size] * (free // size)) == sorted(map(len, sets))
+
+
+def test_the_best_division_counts_before_the_best_set() -> None:
+    machine = four({(1, 2): nv(3), (0, 1): nv(2), (2, 3): nv(2)})
+    assert (0, 1) == partition.best_set(machine, range(4), 2), (
+        "400 in two pairs, against 310 with the best pair"
+    )
+    assert (1, 2) == partition.best_set(machine, {1, 2, 3}, 2), "the one that is left over scores nothing"
+
+
+def test_of_equal_divisions_the_first_is_taken() -> None:
+    assert (0, 1) == partition.best_set(four({}), range(4), 2)
+    assert (1,) == partition.best_set(four({(1, 2): nv(1)}), {1, 2, 3}, 1), (
+        "single GPUs have no pairs to score"
+    )
+
+
+def test_the_best_set_of_the_best_division_is_taken() -> None:
+    assert (2, 3) == partition.best_set(four({(0, 1): nv(1), (2, 3): nv(2)}), range(4), 2)
+    assert partition.best_set(four({}), {0, 3}, 4) is None
+
+
+def test_too_many_divisions_are_not_tried() -> None:
+    with pytest.raises(OverflowError, match="16 GPUs"):
+        partition.best_set(topologies.load("dgx-2"), range(16), 2)
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_jobs_never_hold_more_than_there_is_and_leave_once(waiting: bool) -> None:
+    held: dict[int, int] = {}
+    for job, size in choice.arrivals(8, "any", 200, waiting):
+        if size:
+            assert job not in held
+            held[job] = size
+        else:
+            del held[job]
+        assert sum(held.values()) <= 8
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+@pytest.mark.parametrize("name", [name for name in topologies.names() if len(topologies.load(name)) <= 8])
+def test_ours_reaches_no_less_than_its_peers_in_the_long_run(name: str, waiting: bool) -> None:
+    reached = choice.sequences(topologies.load(name), 40, 60, waiting)
+    assert {"ours", "partitions", "Ray"} == set(reached)
+    assert [0, 0, 0] == [one.refused for one in reached.values()]
+    assert 1 == len({len(one.bandwidth) for one in reached.values()})
+    totals = {chooser: math.fsum(one.bandwidth) for chooser, one in reached.items()}
+    assert totals["ours"] == max(totals.values())
+
+
+def test_the_tables_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    choice.main(["--asked", "2", "--seeds", "1", "--steps", "8", "--machines", "dgx-1v", "dgx-2", "t4-4x"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("python -m benchmarks.choice ")
+    assert "2027025" in printed
+    assert 2 == printed.count("\n            dgx-1v ")
+    assert 2 == printed.count("none refused: dgx-2, t4-4x\n")
