@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable
 
 from placement import topologies
-from placement.core.planner import Change, Plan, plan, steps
+from placement.core.planner import Change, plan, steps
+from placement.core.replicas import Plan
 from placement.core.request import Request
 from placement.core.score import Needs
 from placement.core.snapshot import Node, Snapshot

@@ -8,7 +8,8 @@ import pytest
 
 from placement import topologies
 from placement.core.explanation import explain
-from placement.core.planner import Change, Plan, PlannedReplica, plan, steps, vacate
+from placement.core.planner import Change, plan, steps, vacate
+from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
 from placement.core.score import Needs, Within
 from placement.core.snapshot import Node, Snapshot

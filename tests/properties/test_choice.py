@@ -95,6 +95,8 @@ class Oracle:
         rests = {gpus: tuple(gpu for gpu in free if gpu not in gpus) for gpus in sets}
         kindest = max(self.on_offer(rest) for rest in rests.values())
         sets = [gpus for gpus in sets if self.on_offer(rests[gpus]) == kindest]
+        richest = max(map(self.on_offer, sets))
+        sets = [gpus for gpus in sets if self.on_offer(gpus) == richest]
         nearest = min(map(self.near, sets))
         return min(gpus for gpus in sets if self.near(gpus) == nearest)
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement import topologies
-from placement.core.planner import Plan, PlannedReplica, plan, vacate
+from placement.core.planner import plan, vacate
+from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
 from placement.core.score import Needs, Within, score
 from placement.core.snapshot import Node, Snapshot
