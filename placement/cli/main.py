@@ -131,11 +131,17 @@ def demo(as_json: bool) -> None:
 
 @main.command(epilog="\b\nExample:\n  placement up --address 127.0.0.1:6379")
 @_address
+@click.option(
+    "--near",
+    metavar="LABELS",
+    help="Node labels that make nodes near each other, widest first: zone,block,rack.",
+)
 @_json
-def up(address: str | None, as_json: bool) -> None:
+def up(address: str | None, near: str | None, as_json: bool) -> None:
     """Starts the service, or finds it running. It stays when this command ends."""
     from placement.runtime import bootstrap, client
 
+    labels = [[label.strip() for label in near.split(",") if label.strip()]] if near else []
     with client.cluster(address):
         try:
             bootstrap.connect()
@@ -145,7 +151,7 @@ def up(address: str | None, as_json: bool) -> None:
             if not as_json:
                 _note("starting the placement service ...")
         # Also where it was found: it may be restarting, and this waits until it answers.
-        status = _ask(bootstrap.start().status.remote())
+        status = _ask(bootstrap.start(*labels).status.remote())
     if as_json:
         _dump(status)
         return

@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from placement.core import gangs
 from placement.core.labels import meets
 from placement.core.request import Request
 from placement.core.score import GIB, WHOLE, Needs, Within, score
-from placement.core.snapshot import Bits, Node, Snapshot
+from placement.core.snapshot import GPU_DOMAIN_LABEL, Bits, Node, Snapshot
 from placement.core.topology import Path, Topology, _components, ordinals
 from placement.errors import (
     BelowFloor,
@@ -133,6 +134,8 @@ def _refuse_gpus(snapshot: Snapshot, request: Request, index: int) -> Unplaceabl
     if stage == "bandwidth":
         floor = _gb(request.needs.min_bandwidth_gb_per_s)
         return BelowFloor(name, f"replica {index} needs {what} at {floor}; at best {miss}", excluded, advice)
+    if stage == "groups":
+        return NotEnoughGpus(name, f"replica {index} {miss}", excluded, advice, count, largest)
     if stage in ("CPUs and memory", "spread"):
         return Unplaceable(name, f"replica {index} finds no node: {miss}", excluded, advice)
     summary = "the cluster has no GPU node" if stage == "GPU nodes" else "no GPU node may be used"
@@ -322,6 +325,15 @@ def _sift_gpus(snapshot: Snapshot, request: Request) -> Sifted:
         if not sieve.put("spread", lambda node: reason if node.labels.get(label) in full else None):
             miss = f"every {label} with room has {request.max_per_domain} replicas already"
             return sieve, miss, f"raise constraints.spread.max, or add a node with another {label}", "spread"
+    if request.stages > 1 or request.parts > 1:
+        free = gangs.groups_free(snapshot, request, snapshot.select(sieve.left))
+        where = (
+            f"over {request.parts} nodes of one {GPU_DOMAIN_LABEL}" if request.parts > 1 else "on one node"
+        )
+        if free < request.stages:
+            each = f"{count * request.parts} GPUs" if request.parts > 1 else what
+            miss = f"needs {request.stages} x {each}, each {where}; there is room for {free}"
+            return sieve, miss, f"release something, or add nodes with {what} free", "groups"
     return sieve, short, "", ""
 
 

@@ -137,7 +137,8 @@ class _Room:
         for position, unit in enumerate(chosen):
             node = self.changed.get(unit.node) or self._snapshot.at(unit.node)
             part, self.changed[unit.node] = take(index, node, Take(unit.gpus, WHOLE, 0), self._request)
-            ranks = tuple(range(position * size, (position + 1) * size))
+            alone = len(chosen) == 1
+            ranks = () if alone else tuple(range(position * size, (position + 1) * size))
             before = parts.get(unit.node)
             parts[unit.node] = replace(
                 part,

@@ -111,7 +111,7 @@ def _plan(snapshot: Snapshot, request: Request) -> tuple[Step, Snapshot]:
     later = snapshot.changed(changed.values()) if changed else snapshot
     first_parts = {replica.replica_index: replica.node_id for replica in reversed(planned)}
     if len(first_parts) == len(request.replicas):
-        return Step(request, Plan(request.deployment, tuple(planned)), snapshot), later
+        return Step(request, Plan(request.deployment, tuple(planned), request.needs.gpus), snapshot), later
     standing = Counter(request.standing) + Counter(first_parts.values())
     refused = replace(request, standing=standing)
     return Step(refused, refuse(later, refused, request.replicas[len(first_parts)]), later), later
@@ -121,7 +121,7 @@ def _place_local(snapshot: Snapshot, request: Request) -> tuple[Request, Placed]
     """Places as many replicas as there is room for, the request cut to pieces if it is larger than a node."""
     nodes = eligible(snapshot, request)
     allowed = nodes & roomy(snapshot, request)
-    if request.stages == 1:
+    if request.stages == request.parts == 1:
         placed = _place_singly(snapshot, request, allowed)
         if len(placed[0]) == len(request.replicas):
             return request, placed

@@ -38,10 +38,16 @@ class PlannedReplica:
 
 @dataclass(frozen=True)
 class Plan:
-    """A decision. Nothing is reserved by it."""
+    """A decision. Nothing is reserved by it.
+
+    Attributes:
+        replicas: by index; of one over several nodes, one for each.
+        set_size: how many GPUs each of the sets has that a replica is made of.
+    """
 
     deployment: str
     replicas: tuple[PlannedReplica, ...]
+    set_size: int = 0
 
 
 Placed = tuple[list[PlannedReplica], dict[Bits, Node]]

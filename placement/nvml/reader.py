@@ -19,6 +19,9 @@ _KILL_SECONDS = 1.0
 """How long a killed child may take to end before it counts as stuck in the driver."""
 
 
+_FRESH_SECONDS = 5.0
+
+
 class Reader:
     """Keeps the last good reading of this node's GPUs. Thread-safe.
 
@@ -50,13 +53,20 @@ class Reader:
         self._reading = self._closed = False
         self._child: subprocess.Popen[str] | None = None
 
-    def facts(self) -> NodeFacts:
+    def facts(self, max_age_seconds: float | None = None) -> NodeFacts:
         """The last good reading with its age, and in ``problem`` why the newest one failed, if it did.
 
         The first call starts a reading and waits for it, at most for the deadline. Never raises: if there was
         no good reading yet, the source is ``"none"``.
+
+        Args:
+            max_age_seconds: an older reading is replaced first; if that takes more than 5 s, it has to do.
         """
         with self._changed:
+            age = 0.0 if self._last is None else self._clock() - self._last[1]
+            if max_age_seconds is not None and age > max_age_seconds:
+                self.refresh()
+                self._changed.wait_for(lambda: not self._reading, min(self.deadline_seconds, _FRESH_SECONDS))
             if self._last is None and self._failure is None:
                 self.refresh()
                 self._changed.wait_for(lambda: not self._reading, self.deadline_seconds)

@@ -19,7 +19,7 @@ from placement.wire.cluster import HeldDeployment, HeldReplica
 from placement.wire.deployment import Deployment
 
 RECORDED = (
-    "replica_index", "node", "node_name", "gpus", "bundle_indices", "share", "mig", "cpus_per_gpu",
+    "replica_index", "node", "node_name", "gpus", "bundle_indices", "ranks", "share", "mig", "cpus_per_gpu",
     "memory_bytes_per_gpu", "ray_gpus", "bandwidth_gb_per_s",
     "weakest_link", "ray_bandwidth_gb_per_s", "ray_weakest_link", "egress_resource", "egress_units",
 )  # fmt: skip
@@ -27,29 +27,40 @@ RECORDED = (
 
 @dataclass
 class Standing:
-    """A deployment that is placed: its declaration, its replicas, and the name of each one's group."""
+    """A deployment that is placed: its declaration, its replicas by node, and the name of each one's group."""
 
     deployment: Deployment
-    replicas: dict[int, NodeAssignment] = field(default_factory=dict)
+    replicas: dict[int, tuple[NodeAssignment, ...]] = field(default_factory=dict)
     orders: dict[int, str] = field(default_factory=dict)
 
     def result(self) -> PlacementResult:
         """What callers get."""
-        return PlacementResult(self.deployment.name, [a for _, a in sorted(self.replicas.items())])
+        return PlacementResult(self.deployment.name, self.assignments())
+
+    def assignments(self) -> list[NodeAssignment]:
+        """All of them, by replica and rank."""
+        return [a for _, parts in sorted(self.replicas.items()) for a in parts]
+
+    def add(self, order: str, assignment: NodeAssignment) -> None:
+        """Notes a replica, or one node's part of it."""
+        index = assignment.replica_index
+        parts = (*self.replicas.get(index, ()), assignment)
+        self.replicas[index] = tuple(sorted(parts, key=lambda a: a.ranks))
+        self.orders[index] = order
 
     def nodes(self) -> Counter[str]:
-        """Node id -> replicas there."""
-        return Counter(assignment.node for assignment in list(self.replicas.values()))
+        """Node id -> replicas that begin there."""
+        return Counter(parts[0].node for parts in list(self.replicas.values()))
 
     def save(self) -> None:
         """Writes this deployment to the ledger."""
         replicas = [
             {
-                "order": self.orders[index],
+                "order": self.orders[assignment.replica_index],
                 "group": assignment.placement_group.id.hex(),
                 **{name: getattr(assignment, name) for name in RECORDED},
             }
-            for index, assignment in sorted(self.replicas.items())
+            for assignment in self.assignments()
         ]
         ledger.save(
             self.deployment.name, self.deployment.model_dump(mode="json", exclude_none=True), replicas
@@ -60,21 +71,24 @@ class Standing:
         """Reads a record of the ledger."""
         standing = cls(Deployment.model_validate(record["deployment"]))
         for replica in record["replicas"]:
-            index = replica["replica_index"]
-            standing.orders[index] = replica["order"]
-            standing.replicas[index] = NodeAssignment(
+            assignment = NodeAssignment(
                 placement_group=groups.group_from_hex(replica["group"]),
                 **{name: replica[name] for name in RECORDED if name in replica},
             )
+            standing.add(replica["order"], assignment)
         return standing
 
 
 @dataclass(frozen=True)
 class Claim:
-    """Replicas that are about to be reserved, so that nobody else plans with the same room."""
+    """Replicas that are about to be reserved, so that nobody else plans with the same room.
+
+    ``set_size``: how many GPUs each set of a replica that is made of several has.
+    """
 
     deployment: Deployment
     replicas: tuple[PlannedReplica, ...]
+    set_size: int = 0
 
 
 @dataclass
@@ -130,7 +144,7 @@ class Books:
             if standing is None:
                 continue
             # Sorted copies: a release under way removes replicas without holding the lock.
-            for _, assignment in sorted(standing.replicas.items()):
+            for assignment in standing.assignments():
                 yield standing, assignment
 
     def holdings(self, node_id: str) -> dict[str, Holding]:
@@ -182,6 +196,7 @@ def held_replica(a: NodeAssignment) -> HeldReplica:
         replica_index=a.replica_index,
         node=a.node,
         gpus=tuple(a.gpus),
+        ranks=tuple(a.ranks) if a.gpus else (),
         share=round(a.share * WHOLE),
         profile=a.mig,
         cpu_milli=round(a.cpus_per_gpu * 1000) * len(a.gpus),

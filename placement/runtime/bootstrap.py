@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from placement.core.snapshot import NEAR_LABELS
 from placement.errors import ServiceNotRunning
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.groups import my_gpu_ids
@@ -35,10 +37,15 @@ def make_agent(info: NodeInfo) -> Any:
     ).remote(info.id, info.gpu_count, info.topology_name, _probe)
 
 
-def start() -> Any:
+def start(near: Sequence[str] = NEAR_LABELS) -> Any:
     """Gets the placement service of the connected cluster, started if need be. Safe to call at any time.
 
     The service is a detached actor on the head node: it outlives the caller and restarts if it dies.
+
+    Args:
+        near: node labels that make nodes near each other, widest first (``("zone", "block", "rack")``): the
+            stages of a replica over several nodes share as many of them as they can. Of no effect on a
+            service that runs.
 
     Returns:
         The actor handle; see :class:`~placement.runtime.service.DeploymentPlacementActor` for its methods.
@@ -57,7 +64,7 @@ def start() -> Any:
         max_task_retries=-1,
         max_concurrency=64,
         resources={"node:__internal_head__": 0.001},
-    ).remote(make_agent)
+    ).remote(make_agent, tuple(near))
     ray.get(service.ping.remote(), timeout=START_DEADLINE_SECONDS)
     return service
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,8 @@ from placement.core.score import WHOLE
 from placement.runtime import groups
 from placement.runtime.books import Claim
 from placement.runtime.discovery import NodeInfo, live_nodes
-from placement.runtime.node_agent import Reply
-from placement.runtime.reservation import Holding, Machine, Order, machine_of
+from placement.runtime.node_agent import Part, Reply
+from placement.runtime.reservation import Holding, Machine, Order, Refused, machine_of
 from placement.runtime.results import NodeAssignment
 from placement.wire.deployment import Deployment
 from placement.wire.facts import NodeFacts
@@ -26,6 +27,9 @@ from placement.wire.facts import NodeFacts
 FACTS_DEADLINE_SECONDS = 45.0
 """A first NVML reading takes 30 s on an 8-GPU machine without persistence mode (Azure/aks-gpu#105)."""
 RESERVE_DEADLINE_SECONDS = 180.0
+GANG_DEADLINE_SECONDS = 0.3
+"""Long enough for Ray to try twice; see :func:`~placement.runtime.groups.ready_or_removed`."""
+MAX_GANG_ATTEMPTS = 6
 VIEW_LAG_SECONDS = 0.25
 """Ray's books follow a change after 0.1 s (measured), and as long again if a worker has to die first."""
 
@@ -37,13 +41,14 @@ Reserved = tuple[str, NodeAssignment]
 
 @dataclass(frozen=True)
 class Refusal:
-    """A node that did not reserve what was planned. ``full``: it has too few GPUs free."""
+    """A node that did not reserve what was planned. ``full``: it has too few GPUs free, ``room`` at most."""
 
     node_id: str
     node_name: str
     attempts: int
     reason: str
     full: bool = False
+    room: int | None = None
 
 
 class Fleet:
@@ -71,16 +76,19 @@ class Fleet:
         self.foreign: dict[str, frozenset[int]] = {}
         self.changed_at = float("-inf")
         self._changed: dict[str, float] = {}
+        self._turns: dict[str, threading.Lock] = {}
 
     def settling(self) -> frozenset[str]:
         """Nodes of which Ray's books may not yet show our own last change; what we know of them is newer."""
         now = time.monotonic()
         return frozenset(node for node, at in self._changed.items() if now - at < VIEW_LAG_SECONDS)
 
-    def meet(self, nodes: Sequence[NodeInfo], again: bool = False) -> None:
+    def meet(
+        self, nodes: Sequence[NodeInfo], again: bool = False, max_age_seconds: float | None = None
+    ) -> None:
         """Makes sure that every GPU node has its actor and has said what its GPUs are, all side by side."""
         asked = {
-            info.id: self._agent(info).facts.remote()
+            info.id: self._agent(info).facts.remote(max_age_seconds)
             for info in nodes
             if info.gpu_count and info.label_problem() is None and (again or info.id not in self.facts)
         }
@@ -121,19 +129,28 @@ class Fleet:
         refusals = [
             Refusal(node_id, node_id[:12], 1, "the node died") for node_id in by_node if node_id not in nodes
         ]
+        gangs = _gangs(claim.replicas)
+        if gangs:
+            for index, parts in gangs.items():
+                if refusals:
+                    break
+                self._reserve_gang(nodes, claim, names[index], parts, reserved, refusals)
+            self._note_change(by_node)
+            return reserved, refusals
         alive = {node_id: replicas for node_id, replicas in by_node.items() if node_id in nodes}
         if claim.deployment.remote:
             for node_id, replicas in alive.items():
                 self._reserve_egress(nodes[node_id], claim, replicas, names, reserved, refusals)
         else:
-            calls = {
-                node_id: self._agent(nodes[node_id]).reserve.remote(
-                    [_order(names[r.replica_index], claim.deployment) for r in replicas]
-                )
-                for node_id, replicas in alive.items()
-            }
-            for node_id, reference in calls.items():
-                self._collect(nodes[node_id], reference, alive[node_id], reserved, refusals)
+            with self._sole(alive):
+                calls = {
+                    node_id: self._agent(nodes[node_id]).reserve.remote(
+                        [_order(names[r.replica_index], claim.deployment) for r in replicas]
+                    )
+                    for node_id, replicas in alive.items()
+                }
+                for node_id, reference in calls.items():
+                    self._collect(nodes[node_id], reference, alive[node_id], reserved, refusals)
         self._note_change(by_node)
         return reserved, refusals
 
@@ -203,6 +220,100 @@ class Fleet:
             )
             reserved.append((one.order.name, assignment))
 
+    def _reserve_gang(
+        self,
+        nodes: Mapping[str, NodeInfo],
+        claim: Claim,
+        name: str,
+        parts: Sequence[PlannedReplica],
+        reserved: list[Reserved],
+        refusals: list[Refusal],
+    ) -> None:
+        """Reserves one replica over its nodes, in one group, or nothing of it.
+
+        All nodes make their GPUs the lowest free ones; then one group is made of all, with a bundle for each
+        rank, in their order; then each node verifies its part. A bounded number of times.
+        """
+        size = claim.set_size
+        order = _order(name, claim.deployment, size)
+        at = {rank: part.node_id for part in parts for rank in part.ranks}
+        bundles = [{"GPU": 1.0, **order.beside}] * len(at)
+        agents = {part.node_id: self._agent(nodes[part.node_id]) for part in parts}
+        refusal: Refusal | None = None
+        with self._sole(agents):
+            for attempt in range(1, MAX_GANG_ATTEMPTS + 1):
+                group = None
+                asked = {
+                    part.node_id: agents[part.node_id].prepare.remote(order, len(part.ranks) // size)
+                    for part in parts
+                }
+                refusal, found = None, {}
+                try:
+                    for part in parts:
+                        info = nodes[part.node_id]
+                        outcome = self._answer(info, asked[info.id])
+                        if isinstance(outcome, Refused):
+                            room = len(part.ranks) - 1
+                            refusal = Refusal(
+                                info.id, info.name, outcome.attempts, outcome.reason, outcome.full, room
+                            )
+                    if refusal is None:
+                        group = groups.create_group(
+                            f"{name}:{attempt}", bundles, [at[rank] for rank in sorted(at)]
+                        )
+                        if not groups.ready_or_removed(group, GANG_DEADLINE_SECONDS):
+                            reason = "another Ray user took GPUs meanwhile, or CPUs or memory are short"
+                            refusal, group = _refusal(nodes, parts, attempt, reason), None
+                    if refusal is None:
+                        checks = {
+                            part.node_id: agents[part.node_id].confirm.remote(
+                                order, group, sorted(part.ranks)
+                            )
+                            for part in parts
+                        }
+                        for part in parts:
+                            found[part.node_id] = self._answer(nodes[part.node_id], checks[part.node_id])
+                        if all(isinstance(part, Part) for part in found.values()):
+                            for part in parts:
+                                info = nodes[part.node_id]
+                                reserved.append(
+                                    (name, _gang_assignment(info, part, found[info.id], group, order))
+                                )
+                            group = None
+                            return
+                        reason = "another Ray user took or freed GPUs meanwhile"
+                        refusal = _refusal(nodes, parts, attempt, reason)
+                finally:
+                    if group is not None:
+                        groups.remove_group(group)
+                        for agent in agents.values():
+                            agent.release.remote([(name, group)])
+                    for agent in agents.values():
+                        agent.cancel.remote()
+                if refusal is not None and refusal.full:
+                    break
+                time.sleep(0.02 * attempt)
+        assert refusal is not None
+        refusals.append(refusal)
+
+    def _answer(self, info: NodeInfo, reference: Any) -> Any:
+        """What a node actor says; a refusal, if it fails."""
+        try:
+            return ray.get(reference, timeout=RESERVE_DEADLINE_SECONDS)
+        except ray.exceptions.RayError as error:
+            self._lost(info.id, error)
+            return Refused(f"its node actor failed: {type(error).__name__}", 1, False)
+
+    @contextlib.contextmanager
+    def _sole(self, node_ids: Iterable[str]) -> Iterator[None]:
+        """One reservation at a time on each of these nodes. Always taken in the same order: no deadlock."""
+        with contextlib.ExitStack() as turns:
+            for node_id in sorted(node_ids):
+                with self._lock:
+                    turn = self._turns.setdefault(node_id, threading.Lock())
+                turns.enter_context(turn)
+            yield
+
     def _reserve_egress(
         self,
         info: NodeInfo,
@@ -218,7 +329,7 @@ class Fleet:
             (
                 replica,
                 groups.create_group(
-                    names[replica.replica_index], [{replica.egress_resource or "": units}], info.id
+                    names[replica.replica_index], [{replica.egress_resource or "": units}], [info.id]
                 ),
             )
             for replica in replicas
@@ -262,10 +373,47 @@ class Fleet:
                 self._agents.pop(node_id, None)
 
 
-def _order(name: str, deployment: Deployment) -> Order:
+def _gangs(replicas: Iterable[PlannedReplica]) -> dict[int, list[PlannedReplica]]:
+    """Replica index -> its parts, of replicas that are made of several sets of GPUs."""
+    found: dict[int, list[PlannedReplica]] = {}
+    for replica in replicas:
+        if replica.ranks:
+            found.setdefault(replica.replica_index, []).append(replica)
+    return found
+
+
+def _refusal(
+    nodes: Mapping[str, NodeInfo], parts: Sequence[PlannedReplica], attempts: int, reason: str
+) -> Refusal:
+    names = ", ".join(nodes[part.node_id].name for part in parts)
+    return Refusal(parts[0].node_id, names, attempts, reason)
+
+
+def _gang_assignment(
+    info: NodeInfo, part: PlannedReplica, found: Part, group: Any, order: Order
+) -> NodeAssignment:
+    gpus = [gpu for gpus in found.sets for gpu in gpus]
+    return NodeAssignment(
+        replica_index=part.replica_index,
+        node=info.id,
+        gpus=gpus,
+        ranks=list(part.ranks),
+        placement_group=group,
+        bundle_indices=[found.bundle_of[gpu] for gpu in gpus],
+        node_name=info.name,
+        cpus_per_gpu=order.beside.get("CPU", 0.0),
+        memory_bytes_per_gpu=int(order.beside.get("memory", 0)),
+        ray_gpus=list(found.ray_gpus),
+        bandwidth_gb_per_s=found.score.known_gb_per_s,
+        weakest_link=found.score.link_name,
+    )
+
+
+def _order(name: str, deployment: Deployment, set_size: int | None = None) -> Order:
     beside: dict[str, float] = {}
     if deployment.cpu_milli_per_gpu:
         beside["CPU"] = deployment.cpu_milli_per_gpu / 1000
     if deployment.memory_bytes_per_gpu:
         beside["memory"] = deployment.memory_bytes_per_gpu
-    return Order(name, deployment.needs, deployment.name, beside)
+    needs = deployment.needs if set_size is None else deployment.needs._replace(gpus=set_size)
+    return Order(name, needs, deployment.name, beside)

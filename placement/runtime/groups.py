@@ -19,7 +19,7 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import ray
@@ -64,11 +64,11 @@ class NodeGroups:
 
         It dies with this actor, however that ends.
         """
-        return create_group(f"hold-{secrets.token_hex(6)}", [{"GPU": amount}], self._node_id, lifetime=None)
+        return create_group(f"hold-{secrets.token_hex(6)}", [{"GPU": amount}], [self._node_id], lifetime=None)
 
     def reserve(self, name: str, bundle: dict[str, float], count: int) -> PlacementGroup:
         """Reserves ``count`` equal bundles, detached. Of GPUs one per bundle, which is what vLLM needs."""
-        return create_group(name, [bundle] * count, self._node_id)
+        return create_group(name, [bundle] * count, [self._node_id] * count)
 
     def ready_or_removed(self, group: PlacementGroup, deadline_seconds: float) -> bool:
         """See :func:`ready_or_removed`."""
@@ -83,8 +83,8 @@ class NodeGroups:
         self._ready.discard(group.id.hex())
         remove_group(group, ready)
 
-    def gpus_of(self, group: PlacementGroup, count: int, share: float = 1) -> list[int]:
-        """The slots of which the first ``count`` bundles hold a ``share``, as a worker in each of them says.
+    def gpus_of(self, group: PlacementGroup, bundles: Iterable[int], share: float = 1) -> list[int]:
+        """The slots of which these bundles hold a ``share``, as a worker in each of them says.
 
         Asked one after the other, so that one warm worker process answers all.
 
@@ -92,7 +92,7 @@ class NodeGroups:
             ray.exceptions.GetTimeoutError: a bundle did not answer in time.
         """
         slots = []
-        for bundle in range(count):
+        for bundle in bundles:
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
             ids = self._ask(
                 self._probe.options(num_gpus=share, scheduling_strategy=strategy), GPU_IDS_DEADLINE_SECONDS
@@ -133,15 +133,15 @@ class NodeGroups:
 
 
 def create_group(
-    name: str, bundles: Sequence[dict[str, float]], node_id: str, lifetime: str | None = "detached"
+    name: str, bundles: Sequence[dict[str, float]], nodes: Sequence[str], lifetime: str | None = "detached"
 ) -> PlacementGroup:
-    """Asks Ray for a group whose bundles all lie on one node."""
+    """Asks Ray for a group of which each bundle lies on the node given for it."""
     return placement_group(
         list(bundles),
         strategy="PACK",
         name=name,
         lifetime=lifetime,
-        bundle_label_selector=[{"ray.io/node-id": node_id}] * len(bundles),
+        bundle_label_selector=[{"ray.io/node-id": node_id} for node_id in nodes],
     )
 
 

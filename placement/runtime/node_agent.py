@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -14,7 +15,16 @@ from placement import topologies
 from placement.core.score import Score, score
 from placement.nvml import Reader
 from placement.runtime.groups import NodeGroups
-from placement.runtime.reservation import Holding, NodeReserver, Order, Refused, Reserved, machine_of
+from placement.runtime.reservation import (
+    Holding,
+    Machine,
+    NodeReserver,
+    Order,
+    Prepared,
+    Refused,
+    Reserved,
+    machine_of,
+)
 from placement.wire.facts import NodeFacts
 from placement.wire.slots import in_ray_order
 
@@ -41,6 +51,30 @@ class Reply:
     foreign_gpus: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Part:
+    """A node's part of a replica over several nodes, reserved and verified.
+
+    Attributes:
+        sets: one set of GPUs for each tensor-parallel group, or part of one, that is here.
+        bundle_of: GPU -> bundle.
+        score: that of the slowest set.
+        ray_gpus: what Ray alone would have given.
+    """
+
+    sets: tuple[tuple[int, ...], ...]
+    bundle_of: dict[int, int]
+    score: Score
+    ray_gpus: tuple[int, ...]
+
+
+FRESH_SECONDS = 2.0
+"""An older reading does not tell how much GPU memory is in use."""
+
+LEASE_SECONDS = 2.0
+"""How long GPUs stay prepared for a group that does not come."""
+
+
 class NodePlacementActor:
     """Pinned to one GPU node. Reservations are made one at a time; facts are served beside them.
 
@@ -56,15 +90,18 @@ class NodePlacementActor:
         self._reserver = NodeReserver(NodeGroups(node_id, probe), gpu_count)
         self._recorded = topologies.facts(topology_name) if topology_name else None
         self._reader = None if topology_name else Reader()
+        self._prepared: Prepared | None = None
+        self._lease: threading.Timer | None = None
+        self._preparing = threading.Lock()
 
     @ray.method(concurrency_group="facts")
-    def facts(self) -> NodeFacts:
+    def facts(self, max_age_seconds: float | None = None) -> NodeFacts:
         """What the node's GPUs report, one entry for each GPU that Ray has, in Ray's order.
 
         Never fails: without NVML the GPUs are there and nothing is known of them. A new reading is
         started for the next caller, so that memory use is recent.
         """
-        facts = self._last_facts()
+        facts = self._last_facts(max_age_seconds)
         if self._reader is not None and (facts.age_seconds is None or facts.age_seconds > 1.0):
             self._reader.refresh()
         return facts
@@ -75,7 +112,7 @@ class NodePlacementActor:
 
     def reserve(self, orders: Sequence[Order]) -> Reply:
         """Reserves all orders, each on the best GPUs that are free, or none of them."""
-        machine = machine_of(self._last_facts(), self._gpu_count)
+        machine = self._machine(orders)
         topology = machine.topology
         filled: list[Filled] = []
         try:
@@ -91,16 +128,64 @@ class NodePlacementActor:
             raise
         return Reply(tuple(filled), None, tuple(sorted(self._reserver.foreign)))
 
+    def prepare(self, order: Order, sets: int) -> Prepared | Refused:
+        """Makes the best GPUs the lowest free ones, for a replica over several nodes.
+
+        :meth:`confirm` or :meth:`cancel` follows at once; if it does not, the GPUs are let go by themselves.
+        """
+        self.cancel()
+        machine = self._machine([order])
+        outcome = self._reserver.prepare(order, machine, sets)
+        if isinstance(outcome, Prepared):
+            self._prepared = outcome
+            self._lease = lease = threading.Timer(LEASE_SECONDS, self.cancel)
+            lease.daemon = True
+            lease.start()
+            return replace(outcome, fillers=())
+        return outcome
+
+    def cancel(self) -> None:
+        """Lets go of what is prepared, if anything is."""
+        self._let_go(used=False)
+
+    def confirm(self, order: Order, group: PlacementGroup, bundles: Sequence[int]) -> Part | None:
+        """What the bundles of a group hold here, if it is just what was prepared."""
+        prepared = self._let_go(used=True)
+        if prepared is None:
+            return None
+        bundle_of = self._reserver.confirm(order, prepared, group, bundles)
+        if bundle_of is None:
+            return None
+        topology = machine_of(self._last_facts(), self._gpu_count).topology
+        slowest = min(score(topology, gpus) for gpus in prepared.sets)
+        return Part(prepared.sets, bundle_of, slowest, prepared.ray_gpus)
+
     def release(self, orders: Sequence[tuple[str, PlacementGroup]]) -> None:
         """Gives groups back. Harmless if they are gone already."""
         for name, group in orders:
             self._reserver.remove(name, group)
 
-    def _last_facts(self) -> NodeFacts:
+    def _let_go(self, used: bool) -> Prepared | None:
+        with self._preparing:  # the lease may be running out at this moment
+            prepared, self._prepared = self._prepared, None
+            if self._lease is not None:
+                self._lease.cancel()
+        if prepared is not None:
+            self._reserver.settle(prepared, used)
+        return prepared
+
+    def _machine(self, orders: Sequence[Order]) -> Machine:
+        """What the GPUs are; read anew where it matters how much of their memory is in use."""
+        fresh = any(order.needs.free_memory_bytes for order in orders)
+        return machine_of(self._last_facts(FRESH_SECONDS if fresh else None), self._gpu_count)
+
+    def _last_facts(self, max_age_seconds: float | None = None) -> NodeFacts:
         if self._recorded is not None:
             return self._recorded
         assert self._reader is not None
-        return in_ray_order(self._reader.facts(), self._gpu_count, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return in_ray_order(
+            self._reader.facts(max_age_seconds), self._gpu_count, os.environ.get("CUDA_VISIBLE_DEVICES")
+        )
 
     def _undo(self, filled: Sequence[Filled]) -> None:
         self.release([(one.order.name, one.reserved.group) for one in filled])

@@ -36,7 +36,7 @@ def gpus_seen_by_workers(
                 {
                     "deployment": result.deployment,
                     "replica": a.replica_index,
-                    "rank": rank,
+                    "rank": a.ranks[rank],
                     "promised": {"node": a.node, "gpus": a.gpus[rank : rank + 1]},
                     "got": {"node": node, "gpus": gpus},
                 }

@@ -35,7 +35,10 @@ def status_report(
                 "runtime": deployment.runtime_name,
                 "transport": deployment.transport,
                 "replicas": deployment.replicas,
-                "state": _state(deployment.replicas, [a.node in alive for a in assignments]),
+                "state": _state(
+                    deployment.replicas,
+                    [all(a.node in alive for a in parts) for parts in list(standing.replicas.values())],
+                ),
                 "assignments": [a.to_dict() for a in assignments],
             }
         )

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -58,8 +58,8 @@ class Groups(Protocol):
     def remove(self, group: Any) -> None:
         """Gives a group back."""
 
-    def gpus_of(self, group: Any, count: int, share: float = 1) -> list[int]:
-        """Which GPU each bundle holds a share of, as a worker inside says."""
+    def gpus_of(self, group: Any, bundles: Iterable[int], share: float = 1) -> list[int]:
+        """Which GPU each of these bundles holds a share of, as a worker inside says."""
 
     def lowest_free(self, count: int, deadline_seconds: float) -> list[int] | None:
         """Which GPUs are the lowest free ones; ``None`` if there are not that many."""
@@ -168,6 +168,19 @@ class Reserved:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """Disjoint sets of GPUs that are the lowest free ones for as long as the ``fillers`` stay.
+
+    And what Ray alone would have given.
+    """
+
+    sets: tuple[tuple[int, ...], ...]
+    ray_gpus: tuple[int, ...]
+    fillers: tuple[Any, ...]
+    attempts: int
+
+
+@dataclass(frozen=True)
 class Refused:
     """Nothing is held. ``full``: there were too few free GPUs, rather than too much interference."""
 
@@ -266,6 +279,52 @@ class NodeReserver:
             time.sleep(0.01 * attempt)
         return Refused(reason, attempt, full)
 
+    def prepare(self, order: Order, machine: Machine, sets: int) -> Prepared | Refused:
+        """Makes the best ``sets`` disjoint sets the lowest free GPUs, for bundles of a group over several nodes.
+
+        What it returns is to be handed to :meth:`settle`, and soon: others go without the GPUs until then.
+        """
+        needs = order.needs
+        reason, full, attempt = "", False, 0
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            free = self._look(needs.gpus * sets)
+            chosen = None if free is None else _disjoint(machine.node(free, {}), needs, sets)
+            if free is None or chosen is None:
+                reason, full = f"too few of its GPUs are free and as demanded for {sets} x {needs.gpus}", True
+                if attempt > 3:
+                    break
+                time.sleep(VIEW_LAG_SECONDS / 2)
+                continue
+            wanted = tuple(sorted(gpu for gpus in chosen for gpu in gpus))
+            fillers = self._steer(free, wanted)
+            if fillers is not None:
+                rays = ray_set(free, len(wanted)) or wanted
+                return Prepared(tuple(chosen), rays, tuple(fillers), attempt)
+            reason, full = "another Ray user took GPUs meanwhile", False
+            self._foreign = None
+            time.sleep(0.01 * attempt)
+        return Refused(reason, attempt, full)
+
+    def settle(self, prepared: Prepared, used: bool) -> None:
+        """Gives back what kept the prepared GPUs the lowest free ones; looks anew if they were not to be had."""
+        if not used:
+            self._foreign = None
+        for filler in prepared.fillers:
+            self._groups.remove(filler)
+        self._changed_at = time.monotonic()
+
+    def confirm(
+        self, order: Order, prepared: Prepared, group: Any, bundles: Sequence[int]
+    ) -> dict[int, int] | None:
+        """GPU -> bundle, if these bundles of a group hold just the prepared GPUs; they are then noted as ours."""
+        slots = self._groups.gpus_of(group, bundles)
+        self._changed_at = time.monotonic()
+        if sorted(slots) != sorted(gpu for gpus in prepared.sets for gpu in gpus):
+            self._foreign = None
+            return None
+        self._held[order.name] = Holding(order.deployment, tuple(sorted(slots)))
+        return dict(zip(slots, bundles, strict=True))
+
     def _share(self, order: Order, machine: Machine, share: int) -> Reserved | Refused:
         """A share of one GPU."""
         reason, full, attempt = "", False, 0
@@ -343,28 +402,45 @@ class NodeReserver:
     ) -> tuple[Any, list[int]] | None:
         """Creates the real group with the wanted GPUs made the lowest free ones. Leaves nothing else held."""
         groups = self._groups
+        fillers = self._steer(free, wanted)
+        if fillers is None:
+            return None
+        real: Any = None
+        done = False
+        try:
+            real = groups.reserve(name, {"GPU": 1, **beside}, len(wanted))
+            if not groups.ready_or_removed(real, READY_DEADLINE_SECONDS):
+                return None
+            while fillers:
+                groups.remove(fillers.pop())
+            slots = groups.gpus_of(real, range(len(wanted)))
+            done = True
+            return real, slots
+        finally:
+            self._changed_at = time.monotonic()
+            for group in fillers + ([real] if real is not None and not done else []):
+                groups.remove(group)
+
+    def _steer(self, free: frozenset[int], wanted: tuple[int, ...]) -> list[Any] | None:
+        """Makes the wanted GPUs the lowest free ones.
+
+        Returns:
+            The fillers that keep it so; ``None``, and nothing held, if others were in the way.
+        """
+        groups = self._groups
         holds: list[Any] = []
         fillers: list[Any] = []
-        real: Any = None
         done = False
         try:
             for run, is_wanted in _runs(free, wanted)[:-1]:
                 (holds if is_wanted else fillers).append(groups.hold(run))
             if not all(groups.ready_or_removed(group, READY_DEADLINE_SECONDS) for group in holds + fillers):
                 return None
-            while holds:
-                groups.remove(holds.pop())
-            real = groups.reserve(name, {"GPU": 1, **beside}, len(wanted))
-            if not groups.ready_or_removed(real, READY_DEADLINE_SECONDS):
-                return None
-            while fillers:
-                groups.remove(fillers.pop())
-            slots = groups.gpus_of(real, len(wanted))
             done = True
-            return real, slots
+            return fillers
         finally:
             self._changed_at = time.monotonic()
-            for group in holds + fillers + ([real] if real is not None and not done else []):
+            for group in holds + ([] if done else fillers):
                 groups.remove(group)
 
     def _take_share(
@@ -395,7 +471,7 @@ class NodeReserver:
                 fillers.append(group)
                 if not groups.ready_or_removed(group, READY_DEADLINE_SECONDS):
                     return None
-                if groups.gpus_of(group, 1, share / WHOLE) == [wanted]:
+                if groups.gpus_of(group, [0], share / WHOLE) == [wanted]:
                     kept = group
                     return group
             return None
@@ -404,6 +480,20 @@ class NodeReserver:
             for group in fillers:
                 if group is not kept:
                     groups.remove(group)
+
+
+def _disjoint(node: Node, needs: Needs, count: int) -> list[tuple[int, ...]] | None:
+    """The best ``count`` disjoint sets of a node's free GPUs, ascending; ``None`` if there are fewer."""
+    mask = node.free_mask(needs)
+    allowed = {gpu for gpu in node.free if mask >> gpu & 1}
+    found: list[tuple[int, ...]] = []
+    for more in reversed(range(count)):
+        gpus = choose(node.topology, allowed, needs, more)
+        if gpus is None:
+            return None
+        found.append(gpus)
+        allowed -= set(gpus)
+    return sorted(found)
 
 
 def _runs(free: Iterable[int], wanted: tuple[int, ...]) -> list[tuple[int, bool]]:

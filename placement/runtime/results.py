@@ -16,9 +16,11 @@ class NodeAssignment:
     Attributes:
         replica_index: which replica, from 0.
         node: Ray's node id, hex.
-        gpus: GPU ordinals on that node, ascending; rank ``r`` runs on ``gpus[r]``. Empty for a remote replica.
+        gpus: GPU ordinals on that node, in rank order (ascending, unless several tensor-parallel groups are
+            here); ``gpus[i]`` is that of rank ``ranks[i]``. Empty for a remote replica.
         placement_group: the Ray placement group; bundle ``bundle_indices[r]`` holds ``gpus[r]``.
-        bundle_indices: the bundles of this assignment.
+        bundle_indices: the bundles of this assignment, in the same order.
+        ranks: which ranks of the replica are here: ``0, 1, ...`` unless it lies on several nodes.
         node_name: what people call the node.
         share: how much of the GPU it is, 1 for whole ones.
         mig: profile of the MIG instance that ``gpus`` is; empty for GPUs.
@@ -40,6 +42,7 @@ class NodeAssignment:
     node_name: str = ""
     share: float = 1.0
     mig: str = ""
+    ranks: list[int] = field(default_factory=list)
     cpus_per_gpu: float = 0.0
     memory_bytes_per_gpu: int = 0
     ray_gpus: list[int] = field(default_factory=list)
@@ -50,13 +53,18 @@ class NodeAssignment:
     egress_resource: str | None = None
     egress_units: int = 0
 
-    def actor_options(self, rank: int = 0) -> dict[str, Any]:
-        """Options that start rank ``rank`` of this replica on its own GPU: ``Engine.options(**a.actor_options(0))``.
+    def __post_init__(self) -> None:
+        if not self.ranks:
+            object.__setattr__(self, "ranks", list(range(len(self.bundle_indices))))
 
-        A remote replica has the one rank 0, which takes the replica's egress units.
+    def actor_options(self, rank: int = 0) -> dict[str, Any]:
+        """Options that start a worker on ``gpus[rank]``: ``Engine.options(**a.actor_options(0))``.
+
+        On a replica over several nodes that is rank ``ranks[rank]`` of the whole; see
+        :meth:`PlacementResult.actor_options`. A remote replica has the one rank 0, which takes its egress units.
 
         Raises:
-            IndexError: the replica has no such rank.
+            IndexError: the assignment has no such rank.
         """
         if not 0 <= rank < len(self.bundle_indices):
             raise IndexError(
@@ -83,6 +91,7 @@ class NodeAssignment:
             "gpus": list(self.gpus),
             "placement_group": self.placement_group.id.hex(),
             "bundle_indices": list(self.bundle_indices),
+            "ranks": list(self.ranks),
             "share": self.share,
             "mig": self.mig,
             "cpus_per_gpu": self.cpus_per_gpu,
@@ -99,10 +108,29 @@ class NodeAssignment:
 
 @dataclass(frozen=True)
 class PlacementResult:
-    """A deployment and where its replicas are: one assignment per replica, by replica index."""
+    """A deployment and where its replicas are.
+
+    Attributes:
+        assignments: one per replica and node, by replica index and first rank there.
+    """
 
     deployment: str
     assignments: list[NodeAssignment]
+
+    def replica(self, replica_index: int) -> list[NodeAssignment]:
+        """The assignments of one replica: several if it lies on several nodes, in one placement group."""
+        return [a for a in self.assignments if a.replica_index == replica_index]
+
+    def actor_options(self, replica_index: int, rank: int) -> dict[str, Any]:
+        """Options that start rank ``rank`` of a replica, whichever node it is on.
+
+        Raises:
+            IndexError: there is no such replica, or it has no such rank.
+        """
+        for a in self.replica(replica_index):
+            if rank in a.ranks:
+                return a.actor_options(a.ranks.index(rank))
+        raise IndexError(f"{self.deployment} has no rank {rank} of a replica {replica_index}")
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON-ready values."""

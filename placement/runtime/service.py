@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from placement.core import planner
-from placement.core.snapshot import Snapshot
+from placement.core.snapshot import NEAR_LABELS, Snapshot
 from placement.errors import (
     DeploymentConflict,
     ReservationFailed,
@@ -22,6 +22,7 @@ from placement.runtime import groups, ledger
 from placement.runtime.books import Books, Claim, Standing, Tally
 from placement.runtime.discovery import NodeInfo, live_nodes, node_state
 from placement.runtime.fleet import VIEW_LAG_SECONDS, Fleet
+from placement.runtime.node_agent import FRESH_SECONDS
 from placement.runtime.report import status_report, topology_report
 from placement.runtime.results import PlacementResult
 from placement.wire.cluster import ClusterFile, HeldDeployment
@@ -47,9 +48,11 @@ class DeploymentPlacementActor:
 
     Args:
         make_agent: creates (or finds) the node actor of a node.
+        near: labels of which nodes near each other share the values, widest first.
     """
 
-    def __init__(self, make_agent: Callable[[NodeInfo], Any]) -> None:
+    def __init__(self, make_agent: Callable[[NodeInfo], Any], near: Sequence[str] = NEAR_LABELS) -> None:
+        self._near = tuple(near)
         self._lock = threading.Lock()
         self._name_locks: dict[str, threading.Lock] = {}
         self._books = Books()
@@ -277,7 +280,7 @@ class DeploymentPlacementActor:
             if full is not None and info.id in full:
                 state = replace(state, free=frozenset(sorted(state.free)[: full[info.id]]))
             states.append(state)
-        return Snapshot(states)
+        return Snapshot(states, self._near)
 
     def _patiently(self, decide: Callable[[], T]) -> T:
         """Decides; before a refusal stands, looks again with books that show our own last change.
@@ -370,14 +373,14 @@ class DeploymentPlacementActor:
                     self._books.claims.remove(claim)
             if not refusals:
                 for order, assignment in reserved:
-                    standing.replicas[assignment.replica_index] = assignment
-                    standing.orders[assignment.replica_index] = order
+                    standing.add(order, assignment)
                 return
             self._fleet.give_back(reserved)
             for refusal in refusals:
                 where, attempts, reason = refusal.node_name, attempts + refusal.attempts, refusal.reason
                 if refusal.full:
-                    full[refusal.node_id] = wanted.gpus_per_replica - 1
+                    room = wanted.gpus_per_replica - 1 if refusal.room is None else refusal.room
+                    full[refusal.node_id] = room
         raise ReservationFailed(wanted.name, where, attempts, reason)
 
     def _claim(
@@ -388,20 +391,23 @@ class DeploymentPlacementActor:
         full: Mapping[str, int],
     ) -> Claim:
         nodes = live_nodes()
-        self._fleet.meet(nodes)
+        if wanted.needs.free_memory_bytes:
+            self._fleet.meet(nodes, again=True, max_age_seconds=FRESH_SECONDS)
+        else:
+            self._fleet.meet(nodes)
         with self._lock:
             snapshot = self._snapshot(nodes, groups.available_resources(), full)
             outcome = planner.plan(snapshot, request_of(wanted, indices, standing, snapshot))
             if isinstance(outcome, Unplaceable):
                 raise outcome
-            claim = Claim(wanted, outcome.replicas)
+            claim = Claim(wanted, outcome.replicas, outcome.set_size)
             self._books.claims.append(claim)
             return claim
 
     def _give_back(self, standing: Standing, indices: Iterable[int]) -> None:
         """Removes the groups of some replicas, and the replicas from ``standing``."""
         leaving = tuple(indices)
-        self._fleet.give_back([(standing.orders[index], standing.replicas[index]) for index in leaving])
+        self._fleet.give_back([(standing.orders[i], part) for i in leaving for part in standing.replicas[i]])
         for index in leaving:
             del standing.orders[index], standing.replicas[index]
 

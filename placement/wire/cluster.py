@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 from placement.core.matrix import parse_matrix, render_matrix
 from placement.core.replicas import PlannedReplica
 from placement.core.score import WHOLE
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import NEAR_LABELS, Node, Snapshot
 from placement.core.topology import Topology
 from placement.errors import InvalidClusterFile, MatrixError
 from placement.wire.base import Model
@@ -31,6 +31,7 @@ class HeldReplica(Model):
     replica_index: int
     node: str
     gpus: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = Field(default=(), description="of a replica over several nodes, those here")
     share: int = Field(default=WHOLE, description="thousandths of the GPU")
     profile: str = Field(default="", description="of the MIG instance that it holds instead of a GPU")
     cpu_milli: int = 0
@@ -87,6 +88,9 @@ class ClusterFile(Model):
 
     version: Literal[1] = 1
     machines: dict[str, Machine] = Field(default_factory=dict)
+    near: tuple[str, ...] = Field(
+        default=NEAR_LABELS, description="labels that nodes near each other share, widest first"
+    )
     nodes: tuple[ClusterNode, ...] = ()
     deployments: tuple[HeldDeployment, ...] = ()
 
@@ -114,7 +118,7 @@ class ClusterFile(Model):
                 )
             )
         machines = {key: Machine(matrix=matrix, model=model) for (matrix, model), key in keys.items()}
-        return cls(machines=machines, nodes=tuple(nodes), deployments=tuple(held))
+        return cls(machines=machines, near=snapshot.near, nodes=tuple(nodes), deployments=tuple(held))
 
     def snapshot(self) -> Snapshot:
         """What the planner sees.
@@ -150,7 +154,7 @@ class ClusterFile(Model):
                 serving=frozenset(one.serving),
                 **{name: getattr(one, name) for name in _AS_THEY_ARE},
             )
-        return Snapshot(nodes.values())
+        return Snapshot(nodes.values(), self.near)
 
     def held(self) -> Mapping[str, HeldDeployment]:
         """The deployments that stand, by name."""

@@ -324,6 +324,12 @@ class Deployment(Model):
         description="instead of gpus: as much of one GPU as has this much memory",
     )
     mig: str | None = Field(default=None, description="instead of gpus: one MIG instance, such as 1g.10gb")
+    tensor_parallel: Count | None = Field(
+        default=None, description="GPUs of a replica that one node, or one NVLink domain, must hold together"
+    )
+    pipeline_parallel: Count | None = Field(
+        default=None, description="how many such groups a replica is made of; they may lie on several nodes"
+    )
     replicas: Count = 1
     min_bandwidth_gb_per_s: float | None = Field(
         default=None,
@@ -386,6 +392,7 @@ class Deployment(Model):
         return self
 
     def _no_contradiction(self) -> None:
+        self._check_parallelism()
         if self.mig is not None and (self.gpus or 0) > 1:
             raise ValueError(
                 f"mig: {self.mig} and gpus: {self.gpus} ask for tensor parallelism across MIG instances; "
@@ -415,6 +422,31 @@ class Deployment(Model):
             raise ValueError(
                 f"constraints: apart_from or near_to names {self.name!r} itself; use constraints.spread to keep "
                 "its replicas apart"
+            )
+
+    def _check_parallelism(self) -> None:
+        tensor, pipeline = self.tensor_parallel, self.pipeline_parallel
+        asked = {"tensor_parallel": tensor, "pipeline_parallel": pipeline}
+        for name, value in asked.items():
+            if value is None:
+                continue
+            if self.remote:
+                raise ValueError(
+                    f"{name}: {value} on a remote deployment ({self.runtime_name}); leave it out"
+                )
+            if self.mig is not None:
+                raise ValueError(
+                    f"mig: {self.mig} and {name}: {value} ask for a replica of several MIG instances; "
+                    f"{NO_LINKS_BETWEEN_INSTANCES}; ask for one larger instance, or for whole GPUs"
+                )
+            if isinstance(self.gpus, float) or self.gpu_memory_gib is not None:
+                raise ValueError(f"{name}: {value} is for whole GPUs, not for a share of one; leave it out")
+            if self.gpus is not None and self.gpus % value:
+                raise ValueError(f"gpus: {self.gpus} cannot be divided by {name}: {value}; leave gpus out")
+        if tensor is not None and pipeline is not None and self.gpus not in (None, tensor * pipeline):
+            raise ValueError(
+                f"gpus: {self.gpus} is not tensor_parallel x pipeline_parallel ({tensor} x {pipeline} = "
+                f"{tensor * pipeline}); leave gpus out"
             )
 
     @property
@@ -450,14 +482,23 @@ class Deployment(Model):
         """GPUs each replica has: 1 also where it is a share or a MIG instance; 0 for a remote one."""
         if self.remote:
             return 0
+        if self.gpus is None:
+            return (self.tensor_parallel or 1) * (self.pipeline_parallel or 1)
         return self.gpus if isinstance(self.gpus, int) else 1
 
     @property
+    def stages(self) -> int:
+        """How many tensor-parallel groups a replica is made of; one, unless it says so."""
+        if self.tensor_parallel is not None:
+            return self.gpus_per_replica // self.tensor_parallel
+        return self.pipeline_parallel or 1
+
+    @property
     def needs(self) -> Needs:
-        """What each replica needs of a node's GPUs."""
+        """What each tensor-parallel group of a replica needs of a node's GPUs; mostly that is all of it."""
         limits = self.constraints
         return Needs(
-            gpus=self.gpus_per_replica,
+            gpus=self.gpus_per_replica // self.stages,
             within=self.within or Within.NODE,
             min_bandwidth_gb_per_s=self.min_bandwidth_gb_per_s or 0.0,
             share=round(self.gpus * WHOLE) if isinstance(self.gpus, float) else WHOLE,
@@ -501,6 +542,8 @@ class Deployment(Model):
             "gpus": self.gpus_per_replica if self.gpus is None else self.gpus,
             "gpu_memory_gib": self.gpu_memory_gib,
             "mig": self.mig,
+            "tensor_parallel": self.needs.gpus,
+            "stages": self.stages,
             "within": self.within,
             "min_bandwidth_gb_per_s": self.min_bandwidth_gb_per_s,
             "provider": self.provider,

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from placement.core.explanation import Explanation, explain
 from placement.core.planner import Change, Step, steps
-from placement.core.replicas import Plan
+from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
-from placement.core.score import WHOLE, score
-from placement.core.snapshot import Snapshot
+from placement.core.score import WHOLE, Score, score
+from placement.core.snapshot import Node, Snapshot
 from placement.errors import UnknownNode, Unplaceable
 from placement.wire.cluster import HeldDeployment, HeldReplica
 from placement.wire.deployment import Deployment, PlacementConstraints
@@ -27,6 +27,7 @@ class PlannedAssignment:
         weakest_link: slowest link between two of them as ``nvidia-smi topo -m`` names it.
         share: how much of the GPU, 1 for whole ones.
         mig: profile of the MIG instance that ``gpus`` is; empty for GPUs.
+        ranks: which ranks of the replica are here, in the order of ``gpus``; empty where all are.
     """
 
     replica_index: int
@@ -37,6 +38,7 @@ class PlannedAssignment:
     weakest_link: str | None = None
     share: float = 1.0
     mig: str = ""
+    ranks: list[int] = field(default_factory=list)
     egress_resource: str | None = None
     egress_units: int = 0
 
@@ -51,7 +53,7 @@ class PlacementPlan:
 
     Attributes:
         deployment: its name.
-        assignments: one for each replica, by replica index.
+        assignments: one for each replica and node, by replica index.
         standing: whether the deployment is placed already, just so.
     """
 
@@ -137,11 +139,11 @@ def request_of(
         UnknownNode: its constraints name a node that is not there.
     """
     limits = wanted.constraints or PlacementConstraints()
-    for field in ("gpu_nodes", "egress_nodes", "egress_preference"):
-        for name in getattr(limits, field) or ():
+    for limit in ("gpu_nodes", "egress_nodes", "egress_preference"):
+        for name in getattr(limits, limit) or ():
             if not snapshot.named([name]):
                 known = tuple(node.name for node in snapshot.nodes)
-                raise UnknownNode(f"constraints.{field}", name, known)
+                raise UnknownNode(f"constraints.{limit}", name, known)
     return Request(
         deployment=wanted.name,
         replicas=tuple(missing),
@@ -156,8 +158,10 @@ def request_of(
         labels=limits.node_labels,
         accelerators=limits.accelerators or (),
         compute_capability=limits.compute_capability,
-        cpu_milli=wanted.cpu_milli_per_gpu * wanted.gpus_per_replica,
-        memory_bytes=wanted.memory_bytes_per_gpu * wanted.gpus_per_replica,
+        cpu_milli=wanted.cpu_milli_per_gpu * wanted.needs.gpus,
+        memory_bytes=wanted.memory_bytes_per_gpu * wanted.needs.gpus,
+        stages=wanted.stages,
+        divisible=wanted.tensor_parallel is None and wanted.pipeline_parallel is None,
         apart_from=limits.apart_from,
         near_to=limits.near_to,
         spread_label=limits.spread.label if limits.spread else None,
@@ -168,7 +172,7 @@ def request_of(
 
 def _steps(
     snapshot: Snapshot, held: Mapping[str, HeldDeployment], wanted: Sequence[Deployment]
-) -> Iterator[tuple[Step, dict[int, HeldReplica]]]:
+) -> Iterator[tuple[Step, dict[int, list[HeldReplica]]]]:
     """Each deployment's step, and the replicas that stay as they are."""
     parts = [_change(snapshot, held.get(one.name), one) for one in wanted]
     yield from zip(
@@ -178,24 +182,26 @@ def _steps(
 
 def _change(
     snapshot: Snapshot, standing: HeldDeployment | None, one: Deployment
-) -> tuple[Change, dict[int, HeldReplica]]:
+) -> tuple[Change, dict[int, list[HeldReplica]]]:
     """What is to be done for a deployment, and the replicas that stay."""
-    stands = {replica.replica_index: replica for replica in standing.replicas} if standing else {}
+    stands: dict[int, list[HeldReplica]] = {}
+    for replica in standing.replicas if standing else ():
+        stands.setdefault(replica.replica_index, []).append(replica)
     same_shape = standing is not None and standing.deployment.shape() == one.shape()
-    keep = {i: replica for i, replica in stands.items() if i < one.replicas} if same_shape else {}
+    keep = {i: parts for i, parts in stands.items() if i < one.replicas} if same_shape else {}
     on_nodes: dict[str, int] = {}
-    for replica in keep.values():
-        on_nodes[replica.node] = on_nodes.get(replica.node, 0) + 1
+    for parts in keep.values():
+        on_nodes[parts[0].node] = on_nodes.get(parts[0].node, 0) + 1
     missing = [index for index in range(one.replicas) if index not in keep]
-    leaving = tuple(replica.planned() for index, replica in stands.items() if index not in keep)
+    leaving = tuple(part.planned() for index, parts in stands.items() if index not in keep for part in parts)
     request = request_of(one, missing, on_nodes, snapshot)
     return Change(request, leaving, in_place=not same_shape), keep
 
 
-def _preview(snapshot: Snapshot, outcome: Plan, keep: Mapping[int, HeldReplica]) -> PlacementPlan:
-    planned = [replica.planned() for replica in keep.values()]
+def _preview(snapshot: Snapshot, outcome: Plan, keep: Mapping[int, list[HeldReplica]]) -> PlacementPlan:
+    planned = [part.planned() for parts in keep.values() for part in parts]
     assignments = []
-    for replica in sorted([*planned, *outcome.replicas], key=lambda replica: replica.replica_index):
+    for replica in sorted([*planned, *outcome.replicas], key=lambda r: (r.replica_index, r.ranks)):
         if not snapshot.bit(replica.node_id):  # it stands on a node that is no more
             assignments.append(
                 PlannedAssignment(
@@ -204,7 +210,7 @@ def _preview(snapshot: Snapshot, outcome: Plan, keep: Mapping[int, HeldReplica])
             )
             continue
         node = snapshot.node(replica.node_id)
-        value = score(node.topology, replica.gpus)
+        value = _slowest_set(node, replica, outcome.set_size)
         assignments.append(
             PlannedAssignment(
                 replica.replica_index,
@@ -215,8 +221,17 @@ def _preview(snapshot: Snapshot, outcome: Plan, keep: Mapping[int, HeldReplica])
                 value.link_name,
                 replica.share / WHOLE,
                 replica.profile,
+                list(replica.ranks),
                 replica.egress_resource,
                 replica.egress_units,
             )
         )
     return PlacementPlan(outcome.deployment, assignments, standing=not outcome.replicas)
+
+
+def _slowest_set(node: Node, replica: PlannedReplica, size: int) -> Score:
+    """The score of the slowest of the sets of GPUs that a replica has on a node."""
+    gpus = replica.gpus
+    if not replica.ranks or not 0 < size < len(gpus):
+        return score(node.topology, gpus)
+    return min(score(node.topology, gpus[i : i + size]) for i in range(0, len(gpus), size))

@@ -107,6 +107,16 @@ def test_a_reading_grows_old_until_it_is_refreshed(reader: Reader, machine: Path
     assert (0.0, 3) == (refreshed(reader).age_seconds, len(reader.facts().gpus))
 
 
+def test_a_reading_that_is_too_old_is_replaced_first(
+    reader: Reader, machine: Path, clock: Clock, children: list[Child]
+) -> None:
+    reader.facts()
+    clock.now += 3
+    assert reader.facts(max_age_seconds=5).age_seconds == 3
+    assert reader.facts(max_age_seconds=2).age_seconds == 0
+    assert len(children) == 2
+
+
 def test_many_who_ask_first_share_one_reading(reader: Reader, machine: Path, children: list[Child]) -> None:
     machine.write_text(fake_nvml.describe(DGX))
     with ThreadPoolExecutor(8) as pool:

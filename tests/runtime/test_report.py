@@ -20,7 +20,7 @@ def books(**held: list[tuple[int, float]]) -> Books:
     for name, replicas in held.items():
         standing = Standing(Deployment(name=name, model="m", replicas=len(replicas)))
         for index, (gpu, share) in enumerate(replicas):
-            standing.replicas[index] = NodeAssignment(index, "n", [gpu], _NO_GROUP, [0], "n", share)
+            standing.add("order", NodeAssignment(index, "n", [gpu], _NO_GROUP, [0], "n", share))
         found.standing[name] = standing
     return found
 

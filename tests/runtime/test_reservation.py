@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -84,7 +85,7 @@ class Slots:
     def remove(self, group: int) -> None:
         self.groups.pop(group, None)
 
-    def gpus_of(self, group: int, count: int, share: float = 1) -> list[int]:
+    def gpus_of(self, group: int, bundles: Iterable[int], share: float = 1) -> list[int]:
         self._step()
         return sorted(self.groups[group])
 
@@ -151,7 +152,7 @@ def test_unending_interference_ends_in_a_refusal_that_holds_nothing() -> None:
 
 def test_a_failing_probe_leaves_nothing_held() -> None:
     class Broken(Slots):
-        def gpus_of(self, group: int, count: int) -> list[int]:
+        def gpus_of(self, group: int, bundles: Iterable[int], share: float = 1) -> list[int]:
             raise RuntimeError("worker died")
 
     slots = Broken(4, others={0})

@@ -1,0 +1,192 @@
+"""Replicas made of several sets of GPUs: where they go, and that they are placed exactly when they can be."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import combinations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from placement import topologies
+from placement.core.planner import plan, vacate
+from placement.core.replicas import Plan, PlannedReplica
+from placement.core.request import Request
+from placement.core.score import Needs, Within
+from placement.core.snapshot import GPU_DOMAIN_LABEL, Node, Snapshot
+from placement.core.topology import Topology
+from placement.errors import NotEnoughGpus
+
+
+def node(name: str, machine: str | int = 8, free: int = 8, **labels: str) -> Node:
+    shape = Topology.unknown(machine) if isinstance(machine, int) else topologies.load(machine)
+    gpus = frozenset(range(min(free, len(shape))))
+    return Node(f"id-{name}", name, topology=shape, free=gpus, labels=labels)
+
+
+def request(gpus: int, stages: int = 1, replicas: int = 1, **fields: object) -> Request:
+    return Request("d", tuple(range(replicas)), Needs(gpus), stages=stages, **fields)  # type: ignore[arg-type]
+
+
+def where(outcome: object) -> list[tuple[int, str, tuple[int, ...], tuple[int, ...]]]:
+    assert isinstance(outcome, Plan), outcome
+    return [(r.replica_index, r.node_id[3:], r.gpus, r.ranks) for r in outcome.replicas]
+
+
+ALL = tuple(range(8))
+FIRST, SECOND = tuple(range(8)), tuple(range(8, 16))
+
+
+def test_each_group_is_on_one_node_and_the_ranks_follow() -> None:
+    snapshot = Snapshot([node("a"), node("b")])
+    assert where(plan(snapshot, request(8, stages=2))) == [(0, "a", ALL, FIRST), (0, "b", ALL, SECOND)]
+
+
+def test_both_stages_share_a_node_that_has_room() -> None:
+    snapshot = Snapshot([node("a", free=4), node("b")])
+    [(_, name, gpus, ranks)] = where(plan(snapshot, request(4, stages=2)))
+    assert (name, gpus, ranks) == ("b", ALL, ALL)
+
+
+def test_stages_are_near_each_other() -> None:
+    racks = [node(f"n{i}", rack=rack, block="x") for i, rack in enumerate(["a", "b", "c", "b"])]
+    assert [name for _, name, *_ in where(plan(Snapshot(racks), request(8, stages=2)))] == ["n1", "n3"]
+    hosts = [node(f"n{i}", host=host) for i, host in enumerate("pqp")]
+    chosen = where(plan(Snapshot(hosts, near=("host",)), request(8, stages=2)))
+    assert [name for _, name, *_ in chosen] == ["n0", "n2"]
+
+
+def test_the_faster_groups_come_before_the_nearer_nodes() -> None:
+    nodes = [node("a", "l40s-4x", rack="x"), node("b", "l40s-4x", rack="x")]
+    nodes += [node("c", "hgx-a100-4gpu", rack="y"), node("d", "hgx-a100-4gpu", rack="z")]
+    assert [name for _, name, *_ in where(plan(Snapshot(nodes), request(4, stages=2)))] == ["c", "d"]
+
+
+def test_a_replica_larger_than_every_node_is_cut() -> None:
+    snapshot = Snapshot([node("a"), node("b", free=7), node("c")])
+    cut = where(plan(snapshot, request(16, divisible=True)))
+    assert cut == [(0, "a", ALL, FIRST), (0, "c", ALL, SECOND)]
+    assert isinstance(plan(snapshot, request(16)), NotEnoughGpus), "tensor parallelism stays on a node"
+    busy = Snapshot([node("a", free=7), node("b", free=5), node("c", free=4)])
+    assert [len(gpus) for _, _, gpus, _ in where(plan(busy, request(12, divisible=True)))] == [4, 4, 4]
+
+
+def test_a_group_may_span_the_nodes_of_one_nvlink_domain() -> None:
+    trays = [node(f"t{i}", "gb200-tray", **{GPU_DOMAIN_LABEL: "r" + "01011"[i]}) for i in range(5)]
+    chosen = where(plan(Snapshot(trays), request(8)))
+    assert [(name, ranks) for _, name, _, ranks in chosen] == [("t0", (0, 1, 2, 3)), ("t2", (4, 5, 6, 7))]
+    assert [name for _, name, *_ in where(plan(Snapshot(trays), request(12)))] == ["t1", "t3", "t4"]
+    refused = plan(Snapshot(trays), request(16))
+    assert isinstance(refused, NotEnoughGpus)
+    assert "needs 1 x 16 GPUs, each over 4 nodes of one ray.io/gpu-domain; there is room for 0" in str(
+        refused
+    )
+
+
+def test_a_refusal_counts_the_groups_that_there_is_room_for() -> None:
+    refused = plan(Snapshot([node("a"), node("b", free=7)]), request(8, stages=2))
+    assert isinstance(refused, NotEnoughGpus)
+    assert "replica 0 needs 2 x 8 GPUs, each on one node; there is room for 1" in str(refused)
+    assert "1 node: has fewer than 8 GPUs free" in str(refused)
+
+
+def test_a_replica_lies_in_one_domain_of_the_label_it_spreads_over() -> None:
+    nodes = [node(f"{zone}{i}", zone=zone) for zone in "abc" for i in range(2)]
+    spread = request(8, stages=2, replicas=3, spread_label="zone", max_per_domain=1)
+    zones = Counter((index, name[0]) for index, name, *_ in where(plan(Snapshot(nodes), spread)))
+    assert zones == {(0, "a"): 2, (1, "b"): 2, (2, "c"): 2}
+    four = request(8, stages=2, replicas=4, spread_label="zone", max_per_domain=1)
+    assert not isinstance(plan(Snapshot(nodes), four), Plan)
+
+
+def test_cpus_bound_the_sets_of_a_node() -> None:
+    small = Node("id-s", "s", topology=Topology.unknown(8), free=frozenset(range(8)), cpu_milli=4000)
+    assert isinstance(plan(Snapshot([small]), request(2, stages=2, cpu_milli=2000)), Plan)
+    assert not isinstance(plan(Snapshot([small]), request(2, stages=3, cpu_milli=2000)), Plan)
+
+
+MACHINES = [topologies.load(name) for name in ("a100-pcie-4x", "l40s-4x")] + [Topology.unknown(3)]
+
+
+@st.composite
+def clusters(draw: st.DrawFn) -> Snapshot:
+    nodes = []
+    for i in range(draw(st.integers(1, 4))):
+        machine = draw(st.sampled_from(MACHINES))
+        free = draw(st.frozensets(st.integers(0, len(machine) - 1)))
+        labels = {"rack": draw(st.sampled_from("xy"))}
+        if draw(st.booleans()):
+            labels[GPU_DOMAIN_LABEL] = draw(st.sampled_from("pq"))
+        nodes.append(Node(f"id-{i}", f"node-{i}", topology=machine, free=free, labels=labels))
+    return Snapshot(nodes)
+
+
+def exists(free: dict[str, frozenset[int]], nodes: dict[str, Node], wanted: Request, groups: int) -> bool:
+    """Whether any placement exists for so many groups, by trying all."""
+    if not groups:
+        return True
+    needs = wanted.needs
+    domains = {one.labels.get(GPU_DOMAIN_LABEL) for one in nodes.values()} - {None}
+    for domain in sorted(map(str, domains)) if wanted.parts > 1 else [None]:
+        inside = [n for n in nodes.values() if domain is None or n.labels.get(GPU_DOMAIN_LABEL) == domain]
+        sets = [
+            (n.id, gpus)
+            for n in inside
+            for gpus in combinations(sorted(free[n.id]), needs.gpus)
+            if n.shape.best(sum(1 << gpu for gpu in gpus), needs.gpus, needs.within) is not None
+        ]
+        for parts in combinations(sets, wanted.parts):
+            left = dict(free)
+            for node_id, gpus in parts:
+                if not set(gpus) <= left[node_id]:
+                    break
+                left[node_id] -= set(gpus)
+            else:
+                if exists(left, nodes, wanted, groups - 1):
+                    return True
+    return False
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    clusters(), st.integers(1, 2), st.integers(1, 3), st.integers(1, 2), st.sampled_from([1, 1, 2]),
+    st.sampled_from([Within.NODE, Within.NODE, Within.NVLINK, Within.NUMA]),
+)  # fmt: skip
+def test_replicas_are_placed_exactly_when_they_can_be(
+    snapshot: Snapshot, gpus: int, stages: int, replicas: int, parts: int, within: Within
+) -> None:
+    wanted = Request("d", tuple(range(replicas)), Needs(gpus, within), stages=stages, parts=parts)
+    if stages == parts == 1:
+        return  # the planner's own tests
+    outcome = plan(snapshot, wanted)
+    nodes = {one.id: one for one in snapshot.nodes}
+    free = {one.id: one.free for one in snapshot.nodes}
+    assert isinstance(outcome, Plan) == exists(free, nodes, wanted, stages * replicas)
+    if isinstance(outcome, Plan):
+        check(snapshot, wanted, outcome.replicas)
+
+
+def check(snapshot: Snapshot, wanted: Request, parts: tuple[PlannedReplica, ...]) -> None:
+    taken: Counter[tuple[str, int]] = Counter((p.node_id, gpu) for p in parts for gpu in p.gpus)
+    assert set(taken.values()) <= {1}
+    assert all(gpu in snapshot.node(node_id).free for node_id, gpu in taken)
+    size = wanted.needs.gpus
+    for index in wanted.replicas:
+        ranks = sorted(rank for p in parts if p.replica_index == index for rank in p.ranks)
+        assert ranks == list(range(size * wanted.stages * wanted.parts))
+    emptied = snapshot.changed(
+        Node(**{**vars_of(one), "free": one.free - {gpu for n, gpu in taken if n == one.id}})
+        for one in snapshot.nodes
+    )
+    assert [one.free for one in vacate(emptied, parts).nodes] == [one.free for one in snapshot.nodes]
+
+
+def vars_of(one: Node) -> dict[str, object]:
+    return {name: getattr(one, name) for name in Node.__dataclass_fields__}
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_the_same_again(stages: int) -> None:
+    nodes = [node(f"n{i}", "dgx-1v", rack="ab"[i % 2]) for i in range(4)]
+    assert plan(Snapshot(nodes), request(4, stages, 2)) == plan(Snapshot(nodes[::-1]), request(4, stages, 2))
