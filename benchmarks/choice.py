@@ -246,7 +246,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--asked", type=int, default=100, help="choices timed per machine and size")
     parser.add_argument("--seeds", type=int, default=40, help="sequences per machine")
     parser.add_argument("--steps", type=int, default=60, help="requests per sequence")
-    parser.add_argument("--machines", nargs="+", default=topologies.names(), help="of the catalogue")
+    whole = [
+        name for name in topologies.names() if not any(g.mig_profile for g in topologies.facts(name).gpus)
+    ]
+    parser.add_argument(
+        "--machines", nargs="+", default=whole, help="of the catalogue; by default those of GPUs"
+    )
     options = parser.parse_args(arguments)
     print(where())
     print(

@@ -332,7 +332,7 @@ def _sift_gpus(snapshot: Snapshot, request: Request) -> Sifted:
         )
         if free < request.stages:
             each = f"{count * request.parts} GPUs" if request.parts > 1 else what
-            miss = f"needs {request.stages} x {each}, each {where}; there is room for {free}"
+            miss = f"needs {request.stages} x {each}, each {where}, all of one GPU model; there is room for {free}"
             return sieve, miss, f"release something, or add nodes with {what} free", "groups"
     return sieve, short, "", ""
 

@@ -1,7 +1,8 @@
 """Replicas made of several sets of GPUs: on one node, or on several that are near each other.
 
 A replica is ``stages`` tensor-parallel groups; a group is ``parts`` sets of GPUs, each on one node, and, if there
-are several, on nodes of one NVLink domain. Of all the places it is given the one where, in this order,
+are several, on nodes of one NVLink domain. All GPUs of a replica are of one model. Of all the places it is
+given the one where, in this order,
 
 1. the fewest replicas of the deployment are, where it spreads over a label;
 2. the slowest set is fastest;
@@ -9,7 +10,7 @@ are several, on nodes of one NVLink domain. Of all the places it is given the on
 4. it lies on the fewest nodes, in the region with the least room, on nodes others miss least.
 
 All replicas are placed exactly when they can be: a node has room for a certain number of disjoint sets, a
-domain and a region for the sum of their nodes', and each set that is taken lowers it by just one.
+domain, a model and a region for the sum of their nodes', and each set that is taken lowers it by just one.
 """
 
 from __future__ import annotations
@@ -74,9 +75,9 @@ def place(snapshot: Snapshot, request: Request, allowed: Bits) -> Placed:
 
 
 def groups_free(snapshot: Snapshot, request: Request, allowed: Bits) -> int:
-    """How many tensor-parallel groups there is room for."""
+    """For how many tensor-parallel groups there is room on GPUs of one model: the most of any."""
     room = _Room(snapshot, request, allowed)
-    return len(room.groups(allowed))
+    return max((len(room.groups(alike)) for alike in room.alike), default=0)
 
 
 def _members(snapshot: Snapshot, nodes: Bits) -> Iterator[Node]:
@@ -95,6 +96,11 @@ class _Room:
         self._units: dict[Bits, list[Unit]] = {}
         self._domain: dict[Bits, str] = {}
         self.changed: dict[Bits, Node] = {}
+        models: dict[str, Bits] = {}
+        for node in _members(snapshot, allowed):
+            model = node.topology.model or ""
+            models[model] = models.get(model, 0) | snapshot.bit(node.id)
+        self.alike = [models[model] for model in sorted(models)]
         for node in _members(snapshot, allowed):
             bit = snapshot.bit(node.id)
             domain = node.labels.get(GPU_DOMAIN_LABEL)
@@ -122,12 +128,12 @@ class _Room:
 
     def choose(self) -> list[Unit] | None:
         """The sets of the next replica, in rank order; ``None`` if there is no room for it."""
-        if self._request.spread_label is None:
-            return self._nearest(self._allowed)
-        for domains in self._crowd.domains():
-            found = [chosen for bits in domains if (chosen := self._nearest(bits))]
+        spread = self._request.spread_label is not None
+        for domains in self._crowd.domains() if spread else [[self._allowed]]:
+            places = [bits & alike for bits in domains for alike in self.alike]
+            found = [nearest for bits in places if (nearest := self._nearest(bits))]
             if found:
-                return min(found, key=lambda chosen: (max(chosen).slowness, len({u.node for u in chosen})))
+                return min(found)[1]
         return None
 
     def take(self, index: int, chosen: Sequence[Unit]) -> list[PlannedReplica]:
@@ -151,7 +157,8 @@ class _Room:
         self._crowd.add(chosen[0].node)
         return list(parts.values())
 
-    def _nearest(self, within: Bits) -> list[Unit] | None:
+    def _nearest(self, within: Bits) -> tuple[tuple[int, ...], list[Unit]] | None:
+        """The best of the nodes for a replica, and how good they are; the least is best."""
         best: tuple[tuple[int, ...], list[Unit]] | None = None
         fastest = None
         wanted = self._request.stages
@@ -168,7 +175,7 @@ class _Room:
             key = (max(chosen).slowness, -1 if len(nodes) == 1 else level, len(nodes), len(groups), region)
             if best is None or key < best[0]:
                 best = key, chosen
-        return None if best is None else best[1]
+        return best
 
     def fastest(self, within: Bits) -> int:
         """A bound on what any region can give."""

@@ -194,7 +194,9 @@ class Policy(StrEnum):
     """Which node goes first among those with room."""
 
     TOPOLOGY = "topology"
-    """The fastest set on offer; then fewest replicas of the same deployment; then what others miss least."""
+    """The fastest set on offer; then fewest replicas of the same deployment; then what others miss least.
+
+    A share of a GPU goes where others miss it least; only among equals replicas spread."""
     PACK = "pack"
     """The fullest node."""
     SPREAD = "spread"
@@ -204,10 +206,12 @@ class Policy(StrEnum):
     LEAST_LOADED = "least_loaded"
     """The node with the most free GPUs; then as topology."""
 
-    def rank(self, offer: Offer) -> Rank:
-        """Sorts offers. Before the second half, replicas of the same deployment count."""
+    def rank(self, offer: Offer, shared: bool = False) -> Rank:
+        """Sorts offers, of shares if ``shared``. Before the second half, replicas of the same deployment count."""
         slowness, loss, rest, free = offer
         match self:
+            case Policy.TOPOLOGY if shared:
+                return (slowness, loss, rest, free), ()
             case Policy.TOPOLOGY:
                 return (slowness,), (loss, rest, free)
             case Policy.PACK:
@@ -392,4 +396,4 @@ class Snapshot:
 def rank_of(node: Node, needs: Needs, policy: Policy) -> Rank | None:
     """How welcome a node is to a request; ``None`` if it has no GPUs for it that are good enough."""
     offer = node.offer(needs)
-    return None if offer is None or offer.slowness > needs.slowest else policy.rank(offer)
+    return None if offer is None or offer.slowness > needs.slowest else policy.rank(offer, not needs.whole)

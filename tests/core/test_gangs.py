@@ -63,6 +63,12 @@ def test_the_faster_groups_come_before_the_nearer_nodes() -> None:
     assert [name for _, name, *_ in where(plan(Snapshot(nodes), request(4, stages=2)))] == ["c", "d"]
 
 
+def test_all_gpus_of_a_replica_are_of_one_model() -> None:
+    nodes = [node("a", "dgx-1v"), node("b", "dgx-h100"), node("c", "dgx-1v")]
+    assert [name for _, name, *_ in where(plan(Snapshot(nodes), request(8, stages=2)))] == ["a", "c"]
+    assert not isinstance(plan(Snapshot(nodes[:2]), request(8, stages=2)), Plan)
+
+
 def test_a_replica_larger_than_every_node_is_cut() -> None:
     snapshot = Snapshot([node("a"), node("b", free=7), node("c")])
     cut = where(plan(snapshot, request(16, divisible=True)))
@@ -79,15 +85,18 @@ def test_a_group_may_span_the_nodes_of_one_nvlink_domain() -> None:
     assert [name for _, name, *_ in where(plan(Snapshot(trays), request(12)))] == ["t1", "t3", "t4"]
     refused = plan(Snapshot(trays), request(16))
     assert isinstance(refused, NotEnoughGpus)
-    assert "needs 1 x 16 GPUs, each over 4 nodes of one ray.io/gpu-domain; there is room for 0" in str(
-        refused
+    assert (
+        "needs 1 x 16 GPUs, each over 4 nodes of one ray.io/gpu-domain, all of one GPU model; there is room for 0"
+        in str(refused)
     )
 
 
 def test_a_refusal_counts_the_groups_that_there_is_room_for() -> None:
     refused = plan(Snapshot([node("a"), node("b", free=7)]), request(8, stages=2))
     assert isinstance(refused, NotEnoughGpus)
-    assert "replica 0 needs 2 x 8 GPUs, each on one node; there is room for 1" in str(refused)
+    assert "replica 0 needs 2 x 8 GPUs, each on one node, all of one GPU model; there is room for 1" in str(
+        refused
+    )
     assert "1 node: has fewer than 8 GPUs free" in str(refused)
 
 
@@ -122,14 +131,26 @@ def clusters(draw: st.DrawFn) -> Snapshot:
     return Snapshot(nodes)
 
 
-def exists(free: dict[str, frozenset[int]], nodes: dict[str, Node], wanted: Request, groups: int) -> bool:
-    """Whether any placement exists for so many groups, by trying all."""
+def exists(
+    free: dict[str, frozenset[int]], nodes: dict[str, Node], wanted: Request, groups: int, model: object = ()
+) -> bool:
+    """Whether any placement exists for so many groups, the first of them on one model, by trying all."""
     if not groups:
         return True
+    if groups % wanted.stages == 0:
+        models = {one.topology.model for one in nodes.values()}
+        return any(_exists(free, nodes, wanted, groups, model) for model in models)
+    return _exists(free, nodes, wanted, groups, model)
+
+
+def _exists(
+    free: dict[str, frozenset[int]], nodes: dict[str, Node], wanted: Request, groups: int, model: object
+) -> bool:
     needs = wanted.needs
     domains = {one.labels.get(GPU_DOMAIN_LABEL) for one in nodes.values()} - {None}
     for domain in sorted(map(str, domains)) if wanted.parts > 1 else [None]:
         inside = [n for n in nodes.values() if domain is None or n.labels.get(GPU_DOMAIN_LABEL) == domain]
+        inside = [n for n in inside if n.topology.model == model]
         sets = [
             (n.id, gpus)
             for n in inside
@@ -143,7 +164,7 @@ def exists(free: dict[str, frozenset[int]], nodes: dict[str, Node], wanted: Requ
                     break
                 left[node_id] -= set(gpus)
             else:
-                if exists(left, nodes, wanted, groups - 1):
+                if exists(left, nodes, wanted, groups - 1, model):
                     return True
     return False
 

@@ -100,10 +100,10 @@ def test_topology_draws_a_node(run: Run) -> None:
 def test_what_does_not_fit_changes_nothing(run: Run, tmp_path: Path) -> None:
     assert run("up").returncode == 0
     file = tmp_path / "two.yaml"
-    file.write_text("deployments: [{name: fits, model: m}, {name: does-not, model: m, gpus: 9}]")
+    file.write_text("deployments: [{name: fits, model: m}, {name: does-not, model: m, gpus: 11}]")
     refused = run("apply", str(file))
     assert refused.returncode == 1
-    assert "cannot place 'does-not': 9 GPUs per replica, but the largest node has 8" in refused.stderr
+    assert "cannot place 'does-not': 11 GPUs per replica, but the largest node has 8" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert data(run("status", "--json"))["deployments"] == []
 

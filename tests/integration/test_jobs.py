@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("job_apply.py", "job_workers.py"):
         (folder / name).write_text((EXAMPLES / name).read_text())
     (folder / "two.yaml").write_text(FILE)
-    (folder / "huge.yaml").write_text("deployments: [{name: huge, model: m, gpus: 64}]")
+    (folder / "huge.yaml").write_text("deployments: [{name: huge, model: m, gpus: 67}]")
     return folder
 
 
@@ -77,7 +77,7 @@ def test_a_job_whose_file_does_not_fit_fails_with_the_reason(
 ) -> None:
     status, code, output = run(jobs, folder, f"{sys.executable} job_apply.py huge.yaml")
     assert (status, code) == (JobStatus.FAILED, 1), output
-    assert "not placed: cannot place 'huge': 64 GPUs per replica, but the largest node has 4" in output
+    assert "not placed: cannot place 'huge': 67 GPUs per replica, but the largest node has 4" in output
     assert not left_over()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import placement
 from placement import PlacementResult
 from placement.runtime.embedded import SimulatedNode
 from placement.runtime.probing import another_user
+from placement.wire.files import load_deployments
 from tests.integration.test_place import Worker
 
 pytestmark = pytest.mark.integration
@@ -65,28 +67,38 @@ def test_a_replica_of_two_times_four_lies_in_one_rack_with_its_bundles_in_rank_o
     assert ray.get(service.get.remote("big")).to_dict() == result.to_dict()
 
 
-def test_parts_are_steered_to_the_best_gpus_of_each_node(service: Any) -> None:
-    neighbours = [another_user("pcie"), another_user("one")]  # each has GPU 0
-    limits = {"gpu_nodes": ["pcie", "one"]}
+def test_parts_are_steered_around_what_others_hold(service: Any) -> None:
+    neighbours = [another_user("one"), another_user("two")]  # each has GPU 0
+    limits = {"gpu_nodes": ["one", "two"]}
     try:
         result = place(service, "pairs", tensor_parallel=2, pipeline_parallel=2, constraints=limits)
         verify(result, 0, 4)
-        assert {a.node_name: a.gpus for a in result.assignments} == {"pcie": [2, 3], "one": [1, 2]}
+        assert [a.node_name for a in result.assignments] == ["one", "two"]
+        assert all(len(a.gpus) == 2 and 0 not in a.gpus for a in result.assignments)
     finally:
         for neighbour in neighbours:
             neighbour.leave()
 
 
 def test_more_gpus_than_any_node_has_are_cut_into_equal_parts(service: Any) -> None:
-    result = place(service, "sixteen", gpus=16)
-    verify(result, 0, 16)
-    assert sorted(a.node_name for a in result.assignments) == sorted(RACKS)
+    result = place(service, "twelve", gpus=12)
+    verify(result, 0, 12)
+    assert sorted(a.node_name for a in result.assignments) == ["one", "three", "two"]
+
+
+def test_the_example_is_placed_whole(service: Any) -> None:
+    example = Path(__file__).parents[2] / "examples" / "shared_and_large.toml"
+    results = {r.deployment: r for r in ray.get(service.apply_all.remote(load_deployments(example)))}
+    verify(results["llama-405b"], 0, 8)
+    assert len({(a.node, *a.gpus) for a in results["embed"].assignments}) == 2, "eight quarters on two GPUs"
+    assert len({a.node for a in results["qwen-7b"].assignments}) == 2, "those that are left"
 
 
 def test_all_of_it_or_nothing(service: Any) -> None:
-    place(service, "small", gpus=1)
+    place(service, "small", gpus=1, constraints={"gpu_nodes": ["pcie"]})
     with pytest.raises(
-        placement.NotEnoughGpus, match=r"needs 4 x 4 GPUs, each on one node; there is room for 3"
+        placement.NotEnoughGpus,
+        match=r"needs 4 x 4 GPUs, each on one node, all of one GPU model; there is room for 3",
     ):
         place(service, "large", tensor_parallel=4, pipeline_parallel=4)
     with pytest.raises(placement.NotEnoughGpus):
@@ -95,11 +107,11 @@ def test_all_of_it_or_nothing(service: Any) -> None:
 
 
 def test_replicas_are_added_and_taken_away(service: Any) -> None:
-    wanted = {"name": "grow", "model": "m", "tensor_parallel": 4, "pipeline_parallel": 2}
+    wanted = {"name": "grow", "model": "m", "tensor_parallel": 2, "pipeline_parallel": 3}
     one = ray.get(service.apply.remote(wanted))
     two = ray.get(service.apply.remote(wanted | {"replicas": 2}))
     assert [a.to_dict() for a in two.replica(0)] == [a.to_dict() for a in one.assignments]
-    verify(two, 1, 8)
+    verify(two, 1, 6)
     less = ray.get(service.apply.remote(wanted | {"replicas": 1}))
     assert less.to_dict() == one.to_dict()
     assert ray.get(service.release.remote("grow")) == 1

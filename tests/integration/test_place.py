@@ -105,7 +105,7 @@ def test_another_shape_under_the_same_name_is_a_conflict_and_changes_nothing(ser
 
 def test_what_does_not_fit_is_refused_with_reasons_and_nothing_stays_reserved(service: Any) -> None:
     with pytest.raises(placement.NotEnoughGpus, match="largest node has 8"):
-        ray.get(service.place.remote({"name": "huge", "model": "m", "gpus": 9}))
+        ray.get(service.place.remote({"name": "huge", "model": "m", "gpus": 11}))
     with pytest.raises(placement.NotEnoughGpus, match="replica 3 needs 4 GPUs free"):
         ray.get(service.place.remote({"name": "many", "model": "m", "gpus": 4, "replicas": 4}))
     assert settled(lambda: not left_over()), left_over()
