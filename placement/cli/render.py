@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from itertools import groupby
@@ -31,7 +32,7 @@ def colour(names: Sequence[str], name: str) -> str:
 
 
 def assignments_table(deployments: Iterable[Mapping[str, Any]], title: str) -> Table:
-    """One row for each replica: where it is, on what, how fast that is, and what Ray alone would have given."""
+    """One row for each replica and node: where it is, on what, how fast that is, and what Ray alone would give."""
     listed = list(deployments)
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("deployment", "replica", "node", "holds", "all-reduce"):
@@ -40,12 +41,14 @@ def assignments_table(deployments: Iterable[Mapping[str, Any]], title: str) -> T
     if beside_ray:
         table.add_column("Ray alone")
     for deployment in listed:
+        parts = Counter(a["replica_index"] for a in deployment["assignments"])
         for a in deployment["assignments"]:
+            ranks = f", ranks {ordinals(a['ranks'])}" if parts[a["replica_index"]] > 1 else ""
             table.add_row(
                 deployment["deployment"],
                 str(a["replica_index"]),
                 a["node_name"],
-                _holds(a),
+                _holds(a) + ranks,
                 bandwidth_text(a["bandwidth_gb_per_s"], a["weakest_link"]),
                 *([ray_alone(a)] if beside_ray else []),
             )

@@ -170,3 +170,17 @@ def test_rays_own_choice_stands_beside_ours() -> None:
     assert render.ray_alone(assignment()) == ""
     assert render.bandwidth_text(230.4, "NV12") == "230 GB/s, NV12"
     assert (render.bandwidth_text(None, "?"), render.bandwidth_text(None, None)) == ("unknown", "")
+
+
+def test_a_replica_over_several_nodes_has_a_line_for_each_with_its_ranks() -> None:
+    parts = [
+        assignment(node_name="a", gpus=[0, 1], ranks=[0, 1]),
+        assignment(node_name="b", gpus=[2, 3], ranks=[2, 3]),
+        assignment(replica_index=1, node_name="c", gpus=[0, 1, 2, 3], ranks=[0, 1, 2, 3]),
+    ]
+    shown = text(render.assignments_table([{"deployment": "big", "assignments": parts}], "placed"))
+    assert [line.split(maxsplit=3)[3].strip() for line in shown.splitlines() if " big " in line] == [
+        "GPU 0-1, ranks 0-1",
+        "GPU 2-3, ranks 2-3",
+        "GPU 0-3",
+    ]
