@@ -169,7 +169,7 @@ class _Room:
             groups = self.groups(region)
             if len(groups) < wanted:
                 continue
-            fastest = self.fastest(within) if fastest is None else fastest
+            fastest = self._fastest(within) if fastest is None else fastest
             chosen = self._pick(groups)
             nodes = {unit.node for unit in chosen}
             key = (max(chosen).slowness, -1 if len(nodes) == 1 else level, len(nodes), len(groups), region)
@@ -177,7 +177,7 @@ class _Room:
                 best = key, chosen
         return best
 
-    def fastest(self, within: Bits) -> int:
+    def _fastest(self, within: Bits) -> int:
         """A bound on what any region can give."""
         return max(group[-1].slowness for group in self.groups(within)[: self._request.stages])
 
@@ -187,13 +187,9 @@ class _Room:
         slowest = max(groups[wanted - 1]).slowness
         usable = [group for group in groups if max(group).slowness <= slowest]
         if self._request.parts > 1:
-            chosen = [unit for group in usable[:wanted] for unit in group]
-        else:
-            chosen = self._fewest_nodes((group[0] for group in usable), wanted)
-        place = {unit.node: self._place(unit.node) for unit in chosen}
-        if self._request.parts > 1:
-            return chosen
-        return sorted(chosen, key=lambda unit: (place[unit.node], unit.gpus))
+            return [unit for group in usable[:wanted] for unit in group]
+        chosen = self._fewest_nodes((group[0] for group in usable), wanted)
+        return sorted(chosen, key=lambda unit: (self._place(unit.node), unit.gpus))
 
     def _fewest_nodes(self, units: Iterable[Unit], count: int) -> list[Unit]:
         """So many of the units, node by node: the fullest use of each, the last one where the least is left."""

@@ -130,8 +130,7 @@ def _place_local(snapshot: Snapshot, request: Request) -> tuple[Request, Placed]
     else:
         placed = gangs.place(snapshot, request, allowed)
     best = request, placed
-    whole = list(gangs.splits(snapshot, request, nodes))
-    for cut in whole:
+    for cut in gangs.splits(snapshot, request, nodes):
         placed = gangs.place(snapshot, cut, nodes & roomy(snapshot, cut))
         if len({replica.replica_index for replica in placed[0]}) == len(request.replicas):
             return cut, placed
