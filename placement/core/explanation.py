@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from placement.core import gangs
 from placement.core.labels import meets
+from placement.core.mix import Kind
 from placement.core.request import Request
-from placement.core.score import GIB, WHOLE, Needs, Within, score
+from placement.core.score import GIB, NO_GPUS, WHOLE, Needs, Within, score
 from placement.core.snapshot import GPU_DOMAIN_LABEL, Bits, Node, Snapshot
 from placement.core.topology import Path, Topology, _components, ordinals
 from placement.errors import (
@@ -186,20 +187,33 @@ def describe(needs: Needs) -> str:
 
 def limits(request: Request) -> list[tuple[str, Objection]]:
     """The questions about what a node is, as far as the request asks: (stage, objection)."""
+    asked = _lasting_limits(Kind.of(request))
+    for other in request.apart_from:
+        asked.append((f"apart from {other}", _shared_with(other)))
+    for other in request.near_to:
+        asked.append((f"near to {other}", _not_shared_with(other)))
+    if request.spread_label is not None:
+        label = request.spread_label
+        asked.append(("spread label", lambda node: None if label in node.labels else f"has no label {label}"))
+    return asked
+
+
+def _lasting_limits(kind: Kind) -> list[tuple[str, Objection]]:
+    """Those whose answers stay the same, whatever is placed."""
     asked: list[tuple[str, Objection]] = []
-    for key, condition in sorted(request.labels.items()):
+    for key, condition in kind.labels:
         asked.append((f"label {key}", _unlike(key, condition)))
-    if request.accelerators:
-        named = ", ".join(request.accelerators)
+    if kind.accelerators:
+        named = ", ".join(kind.accelerators)
         asked.append(
             (
                 "accelerator",
                 lambda node: (
-                    None if node.accelerators & set(request.accelerators) else f"its GPUs are not {named}"
+                    None if node.accelerators & set(kind.accelerators) else f"its GPUs are not {named}"
                 ),
             )
         )
-    least = request.compute_capability
+    least = kind.compute_capability
     if least is not None:
         reason = f"compute capability below {least[0]}.{least[1]}, or unknown"
         asked.append(
@@ -208,13 +222,6 @@ def limits(request: Request) -> list[tuple[str, Objection]]:
                 lambda node: None if (node.compute_capability or (0, 0)) >= least else reason,
             )
         )
-    for other in request.apart_from:
-        asked.append((f"apart from {other}", _shared_with(other)))
-    for other in request.near_to:
-        asked.append((f"near to {other}", _not_shared_with(other)))
-    if request.spread_label is not None:
-        label = request.spread_label
-        asked.append(("spread label", lambda node: None if label in node.labels else f"has no label {label}"))
     return asked
 
 
@@ -234,15 +241,30 @@ def short_of(request: Request) -> Objection | None:
 
 def eligible(snapshot: Snapshot, request: Request) -> Bits:
     """The nodes that nothing but a lack of room excludes."""
-    allowed = snapshot.usable
-    if request.gpu_nodes is not None:
-        allowed &= snapshot.named(request.gpu_nodes)
-    objections = [objection for _, objection in limits(request)]
+    kind = Kind.of(request)
+    allowed = open_to(snapshot, kind)
+    objections = [objection for _, objection in limits(request)[len(_lasting_limits(kind)) :]]
     if objections:
         allowed &= snapshot.select(
             node for node in snapshot.nodes if not any(objection(node) for objection in objections)
         )
     return allowed
+
+
+def open_to(snapshot: Snapshot, kind: Kind) -> Bits:
+    """The nodes that a kind of request may go to, whatever is placed there."""
+    limited = kind._replace(needs=NO_GPUS)
+    if limited not in snapshot.open_to:
+        allowed = (
+            snapshot.usable if kind.gpu_nodes is None else snapshot.usable & snapshot.named(kind.gpu_nodes)
+        )
+        objections = [objection for _, objection in _lasting_limits(kind)]
+        if objections:
+            allowed &= snapshot.select(
+                node for node in snapshot.nodes if not any(objection(node) for objection in objections)
+            )
+        snapshot.open_to[limited] = allowed
+    return snapshot.open_to[limited]
 
 
 def roomy(snapshot: Snapshot, request: Request) -> Bits:

@@ -26,7 +26,7 @@ from placement.core import gangs
 from placement.core.explanation import eligible, refuse, roomy, short_of
 from placement.core.replicas import Crowd, Placed, Plan, PlannedReplica, take
 from placement.core.request import Request
-from placement.core.snapshot import Bits, Node, Snapshot, rank_of
+from placement.core.snapshot import Bits, Node, Policy, Snapshot, rank_of
 from placement.errors import Unplaceable
 
 
@@ -108,7 +108,7 @@ def _plan(snapshot: Snapshot, request: Request) -> tuple[Step, Snapshot]:
     """What becomes of a request, and the snapshot as it is once the plan has been carried out."""
     place = _place_local if request.provider is None else _place_remote
     request, (planned, changed) = place(snapshot, request)
-    later = snapshot.changed(changed.values()) if changed else snapshot
+    later = snapshot.changed(changed.values(), snapshot.mix.plus(request))
     first_parts = {replica.replica_index: replica.node_id for replica in reversed(planned)}
     if len(first_parts) == len(request.replicas):
         return Step(request, Plan(request.deployment, tuple(planned), request.needs.gpus), snapshot), later
@@ -120,7 +120,7 @@ def _plan(snapshot: Snapshot, request: Request) -> tuple[Step, Snapshot]:
 def _place_local(snapshot: Snapshot, request: Request) -> tuple[Request, Placed]:
     """Places as many replicas as there is room for, the request cut to pieces if it is larger than a node."""
     nodes = eligible(snapshot, request)
-    allowed = nodes & roomy(snapshot, request)
+    allowed = nodes if request.policy is Policy.FRAGMENTATION else nodes & roomy(snapshot, request)
     if request.stages == request.parts == 1:
         placed = _place_singly(snapshot, request, allowed)
         if len(placed[0]) == len(request.replicas):
@@ -141,6 +141,8 @@ def _place_local(snapshot: Snapshot, request: Request) -> tuple[Request, Placed]
 
 def _place_singly(snapshot: Snapshot, request: Request, allowed: Bits) -> Placed:
     """Each replica on the node that is best for it, one after the other."""
+    if request.policy is Policy.FRAGMENTATION:
+        return _place_kindly(snapshot, request, allowed)
     needs, policy = request.needs, request.policy
     offers = snapshot.offers(needs, policy).copy()
     crowd = Crowd(snapshot, request, allowed)
@@ -163,6 +165,28 @@ def _place_singly(snapshot: Snapshot, request: Request, allowed: Bits) -> Placed
         shared[bit] = (*shared.get(bit, ()), *taken.gpus)
         if short and short(after):
             crowd.close(bit)
+    return planned, changed
+
+
+def _place_kindly(snapshot: Snapshot, request: Request, allowed: Bits) -> Placed:
+    """The same, each where all that is asked for keeps the most room."""
+    from placement.core.room import room_of  # numpy takes longer to import than most plans take
+
+    room, mix = room_of(snapshot), snapshot.mix.plus(request)
+    crowd = Crowd(snapshot, request, allowed)
+    planned: list[PlannedReplica] = []
+    changed: dict[Bits, Node] = {}
+    for index in request.replicas:
+        found = room.choose(request, mix, crowd.open(), crowd.on)
+        if found is None:
+            break
+        bit, taken = found
+        replica, changed[bit] = take(index, changed.get(bit) or snapshot.at(bit), taken, request)
+        planned.append(replica)
+        room.update(bit, changed[bit])
+        crowd.add(bit)
+    for bit in changed:
+        room.update(bit, snapshot.at(bit))
     return planned, changed
 
 

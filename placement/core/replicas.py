@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 
 from placement.core.request import Request
 from placement.core.score import WHOLE
@@ -131,6 +133,15 @@ class Crowd:
     def close(self, bits: Bits) -> None:
         """Takes no more replicas on these nodes."""
         self._levels = [level & ~bits for level in self._levels]
+
+    def open(self) -> list[Bits]:
+        """The nodes in sets: the fewest replicas in the domain first."""
+        anywhere = 0
+        for level in self._levels:
+            anywhere |= level
+        if not self._domains:
+            return [anywhere]
+        return [anywhere & reduce(or_, domains) for domains in self.domains()]
 
     def preference(self) -> list[Bits]:
         """The nodes in sets: the fewest replicas in the domain first, then the fewest on the node."""

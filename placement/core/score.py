@@ -248,7 +248,7 @@ class Shape:
         self._switch = has_switch(links, gpu)
         self.hops = [[hop_mb_per_s(link, gpu) for link in row] for row in links]
         self._nic = [_PATH_ORDER[path] for path in nearest_nic]
-        self._kinds = _twins(links, list(zip(numa, self._nic, strict=True)))
+        self.twins = _twins(links, list(zip(numa, self._nic, strict=True)))
         self._chosen: dict[tuple[int, int, Within], tuple[int, ...] | None] = {}
         self._offered: dict[tuple[int, int, Within], Offer | None] = {}
 
@@ -257,14 +257,14 @@ class Shape:
         self._kind_masks: list[int] = []
         self._spare: Pick = 0
         bit = 0
-        for kind in self._kinds:
+        for kind in self.twins:
             self._units.append(1 << bit)
             self._fields.append(((1 << len(kind).bit_length()) - 1) << bit)
             bit += len(kind).bit_length() + 1
             self._spare |= 1 << (bit - 1)
             self._kind_masks.append(sum(1 << gpu for gpu in kind))
 
-        self.tabulated = math.prod(len(kind) + 1 for kind in self._kinds) <= MAX_PICKS
+        self.tabulated = math.prod(len(kind) + 1 for kind in self.twins) <= MAX_PICKS
         if self.tabulated:
             self._tabulate()
 
@@ -385,7 +385,7 @@ class Shape:
     def _lowest(self, pick: Pick, mask: int) -> tuple[int, ...]:
         """The lowest free GPUs that a pick can mean."""
         gpus: list[int] = []
-        for kind, count in zip(self._kinds, self._counts(pick), strict=True):
+        for kind, count in zip(self.twins, self._counts(pick), strict=True):
             if count:
                 gpus += [gpu for gpu in kind if mask >> gpu & 1][:count]
         return tuple(sorted(gpus))
@@ -397,7 +397,7 @@ class Shape:
         most = len(self._links)
         self._picks: list[list[Pick]] = [[] for _ in range(most + 1)]
         self._picks[0] = [0]
-        for kind, unit in zip(self._kinds, self._units, strict=True):
+        for kind, unit in zip(self.twins, self._units, strict=True):
             for count in range(most, 0, -1):
                 for taken in range(1, min(len(kind), count) + 1):
                     self._picks[count] += [pick + taken * unit for pick in self._picks[count - taken]]
@@ -457,10 +457,10 @@ class Shape:
 
     def _pairs(self) -> Iterator[tuple[int, int]]:
         """One pair of GPUs for each two groups, and within each group."""
-        for i, kind in enumerate(self._kinds):
+        for i, kind in enumerate(self.twins):
             if len(kind) > 1:
                 yield kind[0], kind[1]
-            for other in self._kinds[:i]:
+            for other in self.twins[:i]:
                 yield kind[0], other[0]
 
     def _closed(self, joined) -> set[Pick]:  # type: ignore[no-untyped-def]
@@ -469,15 +469,15 @@ class Shape:
         By dynamic programming (Held and Karp): at which groups can a path end that starts in the pick's
         first group and goes through all of it? The ring closes if one of them is joined to the start.
         """
-        near = [0] * len(self._kinds)
-        for i, kind in enumerate(self._kinds):
+        near = [0] * len(self.twins)
+        for i, kind in enumerate(self.twins):
             if len(kind) > 1 and joined(kind[0], kind[1]):
                 near[i] |= 1 << i
-            for j, other in enumerate(self._kinds[:i]):
+            for j, other in enumerate(self.twins[:i]):
                 if joined(kind[0], other[0]):
                     near[i] |= 1 << j
                     near[j] |= 1 << i
-        fields = list(zip(range(len(self._kinds)), self._units, self._fields, strict=True))
+        fields = list(zip(range(len(self.twins)), self._units, self._fields, strict=True))
         closed: set[Pick] = set()
         ends: dict[Pick, int] = {unit: 1 << i for i, unit in enumerate(self._units)}
         for picks in self._picks[2:]:

@@ -9,10 +9,14 @@ from enum import StrEnum
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from placement.core.mix import Kind, Mix
 from placement.core.score import LEFTOVER_SIZES, WHOLE, Needs, Offer, Shape, shape_of
 from placement.core.topology import Topology
+
+if TYPE_CHECKING:
+    from placement.core.room import Room
 
 
 class Take(NamedTuple):
@@ -165,6 +169,8 @@ class Node:
 
     def after(self, taken: Take) -> Node:
         """The node once that has been taken."""
+        if not taken.gpus:
+            return self
         if not self.free.isdisjoint(taken.gpus) and taken.share == WHOLE:
             return replace(self, free=self.free.difference(taken.gpus))
         [gpu] = taken.gpus
@@ -205,6 +211,9 @@ class Policy(StrEnum):
     """The nodes in turn, by name."""
     LEAST_LOADED = "least_loaded"
     """The node with the most free GPUs; then as topology."""
+    FRAGMENTATION = "fragmentation"
+    """The fastest set on offer; then what leaves most room for all that is asked for (:mod:`placement.core.room`);
+    then fewest replicas of the same deployment. For fleets of shares, single GPUs and large sets."""
 
     def rank(self, offer: Offer, shared: bool = False) -> Rank:
         """Sorts offers, of shares if ``shared``. Before the second half, replicas of the same deployment count."""
@@ -212,7 +221,7 @@ class Policy(StrEnum):
         match self:
             case Policy.TOPOLOGY if shared:
                 return (slowness, loss, rest, free), ()
-            case Policy.TOPOLOGY:
+            case Policy.TOPOLOGY | Policy.FRAGMENTATION:
                 return (slowness,), (loss, rest, free)
             case Policy.PACK:
                 return (free, rest, slowness, loss), ()
@@ -278,10 +287,20 @@ class Snapshot:
     Args:
         nodes: in any order; :attr:`nodes` has them by name and id.
         near: labels of which nodes that are near each other share the values, widest first.
+        mix: what is asked for on this cluster, as far as it is known.
+
+    Attributes:
+        room: what there is room for, once it has been worked out; handed on to what it changes into.
+        open_to: kind of request -> the nodes that it may go to, as far as somebody asked.
     """
 
-    def __init__(self, nodes: Iterable[Node], near: Sequence[str] = NEAR_LABELS) -> None:
+    def __init__(
+        self, nodes: Iterable[Node], near: Sequence[str] = NEAR_LABELS, mix: Mix | None = None
+    ) -> None:
         self.near = tuple(near)
+        self.mix = mix or Mix()
+        self.room: Room | None = None
+        self.open_to: dict[Kind, Bits] = {}
         self.nodes: tuple[Node, ...] = tuple(sorted(nodes, key=lambda node: (node.name, node.id)))
         self._offers: dict[tuple[Needs, Policy], Offers] = {}
 
@@ -372,7 +391,7 @@ class Snapshot:
             self._offers[key] = Offers({rank: self.select(nodes) for rank, nodes in groups.items()})
         return self._offers[key]
 
-    def changed(self, nodes: Iterable[Node]) -> Snapshot:
+    def changed(self, nodes: Iterable[Node], mix: Mix | None = None) -> Snapshot:
         """The same cluster with some nodes replaced, by others that differ only in what is free.
 
         What was worked out of the cluster is carried over, so that this takes next to no time.
@@ -384,7 +403,11 @@ class Snapshot:
             old, listed[position] = listed[position], node
             for (needs, policy), known in offers.items():
                 known.move(1 << position, rank_of(old, needs, policy), rank_of(node, needs, policy))
-        later = Snapshot((), self.near)
+            if self.room is not None:
+                self.room.update(1 << position, node)
+        later = Snapshot((), self.near, mix or self.mix)
+        later.open_to = self.open_to
+        later.room, self.room = self.room, None
         later.nodes = tuple(listed)
         later._offers = offers
         for name in ("_position", "_by_name", "usable", "regions"):

@@ -15,6 +15,7 @@ import ray
 
 from placement.core.replicas import PlannedReplica
 from placement.core.score import WHOLE
+from placement.core.snapshot import Policy
 from placement.runtime import groups
 from placement.runtime.books import Claim
 from placement.runtime.discovery import NodeInfo, live_nodes
@@ -145,7 +146,7 @@ class Fleet:
             with self._sole(alive):
                 calls = {
                     node_id: self._agent(nodes[node_id]).reserve.remote(
-                        [_order(names[r.replica_index], claim.deployment) for r in replicas]
+                        [_order(names[r.replica_index], claim.deployment, planned=r) for r in replicas]
                     )
                     for node_id, replicas in alive.items()
                 }
@@ -409,11 +410,14 @@ def _gang_assignment(
     )
 
 
-def _order(name: str, deployment: Deployment, set_size: int | None = None) -> Order:
+def _order(
+    name: str, deployment: Deployment, set_size: int | None = None, planned: PlannedReplica | None = None
+) -> Order:
     beside: dict[str, float] = {}
     if deployment.cpu_milli_per_gpu:
         beside["CPU"] = deployment.cpu_milli_per_gpu / 1000
     if deployment.memory_bytes_per_gpu:
         beside["memory"] = deployment.memory_bytes_per_gpu
     needs = deployment.needs if set_size is None else deployment.needs._replace(gpus=set_size)
-    return Order(name, needs, deployment.name, beside)
+    exact = deployment.policy is Policy.FRAGMENTATION and planned is not None and planned.share < WHOLE
+    return Order(name, needs, deployment.name, beside, planned.gpus[0] if planned and exact else None)

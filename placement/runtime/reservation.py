@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -135,12 +135,14 @@ class Order:
         needs: what it needs of the GPUs.
         deployment: replicas of one deployment avoid each other's GPUs where that costs nothing.
         beside: what each bundle takes beside its GPU: ``{"CPU": 4, "memory": 8589934592}``.
+        planned: of a share, the GPU that the plan has in mind; ``None`` leaves it to the node.
     """
 
     name: str
     needs: Needs
     deployment: str = ""
     beside: Mapping[str, float] = field(default_factory=dict)
+    planned: int | None = None
 
 
 @dataclass(frozen=True)
@@ -335,18 +337,19 @@ class NodeReserver:
         for attempt in range(1, MAX_ATTEMPTS + 1):
             rests = {gpu: rest for gpu, rest in self._rests().items() if gpu not in machine.lost | unsure}
             free: frozenset[int] = frozenset()
-            taken = machine.node(free, rests).take(order.needs, crowded)
-            if taken is None:  # no GPU that is shared has room: share one more
+            wanted = order.planned if attempt == 1 and rests.get(order.planned, 0) >= share else None
+            if wanted is None and attempt == 1 and order.planned not in (None, *rests):
                 free = self._look(1) or frozenset()
-                taken = machine.node(free, {}).take(order.needs)
-            if taken is None:
+                wanted = order.planned if order.planned in free - machine.lost else None
+            if wanted is None:
+                wanted, free = self._fullest(machine, order, rests, crowded)
+            if wanted is None:
                 reason, full = f"none of its GPUs has {share / WHOLE:g} free", True
                 if attempt > 3:
                     break
                 unsure.clear()
                 time.sleep(VIEW_LAG_SECONDS / 2)
                 continue
-            [wanted] = taken.gpus
             group = self._take_share(f"{order.name}:{attempt}", order.beside, share, free, wanted)
             if group is not None:
                 self._held[order.name] = Holding(order.deployment, (wanted,), share)
@@ -358,6 +361,16 @@ class NodeReserver:
             self._changed_at = time.monotonic()
             time.sleep(0.01 * attempt)
         return Refused(reason, attempt, full)
+
+    def _fullest(
+        self, machine: Machine, order: Order, rests: Mapping[int, int], crowded: Collection[int]
+    ) -> tuple[int | None, frozenset[int]]:
+        """The GPU that is shared already and has just room for a share, else a whole one; and which are free."""
+        taken, free = machine.node((), rests).take(order.needs, crowded), frozenset[int]()
+        if taken is None:
+            free = self._look(1) or frozenset()
+            taken = machine.node(free, {}).take(order.needs)
+        return (None if taken is None else taken.gpus[0]), free
 
     def _ours(self) -> frozenset[int]:
         return frozenset(gpu for held in self._held.values() for gpu in held.gpus)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from placement.core import planner
-from placement.core.snapshot import NEAR_LABELS, Snapshot
+from placement.core.snapshot import NEAR_LABELS, Policy, Snapshot
 from placement.errors import (
     DeploymentConflict,
     ReservationFailed,
@@ -32,6 +32,7 @@ from placement.wire.plans import (
     ExplainedPlan,
     PlacementPlan,
     explain_deployments,
+    mix_of,
     plan_deployments,
     request_of,
 )
@@ -397,6 +398,9 @@ class DeploymentPlacementActor:
             self._fleet.meet(nodes)
         with self._lock:
             snapshot = self._snapshot(nodes, groups.available_resources(), full)
+            if wanted.policy is Policy.FRAGMENTATION:
+                others = [one.deployment for one in self._books.standing.values()]
+                snapshot = snapshot.changed((), mix_of(snapshot, others))
             outcome = planner.plan(snapshot, request_of(wanted, indices, standing, snapshot))
             if isinstance(outcome, Unplaceable):
                 raise outcome

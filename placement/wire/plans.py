@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from placement.core.explanation import Explanation, explain
+from placement.core.mix import Mix
 from placement.core.planner import Change, Step, steps
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
@@ -170,10 +172,20 @@ def request_of(
     )
 
 
+def mix_of(snapshot: Snapshot, deployments: Iterable[Deployment]) -> Mix:
+    """What is asked for by these deployments; those whose constraints name a node that is no more do not count."""
+    mix = Mix()
+    for one in deployments:
+        with contextlib.suppress(UnknownNode):
+            mix = mix.plus(request_of(one, range(one.replicas), {}, snapshot))
+    return mix
+
+
 def _steps(
     snapshot: Snapshot, held: Mapping[str, HeldDeployment], wanted: Sequence[Deployment]
 ) -> Iterator[tuple[Step, dict[int, list[HeldReplica]]]]:
     """Each deployment's step, and the replicas that stay as they are."""
+    snapshot = snapshot.changed((), mix_of(snapshot, (one.deployment for one in held.values())))
     parts = [_change(snapshot, held.get(one.name), one) for one in wanted]
     yield from zip(
         steps(snapshot, [change for change, _ in parts]), [keep for _, keep in parts], strict=False

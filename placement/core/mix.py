@@ -1,0 +1,61 @@
+"""What is asked for on a cluster, by kind: that is what room should be left for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from placement.core.score import Needs
+
+if TYPE_CHECKING:
+    from placement.core.request import Request
+
+
+class Kind(NamedTuple):
+    """What requests have in common that could take each other's place.
+
+    CPUs and memory are not among it: their mean over a kind tells as much as each by itself, and some twenty
+    kinds are looked at instead of hundreds.
+    """
+
+    needs: Needs
+    accelerators: tuple[str, ...] = ()
+    compute_capability: tuple[int, int] | None = None
+    labels: tuple[tuple[str, str], ...] = ()
+    gpu_nodes: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(cls, request: Request) -> Kind:
+        """The kind of a request for GPUs."""
+        labels = tuple(sorted(request.labels.items()))
+        return cls(request.needs, request.accelerators, request.compute_capability, labels, request.gpu_nodes)
+
+
+class Asked(NamedTuple):
+    """How much of one kind is asked for.
+
+    Attributes:
+        sets: how many sets of GPUs; most replicas are one.
+        cpu_milli, memory_bytes: what they take besides, in all.
+    """
+
+    sets: int
+    cpu_milli: int
+    memory_bytes: int
+
+
+class Mix:
+    """Kinds of requests, and how much of each is asked for. Immutable."""
+
+    def __init__(self, kinds: Mapping[Kind, Asked] | None = None) -> None:
+        self.kinds: Mapping[Kind, Asked] = kinds or {}
+
+    def plus(self, request: Request, replicas: int | None = None) -> Mix:
+        """The mix with a request more: all its replicas, unless a number is given."""
+        if request.provider is not None or not request.needs.gpus:
+            return self
+        kind = Kind.of(request)
+        sets, cpu, memory = self.kinds.get(kind, (0, 0, 0))
+        more = (len(request.replicas) if replicas is None else replicas) * request.stages * request.parts
+        asked = Asked(sets + more, cpu + more * request.cpu_milli, memory + more * request.memory_bytes)
+        return Mix({**self.kinds, kind: asked})
