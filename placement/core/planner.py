@@ -51,7 +51,7 @@ def plan(snapshot: Snapshot, request: Request) -> Plan | Unplaceable:
     Returns:
         The plan, or why there is none. Nothing is raised: both are answers.
     """
-    return _plan(snapshot, request)[0].outcome
+    return advance(snapshot, request)[0].outcome
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ class Step:
 def steps(snapshot: Snapshot, changes: Iterable[Change]) -> Iterator[Step]:
     """Plans several deployments, each on top of the ones before. Ends after the first refusal."""
     for change in changes:
-        step, later = _plan(snapshot, change.request)
+        step, later = advance(snapshot, change.request)
         if isinstance(step.outcome, Plan):
             snapshot = vacate(later, change.leaving)
         elif change.in_place:
-            step, snapshot = _plan(vacate(snapshot, change.leaving), change.request)
+            step, snapshot = advance(vacate(snapshot, change.leaving), change.request)
         yield step
         if isinstance(step.outcome, Unplaceable):
             return
@@ -104,17 +104,23 @@ def vacate(snapshot: Snapshot, replicas: Sequence[PlannedReplica]) -> Snapshot:
     return snapshot.changed(changed.values()) if changed else snapshot
 
 
-def _plan(snapshot: Snapshot, request: Request) -> tuple[Step, Snapshot]:
-    """What becomes of a request, and the snapshot as it is once the plan has been carried out."""
+def advance(snapshot: Snapshot, request: Request) -> tuple[Step, Snapshot]:
+    """What becomes of a request, and the snapshot once that is done: the plan carried out, or nothing.
+
+    Either way the request is among what is asked for then.
+    """
     place = _place_local if request.provider is None else _place_remote
+    mix = snapshot.mix.plus(request)
     request, (planned, changed) = place(snapshot, request)
-    later = snapshot.changed(changed.values(), snapshot.mix.plus(request))
     first_parts = {replica.replica_index: replica.node_id for replica in reversed(planned)}
     if len(first_parts) == len(request.replicas):
-        return Step(request, Plan(request.deployment, tuple(planned), request.needs.gpus), snapshot), later
+        outcome = Plan(request.deployment, tuple(planned), request.needs.gpus)
+        return Step(request, outcome, snapshot), snapshot.changed(changed.values(), mix)
     standing = Counter(request.standing) + Counter(first_parts.values())
     refused = replace(request, standing=standing)
-    return Step(refused, refuse(later, refused, request.replicas[len(first_parts)]), later), later
+    seen = snapshot.changed(changed.values()) if changed else snapshot
+    why = refuse(seen, refused, request.replicas[len(first_parts)])
+    return Step(refused, why, seen), snapshot.changed((), mix)
 
 
 def _place_local(snapshot: Snapshot, request: Request) -> tuple[Request, Placed]:

@@ -124,24 +124,15 @@ class Room:
         """Of these nodes, which would then be in these states, the one that costs least."""
         costs = self._costs(request, mix, nodes, afterwards)
         equal = np.flatnonzero(costs <= costs.min() + TIE * np.abs(costs).max())
-        ranks: dict[tuple[int, int], Any] = {}
+        replicas = np.array([crowded(1 << position) for position in nodes[equal].tolist()])
+        alike = np.stack([self._state[nodes[equal]], afterwards[equal], replicas])
+        firsts = np.unique(alike, axis=1, return_index=True)[1].tolist()  # of those that are alike, the first
 
-        def order(i: int) -> tuple[Any, ...]:
-            position, change = int(nodes[i]), (int(self._state[nodes[i]]), int(afterwards[i]))
-            if change not in ranks:
-                ranks[change] = rank_of(self._nodes[position], request.needs, Policy.TOPOLOGY), change[1]
-            return crowded(1 << position), ranks[change], position
+        def order(i: int) -> tuple[int, Any, int]:
+            node = self._nodes[nodes[equal[i]]]
+            return int(replicas[i]), rank_of(node, request.needs, Policy.TOPOLOGY), i
 
-        if len(equal) > 1:  # where nodes are alike, the first ones will do
-            alike = np.stack(
-                [
-                    self._state[nodes[equal]],
-                    afterwards[equal],
-                    [crowded(1 << i) for i in nodes[equal].tolist()],
-                ]
-            )
-            equal = equal[np.unique(alike, axis=1, return_index=True)[1]]
-        chosen = int(min(equal.tolist(), key=order))
+        chosen = equal[min(firsts, key=order)]
         position, becomes = int(nodes[chosen]), int(afterwards[chosen])
         node = self._nodes[position]
         taken = next(way for way in ways(node, request.needs) if self._intern(node.after(way)) == becomes)
@@ -158,7 +149,8 @@ class Room:
             self._memory[nodes] - request.memory_bytes,
             self._open[nodes],
         )
-        return (self._room @ prices)[nodes] - left @ prices
+        costs: Floats = (self._room @ prices)[nodes] - left @ prices
+        return costs
 
     def _follow(self, mix: Mix) -> Floats:
         """Brings the room of all nodes up to date; says how much of each kind is asked for."""
@@ -266,14 +258,14 @@ class Room:
 
 
 def ways(node: Node, needs: Needs) -> Sequence[Take]:
-    """What a replica may take on a node: for a share one GPU of each fullness, else the best set."""
+    """What a replica may take on a node: for a share one GPU of each fullness, the fullest first; else the best set."""
     share = needs.share_of(node.gpu_memory_bytes)
     if needs.profile or share is None or share == WHOLE:
         offer = rank_of(node, needs, Policy.TOPOLOGY)
         taken = None if offer is None else node.take(needs)
         return [] if taken is None else [taken]
     found: dict[int, Take] = {}
-    for gpu, rest in sorted(node.rests.items()):
+    for rest, gpu in sorted((rest, gpu) for gpu, rest in node.rests.items()):
         if rest >= share and node.free_memory.get(gpu, 0) >= needs.free_memory_bytes:
             found.setdefault(rest, Take((gpu,), share, rest - share))
     whole = node.shape.best(node.free_mask(needs), 1)

@@ -337,11 +337,10 @@ class NodeReserver:
         for attempt in range(1, MAX_ATTEMPTS + 1):
             rests = {gpu: rest for gpu, rest in self._rests().items() if gpu not in machine.lost | unsure}
             free: frozenset[int] = frozenset()
-            wanted = order.planned if attempt == 1 and rests.get(order.planned, 0) >= share else None
-            if wanted is None and attempt == 1 and order.planned not in (None, *rests):
+            wanted = order.planned if attempt == 1 else None
+            if wanted is not None and wanted not in rests:
                 free = self._look(1) or frozenset()
-                wanted = order.planned if order.planned in free - machine.lost else None
-            if wanted is None:
+            if wanted is None or (rests.get(wanted, 0) < share and wanted not in free - machine.lost):
                 wanted, free = self._fullest(machine, order, rests, crowded)
             if wanted is None:
                 reason, full = f"none of its GPUs has {share / WHOLE:g} free", True

@@ -29,13 +29,25 @@ def load_deployments(path: str | Path) -> list[Deployment]:
             problems are reported at once.
     """
     path = Path(path)
+    return parse_deployments(_read(path), suffix=path.suffix, source=str(path))
+
+
+def load_model(model: type[M], path: Path) -> M:
+    """Reads one model from a TOML or YAML file.
+
+    Raises:
+        InvalidDeployment: the file cannot be read, or is refused.
+    """
+    return parse_model(model, _parse(_read(path), path.suffix.lower(), str(path)), str(path))
+
+
+def _read(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise InvalidDeployment(str(path), (f"cannot be read: {error.strerror}; check the path",)) from None
     except UnicodeDecodeError:
         raise InvalidDeployment(str(path), ("is not UTF-8 text; give a TOML or YAML file",)) from None
-    return parse_deployments(text, suffix=path.suffix, source=str(path))
 
 
 def parse_deployments(text: str, suffix: str, source: str) -> list[Deployment]:

@@ -22,7 +22,7 @@ from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
 Gpus = tuple[int, ...]
 
 PALETTE = [Link(path) for path in Path if path is not Path.NVLINK]
-PALETTE += [Link(Path.NVLINK, links) for links in (1, 2, 4, 12)]
+PALETTE += [Link(Path.NVLINK, links) for links in (1, 2)]  # more, and the search for rings may be cut short
 MODELS = [None, "Tesla V100-SXM2-32GB", "NVIDIA GeForce RTX 3090", "NVIDIA H100 PCIe"]
 SMALL = [name for name in topologies.names() if len(topologies.load(name)) <= 8]
 LARGE = [name for name in topologies.names() if len(topologies.load(name)) > 8]

@@ -1,0 +1,188 @@
+"""``placement simulate``: a workload on a cluster, both described in files, under one policy or several."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from placement import topologies
+from placement.core.score import GIB
+from placement.core.simulation import Report, simulate
+from placement.core.snapshot import Node, Policy, Snapshot
+from placement.errors import InvalidClusterFile, InvalidDeployment, PlacementError
+from placement.wire.cluster import load_cluster
+from placement.wire.workload import load_workload, openb_cluster, read_rows, with_policy
+
+CPUS_PER_GPU, MEMORY_GIB_PER_GPU = 16, 128
+"""What a node of a described cluster has beside each GPU, since the catalogue does not say."""
+
+OPENB_NODES = {"sn", "cpu_milli", "memory_mib", "gpu", "model"}
+
+
+def run(
+    workload: Path, cluster: str, policies: tuple[str, ...], seed: int, arrivals: int | None, show: bool
+) -> dict[str, Report]:
+    """Simulates the workload under each policy.
+
+    Args:
+        workload: a file.
+        cluster: see :func:`cluster_of`.
+        policies: their names; none leaves each deployment its own.
+        seed: of a mix.
+        arrivals: only so many.
+        show: a progress bar on stderr.
+
+    Returns:
+        Policy (``"as declared"`` for none) -> what became of it.
+
+    Raises:
+        InvalidDeployment, UnknownNode: the workload is refused.
+        InvalidClusterFile, UnknownTopology: the cluster is refused.
+    """
+    snapshot = cluster_of(cluster)
+    arriving = load_workload(workload, seed, arrivals)(snapshot)
+    asked: list[Policy | None] = [Policy(name) for name in policies] or [None]
+    reports = {}
+    with _progress(len(arriving) * len(asked), show) as advance:
+        for turn, policy in enumerate(asked):
+            before = turn * len(arriving)
+            reports[policy or "as declared"] = simulate(
+                cluster_of(cluster),
+                with_policy(arriving, policy),
+                progress=lambda done, before=before: advance(before + done),  # type: ignore[misc]
+            )
+    return reports
+
+
+def cluster_of(text: str) -> Snapshot:
+    """The cluster that ``--cluster`` means.
+
+    Args:
+        text: a file that ``placement snapshot`` wrote (``.json``); a node list of the openb trace (``.csv``);
+            or machines of the catalogue by number, as ``dgx-h100=4,l40s-4x=8``, all free.
+
+    Raises:
+        InvalidClusterFile: it is none of these.
+        UnknownTopology: a machine is not in the catalogue.
+    """
+    if text.endswith(".json"):
+        return load_cluster(Path(text)).snapshot()
+    if text.endswith(".csv"):
+        try:
+            rows = read_rows(Path(text))
+        except InvalidDeployment as error:
+            raise InvalidClusterFile(str(error)) from None
+        if not set(rows[0]) >= OPENB_NODES:
+            raise InvalidClusterFile(
+                f"{text}: has no columns {', '.join(sorted(OPENB_NODES))}; use an openb node list"
+            )
+        return openb_cluster(rows, text)
+    nodes: list[Node] = []
+    for part in text.split(","):
+        name, _, count = part.strip().partition("=")
+        if not count.isdecimal() or not 0 < int(count) <= 100_000:
+            raise InvalidClusterFile(
+                f"--cluster: {part.strip()!r} is not a file and not MACHINE=COUNT; write dgx-h100=4,l40s-4x=8"
+            )
+        nodes += _machines(name, int(count))
+    if len({node.id for node in nodes}) < len(nodes):
+        raise InvalidClusterFile(f"--cluster: {text!r} names a machine twice; add the two counts")
+    return Snapshot(nodes)
+
+
+def _machines(name: str, count: int) -> Iterator[Node]:
+    topology, facts = topologies.load(name), topologies.facts(name)
+    gpus = len(topology)
+    slots = {gpu.ordinal: gpu.instance for gpu in facts.gpus if gpu.instance is not None}
+    sizes = [gpu.memory_total_bytes for gpu in facts.gpus if gpu.ordinal not in slots]
+    for i in range(count):
+        yield Node(
+            f"{name}-{i:05}",
+            f"{name}-{i:05}",
+            topology=topology,
+            free=frozenset(range(gpus)) - slots.keys(),
+            slots=slots,
+            instances=slots,
+            gpu_memory_bytes=min((size for size in sizes if size), default=None) if all(sizes) else None,
+            cpu_milli=gpus * CPUS_PER_GPU * 1000,
+            memory_bytes=gpus * MEMORY_GIB_PER_GPU * GIB,
+            accelerators=frozenset((topology.model or "").split()),
+            compute_capability=min(
+                (gpu.compute_capability for gpu in facts.gpus if gpu.compute_capability), default=None
+            ),
+        )
+
+
+@contextmanager
+def _progress(total: int, show: bool) -> Iterator[Callable[[int], None]]:
+    if not show or not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("simulating", total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def draw(reports: Mapping[str, Report], path: Path) -> None:
+    """Draws the GPUs over time, as SVG or PNG by the ending of ``path``.
+
+    Raises:
+        PlacementError: matplotlib is not installed, or the file cannot be written.
+    """
+    check_picture(path)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        len(reports), 1, figsize=(8, 3.2 * len(reports)), sharex=True, squeeze=False, layout="constrained"
+    )
+    for (name, report), plot in zip(reports.items(), axes[:, 0], strict=True):
+        hours = [moment.at_seconds / 3600 for moment in report.moments]
+        plot.axhline(report.gpus, color="0.6", linewidth=0.8)
+        lines: dict[str, tuple[Any, str]] = {
+            "asked for": ("asked_gpus", "0.6"),
+            "allocated": ("allocated_gpus", "0.1"),
+        }
+        for label, (field, shade) in lines.items():
+            values = [getattr(moment, field) for moment in report.moments]
+            plot.plot(hours, values, label=label, color=shade, linestyle=":" if label == "asked for" else "-")
+        lost = [moment.fragmented_gpus for moment in report.moments]
+        plot.fill_between(
+            hours, lost, label="free, but fragmented", color="0.75", hatch="///", edgecolor="0.4"
+        )
+        plot.set_ylabel("GPUs")
+        plot.set_ylim(0, 1.35 * report.gpus)
+        plot.set_title(f"{name}: {report.placed} placed, {report.refused} refused", loc="left", fontsize=10)
+        plot.legend(loc="upper left", ncols=3, frameon=False, fontsize=8)
+    axes[-1, 0].set_xlabel("hours")
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise PlacementError(
+            f"--picture: {path} cannot be written: {error.strerror}; check the path"
+        ) from None
+    finally:
+        pyplot.close(figure)
+
+
+def check_picture(path: Path) -> None:
+    """Whether a picture can be drawn, before hours of simulation.
+
+    Raises:
+        PlacementError: the ending is another, or matplotlib is not installed.
+    """
+    from importlib.util import find_spec
+
+    if path.suffix not in (".svg", ".png"):
+        raise PlacementError(f"--picture: {path.name!r} ends neither in .svg nor in .png; name it so")
+    if find_spec("matplotlib") is None:
+        raise PlacementError('--picture needs matplotlib; install it: pip install "placement[picture]"')

@@ -1,0 +1,107 @@
+"""``placement simulate``, from the outside."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from placement.cli.main import POLICIES, main
+from placement.cli.simulate import cluster_of
+from placement.core.snapshot import Policy
+from placement.errors import InvalidClusterFile, UnknownTopology
+
+MIX = Path(__file__).parents[2] / "examples" / "mix.toml"
+ARGUMENTS = ["simulate", str(MIX), "--cluster", "dgx-h100=1,l40s-4x=2", "--arrivals", "60"]
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, list(arguments))
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_policies_stand_side_by_side() -> None:
+    code, out, _ = run(*ARGUMENTS, "--policy", "topology", "--policy", "fragmentation")
+    assert code == 0
+    head = next(line for line in out.splitlines() if "topology" in line)
+    assert head.split() == ["topology", "fragmentation"]
+    assert next(line for line in out.splitlines() if line.split()[:1] == ["GPUs"]).split() == [
+        "GPUs",
+        "16",
+        "16",
+    ]
+
+
+def test_json_has_every_moment_and_the_same_seed_gives_the_same() -> None:
+    code, out, err = run(*ARGUMENTS, "--json", "--seed", "3")
+    assert (code, err) == (0, "")
+    [one] = json.loads(out)["simulations"]
+    assert one["policy"] == "as declared"
+    assert one["placed"] + one["refused"] == 60 == len(one["moments"])
+    assert sum(one["refusals"].values()) == one["refused"]
+    assert out == run(*ARGUMENTS, "--json", "--seed", "3")[1]
+    assert out != run(*ARGUMENTS, "--json", "--seed", "4")[1]
+
+
+@pytest.mark.parametrize(("ending", "begins"), [("svg", b"<?xml"), ("png", b"\x89PNG")])
+def test_a_picture(tmp_path: Path, ending: str, begins: bytes) -> None:
+    path = tmp_path / f"gpus.{ending}"
+    code, _, err = run(*ARGUMENTS, "--picture", str(path))
+    assert (code, err) == (0, f"drawn: {path}\n")
+    assert path.read_bytes().startswith(begins)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says", "code"),
+    [
+        (["nowhere.toml", "--cluster", "dgx-h100=1"], "nowhere.toml: cannot be read", 2),
+        ([str(MIX), "--cluster", "dgx-h100"], "'dgx-h100' is not a file and not MACHINE=COUNT", 2),
+        ([str(MIX), "--cluster", "dgx-h1000=1"], "dgx-h1000", 2),
+        ([str(MIX), "--cluster", "nowhere.json"], "nowhere.json: cannot be read", 2),
+        ([str(MIX), "--cluster", "nowhere.csv"], "nowhere.csv: cannot be read", 2),
+        ([str(MIX), "--cluster", "dgx-h100=1", "--picture", "gpus.gif"], "'gpus.gif' ends neither", 2),
+    ],
+)
+def test_bad_input_is_one_message(arguments: list[str], says: str, code: int) -> None:
+    found, out, err = run("simulate", *arguments)
+    assert (found, out) == (code, "")
+    assert err.startswith("error: ") and says in err
+
+
+def test_the_policies_on_offer_are_those_there_are() -> None:
+    assert set(POLICIES) == set(Policy)
+
+
+def test_described_clusters() -> None:
+    cluster = cluster_of("a100-mig-4x=1, l40s-4x=2")
+    assert [node.name for node in cluster.nodes] == ["a100-mig-4x-00000", "l40s-4x-00000", "l40s-4x-00001"]
+    assert cluster.nodes[0].instances and not cluster.nodes[0].free & cluster.nodes[0].instances.keys()
+    assert cluster.nodes[1].cpu_milli == 4 * 16_000
+    with pytest.raises(InvalidClusterFile, match="names a machine twice"):
+        cluster_of("l40s-4x=1,l40s-4x=2")
+    with pytest.raises(UnknownTopology):
+        cluster_of("toaster=1")
+
+
+def test_a_node_list_of_the_openb_trace(tmp_path: Path) -> None:
+    path = tmp_path / "nodes.csv"
+    path.write_text("sn,cpu_milli,memory_mib,gpu,model\nn0,64000,1024,2,P100\n")
+    assert [node.name for node in cluster_of(str(path)).nodes] == ["n0"]
+    path.write_text("name,gpus\nn0,2\n")
+    with pytest.raises(InvalidClusterFile, match="has no columns cpu_milli, gpu"):
+        cluster_of(str(path))
+
+
+def test_it_needs_no_ray() -> None:
+    code = (
+        "import sys\nfrom placement.cli.main import main\n"
+        f"main({ARGUMENTS!r}, standalone_mode=False)\n"
+        "strange = [name for name in sys.modules if name.split('.')[0] in ('ray', 'pynvml')]\n"
+        "assert not strange, strange"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,151 @@
+"""Workload files: mixes, traces, and the openb trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from placement.core.score import GIB, WHOLE, Needs
+from placement.core.snapshot import Node, Policy, Snapshot
+from placement.core.topology import Topology
+from placement.errors import InvalidDeployment
+from placement.wire.workload import load_workload, openb_cluster, read_rows, with_policy
+
+CLUSTER = Snapshot([Node("a", "a", topology=Topology.unknown(8), free=frozenset(range(8)))])
+
+MIX = """
+arrivals = 400
+load = 0.5
+
+[[mix]]
+name = "small"
+gpus = 0.5
+weight = 3
+mean_minutes = 10
+
+[[mix]]
+name = "large"
+gpus = 4
+"""
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_a_mix_arrives_in_its_proportions_at_its_load(tmp_path: Path) -> None:
+    path = write(tmp_path, "mix.toml", MIX)
+    arrivals = load_workload(path, seed=1)(CLUSTER)
+    assert len(arrivals) == 400
+    small = sum(one.request.deployment == "small" for one in arrivals)
+    assert 250 < small < 350
+    asked = sum(
+        one.request.needs.gpus * one.request.needs.share / WHOLE * (one.stays_seconds or 0)
+        for one in arrivals
+    )
+    assert asked / arrivals[-1].at_seconds == pytest.approx(0.5 * 8, rel=0.3)
+
+
+def test_the_same_seed_gives_the_same_arrivals(tmp_path: Path) -> None:
+    path = write(tmp_path, "mix.toml", MIX)
+    one, same, other = (load_workload(path, seed)(CLUSTER) for seed in (1, 1, 2))
+    assert one == same != other
+    assert len(load_workload(path, arrivals=7)(CLUSTER)) == 7
+
+
+def test_a_trace_has_times_and_fields_of_a_deployment(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "trace.csv",
+        "arrive_seconds,depart_seconds,name,gpus,replicas,accelerators,cpus_per_gpu\n"
+        "0,60,llama,2,3,H100|H200,4\n"
+        "5.5,,,0.25,,,\n",
+    )
+    first, second = load_workload(path)(CLUSTER)
+    assert (first.at_seconds, first.stays_seconds) == (0, 60)
+    assert first.request.replicas == (0, 1, 2)
+    assert first.request.accelerators == ("H100", "H200")
+    assert first.request.cpu_milli == 8000
+    assert (second.at_seconds, second.stays_seconds, second.request.needs) == (5.5, None, Needs(1, share=250))
+
+
+PODS = """name,cpu_milli,memory_mib,num_gpu,gpu_milli,gpu_spec,creation_time,deletion_time
+p0,4000,1024,1,460,T4|P100,100,160
+p1,8000,2048,8,1000,,120,
+p2,1000,512,0,0,,130,140
+"""
+
+
+def test_the_openb_trace_is_known_by_its_columns(tmp_path: Path) -> None:
+    shared, whole, without = load_workload(write(tmp_path, "pods.csv", PODS))(CLUSTER)
+    assert shared.request.needs == Needs(1, share=460)
+    assert shared.request.accelerators == ("P100", "T4")
+    assert (shared.request.cpu_milli, shared.request.memory_bytes) == (4000, GIB)
+    assert (shared.at_seconds, shared.stays_seconds) == (100, 60)
+    assert (whole.request.needs, whole.stays_seconds) == (Needs(8), None)
+    assert without.request.needs == Needs(0)
+
+
+def test_openb_pods_without_times_come_one_a_second_and_stay(tmp_path: Path) -> None:
+    text = "name,cpu_milli,memory_mib,num_gpu,gpu_milli\np0,0,0,1,1000\np1,0,0,1,500\n"
+    arrivals = load_workload(write(tmp_path, "pods.csv", text))(CLUSTER)
+    assert [(one.at_seconds, one.stays_seconds) for one in arrivals] == [(0, None), (1, None)]
+
+
+def test_openb_nodes(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, "nodes.csv", "sn,cpu_milli,memory_mib,gpu,model\nn0,64000,1024,2,P100\nn1,1,1,8,G2\n"
+    )
+    first, second = openb_cluster(read_rows(path), str(path)).nodes
+    assert (first.id, first.free, first.cpu_milli, first.memory_bytes) == ("n0", {0, 1}, 64000, GIB)
+    assert (second.accelerators, len(second.topology)) == ({"G2"}, 8)
+
+
+def test_a_policy_may_be_given_to_all(tmp_path: Path) -> None:
+    arrivals = load_workload(write(tmp_path, "pods.csv", PODS))(CLUSTER)
+    assert {one.request.policy for one in with_policy(arrivals, Policy.PACK)} == {Policy.PACK}
+    assert with_policy(arrivals, None) == arrivals
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("w.csv", "", "w.csv: has no rows"),
+        ("w.csv", "arrive_seconds,gpus\n,1\n", "row 2: arrive_seconds: is missing"),
+        ("w.csv", "arrive_seconds,gpus\n0,1\nsoon,1\n", "row 3: arrive_seconds: 'soon' is not a number"),
+        (
+            "w.csv",
+            "arrive_seconds,depart_seconds\n5,4\n",
+            "row 2: depart_seconds: 4 is before arrive_seconds, 5",
+        ),
+        ("w.csv", "arrive_seconds,gpus\n0,1.5\n", "row 2: gpus: 1.5 GPUs is more than one and not whole"),
+        ("w.csv", "arrive_seconds,gpu\n0,1\n", "row 2: unknown field 'gpu'"),
+        (
+            "w.csv",
+            "cpu_milli,memory_mib,num_gpu,gpu_milli\n1,1,one,0\n",
+            "row 2: num_gpu: 'one' is not a whole",
+        ),
+        (
+            "w.csv",
+            "cpu_milli,memory_mib,num_gpu,gpu_milli\n1,1,2,500\n",
+            "row 2: gpu_milli: 500 with num_gpu 2",
+        ),
+        ("w.toml", "arrivals = 3", "w.toml: mix: is missing"),
+        ("w.toml", "[[mix]]\ngpus = 1\nweight = 0", "mix[0]: weight: "),
+        ("w.toml", "load = 0\n[[mix]]\ngpus = 1", "load: "),
+        ("w.toml", "[[mix]]\ngpus = 1.5", "mix[0]: gpus: 1.5 GPUs is more than one"),
+        ("w.txt", "x", "has the ending '.txt'"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, name: str, text: str, says: str) -> None:
+    with pytest.raises(InvalidDeployment) as raised:
+        load_workload(write(tmp_path, name, text))(CLUSTER)
+    assert says in str(raised.value)
+
+
+def test_a_file_that_is_not_there() -> None:
+    with pytest.raises(InvalidDeployment, match="nowhere.csv: cannot be read"):
+        load_workload(Path("nowhere.csv"))
