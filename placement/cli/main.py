@@ -254,7 +254,7 @@ def snapshot(address: str | None, as_json: bool) -> None:
 
 
 @main.command(
-    epilog="\b\nExample:\n  placement simulate examples/mix.toml --cluster dgx-h100=8,l40s-4x=16\n"
+    epilog="\b\nExample:\n  placement simulate examples/workloads/mix.toml --cluster dgx-h100=8,l40s-4x=16\n"
     "  placement simulate mix.toml --cluster cluster.json --policy topology --policy fragmentation --picture gpus.svg\n"
     "  placement simulate openb_pod_list_default.csv --cluster openb_node_list_gpu_node.csv --policy fragmentation"
 )

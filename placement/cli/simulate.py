@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import click
+
 from placement import topologies
 from placement.core.score import GIB
 from placement.core.simulation import Report, simulate
 from placement.core.snapshot import Node, Policy, Snapshot
-from placement.errors import InvalidClusterFile, InvalidDeployment, PlacementError
+from placement.errors import InvalidClusterFile, InvalidDeployment
 from placement.wire.cluster import load_cluster
 from placement.wire.workload import load_workload, openb_cluster, read_rows, with_policy
 
@@ -134,7 +136,7 @@ def draw(reports: Mapping[str, Report], path: Path) -> None:
     """Draws the GPUs over time, as SVG or PNG by the ending of ``path``.
 
     Raises:
-        PlacementError: matplotlib is not installed, or the file cannot be written.
+        click.UsageError: matplotlib is not installed, or the file cannot be written.
     """
     check_picture(path)
     import matplotlib
@@ -167,7 +169,7 @@ def draw(reports: Mapping[str, Report], path: Path) -> None:
     try:
         figure.savefig(path)
     except OSError as error:
-        raise PlacementError(
+        raise click.UsageError(
             f"--picture: {path} cannot be written: {error.strerror}; check the path"
         ) from None
     finally:
@@ -178,11 +180,11 @@ def check_picture(path: Path) -> None:
     """Whether a picture can be drawn, before hours of simulation.
 
     Raises:
-        PlacementError: the ending is another, or matplotlib is not installed.
+        click.UsageError: the ending is another, or matplotlib is not installed.
     """
     from importlib.util import find_spec
 
     if path.suffix not in (".svg", ".png"):
-        raise PlacementError(f"--picture: {path.name!r} ends neither in .svg nor in .png; name it so")
+        raise click.UsageError(f"--picture: {path.name!r} ends neither in .svg nor in .png; name it so")
     if find_spec("matplotlib") is None:
-        raise PlacementError('--picture needs matplotlib; install it: pip install "placement[picture]"')
+        raise click.UsageError('--picture needs matplotlib; install it: pip install "placement[picture]"')

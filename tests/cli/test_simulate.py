@@ -15,7 +15,7 @@ from placement.cli.simulate import cluster_of
 from placement.core.snapshot import Policy
 from placement.errors import InvalidClusterFile, UnknownTopology
 
-MIX = Path(__file__).parents[2] / "examples" / "mix.toml"
+MIX = Path(__file__).parents[2] / "examples" / "workloads" / "mix.toml"
 ARGUMENTS = ["simulate", str(MIX), "--cluster", "dgx-h100=1,l40s-4x=2", "--arrivals", "60"]
 
 
@@ -63,13 +63,18 @@ def test_a_picture(tmp_path: Path, ending: str, begins: bytes) -> None:
         ([str(MIX), "--cluster", "dgx-h1000=1"], "dgx-h1000", 2),
         ([str(MIX), "--cluster", "nowhere.json"], "nowhere.json: cannot be read", 2),
         ([str(MIX), "--cluster", "nowhere.csv"], "nowhere.csv: cannot be read", 2),
-        ([str(MIX), "--cluster", "dgx-h100=1", "--picture", "gpus.gif"], "'gpus.gif' ends neither", 2),
     ],
 )
 def test_bad_input_is_one_message(arguments: list[str], says: str, code: int) -> None:
     found, out, err = run("simulate", *arguments)
     assert (found, out) == (code, "")
     assert err.startswith("error: ") and says in err
+
+
+def test_a_picture_of_another_kind_is_refused_before_anything_is_simulated() -> None:
+    code, out, err = run("simulate", "nowhere.toml", "--cluster", "dgx-h100=1", "--picture", "gpus.gif")
+    assert (code, out) == (2, "")
+    assert "'gpus.gif' ends neither in .svg nor in .png" in err
 
 
 def test_the_policies_on_offer_are_those_there_are() -> None:

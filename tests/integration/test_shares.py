@@ -65,6 +65,25 @@ def test_eight_quarters_are_packed_on_two_gpus_among_whole_ones(service: Any) ->
         neighbour.leave()
 
 
+def test_the_policy_fragmentation_steers_to_the_gpu_that_others_miss_least(service: Any) -> None:
+    limits = {"gpu_nodes": ["t4"]}
+    for name, share in (("small", 0.4), ("half", 0.5)):
+        place(service, name, limits, gpus=share)
+    [two, _] = place(service, "wide", limits, gpus=0.7, replicas=2)
+    assert two.gpus == [1], "0.4 and 0.5 share GPU 0"
+    # 0.3 is free on two GPUs, 0.1 on another. Ray and the plain policy take the smallest rest that is enough.
+    fits = place(service, "fits", limits, gpus=0.3, policy="fragmentation")
+    assert fits[0].gpus[0] in (1, 2)
+    # No rest is enough: one more GPU is shared.
+    more = place(service, "more", limits, gpus=0.5, policy="fragmentation")
+    assert more[0].gpus == [3]
+    # Of 0.5 and 0.3 that are free, the halves that stand want the one, nobody the other.
+    last = place(service, "last", limits, gpus=0.2, policy="fragmentation")
+    assert last[0].gpus != more[0].gpus
+    for name in ("small", "half", "wide", "fits", "more", "last"):
+        ray.get(service.release.remote(name))
+
+
 def test_quarters_while_another_user_takes_and_frees_gpus(service: Any) -> None:
     stop = threading.Event()
 

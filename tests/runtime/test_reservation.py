@@ -245,6 +245,26 @@ def test_a_share_breaks_the_gpu_that_others_miss_least_and_is_steered_there() ->
     assert list(slots.groups.values()) == [{2: 250}]
 
 
+def test_a_share_goes_on_the_gpu_that_was_planned_if_that_still_has_it() -> None:
+    slots = Slots(4)
+    reserver = NodeReserver(slots, 4)
+    for name, thousandths in [("a", 600), ("b", 700)]:
+        reserver.reserve(share(name, thousandths), FLAT)
+    assert slots.rests() == {0: 400, 1: 300, 2: 1000, 3: 1000}
+
+    def planned(name: str, gpu: int) -> tuple[int, ...]:
+        outcome = reserver.reserve(replace(share(name, 200), planned=gpu), FLAT)
+        assert isinstance(outcome, Reserved)
+        assert slots.groups[outcome.group] == {outcome.gpus[0]: 200}
+        return outcome.gpus
+
+    assert planned("a shared one that is not the fullest", 0) == (0,)
+    assert planned("a whole one", 3) == (3,)
+    assert planned("one that has too little by now", 0) == (0,)
+    assert planned("as before", 0) == (1,)
+    assert planned("one that nobody has", 7) == (3,)
+
+
 def test_rests_that_nobody_knew_of_are_filled_and_given_back() -> None:
     slots = Slots(4, others_shares={0: 500, 2: 200})
     outcome = NodeReserver(slots, 4).reserve(share("r", 250), Machine(Topology.unknown(4)))
