@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         UnknownNode,
         UnknownTopology,
         Unplaceable,
+        UnreadableRecord,
     )
     from placement.runtime.bootstrap import connect, start
     from placement.runtime.results import NodeAssignment, PlacementResult
@@ -48,7 +49,7 @@ _HOME = {
         "BelowFloor", "ClusterUnreachable", "DeploymentConflict", "InvalidClusterFile", "InvalidDeployment",
         "MissingSecret", "NoEgressNodes", "NoGpuNodes", "NotEnoughEgress", "NotEnoughGpus", "PlacementError",
         "ReservationFailed", "ServiceNotRunning", "UnknownDeployment", "UnknownNode", "UnknownTopology",
-        "Unplaceable",
+        "Unplaceable", "UnreadableRecord",
     ),
     "placement.runtime.bootstrap": ("connect", "start"),
     "placement.runtime.results": ("NodeAssignment", "PlacementResult"),
@@ -87,6 +88,7 @@ __all__ = [
     "UnknownNode",
     "UnknownTopology",
     "Unplaceable",
+    "UnreadableRecord",
     "__version__",
     "connect",
     "load_deployments",

@@ -255,6 +255,28 @@ class UnknownNode(PlacementError):
         return f"{self.field}: no node {self.name!r}; use one of: {', '.join(self.known) or '(none alive)'}"
 
 
+class UnreadableRecord(PlacementError):
+    """A deployment whose record in the ledger cannot be read. It is left as it is.
+
+    Args:
+        name: the deployment.
+        problem: why it cannot be read.
+        newer: a later version of the service wrote it.
+    """
+
+    def __init__(self, name: str, problem: str, newer: bool = False) -> None:
+        super().__init__(name, problem, newer)
+        self.name, self.problem, self.newer = name, problem, newer
+
+    def __str__(self) -> str:
+        fix = (
+            "run the version of placement that wrote it, with `placement down --keep-placements` in between"
+            if self.newer
+            else f"give back what it holds with `placement release {self.name}`, then place it anew"
+        )
+        return f"{self.name!r}: {self.problem}; {fix}"
+
+
 class ServiceNotRunning(PlacementError):
     """The cluster is there, the placement service is not.
 

@@ -42,6 +42,7 @@ ERRORS = [
     errors.DeploymentConflict("d", {"gpus": ("2", "4")}),
     errors.UnknownDeployment("d", ()),
     errors.UnknownNode("--node", "x", ("a", "b")),
+    errors.UnreadableRecord("d", "its record has version 9", True),
     errors.ServiceNotRunning("127.0.0.2:6379"),
     errors.ClusterUnreachable("127.0.0.2:6379", "refused"),
 ]

@@ -326,6 +326,37 @@ def status(address: str | None, as_json: bool) -> None:
         _show(*status_view(report))
 
 
+@main.command(epilog="\b\nExample:\n  placement events llama-70b --follow")
+@click.argument("name")
+@click.option("--follow", is_flag=True, help="Go on until interrupted, and show what happens as it does.")
+@_address
+@_json
+def events(name: str, follow: bool, address: str | None, as_json: bool) -> None:
+    """Shows what happened to the replicas of a deployment: where they are, which were lost, why some are pending."""
+    from placement.cli.render import event_line
+
+    def show(one: dict[str, Any]) -> None:
+        if as_json:
+            click.echo(json.dumps(one))
+        else:
+            _show(event_line(one))
+
+    with _service(address) as service:
+        found = _ask(service.events.remote(name))
+        if as_json and not follow:
+            _dump({"deployment": name, "events": found})
+            return
+        while True:
+            for one in found:
+                show(one)
+            if not follow:
+                return
+            since = found[-1]["number"] if found else 0
+            found = []
+            while not found:
+                found = _ask(service.watch.remote(name, since))
+
+
 @main.command(
     epilog="\b\nExample:\n  placement topology --node gpu-a\n  placement topology --name dgx-1v\n"
     "  nvidia-smi topo -m | placement topology --file -"

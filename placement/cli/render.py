@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
 from functools import cache
 from itertools import groupby
 from typing import Any
@@ -123,8 +124,12 @@ def status_view(report: Mapping[str, Any]) -> list[Any]:
         lost = [f"{d['name']} ({d['state']})" for d in report["deployments"] if d["state"] != "placed"]
         if lost:
             parts.append(Text(f"not whole: {', '.join(lost)}", style="bold red"))
+        for d in report["deployments"]:
+            for replica, reason in d.get("pending", {}).items():
+                parts.append(Text(f"{d['name']} replica {replica}: {reason}"))
     else:
         parts.append("nothing is placed; try `placement apply FILE`")
+    parts += [Text(one["problem"], style="bold red") for one in report.get("unreadable", [])]
     return parts
 
 
@@ -384,3 +389,10 @@ def simulation_view(reports: Mapping[str, Mapping[str, Any]]) -> list[Any]:
 
 def _part(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def event_line(event: Mapping[str, Any]) -> Text:
+    """One thing that happened to a deployment."""
+    at = datetime.fromtimestamp(event["at"]).strftime("%H:%M:%S")
+    who = "" if event["replica"] is None else f"replica {event['replica']}"
+    return Text(f"{at}  {who:12} {event['state']:10} {event['text']}".rstrip())

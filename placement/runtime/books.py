@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from placement.core.lifecycle import Event, State, after
 from placement.core.replicas import PlannedReplica
 from placement.core.score import WHOLE
 from placement.runtime import groups, ledger
@@ -27,15 +28,51 @@ RECORDED = (
 
 @dataclass
 class Standing:
-    """A deployment that is placed: its declaration, its replicas by node, and the name of each one's group."""
+    """A deployment: its declaration, its replicas by node, and the name of each one's group.
+
+    Attributes:
+        states: replica -> where it is in its life.
+        reasons: replica that is pending -> why.
+        releasing: all of it is to go, whatever happens.
+    """
 
     deployment: Deployment
     replicas: dict[int, tuple[NodeAssignment, ...]] = field(default_factory=dict)
     orders: dict[int, str] = field(default_factory=dict)
+    states: dict[int, State] = field(default_factory=dict)
+    reasons: dict[int, str] = field(default_factory=dict)
+    releasing: bool = False
+
+    def copy(self, deployment: Deployment | None = None) -> Standing:
+        """The same, to be changed on its own; with another declaration, if one is given."""
+        return Standing(
+            deployment or self.deployment,
+            dict(self.replicas),
+            dict(self.orders),
+            dict(self.states),
+            dict(self.reasons),
+        )
+
+    def happen(self, index: int, event: Event) -> State | None:
+        """Notes an event of a replica.
+
+        Raises:
+            IllegalTransition: it cannot happen now; nothing is changed.
+        """
+        state = after(index, self.states.get(index), event)
+        if state is None:
+            del self.states[index]
+        else:
+            self.states[index] = state
+        return state
+
+    def missing(self) -> list[int]:
+        """The replicas that are wanted and hold nothing."""
+        return [index for index in range(self.deployment.replicas) if index not in self.replicas]
 
     def result(self) -> PlacementResult:
         """What callers get."""
-        return PlacementResult(self.deployment.name, self.assignments())
+        return PlacementResult(self.deployment.name, self.assignments(), dict(self.reasons))
 
     def assignments(self) -> list[NodeAssignment]:
         """All of them, by replica and rank."""
@@ -62,20 +99,23 @@ class Standing:
             }
             for assignment in self.assignments()
         ]
-        ledger.save(
-            self.deployment.name, self.deployment.model_dump(mode="json", exclude_none=True), replicas
-        )
+        declared = self.deployment.model_dump(mode="json", exclude_none=True)
+        ledger.save(self.deployment.name, declared, replicas, self.releasing)
 
     @classmethod
     def load(cls, record: Mapping[str, Any]) -> Standing:
         """Reads a record of the ledger."""
         standing = cls(Deployment.model_validate(record["deployment"]))
+        standing.releasing = record.get("releasing", False)
         for replica in record["replicas"]:
             assignment = NodeAssignment(
                 placement_group=groups.group_from_hex(replica["group"]),
                 **{name: replica[name] for name in RECORDED if name in replica},
             )
             standing.add(replica["order"], assignment)
+        standing.states = dict.fromkeys(standing.replicas, State.PLACED)
+        standing.states |= dict.fromkeys(standing.missing(), State.PENDING)
+        standing.reasons = dict.fromkeys(standing.missing(), "not tried since the service restarted")
         return standing
 
 
@@ -131,6 +171,7 @@ class Books:
 
     def __init__(self) -> None:
         self.standing: dict[str, Standing] = {}
+        self.unreadable: dict[str, ledger.Record] = {}
         self.claims: list[Claim] = []
 
     def names(self) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ START_DEADLINE_SECONDS = 120.0
 # which Ray otherwise ends after every task that had a GPU.
 _probe = ray.remote(num_cpus=0, max_calls=0)(my_gpu_ids)
 _Agent = ray.remote(num_cpus=0, concurrency_groups={"facts": 1})(NodePlacementActor)
-_Service = ray.remote(num_cpus=0)(DeploymentPlacementActor)
+_Service = ray.remote(num_cpus=0, concurrency_groups={"watch": 64})(DeploymentPlacementActor)
 
 
 def make_agent(info: NodeInfo) -> Any:

@@ -59,6 +59,16 @@ class NodeInfo:
         return None
 
 
+def live_node_ids() -> frozenset[str]:
+    """The ids of all nodes that are alive."""
+    return frozenset(row["NodeID"] for row in ray.nodes() if row["Alive"])
+
+
+def draining_nodes() -> frozenset[str]:
+    """The ids of the nodes that Ray is about to take away."""
+    return frozenset(ray._private.state.state.get_draining_nodes())
+
+
 def live_nodes() -> list[NodeInfo]:
     """All nodes that are alive, ordered by name and id."""
     found = []
@@ -95,6 +105,7 @@ def node_state(
     available: Mapping[str, float] | None,
     tally: Tally,
     foreign: frozenset[int],
+    draining: bool = False,
 ) -> Node:
     """One node as the planner sees it.
 
@@ -104,6 +115,7 @@ def node_state(
         available: resource -> free amount in Ray's books; ``None`` while they lag behind our own last change.
         tally: what this service holds and claims there.
         foreign: GPUs that other Ray users held when the node actor last looked.
+        draining: Ray is about to take it away.
     """
     not_ours = frozenset(range(info.gpu_count)) - tally.gpus
     foreign &= not_ours
@@ -141,5 +153,5 @@ def node_state(
         labels=info.labels,
         accelerators=frozenset(name for name in names if name),
         compute_capability=machine.capability,
-        problem=info.label_problem(),
+        problem="is draining" if draining else info.label_problem(),
     )

@@ -7,7 +7,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import ray
 from placement.core.replicas import PlannedReplica
 from placement.core.score import WHOLE
 from placement.core.snapshot import Policy
-from placement.runtime import groups
+from placement.runtime import faults, groups
 from placement.runtime.books import Claim
 from placement.runtime.discovery import NodeInfo, live_nodes
 from placement.runtime.node_agent import Part, Reply
@@ -28,6 +28,8 @@ from placement.wire.facts import NodeFacts
 FACTS_DEADLINE_SECONDS = 45.0
 """A first NVML reading takes 30 s on an 8-GPU machine without persistence mode (Azure/aks-gpu#105)."""
 RESERVE_DEADLINE_SECONDS = 180.0
+SETTLE_DEADLINE_SECONDS = 20.0
+"""A reservation that was under way when the service died ends within its node actor's bounded attempts."""
 GANG_DEADLINE_SECONDS = 0.3
 """Long enough for Ray to try twice; see :func:`~placement.runtime.groups.ready_or_removed`."""
 MAX_GANG_ATTEMPTS = 6
@@ -78,6 +80,7 @@ class Fleet:
         self.changed_at = float("-inf")
         self._changed: dict[str, float] = {}
         self._turns: dict[str, threading.Lock] = {}
+        self.agent_died = False
 
     def settling(self) -> frozenset[str]:
         """Nodes of which Ray's books may not yet show our own last change; what we know of them is newer."""
@@ -107,6 +110,22 @@ class Fleet:
                 if facts.gpus or node_id not in self.facts:
                     self.facts[node_id] = facts
                     self._machines.pop(node_id, None)
+
+    def settle(self) -> None:
+        """Waits until every node actor has ended what it was doing and knows what stands on its node."""
+        with self._lock:
+            agents = dict(self._agents)
+        told = [agent.adopt.remote(self._holdings(node_id)) for node_id, agent in agents.items()]
+        if told:
+            ray.wait(told, num_returns=len(told), timeout=SETTLE_DEADLINE_SECONDS)
+
+    def forget_all_but(self, alive: Collection[str]) -> None:
+        """Forgets the actors of nodes that are no more."""
+        with self._lock:
+            for node_id in [one for one in self._agents if one not in alive]:
+                del self._agents[node_id]
+                self.facts.pop(node_id, None)
+                self._machines.pop(node_id, None)
 
     def machine(self, info: NodeInfo) -> Machine:
         """What a node's GPUs are, as far as is known. The same object until it reports something else."""
@@ -150,6 +169,7 @@ class Fleet:
                     )
                     for node_id, replicas in alive.items()
                 }
+                faults.point("service.ordered")
                 for node_id, reference in calls.items():
                     self._collect(nodes[node_id], reference, alive[node_id], reserved, refusals)
         self._note_change(by_node)
@@ -258,6 +278,7 @@ class Fleet:
                             refusal = Refusal(
                                 info.id, info.name, outcome.attempts, outcome.reason, outcome.full, room
                             )
+                    faults.point("service.prepared")
                     if refusal is None:
                         group = groups.create_group(
                             f"{name}:{attempt}", bundles, [at[rank] for rank in sorted(at)]
@@ -265,6 +286,7 @@ class Fleet:
                         if not groups.ready_or_removed(group, GANG_DEADLINE_SECONDS):
                             reason = "another Ray user took GPUs meanwhile, or CPUs or memory are short"
                             refusal, group = _refusal(nodes, parts, attempt, reason), None
+                        faults.point("service.group_created")
                     if refusal is None:
                         checks = {
                             part.node_id: agents[part.node_id].confirm.remote(
@@ -274,6 +296,7 @@ class Fleet:
                         }
                         for part in parts:
                             found[part.node_id] = self._answer(nodes[part.node_id], checks[part.node_id])
+                        faults.point("service.confirmed")
                         if all(isinstance(part, Part) for part in found.values()):
                             for part in parts:
                                 info = nodes[part.node_id]
@@ -335,6 +358,7 @@ class Fleet:
             )
             for replica in replicas
         ]
+        faults.point("service.egress_created")
         for replica, group in made:
             if not groups.ready_or_removed(group) or groups.node_of_group(group) != info.id:
                 groups.remove_group(group)
@@ -372,6 +396,7 @@ class Fleet:
         if not isinstance(error, ray.exceptions.RayTaskError):
             with self._lock:
                 self._agents.pop(node_id, None)
+            self.agent_died = True
 
 
 def _gangs(replicas: Iterable[PlannedReplica]) -> dict[int, list[PlannedReplica]]:

@@ -2,6 +2,8 @@
 
 One record for each deployment: its declaration, and for each replica the name and id of its group and
 what it holds. No secret is in it: a declaration holds references to API keys only.
+
+Version 1 had no ``releasing``. A record that this version cannot read is left byte for byte as it is.
 """
 
 from __future__ import annotations
@@ -9,14 +11,31 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from ray.experimental import internal_kv
 
-VERSION = 1
+VERSION = 2
 _NAMESPACE = b"placement"
 _RECORD = "deployment/"
 _TOKEN = b"token"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record as it was found.
+
+    Attributes:
+        content: what it says; ``None`` if it cannot be read.
+        problem: why not.
+        newer: a later version of the service wrote it.
+    """
+
+    name: str
+    content: dict[str, Any] | None
+    problem: str = ""
+    newer: bool = False
 
 
 def token() -> str:
@@ -30,9 +49,11 @@ def token() -> str:
     return str(found.decode())
 
 
-def save(name: str, deployment: dict[str, Any], replicas: list[dict[str, Any]]) -> None:
-    """Writes the record of a deployment, replacing an older one."""
-    record = {"version": VERSION, "deployment": deployment, "replicas": replicas}
+def save(
+    name: str, deployment: dict[str, Any], replicas: list[dict[str, Any]], releasing: bool = False
+) -> None:
+    """Writes the record of a deployment, replacing an older one. ``releasing``: it is to go, whatever happens."""
+    record = {"version": VERSION, "deployment": deployment, "replicas": replicas, "releasing": releasing}
     key = (_RECORD + name).encode()
     internal_kv._internal_kv_put(key, json.dumps(record).encode(), overwrite=True, namespace=_NAMESPACE)
 
@@ -42,9 +63,22 @@ def delete(name: str) -> None:
     internal_kv._internal_kv_del((_RECORD + name).encode(), namespace=_NAMESPACE)
 
 
-def records() -> Iterator[dict[str, Any]]:
-    """All records, ordered by name."""
+def records() -> Iterator[Record]:
+    """All records, ordered by name; also those that cannot be read."""
     for key in sorted(internal_kv._internal_kv_list(_RECORD.encode(), namespace=_NAMESPACE)):
         value = internal_kv._internal_kv_get(key, namespace=_NAMESPACE)
         if value is not None:
-            yield json.loads(value)
+            yield read(key.decode(errors="replace").removeprefix(_RECORD), value)
+
+
+def read(name: str, value: bytes) -> Record:
+    """One record from its bytes."""
+    try:
+        content = json.loads(value)
+        version = content["version"]
+    except (ValueError, TypeError, KeyError):
+        return Record(name, None, "its record is not one that this service wrote, or only a part of one")
+    if not isinstance(version, int) or version > VERSION:
+        problem = f"its record has version {version}, and this service reads up to {VERSION}"
+        return Record(name, None, problem, newer=True)
+    return Record(name, content)

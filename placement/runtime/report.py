@@ -8,6 +8,7 @@ from typing import Any
 
 from placement.core.matrix import render_matrix
 from placement.core.topology import Topology
+from placement.errors import UnreadableRecord
 from placement.runtime.books import Books
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.fleet import Fleet
@@ -39,19 +40,24 @@ def status_report(
                     deployment.replicas,
                     [all(a.node in alive for a in parts) for parts in list(standing.replicas.values())],
                 ),
+                "pending": {str(index): reason for index, reason in sorted(standing.reasons.items())},
                 "assignments": [a.to_dict() for a in assignments],
             }
         )
     return {
         "nodes": [_node(info, books, fleet, available.get(info.id, {})) for info in listed],
         "deployments": deployments,
+        "unreadable": [
+            {"name": name, "problem": str(UnreadableRecord(name, record.problem, record.newer))}
+            for name, record in sorted(books.unreadable.items())
+        ],
     }
 
 
 def _state(wanted: int, alive: list[bool]) -> str:
     if not all(alive):
-        return "node lost"
-    return "placed" if len(alive) == wanted else "incomplete"
+        return "lost"
+    return "placed" if len(alive) == wanted else "pending"
 
 
 def _node(info: NodeInfo, books: Books, fleet: Fleet, available: Mapping[str, float]) -> dict[str, Any]:

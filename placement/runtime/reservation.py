@@ -31,6 +31,7 @@ from typing import Any, Protocol
 from placement.core.score import WHOLE, Needs, choose, ray_set, score
 from placement.core.snapshot import Node
 from placement.core.topology import Topology
+from placement.runtime import faults
 from placement.wire.facts import NodeFacts
 
 MAX_ATTEMPTS = 12
@@ -299,6 +300,7 @@ class NodeReserver:
                 continue
             wanted = tuple(sorted(gpu for gpus in chosen for gpu in gpus))
             fillers = self._steer(free, wanted)
+            faults.point("agent.prepared")
             if fillers is not None:
                 rays = ray_set(free, len(wanted)) or wanted
                 return Prepared(tuple(chosen), rays, tuple(fillers), attempt)
@@ -324,6 +326,7 @@ class NodeReserver:
         if sorted(slots) != sorted(gpu for gpus in prepared.sets for gpu in gpus):
             self._foreign = None
             return None
+        faults.point("agent.confirmed")
         self._held[order.name] = Holding(order.deployment, tuple(sorted(slots)))
         return dict(zip(slots, bundles, strict=True))
 
@@ -420,12 +423,15 @@ class NodeReserver:
         real: Any = None
         done = False
         try:
+            faults.point("agent.steered")
             real = groups.reserve(name, {"GPU": 1, **beside}, len(wanted))
             if not groups.ready_or_removed(real, READY_DEADLINE_SECONDS):
                 return None
+            faults.point("agent.created")
             while fillers:
                 groups.remove(fillers.pop())
             slots = groups.gpus_of(real, range(len(wanted)))
+            faults.point("agent.verified")
             done = True
             return real, slots
         finally:
@@ -478,11 +484,13 @@ class NodeReserver:
                 fillers.append(groups.hold(lower))
             if not all(groups.ready_or_removed(group, READY_DEADLINE_SECONDS) for group in fillers):
                 return None
+            faults.point("agent.steered")
             for again in range(MAX_STRAY_SHARES):
                 group = groups.reserve(f"{name}:{again}", {"GPU": share / WHOLE, **beside}, 1)
                 fillers.append(group)
                 if not groups.ready_or_removed(group, READY_DEADLINE_SECONDS):
                     return None
+                faults.point("agent.created")
                 if groups.gpus_of(group, [0], share / WHOLE) == [wanted]:
                     kept = group
                     return group

@@ -112,10 +112,12 @@ class PlacementResult:
 
     Attributes:
         assignments: one per replica and node, by replica index and first rank there.
+        pending: replicas that have no place now, since a node was lost -> why. They get one when there is room.
     """
 
     deployment: str
     assignments: list[NodeAssignment]
+    pending: dict[int, str] = field(default_factory=dict)
 
     def replica(self, replica_index: int) -> list[NodeAssignment]:
         """The assignments of one replica: several if it lies on several nodes, in one placement group."""
@@ -134,4 +136,6 @@ class PlacementResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON-ready values."""
-        return {"deployment": self.deployment, "assignments": [a.to_dict() for a in self.assignments]}
+        pending = {str(index): reason for index, reason in self.pending.items()}
+        assignments = [a.to_dict() for a in self.assignments]
+        return {"deployment": self.deployment, "assignments": assignments, "pending": pending}

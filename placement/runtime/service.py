@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,7 +10,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import ray
+
 from placement.core import planner
+from placement.core.lifecycle import Event, State
 from placement.core.snapshot import NEAR_LABELS, Policy, Snapshot
 from placement.errors import (
     DeploymentConflict,
@@ -17,11 +21,14 @@ from placement.errors import (
     UnknownDeployment,
     UnknownNode,
     Unplaceable,
+    UnreadableRecord,
 )
-from placement.runtime import groups, ledger
+from placement.runtime import faults, groups, ledger
 from placement.runtime.books import Books, Claim, Standing, Tally
 from placement.runtime.discovery import NodeInfo, live_nodes, node_state
+from placement.runtime.events import EventLog
 from placement.runtime.fleet import VIEW_LAG_SECONDS, Fleet
+from placement.runtime.keeper import Keeper
 from placement.runtime.node_agent import FRESH_SECONDS
 from placement.runtime.report import status_report, topology_report
 from placement.runtime.results import PlacementResult
@@ -41,6 +48,8 @@ T = TypeVar("T")
 
 MAX_REPLANS = 5
 
+logger = logging.getLogger(__name__)
+
 DeploymentLike = Deployment | Mapping[str, Any]
 
 
@@ -58,9 +67,12 @@ class DeploymentPlacementActor:
         self._name_locks: dict[str, threading.Lock] = {}
         self._books = Books()
         self._prefix = f"placement:{ledger.token()}:"
-        self._fleet = Fleet(make_agent, self._books.holdings, self._prefix)
+        self.fleet = Fleet(make_agent, self._books.holdings, self._prefix)
+        self.draining: frozenset[str] = frozenset()
+        self._events = EventLog()
+        self._ended: dict[str, int] = {}
         self._reload()
-        self._fleet.meet(live_nodes())
+        Keeper(self).start()
 
     # -- the public surface ------------------------------------------------------------------------
 
@@ -84,6 +96,7 @@ class DeploymentPlacementActor:
         Raises:
             InvalidDeployment: a field is refused.
             UnknownNode: the constraints name a node that the cluster lacks.
+            UnreadableRecord: the ledger has a record of that name that this version cannot read.
             DeploymentConflict: the name stands with another declaration.
             Unplaceable: it fits nowhere now: ``NoGpuNodes``, ``NotEnoughGpus``, ``NoEgressNodes`` or
                 ``NotEnoughEgress``.
@@ -96,6 +109,7 @@ class DeploymentPlacementActor:
                 if standing.deployment == wanted:
                     return standing.result()
                 raise DeploymentConflict(wanted.name, _differences(standing.deployment, wanted))
+            self._require_readable(wanted.name)
             return self._add(Standing(wanted), range(wanted.replicas)).result()
 
     def apply(
@@ -113,15 +127,15 @@ class DeploymentPlacementActor:
         with self._sole(wanted.name):
             standing = self._books.standing.get(wanted.name)
             if standing is None:
+                self._require_readable(wanted.name)
                 return self._add(Standing(wanted), range(wanted.replicas)).result()
             if standing.deployment == wanted and len(standing.replicas) == wanted.replicas:
                 return standing.result()
             if standing.deployment.shape() != wanted.shape():
                 return self._replace(standing, wanted).result()
-            surplus = [index for index in standing.replicas if index >= wanted.replicas]
-            missing = [index for index in range(wanted.replicas) if index not in standing.replicas]
-            changed = Standing(wanted, dict(standing.replicas), dict(standing.orders))
-            if missing:
+            surplus = [index for index in standing.states if index >= wanted.replicas]
+            changed = standing.copy(wanted)
+            if missing := changed.missing():
                 self._add(changed, missing)
             if surplus:
                 self._give_back(changed, surplus)
@@ -185,11 +199,19 @@ class DeploymentPlacementActor:
             UnknownDeployment: no deployment of that name stands.
         """
         with self._sole(name):
+            if name in self._books.unreadable:
+                return self._release_unreadable(name)
             standing = self._books.standing.get(name)
+            if standing is None and name in self._ended:  # this call was cut off, and sent again
+                return self._ended.pop(name)
             if standing is None:
                 raise UnknownDeployment(name, self._books.names())
             count = len(standing.replicas)
-            self._give_back(standing, list(standing.replicas))
+            standing.releasing = True
+            standing.save()  # from here on it goes, whatever happens
+            faults.point("service.releasing")
+            self._give_back(standing, list(standing.states))
+            faults.point("service.given_back")
             ledger.delete(name)
             with self._lock:
                 del self._books.standing[name]
@@ -209,9 +231,32 @@ class DeploymentPlacementActor:
     def status(self) -> dict[str, Any]:
         """Nodes with their GPUs and who sits where, and deployments with their replicas; JSON-ready."""
         nodes = live_nodes()
-        self._fleet.meet(nodes)
+        self.fleet.meet(nodes)
         with self._lock:
-            return status_report(nodes, self._books, self._fleet, groups.available_resources())
+            return status_report(nodes, self._books, self.fleet, groups.available_resources())
+
+    def events(self, name: str, since: int = 0) -> list[dict[str, Any]]:
+        """What happened to a deployment's replicas, the last 200 at most, since the service last started; JSON-ready.
+
+        Args:
+            name: the deployment, which may be gone by now.
+            since: the ``number`` of the last one already known.
+
+        Raises:
+            UnknownDeployment: nothing is known of that name.
+        """
+        if not self._events.known(name) and name not in self._books.standing:
+            raise UnknownDeployment(name, self._books.names())
+        return [one.to_dict() for one in self._events.since(name, since)]
+
+    @ray.method(concurrency_group="watch")
+    def watch(self, name: str, since: int = 0, timeout_seconds: float = 30.0) -> list[dict[str, Any]]:
+        """The same, as soon as something has happened; empty if nothing did within the time.
+
+        ``seen = events[-1]["number"]``, then ``watch(name, seen)`` waits for the next change. The name need not
+        be known yet.
+        """
+        return [one.to_dict() for one in self._events.wait(name, since, min(timeout_seconds, 3600.0))]
 
     def topology(self, node: str | None = None) -> list[dict[str, Any]]:
         """What each GPU node's GPUs report, read anew; JSON-ready.
@@ -225,8 +270,8 @@ class DeploymentPlacementActor:
             if not chosen:
                 raise UnknownNode("--node", node, tuple(info.name for info in nodes))
             nodes = chosen
-        self._fleet.meet(nodes, again=True)
-        return [topology_report(info, self._fleet.facts.get(info.id)) for info in nodes]
+        self.fleet.meet(nodes, again=True)
+        return [topology_report(info, self.fleet.facts.get(info.id)) for info in nodes]
 
     def release_all(self) -> list[str]:
         """Releases every deployment.
@@ -241,7 +286,7 @@ class DeploymentPlacementActor:
 
     def stop_agents(self) -> None:
         """Ends the node actors. Placement groups stay as they are."""
-        self._fleet.stop()
+        self.fleet.stop()
 
     # -- planning ----------------------------------------------------------------------------------
 
@@ -268,15 +313,16 @@ class DeploymentPlacementActor:
             available: node id -> resource -> free amount in Ray's books.
             full: node id -> most GPUs that may be planned there, after it refused.
         """
-        settling, tallies = self._fleet.settling(), self._books.tallies()
+        settling, tallies = self.fleet.settling(), self._books.tallies()
         states = []
         for info in nodes:
             state = node_state(
                 info,
-                self._fleet.machine(info),
+                self.fleet.machine(info),
                 None if info.id in settling else available.get(info.id, {}),
                 tallies.get(info.id, Tally()),
-                self._fleet.foreign.get(info.id, frozenset()),
+                self.fleet.foreign.get(info.id, frozenset()),
+                info.id in self.draining,
             )
             if full is not None and info.id in full:
                 state = replace(state, free=frozenset(sorted(state.free)[: full[info.id]]))
@@ -289,7 +335,7 @@ class DeploymentPlacementActor:
         Looks three times at most: others' changes, which keep coming, are no reason to wait.
         """
         for looks_left in (2, 1, 0):
-            changed_at = self._fleet.changed_at
+            changed_at = self.fleet.changed_at
             try:
                 return decide()
             except Unplaceable:
@@ -302,7 +348,7 @@ class DeploymentPlacementActor:
     def _look(self) -> tuple[Snapshot, dict[str, HeldDeployment]]:
         """The cluster as it is now, and what stands on it."""
         nodes = live_nodes()
-        self._fleet.meet(nodes)
+        self.fleet.meet(nodes)
         with self._lock:
             return self._snapshot(nodes, groups.available_resources()), self._books.held()
 
@@ -320,11 +366,14 @@ class DeploymentPlacementActor:
         """Reserves more replicas of a deployment, all or none, and keeps it."""
         added = tuple(indices)
         self._reserve(standing, added)
+        faults.point("service.reserved")
         try:
             self._keep(standing)
         except BaseException:  # what no record tells of must not stay reserved
             self._give_back(standing, added)
             raise
+        faults.point("service.kept")
+        self._tell_places(standing, added)
         return standing
 
     def _keep(self, standing: Standing) -> None:
@@ -334,8 +383,9 @@ class DeploymentPlacementActor:
 
     def _replace(self, old: Standing, wanted: Deployment) -> Standing:
         new = Standing(wanted)
+        indices = tuple(range(wanted.replicas))
         try:
-            self._reserve(new, tuple(range(wanted.replicas)))
+            self._reserve(new, indices)
         except Unplaceable as refusal:
             nodes = live_nodes()
             with self._lock:
@@ -344,16 +394,17 @@ class DeploymentPlacementActor:
                 outcome = planner.plan(snapshot, request_of(wanted, range(wanted.replicas), {}, snapshot))
             if isinstance(outcome, Unplaceable):
                 raise refusal from None
-            before, indices = old.deployment, tuple(old.replicas)
-            self._give_back(old, indices)
+            before = tuple(old.replicas)
+            self._give_back(old, list(old.states))
             self._keep(old)
             try:
-                return self._add(new, range(wanted.replicas))
+                return self._add(Standing(wanted), indices)
             except Exception:
-                self._add(Standing(before), indices)
+                self._add(Standing(old.deployment), before)
                 raise
-        self._give_back(old, list(old.replicas))
-        self._keep(new)
+        self._keep(new)  # first: what a record tells of is never given back
+        self._give_back(old, list(old.states))
+        self._tell_places(new, indices)
         return new
 
     def _reserve(self, standing: Standing, indices: tuple[int, ...]) -> None:
@@ -362,13 +413,28 @@ class DeploymentPlacementActor:
         A node may refuse, since the plan is made with books that lag and other users act meanwhile. Then
         the plan is made anew, a bounded number of times.
         """
+        for index in indices:
+            standing.happen(index, Event.RESERVE)
+        try:
+            self._reserve_all(standing, indices)
+        except BaseException as error:
+            for index in indices:
+                standing.happen(index, Event.REFUSED)
+            self._events.add(standing.deployment.name, None, "refused", str(error))
+            raise
+        for index in indices:
+            standing.happen(index, Event.RESERVED)
+            standing.reasons.pop(index, None)
+
+    def _reserve_all(self, standing: Standing, indices: tuple[int, ...]) -> None:
         wanted = standing.deployment
         full: dict[str, int] = {}
         where, attempts, reason = "", 0, ""
         for _ in range(MAX_REPLANS):
             claim = self._patiently(lambda: self._claim(wanted, indices, standing.nodes(), full))
+            faults.point("service.planned")
             try:
-                reserved, refusals = self._fleet.reserve(claim)
+                reserved, refusals = self.fleet.reserve(claim)
             finally:
                 with self._lock:
                     self._books.claims.remove(claim)
@@ -376,7 +442,7 @@ class DeploymentPlacementActor:
                 for order, assignment in reserved:
                     standing.add(order, assignment)
                 return
-            self._fleet.give_back(reserved)
+            self.fleet.give_back(reserved)
             for refusal in refusals:
                 where, attempts, reason = refusal.node_name, attempts + refusal.attempts, refusal.reason
                 if refusal.full:
@@ -393,9 +459,9 @@ class DeploymentPlacementActor:
     ) -> Claim:
         nodes = live_nodes()
         if wanted.needs.free_memory_bytes:
-            self._fleet.meet(nodes, again=True, max_age_seconds=FRESH_SECONDS)
+            self.fleet.meet(nodes, again=True, max_age_seconds=FRESH_SECONDS)
         else:
-            self._fleet.meet(nodes)
+            self.fleet.meet(nodes)
         with self._lock:
             snapshot = self._snapshot(nodes, groups.available_resources(), full)
             if wanted.policy is Policy.FRAGMENTATION:
@@ -411,19 +477,144 @@ class DeploymentPlacementActor:
     def _give_back(self, standing: Standing, indices: Iterable[int]) -> None:
         """Removes the groups of some replicas, and the replicas from ``standing``."""
         leaving = tuple(indices)
-        self._fleet.give_back([(standing.orders[i], part) for i in leaving for part in standing.replicas[i]])
         for index in leaving:
+            standing.happen(index, Event.RELEASE)
+        held = [index for index in leaving if index in standing.replicas]
+        self.fleet.give_back([(standing.orders[i], part) for i in held for part in standing.replicas[i]])
+        for index in held:
             del standing.orders[index], standing.replicas[index]
+        for index in leaving:
+            standing.happen(index, Event.RELEASED)
+            standing.reasons.pop(index, None)
+            self._events.add(standing.deployment.name, index, "", "released")
+
+    def _tell_places(self, standing: Standing, indices: Iterable[int]) -> None:
+        for index in indices:
+            where = ", ".join(
+                f"{part.node_name} GPUs {part.gpus}" if part.gpus else part.node_name
+                for part in standing.replicas[index]
+            )
+            self._events.add(standing.deployment.name, index, standing.states[index], f"on {where}")
+
+    # -- when something died -----------------------------------------------------------------------
+
+    def stranded(self, alive: frozenset[str]) -> list[str]:
+        """The deployments with a replica on a node that is no more."""
+        names = {standing.deployment.name for standing, a in self._books.assignments() if a.node not in alive}
+        return sorted(names)
+
+    def waiting(self) -> list[str]:
+        """The deployments of which replicas are pending."""
+        return [name for name in self._books.names() if self._books.standing[name].missing()]
+
+    def mend(self, name: str) -> None:
+        """Places the replicas of a deployment that have no place, or lost it with a node, as far as there is room."""
+        with self._sole(name):
+            standing = self._books.standing.get(name)
+            if standing is None or standing.releasing:
+                return
+            changed = standing.copy()
+            if self._drop_lost(changed):
+                self._keep(changed)
+            missing = changed.missing()
+            for position, index in enumerate(missing):
+                try:
+                    self._reserve(changed, (index,))
+                except (Unplaceable, ReservationFailed, UnknownNode) as refusal:
+                    for pending in missing[position:]:  # the others ask for the same
+                        self._note_pending(changed, pending, str(refusal))
+                    break
+                self._keep(changed)
+                self._tell_places(changed, [index])
+            with self._lock:
+                self._books.standing[name] = changed
+
+    def _drop_lost(self, standing: Standing) -> bool:
+        """Gives back what is left of replicas with a dead node; says whether there were any."""
+        alive = {info.id for info in live_nodes()}
+        self.fleet.forget_all_but(alive)
+        found = False
+        for index, parts in sorted(standing.replicas.items()):
+            dead = sorted({part.node_name for part in parts if part.node not in alive})
+            if not dead:
+                continue
+            found = True
+            rest = [part for part in parts if part.node in alive]
+            if rest:
+                standing.happen(index, Event.PART_LOST)
+            groups.remove_group(parts[0].placement_group)
+            self.fleet.give_back([(standing.orders[index], part) for part in rest])
+            del standing.replicas[index], standing.orders[index]
+            state = standing.happen(index, Event.LOST)
+            reason = f"node {', '.join(dead)} died"
+            standing.reasons[index] = reason
+            self._events.add(standing.deployment.name, index, str(state), reason)
+        return found
+
+    def _note_pending(self, standing: Standing, index: int, reason: str) -> None:
+        if standing.states[index] is not State.PENDING:
+            standing.happen(index, Event.RESERVE)
+            standing.happen(index, Event.REFUSED)
+        if standing.reasons.get(index) != reason:
+            standing.reasons[index] = reason
+            self._events.add(standing.deployment.name, index, State.PENDING, reason)
+
+    def sweep(self) -> None:
+        """Removes groups that carry our token and that no deployment knows of."""
+        for group_id, row in groups.live_groups(lambda name: name.startswith(self._prefix)).items():
+            name = row["name"].removeprefix(self._prefix).partition(":")[0]
+            if name in self._books.unreadable:
+                continue
+            with self._sole(name):  # nothing of it is being reserved at this moment
+                standing = self._books.standing.get(name)
+                known = {a.placement_group.id.hex() for a in standing.assignments()} if standing else set()
+                if group_id not in known:
+                    groups.remove_group(groups.group_from_hex(group_id))
 
     def _reload(self) -> None:
-        """Reads the ledger, and removes groups that carry our token but stand in no record."""
+        """Reads the ledger, drops what is gone, ends what was cut off, and removes what stands in no record."""
         for record in ledger.records():
-            standing = Standing.load(record)
-            self._books.standing[standing.deployment.name] = standing
-        kept = {a.placement_group.id.hex() for _, a in self._books.assignments()}
-        for group_id in groups.live_groups(lambda name: name.startswith(self._prefix)):
-            if group_id not in kept:
-                groups.remove_group(groups.group_from_hex(group_id))
+            try:
+                if record.content is not None:
+                    self._books.standing[record.name] = Standing.load(record.content)
+                    continue
+            except Exception:
+                record = replace(record, content=None, problem="its record does not make sense")
+                logger.exception("the record of %r cannot be understood", record.name)
+            logger.error("%r: %s; it is left as it is", record.name, record.problem)
+            self._books.unreadable[record.name] = record
+        self.fleet.meet(live_nodes())
+        self.fleet.settle()
+        live = groups.live_groups(lambda name: name.startswith(self._prefix))
+        for name in self._books.names():
+            standing = self._books.standing[name]
+            self._events.add(name, None, "", "the service has started anew")
+            if standing.releasing:
+                self._ended[name] = self.release(name)
+                continue
+            for index, parts in list(standing.replicas.items()):
+                if parts[0].placement_group.id.hex() not in live:
+                    state = standing.happen(index, Event.LOST)
+                    del standing.replicas[index], standing.orders[index]
+                    standing.reasons[index] = "its placement group is gone"
+                    self._events.add(name, index, str(state), standing.reasons[index])
+        self.sweep()
+
+    def _require_readable(self, name: str) -> None:
+        record = self._books.unreadable.get(name)
+        if record is not None:
+            raise UnreadableRecord(name, record.problem, record.newer)
+
+    def _release_unreadable(self, name: str) -> int:
+        """Removes a record that makes no sense, and all groups of that name."""
+        if self._books.unreadable[name].newer:
+            self._require_readable(name)
+        held = groups.live_groups(lambda group: group.startswith(f"{self._prefix}{name}:"))
+        for group_id in held:
+            groups.remove_group(groups.group_from_hex(group_id))
+        ledger.delete(name)
+        del self._books.unreadable[name]
+        return len(held)
 
 
 def _differences(old: Deployment, new: Deployment) -> dict[str, tuple[str, str]]:
