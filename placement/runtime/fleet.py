@@ -112,10 +112,13 @@ class Fleet:
                     self._machines.pop(node_id, None)
 
     def settle(self) -> None:
-        """Waits until every node actor has ended what it was doing and knows what stands on its node."""
+        """Waits until every node actor has ended what it was doing, and knows what stands on its node."""
         with self._lock:
             agents = dict(self._agents)
-        told = [agent.adopt.remote(self._holdings(node_id)) for node_id, agent in agents.items()]
+        told = []
+        for node_id, agent in agents.items():
+            agent.cancel.remote()  # what was prepared for a group that nobody will make
+            told.append(agent.adopt.remote(self._holdings(node_id)))
         if told:
             ray.wait(told, num_returns=len(told), timeout=SETTLE_DEADLINE_SECONDS)
 
@@ -155,7 +158,7 @@ class Fleet:
                 if refusals:
                     break
                 self._reserve_gang(nodes, claim, names[index], parts, reserved, refusals)
-            self._note_change(by_node)
+            self.note_change(by_node)
             return reserved, refusals
         alive = {node_id: replicas for node_id, replicas in by_node.items() if node_id in nodes}
         if claim.deployment.remote:
@@ -172,7 +175,7 @@ class Fleet:
                 faults.point("service.ordered")
                 for node_id, reference in calls.items():
                     self._collect(nodes[node_id], reference, alive[node_id], reserved, refusals)
-        self._note_change(by_node)
+        self.note_change(by_node)
         return reserved, refusals
 
     def give_back(self, reserved: Iterable[Reserved]) -> None:
@@ -193,7 +196,7 @@ class Fleet:
                 self._lost(node, error)
                 for _, group in by_node[node]:
                     groups.remove_group(group)
-        self._note_change(by_node)
+        self.note_change(by_node)
 
     def stop(self) -> None:
         """Ends the node actors. Placement groups stay as they are."""
@@ -377,7 +380,8 @@ class Fleet:
             )
             reserved.append((names[replica.replica_index], assignment))
 
-    def _note_change(self, nodes: Iterable[str]) -> None:
+    def note_change(self, nodes: Iterable[str]) -> None:
+        """Notes that something was taken or given back on these nodes just now; Ray's books will follow."""
         self.changed_at = time.monotonic()
         for node in nodes:
             self._changed[node] = self.changed_at

@@ -570,6 +570,7 @@ class DeploymentPlacementActor:
                 known = {a.placement_group.id.hex() for a in standing.assignments()} if standing else set()
                 if group_id not in known:
                     groups.remove_group(groups.group_from_hex(group_id))
+                    self.fleet.note_change(set(row["bundles_to_node_id"].values()))
 
     def _reload(self) -> None:
         """Reads the ledger, drops what is gone, ends what was cut off, and removes what stands in no record."""
