@@ -49,7 +49,7 @@ class EventLog:
             now = time.time()
             self._last = max(self._last + 1, int(now * 1000))
             log = self._by_name.pop(name, None) or deque(maxlen=KEPT_PER_DEPLOYMENT)
-            log.append(Happening(self._last, now, replica, state, text))
+            log.append(Happening(self._last, now, replica, str(state), text))
             self._by_name[name] = log  # the one that changed last comes last
             if len(self._by_name) > KEPT_DEPLOYMENTS:
                 del self._by_name[next(iter(self._by_name))]

@@ -407,7 +407,7 @@ class DeploymentPlacementActor:
         self._tell_places(new, indices)
         return new
 
-    def _reserve(self, standing: Standing, indices: tuple[int, ...]) -> None:
+    def _reserve(self, standing: Standing, indices: tuple[int, ...], mending: bool = False) -> None:
         """Plans and reserves replicas, all or none, and adds them to ``standing``.
 
         A node may refuse, since the plan is made with books that lag and other users act meanwhile. Then
@@ -416,22 +416,23 @@ class DeploymentPlacementActor:
         for index in indices:
             standing.happen(index, Event.RESERVE)
         try:
-            self._reserve_all(standing, indices)
+            self._reserve_all(standing, indices, mending)
         except BaseException as error:
             for index in indices:
                 standing.happen(index, Event.REFUSED)
-            self._events.add(standing.deployment.name, None, "refused", str(error))
+            if not mending:
+                self._events.add(standing.deployment.name, None, "refused", str(error))
             raise
         for index in indices:
             standing.happen(index, Event.RESERVED)
             standing.reasons.pop(index, None)
 
-    def _reserve_all(self, standing: Standing, indices: tuple[int, ...]) -> None:
+    def _reserve_all(self, standing: Standing, indices: tuple[int, ...], mending: bool) -> None:
         wanted = standing.deployment
         full: dict[str, int] = {}
         where, attempts, reason = "", 0, ""
         for _ in range(MAX_REPLANS):
-            claim = self._patiently(lambda: self._claim(wanted, indices, standing.nodes(), full))
+            claim = self._patiently(lambda: self._claim(wanted, indices, standing.nodes(), full, mending))
             faults.point("service.planned")
             try:
                 reserved, refusals = self.fleet.reserve(claim)
@@ -456,6 +457,7 @@ class DeploymentPlacementActor:
         indices: tuple[int, ...],
         standing: Mapping[str, int],
         full: Mapping[str, int],
+        mending: bool,
     ) -> Claim:
         nodes = live_nodes()
         if wanted.needs.free_memory_bytes:
@@ -467,7 +469,8 @@ class DeploymentPlacementActor:
             if wanted.policy is Policy.FRAGMENTATION:
                 others = [one.deployment for one in self._books.standing.values()]
                 snapshot = snapshot.changed((), mix_of(snapshot, others))
-            outcome = planner.plan(snapshot, request_of(wanted, indices, standing, snapshot))
+            request = request_of(wanted, indices, standing, snapshot, mending)
+            outcome = planner.plan(snapshot, request)
             if isinstance(outcome, Unplaceable):
                 raise outcome
             claim = Claim(wanted, outcome.replicas, outcome.set_size)
@@ -519,7 +522,7 @@ class DeploymentPlacementActor:
             missing = changed.missing()
             for position, index in enumerate(missing):
                 try:
-                    self._reserve(changed, (index,))
+                    self._reserve(changed, (index,), mending=True)
                 except (Unplaceable, ReservationFailed, UnknownNode) as refusal:
                     for pending in missing[position:]:  # the others ask for the same
                         self._note_pending(changed, pending, str(refusal))

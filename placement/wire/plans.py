@@ -133,17 +133,23 @@ def explain_deployments(
 
 
 def request_of(
-    wanted: Deployment, missing: Iterable[int], standing: Mapping[str, int], snapshot: Snapshot
+    wanted: Deployment,
+    missing: Iterable[int],
+    standing: Mapping[str, int],
+    snapshot: Snapshot,
+    mending: bool = False,
 ) -> Request:
     """A deployment's replicas ``missing``, in the planner's terms.
 
     Raises:
-        UnknownNode: its constraints name a node that is not there.
+        UnknownNode: its constraints name a node that is not there; while ``mending``, only such nodes, since a
+            node that it named may be the one that died.
     """
     limits = wanted.constraints or PlacementConstraints()
     for limit in ("gpu_nodes", "egress_nodes", "egress_preference"):
-        for name in getattr(limits, limit) or ():
-            if not snapshot.named([name]):
+        names = getattr(limits, limit) or ()
+        for name in names:
+            if not snapshot.named([name]) and not (mending and snapshot.named(names)):
                 known = tuple(node.name for node in snapshot.nodes)
                 raise UnknownNode(f"constraints.{limit}", name, known)
     return Request(
