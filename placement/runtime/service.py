@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import ray
 
 from placement.core import planner
-from placement.core.lifecycle import Event, State
+from placement.core.lifecycle import Event
 from placement.core.snapshot import NEAR_LABELS, Policy, Snapshot
 from placement.errors import (
     DeploymentConflict,
@@ -30,6 +30,7 @@ from placement.runtime.events import EventLog
 from placement.runtime.fleet import VIEW_LAG_SECONDS, Fleet
 from placement.runtime.keeper import Keeper
 from placement.runtime.node_agent import FRESH_SECONDS
+from placement.runtime.recovery import Recovery
 from placement.runtime.report import status_report, topology_report
 from placement.runtime.results import PlacementResult
 from placement.wire.cluster import ClusterFile, HeldDeployment
@@ -53,7 +54,7 @@ logger = logging.getLogger(__name__)
 DeploymentLike = Deployment | Mapping[str, Any]
 
 
-class DeploymentPlacementActor:
+class DeploymentPlacementActor(Recovery):
     """``ray.get_actor("placement", namespace="placement")``. Every method may be called at any time by anybody.
 
     Args:
@@ -499,126 +500,10 @@ class DeploymentPlacementActor:
             )
             self._events.add(standing.deployment.name, index, standing.states[index], f"on {where}")
 
-    # -- when something died -----------------------------------------------------------------------
-
-    def stranded(self, alive: frozenset[str]) -> list[str]:
-        """The deployments with a replica on a node that is no more."""
-        names = {standing.deployment.name for standing, a in self._books.assignments() if a.node not in alive}
-        return sorted(names)
-
-    def waiting(self) -> list[str]:
-        """The deployments of which replicas are pending."""
-        return [name for name in self._books.names() if self._books.standing[name].missing()]
-
-    def mend(self, name: str) -> None:
-        """Places the replicas of a deployment that have no place, or lost it with a node, as far as there is room."""
-        with self._sole(name):
-            standing = self._books.standing.get(name)
-            if standing is None or standing.releasing:
-                return
-            changed = standing.copy()
-            if self._drop_lost(changed):
-                self._keep(changed)
-            missing = changed.missing()
-            for position, index in enumerate(missing):
-                try:
-                    self._reserve(changed, (index,), mending=True)
-                except (Unplaceable, ReservationFailed, UnknownNode) as refusal:
-                    for pending in missing[position:]:  # the others ask for the same
-                        self._note_pending(changed, pending, str(refusal))
-                    break
-                self._keep(changed)
-                self._tell_places(changed, [index])
-            with self._lock:
-                self._books.standing[name] = changed
-
-    def _drop_lost(self, standing: Standing) -> bool:
-        """Gives back what is left of replicas with a dead node; says whether there were any."""
-        alive = {info.id for info in live_nodes()}
-        self.fleet.forget_all_but(alive)
-        found = False
-        for index, parts in sorted(standing.replicas.items()):
-            dead = sorted({part.node_name for part in parts if part.node not in alive})
-            if not dead:
-                continue
-            found = True
-            rest = [part for part in parts if part.node in alive]
-            if rest:
-                standing.happen(index, Event.PART_LOST)
-            groups.remove_group(parts[0].placement_group)
-            self.fleet.give_back([(standing.orders[index], part) for part in rest])
-            del standing.replicas[index], standing.orders[index]
-            state = standing.happen(index, Event.LOST)
-            reason = f"node {', '.join(dead)} died"
-            standing.reasons[index] = reason
-            self._events.add(standing.deployment.name, index, str(state), reason)
-        return found
-
-    def _note_pending(self, standing: Standing, index: int, reason: str) -> None:
-        if standing.states[index] is not State.PENDING:
-            standing.happen(index, Event.RESERVE)
-            standing.happen(index, Event.REFUSED)
-        if standing.reasons.get(index) != reason:
-            standing.reasons[index] = reason
-            self._events.add(standing.deployment.name, index, State.PENDING, reason)
-
-    def sweep(self) -> None:
-        """Removes groups that carry our token and that no deployment knows of."""
-        for group_id, row in groups.live_groups(lambda name: name.startswith(self._prefix)).items():
-            name = row["name"].removeprefix(self._prefix).partition(":")[0]
-            if name in self._books.unreadable:
-                continue
-            with self._sole(name):  # nothing of it is being reserved at this moment
-                standing = self._books.standing.get(name)
-                known = {a.placement_group.id.hex() for a in standing.assignments()} if standing else set()
-                if group_id not in known:
-                    groups.remove_group(groups.group_from_hex(group_id))
-                    self.fleet.note_change(set(row["bundles_to_node_id"].values()))
-
-    def _reload(self) -> None:
-        """Reads the ledger, drops what is gone, ends what was cut off, and removes what stands in no record."""
-        for record in ledger.records():
-            try:
-                if record.content is not None:
-                    self._books.standing[record.name] = Standing.load(record.content)
-                    continue
-            except Exception:
-                record = replace(record, content=None, problem="its record does not make sense")
-                logger.exception("the record of %r cannot be understood", record.name)
-            logger.error("%r: %s; it is left as it is", record.name, record.problem)
-            self._books.unreadable[record.name] = record
-        self.fleet.meet(live_nodes())
-        self.fleet.settle()
-        live = groups.live_groups(lambda name: name.startswith(self._prefix))
-        for name in self._books.names():
-            standing = self._books.standing[name]
-            self._events.add(name, None, "", "the service has started anew")
-            if standing.releasing:
-                self._ended[name] = self.release(name)
-                continue
-            for index, parts in list(standing.replicas.items()):
-                if parts[0].placement_group.id.hex() not in live:
-                    state = standing.happen(index, Event.LOST)
-                    del standing.replicas[index], standing.orders[index]
-                    standing.reasons[index] = "its placement group is gone"
-                    self._events.add(name, index, str(state), standing.reasons[index])
-        self.sweep()
-
     def _require_readable(self, name: str) -> None:
         record = self._books.unreadable.get(name)
         if record is not None:
             raise UnreadableRecord(name, record.problem, record.newer)
-
-    def _release_unreadable(self, name: str) -> int:
-        """Removes a record that makes no sense, and all groups of that name."""
-        if self._books.unreadable[name].newer:
-            self._require_readable(name)
-        held = groups.live_groups(lambda group: group.startswith(f"{self._prefix}{name}:"))
-        for group_id in held:
-            groups.remove_group(groups.group_from_hex(group_id))
-        ledger.delete(name)
-        del self._books.unreadable[name]
-        return len(held)
 
 
 def _differences(old: Deployment, new: Deployment) -> dict[str, tuple[str, str]]:

@@ -1,0 +1,158 @@
+"""What the service does after something died: places anew what was lost, ends what was cut off, removes the rest."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+from placement.core.lifecycle import Event, State
+from placement.errors import ReservationFailed, UnknownNode, Unplaceable, UnreadableRecord
+from placement.runtime import groups, ledger
+from placement.runtime.books import Books, Standing
+from placement.runtime.discovery import live_nodes
+from placement.runtime.events import EventLog
+from placement.runtime.fleet import Fleet
+
+logger = logging.getLogger(__name__)
+
+
+class Recovery(ABC):
+    """The part of the service that puts things right. Every method may be called again at any time."""
+
+    fleet: Fleet
+    _books: Books
+    _events: EventLog
+    _prefix: str
+    _ended: dict[str, int]
+
+    @abstractmethod
+    def release(self, name: str) -> int:
+        """See the service."""
+
+    @abstractmethod
+    def _sole(self, name: str) -> AbstractContextManager[None]: ...
+
+    @abstractmethod
+    def _reserve(self, standing: Standing, indices: tuple[int, ...], mending: bool = False) -> None: ...
+
+    @abstractmethod
+    def _keep(self, standing: Standing) -> None: ...
+
+    @abstractmethod
+    def _tell_places(self, standing: Standing, indices: list[int]) -> None: ...
+
+    def stranded(self, alive: frozenset[str]) -> list[str]:
+        """The deployments with a replica on a node that is no more."""
+        names = {standing.deployment.name for standing, a in self._books.assignments() if a.node not in alive}
+        return sorted(names)
+
+    def waiting(self) -> list[str]:
+        """The deployments of which replicas are pending."""
+        return [name for name in self._books.names() if self._books.standing[name].missing()]
+
+    def mend(self, name: str) -> None:
+        """Places the replicas of a deployment that have no place, or lost it with a node, as far as there is room."""
+        with self._sole(name):
+            standing = self._books.standing.get(name)
+            if standing is None or standing.releasing:
+                return
+            changed = standing.copy()
+            if self._drop_lost(changed):
+                self._keep(changed)
+            missing = changed.missing()
+            for position, index in enumerate(missing):
+                try:
+                    self._reserve(changed, (index,), mending=True)
+                except (Unplaceable, ReservationFailed, UnknownNode) as refusal:
+                    for pending in missing[position:]:  # the others ask for the same
+                        self._note_pending(changed, pending, str(refusal))
+                    break
+                self._keep(changed)
+                self._tell_places(changed, [index])
+            self._books.standing[name] = changed
+
+    def _drop_lost(self, standing: Standing) -> bool:
+        """Gives back what is left of replicas with a dead node; says whether there were any."""
+        alive = {info.id for info in live_nodes()}
+        self.fleet.forget_all_but(alive)
+        found = False
+        for index, parts in sorted(standing.replicas.items()):
+            dead = sorted({part.node_name for part in parts if part.node not in alive})
+            if not dead:
+                continue
+            found = True
+            rest = [part for part in parts if part.node in alive]
+            if rest:
+                standing.happen(index, Event.PART_LOST)
+            groups.remove_group(parts[0].placement_group)
+            self.fleet.give_back([(standing.orders[index], part) for part in rest])
+            del standing.replicas[index], standing.orders[index]
+            state = standing.happen(index, Event.LOST)
+            reason = f"node {', '.join(dead)} died"
+            standing.reasons[index] = reason
+            self._events.add(standing.deployment.name, index, str(state), reason)
+        return found
+
+    def _note_pending(self, standing: Standing, index: int, reason: str) -> None:
+        if standing.states[index] is not State.PENDING:
+            standing.happen(index, Event.RESERVE)
+            standing.happen(index, Event.REFUSED)
+        if standing.reasons.get(index) != reason:
+            standing.reasons[index] = reason
+            self._events.add(standing.deployment.name, index, State.PENDING, reason)
+
+    def sweep(self) -> None:
+        """Removes groups that carry our token and that no deployment knows of."""
+        for group_id, row in groups.live_groups(lambda name: name.startswith(self._prefix)).items():
+            name = row["name"].removeprefix(self._prefix).partition(":")[0]
+            if name in self._books.unreadable:
+                continue
+            with self._sole(name):  # nothing of it is being reserved at this moment
+                standing = self._books.standing.get(name)
+                known = {a.placement_group.id.hex() for a in standing.assignments()} if standing else set()
+                if group_id not in known:
+                    groups.remove_group(groups.group_from_hex(group_id))
+                    self.fleet.note_change(set(row["bundles_to_node_id"].values()))
+
+    def _reload(self) -> None:
+        """Reads the ledger, drops what is gone, ends what was cut off, and removes what stands in no record."""
+        for record in ledger.records():
+            try:
+                if record.content is not None:
+                    self._books.standing[record.name] = Standing.load(record.content)
+                    continue
+            except Exception:
+                record = replace(record, content=None, problem="its record does not make sense")
+                logger.exception("the record of %r cannot be understood", record.name)
+            logger.error("%r: %s; it is left as it is", record.name, record.problem)
+            self._books.unreadable[record.name] = record
+        self.fleet.meet(live_nodes())
+        self.fleet.settle()
+        live = groups.live_groups(lambda name: name.startswith(self._prefix))
+        for name in self._books.names():
+            standing = self._books.standing[name]
+            self._events.add(name, None, "", "the service has started anew")
+            if standing.releasing:
+                self._ended[name] = self.release(name)
+                continue
+            for index, parts in list(standing.replicas.items()):
+                if parts[0].placement_group.id.hex() not in live:
+                    state = standing.happen(index, Event.LOST)
+                    del standing.replicas[index], standing.orders[index]
+                    standing.reasons[index] = "its placement group is gone"
+                    self._events.add(name, index, str(state), standing.reasons[index])
+        self.sweep()
+
+    def _release_unreadable(self, name: str) -> int:
+        """Removes a record that makes no sense, and all groups of that name."""
+        record = self._books.unreadable[name]
+        if record.newer:
+            raise UnreadableRecord(name, record.problem, newer=True)
+        held = groups.live_groups(lambda group: group.startswith(f"{self._prefix}{name}:"))
+        for group_id in held:
+            groups.remove_group(groups.group_from_hex(group_id))
+        ledger.delete(name)
+        del self._books.unreadable[name]
+        return len(held)
