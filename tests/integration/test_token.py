@@ -1,0 +1,83 @@
+"""Ray's token authentication: the command line works with the token, and says what is wrong without it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import settled
+
+pytestmark = pytest.mark.integration
+
+BIN = Path(sys.executable).parent
+TOKEN = "a3" * 32
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
+    """The address of a head with authentication on, and the environment of those who have the token."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "token").write_text(TOKEN)
+    hidden = ("RAY_ADDRESS", "RAY_AUTH_TOKEN")
+    env = {name: value for name, value in os.environ.items() if name not in hidden} | {
+        "HOME": str(home),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(home / "token"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.2", 0))
+        port = probe.getsockname()[1]
+    labels = "placement/topology=l40s-4x"
+    command = ["start", "--head", "--block", "--node-ip-address=127.0.0.2", f"--port={port}", "--num-gpus=4"]
+    command += [
+        f"--labels={labels}",
+        "--num-cpus=2",
+        "--include-dashboard=false",
+        "--object-store-memory=80000000",
+    ]
+    process = subprocess.Popen(
+        [BIN / "ray", *command], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        assert settled(lambda: not socket.socket().connect_ex(("127.0.0.2", port)), 60)
+        yield f"127.0.0.2:{port}", env
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(120)  # it gives each of its processes time to end
+
+
+def run(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [BIN / "placement", *arguments], env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_up_apply_and_status_work_with_the_token_and_not_without(
+    head: tuple[str, dict[str, str]], tmp_path: Path
+) -> None:
+    address, env = head
+    (tmp_path / "d.toml").write_text('[[deployments]]\nname = "d"\nmodel = "m"\ngpus = 2\n')
+    for arguments, says in (
+        (["up"], "is started: 4 GPUs"),
+        (["apply", str(tmp_path / "d.toml")], "placed"),
+        (["status"], "d"),
+        (["events", "d"], "placed"),
+    ):
+        done = run(env, *arguments, "--address", address)
+        assert (done.returncode, says in done.stdout) == (0, True), (arguments, done.stdout, done.stderr)
+        assert TOKEN not in done.stdout + done.stderr
+    (tmp_path / "wrong").write_text("b4" * 32)
+    for changed in ({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "wrong")}, {"RAY_AUTH_MODE": "disabled"}):
+        done = run({**env, **changed}, "status", "--address", address)
+        assert done.returncode == 3, (changed, done.stdout, done.stderr)
+        assert f"error: no Ray cluster at {address}" in done.stderr
+    done = run(env, "down", "--address", address)
+    assert (done.returncode, "released d" in done.stdout) == (0, True), done.stderr
