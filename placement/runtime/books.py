@@ -43,6 +43,14 @@ class Standing:
     reasons: dict[int, str] = field(default_factory=dict)
     releasing: bool = False
 
+    @classmethod
+    def pending(cls, deployment: Deployment, reason: str) -> Standing:
+        """A deployment of which nothing is placed."""
+        indices = range(deployment.replicas)
+        return cls(
+            deployment, states=dict.fromkeys(indices, State.PENDING), reasons=dict.fromkeys(indices, reason)
+        )
+
     def copy(self, deployment: Deployment | None = None) -> Standing:
         """The same, to be changed on its own; with another declaration, if one is given."""
         return Standing(

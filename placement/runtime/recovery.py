@@ -55,23 +55,26 @@ class Recovery(ABC):
     def mend(self, name: str) -> None:
         """Places the replicas of a deployment that have no place, or lost it with a node, as far as there is room."""
         with self._sole(name):
-            standing = self._books.standing.get(name)
-            if standing is None or standing.releasing:
-                return
-            changed = standing.copy()
-            if self._drop_lost(changed):
-                self._keep(changed)
-            missing = changed.missing()
-            for position, index in enumerate(missing):
-                try:
-                    self._reserve(changed, (index,), mending=True)
-                except (Unplaceable, ReservationFailed, UnknownNode) as refusal:
-                    for pending in missing[position:]:  # the others ask for the same
-                        self._note_pending(changed, pending, str(refusal))
-                    break
-                self._keep(changed)
-                self._tell_places(changed, [index])
-            self._books.standing[name] = changed
+            self._mend(name)
+
+    def _mend(self, name: str) -> None:
+        standing = self._books.standing.get(name)
+        if standing is None or standing.releasing:
+            return
+        changed = standing.copy()
+        if self._drop_lost(changed):
+            self._keep(changed)
+        missing = changed.missing()
+        for position, index in enumerate(missing):
+            try:
+                self._reserve(changed, (index,), mending=True)
+            except (Unplaceable, ReservationFailed, UnknownNode) as refusal:
+                for pending in missing[position:]:  # the others ask for the same
+                    self._note_pending(changed, pending, str(refusal))
+                break
+            self._keep(changed)
+            self._tell_places(changed, [index])
+        self._books.standing[name] = changed
 
     def _drop_lost(self, standing: Standing) -> bool:
         """Gives back what is left of replicas with a dead node; says whether there were any."""
@@ -143,6 +146,8 @@ class Recovery(ABC):
                     del standing.replicas[index], standing.orders[index]
                     standing.reasons[index] = "its placement group is gone"
                     self._events.add(name, index, str(state), standing.reasons[index])
+            if standing.missing():
+                self._keep(standing)
         self.sweep()
 
     def _release_unreadable(self, name: str) -> int:

@@ -395,13 +395,13 @@ class DeploymentPlacementActor(Recovery):
                 outcome = planner.plan(snapshot, request_of(wanted, range(wanted.replicas), {}, snapshot))
             if isinstance(outcome, Unplaceable):
                 raise refusal from None
-            before = tuple(old.replicas)
             self._give_back(old, list(old.states))
             self._keep(old)
             try:
                 return self._add(Standing(wanted), indices)
-            except Exception:
-                self._add(Standing(old.deployment), before)
+            except Exception:  # what stood stands again, or as soon as there is room for it
+                self._keep(Standing.pending(old.deployment, str(refusal)))
+                self._mend(wanted.name)
                 raise
         self._keep(new)  # first: what a record tells of is never given back
         self._give_back(old, list(old.states))
