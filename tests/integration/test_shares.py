@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -84,16 +86,26 @@ def test_the_policy_fragmentation_steers_to_the_gpu_that_others_miss_least(servi
         ray.get(service.release.remote(name))
 
 
-def test_quarters_while_another_user_takes_and_frees_gpus(service: Any) -> None:
+@contextmanager
+def churn(node: str) -> Iterator[None]:
+    """Another Ray user takes a GPU on a node and frees it, over and over."""
     stop = threading.Event()
 
-    def churn() -> None:
+    def come_and_go() -> None:
         while not stop.is_set():
-            another_user("pcie").leave()
+            another_user(node).leave()
 
-    thread = threading.Thread(target=churn)
+    thread = threading.Thread(target=come_and_go)
     thread.start()
     try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_quarters_while_another_user_takes_and_frees_gpus(service: Any) -> None:
+    with churn("pcie"):
         held: dict[tuple[str, int], float] = {}
         for step in range(6):
             for assignment in place(service, f"q{step}", PCIE, gpus=0.25):
@@ -102,9 +114,6 @@ def test_quarters_while_another_user_takes_and_frees_gpus(service: Any) -> None:
         assert max(held.values()) <= 1
         status = ray.get(service.status.remote())
         assert {d["state"] for d in status["deployments"]} == {"placed"}
-    finally:
-        stop.set()
-        thread.join()
 
 
 def test_memory_is_another_way_to_ask(service: Any) -> None:
@@ -120,6 +129,15 @@ def test_a_spread_over_three_zones_with_a_maximum_of_one(service: Any) -> None:
     assert sorted(a.node_name for a in replicas) == ["l40s", "pcie", "t4"]
     with pytest.raises(placement.Unplaceable, match="every zone with room has 1 replicas already"):
         ray.get(service.place.remote({"name": "too-many", "model": "m", "gpus": 1, "replicas": 4}, limits))
+
+
+def test_a_spread_while_another_user_takes_and_frees_gpus_in_one_of_the_zones(service: Any) -> None:
+    limits = {"spread": {"label": "zone", "max": 1}}
+    with churn("t4"):
+        for turn in range(3):
+            replicas = place(service, f"apart{turn}", limits, gpus=2, replicas=3)
+            assert sorted(a.node_name for a in replicas) == ["l40s", "pcie", "t4"]
+            ray.get(service.release.remote(f"apart{turn}"))
 
 
 @pytest.mark.parametrize(
