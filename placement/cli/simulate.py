@@ -52,7 +52,7 @@ def run(
         for turn, policy in enumerate(asked):
             before = turn * len(arriving)
             reports[policy or "as declared"] = simulate(
-                cluster_of(cluster),
+                snapshot,
                 with_policy(arriving, policy),
                 progress=lambda done, before=before: advance(before + done),  # type: ignore[misc]
             )
@@ -97,9 +97,7 @@ def cluster_of(text: str) -> Snapshot:
 
 def _machines(name: str, count: int) -> Iterator[Node]:
     topology, facts = topologies.load(name), topologies.facts(name)
-    gpus = len(topology)
-    slots = {gpu.ordinal: gpu.instance for gpu in facts.gpus if gpu.instance is not None}
-    sizes = [gpu.memory_total_bytes for gpu in facts.gpus if gpu.ordinal not in slots]
+    gpus, slots = len(topology), facts.slots
     for i in range(count):
         yield Node(
             f"{name}-{i:05}",
@@ -108,13 +106,11 @@ def _machines(name: str, count: int) -> Iterator[Node]:
             free=frozenset(range(gpus)) - slots.keys(),
             slots=slots,
             instances=slots,
-            gpu_memory_bytes=min((size for size in sizes if size), default=None) if all(sizes) else None,
+            gpu_memory_bytes=facts.gpu_memory_bytes,
             cpu_milli=gpus * CPUS_PER_GPU * 1000,
             memory_bytes=gpus * MEMORY_GIB_PER_GPU * GIB,
             accelerators=frozenset((topology.model or "").split()),
-            compute_capability=min(
-                (gpu.compute_capability for gpu in facts.gpus if gpu.compute_capability), default=None
-            ),
+            compute_capability=facts.compute_capability,
         )
 
 

@@ -187,7 +187,12 @@ def describe(needs: Needs) -> str:
 
 def limits(request: Request) -> list[tuple[str, Objection]]:
     """The questions about what a node is, as far as the request asks: (stage, objection)."""
-    asked = _lasting_limits(Kind.of(request))
+    return _lasting_limits(Kind.of(request)) + _passing_limits(request)
+
+
+def _passing_limits(request: Request) -> list[tuple[str, Objection]]:
+    """Those that depend on where others are, and the spread."""
+    asked: list[tuple[str, Objection]] = []
     for other in request.apart_from:
         asked.append((f"apart from {other}", _shared_with(other)))
     for other in request.near_to:
@@ -241,14 +246,7 @@ def short_of(request: Request) -> Objection | None:
 
 def eligible(snapshot: Snapshot, request: Request) -> Bits:
     """The nodes that nothing but a lack of room excludes."""
-    kind = Kind.of(request)
-    allowed = open_to(snapshot, kind)
-    objections = [objection for _, objection in limits(request)[len(_lasting_limits(kind)) :]]
-    if objections:
-        allowed &= snapshot.select(
-            node for node in snapshot.nodes if not any(objection(node) for objection in objections)
-        )
-    return allowed
+    return open_to(snapshot, Kind.of(request)) & _unobjected(snapshot, _passing_limits(request))
 
 
 def open_to(snapshot: Snapshot, kind: Kind) -> Bits:
@@ -258,13 +256,17 @@ def open_to(snapshot: Snapshot, kind: Kind) -> Bits:
         allowed = (
             snapshot.usable if kind.gpu_nodes is None else snapshot.usable & snapshot.named(kind.gpu_nodes)
         )
-        objections = [objection for _, objection in _lasting_limits(kind)]
-        if objections:
-            allowed &= snapshot.select(
-                node for node in snapshot.nodes if not any(objection(node) for objection in objections)
-            )
-        snapshot.open_to[limited] = allowed
+        snapshot.open_to[limited] = allowed & _unobjected(snapshot, _lasting_limits(kind))
     return snapshot.open_to[limited]
+
+
+def _unobjected(snapshot: Snapshot, asked: list[tuple[str, Objection]]) -> Bits:
+    """The nodes to which nothing is objected; where nothing is asked, all that are usable."""
+    if not asked:
+        return snapshot.usable
+    return snapshot.select(
+        node for node in snapshot.nodes if not any(objection(node) for _, objection in asked)
+    )
 
 
 def roomy(snapshot: Snapshot, request: Request) -> Bits:

@@ -50,12 +50,12 @@ class Mix:
     def __init__(self, kinds: Mapping[Kind, Asked] | None = None) -> None:
         self.kinds: Mapping[Kind, Asked] = kinds or {}
 
-    def plus(self, request: Request, replicas: int | None = None) -> Mix:
-        """The mix with a request more: all its replicas, unless a number is given."""
+    def plus(self, request: Request) -> Mix:
+        """The mix with a request more."""
         if request.provider is not None or not request.needs.gpus:
             return self
         kind = Kind.of(request)
         sets, cpu, memory = self.kinds.get(kind, (0, 0, 0))
-        more = (len(request.replicas) if replicas is None else replicas) * request.stages * request.parts
+        more = len(request.replicas) * request.stages * request.parts
         asked = Asked(sets + more, cpu + more * request.cpu_milli, memory + more * request.memory_bytes)
         return Mix({**self.kinds, kind: asked})

@@ -252,9 +252,9 @@ class Room:
         if not kind.needs.memory_bytes:
             return kind.needs.share
         may = open_to(self._snapshot, kind)
-        sizes = {node.gpu_memory_bytes for i, node in enumerate(self._nodes) if may >> i & 1}
-        shares = map(kind.needs.share_of, sizes)
-        return min((share for share in shares if share is not None), default=WHOLE)
+        return kind.needs.least_share(
+            {node.gpu_memory_bytes for i, node in enumerate(self._nodes) if may >> i & 1}
+        )
 
 
 def ways(node: Node, needs: Needs) -> Sequence[Take]:
@@ -265,9 +265,8 @@ def ways(node: Node, needs: Needs) -> Sequence[Take]:
         taken = None if offer is None else node.take(needs)
         return [] if taken is None else [taken]
     found: dict[int, Take] = {}
-    for rest, gpu in sorted((rest, gpu) for gpu, rest in node.rests.items()):
-        if rest >= share and node.free_memory.get(gpu, 0) >= needs.free_memory_bytes:
-            found.setdefault(rest, Take((gpu,), share, rest - share))
+    for rest, gpu in sorted(node.shared_with_room(needs, share)):
+        found.setdefault(rest, Take((gpu,), share, rest - share))
     whole = node.shape.best(node.free_mask(needs), 1)
     if whole is not None:
         found[WHOLE] = Take(whole, share, WHOLE - share)
@@ -283,11 +282,7 @@ def copies(node: Node, needs: Needs) -> int:
         return 0
     mask = node.free_mask(needs)
     if share < WHOLE:
-        fitting = sum(
-            rest // share
-            for gpu, rest in node.rests.items()
-            if node.free_memory.get(gpu, 0) >= needs.free_memory_bytes
-        )
+        fitting = sum(rest // share for rest, _ in node.shared_with_room(needs, share))
         return fitting + mask.bit_count() * (WHOLE // share)
     return len(node.shape.packed(mask, needs)) if needs.floor else mask.bit_count() // needs.gpus
 

@@ -13,7 +13,7 @@ spare, so that taking a pick out of another is one subtraction.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache, lru_cache
@@ -131,6 +131,11 @@ class Needs(NamedTuple):
         if not gpu_memory_bytes or self.memory_bytes > gpu_memory_bytes:
             return None
         return -(-self.memory_bytes * WHOLE // gpu_memory_bytes)
+
+    def least_share(self, gpu_memory_bytes: Iterable[int | None]) -> int:
+        """Thousandths of the largest GPU among these sizes; a whole one if none will do."""
+        shares = map(self.share_of, gpu_memory_bytes)
+        return min((share for share in shares if share is not None), default=WHOLE)
 
 
 NO_GPUS = Needs(0)

@@ -216,8 +216,7 @@ def gpus_asked(snapshot: Snapshot, request: Request) -> float:
         return 0.0
     share = needs.share
     if needs.memory_bytes:
-        sizes = {node.gpu_memory_bytes for node in snapshot.nodes}
-        share = min((found for size in sizes if (found := needs.share_of(size))), default=WHOLE)
+        share = needs.least_share({node.gpu_memory_bytes for node in snapshot.nodes})
     return len(request.replicas) * request.stages * request.parts * needs.gpus * share / WHOLE
 
 

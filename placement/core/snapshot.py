@@ -125,6 +125,14 @@ class Node:
             return self.mask
         return sum(1 << gpu for gpu in self.free if self.free_memory.get(gpu, 0) >= needs.free_memory_bytes)
 
+    def shared_with_room(self, needs: Needs, share: int) -> list[tuple[int, int]]:
+        """The GPUs that are shared already and have so many thousandths left, as (thousandths left, GPU)."""
+        return [
+            (rest, gpu)
+            for gpu, rest in self.rests.items()
+            if rest >= share and self.free_memory.get(gpu, 0) >= needs.free_memory_bytes
+        ]
+
     def take(self, needs: Needs, crowded: Collection[int] = ()) -> Take | None:
         """The best GPUs that are free for a replica; ``None`` if there are none (floors on bandwidth aside).
 
@@ -142,11 +150,7 @@ class Node:
         if share is None:
             return None
         if share < WHOLE:
-            fitting = [
-                (rest, gpu in crowded, gpu)
-                for gpu, rest in self.rests.items()
-                if rest >= share and self.free_memory.get(gpu, 0) >= needs.free_memory_bytes
-            ]
+            fitting = [(rest, gpu in crowded, gpu) for rest, gpu in self.shared_with_room(needs, share)]
             if fitting:
                 rest, _, gpu = min(fitting)
                 return Take((gpu,), share, rest - share)

@@ -70,7 +70,7 @@ class EventLog:
         end = time.monotonic() + timeout_seconds
         with self._changed:
             while True:
-                found = [one for one in self._by_name.get(name, ()) if one.number > number]
+                found = self.since(name, number)
                 left = end - time.monotonic()
                 if found or left <= 0:
                     return found

@@ -109,21 +109,17 @@ def machine_of(facts: NodeFacts | None, gpu_count: int) -> Machine:
     """What is known of a node's GPUs; nothing at all without facts."""
     if facts is None or not facts.gpus:
         return Machine(Topology.unknown(gpu_count))
-    instances = {gpu.ordinal: gpu.instance for gpu in facts.gpus if gpu.instance is not None}
-    totals = [gpu.memory_total_bytes for gpu in facts.gpus if gpu.ordinal not in instances]
     return Machine(
         topology=facts.topology(),
         lost=facts.lost(),
-        instances=instances,
-        gpu_memory_bytes=min((total for total in totals if total), default=None) if all(totals) else None,
+        instances=facts.slots,
+        gpu_memory_bytes=facts.gpu_memory_bytes,
         free_memory={
             gpu.ordinal: gpu.memory_total_bytes - gpu.memory_used_bytes
             for gpu in facts.gpus
             if gpu.memory_total_bytes is not None and gpu.memory_used_bytes is not None
         },
-        capability=min(
-            (gpu.compute_capability for gpu in facts.gpus if gpu.compute_capability), default=None
-        ),
+        capability=facts.compute_capability,
     )
 
 

@@ -111,6 +111,22 @@ class NodeFacts(Model):
         """Ordinals of the GPUs that the driver lists but cannot reach. Nothing is placed on them."""
         return frozenset(gpu.ordinal for gpu in self.gpus if gpu.lost)
 
+    @property
+    def slots(self) -> dict[int, str]:
+        """Slot that is a MIG instance -> its profile."""
+        return {gpu.ordinal: gpu.instance for gpu in self.gpus if gpu.instance is not None}
+
+    @property
+    def gpu_memory_bytes(self) -> int | None:
+        """Memory of one whole GPU, the smallest if they differ; ``None`` if that of any is unknown."""
+        totals = [gpu.memory_total_bytes for gpu in self.gpus if gpu.instance is None]
+        return min((total for total in totals if total), default=None) if all(totals) else None
+
+    @property
+    def compute_capability(self) -> tuple[int, int] | None:
+        """The lowest of the GPUs; ``None`` if unknown."""
+        return min((gpu.compute_capability for gpu in self.gpus if gpu.compute_capability), default=None)
+
     def topology(self) -> Topology:
         """The reading as a :class:`~placement.core.topology.Topology`."""
         count = len(self.gpus)
