@@ -138,12 +138,23 @@ def demo(as_json: bool) -> None:
     metavar="LABELS",
     help="Node labels that make nodes near each other, widest first: zone,block,rack.",
 )
+@click.option(
+    "--idle-seconds",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0),
+    help="A node that has held nothing for so long has its node actor ended, so that an autoscaler can remove it: "
+    "60 unless told; inf keeps it, and the next placement there quick.",
+)
 @_json
-def up(address: str | None, near: str | None, as_json: bool) -> None:
+def up(address: str | None, near: str | None, idle_seconds: float | None, as_json: bool) -> None:
     """Starts the service, or finds it running. It stays when this command ends."""
     from placement.runtime import bootstrap, client
 
-    labels = [[label.strip() for label in near.split(",") if label.strip()]] if near else []
+    options: dict[str, Any] = {}
+    if near:
+        options["near"] = [label.strip() for label in near.split(",") if label.strip()]
+    if idle_seconds is not None:
+        options["idle_seconds"] = idle_seconds
     with client.cluster(address):
         try:
             bootstrap.connect()
@@ -153,7 +164,7 @@ def up(address: str | None, near: str | None, as_json: bool) -> None:
             if not as_json:
                 _note("starting the placement service ...")
         # Also where it was found: it may be restarting, and this waits until it answers.
-        status = _ask(bootstrap.start(*labels).status.remote())
+        status = _ask(bootstrap.start(**options).status.remote())
     if as_json:
         _dump(status)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -18,6 +19,9 @@ TOPOLOGY_LABEL = "placement/topology"
 """A node with this label has the topology of that catalogue entry (a simulated node)."""
 
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
+
+VIEW_SECONDS = 1.0
+"""Reading all nodes takes about 0.1 ms for each, which a plan need not pay every time."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,24 @@ class NodeInfo:
         if gpus != self.gpu_count:
             return f"{where}: {self.topology_name} has {gpus} GPUs, the node {self.gpu_count}; correct one of them"
         return None
+
+
+class NodeView:
+    """The nodes that are alive, read anew at most once a second; for those who will find out if one is gone."""
+
+    def __init__(self) -> None:
+        self._read: tuple[float, list[NodeInfo]] = (float("-inf"), [])
+
+    def now(self) -> list[NodeInfo]:
+        """As they are now."""
+        at, nodes = time.monotonic(), live_nodes()
+        self._read = (at, nodes)
+        return nodes
+
+    def lately(self) -> list[NodeInfo]:
+        """As they were less than a second ago."""
+        at, nodes = self._read
+        return nodes if time.monotonic() - at < VIEW_SECONDS else self.now()
 
 
 def live_node_ids() -> frozenset[str]:

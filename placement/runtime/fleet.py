@@ -18,7 +18,7 @@ from placement.core.score import WHOLE
 from placement.core.snapshot import Policy
 from placement.runtime import faults, groups
 from placement.runtime.books import Claim
-from placement.runtime.discovery import NodeInfo, live_nodes
+from placement.runtime.discovery import NodeInfo
 from placement.runtime.node_agent import Part, Reply
 from placement.runtime.reservation import Holding, Machine, Order, Refused, machine_of
 from placement.runtime.results import NodeAssignment
@@ -27,7 +27,8 @@ from placement.wire.facts import NodeFacts
 
 FACTS_DEADLINE_SECONDS = 45.0
 """A first NVML reading takes 30 s on an 8-GPU machine without persistence mode (Azure/aks-gpu#105)."""
-RESERVE_DEADLINE_SECONDS = 180.0
+RESERVE_DEADLINE_SECONDS = 60.0
+"""Some ten times what a node actor's bounded attempts take at worst; one that hangs is done without."""
 SETTLE_DEADLINE_SECONDS = 20.0
 """A reservation that was under way when the service died ends within its node actor's bounded attempts."""
 GANG_DEADLINE_SECONDS = 0.3
@@ -80,7 +81,9 @@ class Fleet:
         self.changed_at = float("-inf")
         self._changed: dict[str, float] = {}
         self._turns: dict[str, threading.Lock] = {}
-        self.agent_died = False
+        self._used: dict[str, float] = {}
+        self._late: list[Any] = []
+        self._in_doubt = False
 
     def settling(self) -> frozenset[str]:
         """Nodes of which Ray's books may not yet show our own last change; what we know of them is newer."""
@@ -105,7 +108,7 @@ class Fleet:
             except ray.exceptions.RayError as error:
                 problem = f"the node actor does not answer: {type(error).__name__}"
                 facts = NodeFacts(source="none", problem=problem)
-                self._lost(node_id, error)
+                self._lost(node_id, error, reference)
             with self._lock:
                 if facts.gpus or node_id not in self.facts:
                     self.facts[node_id] = facts
@@ -120,7 +123,45 @@ class Fleet:
             agent.cancel.remote()  # what was prepared for a group that nobody will make
             told.append(agent.adopt.remote(self._holdings(node_id)))
         if told:
-            ray.wait(told, num_returns=len(told), timeout=SETTLE_DEADLINE_SECONDS)
+            _, late = ray.wait(told, num_returns=len(told), timeout=SETTLE_DEADLINE_SECONDS)
+            with self._lock:
+                self._late += late
+
+    def in_doubt(self) -> bool:
+        """Whether, since the last call, groups may have been left over that nobody knows of.
+
+        That is so when a node actor has died, and when one that did not answer in time is done at last.
+        """
+        with self._lock:
+            if self._late:
+                done, self._late = ray.wait(self._late, num_returns=len(self._late), timeout=0)
+                self._in_doubt |= bool(done)
+            doubt, self._in_doubt = self._in_doubt, False
+            return doubt
+
+    def idle(self, seconds: float) -> list[str]:
+        """Nodes of which the actor has had nothing to do for so long."""
+        now = time.monotonic()
+        with self._lock:
+            return [node for node in self._agents if now - self._used[node] > seconds]
+
+    def rest(self, node_id: str, seconds: float) -> None:
+        """Ends a node's actor, unless it has something to do by now; what its GPUs are stays known.
+
+        To Ray's autoscaler a node with an actor on it is busy, and stays.
+        """
+        with self._lock:
+            turn = self._turns.setdefault(node_id, threading.Lock())
+        if not turn.acquire(blocking=False):
+            return
+        try:
+            with self._lock:
+                if node_id not in self._agents or time.monotonic() - self._used[node_id] <= seconds:
+                    return
+                agent = self._agents.pop(node_id)
+            ray.kill(agent)
+        finally:
+            turn.release()
 
     def forget_all_but(self, alive: Collection[str]) -> None:
         """Forgets the actors of nodes that are no more."""
@@ -137,9 +178,14 @@ class Fleet:
             known = self._machines[info.id] = machine_of(self.facts.get(info.id), info.gpu_count)
         return known
 
-    def reserve(self, claim: Claim) -> tuple[list[Reserved], list[Refusal]]:
-        """Reserves a claim on all its nodes side by side; what some refuse, others may have reserved."""
-        nodes = {info.id: info for info in live_nodes()}
+    def reserve(self, claim: Claim, known: Iterable[NodeInfo]) -> tuple[list[Reserved], list[Refusal]]:
+        """Reserves a claim on all its nodes side by side; what some refuse, others may have reserved.
+
+        Args:
+            claim: what was planned.
+            known: the nodes that it was planned with.
+        """
+        nodes = {info.id: info for info in known}
         by_node: dict[str, list[PlannedReplica]] = {}
         for replica in claim.replicas:
             by_node.setdefault(replica.node_id, []).append(replica)
@@ -149,9 +195,7 @@ class Fleet:
             for replica in claim.replicas
         }
         reserved: list[Reserved] = []
-        refusals = [
-            Refusal(node_id, node_id[:12], 1, "the node died") for node_id in by_node if node_id not in nodes
-        ]
+        refusals: list[Refusal] = []
         gangs = _gangs(claim.replicas)
         if gangs:
             for index, parts in gangs.items():
@@ -160,28 +204,28 @@ class Fleet:
                 self._reserve_gang(nodes, claim, names[index], parts, reserved, refusals)
             self.note_change(by_node)
             return reserved, refusals
-        alive = {node_id: replicas for node_id, replicas in by_node.items() if node_id in nodes}
         if claim.deployment.remote:
-            for node_id, replicas in alive.items():
+            for node_id, replicas in by_node.items():
                 self._reserve_egress(nodes[node_id], claim, replicas, names, reserved, refusals)
         else:
-            with self._sole(alive):
+            with self._sole(by_node):
                 calls = {
                     node_id: self._agent(nodes[node_id]).reserve.remote(
                         [_order(names[r.replica_index], claim.deployment, planned=r) for r in replicas]
                     )
-                    for node_id, replicas in alive.items()
+                    for node_id, replicas in by_node.items()
                 }
                 faults.point("service.ordered")
                 for node_id, reference in calls.items():
-                    self._collect(nodes[node_id], reference, alive[node_id], reserved, refusals)
+                    self._collect(nodes[node_id], reference, by_node[node_id], reserved, refusals)
         self.note_change(by_node)
         return reserved, refusals
 
-    def give_back(self, reserved: Iterable[Reserved]) -> None:
+    def give_back(self, reserved: Sequence[Reserved]) -> None:
         """Removes groups, by their nodes' actors so that no steering is disturbed, and ends the workers in them."""
         with self._lock:
             agents = dict(self._agents)
+            self._used |= dict.fromkeys(agents.keys() & {a.node for _, a in reserved}, time.monotonic())
         by_node: dict[str, list[tuple[str, Any]]] = {}
         for order, assignment in reserved:
             if assignment.gpus and assignment.node in agents:
@@ -193,7 +237,7 @@ class Fleet:
             try:
                 ray.get(reference, timeout=RESERVE_DEADLINE_SECONDS)
             except ray.exceptions.RayError as error:
-                self._lost(node, error)
+                self._lost(node, error, reference)
                 for _, group in by_node[node]:
                     groups.remove_group(group)
         self.note_change(by_node)
@@ -216,8 +260,9 @@ class Fleet:
         try:
             reply: Reply = ray.get(reference, timeout=RESERVE_DEADLINE_SECONDS)
         except ray.exceptions.RayError as error:
-            self._lost(info.id, error)
-            refusals.append(Refusal(info.id, info.name, 1, f"its node actor failed: {type(error).__name__}"))
+            late = self._lost(info.id, error, reference)
+            reason = f"its node actor failed: {type(error).__name__}"
+            refusals.append(Refusal(info.id, info.name, 1, reason, full=late, room=0))
             return
         self.foreign[info.id] = frozenset(reply.foreign_gpus)
         if reply.refused is not None:
@@ -328,8 +373,8 @@ class Fleet:
         try:
             return ray.get(reference, timeout=RESERVE_DEADLINE_SECONDS)
         except ray.exceptions.RayError as error:
-            self._lost(info.id, error)
-            return Refused(f"its node actor failed: {type(error).__name__}", 1, False)
+            late = self._lost(info.id, error, reference)
+            return Refused(f"its node actor failed: {type(error).__name__}", 1, full=late)
 
     @contextlib.contextmanager
     def _sole(self, node_ids: Iterable[str]) -> Iterator[None]:
@@ -388,19 +433,30 @@ class Fleet:
 
     def _agent(self, info: NodeInfo) -> Any:
         with self._lock:
+            self._used[info.id] = time.monotonic()
             agent = self._agents.get(info.id)
             if agent is None:
                 agent = self._agents[info.id] = self._make_agent(info)
                 agent.adopt.remote(self._holdings(info.id))
             return agent
 
-    def _lost(self, node_id: str, error: Exception) -> None:
-        """Forgets an actor that failed, to make it anew, unless the failure was an error that it raised itself."""
+    def _lost(self, node_id: str, error: Exception, call: Any) -> bool:
+        """Forgets an actor that failed, to make it anew, unless the failure was an error that it raised itself.
+
+        Returns:
+            Whether it did not answer in time. It may still do what it was asked to.
+        """
         logger.error("the node actor of %s failed: %s", node_id, error)
-        if not isinstance(error, ray.exceptions.RayTaskError):
-            with self._lock:
-                self._agents.pop(node_id, None)
-            self.agent_died = True
+        if isinstance(error, ray.exceptions.RayTaskError):
+            return False
+        late = isinstance(error, ray.exceptions.GetTimeoutError)
+        with self._lock:
+            self._agents.pop(node_id, None)
+            if late:
+                self._late.append(call)
+            else:
+                self._in_doubt = True
+        return late
 
 
 def _gangs(replicas: Iterable[PlannedReplica]) -> dict[int, list[PlannedReplica]]:

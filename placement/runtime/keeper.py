@@ -47,8 +47,7 @@ class Keeper:
         service.draining = draining_nodes()
         for name in service.stranded(alive):
             service.mend(name)
-        if service.fleet.agent_died:
-            service.fleet.agent_died = False
+        if service.fleet.in_doubt():
             service.sweep()
         waiting = service.waiting()
         now = alive, service.draining, service.fleet.changed_at
@@ -57,3 +56,4 @@ class Keeper:
                 service.mend(name)
             self._tried_with = alive, service.draining, service.fleet.changed_at
             self._tried_at = time.monotonic()
+        service.rest()

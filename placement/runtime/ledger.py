@@ -1,7 +1,8 @@
 """What was asked for, durable in Ray's GCS key-value store. The rest is rebuilt from what lives.
 
 One record for each deployment: its declaration, and for each replica the name and id of its group and
-what it holds. No secret is in it: a declaration holds references to API keys only.
+what it holds. No secret is in it: a declaration holds references to API keys only. And for a while one
+note for each deployment that was released, for a caller whose answer was lost with the service.
 
 Version 1 had no ``releasing``. A record that this version cannot read is left byte for byte as it is.
 """
@@ -19,6 +20,7 @@ from ray.experimental import internal_kv
 VERSION = 2
 _NAMESPACE = b"placement"
 _RECORD = "deployment/"
+_ENDED = "ended/"
 _TOKEN = b"token"
 
 
@@ -63,12 +65,35 @@ def delete(name: str) -> None:
     internal_kv._internal_kv_del((_RECORD + name).encode(), namespace=_NAMESPACE)
 
 
+def note_ended(name: str, replicas: int) -> None:
+    """Notes that so many replicas of a deployment were given back, until :func:`forget_ended`."""
+    internal_kv._internal_kv_put(
+        (_ENDED + name).encode(), str(replicas).encode(), overwrite=True, namespace=_NAMESPACE
+    )
+
+
+def forget_ended(name: str) -> None:
+    """Removes that note."""
+    internal_kv._internal_kv_del((_ENDED + name).encode(), namespace=_NAMESPACE)
+
+
+def ended() -> dict[str, int]:
+    """Deployment -> replicas that were given back, of all that are noted."""
+    return {name: int(value) for name, value in _all(_ENDED).items() if value.isdigit()}
+
+
 def records() -> Iterator[Record]:
     """All records, ordered by name; also those that cannot be read."""
-    for key in sorted(internal_kv._internal_kv_list(_RECORD.encode(), namespace=_NAMESPACE)):
-        value = internal_kv._internal_kv_get(key, namespace=_NAMESPACE)
-        if value is not None:
-            yield read(key.decode(errors="replace").removeprefix(_RECORD), value)
+    for name, value in sorted(_all(_RECORD).items()):
+        yield read(name, value)
+
+
+def _all(prefix: str) -> dict[str, bytes]:
+    """What follows the prefix in a key -> value. Two calls, however many there are."""
+    keys = internal_kv._internal_kv_list(prefix.encode(), namespace=_NAMESPACE)
+    store = internal_kv.internal_kv_get_gcs_client()
+    values = store.internal_kv_multi_get(keys, namespace=_NAMESPACE) if keys else {}
+    return {key.decode(errors="replace").removeprefix(prefix): value for key, value in values.items()}
 
 
 def read(name: str, value: bytes) -> Record:

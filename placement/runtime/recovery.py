@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -11,9 +13,12 @@ from placement.core.lifecycle import Event, State
 from placement.errors import ReservationFailed, UnknownNode, Unplaceable, UnreadableRecord
 from placement.runtime import groups, ledger
 from placement.runtime.books import Books, Standing
-from placement.runtime.discovery import live_nodes
+from placement.runtime.discovery import NodeView
 from placement.runtime.events import EventLog
 from placement.runtime.fleet import Fleet
+
+ENDED_SECONDS = 60.0
+"""How long it is remembered what a release gave back; Ray sends a call again within seconds of a restart."""
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +30,10 @@ class Recovery(ABC):
     _books: Books
     _events: EventLog
     _prefix: str
+    _nodes: NodeView
+    _idle_seconds: float
     _ended: dict[str, int]
+    _ended_at: dict[str, float]
 
     @abstractmethod
     def release(self, name: str) -> int:
@@ -39,6 +47,9 @@ class Recovery(ABC):
 
     @abstractmethod
     def _keep(self, standing: Standing) -> None: ...
+
+    @abstractmethod
+    def _give_back(self, standing: Standing, indices: Iterable[int]) -> None: ...
 
     @abstractmethod
     def _tell_places(self, standing: Standing, indices: list[int]) -> None: ...
@@ -78,7 +89,7 @@ class Recovery(ABC):
 
     def _drop_lost(self, standing: Standing) -> bool:
         """Gives back what is left of replicas with a dead node; says whether there were any."""
-        alive = {info.id for info in live_nodes()}
+        alive = {info.id for info in self._nodes.now()}
         self.fleet.forget_all_but(alive)
         found = False
         for index, parts in sorted(standing.replicas.items()):
@@ -108,8 +119,14 @@ class Recovery(ABC):
 
     def sweep(self) -> None:
         """Removes groups that carry our token and that no deployment knows of."""
-        for group_id, row in groups.live_groups(lambda name: name.startswith(self._prefix)).items():
-            name = row["name"].removeprefix(self._prefix).partition(":")[0]
+        self._sweep(self._live_groups())
+
+    def _live_groups(self) -> dict[str, groups.LiveGroup]:
+        return groups.live_groups(lambda name: name.startswith(self._prefix))
+
+    def _sweep(self, live: Mapping[str, groups.LiveGroup]) -> None:
+        for group_id, group in live.items():
+            name = group.name.removeprefix(self._prefix).partition(":")[0]
             if name in self._books.unreadable:
                 continue
             with self._sole(name):  # nothing of it is being reserved at this moment
@@ -117,23 +134,41 @@ class Recovery(ABC):
                 known = {a.placement_group.id.hex() for a in standing.assignments()} if standing else set()
                 if group_id not in known:
                     groups.remove_group(groups.group_from_hex(group_id))
-                    self.fleet.note_change(set(row["bundles_to_node_id"].values()))
+                    self.fleet.note_change(group.nodes)
+
+    def rest(self) -> None:
+        """Ends the actors of nodes that hold nothing, so that they can be scaled down; forgets what nobody asks for."""
+        if idle := self.fleet.idle(self._idle_seconds):
+            holding = {a.node for _, a in self._books.assignments()}
+            for node_id in idle:
+                if node_id not in holding:
+                    self.fleet.rest(node_id, self._idle_seconds)
+        now = time.monotonic()
+        for name in [name for name, at in list(self._ended_at.items()) if now - at > ENDED_SECONDS]:
+            del self._ended_at[name]
+            self._ended.pop(name, None)
+            ledger.forget_ended(name)
 
     def _reload(self) -> None:
         """Reads the ledger, drops what is gone, ends what was cut off, and removes what stands in no record."""
         for record in ledger.records():
             try:
                 if record.content is not None:
-                    self._books.standing[record.name] = Standing.load(record.content)
+                    standing = Standing.load(record.content)
+                    if standing.deployment.name != record.name:
+                        raise ValueError(f"it is about {standing.deployment.name!r}")
+                    self._books.standing[record.name] = standing
                     continue
             except Exception:
                 record = replace(record, content=None, problem="its record does not make sense")
                 logger.exception("the record of %r cannot be understood", record.name)
             logger.error("%r: %s; it is left as it is", record.name, record.problem)
             self._books.unreadable[record.name] = record
-        self.fleet.meet(live_nodes())
+        self.fleet.meet(self._nodes.now())
         self.fleet.settle()
-        live = groups.live_groups(lambda name: name.startswith(self._prefix))
+        self._ended = ledger.ended()
+        self._ended_at = dict.fromkeys(self._ended, time.monotonic())
+        live = self._live_groups()
         for name in self._books.names():
             standing = self._books.standing[name]
             self._events.add(name, None, "", "the service has started anew")
@@ -146,9 +181,11 @@ class Recovery(ABC):
                     del standing.replicas[index], standing.orders[index]
                     standing.reasons[index] = "its placement group is gone"
                     self._events.add(name, index, str(state), standing.reasons[index])
-            if standing.missing():
+            if surplus := [index for index in standing.states if index >= standing.deployment.replicas]:
+                self._give_back(standing, surplus)  # an apply was cut off
+            if surplus or standing.missing():
                 self._keep(standing)
-        self.sweep()
+        self._sweep(live)
 
     def _release_unreadable(self, name: str) -> int:
         """Removes a record that makes no sense, and all groups of that name."""

@@ -42,6 +42,8 @@ MAX_STRAY_SHARES = 6
 READY_DEADLINE_SECONDS = 0.15
 """Long enough for Ray to try twice; see :func:`~placement.runtime.groups.ready_or_removed`."""
 LOOK_DEADLINE_SECONDS = 0.25
+MAX_LOOKS = 3
+"""How often a node is looked at before it refuses since too few of its GPUs are free."""
 
 
 class Groups(Protocol):
@@ -252,8 +254,8 @@ class NodeReserver:
                 )
                 if needs.profile:
                     reason = f"none of its MIG instances {needs.profile} is free"
-                # The books may simply be behind a release; once they are not, believe them.
-                if attempt > 3:
+                # The workers of a release may not have died yet; once they have, believe it.
+                if attempt >= MAX_LOOKS:
                     break
                 time.sleep(VIEW_LAG_SECONDS / 2)
                 continue
@@ -290,7 +292,7 @@ class NodeReserver:
             chosen = None if free is None else _disjoint(machine.node(free, {}), needs, sets)
             if free is None or chosen is None:
                 reason, full = f"too few of its GPUs are free and as demanded for {sets} x {needs.gpus}", True
-                if attempt > 3:
+                if attempt >= MAX_LOOKS:
                     break
                 time.sleep(VIEW_LAG_SECONDS / 2)
                 continue
@@ -343,7 +345,7 @@ class NodeReserver:
                 wanted, free = self._fullest(machine, order, rests, crowded)
             if wanted is None:
                 reason, full = f"none of its GPUs has {share / WHOLE:g} free", True
-                if attempt > 3:
+                if attempt >= MAX_LOOKS:
                     break
                 unsure.clear()
                 time.sleep(VIEW_LAG_SECONDS / 2)
@@ -400,7 +402,11 @@ class NodeReserver:
             return not_ours if len(not_ours) >= count else None
         # Others hold some. How many is known to within the lag of the books and to within shared GPUs,
         # which count as partly free but cannot be had whole: so ask for fewer until the answer comes.
-        for several in range(expected, count - 1, -1):
+        amounts: Sequence[int] = range(expected, count - 1, -1)
+        if not amounts and count <= len(not_ours):
+            # On a busy cluster they may lag by more than we wait: the raylet itself is asked before a refusal.
+            amounts = (len(not_ours), count)
+        for several in amounts:
             seen = self._groups.lowest_free(several, LOOK_DEADLINE_SECONDS)
             if seen is not None:
                 self._foreign = not_ours - frozenset(seen)

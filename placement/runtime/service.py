@@ -25,7 +25,7 @@ from placement.errors import (
 )
 from placement.runtime import faults, groups, ledger
 from placement.runtime.books import Books, Claim, Standing, Tally
-from placement.runtime.discovery import NodeInfo, live_nodes, node_state
+from placement.runtime.discovery import NodeInfo, NodeView, node_state
 from placement.runtime.events import EventLog
 from placement.runtime.fleet import VIEW_LAG_SECONDS, Fleet
 from placement.runtime.keeper import Keeper
@@ -48,6 +48,8 @@ from placement.wire.plans import (
 T = TypeVar("T")
 
 MAX_REPLANS = 5
+IDLE_SECONDS = 60.0
+"""An actor keeps its node busy for Ray's autoscaler, which removes nodes that were idle for minutes."""
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +62,18 @@ class DeploymentPlacementActor(Recovery):
     Args:
         make_agent: creates (or finds) the node actor of a node.
         near: labels of which nodes near each other share the values, widest first.
+        idle_seconds: how long a node actor stays on a node that holds nothing.
     """
 
-    def __init__(self, make_agent: Callable[[NodeInfo], Any], near: Sequence[str] = NEAR_LABELS) -> None:
+    def __init__(
+        self,
+        make_agent: Callable[[NodeInfo], Any],
+        near: Sequence[str] = NEAR_LABELS,
+        idle_seconds: float = IDLE_SECONDS,
+    ) -> None:
         self._near = tuple(near)
+        self._idle_seconds = idle_seconds
+        self._nodes = NodeView()
         self._lock = threading.Lock()
         self._name_locks: dict[str, threading.Lock] = {}
         self._books = Books()
@@ -72,11 +82,13 @@ class DeploymentPlacementActor(Recovery):
         self.draining: frozenset[str] = frozenset()
         self._events = EventLog()
         self._ended: dict[str, int] = {}
+        self._ended_at: dict[str, float] = {}
         self._reload()
         Keeper(self).start()
 
     # -- the public surface ------------------------------------------------------------------------
 
+    @ray.method(concurrency_group="read")
     def ping(self) -> str:
         """Answers once the service is up, with the version of the package that it runs."""
         from placement import __version__
@@ -165,6 +177,7 @@ class DeploymentPlacementActor(Recovery):
             raise
         return results
 
+    @ray.method(concurrency_group="read")
     def plan(
         self, deployment: DeploymentLike, constraints: PlacementConstraints | Mapping[str, Any] | None = None
     ) -> PlacementPlan:
@@ -175,19 +188,22 @@ class DeploymentPlacementActor(Recovery):
         """
         return self.plan_all([self._parse(deployment, constraints)])[0]
 
+    @ray.method(concurrency_group="read")
     def plan_all(self, deployments: Sequence[DeploymentLike]) -> list[PlacementPlan]:
         """What :meth:`apply_all` would do now, each deployment planned on top of the ones before."""
         wanted = [self._parse(one, None) for one in deployments]
-        return self._patiently(lambda: plan_deployments(*self._look(), wanted))
+        return self._patiently(lambda nodes: plan_deployments(*self._look(nodes), wanted))
 
+    @ray.method(concurrency_group="read")
     def explain_all(self, deployments: Sequence[DeploymentLike]) -> list[ExplainedPlan]:
         """:meth:`plan_all`, with what became of every node; a refusal is an answer here, and ends the list."""
         wanted = [self._parse(one, None) for one in deployments]
-        return explain_deployments(*self._look(), wanted)
+        return explain_deployments(*self._look(self._nodes.now()), wanted)
 
+    @ray.method(concurrency_group="read")
     def snapshot(self) -> dict[str, Any]:
         """The cluster as the planner sees it now; JSON-ready, for ``placement plan --file``."""
-        snapshot, held = self._look()
+        snapshot, held = self._look(self._nodes.now())
         return ClusterFile.of(snapshot, held.values()).model_dump(mode="json", exclude_none=True)
 
     def release(self, name: str) -> int:
@@ -213,11 +229,15 @@ class DeploymentPlacementActor(Recovery):
             faults.point("service.releasing")
             self._give_back(standing, list(standing.states))
             faults.point("service.given_back")
+            ledger.note_ended(name, count)
             ledger.delete(name)
+            faults.point("service.ended")
             with self._lock:
                 del self._books.standing[name]
+                self._ended_at[name] = time.monotonic()
             return count
 
+    @ray.method(concurrency_group="read")
     def get(self, name: str) -> PlacementResult:
         """Where a deployment's replicas are.
 
@@ -229,13 +249,15 @@ class DeploymentPlacementActor(Recovery):
             raise UnknownDeployment(name, self._books.names())
         return standing.result()
 
+    @ray.method(concurrency_group="read")
     def status(self) -> dict[str, Any]:
         """Nodes with their GPUs and who sits where, and deployments with their replicas; JSON-ready."""
-        nodes = live_nodes()
+        nodes = self._nodes.now()
         self.fleet.meet(nodes)
         with self._lock:
             return status_report(nodes, self._books, self.fleet, groups.available_resources())
 
+    @ray.method(concurrency_group="read")
     def events(self, name: str, since: int = 0) -> list[dict[str, Any]]:
         """What happened to a deployment's replicas, the last 200 at most, since the service last started; JSON-ready.
 
@@ -259,13 +281,14 @@ class DeploymentPlacementActor(Recovery):
         """
         return [one.to_dict() for one in self._events.wait(name, since, min(timeout_seconds, 3600.0))]
 
+    @ray.method(concurrency_group="read")
     def topology(self, node: str | None = None) -> list[dict[str, Any]]:
         """What each GPU node's GPUs report, read anew; JSON-ready.
 
         Raises:
             UnknownNode: ``node`` is given and no GPU node has that id, name or address.
         """
-        nodes = [info for info in live_nodes() if info.gpu_count]
+        nodes = [info for info in self._nodes.now() if info.gpu_count]
         if node is not None:
             chosen = [info for info in nodes if node in (info.id, info.name, info.address)]
             if not chosen:
@@ -330,25 +353,30 @@ class DeploymentPlacementActor(Recovery):
             states.append(state)
         return Snapshot(states, self._near)
 
-    def _patiently(self, decide: Callable[[], T]) -> T:
-        """Decides; before a refusal stands, looks again with books that show our own last change.
+    def _patiently(self, decide: Callable[[list[NodeInfo]], T], fresh: bool = False) -> T:
+        """Decides; before a refusal stands, looks again at all nodes, and at books that show our own last change.
 
         Looks three times at most: others' changes, which keep coming, are no reason to wait.
+
+        Args:
+            decide: what to do with the nodes that are alive.
+            fresh: begin with the nodes as they are now.
         """
+        nodes = self._nodes.now() if fresh else self._nodes.lately()
         for looks_left in (2, 1, 0):
             changed_at = self.fleet.changed_at
             try:
-                return decide()
-            except Unplaceable:
+                return decide(nodes)
+            except (Unplaceable, UnknownNode):
                 behind = VIEW_LAG_SECONDS - (time.monotonic() - changed_at)
-                if behind <= 0 or not looks_left:
+                if not looks_left or (fresh and behind <= 0):
                     raise
-                time.sleep(behind)
+                time.sleep(max(0.0, behind))
+                nodes, fresh = self._nodes.now(), True
         raise AssertionError("unreachable")
 
-    def _look(self) -> tuple[Snapshot, dict[str, HeldDeployment]]:
+    def _look(self, nodes: list[NodeInfo]) -> tuple[Snapshot, dict[str, HeldDeployment]]:
         """The cluster as it is now, and what stands on it."""
-        nodes = live_nodes()
         self.fleet.meet(nodes)
         with self._lock:
             return self._snapshot(nodes, groups.available_resources()), self._books.held()
@@ -388,7 +416,7 @@ class DeploymentPlacementActor(Recovery):
         try:
             self._reserve(new, indices)
         except Unplaceable as refusal:
-            nodes = live_nodes()
+            nodes = self._nodes.now()
             with self._lock:
                 snapshot = self._snapshot(nodes, groups.available_resources())
                 snapshot = planner.vacate(snapshot, self._books.planned(wanted.name))
@@ -432,11 +460,14 @@ class DeploymentPlacementActor(Recovery):
         wanted = standing.deployment
         full: dict[str, int] = {}
         where, attempts, reason = "", 0, ""
-        for _ in range(MAX_REPLANS):
-            claim = self._patiently(lambda: self._claim(wanted, indices, standing.nodes(), full, mending))
+        for replan in range(MAX_REPLANS):
+            nodes, claim = self._patiently(
+                lambda nodes: self._claim(nodes, wanted, indices, standing.nodes(), full, mending),
+                fresh=replan > 0,
+            )
             faults.point("service.planned")
             try:
-                reserved, refusals = self.fleet.reserve(claim)
+                reserved, refusals = self.fleet.reserve(claim, nodes)
             finally:
                 with self._lock:
                     self._books.claims.remove(claim)
@@ -454,13 +485,13 @@ class DeploymentPlacementActor(Recovery):
 
     def _claim(
         self,
+        nodes: list[NodeInfo],
         wanted: Deployment,
         indices: tuple[int, ...],
         standing: Mapping[str, int],
         full: Mapping[str, int],
         mending: bool,
-    ) -> Claim:
-        nodes = live_nodes()
+    ) -> tuple[list[NodeInfo], Claim]:
         if wanted.needs.free_memory_bytes:
             self.fleet.meet(nodes, again=True, max_age_seconds=FRESH_SECONDS)
         else:
@@ -476,7 +507,7 @@ class DeploymentPlacementActor(Recovery):
                 raise outcome
             claim = Claim(wanted, outcome.replicas, outcome.set_size)
             self._books.claims.append(claim)
-            return claim
+            return nodes, claim
 
     def _give_back(self, standing: Standing, indices: Iterable[int]) -> None:
         """Removes the groups of some replicas, and the replicas from ``standing``."""

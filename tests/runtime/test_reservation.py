@@ -18,7 +18,7 @@ from placement import topologies
 from placement.core.score import WHOLE, Needs, best_set, score
 from placement.core.topology import Topology
 from placement.runtime import reservation
-from placement.runtime.reservation import Machine, NodeReserver, Order, Refused, Reserved, machine_of
+from placement.runtime.reservation import Holding, Machine, NodeReserver, Order, Refused, Reserved, machine_of
 from placement.wire.facts import GpuFacts, NodeFacts
 
 
@@ -40,6 +40,7 @@ class Slots:
     groups: dict[int, dict[int, int]] = field(default_factory=dict)
     disturb: object = None
     steps: int = 0
+    books_lag_by: int = 0
     _ids: itertools.count = field(default_factory=itertools.count)
 
     def rests(self) -> dict[int, int]:
@@ -95,7 +96,7 @@ class Slots:
         return lowest if len(lowest) == count else None
 
     def available(self) -> float:
-        return sum(self.rests().values()) / WHOLE
+        return sum(self.rests().values()) / WHOLE - self.books_lag_by
 
 
 PAIRS = topologies.load("a100-pcie-4x")
@@ -135,6 +136,24 @@ def test_a_full_node_refuses_and_holds_nothing() -> None:
     assert isinstance(outcome, Refused)
     assert outcome.full
     assert slots.groups == {}
+
+
+def test_books_that_lag_for_long_are_no_reason_to_refuse() -> None:
+    """They show one GPU free where three are: the raylet is asked, and gives them."""
+    slots = Slots(4, others={0}, books_lag_by=2)
+    outcome = NodeReserver(slots, 4).reserve(Order("r", Needs(2)), Machine(PAIRS))
+    assert isinstance(outcome, Reserved)
+    assert len(outcome.gpus) == 2
+
+
+def test_books_that_lag_do_not_hide_the_better_set() -> None:
+    slots = Slots(4, books_lag_by=3)
+    reserver = NodeReserver(slots, 4)
+    reserver.adopt({"standing": Holding("d", (0,))})
+    slots.groups[-1] = {0: WHOLE}
+    outcome = reserver.reserve(Order("r", Needs(2)), Machine(PAIRS))
+    assert isinstance(outcome, Reserved)
+    assert outcome.gpus == (2, 3)
 
 
 def test_unending_interference_ends_in_a_refusal_that_holds_nothing() -> None:
