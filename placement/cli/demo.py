@@ -61,7 +61,7 @@ def run(as_json: bool) -> int:
     return 0 if report["matching"] == report["workers"] and report["all_free"] else 1
 
 
-def _stop(cluster: AbstractContextManager[str]) -> None:
+def _stop(cluster: AbstractContextManager[Any]) -> None:
     with _step("stopping the cluster"), _uninterrupted():
         cluster.__exit__(None, None, None)
 

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import ray
 
 from placement import topologies
 from placement.runtime.discovery import TOPOLOGY_LABEL
+
+SIZE = {"num_cpus": 2, "object_store_memory": 80_000_000}
 
 
 @dataclass(frozen=True)
@@ -40,65 +44,100 @@ class SimulatedNode:
     env: Mapping[str, str] = field(default_factory=dict)
 
 
+class EmbeddedCluster:
+    """A running cluster, whose nodes can come and go.
+
+    Attributes:
+        address: ``host:port`` of its head.
+    """
+
+    def __init__(self, dashboard: bool) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._cluster = Cluster()
+        self._nodes: dict[str, Any] = {}
+        self._count = 0
+        self._dashboard = dashboard
+
+    def start_head(self) -> None:
+        """Starts the head, on 127.0.0.2."""
+        self._cluster.add_node(
+            node_ip_address="127.0.0.2",
+            node_name="head",
+            num_gpus=0,
+            include_dashboard=self._dashboard,
+            dashboard_host="127.0.0.2",
+            **SIZE,
+        )
+        self.address: str = self._cluster.address
+
+    def add(self, node: SimulatedNode) -> None:
+        """Starts a node, with the next free address; it joins within seconds."""
+        gpus = len(topologies.load(node.topology)) if node.topology else node.gpus
+        labels = dict(node.labels) | ({TOPOLOGY_LABEL: node.topology} if node.topology else {})
+        self._nodes[node.name] = self._cluster.add_node(
+            wait=False,
+            node_ip_address=f"127.0.0.{3 + self._count % 250}",
+            node_name=node.name,
+            num_gpus=gpus,
+            resources=dict(node.resources),
+            labels=labels,
+            env_vars=dict(node.env) or None,
+            **SIZE,
+        )
+        self._count += 1
+
+    def wait(self) -> None:
+        """Waits until all nodes that were started have joined."""
+        self._cluster.wait_for_nodes()
+
+    def kill(self, name: str, how: int = signal.SIGKILL) -> None:
+        """Ends a node's raylet, as if its machine were gone; with SIGTERM it says goodbye. Its workers end with it."""
+        node = self._nodes.pop(name)
+        for process in node.all_processes["raylet"]:
+            process.process.send_signal(how)
+            process.process.wait()
+
+    def stop(self) -> None:
+        """Ends all of it."""
+        self._cluster.shutdown()
+
+
 @contextmanager
 def embedded_cluster(
     nodes: Sequence[SimulatedNode], progress: Callable[[str], None] = lambda _: None, dashboard: bool = False
-) -> Iterator[str]:
+) -> Iterator[EmbeddedCluster]:
     """Starts a head and the given nodes, connects this process, and stops all of it at the end, also on Ctrl-C.
 
     Args:
         nodes: the nodes beside the head, in order; the head has address 127.0.0.2, they 127.0.0.3 and on.
         progress: told what is being started.
         dashboard: also start the dashboard and job server on the head.
-
-    Yields:
-        The cluster's address.
     """
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     logging.getLogger("ray").setLevel(logging.ERROR)
-    from ray.cluster_utils import Cluster
 
     with tempfile.TemporaryDirectory(prefix="placement-") as home, _environment("HOME", home):
-        running = Cluster()
+        running = EmbeddedCluster(dashboard)
         try:
             progress("head")
-            running.add_node(
-                node_ip_address="127.0.0.2",
-                node_name="head",
-                num_cpus=2,
-                num_gpus=0,
-                include_dashboard=dashboard,
-                dashboard_host="127.0.0.2",
-                object_store_memory=80_000_000,
-            )
-            for number, node in enumerate(nodes):
+            running.start_head()
+            for node in nodes:
                 progress(node.name)
-                gpus = len(topologies.load(node.topology)) if node.topology else node.gpus
-                labels = dict(node.labels) | ({TOPOLOGY_LABEL: node.topology} if node.topology else {})
-                running.add_node(
-                    wait=False,
-                    node_ip_address=f"127.0.0.{number + 3}",
-                    node_name=node.name,
-                    num_cpus=2,
-                    num_gpus=gpus,
-                    resources=dict(node.resources),
-                    labels=labels,
-                    env_vars=dict(node.env) or None,
-                    object_store_memory=80_000_000,
-                )
-            running.wait_for_nodes()
+                running.add(node)
+            running.wait()
             ray.init(
                 address=running.address,
                 _node_ip_address="127.0.0.2",
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-            yield running.address
+            yield running
         finally:
             ray.shutdown()
-            running.shutdown()
+            running.stop()
 
 
 @contextmanager

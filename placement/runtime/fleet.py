@@ -310,6 +310,13 @@ class Fleet:
         agents = {part.node_id: self._agent(nodes[part.node_id]) for part in parts}
         refusal: Refusal | None = None
         with self._sole(agents):
+            # No node's GPUs are kept from others while another's actor or worker process is still starting.
+            starting = [(part, agents[part.node_id].warm.remote()) for part in parts]
+            for part, reference in starting:
+                outcome = self._answer(nodes[part.node_id], reference)
+                if isinstance(outcome, Refused):
+                    refusals.append(_refusal(nodes, [part], outcome.attempts, outcome.reason))
+                    return
             for attempt in range(1, MAX_GANG_ATTEMPTS + 1):
                 group = None
                 asked = {
@@ -326,6 +333,8 @@ class Fleet:
                             refusal = Refusal(
                                 info.id, info.name, outcome.attempts, outcome.reason, outcome.full, room
                             )
+                        else:
+                            self.foreign[info.id] = frozenset(outcome.foreign_gpus)
                     faults.point("service.prepared")
                     if refusal is None:
                         group = groups.create_group(

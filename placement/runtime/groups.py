@@ -113,6 +113,11 @@ class NodeGroups:
             slots.append(self._slot(ids[0]))
         return slots
 
+    def warm(self) -> None:
+        """Waits until a worker process is there to answer the next probe at once."""
+        here = NodeAffinitySchedulingStrategy(self._node_id, soft=False)
+        self._ask(self._probe.options(num_gpus=0, scheduling_strategy=here), GPU_IDS_DEADLINE_SECONDS)
+
     def lowest_free(self, count: int, deadline_seconds: float) -> list[int] | None:
         """Which ``count`` GPUs are the lowest free ones, by taking them for a moment with a plain task.
 
@@ -120,10 +125,10 @@ class NodeGroups:
             Their slots, ascending; ``None`` if that many were not free within the deadline, which is longer
             on a node that is slow to answer.
         """
-        here = NodeAffinitySchedulingStrategy(self._node_id, soft=False)
         # A cold worker process, or a busy machine, must not be mistaken for missing GPUs.
         start = time.monotonic()
-        self._ask(self._probe.options(num_gpus=0, scheduling_strategy=here), GPU_IDS_DEADLINE_SECONDS)
+        self.warm()
+        here = NodeAffinitySchedulingStrategy(self._node_id, soft=False)
         deadline_seconds += min(4 * (time.monotonic() - start), MAX_SLOWNESS_SECONDS)
         try:
             ids = self._ask(self._probe.options(num_gpus=count, scheduling_strategy=here), deadline_seconds)

@@ -71,7 +71,7 @@ class Part:
 FRESH_SECONDS = 2.0
 """An older reading does not tell how much GPU memory is in use."""
 
-LEASE_SECONDS = 2.0
+LEASE_SECONDS = 1.5
 """How long GPUs stay prepared for a group that does not come."""
 
 
@@ -87,7 +87,8 @@ class NodePlacementActor:
 
     def __init__(self, node_id: str, gpu_count: int, topology_name: str | None, probe: Any) -> None:
         self._gpu_count = gpu_count
-        self._reserver = NodeReserver(NodeGroups(node_id, probe), gpu_count)
+        self._groups = NodeGroups(node_id, probe)
+        self._reserver = NodeReserver(self._groups, gpu_count)
         self._recorded = topologies.facts(topology_name) if topology_name else None
         self._reader = None if topology_name else Reader()
         self._prepared: Prepared | None = None
@@ -127,6 +128,10 @@ class NodePlacementActor:
             self._undo(filled)
             raise
         return Reply(tuple(filled), None, tuple(sorted(self._reserver.foreign)))
+
+    def warm(self) -> None:
+        """Answers once everything is there that :meth:`prepare` and :meth:`confirm` need to be quick."""
+        self._groups.warm()
 
     def prepare(self, order: Order, sets: int) -> Prepared | Refused:
         """Makes the best GPUs the lowest free ones, for a replica over several nodes.

@@ -37,6 +37,8 @@ from placement.wire.facts import NodeFacts
 MAX_ATTEMPTS = 12
 VIEW_LAG_SECONDS = 0.15
 """Ray's books follow a change after at most 0.1 s (measured); they are trusted again after this long."""
+CATCH_UP_SECONDS = 0.3
+"""How long, at most, the books are given to show what was just given back."""
 MAX_STRAY_SHARES = 6
 """How many rests that nobody knew of are filled by a share that landed there."""
 READY_DEADLINE_SECONDS = 0.15
@@ -172,13 +174,14 @@ class Reserved:
 class Prepared:
     """Disjoint sets of GPUs that are the lowest free ones for as long as the ``fillers`` stay.
 
-    And what Ray alone would have given.
+    And what Ray alone would have given, and the GPUs that other Ray users held.
     """
 
     sets: tuple[tuple[int, ...], ...]
     ray_gpus: tuple[int, ...]
     fillers: tuple[Any, ...]
     attempts: int
+    foreign_gpus: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,7 @@ class NodeReserver:
         self._held: dict[str, Holding] = {}
         self._foreign: frozenset[int] | None = frozenset()
         self._changed_at = float("-inf")
+        self._freed_at = float("-inf")
 
     @property
     def foreign(self) -> frozenset[int]:
@@ -218,7 +222,7 @@ class NodeReserver:
         """Gives a reserved group back."""
         self._groups.remove(group)
         self._held.pop(name, None)
-        self._changed_at = time.monotonic()
+        self._changed_at = self._freed_at = time.monotonic()
 
     def reserve(self, order: Order, machine: Machine, more: int = 0) -> Reserved | Refused:
         """Reserves the best GPUs that are free, sound and good enough, in a new group.
@@ -236,7 +240,7 @@ class NodeReserver:
         count = needs.gpus
         reason, full, attempt = "", False, 0
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            free = self._look(count)
+            free = self._look(count, attempt >= MAX_LOOKS)
             wanted: tuple[int, ...] | None = None
             if free is not None:
                 node = machine.node(free, {})
@@ -274,6 +278,7 @@ class NodeReserver:
                     bundles = tuple(slots.index(gpu) for gpu in got)
                     return Reserved(group, got, bundles, ray_set(free, count) or got, attempt)
                 self._groups.remove(group)
+                self._freed_at = time.monotonic()
                 reason, full = f"got GPUs {list(got)} instead of {list(wanted)}", False
             self._foreign = None
             self._changed_at = time.monotonic()
@@ -288,7 +293,7 @@ class NodeReserver:
         needs = order.needs
         reason, full, attempt = "", False, 0
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            free = self._look(needs.gpus * sets)
+            free = self._look(needs.gpus * sets, attempt >= MAX_LOOKS)
             chosen = None if free is None else _disjoint(machine.node(free, {}), needs, sets)
             if free is None or chosen is None:
                 reason, full = f"too few of its GPUs are free and as demanded for {sets} x {needs.gpus}", True
@@ -301,7 +306,7 @@ class NodeReserver:
             faults.point("agent.prepared")
             if fillers is not None:
                 rays = ray_set(free, len(wanted)) or wanted
-                return Prepared(tuple(chosen), rays, tuple(fillers), attempt)
+                return Prepared(tuple(chosen), rays, tuple(fillers), attempt, tuple(sorted(self.foreign)))
             reason, full = "another Ray user took GPUs meanwhile", False
             self._foreign = None
             time.sleep(0.01 * attempt)
@@ -340,9 +345,9 @@ class NodeReserver:
             free: frozenset[int] = frozenset()
             wanted = order.planned if attempt == 1 else None
             if wanted is not None and wanted not in rests:
-                free = self._look(1) or frozenset()
+                free = self._look(1, attempt >= MAX_LOOKS) or frozenset()
             if wanted is None or (rests.get(wanted, 0) < share and wanted not in free - machine.lost):
-                wanted, free = self._fullest(machine, order, rests, crowded)
+                wanted, free = self._fullest(machine, order, rests, crowded, attempt >= MAX_LOOKS)
             if wanted is None:
                 reason, full = f"none of its GPUs has {share / WHOLE:g} free", True
                 if attempt >= MAX_LOOKS:
@@ -363,12 +368,17 @@ class NodeReserver:
         return Refused(reason, attempt, full)
 
     def _fullest(
-        self, machine: Machine, order: Order, rests: Mapping[int, int], crowded: Collection[int]
+        self,
+        machine: Machine,
+        order: Order,
+        rests: Mapping[int, int],
+        crowded: Collection[int],
+        to_be_sure: bool,
     ) -> tuple[int | None, frozenset[int]]:
         """The GPU that is shared already and has just room for a share, else a whole one; and which are free."""
         taken, free = machine.node((), rests).take(order.needs, crowded), frozenset[int]()
         if taken is None:
-            free = self._look(1) or frozenset()
+            free = self._look(1, to_be_sure) or frozenset()
             taken = machine.node(free, {}).take(order.needs)
         return (None if taken is None else taken.gpus[0]), free
 
@@ -384,8 +394,14 @@ class NodeReserver:
                 rests[gpu] = rests.get(gpu, WHOLE) - held.share
         return rests
 
-    def _look(self, count: int) -> frozenset[int] | None:
-        """The wholly free GPUs, or ``None`` if there are fewer than ``count``."""
+    def _look(self, count: int, to_be_sure: bool = False) -> frozenset[int] | None:
+        """The wholly free GPUs, or ``None`` if there are fewer than ``count``.
+
+        Args:
+            count: how many there must be.
+            to_be_sure: ask the raylet where the cluster's books say that there are fewer, since on a busy
+                cluster they lag by more than we wait.
+        """
         not_ours = frozenset(range(self._gpu_count)) - self._ours()
         expected = len(not_ours) - len(self.foreign)
         quiet = time.monotonic() - self._changed_at
@@ -403,9 +419,8 @@ class NodeReserver:
         # Others hold some. How many is known to within the lag of the books and to within shared GPUs,
         # which count as partly free but cannot be had whole: so ask for fewer until the answer comes.
         amounts: Sequence[int] = range(expected, count - 1, -1)
-        if not amounts and count <= len(not_ours):
-            # On a busy cluster they may lag by more than we wait: the raylet itself is asked before a refusal.
-            amounts = (len(not_ours), count)
+        if not amounts and to_be_sure and count <= len(not_ours):
+            amounts = sorted({len(not_ours), count}, reverse=True)
         for several in amounts:
             seen = self._groups.lowest_free(several, LOOK_DEADLINE_SECONDS)
             if seen is not None:
@@ -413,6 +428,19 @@ class NodeReserver:
                 return frozenset(seen)
         self._foreign = None
         return None
+
+    def _catch_up(self, free: Collection[int]) -> None:
+        """Waits until the cluster's books show what was given back here.
+
+        Ray's scheduler goes by them: a group that is asked for before fails at once, and is tried again only
+        after up to a second.
+        """
+        expected = len(free) + sum(self._rests().values()) / WHOLE - 1e-6
+        while (left := self._freed_at + CATCH_UP_SECONDS - time.monotonic()) > 0:
+            began = time.monotonic()
+            if self._groups.available() >= expected:
+                return
+            time.sleep(min(left, max(0.005, 3 * (time.monotonic() - began))))
 
     def _take(
         self, name: str, beside: Mapping[str, float], free: frozenset[int], wanted: tuple[int, ...]
@@ -451,6 +479,7 @@ class NodeReserver:
         holds: list[Any] = []
         fillers: list[Any] = []
         done = False
+        self._catch_up(free)
         try:
             for run, is_wanted in _runs(free, wanted)[:-1]:
                 (holds if is_wanted else fillers).append(groups.hold(run))
@@ -473,6 +502,7 @@ class NodeReserver:
         """
         groups = self._groups
         rests = self._rests()
+        self._catch_up(free)
         before = sorted((rest, gpu) for gpu, rest in rests.items() if rest >= share and gpu != wanted)
         if wanted in rests:
             before = [one for one in before if one < (rests[wanted], wanted)]

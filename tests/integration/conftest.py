@@ -11,7 +11,7 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group_table
 
-from placement.runtime.embedded import SimulatedNode, embedded_cluster
+from placement.runtime.embedded import EmbeddedCluster, SimulatedNode, embedded_cluster
 
 pytestmark = pytest.mark.integration
 
@@ -49,10 +49,16 @@ def cluster_nodes() -> list[SimulatedNode]:
 
 
 @pytest.fixture(scope="module")
-def address(cluster_nodes: list[SimulatedNode]) -> Iterator[str]:
+def cluster(cluster_nodes: list[SimulatedNode]) -> Iterator[EmbeddedCluster]:
     """A cluster with this process as a driver on its head."""
     with embedded_cluster(cluster_nodes) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def address(cluster: EmbeddedCluster) -> str:
+    """Its address."""
+    return cluster.address
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ def address() -> Iterator[str]:
         SimulatedNode("egress-b", resources={"egress": 64}),
     ]
     with embedded_cluster(nodes) as running:
-        yield running
+        yield running.address
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import ray
 
-from placement.runtime.embedded import SimulatedNode
+from placement.runtime.embedded import EmbeddedCluster, SimulatedNode
+from tests.chaos import recovered
 from tests.integration.conftest import left_over, settled
 from tests.integration.test_place import ranks_gpus
 
@@ -37,9 +38,9 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def address(faults: Path, address: str) -> str:
+def cluster(faults: Path, cluster: EmbeddedCluster) -> EmbeddedCluster:
     """The cluster, started with the variable set."""
-    return address
+    return cluster
 
 
 PAIR = {"gpus": 2, "constraints": {"gpu_nodes": ["pcie"]}}
@@ -67,8 +68,11 @@ def test_killed_at_a_step_it_is_placed_and_recorded_all_the_same(
 ) -> None:
     (faults / step).touch()
     declared = {"name": "cut", "model": "m", **wanted}
-    result = ray.get(service.place.remote(declared), timeout=60)
-    assert not (faults / step).exists(), "nobody came there"
+    call = service.place.remote(declared)
+    assert settled(lambda: not (faults / step).exists(), 60), "nobody came there"
+    died = time.monotonic()
+    result = ray.get(call, timeout=60)
+    took = time.monotonic() - died
     assert sorted({a.replica_index for a in result.assignments}) == [0]
     for assignment in result.assignments:
         if assignment.gpus:
@@ -80,15 +84,21 @@ def test_killed_at_a_step_it_is_placed_and_recorded_all_the_same(
     assert settled(lambda: abs(ray.available_resources().get("GPU", 0.0) - (total - held)) < 1e-6), (
         left_over()
     )
+    recovered(
+        f"the {'service' if step.startswith('service') else 'node actor'} is killed while placing", took
+    )
     assert ray.get(service.release.remote("cut")) == 1
 
 
-@pytest.mark.parametrize("step", ["service.releasing", "service.given_back"])
+@pytest.mark.parametrize("step", ["service.releasing", "service.given_back", "service.ended"])
 def test_a_release_that_is_cut_off_is_brought_to_its_end(service: Any, faults: Path, step: str) -> None:
     ray.get(service.place.remote({"name": "cut", "model": "m", **PAIR}))
     (faults / step).touch()
-    assert ray.get(service.release.remote("cut"), timeout=60) == 1
-    assert not (faults / step).exists()
+    call = service.release.remote("cut")
+    assert settled(lambda: not (faults / step).exists(), 60), "nobody came there"
+    died = time.monotonic()
+    assert ray.get(call, timeout=60) == 1
+    recovered("the service is killed while releasing", time.monotonic() - died)
     assert settled(lambda: not left_over()), left_over()
     assert ray.get(service.status.remote())["deployments"] == []
 
@@ -118,7 +128,9 @@ def test_what_nobody_asks_for_again_leaves_nothing_behind(service: Any, faults: 
         standing = {d["name"]: d["state"] for d in ray.get(service.status.remote())["deployments"]}
         return standing == {"orphan": "placed"} if standing else not left_over()
 
+    died = time.monotonic()
     assert settled(whole, 30), left_over()
+    recovered("the caller dies with the service or node actor", time.monotonic() - died)
     if ray.get(service.status.remote())["deployments"]:
         ray.get(service.release.remote("orphan"))
 

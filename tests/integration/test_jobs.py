@@ -28,7 +28,7 @@ deployments:
 def address() -> Iterator[str]:
     nodes = [SimulatedNode("pcie", topology="a100-pcie-4x"), SimulatedNode("egress", resources={"egress": 8})]
     with embedded_cluster(nodes, dashboard=True) as running:
-        yield running
+        yield running.address
 
 
 @pytest.fixture(scope="module")

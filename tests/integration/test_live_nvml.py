@@ -40,7 +40,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         SimulatedNode("without", gpus=2),
     ]
     with embedded_cluster(nodes) as running:
-        yield running
+        yield running.address
 
 
 def topology(service: Any, node: str) -> dict[str, Any]:

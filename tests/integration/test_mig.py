@@ -46,7 +46,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         SimulatedNode("recorded", topology="a100-mig-4x"),
     ]
     with embedded_cluster(nodes) as running:
-        yield running
+        yield running.address
 
 
 @ray.remote

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import ray
 
-from placement.runtime.embedded import SimulatedNode
+from placement.runtime.embedded import EmbeddedCluster, SimulatedNode
+from tests.chaos import recovered
 from tests.integration.conftest import left_over, settled
 from tests.integration.test_place import ranks_gpus
 
@@ -30,18 +29,20 @@ def cluster_nodes() -> list[SimulatedNode]:
     ]
 
 
-def kill(name: str) -> None:
-    """Ends a node's raylet, which is a child of this process, and waits until Ray has noticed."""
-    [node] = [node for node in ray.nodes() if node["NodeName"] == name and node["Alive"]]
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (folder / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        address = f"--node_ip_address={node['NodeManagerAddress']}".encode()
-        if command[0].endswith(b"raylet/raylet") and address in command:
-            os.kill(int(folder.name), signal.SIGTERM)
-    assert settled(lambda: name not in alive(), 40)
+def kill(cluster: EmbeddedCluster, name: str, how: int = signal.SIGTERM) -> None:
+    """Ends a node's raylet, and waits until Ray has noticed."""
+    began = time.monotonic()
+    cluster.kill(name, how)
+    assert settled(lambda: name not in alive(), 60)
+    if how == signal.SIGKILL:
+        recovered("(Ray notices that a raylet was killed)", time.monotonic() - began)
+
+
+def moved(fault: str, condition: Callable[[], bool]) -> None:
+    """Waits until it holds, after a node was lost."""
+    began = time.monotonic()
+    assert settled(condition, 20)
+    recovered(fault, time.monotonic() - began)
 
 
 def alive() -> set[str]:
@@ -87,7 +88,7 @@ def place(service: Any, name: str, nodes: list[str] | None = None, **fields: Any
 
 
 def test_replicas_on_a_node_that_dies_are_placed_elsewhere_or_wait(
-    service: Any, watched: list[dict[str, Any]]
+    cluster: EmbeddedCluster, service: Any, watched: list[dict[str, Any]]
 ) -> None:
     place(service, "pair", ["gpu-a", "gpu-b"], gpus=2, replicas=2)
     place(service, "bystander", ["gpu-b"], gpus=1)
@@ -98,11 +99,11 @@ def test_replicas_on_a_node_that_dies_are_placed_elsewhere_or_wait(
     seen = ray.get(service.events.remote("pair"))
     assert [(one["replica"], one["state"]) for one in seen] == [(0, "placed"), (1, "placed")]
 
-    kill("gpu-a")
+    kill(cluster, "gpu-a", signal.SIGKILL)
     # gpu-b has one GPU left: the pair waits, and says so; the shares have room on gpu-c.
-    assert settled(lambda: states(service) == {
+    moved("a GPU node dies", lambda: states(service) == {
         "pair": "pending", "bystander": "placed", "shares": "placed", "remote": "placed",
-    }, 15), states(service)  # fmt: skip
+    })  # fmt: skip
     assert settled(lambda: "GPUs free" in str(ray.get(service.get.remote("pair")).pending))
     result = ray.get(service.get.remote("pair"))
     assert len(result.assignments) == 1
@@ -112,7 +113,7 @@ def test_replicas_on_a_node_that_dies_are_placed_elsewhere_or_wait(
     assert places(service, "bystander") == before
 
     ray.get(service.release.remote("bystander"))
-    assert settled(lambda: states(service)["pair"] == "placed", 15)
+    moved("room comes for what is pending", lambda: states(service)["pair"] == "placed")
     assert [node for node, _ in places(service, "pair")] == ["gpu-b", "gpu-b"]
     assert settled(lambda: len(watched) >= 5)
     lost = next(one["replica"] for one in watched if one["state"] == "lost")
@@ -125,29 +126,35 @@ def test_replicas_on_a_node_that_dies_are_placed_elsewhere_or_wait(
     assert next(one["text"] for one in watched if one["state"] == "lost") == "node gpu-a died"
 
 
-def test_a_replica_over_several_nodes_moves_whole(service: Any) -> None:
+def test_a_replica_over_several_nodes_moves_whole(cluster: EmbeddedCluster, service: Any) -> None:
     place(service, "blocker", ["gpu-d"], gpus=1)
     place(service, "gang", tensor_parallel=4, pipeline_parallel=2)
     assert [node for node, _ in places(service, "gang")] == ["gpu-b", "gpu-c"]
     group = ray.get(service.get.remote("gang")).assignments[0].placement_group.id.hex()
-    kill("gpu-c")
-    assert settled(lambda: ray.get(service.events.remote("gang"))[-1]["state"] == "pending", 15)
+    kill(cluster, "gpu-c")
+    moved(
+        "a node of a replica over several dies, and there is no room",
+        lambda: ray.get(service.events.remote("gang"))[-1]["state"] == "pending",
+    )
     assert states(service)["gang"] == "pending"
     # what was left of it on gpu-b is free again
     assert settled(lambda: ray.available_resources()["GPU"] == 7, 10), left_over()
     ray.get(service.release.remote("blocker"))
-    assert settled(lambda: states(service)["gang"] == "placed", 15), states(service)
+    moved("room comes for what is pending", lambda: states(service)["gang"] == "placed")
     assert [node for node, _ in places(service, "gang")] == ["gpu-b", "gpu-d"]
     assert ray.get(service.get.remote("gang")).assignments[0].placement_group.id.hex() != group
     told = [one["state"] for one in ray.get(service.events.remote("gang")) if one["replica"] == 0]
     assert told == ["placed", "lost", "pending", "placed"]
 
 
-def test_a_remote_replica_moves_to_another_egress_node(service: Any) -> None:
+def test_a_remote_replica_moves_to_another_egress_node(cluster: EmbeddedCluster, service: Any) -> None:
     place(service, "remote", runtime="openai", serving={"max_concurrent": 4}, replicas=2)
     assert sorted(node for node, _ in places(service, "remote")) == ["out-a", "out-b"]
-    kill("out-a")
-    assert settled(lambda: states(service)["remote"] == "placed" and len(places(service, "remote")) == 2, 15)
+    kill(cluster, "out-a")
+    moved(
+        "an egress node dies",
+        lambda: states(service)["remote"] == "placed" and len(places(service, "remote")) == 2,
+    )
     assert [node for node, _ in places(service, "remote")] == ["out-b", "out-b"]
 
 
