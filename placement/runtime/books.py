@@ -6,7 +6,7 @@ Not thread-safe by itself; the service guards it with one lock.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ class Standing:
         states: replica -> where it is in its life.
         reasons: replica that is pending -> why.
         releasing: all of it is to go, whatever happens.
+        claims: what was reserved of it and is in no record yet.
     """
 
     deployment: Deployment
@@ -42,6 +43,7 @@ class Standing:
     states: dict[int, State] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
     releasing: bool = False
+    claims: list[Claim] = field(default_factory=list)
 
     @classmethod
     def pending(cls, deployment: Deployment, reason: str) -> Standing:
@@ -181,6 +183,16 @@ class Books:
         self.standing: dict[str, Standing] = {}
         self.unreadable: dict[str, ledger.Record] = {}
         self.claims: list[Claim] = []
+
+    def claim(self, claim: Claim) -> Claim:
+        """Opens a claim."""
+        self.claims.append(claim)
+        return claim
+
+    def settle(self, claims: Iterable[Claim]) -> None:
+        """Closes claims: what they were for stands now, or was given back."""
+        for claim in claims:
+            self.claims.remove(claim)
 
     def names(self) -> tuple[str, ...]:
         """Names of the deployments that stand, in order."""

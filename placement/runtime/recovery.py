@@ -49,6 +49,9 @@ class Recovery(ABC):
     def _keep(self, standing: Standing) -> None: ...
 
     @abstractmethod
+    def _keep_added(self, standing: Standing, added: Iterable[int]) -> None: ...
+
+    @abstractmethod
     def _give_back(self, standing: Standing, indices: Iterable[int]) -> None: ...
 
     @abstractmethod
@@ -83,7 +86,7 @@ class Recovery(ABC):
                 for pending in missing[position:]:  # the others ask for the same
                     self._note_pending(changed, pending, str(refusal))
                 break
-            self._keep(changed)
+            self._keep_added(changed, [index])
             self._tell_places(changed, [index])
         self._books.standing[name] = changed
 

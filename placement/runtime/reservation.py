@@ -44,6 +44,8 @@ MAX_STRAY_SHARES = 6
 READY_DEADLINE_SECONDS = 0.15
 """Long enough for Ray to try twice; see :func:`~placement.runtime.groups.ready_or_removed`."""
 LOOK_DEADLINE_SECONDS = 0.25
+RETURN_SECONDS = 2.0
+"""How long GPUs that were given back may take to come free; a few milliseconds, but on a machine that is overrun."""
 MAX_LOOKS = 3
 """How often a node is looked at before it refuses since too few of its GPUs are free."""
 
@@ -258,7 +260,6 @@ class NodeReserver:
                 )
                 if needs.profile:
                     reason = f"none of its MIG instances {needs.profile} is free"
-                # The workers of a release may not have died yet; once they have, believe it.
                 if attempt >= MAX_LOOKS:
                     break
                 time.sleep(VIEW_LAG_SECONDS / 2)
@@ -421,8 +422,11 @@ class NodeReserver:
         amounts: Sequence[int] = range(expected, count - 1, -1)
         if not amounts and to_be_sure and count <= len(not_ours):
             amounts = sorted({len(not_ours), count}, reverse=True)
+        # What was just given back here will come, as soon as the workers in it have died.
+        coming = self._freed_at + RETURN_SECONDS - time.monotonic() if to_be_sure else 0.0
         for several in amounts:
-            seen = self._groups.lowest_free(several, LOOK_DEADLINE_SECONDS)
+            patience = coming if several == count else 0.0
+            seen = self._groups.lowest_free(several, max(LOOK_DEADLINE_SECONDS, patience))
             if seen is not None:
                 self._foreign = not_ours - frozenset(seen)
                 return frozenset(seen)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from placement.errors import (
     UnreadableRecord,
 )
 from placement.runtime import faults, groups, ledger
-from placement.runtime.books import Books, Claim, Standing, Tally
+from placement.runtime.books import Books, Claim, Standing, Tally, held_replica
 from placement.runtime.discovery import NodeInfo, NodeView, node_state
 from placement.runtime.events import EventLog
 from placement.runtime.fleet import VIEW_LAG_SECONDS, Fleet
@@ -383,7 +383,7 @@ class DeploymentPlacementActor(Recovery):
 
     # -- reserving ---------------------------------------------------------------------------------
 
-    @contextmanager
+    @contextlib.contextmanager
     def _sole(self, name: str) -> Iterator[None]:
         """One change of a deployment at a time; different deployments change side by side."""
         with self._lock:
@@ -396,11 +396,7 @@ class DeploymentPlacementActor(Recovery):
         added = tuple(indices)
         self._reserve(standing, added)
         faults.point("service.reserved")
-        try:
-            self._keep(standing)
-        except BaseException:  # what no record tells of must not stay reserved
-            self._give_back(standing, added)
-            raise
+        self._keep_added(standing, added)
         faults.point("service.kept")
         self._tell_places(standing, added)
         return standing
@@ -409,6 +405,24 @@ class DeploymentPlacementActor(Recovery):
         standing.save()
         with self._lock:
             self._books.standing[standing.deployment.name] = standing
+            self._books.settle(standing.claims)
+            standing.claims.clear()
+
+    def _keep_added(self, standing: Standing, added: Iterable[int]) -> None:
+        """Keeps replicas that were just reserved; what no record can tell of does not stay reserved."""
+        try:
+            self._keep(standing)
+        except BaseException:
+            before = self._books.standing.get(standing.deployment.name)
+            with contextlib.suppress(Exception):  # whether it was written is not known
+                before.save() if before else ledger.delete(standing.deployment.name)
+            self._give_back(standing, added)
+            self._settle(standing.claims)
+            raise
+
+    def _settle(self, claims: Sequence[Claim]) -> None:
+        with self._lock:
+            self._books.settle(claims)
 
     def _replace(self, old: Standing, wanted: Deployment) -> Standing:
         new = Standing(wanted)
@@ -431,7 +445,7 @@ class DeploymentPlacementActor(Recovery):
                 self._keep(Standing.pending(old.deployment, str(refusal)))
                 self._mend(wanted.name)
                 raise
-        self._keep(new)  # first: what a record tells of is never given back
+        self._keep_added(new, indices)  # first: what a record tells of is never given back
         self._give_back(old, list(old.states))
         self._tell_places(new, indices)
         return new
@@ -468,14 +482,20 @@ class DeploymentPlacementActor(Recovery):
             faults.point("service.planned")
             try:
                 reserved, refusals = self.fleet.reserve(claim, nodes)
-            finally:
-                with self._lock:
-                    self._books.claims.remove(claim)
+                if refusals:
+                    self.fleet.give_back(reserved)
+            except BaseException:
+                self._settle([claim])
+                raise
             if not refusals:
                 for order, assignment in reserved:
                     standing.add(order, assignment)
+                taken = tuple(held_replica(assignment).planned() for _, assignment in reserved)
+                with self._lock:  # until it stands in the books; what is really held may not be as planned
+                    standing.claims.append(self._books.claim(replace(claim, replicas=taken)))
+                    self._books.settle([claim])
                 return
-            self.fleet.give_back(reserved)
+            self._settle([claim])
             for refusal in refusals:
                 where, attempts, reason = refusal.node_name, attempts + refusal.attempts, refusal.reason
                 if refusal.full:
@@ -505,9 +525,7 @@ class DeploymentPlacementActor(Recovery):
             outcome = planner.plan(snapshot, request)
             if isinstance(outcome, Unplaceable):
                 raise outcome
-            claim = Claim(wanted, outcome.replicas, outcome.set_size)
-            self._books.claims.append(claim)
-            return nodes, claim
+            return nodes, self._books.claim(Claim(wanted, outcome.replicas, outcome.set_size))
 
     def _give_back(self, standing: Standing, indices: Iterable[int]) -> None:
         """Removes the groups of some replicas, and the replicas from ``standing``."""
