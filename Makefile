@@ -10,7 +10,7 @@ BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test chaos lint format bench wheel clean
+.PHONY: help demo test chaos soak lint format bench wheel clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,9 +21,11 @@ demo: .venv/stamp ## place on simulated GPU nodes, on this machine (no GPU neede
 test: .venv/stamp ## run the tests
 	@$(BIN)/python -m pytest $(ARGS)
 
-chaos: .venv/stamp ## kill the service, its node actors, nodes and the GCS, again and again: make chaos ROUNDS=5
-	@for round in $$(seq $(ROUNDS)); do echo "round $$round of $(ROUNDS)"; $(BIN)/python -m pytest -q tests/integration/test_faults.py \
-		tests/integration/test_node_death.py tests/integration/test_head_restart.py tests/integration/test_churn.py || exit 1; done
+chaos: .venv/stamp ## kill the service, its node actors, nodes and the head, and tell how long recovery took: make chaos ROUNDS=5
+	@$(BIN)/python -m tests.chaos --rounds $(ROUNDS)
+
+soak: .venv/stamp ## all of that in any order on a real cluster, for as long as you like: make soak ARGS='--minutes 30 --seed 7'
+	@$(BIN)/python -m tests.soak $(ARGS)
 
 lint: .venv/stamp ## check style, format, types and layers
 	@$(BIN)/ruff check .

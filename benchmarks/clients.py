@@ -1,8 +1,8 @@
 """Many clients at once, an idle service, and many deployments standing: ``python -m benchmarks.clients``.
 
-Clients place and release one deployment each, over and over, for 1 or 2 GPUs anywhere in the cluster; then the same
-clients do the same with plain placement groups (create, wait, remove), on the same cluster. Ours chooses, steers and
-verifies from inside a worker; the plain way learns of no GPU.
+Clients place, apply and release one deployment each, over and over, for 1 or 2 GPUs anywhere in the cluster; then the
+same clients do the same with plain placement groups, on the same cluster: create, wait, remove; and the same with
+a task in each bundle, as whoever uses the GPUs or wants to know them has to. Ours chooses, steers and verifies.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import placement
+from benchmarks.place import gpu_id
 from placement.runtime.embedded import SimulatedNode, embedded_cluster
 
 
@@ -54,19 +57,27 @@ def ours(service: Any) -> Callable[[int, int], None]:
 
     def once(number: int, turn: int) -> None:
         name = f"c{number}"
-        ray.get(service.place.remote({"name": name, "model": "m", "gpus": 1 + turn % 2}))
+        if turn % 3 == 2:
+            ray.get(service.apply.remote({"name": name, "model": "m", "gpus": 1, "replicas": 2}))
+        else:
+            ray.get(service.place.remote({"name": name, "model": "m", "gpus": 1 + turn % 3}))
         ray.get(service.release.remote(name))
 
     return once
 
 
-def plain(number: int, turn: int) -> None:
+def plain(number: int, turn: int, used: bool = False) -> None:
     """Creates a group, waits, and removes it."""
-    group = placement_group([{"GPU": 1}] * (1 + turn % 2))
-    if not group.wait(30):
+    count = min(1 + turn % 3, 2)
+    group = placement_group([{"GPU": 1}] * count)
+    try:
+        if not group.wait(60):
+            raise TimeoutError
+        if used:
+            inside = [PlacementGroupSchedulingStrategy(group, bundle) for bundle in range(count)]
+            ray.get([gpu_id.options(scheduling_strategy=one).remote() for one in inside])
+    finally:
         remove_placement_group(group)
-        raise TimeoutError
-    remove_placement_group(group)
 
 
 def tell(name: str, took: list[float], errors: Counter[str], seconds: float) -> None:
@@ -80,6 +91,14 @@ def tell(name: str, took: list[float], errors: Counter[str], seconds: float) -> 
     )
 
 
+class Nothing:
+    """An actor that does nothing."""
+
+    def pid(self) -> int:
+        """Its process."""
+        return os.getpid()
+
+
 def cpu_seconds(pid: int) -> float:
     """CPU time that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(") ")[2].split()
@@ -90,8 +109,10 @@ def main() -> None:
     """Runs all and prints what was seen."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, default=50)
-    parser.add_argument("--seconds", type=float, default=30)
-    parser.add_argument("--nodes", type=int, default=4)
+    parser.add_argument(
+        "--seconds", type=float, default=120, help="for each way; a warm-up of 20 s comes before"
+    )
+    parser.add_argument("--nodes", type=int, default=12)
     parser.add_argument("--standing", type=int, default=500, help="deployments standing at a time")
     options = parser.parse_args()
     nodes = [SimulatedNode(f"gpu-{i:02}", topology="l40s-4x") for i in range(options.nodes)]
@@ -105,18 +126,26 @@ def main() -> None:
         )
         print(f"{'':28}{'throughput':>12}{'p50':>13}{'p99':>13}")
         total = ray.cluster_resources()["GPU"]
-        for name, once in (("place() and release()", ours(service)), ("plain placement groups", plain)):
+        storm(ours(service), options.clients, 20)
+        for name, once in (
+            ("place, apply, release", ours(service)),
+            ("groups, a task in each", partial(plain, used=True)),
+            ("groups, never used", plain),
+        ):
             tell(name, *storm(once, options.clients, options.seconds), options.seconds)
             time.sleep(3)
             print(
                 f"{'':28}GPUs free afterwards: {ray.available_resources()['GPU']:g} of {total:g}", flush=True
             )
 
-        begin, used = time.monotonic(), cpu_seconds(pid)
-        time.sleep(20)
-        print(
-            f"\nidle service: {100 * (cpu_seconds(pid) - used) / (time.monotonic() - begin):.2f} % of a core"
-        )
+        other = ray.remote(num_cpus=0)(Nothing).remote()
+        pids = [pid, ray.get(other.pid.remote())]
+        time.sleep(5)
+        begin, used = time.monotonic(), [cpu_seconds(one) for one in pids]
+        time.sleep(30)
+        took = time.monotonic() - begin
+        shares = [100 * (cpu_seconds(one) - before) / took for one, before in zip(pids, used, strict=True)]
+        print(f"\nidle service: {shares[0]:.2f} % of a core; any idle actor: {shares[1]:.2f} %")
 
         wanted = [
             {"name": f"d{i}", "model": "gpt-4o", "serving": {"max_concurrent": 1}}

@@ -141,7 +141,7 @@ def demo(as_json: bool) -> None:
 @click.option(
     "--idle-seconds",
     metavar="SECONDS",
-    type=click.FloatRange(min=0),
+    type=click.FloatRange(min=1),
     help="A node that has held nothing for so long has its node actor ended, so that an autoscaler can remove it: "
     "60 unless told; inf keeps it, and the next placement there quick.",
 )

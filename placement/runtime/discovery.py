@@ -101,7 +101,7 @@ def live_nodes() -> list[NodeInfo]:
         found.append(
             NodeInfo(
                 id=row["NodeID"],
-                name=row.get("NodeName") or row["NodeManagerAddress"],
+                name=_shown(row.get("NodeName") or row["NodeManagerAddress"]),
                 address=row["NodeManagerAddress"],
                 gpu_count=int(resources.get("GPU", 0)),
                 labels=dict(row.get("Labels") or {}),
@@ -119,6 +119,11 @@ def live_nodes() -> list[NodeInfo]:
             )
         )
     return sorted(found, key=lambda node: (node.name, node.id))
+
+
+def _shown(name: str) -> str:
+    """A name that a terminal can show as it is."""
+    return "".join(character if character.isprintable() else "?" for character in name)
 
 
 def node_state(

@@ -27,6 +27,8 @@ from placement.wire.facts import NodeFacts
 
 FACTS_DEADLINE_SECONDS = 45.0
 """A first NVML reading takes 30 s on an 8-GPU machine without persistence mode (Azure/aks-gpu#105)."""
+ASK_AGAIN_SECONDS = 30.0
+"""When a node whose actor did not answer is asked again what its GPUs are."""
 RESERVE_DEADLINE_SECONDS = 60.0
 """Some ten times what a node actor's bounded attempts take at worst; one that hangs is done without."""
 SETTLE_DEADLINE_SECONDS = 20.0
@@ -83,6 +85,7 @@ class Fleet:
         self._turns: dict[str, threading.Lock] = {}
         self._used: dict[str, float] = {}
         self._late: list[Any] = []
+        self._unanswered: dict[str, float] = {}
         self._in_doubt = False
 
     def settling(self) -> frozenset[str]:
@@ -94,20 +97,29 @@ class Fleet:
         self, nodes: Sequence[NodeInfo], again: bool = False, max_age_seconds: float | None = None
     ) -> None:
         """Makes sure that every GPU node has its actor and has said what its GPUs are, all side by side."""
+        now = time.monotonic()
         asked = {
             info.id: self._agent(info).facts.remote(max_age_seconds)
             for info in nodes
-            if info.gpu_count and info.label_problem() is None and (again or info.id not in self.facts)
+            if info.gpu_count
+            and info.label_problem() is None
+            and (
+                again
+                or info.id not in self.facts
+                or now - self._unanswered.get(info.id, now) > ASK_AGAIN_SECONDS
+            )
         }
         if not asked:
             return
         ray.wait(list(asked.values()), num_returns=len(asked), timeout=FACTS_DEADLINE_SECONDS)
         for node_id, reference in asked.items():
+            self._unanswered.pop(node_id, None)
             try:
                 facts = ray.get(reference, timeout=0)
             except ray.exceptions.RayError as error:
                 problem = f"the node actor does not answer: {type(error).__name__}"
                 facts = NodeFacts(source="none", problem=problem)
+                self._unanswered[node_id] = time.monotonic()
                 self._lost(node_id, error, reference)
             with self._lock:
                 if facts.gpus or node_id not in self.facts:
@@ -138,6 +150,10 @@ class Fleet:
                 self._in_doubt |= bool(done)
             doubt, self._in_doubt = self._in_doubt, False
             return doubt
+
+    def doubt(self) -> None:
+        """Has :meth:`in_doubt` say so."""
+        self._in_doubt = True
 
     def idle(self, seconds: float) -> list[str]:
         """Nodes of which the actor has had nothing to do for so long."""

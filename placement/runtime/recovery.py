@@ -40,7 +40,7 @@ class Recovery(ABC):
         """See the service."""
 
     @abstractmethod
-    def _sole(self, name: str) -> AbstractContextManager[None]: ...
+    def _sole(self, name: str, wait: bool = True) -> AbstractContextManager[bool]: ...
 
     @abstractmethod
     def _reserve(self, standing: Standing, indices: tuple[int, ...], mending: bool = False) -> None: ...
@@ -130,14 +130,19 @@ class Recovery(ABC):
     def _sweep(self, live: Mapping[str, groups.LiveGroup]) -> None:
         for group_id, group in live.items():
             name = group.name.removeprefix(self._prefix).partition(":")[0]
-            if name in self._books.unreadable:
+            if name in self._books.unreadable or self._knows(name, group_id):
                 continue
-            with self._sole(name):  # nothing of it is being reserved at this moment
-                standing = self._books.standing.get(name)
-                known = {a.placement_group.id.hex() for a in standing.assignments()} if standing else set()
-                if group_id not in known:
+            with self._sole(name, wait=False) as mine:
+                if not mine:  # something is being reserved, and this may be it: look again
+                    self.fleet.doubt()
+                elif not self._knows(name, group_id):
                     groups.remove_group(groups.group_from_hex(group_id))
                     self.fleet.note_change(group.nodes)
+
+    def _knows(self, name: str, group_id: str) -> bool:
+        standing = self._books.standing.get(name)
+        known = standing.assignments() if standing else []
+        return any(a.placement_group.id.hex() == group_id for a in known)
 
     def rest(self) -> None:
         """Ends the actors of nodes that hold nothing, so that they can be scaled down; forgets what nobody asks for."""

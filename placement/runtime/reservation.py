@@ -210,6 +210,7 @@ class NodeReserver:
         self._foreign: frozenset[int] | None = frozenset()
         self._changed_at = float("-inf")
         self._freed_at = float("-inf")
+        self._looked_at = float("-inf")
 
     @property
     def foreign(self) -> frozenset[int]:
@@ -427,6 +428,7 @@ class NodeReserver:
         for several in amounts:
             patience = coming if several == count else 0.0
             seen = self._groups.lowest_free(several, max(LOOK_DEADLINE_SECONDS, patience))
+            self._looked_at = time.monotonic()
             if seen is not None:
                 self._foreign = not_ours - frozenset(seen)
                 return frozenset(seen)
@@ -434,13 +436,14 @@ class NodeReserver:
         return None
 
     def _catch_up(self, free: Collection[int]) -> None:
-        """Waits until the cluster's books show what was given back here.
+        """Waits until the cluster's books show what was given back here, or taken for a moment to look.
 
         Ray's scheduler goes by them: a group that is asked for before fails at once, and is tried again only
         after up to a second.
         """
         expected = len(free) + sum(self._rests().values()) / WHOLE - 1e-6
-        while (left := self._freed_at + CATCH_UP_SECONDS - time.monotonic()) > 0:
+        until = max(self._freed_at, self._looked_at) + CATCH_UP_SECONDS
+        while (left := until - time.monotonic()) > 0:
             began = time.monotonic()
             if self._groups.available() >= expected:
                 return

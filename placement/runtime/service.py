@@ -72,7 +72,7 @@ class DeploymentPlacementActor(Recovery):
         idle_seconds: float = IDLE_SECONDS,
     ) -> None:
         self._near = tuple(near)
-        self._idle_seconds = idle_seconds
+        self._idle_seconds = max(1.0, idle_seconds)
         self._nodes = NodeView()
         self._lock = threading.Lock()
         self._name_locks: dict[str, threading.Lock] = {}
@@ -384,12 +384,20 @@ class DeploymentPlacementActor(Recovery):
     # -- reserving ---------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _sole(self, name: str) -> Iterator[None]:
-        """One change of a deployment at a time; different deployments change side by side."""
+    def _sole(self, name: str, wait: bool = True) -> Iterator[bool]:
+        """One change of a deployment at a time; different deployments change side by side.
+
+        Yields:
+            Whether it is ours to change; always, if we ``wait`` for it.
+        """
         with self._lock:
             lock = self._name_locks.setdefault(name, threading.Lock())
-        with lock:
-            yield
+        mine = lock.acquire(blocking=wait)
+        try:
+            yield mine
+        finally:
+            if mine:
+                lock.release()
 
     def _add(self, standing: Standing, indices: Iterable[int]) -> Standing:
         """Reserves more replicas of a deployment, all or none, and keeps it."""

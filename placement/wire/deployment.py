@@ -113,7 +113,20 @@ def _gpus(value: Any) -> Any:
 Count = Annotated[int, BeforeValidator(_whole)]
 
 
-class ApiKey(Model):
+class _Declared(Model):
+    """What somebody wrote. Others will read it on their terminals, so that it holds no control characters."""
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _is_printable(cls, value: Any) -> Any:
+        for text in (value,) if isinstance(value, str) else value if isinstance(value, (list, tuple)) else ():
+            if isinstance(text, str) and not text.isprintable():
+                odd = next(character for character in text if not character.isprintable())
+                raise ValueError(f"contains the character U+{ord(odd):04X}, which cannot be shown; remove it")
+        return value
+
+
+class ApiKey(_Declared):
     """A reference to an API key. The key itself never enters a deployment, the ledger or a log.
 
     Exactly one of the two is set. Which node resolves it, and when, is up to the worker: see :meth:`resolve`.
@@ -182,7 +195,7 @@ class ApiKey(Model):
         return value
 
 
-class RuntimeConfig(Model):
+class RuntimeConfig(_Declared):
     """How the runtime is reached and configured."""
 
     runtime: Runtime | None = Field(
@@ -221,7 +234,7 @@ class RuntimeConfig(Model):
         return value
 
 
-class Serving(Model):
+class Serving(_Declared):
     """How a replica serves."""
 
     max_concurrent: Count = Field(
@@ -232,7 +245,7 @@ class Serving(Model):
     )
 
 
-class Budget(Model):
+class Budget(_Declared):
     """Spending limits, carried to the workers; placing does not read them."""
 
     usd_per_day: float | None = Field(default=None, gt=0)
@@ -240,14 +253,14 @@ class Budget(Model):
     requests_per_minute: int | None = Field(default=None, gt=0)
 
 
-class Spread(Model):
+class Spread(_Declared):
     """Keeps replicas apart: at most ``max`` of them on nodes with one value of ``label``."""
 
     label: str = Field(min_length=1, description="a node label, such as ray.io/availability-zone")
     max: Count = 1
 
 
-class PlacementConstraints(Model):
+class PlacementConstraints(_Declared):
     """Limits the choice of nodes. A node is named by its id, its name or its address.
 
     ``None`` means "any that the cluster has"; an empty list is refused.
@@ -299,7 +312,7 @@ class PlacementConstraints(Model):
         return int(major), int(minor)
 
 
-class Deployment(Model):
+class Deployment(_Declared):
     """A model, how many replicas of it, and what each one needs.
 
     Example:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -208,3 +210,24 @@ def test_a_restarted_service_knows_what_stands(service: Any) -> None:
     assert ray.get(placement.connect().get.remote("stays")).to_dict() == before
     other = ray.get(service.place.remote({"name": "other", "model": "m", "gpus": 4}))
     assert ranks_gpus(other.assignments[0]) == other.assignments[0].gpus
+
+
+def test_a_node_that_is_slow_holds_up_nobody_elsewhere(service: Any, tmp_path: Path) -> None:
+    """Its actor is busy for as long as the others take, a look at the state included."""
+    ray.get(service.status.remote())
+    busy = ray.get_actor(f"node:{node_id('dgx')}", namespace="placement")
+    done = tmp_path / "done"
+    waiting = busy.__ray_call__.remote(_wait_for, str(done))
+    slow = service.place.remote({"name": "slow", "model": "m", "constraints": {"gpu_nodes": ["dgx"]}})
+    quick = [{"name": f"quick-{i}", "model": "m", "constraints": {"gpu_nodes": ["pcie"]}} for i in range(4)]
+    ray.get([service.place.remote(one) for one in quick], timeout=60)
+    assert len(ray.get(service.status.remote(), timeout=60)["deployments"]) == 4
+    assert ray.wait([slow], timeout=0) == ([], [slow])
+    done.touch()
+    ray.get([waiting, slow], timeout=60)
+
+
+def _wait_for(actor: Any, path: str) -> None:
+    end = time.monotonic() + 120
+    while not Path(path).exists() and time.monotonic() < end:
+        time.sleep(0.01)

@@ -160,7 +160,7 @@ class Fleet:
         return doubt
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        assert name in ("meet", "settle", "forget_all_but", "note_change"), name
+        assert name in ("meet", "settle", "forget_all_but", "note_change", "doubt"), name
         return lambda *args, **kwargs: None
 
     def reserve(
@@ -232,6 +232,7 @@ def make_believe(ray: Ray) -> Iterator[None]:
             (service, "Keeper", lambda one: SimpleNamespace(start=lambda: None)),
             (keeper, "live_node_ids", lambda: frozenset(ray.nodes)),
             (keeper, "draining_nodes", frozenset),
+            (keeper, "MENDERS", 1),
             (groups, "available_resources", ray.available),
             (groups, "group_from_hex", ray.group),
             (groups, "remove_group", lambda group, ready=False: ray.groups.pop(group.id.hex(), None)),
@@ -321,33 +322,41 @@ class Service(Rules):
         self.service = DeploymentPlacementActor(lambda info: None)
         self.keeper = Keeper(self.service)
 
-    def a_node_ends(self, pick: int) -> None:
-        if self.ray.nodes:
-            self.ray.nodes.remove(sorted(self.ray.nodes)[pick % len(self.ray.nodes)])
+    def a_node_ends(self, pick: int) -> bool:
+        if not self.ray.nodes:
+            return False
+        self.ray.nodes.remove(sorted(self.ray.nodes)[pick % len(self.ray.nodes)])
+        return True
 
-    def a_node_begins(self) -> None:
+    def a_node_begins(self) -> bool:
         self.born += 1
         self.ray.nodes.add(f"n{self.born}")
+        return True
 
-    def another_user_begins(self, gpus: int) -> None:
+    def another_user_begins(self, gpus: int) -> bool:
         group = Group("", next(self.ray.numbers))
         for node in sorted(self.ray.nodes):
             if self.ray.take(group, node, range(gpus), WHOLE, 0):
                 self.others.append(group.id.hex())
-                return
+                return True
+        return False
 
-    def another_user_ends(self) -> None:
-        if self.others:
-            del self.ray.groups[self.others.pop(0)]
+    def another_user_ends(self) -> bool:
+        if not self.others:
+            return False
+        del self.ray.groups[self.others.pop(0)]
+        return True
 
-    def remove_a_group_of_ours(self, pick: int) -> None:
+    def remove_a_group_of_ours(self, pick: int) -> bool:
         ours = sorted(set(self.ray.groups) - {"f", *self.others})
-        if ours:
-            del self.ray.groups[ours[pick % len(ours)]]
-            self.kill_the_service()  # it is noticed when the service starts
+        if not ours:
+            return False
+        del self.ray.groups[ours[pick % len(ours)]]
+        self.kill_the_service()  # it is noticed when the service starts
+        return True
 
     def time_passes(self) -> None:
-        self.keeper._tried_at = float("-inf")
+        self.keeper._tried_with = None
         try:
             self.keeper.look()
         except Killed:
