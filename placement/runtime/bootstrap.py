@@ -12,11 +12,10 @@ from placement.core.snapshot import NEAR_LABELS
 from placement.errors import ServiceNotRunning
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.groups import my_gpu_ids
-from placement.runtime.node_agent import NodePlacementActor
+from placement.runtime.node_agent import NAMESPACE, NodePlacementActor, agent_name
 from placement.runtime.service import IDLE_SECONDS, DeploymentPlacementActor
 
 NAME = "placement"
-NAMESPACE = "placement"
 START_DEADLINE_SECONDS = 120.0
 
 # num_cpus=0: holding a bundle of one GPU leaves no CPU for a probe. max_calls=0: keep the worker process,
@@ -29,7 +28,7 @@ _Service = ray.remote(num_cpus=0, concurrency_groups={"read": 16, "watch": 64})(
 def make_agent(info: NodeInfo) -> Any:
     """The node actor of a GPU node, made if there is none."""
     return _Agent.options(
-        name=f"node:{info.id}",
+        name=agent_name(info.id),
         namespace=NAMESPACE,
         lifetime="detached",
         get_if_exists=True,

@@ -16,10 +16,10 @@ import ray
 from placement.core.replicas import PlannedReplica
 from placement.core.score import WHOLE
 from placement.core.snapshot import Policy
-from placement.runtime import faults, groups
+from placement.runtime import faults, groups, ledger
 from placement.runtime.books import Claim
 from placement.runtime.discovery import NodeInfo
-from placement.runtime.node_agent import Part, Reply
+from placement.runtime.node_agent import Part, Reply, living_agents
 from placement.runtime.reservation import Holding, Machine, Order, Refused, machine_of
 from placement.runtime.results import NodeAssignment
 from placement.wire.deployment import Deployment
@@ -96,7 +96,7 @@ class Fleet:
     def meet(
         self, nodes: Sequence[NodeInfo], again: bool = False, max_age_seconds: float | None = None
     ) -> None:
-        """Makes sure that every GPU node has its actor and has said what its GPUs are, all side by side."""
+        """Makes sure that every GPU node has said what its GPUs are, all side by side."""
         now = time.monotonic()
         asked = {
             info.id: self._agent(info).facts.remote(max_age_seconds)
@@ -122,18 +122,31 @@ class Fleet:
                 self._unanswered[node_id] = time.monotonic()
                 self._lost(node_id, error, reference)
             with self._lock:
-                if facts.gpus or node_id not in self.facts:
+                known = self.facts.get(node_id)
+                if facts.gpus or known is None:
                     self.facts[node_id] = facts
                     self._machines.pop(node_id, None)
+            if facts.gpus and not (known and known.gpus):
+                ledger.save_facts(node_id, facts)
 
-    def settle(self) -> None:
-        """Waits until every node actor has ended what it was doing, and knows what stands on its node."""
-        with self._lock:
-            agents = dict(self._agents)
+    def recall(self, nodes: Sequence[NodeInfo]) -> None:
+        """Takes up what an earlier service knew of these nodes, and forgets the others.
+
+        Waits until the node actors that it left have ended what they were doing, and know what stands on their nodes.
+        """
+        alive = {info.id for info in nodes}
+        for node_id, facts in ledger.facts().items():
+            if node_id not in alive:
+                ledger.forget_facts(node_id)
+            elif facts is not None:
+                self.facts[node_id] = facts
+        living = living_agents()
         told = []
-        for node_id, agent in agents.items():
-            agent.cancel.remote()  # what was prepared for a group that nobody will make
-            told.append(agent.adopt.remote(self._holdings(node_id)))
+        for info in nodes:
+            if info.id in living:
+                agent = self._agent(info)
+                agent.cancel.remote()  # what was prepared for a group that nobody will make
+                told.append(agent.adopt.remote(self._holdings(info.id)))
         if told:
             _, late = ray.wait(told, num_returns=len(told), timeout=SETTLE_DEADLINE_SECONDS)
             with self._lock:
@@ -180,12 +193,15 @@ class Fleet:
             turn.release()
 
     def forget_all_but(self, alive: Collection[str]) -> None:
-        """Forgets the actors of nodes that are no more."""
+        """Forgets nodes that are no more."""
         with self._lock:
-            for node_id in [one for one in self._agents if one not in alive]:
-                del self._agents[node_id]
+            gone = [one for one in self.facts if one not in alive]
+            for node_id in gone:
+                self._agents.pop(node_id, None)
                 self.facts.pop(node_id, None)
                 self._machines.pop(node_id, None)
+        for node_id in gone:
+            ledger.forget_facts(node_id)
 
     def machine(self, info: NodeInfo) -> Machine:
         """What a node's GPUs are, as far as is known. The same object until it reports something else."""

@@ -1,8 +1,9 @@
 """What was asked for, durable in Ray's GCS key-value store. The rest is rebuilt from what lives.
 
 One record for each deployment: its declaration, and for each replica the name and id of its group and
-what it holds. No secret is in it: a declaration holds references to API keys only. And for a while one
-note for each deployment that was released, for a caller whose answer was lost with the service.
+what it holds. No secret is in it: a declaration holds references to API keys only. Beside them, for a while, a
+note for each deployment that was released, for a caller whose answer was lost with the service; and for each
+node what its GPUs are, so that a service that starts anew need not wake the nodes that hold nothing.
 
 Version 1 had no ``releasing``. A record that this version cannot read is left byte for byte as it is.
 """
@@ -17,10 +18,13 @@ from typing import Any
 
 from ray.experimental import internal_kv
 
+from placement.wire.facts import NodeFacts
+
 VERSION = 2
 _NAMESPACE = b"placement"
 _RECORD = "deployment/"
 _ENDED = "ended/"
+_FACTS = "facts/"
 _TOKEN = b"token"
 
 
@@ -80,6 +84,28 @@ def forget_ended(name: str) -> None:
 def ended() -> dict[str, int]:
     """Deployment -> replicas that were given back, of all that are noted."""
     return {name: int(value) for name, value in _all(_ENDED).items() if value.isdigit()}
+
+
+def save_facts(node_id: str, facts: NodeFacts) -> None:
+    """Notes what a node's GPUs are."""
+    key, value = (_FACTS + node_id).encode(), facts.model_dump_json(exclude_none=True).encode()
+    internal_kv._internal_kv_put(key, value, overwrite=True, namespace=_NAMESPACE)
+
+
+def forget_facts(node_id: str) -> None:
+    """Removes that note."""
+    internal_kv._internal_kv_del((_FACTS + node_id).encode(), namespace=_NAMESPACE)
+
+
+def facts() -> dict[str, NodeFacts | None]:
+    """Node id -> what its GPUs are; ``None`` where the note cannot be read, and the node is to be asked."""
+    found: dict[str, NodeFacts | None] = {}
+    for node_id, value in _all(_FACTS).items():
+        try:
+            found[node_id] = NodeFacts.model_validate_json(value)
+        except ValueError:
+            found[node_id] = None
+    return found
 
 
 def records() -> Iterator[Record]:

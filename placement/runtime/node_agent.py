@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+import ray.util
 from ray.util.placement_group import PlacementGroup
 
 from placement import topologies
@@ -66,6 +67,25 @@ class Part:
     bundle_of: dict[int, int]
     score: Score
     ray_gpus: tuple[int, ...]
+
+
+NAMESPACE = "placement"
+_NAME = "node:"
+
+
+def agent_name(node_id: str) -> str:
+    """What the actor of a node is called, in :data:`NAMESPACE`."""
+    return _NAME + node_id
+
+
+def living_agents() -> set[str]:
+    """The nodes, by id, that have an actor now."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return {
+        actor["name"].removeprefix(_NAME)
+        for actor in actors
+        if actor["namespace"] == NAMESPACE and actor["name"].startswith(_NAME)
+    }
 
 
 FRESH_SECONDS = 2.0

@@ -172,8 +172,7 @@ class Recovery(ABC):
                 logger.exception("the record of %r cannot be understood", record.name)
             logger.error("%r: %s; it is left as it is", record.name, record.problem)
             self._books.unreadable[record.name] = record
-        self.fleet.meet(self._nodes.now())
-        self.fleet.settle()
+        self.fleet.recall(self._nodes.now())
         self._ended = ledger.ended()
         self._ended_at = dict.fromkeys(self._ended, time.monotonic())
         live = self._live_groups()

@@ -160,7 +160,7 @@ class Fleet:
         return doubt
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        assert name in ("meet", "settle", "forget_all_but", "note_change", "doubt"), name
+        assert name in ("meet", "recall", "forget_all_but", "note_change", "doubt"), name
         return lambda *args, **kwargs: None
 
     def reserve(
