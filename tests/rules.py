@@ -42,7 +42,11 @@ SHAPES: st.SearchStrategy[dict[str, Any]] = st.one_of(
     st.fixed_dictionaries({"gpus": st.sampled_from((0.25, 0.5))}),
     st.fixed_dictionaries({"tensor_parallel": st.sampled_from((1, 2, 4)), "pipeline_parallel": st.just(2)}),
     st.fixed_dictionaries(
-        {"runtime": st.just("openai"), "serving": st.just({"max_concurrent": 3})},
+        {
+            "runtime": st.just("openai"),
+            "serving": st.just({"max_concurrent": 3}),
+            "runtime_config": st.just({"api_key": {"from_env": "PLANTED_KEY"}}),
+        },
     ),
 )
 ASKED = st.builds(

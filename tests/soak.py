@@ -23,6 +23,7 @@ import ray
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, rule, run_state_machine_as_test
+from ray.experimental import internal_kv
 from ray.util.placement_group import placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -40,6 +41,7 @@ GPU_NODES = range(2, 5)
 """How few and how many there are at a time."""
 PATIENCE_SECONDS = 60.0
 """Ray notices a killed raylet after 15 s; the rest is for a busy machine."""
+KEY = "sk-planted-2e71b6f0c4d95a38"
 HONEST = (
     placement.Unplaceable,
     placement.ReservationFailed,
@@ -266,6 +268,22 @@ class Soak(Rules):
         self.found["runs in which all came right"] += 1
 
 
+def planted() -> list[str]:
+    """Where the key is that the egress nodes have in their environment; it should be nowhere."""
+    session = Path(ray._private.worker.global_worker.node.get_session_dir_path())
+    places = {
+        str(path.relative_to(session)): path.read_bytes() for path in session.rglob("*") if path.is_file()
+    }
+    kv = internal_kv.internal_kv_get_gcs_client()
+    keys = internal_kv._internal_kv_list(b"", namespace=b"placement")
+    places |= {
+        key.decode(): value for key, value in kv.internal_kv_multi_get(keys, namespace=b"placement").items()
+    }
+    places["status"] = str(ray.get(Soak.service.status.remote())).encode()
+    places["events"] = str([ray.get(Soak.service.watch.remote(name, 0, 0.0)) for name in "abc"]).encode()
+    return [place for place, content in places.items() if KEY.encode() in content]
+
+
 def main() -> int:
     """Runs until the time is up or something is found; says what was tried, and what came of it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -291,7 +309,9 @@ def main() -> int:
         ]
         Soak.gpu_nodes = [node.name for node in nodes]
         Soak.born = len(nodes)
-        nodes += [SimulatedNode(f"out-{i}", resources={"egress": 8}) for i in range(2)]
+        nodes += [
+            SimulatedNode(f"out-{i}", resources={"egress": 8}, env={"PLANTED_KEY": KEY}) for i in range(2)
+        ]
         with embedded_cluster(nodes, progress=lambda name: print(f"starting {name}", flush=True)) as cluster:
             Soak.cluster, Soak.service = cluster, placement.start(idle_seconds=3.0)
             Soak.ends_at = time.monotonic() + 60 * options.minutes
@@ -309,6 +329,9 @@ def main() -> int:
             except Exception as error:
                 print(f"\nseed {number} found: {error}", *getattr(error, "__notes__", ()), sep="\n")
                 failed = 1
+            if where := planted():
+                print(f"\nthe planted key is in {where}")
+                failed = 1
     print("\ntried:")
     for what, count in sorted(Rules.tried.items()):
         print(f"{count:7}  {what}")
@@ -318,7 +341,7 @@ def main() -> int:
     print("longest until all was right again:")
     for what, seconds in sorted(Soak.slowest.items()):
         print(f"{seconds:6.1f} s  after: {what}")
-    print("something was found" if failed else "nothing was lost, left over or held twice")
+    print("something was found" if failed else "nothing was lost, left over, held twice or told")
     return failed
 
 
