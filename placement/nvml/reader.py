@@ -53,6 +53,11 @@ class Reader:
         self._reading = self._closed = False
         self._child: subprocess.Popen[str] | None = None
 
+    @property
+    def has_read(self) -> bool:
+        """Whether there is a good reading."""
+        return self._last is not None
+
     def facts(self, max_age_seconds: float | None = None) -> NodeFacts:
         """The last good reading with its age, and in ``problem`` why the newest one failed, if it did.
 

@@ -14,7 +14,7 @@ from placement.core.lifecycle import Event, State, after
 from placement.core.replicas import PlannedReplica
 from placement.core.score import WHOLE
 from placement.runtime import groups, ledger
-from placement.runtime.reservation import Holding
+from placement.runtime.orders import Holding
 from placement.runtime.results import NodeAssignment, PlacementResult
 from placement.wire.cluster import HeldDeployment, HeldReplica
 from placement.wire.deployment import Deployment

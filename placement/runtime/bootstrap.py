@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,12 +20,33 @@ from placement.runtime.service import IDLE_SECONDS, DeploymentPlacementActor
 
 NAME = "placement"
 START_DEADLINE_SECONDS = 120.0
+RESTART_SECONDS = 1.0
+
+logger = logging.getLogger(__name__)
 
 # num_cpus=0: holding a bundle of one GPU leaves no CPU for a probe. max_calls=0: keep the worker process,
 # which Ray otherwise ends after every task that had a GPU.
 _probe = ray.remote(num_cpus=0, max_calls=0)(my_gpu_ids)
 _Agent = ray.remote(num_cpus=0, concurrency_groups={"facts": 1})(NodePlacementActor)
-_Service = ray.remote(num_cpus=0, concurrency_groups={"read": 16, "watch": 64})(DeploymentPlacementActor)
+
+
+class _RestartingService(DeploymentPlacementActor):
+    """The service, started anew until it could take up what stood."""
+
+    def __init__(self, *args: Any) -> None:
+        is_new = ray.get_runtime_context().was_current_actor_reconstructed is False
+        try:
+            super().__init__(*args)
+        except Exception:
+            # To Ray an actor that could not be constructed is dead for good. One whose process ended is not.
+            if is_new:
+                raise
+            logger.exception("what stood could not be taken up; starting anew")
+            time.sleep(RESTART_SECONDS)
+            os._exit(1)
+
+
+_Service = ray.remote(num_cpus=0, concurrency_groups={"read": 16, "watch": 64})(_RestartingService)
 
 
 def make_agent(info: NodeInfo) -> Any:

@@ -13,7 +13,7 @@ from placement.core.score import WHOLE
 from placement.core.snapshot import Node
 from placement.errors import UnknownTopology
 from placement.runtime.books import Tally
-from placement.runtime.reservation import Machine
+from placement.runtime.orders import Machine
 
 TOPOLOGY_LABEL = "placement/topology"
 """A node with this label has the topology of that catalogue entry (a simulated node)."""

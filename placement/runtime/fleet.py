@@ -1,41 +1,25 @@
-"""The GPU nodes' actors: meeting them, reserving on many of them side by side, giving back."""
+"""The GPU nodes together: reserving on many of them side by side, giving back, and how current Ray's books are."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import secrets
-import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
-
-import ray
 
 from placement.core.replicas import PlannedReplica
 from placement.core.score import WHOLE
-from placement.core.snapshot import Policy
-from placement.runtime import faults, groups, ledger
+from placement.runtime import faults, groups
+from placement.runtime.agents import Agents
 from placement.runtime.books import Claim
 from placement.runtime.discovery import NodeInfo
-from placement.runtime.node_agent import Part, Reply, living_agents
-from placement.runtime.reservation import Holding, Machine, Order, Refused, machine_of
+from placement.runtime.gang import reserve_gang
+from placement.runtime.machines import Machines
+from placement.runtime.node_agent import Reply
+from placement.runtime.orders import Holding, Refusal, Refused, order_name, order_of
 from placement.runtime.results import NodeAssignment
-from placement.wire.deployment import Deployment
 from placement.wire.facts import NodeFacts
 
-FACTS_DEADLINE_SECONDS = 45.0
-"""A first NVML reading takes 30 s on an 8-GPU machine without persistence mode (Azure/aks-gpu#105)."""
-ASK_AGAIN_SECONDS = 30.0
-"""When a node whose actor did not answer is asked again what its GPUs are."""
-RESERVE_DEADLINE_SECONDS = 60.0
-"""Some ten times what a node actor's bounded attempts take at worst; one that hangs is done without."""
-SETTLE_DEADLINE_SECONDS = 20.0
-"""A reservation that was under way when the service died ends within its node actor's bounded attempts."""
-GANG_DEADLINE_SECONDS = 0.3
-"""Long enough for Ray to try twice; see :func:`~placement.runtime.groups.ready_or_removed`."""
-MAX_GANG_ATTEMPTS = 6
 VIEW_LAG_SECONDS = 0.25
 """Ray's books follow a change after 0.1 s (measured), and as long again if a worker has to die first."""
 
@@ -45,25 +29,19 @@ Reserved = tuple[str, NodeAssignment]
 """The name of a replica's order, which begins its group's name, and the assignment."""
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """A node that did not reserve what was planned. ``full``: it has too few GPUs free, ``room`` at most."""
-
-    node_id: str
-    node_name: str
-    attempts: int
-    reason: str
-    full: bool = False
-    room: int | None = None
-
-
 class Fleet:
-    """All node actors. Thread-safe.
+    """All GPU nodes. Thread-safe.
 
     Args:
         make_agent: creates (or finds) the actor of a node.
         holdings: node id -> order name -> what stands there, for an actor that is new.
         prefix: begins the name of every group that is made.
+
+    Attributes:
+        agents: the nodes' actors.
+        machines: what their GPUs are.
+        foreign: node id -> GPUs that other Ray users held when its actor last looked.
+        changed_at: when something was last taken or given back here, on the monotonic clock.
     """
 
     def __init__(
@@ -72,143 +50,72 @@ class Fleet:
         holdings: Callable[[str], dict[str, Holding]],
         prefix: str,
     ) -> None:
-        self._make_agent = make_agent
-        self._holdings = holdings
-        self._prefix = prefix
-        self._lock = threading.Lock()
-        self._agents: dict[str, Any] = {}
-        self.facts: dict[str, NodeFacts] = {}
-        self._machines: dict[str, Machine] = {}
+        facts: dict[str, NodeFacts] = {}
+        self.agents = Agents(make_agent, holdings, facts.get)
+        self.machines = Machines(self.agents, facts)
         self.foreign: dict[str, frozenset[int]] = {}
         self.changed_at = float("-inf")
+        self._prefix = prefix
         self._changed: dict[str, float] = {}
-        self._turns: dict[str, threading.Lock] = {}
-        self._used: dict[str, float] = {}
-        self._late: list[Any] = []
-        self._unanswered: dict[str, float] = {}
-        self._in_doubt = False
+        self._untold: dict[str, frozenset[str]] = {}
 
     def settling(self) -> frozenset[str]:
         """Nodes of which Ray's books may not yet show our own last change; what we know of them is newer."""
         now = time.monotonic()
-        return frozenset(node for node, at in self._changed.items() if now - at < VIEW_LAG_SECONDS)
+        return frozenset(node for node, at in self._changed.copy().items() if now - at < VIEW_LAG_SECONDS)
 
-    def meet(
-        self, nodes: Sequence[NodeInfo], again: bool = False, max_age_seconds: float | None = None
-    ) -> None:
-        """Makes sure that every GPU node has said what its GPUs are, all side by side."""
-        now = time.monotonic()
-        asked = {
-            info.id: self._agent(info).facts.remote(max_age_seconds)
-            for info in nodes
-            if info.gpu_count
-            and info.label_problem() is None
-            and (
-                again
-                or info.id not in self.facts
-                or now - self._unanswered.get(info.id, now) > ASK_AGAIN_SECONDS
-            )
-        }
-        if not asked:
-            return
-        ray.wait(list(asked.values()), num_returns=len(asked), timeout=FACTS_DEADLINE_SECONDS)
-        for node_id, reference in asked.items():
-            self._unanswered.pop(node_id, None)
-            try:
-                facts = ray.get(reference, timeout=0)
-            except ray.exceptions.RayError as error:
-                problem = f"the node actor does not answer: {type(error).__name__}"
-                facts = NodeFacts(source="none", problem=problem)
-                self._unanswered[node_id] = time.monotonic()
-                self._lost(node_id, error, reference)
-            with self._lock:
-                known = self.facts.get(node_id)
-                if facts.gpus or known is None:
-                    self.facts[node_id] = facts
-                    self._machines.pop(node_id, None)
-            if facts.gpus and not (known and known.gpus):
-                ledger.save_facts(node_id, facts)
+    def catch_up(self, since: float) -> bool:
+        """Waits until Ray's books show what was changed here before, and without the holds of actors that died.
+
+        Args:
+            since: what :attr:`changed_at` was then.
+
+        Returns:
+            Whether they did not, and what was read of them before was not yet right.
+        """
+        buried = self.agents.bury()
+        if buried:
+            self.note_change(buried)
+            since = self.changed_at
+        behind = VIEW_LAG_SECONDS - (time.monotonic() - since)
+        time.sleep(max(0.0, behind))
+        return behind > 0
 
     def recall(self, nodes: Sequence[NodeInfo]) -> None:
-        """Takes up what an earlier service knew of these nodes, and forgets the others.
+        """Takes up what an earlier service knew of these nodes and left on them, and forgets the others.
 
         Waits until the node actors that it left have ended what they were doing, and know what stands on their nodes.
         """
-        alive = {info.id for info in nodes}
-        for node_id, facts in ledger.facts().items():
-            if node_id not in alive:
-                ledger.forget_facts(node_id)
-            elif facts is not None:
-                self.facts[node_id] = facts
-        living = living_agents()
-        told = []
-        for info in nodes:
-            if info.id in living:
-                agent = self._agent(info)
-                agent.cancel.remote()  # what was prepared for a group that nobody will make
-                told.append(agent.adopt.remote(self._holdings(info.id)))
-        if told:
-            _, late = ray.wait(told, num_returns=len(told), timeout=SETTLE_DEADLINE_SECONDS)
-            with self._lock:
-                self._late += late
-
-    def in_doubt(self) -> bool:
-        """Whether, since the last call, groups may have been left over that nobody knows of.
-
-        That is so when a node actor has died, and when one that did not answer in time is done at last.
-        """
-        with self._lock:
-            if self._late:
-                done, self._late = ray.wait(self._late, num_returns=len(self._late), timeout=0)
-                self._in_doubt |= bool(done)
-            doubt, self._in_doubt = self._in_doubt, False
-            return doubt
-
-    def doubt(self) -> None:
-        """Has :meth:`in_doubt` say so."""
-        self._in_doubt = True
-
-    def idle(self, seconds: float) -> list[str]:
-        """Nodes of which the actor has had nothing to do for so long."""
-        now = time.monotonic()
-        with self._lock:
-            return [node for node in self._agents if now - self._used[node] > seconds]
-
-    def rest(self, node_id: str, seconds: float) -> None:
-        """Ends a node's actor, unless it has something to do by now; what its GPUs are stays known.
-
-        To Ray's autoscaler a node with an actor on it is busy, and stays.
-        """
-        with self._lock:
-            turn = self._turns.setdefault(node_id, threading.Lock())
-        if not turn.acquire(blocking=False):
-            return
-        try:
-            with self._lock:
-                if node_id not in self._agents or time.monotonic() - self._used[node_id] <= seconds:
-                    return
-                agent = self._agents.pop(node_id)
-            ray.kill(agent)
-        finally:
-            turn.release()
+        self.machines.recall({info.id for info in nodes})
+        self.agents.settle(nodes)
 
     def forget_all_but(self, alive: Collection[str]) -> None:
         """Forgets nodes that are no more."""
-        with self._lock:
-            gone = [one for one in self.facts if one not in alive]
-            for node_id in gone:
-                self._agents.pop(node_id, None)
-                self.facts.pop(node_id, None)
-                self._machines.pop(node_id, None)
-        for node_id in gone:
-            ledger.forget_facts(node_id)
+        self.agents.forget_all_but(alive)
+        self.machines.forget_all_but(alive)
+        for known in (self.foreign, self._changed):
+            for node_id in known.keys() - set(alive):
+                known.pop(node_id, None)
 
-    def machine(self, info: NodeInfo) -> Machine:
-        """What a node's GPUs are, as far as is known. The same object until it reports something else."""
-        known = self._machines.get(info.id)
-        if known is None:
-            known = self._machines[info.id] = machine_of(self.facts.get(info.id), info.gpu_count)
-        return known
+    def note_change(self, nodes: Iterable[str]) -> None:
+        """Notes that something was taken or given back on these nodes just now; Ray's books will follow."""
+        self.changed_at = time.monotonic()
+        for node in nodes:
+            self._changed[node] = self.changed_at
+
+    def note_removed(self, order: str, nodes: Iterable[str]) -> None:
+        """Notes that an order's group is gone from these nodes without their actors knowing."""
+        self._untold[order] = frozenset(nodes)
+        self.note_change(nodes)
+
+    def tell(self, name: str) -> None:
+        """Tells the node actors of such orders of a deployment.
+
+        Once the books show it, since an actor that is made before would know of the orders from there.
+        """
+        for order in self._untold.copy():
+            if order.startswith(f"{self._prefix}{name}:"):
+                self.agents.forget(order, self._untold.pop(order))
 
     def reserve(self, claim: Claim, known: Iterable[NodeInfo]) -> tuple[list[Reserved], list[Refusal]]:
         """Reserves a claim on all its nodes side by side; what some refuse, others may have reserved.
@@ -221,85 +128,98 @@ class Fleet:
         by_node: dict[str, list[PlannedReplica]] = {}
         for replica in claim.replicas:
             by_node.setdefault(replica.node_id, []).append(replica)
-        stem = f"{self._prefix}{claim.deployment.name}"
         names = {
-            replica.replica_index: f"{stem}:{replica.replica_index}:{secrets.token_hex(4)}"
-            for replica in claim.replicas
+            index: order_name(self._prefix, claim.deployment.name, index)
+            for index in {replica.replica_index for replica in claim.replicas}
         }
         reserved: list[Reserved] = []
         refusals: list[Refusal] = []
-        gangs = _gangs(claim.replicas)
-        if gangs:
-            for index, parts in gangs.items():
-                if refusals:
-                    break
-                self._reserve_gang(nodes, claim, names[index], parts, reserved, refusals)
+        calls: dict[str, Any] = {}
+        try:
+            if gangs := _gangs(claim.replicas):
+                self._reserve_gangs(nodes, claim, gangs, names, reserved, refusals)
+            elif claim.deployment.remote:
+                for node_id, replicas in by_node.items():
+                    self._reserve_egress(nodes[node_id], claim, replicas, names, reserved, refusals)
+            else:
+                with self.agents.sole(by_node):
+                    for node_id, replicas in by_node.items():
+                        orders = [
+                            order_of(names[r.replica_index], claim.deployment, planned=r) for r in replicas
+                        ]
+                        calls[node_id] = self.agents.agent(nodes[node_id]).reserve.remote(orders)
+                    faults.point("service.ordered")
+                    for node_id, call in calls.items():
+                        self._collect(nodes[node_id], call, by_node[node_id], reserved, refusals)
+        except BaseException:  # what was reserved by now, or will be, is not known any more
+            self.agents.doubt(calls.values())
+            raise
+        finally:
             self.note_change(by_node)
-            return reserved, refusals
-        if claim.deployment.remote:
-            for node_id, replicas in by_node.items():
-                self._reserve_egress(nodes[node_id], claim, replicas, names, reserved, refusals)
-        else:
-            with self._sole(by_node):
-                calls = {
-                    node_id: self._agent(nodes[node_id]).reserve.remote(
-                        [_order(names[r.replica_index], claim.deployment, planned=r) for r in replicas]
-                    )
-                    for node_id, replicas in by_node.items()
-                }
-                faults.point("service.ordered")
-                for node_id, reference in calls.items():
-                    self._collect(nodes[node_id], reference, by_node[node_id], reserved, refusals)
-        self.note_change(by_node)
         return reserved, refusals
 
     def give_back(self, reserved: Sequence[Reserved]) -> None:
-        """Removes groups, by their nodes' actors so that no steering is disturbed, and ends the workers in them."""
-        with self._lock:
-            agents = dict(self._agents)
-            self._used |= dict.fromkeys(agents.keys() & {a.node for _, a in reserved}, time.monotonic())
+        """Removes groups, by their nodes' actors so that no steering is disturbed, and ends the workers in them.
+
+        What cannot be removed now is in doubt, and no reason to fail: no record will tell of it.
+        """
+        agents = self.agents.known()
         by_node: dict[str, list[tuple[str, Any]]] = {}
         for order, assignment in reserved:
             if assignment.gpus and assignment.node in agents:
                 by_node.setdefault(assignment.node, []).append((order, assignment.placement_group))
             else:
-                groups.remove_group(assignment.placement_group, ready=True)
-        calls = {node: agents[node].release.remote(orders) for node, orders in by_node.items()}
-        for node, reference in calls.items():
-            try:
-                ray.get(reference, timeout=RESERVE_DEADLINE_SECONDS)
-            except ray.exceptions.RayError as error:
-                self._lost(node, error, reference)
-                for _, group in by_node[node]:
-                    groups.remove_group(group)
+                self._remove(order, assignment, ready=True)
+        with self.agents.working(by_node):
+            calls = {node: agents[node].release.remote(orders) for node, orders in by_node.items()}
+            failed = {
+                node for node, call in calls.items() if isinstance(self.agents.answer(node, call), Refused)
+            }
+        for order, assignment in reserved:
+            if assignment.node in failed:
+                self._remove(order, assignment)
         self.note_change(by_node)
 
-    def stop(self) -> None:
-        """Ends the node actors. Placement groups stay as they are."""
-        with self._lock:
-            agents, self._agents = self._agents, {}
-        for agent in agents.values():
-            ray.kill(agent)
+    def _remove(self, order: str, assignment: NodeAssignment, ready: bool = False) -> None:
+        self.note_removed(order, [assignment.node])
+        try:
+            groups.remove_group(assignment.placement_group, ready)
+        except Exception:
+            logger.exception("a group could not be removed; trying again")
+            self.agents.doubt()
+
+    def _reserve_gangs(
+        self,
+        nodes: Mapping[str, NodeInfo],
+        claim: Claim,
+        gangs: Mapping[int, Sequence[PlannedReplica]],
+        names: Mapping[int, str],
+        reserved: list[Reserved],
+        refusals: list[Refusal],
+    ) -> None:
+        for index, parts in gangs.items():
+            outcome = reserve_gang(self.agents, self.foreign, nodes, claim, names[index], parts)
+            if isinstance(outcome, Refusal):
+                refusals.append(outcome)
+                return
+            reserved += [(names[index], assignment) for assignment in outcome]
 
     def _collect(
         self,
         info: NodeInfo,
-        reference: Any,
+        call: Any,
         replicas: Sequence[PlannedReplica],
         reserved: list[Reserved],
         refusals: list[Refusal],
     ) -> None:
-        try:
-            reply: Reply = ray.get(reference, timeout=RESERVE_DEADLINE_SECONDS)
-        except ray.exceptions.RayError as error:
-            late = self._lost(info.id, error, reference)
-            reason = f"its node actor failed: {type(error).__name__}"
-            refusals.append(Refusal(info.id, info.name, 1, reason, full=late, room=0))
-            return
-        self.foreign[info.id] = frozenset(reply.foreign_gpus)
-        if reply.refused is not None:
-            refused = reply.refused
-            refusals.append(Refusal(info.id, info.name, refused.attempts, refused.reason, refused.full))
+        answer: Reply | Refused = self.agents.answer(info.id, call)
+        reply = Reply((), answer, ()) if isinstance(answer, Refused) else answer
+        if reply is answer:
+            self.foreign[info.id] = frozenset(reply.foreign_gpus)
+        if refused := reply.refused:
+            refusals.append(
+                Refusal(info.id, info.name, refused.attempts, refused.reason, refused.full, refused.room)
+            )
             return
         for replica, one in zip(replicas, reply.filled, strict=True):
             assignment = NodeAssignment(
@@ -320,112 +240,6 @@ class Fleet:
                 ray_weakest_link=one.ray_score.link_name,
             )
             reserved.append((one.order.name, assignment))
-
-    def _reserve_gang(
-        self,
-        nodes: Mapping[str, NodeInfo],
-        claim: Claim,
-        name: str,
-        parts: Sequence[PlannedReplica],
-        reserved: list[Reserved],
-        refusals: list[Refusal],
-    ) -> None:
-        """Reserves one replica over its nodes, in one group, or nothing of it.
-
-        All nodes make their GPUs the lowest free ones; then one group is made of all, with a bundle for each
-        rank, in their order; then each node verifies its part. A bounded number of times.
-        """
-        size = claim.set_size
-        order = _order(name, claim.deployment, size)
-        at = {rank: part.node_id for part in parts for rank in part.ranks}
-        bundles = [{"GPU": 1.0, **order.beside}] * len(at)
-        agents = {part.node_id: self._agent(nodes[part.node_id]) for part in parts}
-        refusal: Refusal | None = None
-        with self._sole(agents):
-            # No node's GPUs are kept from others while another's actor or worker process is still starting.
-            starting = [(part, agents[part.node_id].warm.remote()) for part in parts]
-            for part, reference in starting:
-                outcome = self._answer(nodes[part.node_id], reference)
-                if isinstance(outcome, Refused):
-                    refusals.append(_refusal(nodes, [part], outcome.attempts, outcome.reason))
-                    return
-            for attempt in range(1, MAX_GANG_ATTEMPTS + 1):
-                group = None
-                asked = {
-                    part.node_id: agents[part.node_id].prepare.remote(order, len(part.ranks) // size)
-                    for part in parts
-                }
-                refusal, found = None, {}
-                try:
-                    for part in parts:
-                        info = nodes[part.node_id]
-                        outcome = self._answer(info, asked[info.id])
-                        if isinstance(outcome, Refused):
-                            room = len(part.ranks) - 1
-                            refusal = Refusal(
-                                info.id, info.name, outcome.attempts, outcome.reason, outcome.full, room
-                            )
-                        else:
-                            self.foreign[info.id] = frozenset(outcome.foreign_gpus)
-                    faults.point("service.prepared")
-                    if refusal is None:
-                        group = groups.create_group(
-                            f"{name}:{attempt}", bundles, [at[rank] for rank in sorted(at)]
-                        )
-                        if not groups.ready_or_removed(group, GANG_DEADLINE_SECONDS):
-                            reason = "another Ray user took GPUs meanwhile, or CPUs or memory are short"
-                            refusal, group = _refusal(nodes, parts, attempt, reason), None
-                        faults.point("service.group_created")
-                    if refusal is None:
-                        checks = {
-                            part.node_id: agents[part.node_id].confirm.remote(
-                                order, group, sorted(part.ranks)
-                            )
-                            for part in parts
-                        }
-                        for part in parts:
-                            found[part.node_id] = self._answer(nodes[part.node_id], checks[part.node_id])
-                        faults.point("service.confirmed")
-                        if all(isinstance(part, Part) for part in found.values()):
-                            for part in parts:
-                                info = nodes[part.node_id]
-                                reserved.append(
-                                    (name, _gang_assignment(info, part, found[info.id], group, order))
-                                )
-                            group = None
-                            return
-                        reason = "another Ray user took or freed GPUs meanwhile"
-                        refusal = _refusal(nodes, parts, attempt, reason)
-                finally:
-                    if group is not None:
-                        groups.remove_group(group)
-                        for agent in agents.values():
-                            agent.release.remote([(name, group)])
-                    for agent in agents.values():
-                        agent.cancel.remote()
-                if refusal is not None and refusal.full:
-                    break
-                time.sleep(0.02 * attempt)
-        assert refusal is not None
-        refusals.append(refusal)
-
-    def _answer(self, info: NodeInfo, reference: Any) -> Any:
-        """What a node actor says; a refusal, if it fails."""
-        try:
-            return ray.get(reference, timeout=RESERVE_DEADLINE_SECONDS)
-        except ray.exceptions.RayError as error:
-            late = self._lost(info.id, error, reference)
-            return Refused(f"its node actor failed: {type(error).__name__}", 1, full=late)
-
-    @contextlib.contextmanager
-    def _sole(self, node_ids: Iterable[str]) -> Iterator[None]:
-        """One reservation at a time on each of these nodes. Always taken in the same order: no deadlock."""
-        with contextlib.ExitStack() as turns:
-            for node_id in sorted(node_ids):
-                with self._lock:
-                    turn = self._turns.setdefault(node_id, threading.Lock())
-                turns.enter_context(turn)
-            yield
 
     def _reserve_egress(
         self,
@@ -466,39 +280,6 @@ class Fleet:
             )
             reserved.append((names[replica.replica_index], assignment))
 
-    def note_change(self, nodes: Iterable[str]) -> None:
-        """Notes that something was taken or given back on these nodes just now; Ray's books will follow."""
-        self.changed_at = time.monotonic()
-        for node in nodes:
-            self._changed[node] = self.changed_at
-
-    def _agent(self, info: NodeInfo) -> Any:
-        with self._lock:
-            self._used[info.id] = time.monotonic()
-            agent = self._agents.get(info.id)
-            if agent is None:
-                agent = self._agents[info.id] = self._make_agent(info)
-                agent.adopt.remote(self._holdings(info.id))
-            return agent
-
-    def _lost(self, node_id: str, error: Exception, call: Any) -> bool:
-        """Forgets an actor that failed, to make it anew, unless the failure was an error that it raised itself.
-
-        Returns:
-            Whether it did not answer in time. It may still do what it was asked to.
-        """
-        logger.error("the node actor of %s failed: %s", node_id, error)
-        if isinstance(error, ray.exceptions.RayTaskError):
-            return False
-        late = isinstance(error, ray.exceptions.GetTimeoutError)
-        with self._lock:
-            self._agents.pop(node_id, None)
-            if late:
-                self._late.append(call)
-            else:
-                self._in_doubt = True
-        return late
-
 
 def _gangs(replicas: Iterable[PlannedReplica]) -> dict[int, list[PlannedReplica]]:
     """Replica index -> its parts, of replicas that are made of several sets of GPUs."""
@@ -507,43 +288,3 @@ def _gangs(replicas: Iterable[PlannedReplica]) -> dict[int, list[PlannedReplica]
         if replica.ranks:
             found.setdefault(replica.replica_index, []).append(replica)
     return found
-
-
-def _refusal(
-    nodes: Mapping[str, NodeInfo], parts: Sequence[PlannedReplica], attempts: int, reason: str
-) -> Refusal:
-    names = ", ".join(nodes[part.node_id].name for part in parts)
-    return Refusal(parts[0].node_id, names, attempts, reason)
-
-
-def _gang_assignment(
-    info: NodeInfo, part: PlannedReplica, found: Part, group: Any, order: Order
-) -> NodeAssignment:
-    gpus = [gpu for gpus in found.sets for gpu in gpus]
-    return NodeAssignment(
-        replica_index=part.replica_index,
-        node=info.id,
-        gpus=gpus,
-        ranks=list(part.ranks),
-        placement_group=group,
-        bundle_indices=[found.bundle_of[gpu] for gpu in gpus],
-        node_name=info.name,
-        cpus_per_gpu=order.beside.get("CPU", 0.0),
-        memory_bytes_per_gpu=int(order.beside.get("memory", 0)),
-        ray_gpus=list(found.ray_gpus),
-        bandwidth_gb_per_s=found.score.known_gb_per_s,
-        weakest_link=found.score.link_name,
-    )
-
-
-def _order(
-    name: str, deployment: Deployment, set_size: int | None = None, planned: PlannedReplica | None = None
-) -> Order:
-    beside: dict[str, float] = {}
-    if deployment.cpu_milli_per_gpu:
-        beside["CPU"] = deployment.cpu_milli_per_gpu / 1000
-    if deployment.memory_bytes_per_gpu:
-        beside["memory"] = deployment.memory_bytes_per_gpu
-    needs = deployment.needs if set_size is None else deployment.needs._replace(gpus=set_size)
-    exact = deployment.policy is Policy.FRAGMENTATION and planned is not None and planned.share < WHOLE
-    return Order(name, needs, deployment.name, beside, planned.gpus[0] if planned and exact else None)

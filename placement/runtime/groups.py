@@ -35,6 +35,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from placement.wire.slots import visible_tokens
 
+HOLD = "hold-"
+"""Begins the name of every group that is only there for a moment."""
+
 STUCK_SECONDS = 10.0
 """Longest wait for Ray's scheduler to end one attempt; it takes 2 to 5 ms, more if thousands are queued."""
 
@@ -77,7 +80,7 @@ class NodeGroups:
 
         It dies with this actor, however that ends.
         """
-        return create_group(f"hold-{secrets.token_hex(6)}", [{"GPU": amount}], [self._node_id], lifetime=None)
+        return create_group(HOLD + secrets.token_hex(6), [{"GPU": amount}], [self._node_id], lifetime=None)
 
     def reserve(self, name: str, bundle: dict[str, float], count: int) -> PlacementGroup:
         """Reserves ``count`` equal bundles, detached. Of GPUs one per bundle, which is what vLLM needs."""

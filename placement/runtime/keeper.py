@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from placement.runtime.discovery import draining_nodes, live_node_ids
@@ -18,19 +18,27 @@ RETRY_SECONDS = 5.0
 """How often what is pending is tried while nothing that we know of has changed: others free GPUs, too."""
 
 MENDERS = 8
-"""How many deployments are placed anew at a time after a node's death."""
+"""How many deployments are placed anew at a time after a node's death, where node actors may have to be started."""
 
 logger = logging.getLogger(__name__)
 
 
 class Keeper:
-    """Notices nodes that came, went or drain; has what they held placed anew, and what is pending tried again."""
+    """Notices nodes that came, went or drain; has what they held placed anew, and what is pending tried again.
 
-    def __init__(self, service: DeploymentPlacementActor) -> None:
+    Args:
+        service: what it looks after.
+        menders: where this goes on, so that no look waits for it.
+    """
+
+    def __init__(self, service: DeploymentPlacementActor, menders: Executor | None = None) -> None:
         self._service = service
+        self._menders = menders or ThreadPoolExecutor(MENDERS + 1, "mender")
+        self._mending: dict[str, Future[None]] = {}
+        self._trying: Future[None] | None = None
         self._tried_at = float("-inf")
         self._tried_with: object = None
-        self._to_try: list[str] = []
+        self._alive: frozenset[str] = frozenset()
 
     def start(self) -> None:
         """Begins, in a thread of its own."""
@@ -49,25 +57,32 @@ class Keeper:
         service = self._service
         alive = live_node_ids()
         service.draining = draining_nodes()
-        if stranded := service.stranded(alive):
-            # Side by side: where they go, node actors may have to be started first.
-            with ThreadPoolExecutor(MENDERS) as menders:
-                list(menders.map(service.mend, stranded))
-        if service.fleet.in_doubt():
+        if alive != self._alive:
+            service.fleet.forget_all_but(alive)
+            self._alive = alive
+        self._mending = {name: mending for name, mending in self._mending.items() if not mending.done()}
+        for name in service.stranded(alive):
+            if name not in self._mending:
+                self._mending[name] = self._menders.submit(self._mend, name)
+        if self._trying is None or self._trying.done():
+            now = alive, service.draining, service.fleet.changed_at
+            if now != self._tried_with or time.monotonic() - self._tried_at > RETRY_SECONDS:
+                self._trying = self._menders.submit(self._try_again, alive)
+        service.write_again()
+        if service.fleet.agents.in_doubt():
             service.sweep()
-        self._try_again(alive)
         service.rest()
 
     def _try_again(self, alive: frozenset[str]) -> None:
-        """Tries what is pending, but never so long that a node's death would be noticed late."""
+        """Tries what is pending, one after the other."""
         service = self._service
-        began = time.monotonic()
-        if not self._to_try:
-            now = alive, service.draining, service.fleet.changed_at
-            if now == self._tried_with and began - self._tried_at <= RETRY_SECONDS:
-                return
-            self._to_try = service.waiting()
-        while self._to_try and time.monotonic() - began < POLL_SECONDS:
-            service.mend(self._to_try.pop(0))
+        for name in service.waiting():
+            self._mend(name)
         self._tried_with = alive, service.draining, service.fleet.changed_at
         self._tried_at = time.monotonic()
+
+    def _mend(self, name: str) -> None:
+        try:
+            self._service.mend(name)
+        except Exception:
+            logger.exception("%r could not be mended; trying again", name)

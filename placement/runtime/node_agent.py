@@ -16,16 +16,8 @@ from placement import topologies
 from placement.core.score import Score, score
 from placement.nvml import Reader
 from placement.runtime.groups import NodeGroups
-from placement.runtime.reservation import (
-    Holding,
-    Machine,
-    NodeReserver,
-    Order,
-    Prepared,
-    Refused,
-    Reserved,
-    machine_of,
-)
+from placement.runtime.orders import Holding, Machine, Order, Prepared, Refused, Reserved, machine_of
+from placement.runtime.reservation import NodeReserver
 from placement.wire.facts import NodeFacts
 from placement.wire.slots import in_ray_order
 
@@ -111,6 +103,7 @@ class NodePlacementActor:
         self._reserver = NodeReserver(self._groups, gpu_count)
         self._recorded = topologies.facts(topology_name) if topology_name else None
         self._reader = None if topology_name else Reader()
+        self._told: NodeFacts | None = None
         self._prepared: Prepared | None = None
         self._lease: threading.Timer | None = None
         self._preparing = threading.Lock()
@@ -122,14 +115,24 @@ class NodePlacementActor:
         Never fails: without NVML the GPUs are there and nothing is known of them. A new reading is
         started for the next caller, so that memory use is recent.
         """
-        facts = self._last_facts(max_age_seconds)
+        facts = self._read(max_age_seconds)
         if self._reader is not None and (facts.age_seconds is None or facts.age_seconds > 1.0):
             self._reader.refresh()
         return facts
 
-    def adopt(self, holdings: Mapping[str, Holding]) -> None:
-        """Notes what is reserved already, by order name: all that this service holds here."""
+    def adopt(self, holdings: Mapping[str, Holding], facts: NodeFacts | None = None) -> None:
+        """Notes what is reserved already, by order name: all that this service holds here.
+
+        And what an earlier actor of the node said of its GPUs, which has to do until they have been read.
+        """
         self._reserver.adopt(holdings)
+        if facts is not None and self._reader is not None and not self._reader.has_read:
+            self._told = facts
+            self._reader.refresh()
+
+    def forget(self, name: str) -> None:
+        """Notes that an order's group is gone, by others' doing."""
+        self._reserver.forget(name)
 
     def reserve(self, orders: Sequence[Order]) -> Reply:
         """Reserves all orders, each on the best GPUs that are free, or none of them."""
@@ -151,6 +154,7 @@ class NodePlacementActor:
 
     def warm(self) -> None:
         """Answers once everything is there that :meth:`prepare` and :meth:`confirm` need to be quick."""
+        self._last_facts()
         self._groups.warm()
 
     def prepare(self, order: Order, sets: int) -> Prepared | Refused:
@@ -205,6 +209,14 @@ class NodePlacementActor:
         return machine_of(self._last_facts(FRESH_SECONDS if fresh else None), self._gpu_count)
 
     def _last_facts(self, max_age_seconds: float | None = None) -> NodeFacts:
+        if self._told is not None and max_age_seconds is None:
+            assert self._reader is not None
+            if not self._reader.has_read:
+                return self._told
+            self._told = None
+        return self._read(max_age_seconds)
+
+    def _read(self, max_age_seconds: float | None) -> NodeFacts:
         if self._recorded is not None:
             return self._recorded
         assert self._reader is not None

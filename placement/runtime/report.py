@@ -26,7 +26,9 @@ def status_report(
     alive = {info.id for info in listed}
     deployments = []
     for name in books.names():
-        standing = books.standing[name]
+        standing = books.standing.get(name)
+        if standing is None:
+            continue
         deployment = standing.deployment
         assignments = standing.result().assignments
         deployments.append(
@@ -61,7 +63,7 @@ def _state(wanted: int, alive: list[bool]) -> str:
 
 
 def _node(info: NodeInfo, books: Books, fleet: Fleet, available: Mapping[str, float]) -> dict[str, Any]:
-    facts = fleet.facts.get(info.id)
+    facts = fleet.machines.facts.get(info.id)
     topology = facts.topology() if facts is not None and facts.gpus else Topology.unknown(info.gpu_count)
     occupants: dict[int, list[dict[str, Any]]] = {}
     for standing, a in books.assignments():

@@ -25,17 +25,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from placement.core.score import WHOLE, Needs, choose, ray_set, score
 from placement.core.snapshot import Node
-from placement.core.topology import Topology
 from placement.runtime import faults
-from placement.wire.facts import NodeFacts
+from placement.runtime.orders import Holding, Machine, Order, Prepared, Refused, Reserved
 
 MAX_ATTEMPTS = 12
-VIEW_LAG_SECONDS = 0.15
+BOOKS_LAG_SECONDS = 0.15
 """Ray's books follow a change after at most 0.1 s (measured); they are trusted again after this long."""
 CATCH_UP_SECONDS = 0.3
 """How long, at most, the books are given to show what was just given back."""
@@ -75,126 +73,6 @@ class Groups(Protocol):
         """Free GPUs in Ray's books, shares included."""
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What a node's GPUs are.
-
-    Attributes:
-        topology: how they are linked.
-        lost: GPUs that nothing may be placed on.
-        instances: slot that is a MIG instance -> its profile.
-        gpu_memory_bytes: memory of one whole GPU; ``None`` if unknown.
-        free_memory: GPU -> bytes that NVML shows as free.
-        capability: the lowest compute capability; ``None`` if unknown.
-    """
-
-    topology: Topology
-    lost: frozenset[int] = frozenset()
-    instances: Mapping[int, str] = field(default_factory=dict)
-    gpu_memory_bytes: int | None = None
-    free_memory: Mapping[int, int] = field(default_factory=dict)
-    capability: tuple[int, int] | None = None
-
-    def node(self, free: Iterable[int], rests: Mapping[int, int]) -> Node:
-        """The machine as the planner sees it, with these GPUs free."""
-        sound = frozenset(free) - self.lost
-        return Node(
-            "",
-            "",
-            topology=self.topology,
-            free=sound - self.instances.keys(),
-            rests=rests,
-            slots=self.instances,
-            instances={slot: profile for slot, profile in self.instances.items() if slot in sound},
-            gpu_memory_bytes=self.gpu_memory_bytes,
-            free_memory=self.free_memory,
-        )
-
-
-def machine_of(facts: NodeFacts | None, gpu_count: int) -> Machine:
-    """What is known of a node's GPUs; nothing at all without facts."""
-    if facts is None or not facts.gpus:
-        return Machine(Topology.unknown(gpu_count))
-    return Machine(
-        topology=facts.topology(),
-        lost=facts.lost(),
-        instances=facts.slots,
-        gpu_memory_bytes=facts.gpu_memory_bytes,
-        free_memory={
-            gpu.ordinal: gpu.memory_total_bytes - gpu.memory_used_bytes
-            for gpu in facts.gpus
-            if gpu.memory_total_bytes is not None and gpu.memory_used_bytes is not None
-        },
-        capability=facts.compute_capability,
-    )
-
-
-@dataclass(frozen=True)
-class Order:
-    """One replica to reserve.
-
-    Attributes:
-        name: unique; begins the placement group's name.
-        needs: what it needs of the GPUs.
-        deployment: replicas of one deployment avoid each other's GPUs where that costs nothing.
-        beside: what each bundle takes beside its GPU: ``{"CPU": 4, "memory": 8589934592}``.
-        planned: of a share, the GPU that the plan has in mind; ``None`` leaves it to the node.
-    """
-
-    name: str
-    needs: Needs
-    deployment: str = ""
-    beside: Mapping[str, float] = field(default_factory=dict)
-    planned: int | None = None
-
-
-@dataclass(frozen=True)
-class Holding:
-    """What a replica that stands holds: GPUs, and thousandths of each."""
-
-    deployment: str
-    gpus: tuple[int, ...]
-    share: int = WHOLE
-
-
-@dataclass(frozen=True)
-class Reserved:
-    """A group that holds exactly ``gpus``: ``bundles[i]`` holds ``share`` thousandths of ``gpus[i]``.
-
-    And what Ray alone would have given.
-    """
-
-    group: Any
-    gpus: tuple[int, ...]
-    bundles: tuple[int, ...]
-    ray_gpus: tuple[int, ...]
-    attempts: int
-    share: int = WHOLE
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Disjoint sets of GPUs that are the lowest free ones for as long as the ``fillers`` stay.
-
-    And what Ray alone would have given, and the GPUs that other Ray users held.
-    """
-
-    sets: tuple[tuple[int, ...], ...]
-    ray_gpus: tuple[int, ...]
-    fillers: tuple[Any, ...]
-    attempts: int
-    foreign_gpus: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Refused:
-    """Nothing is held. ``full``: there were too few free GPUs, rather than too much interference."""
-
-    reason: str
-    attempts: int
-    full: bool
-
-
 class NodeReserver:
     """Reserves GPUs of one node, one request at a time.
 
@@ -209,7 +87,7 @@ class NodeReserver:
         self._held: dict[str, Holding] = {}
         self._foreign: frozenset[int] | None = frozenset()
         self._changed_at = float("-inf")
-        self._freed_at = float("-inf")
+        self._freed_at = time.monotonic()  # an earlier actor of this node may have died with holds
         self._looked_at = float("-inf")
 
     @property
@@ -220,11 +98,18 @@ class NodeReserver:
     def adopt(self, holdings: Mapping[str, Holding]) -> None:
         """Notes what is reserved already, by order name, and that nothing else of ours is."""
         self._held = dict(holdings)
+        self._foreign = None
+
+    def forget(self, name: str) -> None:
+        """Notes that an order is not reserved any more."""
+        self._held.pop(name, None)
+        self._foreign = None
+        self._changed_at = self._freed_at = time.monotonic()
 
     def remove(self, name: str, group: Any) -> None:
         """Gives a reserved group back."""
-        self._groups.remove(group)
         self._held.pop(name, None)
+        self._groups.remove(group)
         self._changed_at = self._freed_at = time.monotonic()
 
     def reserve(self, order: Order, machine: Machine, more: int = 0) -> Reserved | Refused:
@@ -263,7 +148,7 @@ class NodeReserver:
                     reason = f"none of its MIG instances {needs.profile} is free"
                 if attempt >= MAX_LOOKS:
                     break
-                time.sleep(VIEW_LAG_SECONDS / 2)
+                time.sleep(BOOKS_LAG_SECONDS / 2)
                 continue
             outcome = self._take(f"{order.name}:{attempt}", order.beside, free, wanted)
             if outcome is None:
@@ -301,7 +186,7 @@ class NodeReserver:
                 reason, full = f"too few of its GPUs are free and as demanded for {sets} x {needs.gpus}", True
                 if attempt >= MAX_LOOKS:
                     break
-                time.sleep(VIEW_LAG_SECONDS / 2)
+                time.sleep(BOOKS_LAG_SECONDS / 2)
                 continue
             wanted = tuple(sorted(gpu for gpus in chosen for gpu in gpus))
             fillers = self._steer(free, wanted)
@@ -355,7 +240,7 @@ class NodeReserver:
                 if attempt >= MAX_LOOKS:
                     break
                 unsure.clear()
-                time.sleep(VIEW_LAG_SECONDS / 2)
+                time.sleep(BOOKS_LAG_SECONDS / 2)
                 continue
             group = self._take_share(f"{order.name}:{attempt}", order.beside, share, free, wanted)
             if group is not None:
@@ -407,9 +292,9 @@ class NodeReserver:
         not_ours = frozenset(range(self._gpu_count)) - self._ours()
         expected = len(not_ours) - len(self.foreign)
         quiet = time.monotonic() - self._changed_at
-        if self._foreign is None and quiet < VIEW_LAG_SECONDS:
-            time.sleep(VIEW_LAG_SECONDS - quiet)
-        if self._foreign is None or quiet > VIEW_LAG_SECONDS:
+        if self._foreign is None and quiet < BOOKS_LAG_SECONDS:
+            time.sleep(BOOKS_LAG_SECONDS - quiet)
+        if self._foreign is None or quiet > BOOKS_LAG_SECONDS:
             rests = self._rests()
             whole = self._groups.available() - sum(rests.values()) / WHOLE
             # Others may use the rest of a GPU that we share: then it is not what is short.

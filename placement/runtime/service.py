@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -27,7 +26,7 @@ from placement.runtime import faults, groups, ledger
 from placement.runtime.books import Books, Claim, Standing, Tally, held_replica
 from placement.runtime.discovery import NodeInfo, NodeView, node_state
 from placement.runtime.events import EventLog
-from placement.runtime.fleet import VIEW_LAG_SECONDS, Fleet
+from placement.runtime.fleet import Fleet
 from placement.runtime.keeper import Keeper
 from placement.runtime.node_agent import FRESH_SECONDS
 from placement.runtime.recovery import Recovery
@@ -83,6 +82,7 @@ class DeploymentPlacementActor(Recovery):
         self._events = EventLog()
         self._ended: dict[str, int] = {}
         self._ended_at: dict[str, float] = {}
+        self._unwritten: set[str] = set()
         self._reload()
         Keeper(self).start()
 
@@ -117,7 +117,7 @@ class DeploymentPlacementActor(Recovery):
         """
         wanted = self._parse(deployment, constraints)
         with self._sole(wanted.name):
-            standing = self._books.standing.get(wanted.name)
+            standing = self._what_stands(wanted.name)
             if standing is not None:
                 if standing.deployment == wanted:
                     return standing.result()
@@ -138,7 +138,7 @@ class DeploymentPlacementActor(Recovery):
         """
         wanted = self._parse(deployment, constraints)
         with self._sole(wanted.name):
-            standing = self._books.standing.get(wanted.name)
+            standing = self._what_stands(wanted.name)
             if standing is None:
                 self._require_readable(wanted.name)
                 return self._add(Standing(wanted), range(wanted.replicas)).result()
@@ -150,9 +150,11 @@ class DeploymentPlacementActor(Recovery):
             changed = standing.copy(wanted)
             if missing := changed.missing():
                 self._add(changed, missing)
-            if surplus:
+            else:
+                self._keep(changed)
+            if surplus:  # by now the record says that they are to go
                 self._give_back(changed, surplus)
-            self._keep(changed)
+                self._note(changed)
             return changed.result()
 
     def apply_all(self, deployments: Sequence[DeploymentLike]) -> list[PlacementResult]:
@@ -216,26 +218,7 @@ class DeploymentPlacementActor(Recovery):
             UnknownDeployment: no deployment of that name stands.
         """
         with self._sole(name):
-            if name in self._books.unreadable:
-                return self._release_unreadable(name)
-            standing = self._books.standing.get(name)
-            if standing is None and name in self._ended:  # this call was cut off, and sent again
-                return self._ended.pop(name)
-            if standing is None:
-                raise UnknownDeployment(name, self._books.names())
-            count = len(standing.replicas)
-            standing.releasing = True
-            standing.save()  # from here on it goes, whatever happens
-            faults.point("service.releasing")
-            self._give_back(standing, list(standing.states))
-            faults.point("service.given_back")
-            ledger.note_ended(name, count)
-            ledger.delete(name)
-            faults.point("service.ended")
-            with self._lock:
-                del self._books.standing[name]
-                self._ended_at[name] = time.monotonic()
-            return count
+            return self._release(name)
 
     @ray.method(concurrency_group="read")
     def get(self, name: str) -> PlacementResult:
@@ -253,7 +236,7 @@ class DeploymentPlacementActor(Recovery):
     def status(self) -> dict[str, Any]:
         """Nodes with their GPUs and who sits where, and deployments with their replicas; JSON-ready."""
         nodes = self._nodes.now()
-        self.fleet.meet(nodes)
+        self.fleet.machines.meet(nodes)
         with self._lock:
             return status_report(nodes, self._books, self.fleet, groups.available_resources())
 
@@ -294,8 +277,8 @@ class DeploymentPlacementActor(Recovery):
             if not chosen:
                 raise UnknownNode("--node", node, tuple(info.name for info in nodes))
             nodes = chosen
-        self.fleet.meet(nodes, again=True)
-        return [topology_report(info, self.fleet.facts.get(info.id)) for info in nodes]
+        self.fleet.machines.meet(nodes, again=True)
+        return [topology_report(info, self.fleet.machines.facts.get(info.id)) for info in nodes]
 
     def release_all(self) -> list[str]:
         """Releases every deployment.
@@ -310,7 +293,7 @@ class DeploymentPlacementActor(Recovery):
 
     def stop_agents(self) -> None:
         """Ends the node actors. Placement groups stay as they are."""
-        self.fleet.stop()
+        self.fleet.agents.stop()
 
     # -- planning ----------------------------------------------------------------------------------
 
@@ -342,7 +325,7 @@ class DeploymentPlacementActor(Recovery):
         for info in nodes:
             state = node_state(
                 info,
-                self.fleet.machine(info),
+                self.fleet.machines.machine(info),
                 None if info.id in settling else available.get(info.id, {}),
                 tallies.get(info.id, Tally()),
                 self.fleet.foreign.get(info.id, frozenset()),
@@ -368,16 +351,14 @@ class DeploymentPlacementActor(Recovery):
             try:
                 return decide(nodes)
             except (Unplaceable, UnknownNode):
-                behind = VIEW_LAG_SECONDS - (time.monotonic() - changed_at)
-                if not looks_left or (fresh and behind <= 0):
+                if not looks_left or (not self.fleet.catch_up(changed_at) and fresh):
                     raise
-                time.sleep(max(0.0, behind))
                 nodes, fresh = self._nodes.now(), True
         raise AssertionError("unreachable")
 
     def _look(self, nodes: list[NodeInfo]) -> tuple[Snapshot, dict[str, HeldDeployment]]:
         """The cluster as it is now, and what stands on it."""
-        self.fleet.meet(nodes)
+        self.fleet.machines.meet(nodes)
         with self._lock:
             return self._snapshot(nodes, groups.available_resources()), self._books.held()
 
@@ -399,6 +380,14 @@ class DeploymentPlacementActor(Recovery):
             if mine:
                 lock.release()
 
+    def _what_stands(self, name: str) -> Standing | None:
+        """What is to be changed; a release that was cut off comes first."""
+        standing = self._books.standing.get(name)
+        if standing is not None and standing.releasing:
+            self._release(name)
+            return None
+        return standing
+
     def _add(self, standing: Standing, indices: Iterable[int]) -> Standing:
         """Reserves more replicas of a deployment, all or none, and keeps it."""
         added = tuple(indices)
@@ -410,23 +399,46 @@ class DeploymentPlacementActor(Recovery):
         return standing
 
     def _keep(self, standing: Standing) -> None:
-        standing.save()
-        with self._lock:
-            self._books.standing[standing.deployment.name] = standing
-            self._books.settle(standing.claims)
-            standing.claims.clear()
+        """Has the ledger and the books say what a deployment is, or neither of them."""
+        try:
+            standing.save()
+        except BaseException:  # whether it was written is not known
+            self._write_back(standing.deployment.name)
+            raise
+        self._enter(standing)
 
     def _keep_added(self, standing: Standing, added: Iterable[int]) -> None:
         """Keeps replicas that were just reserved; what no record can tell of does not stay reserved."""
         try:
             self._keep(standing)
         except BaseException:
-            before = self._books.standing.get(standing.deployment.name)
-            with contextlib.suppress(Exception):  # whether it was written is not known
-                before.save() if before else ledger.delete(standing.deployment.name)
             self._give_back(standing, added)
+            self.fleet.tell(standing.deployment.name)
             self._settle(standing.claims)
             raise
+
+    def _note(self, standing: Standing) -> None:
+        """Has the books say what a deployment is now that something of it is gone; the ledger, as soon as it can."""
+        self._enter(standing)
+        self._write_back(standing.deployment.name)
+
+    def _enter(self, standing: Standing) -> None:
+        with self._lock:
+            self._books.standing[standing.deployment.name] = standing
+            self._books.settle(standing.claims)
+            standing.claims.clear()
+        self.fleet.tell(standing.deployment.name)
+
+    def _write_back(self, name: str) -> None:
+        """Has the ledger say what the books say; later, if it cannot be reached."""
+        standing = self._books.standing.get(name)
+        try:
+            standing.save() if standing else ledger.delete(name)
+        except Exception:
+            logger.exception("what stands of %r could not be written; trying again", name)
+            self._unwritten.add(name)
+        else:
+            self._unwritten.discard(name)
 
     def _settle(self, claims: Sequence[Claim]) -> None:
         with self._lock:
@@ -446,15 +458,15 @@ class DeploymentPlacementActor(Recovery):
             if isinstance(outcome, Unplaceable):
                 raise refusal from None
             self._give_back(old, list(old.states))
-            self._keep(old)
+            self._note(Standing.pending(old.deployment, str(refusal)))
             try:
                 return self._add(Standing(wanted), indices)
             except Exception:  # what stood stands again, or as soon as there is room for it
-                self._keep(Standing.pending(old.deployment, str(refusal)))
                 self._mend(wanted.name)
                 raise
         self._keep_added(new, indices)  # first: what a record tells of is never given back
         self._give_back(old, list(old.states))
+        self.fleet.tell(wanted.name)
         self._tell_places(new, indices)
         return new
 
@@ -521,9 +533,9 @@ class DeploymentPlacementActor(Recovery):
         mending: bool,
     ) -> tuple[list[NodeInfo], Claim]:
         if wanted.needs.free_memory_bytes:
-            self.fleet.meet(nodes, again=True, max_age_seconds=FRESH_SECONDS)
+            self.fleet.machines.meet(nodes, again=True, max_age_seconds=FRESH_SECONDS)
         else:
-            self.fleet.meet(nodes)
+            self.fleet.machines.meet(nodes)
         with self._lock:
             snapshot = self._snapshot(nodes, groups.available_resources(), full)
             if wanted.policy is Policy.FRAGMENTATION:
@@ -542,6 +554,7 @@ class DeploymentPlacementActor(Recovery):
             standing.happen(index, Event.RELEASE)
         held = [index for index in leaving if index in standing.replicas]
         self.fleet.give_back([(standing.orders[i], part) for i in held for part in standing.replicas[i]])
+        faults.point("service.given_back")
         for index in held:
             del standing.orders[index], standing.replicas[index]
         for index in leaving:

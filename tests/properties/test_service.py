@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -23,10 +24,9 @@ from placement.errors import DeploymentConflict, ReservationFailed, UnknownDeplo
 from placement.runtime import discovery, faults, groups, keeper, ledger, recovery, service
 from placement.runtime.books import Claim
 from placement.runtime.discovery import NodeInfo
-from placement.runtime.fleet import Refusal
 from placement.runtime.groups import LiveGroup
 from placement.runtime.keeper import Keeper
-from placement.runtime.reservation import Machine
+from placement.runtime.orders import Holding, Machine, Refusal, order_of_group
 from placement.runtime.results import NodeAssignment
 from placement.runtime.service import DeploymentPlacementActor
 from tests.rules import CALLS, Call, Rules
@@ -39,6 +39,10 @@ FOREIGN = "placement:someone-else:a:0:x:1"
 
 class Killed(BaseException):
     """The service's process ends here."""
+
+
+class StoreFailed(Exception):
+    """The store did not answer; whether it has written is not known."""
 
 
 @dataclass
@@ -65,14 +69,18 @@ class Ray:
     """What is outside of the service: nodes, groups, and the store.
 
     Attributes:
+        actors: node -> the orders that its actor takes to be reserved there.
         refusals: how many reservations fail from now on.
         late: reservations that are carried out after the service has stopped waiting for them.
         in_doubt: one of them has been by now.
+        store_fails: the next write of a record fails: ``"before"`` or ``"after"`` it was written.
         meanwhile: what happens in the middle of the next reservation.
+        under_way: how many reservations are.
     """
 
     nodes: set[str] = field(default_factory=set)
     groups: dict[str, Group] = field(default_factory=dict)
+    actors: dict[str, set[str]] = field(default_factory=dict)
     store: dict[bytes, bytes] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     refusals: int = 0
@@ -80,7 +88,28 @@ class Ray:
     late: list[Callable[[], None]] = field(default_factory=list)
     in_doubt: bool = False
     meanwhile: list[Callable[[], None]] = field(default_factory=list)
+    under_way: int = 0
     kill_at: str = ""
+    store_fails: str = ""
+
+    def put(self, key: bytes, value: bytes, overwrite: bool, namespace: bytes) -> None:
+        with self._write(key):
+            self.store[key] = value
+
+    def delete(self, key: bytes, namespace: bytes) -> None:
+        with self._write(key):
+            self.store.pop(key, None)
+
+    @contextmanager
+    def _write(self, key: bytes) -> Iterator[None]:
+        fails = ""
+        if key.startswith((b"deployment/", b"ended/")):
+            fails, self.store_fails = self.store_fails, ""
+        if fails == "before":
+            raise StoreFailed
+        yield
+        if fails == "after":
+            raise StoreFailed
 
     def rests(self, node: str) -> dict[int, int]:
         """GPU -> thousandths free."""
@@ -141,35 +170,56 @@ class Fleet:
 
     changed_at = float("-inf")
 
-    def __init__(self, ray: Ray, prefix: str) -> None:
-        self._ray, self._prefix = ray, prefix
+    def __init__(self, ray: Ray, prefix: str, holdings: Callable[[str], dict[str, Holding]]) -> None:
+        self._ray, self._prefix, self._holdings = ray, prefix, holdings
+        self._untold: dict[str, set[str]] = {}
         self.foreign: dict[str, frozenset[int]] = {}
-        self.facts: dict[str, Any] = {}
+        self.machines = SimpleNamespace(facts={}, meet=nothing, machine=lambda info: Machine(SHAPE))
+        self.agents = SimpleNamespace(
+            in_doubt=self._in_doubt, doubt=nothing, take_up=lambda nodes: [], idle=lambda seconds: []
+        )
 
     def settling(self) -> frozenset[str]:
         return frozenset()
 
-    def machine(self, info: NodeInfo) -> Machine:
-        return Machine(SHAPE)
+    def catch_up(self, since: float) -> bool:
+        return False
 
-    def idle(self, seconds: float) -> list[str]:
-        return []
+    def recall(self, nodes: Sequence[NodeInfo]) -> None:
+        for node in self._ray.actors:
+            self._ray.actors[node] = set(self._holdings(node))
 
-    def in_doubt(self) -> bool:
+    def forget_all_but(self, alive: frozenset[str]) -> None:
+        self._ray.actors = {node: held for node, held in self._ray.actors.items() if node in alive}
+
+    def note_removed(self, order: str, nodes: Iterable[str]) -> None:
+        self._untold[order] = set(nodes)
+
+    def tell(self, name: str) -> None:
+        for order in [one for one in self._untold if one.startswith(f"{self._prefix}{name}:")]:
+            for node in self._untold.pop(order) & self._ray.actors.keys():
+                self._ray.actors[node].discard(order)
+
+    def _in_doubt(self) -> bool:
         doubt, self._ray.in_doubt = self._ray.in_doubt, False
         return doubt
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        assert name in ("meet", "recall", "forget_all_but", "note_change", "doubt"), name
-        return lambda *args, **kwargs: None
 
     def reserve(
         self, claim: Claim, known: Sequence[NodeInfo]
     ) -> tuple[list[tuple[str, NodeAssignment]], list[Refusal]]:
+        undisturbed = not self._ray.meanwhile and not self._ray.under_way
+        self._ray.under_way += 1
+        try:
+            return self._reserve(claim, undisturbed)
+        finally:
+            self._ray.under_way -= 1
+
+    def _reserve(
+        self, claim: Claim, undisturbed: bool
+    ) -> tuple[list[tuple[str, NodeAssignment]], list[Refusal]]:
         ray = self._ray
         made: dict[int, Group] = {}
         reserved = []
-        undisturbed = not ray.meanwhile
         for part in claim.replicas:
             if ray.meanwhile:
                 ray.meanwhile.pop()()
@@ -192,12 +242,19 @@ class Fleet:
                 node_name=part.node_id, ranks=list(part.ranks), share=part.share / WHOLE,
                 egress_resource=part.egress_resource, egress_units=units,
             )  # fmt: skip
-            reserved.append((group.name.rpartition(":")[0], assignment))
+            order = order_of_group(group.name)
+            reserved.append((order, assignment))
+            if got:
+                ray.actors.setdefault(part.node_id, set(self._holdings(part.node_id))).add(order)
         return reserved, []
 
     def give_back(self, reserved: Any) -> None:
-        for _, assignment in reserved:
+        for order, assignment in reserved:
             self._ray.groups.pop(assignment.placement_group.id.hex(), None)
+            if assignment.node in self._ray.actors:
+                self._ray.actors[assignment.node].discard(order)
+            else:
+                self.note_removed(order, [assignment.node])
 
     def _new(self, claim: Claim, index: int) -> Group:
         number = next(self._ray.numbers)
@@ -211,13 +268,27 @@ class Fleet:
 SHAPE = Topology.unknown(GPUS)
 
 
+def nothing(*args: Any, **more: Any) -> None:
+    """Takes no time and changes nothing."""
+
+
+class AtOnce(Executor):
+    """Does what it is given before it returns."""
+
+    def submit(self, do: Callable[..., Any], /, *args: Any, **more: Any) -> Future[Any]:
+        do(*args, **more)
+        done: Future[Any] = Future()
+        done.set_result(None)
+        return done
+
+
 @contextmanager
 def make_believe(ray: Ray) -> Iterator[None]:
     """Puts ``ray`` in the place of Ray."""
     kv = SimpleNamespace(
         _internal_kv_get=lambda key, namespace: ray.store.get(key),
-        _internal_kv_put=lambda key, value, overwrite, namespace: ray.store.__setitem__(key, value),
-        _internal_kv_del=lambda key, namespace: ray.store.pop(key, None),
+        _internal_kv_put=ray.put,
+        _internal_kv_del=ray.delete,
         _internal_kv_list=lambda prefix, namespace: [key for key in ray.store if key.startswith(prefix)],
         internal_kv_get_gcs_client=lambda: SimpleNamespace(
             internal_kv_multi_get=lambda keys, namespace: {key: ray.store[key] for key in keys}
@@ -228,11 +299,10 @@ def make_believe(ray: Ray) -> Iterator[None]:
             (ledger, "internal_kv", kv),
             (faults, "point", ray.point),
             (discovery, "live_nodes", ray.infos),
-            (service, "Fleet", lambda make, holdings, prefix: Fleet(ray, prefix)),
+            (service, "Fleet", lambda make, holdings, prefix: Fleet(ray, prefix, holdings)),
             (service, "Keeper", lambda one: SimpleNamespace(start=lambda: None)),
             (keeper, "live_node_ids", lambda: frozenset(ray.nodes)),
             (keeper, "draining_nodes", frozenset),
-            (keeper, "MENDERS", 1),
             (groups, "available_resources", ray.available),
             (groups, "group_from_hex", ray.group),
             (groups, "remove_group", lambda group, ready=False: ray.groups.pop(group.id.hex(), None)),
@@ -260,7 +330,7 @@ class Service(Rules):
         if not hasattr(self, "patched"):
             return
         try:  # in the end there is room for all, and all of it is placed
-            self.ray.refusals, self.ray.lates, self.ray.kill_at = 0, 0, ""
+            self.ray.refusals, self.ray.lates, self.ray.kill_at, self.ray.store_fails = 0, 0, "", ""
             self.ray.meanwhile.clear()
             self.what_was_late_is_done()
             self.ray.nodes |= {f"spare{i}" for i in range(12)}
@@ -275,7 +345,7 @@ class Service(Rules):
             assert list(self.ray.groups.values()) == [self.foreign]
             with mock.patch.object(recovery, "ENDED_SECONDS", -1.0):
                 self.service.rest()
-            assert list(self.ray.store) == [b"token"]
+            assert list(self.ray.store) == [b"token"] and not self.service._unwritten
         finally:
             self.patched.__exit__(None, None, None)
 
@@ -296,6 +366,8 @@ class Service(Rules):
             except (Unplaceable, ReservationFailed, DeploymentConflict):
                 assert call.method != "release"
                 return
+            except StoreFailed:
+                return
             except UnknownDeployment:
                 assert (call.method, held) == ("release", None)
                 return
@@ -309,7 +381,7 @@ class Service(Rules):
             else:
                 if call.method == "release":
                     # After a restart nobody can tell a call that was cut off from one that comes twice.
-                    assert held is None or result == held
+                    assert before is None or before.releasing or result == held
                 else:
                     placed = {a.replica_index for a in result.assignments}
                     assert placed | set(result.pending) == set(range(dict(call.fields)["replicas"]))
@@ -319,8 +391,11 @@ class Service(Rules):
         self.ray.kill_at = step
 
     def kill_the_service(self) -> None:
-        self.service = DeploymentPlacementActor(lambda info: None)
-        self.keeper = Keeper(self.service)
+        try:
+            self.service = DeploymentPlacementActor(lambda info: None)
+        except StoreFailed:  # it is started anew, until it can take up what stood
+            self.service = DeploymentPlacementActor(lambda info: None)
+        self.keeper = Keeper(self.service, AtOnce())
 
     def a_node_ends(self, pick: int) -> bool:
         if not self.ray.nodes:
@@ -375,6 +450,15 @@ class Service(Rules):
         while self.ray.late:
             self.ray.late.pop(0)()
 
+    @rule(pick=st.integers(0, 9))
+    def a_node_actor_dies(self, pick: int) -> None:
+        if self.ray.actors:
+            del self.ray.actors[sorted(self.ray.actors)[pick % len(self.ray.actors)]]
+
+    @rule(when=st.sampled_from(("before", "after")))
+    def the_store_fails_once(self, when: str) -> None:
+        self.ray.store_fails = when
+
     @rule()
     def the_next_caller_dies_with_the_service(self) -> None:
         self.caller_dies = True
@@ -397,20 +481,25 @@ class Service(Rules):
             return
         recorded = {record.name: record.content for record in ledger.records()}
         standing = self.service._books.standing
-        assert set(recorded) == set(standing)
+        unwritten = self.service._unwritten
+        assert set(recorded) ^ set(standing) <= unwritten
         assert not self.service._books.claims
         known = set()
         for name, one in standing.items():
-            content = recorded[name]
-            assert content is not None and not content["releasing"]
-            assert content["deployment"]["name"] == name
-            there = {replica["replica_index"] for replica in content["replicas"]}
-            assert there == set(one.replicas) == {i for i, state in one.states.items() if state in HOLDING}
+            assert set(one.replicas) == {i for i, state in one.states.items() if state in HOLDING}
+            if name not in unwritten and not one.releasing:
+                content = recorded[name]
+                assert content is not None and not content["releasing"]
+                assert content["deployment"]["name"] == name
+                assert {replica["replica_index"] for replica in content["replicas"]} == set(one.replicas)
             assert set(one.states) <= set(range(one.deployment.replicas))
             assert set(one.missing()) == set(one.reasons)
             known |= {part.placement_group.id.hex() for part in one.assignments()}
         if not self.ray.in_doubt:
             assert set(self.ray.groups) - {"f", *self.others} <= known, "a group that nobody knows of"
+        for node, held in self.ray.actors.items():
+            if node in self.ray.nodes:
+                assert held == set(self.service._books.holdings(node)), "a node actor has other books"
         for node in self.ray.nodes:
             assert min(self.ray.rests(node).values()) >= 0 and self.ray.egress_left(node) >= 0
 

@@ -7,7 +7,7 @@ import pytest
 from placement.core.topology import Topology
 from placement.runtime.books import Tally
 from placement.runtime.discovery import TOPOLOGY_LABEL, NodeInfo, node_state
-from placement.runtime.reservation import Machine, machine_of
+from placement.runtime.orders import Machine, machine_of
 from placement.wire.facts import GpuFacts, NodeFacts
 
 NODE = NodeInfo("id", "gpu-a", "10.0.0.1", gpu_count=8, egress={"egress": 10})

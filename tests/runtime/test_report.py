@@ -32,7 +32,7 @@ def node(
     held: Books, available: float, foreign: frozenset[int] = frozenset(), gpus: int = 4, topology: str = ""
 ) -> dict[str, Any]:
     facts = {"n": topologies.facts(topology)} if topology else {}
-    fleet: Any = SimpleNamespace(facts=facts, foreign={"n": foreign})
+    fleet: Any = SimpleNamespace(machines=SimpleNamespace(facts=facts), foreign={"n": foreign})
     report = status_report([NodeInfo("n", "n", "a", gpus)], held, fleet, {"n": {"GPU": available}})
     return report["nodes"][0]
 

@@ -18,7 +18,8 @@ from placement import topologies
 from placement.core.score import WHOLE, Needs, best_set, score
 from placement.core.topology import Topology
 from placement.runtime import reservation
-from placement.runtime.reservation import Holding, Machine, NodeReserver, Order, Refused, Reserved, machine_of
+from placement.runtime.orders import Holding, Machine, Order, Refused, Reserved, machine_of
+from placement.runtime.reservation import NodeReserver
 from placement.wire.facts import GpuFacts, NodeFacts
 
 

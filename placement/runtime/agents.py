@@ -1,0 +1,226 @@
+"""The GPU nodes' actors: found or made, given one reservation at a time, and ended where nothing is left to do."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any
+
+import ray
+
+from placement.runtime import groups
+from placement.runtime.discovery import NodeInfo
+from placement.runtime.node_agent import living_agents
+from placement.runtime.orders import Holding, Refused
+from placement.wire.facts import NodeFacts
+
+DEADLINE_SECONDS = 60.0
+"""How long an actor may take for what it is asked; one that hangs is done without."""
+HOLDS_SECONDS = 2.0
+"""How long the holds of an actor stay after its death, at most; 0.3 to 1.5 s were measured."""
+SETTLE_DEADLINE_SECONDS = 20.0
+"""A reservation that was under way when the service died ends within its node actor's bounded attempts."""
+
+logger = logging.getLogger(__name__)
+
+
+class Agents:
+    """All node actors. Thread-safe.
+
+    Args:
+        make_agent: creates (or finds) the actor of a node.
+        holdings: node id -> order name -> what stands there.
+        facts: node id -> what its GPUs are, as far as is known; for an actor that is new.
+    """
+
+    def __init__(
+        self,
+        make_agent: Callable[[NodeInfo], Any],
+        holdings: Callable[[str], dict[str, Holding]],
+        facts: Callable[[str], NodeFacts | None],
+    ) -> None:
+        self._make_agent, self._holdings, self._facts = make_agent, holdings, facts
+        self._lock = threading.Lock()
+        self._agents: dict[str, Any] = {}
+        self._turns: dict[str, threading.Lock] = {}
+        self._busy: Counter[str] = Counter()
+        self._used: dict[str, float] = {}
+        self._late: list[Any] = []
+        self._in_doubt = False
+        self._died: dict[str, float] = {}
+
+    def agent(self, info: NodeInfo) -> Any:
+        """The actor of a node, made if there is none."""
+        with self._lock:
+            self._used[info.id] = time.monotonic()
+            agent = self._agents.get(info.id)
+            if agent is None:
+                agent = self._agents[info.id] = self._make_agent(info)
+                self._adopt(info.id)
+            return agent
+
+    def known(self) -> dict[str, Any]:
+        """Node id -> its actor, of those that were made or found by now."""
+        with self._lock:
+            return dict(self._agents)
+
+    def forget(self, order: str, node_ids: Collection[str]) -> None:
+        """Tells the actors of these nodes of an order that is gone without their doing."""
+        for node_id, agent in self.known().items():
+            if node_id in node_ids:
+                agent.forget.remote(order)
+
+    def _adopt(self, node_id: str) -> Any:
+        return self._agents[node_id].adopt.remote(self._holdings(node_id), self._facts(node_id))
+
+    @contextlib.contextmanager
+    def sole(self, node_ids: Iterable[str]) -> Iterator[None]:
+        """One reservation at a time on each of these nodes. Always taken in the same order: no deadlock."""
+        chosen = sorted(set(node_ids))
+        with self.working(chosen), contextlib.ExitStack() as turns:
+            for node_id in chosen:
+                with self._lock:
+                    turn = self._turns.setdefault(node_id, threading.Lock())
+                turns.enter_context(turn)
+            yield
+
+    @contextlib.contextmanager
+    def working(self, node_ids: Iterable[str]) -> Iterator[None]:
+        """The actors of these nodes have something to do; they are not ended meanwhile."""
+        chosen = set(node_ids)
+        with self._lock:
+            self._busy.update(chosen)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._busy.subtract(chosen)
+                self._used |= dict.fromkeys(chosen, time.monotonic())
+
+    def answer(self, node_id: str, call: Any) -> Any:
+        """What an actor answers; :class:`~placement.runtime.orders.Refused`, if it fails or is too late."""
+        try:
+            return ray.get(call, timeout=DEADLINE_SECONDS)
+        except ray.exceptions.RayError as error:
+            lives = self.failed(node_id, error)
+            return Refused(
+                f"its node actor failed: {type(error).__name__}", 1, full=lives, room=0 if lives else None
+            )
+
+    def failed(self, node_id: str, error: Exception) -> bool:
+        """Takes note of a call that failed. What it did or may still do is looked after (:meth:`in_doubt`).
+
+        Returns:
+            Whether the actor may live on and still be at it.
+        """
+        logger.error("the node actor of %s failed: %s", node_id, error)
+        if isinstance(error, ray.exceptions.RayTaskError):  # which it raised itself, having tidied up
+            return False
+        lives = isinstance(error, (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError))
+        with self._lock:
+            if not lives:
+                self._agents.pop(node_id, None)
+                self._died[node_id] = time.monotonic()
+                self._in_doubt = True
+            elif (
+                node_id in self._agents
+            ):  # it does one thing after the other: once it answers this, that is over
+                self._late.append(self._adopt(node_id))
+        return lives
+
+    def doubt(self, calls: Iterable[Any] = (), now: bool = True) -> None:
+        """Groups may be left over that nobody knows of: now, and once these calls have ended."""
+        with self._lock:
+            self._in_doubt |= now
+            self._late += calls
+
+    def in_doubt(self) -> bool:
+        """Whether, since the last call, groups may have been left over that nobody knows of."""
+        with self._lock:
+            if self._late:
+                done, self._late = ray.wait(self._late, num_returns=len(self._late), timeout=0)
+                self._in_doubt |= bool(done)
+            doubt, self._in_doubt = self._in_doubt, False
+            return doubt
+
+    def take_up(self, nodes: Sequence[NodeInfo]) -> list[Any]:
+        """Finds the actors that live and are not known here: those of an earlier service, or given up as lost.
+
+        Returns:
+            Calls that are answered once these have ended what they were doing and know what stands on their nodes.
+        """
+        strange = living_agents() - self.known().keys()
+        told = []
+        for info in nodes:
+            if info.id in strange:
+                agent = self.agent(info)
+                agent.cancel.remote()  # what was prepared for a group that nobody will make
+                with self._lock:
+                    if info.id in self._agents:
+                        told.append(self._adopt(info.id))
+        return told
+
+    def settle(self, nodes: Sequence[NodeInfo]) -> None:
+        """Takes up what an earlier service left, and waits until it has ended what it was doing."""
+        with self._lock:  # some may have died with it
+            self._died |= dict.fromkeys((info.id for info in nodes if info.gpu_count), time.monotonic())
+        told = self.take_up(nodes)
+        if told:
+            _, late = ray.wait(told, num_returns=len(told), timeout=SETTLE_DEADLINE_SECONDS)
+            with self._lock:
+                self._late += late
+
+    def bury(self) -> list[str]:
+        """Waits until the holds of actors that died are gone: Ray ends them, within two seconds.
+
+        Returns:
+            The nodes that had such an actor.
+        """
+        with self._lock:
+            died = dict(self._died)
+        while nodes := {node for node, at in died.items() if time.monotonic() - at < HOLDS_SECONDS}:
+            held = groups.live_groups(lambda name: name.startswith(groups.HOLD))
+            if not any(nodes & hold.nodes for hold in held.values()):
+                break
+            time.sleep(0.05)
+        with self._lock:
+            self._died = {node: at for node, at in self._died.items() if died.get(node) != at}
+        return list(died)
+
+    def idle(self, seconds: float) -> list[str]:
+        """Nodes of which the actor has had nothing to do for so long."""
+        with self._lock:
+            return [node_id for node_id in self._agents if self._is_idle(node_id, seconds)]
+
+    def rest(self, node_id: str, seconds: float) -> None:
+        """Ends a node's actor, unless it has something to do by now.
+
+        To Ray's autoscaler a node with an actor on it is busy, and stays.
+        """
+        with self._lock:
+            if node_id in self._agents and self._is_idle(node_id, seconds):
+                ray.kill(self._agents.pop(node_id))
+
+    def _is_idle(self, node_id: str, seconds: float) -> bool:
+        return self._busy[node_id] <= 0 and time.monotonic() - self._used[node_id] > seconds
+
+    def forget_all_but(self, alive: Collection[str]) -> None:
+        """Forgets nodes that are no more."""
+        with self._lock:
+            for node_id in self._agents.keys() - set(alive):
+                del self._agents[node_id]
+            for node_id in self._died.keys() - set(alive):
+                del self._died[node_id]
+            for node_id in self._used.keys() - set(alive) - self._agents.keys():
+                del self._used[node_id]
+
+    def stop(self) -> None:
+        """Ends all of them. Placement groups stay as they are."""
+        with self._lock:
+            for agent in self._agents.values():
+                ray.kill(agent)
+            self._agents.clear()

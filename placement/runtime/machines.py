@@ -1,0 +1,160 @@
+"""What the nodes' GPUs are, as their actors said: asked once, noted in the ledger, asked again if nobody knew."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+
+from placement.runtime import ledger
+from placement.runtime.agents import Agents
+from placement.runtime.discovery import NodeInfo
+from placement.runtime.orders import Machine, machine_of
+from placement.wire.facts import NodeFacts
+
+DEADLINE_SECONDS = 45.0
+"""A first NVML reading takes 30 s on an 8-GPU machine without persistence mode (Azure/aks-gpu#105)."""
+ASK_AGAIN_SECONDS = 30.0
+"""When a node that could say nothing is asked again; twice as long each time it still cannot."""
+MOST_SECONDS = 3600.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A question under way, and until when it is worth waiting for the answer."""
+
+    call: Any
+    until: float
+
+
+@dataclass(frozen=True)
+class _Silent:
+    """A node that could say nothing: how long it is left alone, and until when."""
+
+    wait: float
+    ask_again_at: float
+
+
+class Machines:
+    """What is known of each node. Thread-safe.
+
+    Args:
+        agents: the actors to ask.
+        facts: node id -> what it said last; filled in here.
+    """
+
+    def __init__(self, agents: Agents, facts: dict[str, NodeFacts]) -> None:
+        self.facts = facts
+        self._agents = agents
+        self._lock = threading.Lock()
+        self._machines: dict[str, Machine] = {}
+        self._asked: dict[str, _Asked] = {}
+        self._silent: dict[str, _Silent] = {}
+        self._noted: dict[str, Machine] = {}
+
+    def machine(self, info: NodeInfo) -> Machine:
+        """What a node's GPUs are, as far as is known. The same object until it reports something else."""
+        known = self._machines.get(info.id)
+        if known is None:
+            known = self._machines[info.id] = machine_of(self.facts.get(info.id), info.gpu_count)
+        return known
+
+    def meet(
+        self, nodes: Sequence[NodeInfo], again: bool = False, max_age_seconds: float | None = None
+    ) -> None:
+        """Makes sure that every GPU node was asked what its GPUs are, all side by side.
+
+        Waits for those that were never asked before, or for all that are asked ``again``.
+        """
+        now = time.monotonic()
+        asked: dict[str, _Asked] = {}
+        with self._lock:
+            for info in nodes:
+                if (again or self._is_due(info.id, now)) and info.gpu_count and info.label_problem() is None:
+                    asked[info.id] = self._ask(info, again, max_age_seconds, now)
+        if not asked:
+            return
+        patience = max(0.0, max(one.until for one in asked.values()) - now)
+        with self._agents.working(asked):
+            calls = [one.call for one in asked.values()]
+            done, _ = ray.wait(calls, num_returns=len(calls), timeout=patience)
+        for node_id, one in asked.items():
+            self._take(node_id, one, one.call in done)
+
+    def _is_due(self, node_id: str, now: float) -> bool:
+        if node_id not in self.facts or node_id in self._asked:
+            return True
+        return node_id in self._silent and now > self._silent[node_id].ask_again_at
+
+    def _ask(self, info: NodeInfo, again: bool, max_age_seconds: float | None, now: float) -> _Asked:
+        """Asks, unless a question is open that is just as good, or that was already waited for in vain."""
+        open_since = self._asked.get(info.id)
+        if open_since is None or (again and now < open_since.until):
+            call = self._agents.agent(info).facts.remote(max_age_seconds)
+            is_needed = again or info.id not in self.facts
+            self._asked[info.id] = _Asked(call, now + (DEADLINE_SECONDS if is_needed else 0.0))
+        return self._asked[info.id]
+
+    def _take(self, node_id: str, asked: _Asked, done: bool) -> None:
+        problem = "the node actor does not answer"
+        facts = NodeFacts(source="none", problem=problem)
+        if done:
+            try:
+                facts = ray.get(asked.call, timeout=0)
+            except ray.exceptions.RayError as error:
+                self._agents.failed(node_id, error)
+                facts = NodeFacts(source="none", problem=f"{problem}: {type(error).__name__}")
+        says_nothing = facts.source == "none"
+        with self._lock:
+            if done and self._asked.get(node_id) is asked:
+                del self._asked[node_id]
+            if done and says_nothing:
+                wait = self._silent[node_id].wait * 2 if node_id in self._silent else ASK_AGAIN_SECONDS
+                wait = min(wait, MOST_SECONDS)
+                self._silent[node_id] = _Silent(wait, time.monotonic() + wait)
+            elif done:
+                self._silent.pop(node_id, None)
+            known = self.facts.get(node_id)
+            # What was known is worth more than that a node says nothing now.
+            if known is None or not says_nothing or (done and known.source == "none"):
+                self.facts[node_id] = facts
+                self._machines.pop(node_id, None)
+        if not says_nothing:
+            self._note(node_id, facts)
+
+    def _note(self, node_id: str, facts: NodeFacts) -> None:
+        """Has the ledger say what a node's GPUs are, if that is news; how full their memory is now, is none."""
+        lasting = replace(machine_of(facts, 0), free_memory={})
+        if self._noted.get(node_id) == lasting:
+            return
+        try:
+            ledger.save_facts(node_id, facts)
+            self._noted[node_id] = lasting
+        except Exception:  # it is only there to spare a later service the question
+            logger.exception("what the GPUs of node %s are could not be noted", node_id)
+
+    def recall(self, alive: Collection[str]) -> None:
+        """Takes up what an earlier service knew, and forgets what is no more."""
+        for node_id, facts in ledger.facts().items():
+            if node_id not in alive:
+                ledger.forget_facts(node_id)
+            elif facts is not None:
+                self.facts[node_id] = facts
+
+    def forget_all_but(self, alive: Collection[str]) -> None:
+        """Forgets nodes that are no more."""
+        with self._lock:
+            gone = self.facts.keys() - set(alive)
+            for node_id in gone:
+                del self.facts[node_id]
+                for known in (self._machines, self._asked, self._silent, self._noted):
+                    known.pop(node_id, None)
+        for node_id in gone:
+            ledger.forget_facts(node_id)

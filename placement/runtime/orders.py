@@ -1,0 +1,175 @@
+"""What is asked of a node's actor, and what it answers; and what is known of its GPUs."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from placement.core.replicas import PlannedReplica
+from placement.core.score import WHOLE, Needs
+from placement.core.snapshot import Node, Policy
+from placement.core.topology import Topology
+from placement.wire.deployment import Deployment
+from placement.wire.facts import NodeFacts
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a node's GPUs are.
+
+    Attributes:
+        topology: how they are linked.
+        lost: GPUs that nothing may be placed on.
+        instances: slot that is a MIG instance -> its profile.
+        gpu_memory_bytes: memory of one whole GPU; ``None`` if unknown.
+        free_memory: GPU -> bytes that NVML shows as free.
+        capability: the lowest compute capability; ``None`` if unknown.
+    """
+
+    topology: Topology
+    lost: frozenset[int] = frozenset()
+    instances: Mapping[int, str] = field(default_factory=dict)
+    gpu_memory_bytes: int | None = None
+    free_memory: Mapping[int, int] = field(default_factory=dict)
+    capability: tuple[int, int] | None = None
+
+    def node(self, free: Iterable[int], rests: Mapping[int, int]) -> Node:
+        """The machine as the planner sees it, with these GPUs free."""
+        sound = frozenset(free) - self.lost
+        return Node(
+            "",
+            "",
+            topology=self.topology,
+            free=sound - self.instances.keys(),
+            rests=rests,
+            slots=self.instances,
+            instances={slot: profile for slot, profile in self.instances.items() if slot in sound},
+            gpu_memory_bytes=self.gpu_memory_bytes,
+            free_memory=self.free_memory,
+        )
+
+
+def machine_of(facts: NodeFacts | None, gpu_count: int) -> Machine:
+    """What is known of a node's GPUs; nothing at all without facts."""
+    if facts is None or not facts.gpus:
+        return Machine(Topology.unknown(gpu_count))
+    return Machine(
+        topology=facts.topology(),
+        lost=facts.lost(),
+        instances=facts.slots,
+        gpu_memory_bytes=facts.gpu_memory_bytes,
+        free_memory={
+            gpu.ordinal: gpu.memory_total_bytes - gpu.memory_used_bytes
+            for gpu in facts.gpus
+            if gpu.memory_total_bytes is not None and gpu.memory_used_bytes is not None
+        },
+        capability=facts.compute_capability,
+    )
+
+
+@dataclass(frozen=True)
+class Order:
+    """One replica to reserve.
+
+    Attributes:
+        name: unique; begins the placement group's name.
+        needs: what it needs of the GPUs.
+        deployment: replicas of one deployment avoid each other's GPUs where that costs nothing.
+        beside: what each bundle takes beside its GPU: ``{"CPU": 4, "memory": 8589934592}``.
+        planned: of a share, the GPU that the plan has in mind; ``None`` leaves it to the node.
+    """
+
+    name: str
+    needs: Needs
+    deployment: str = ""
+    beside: Mapping[str, float] = field(default_factory=dict)
+    planned: int | None = None
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What a replica that stands holds: GPUs, and thousandths of each."""
+
+    deployment: str
+    gpus: tuple[int, ...]
+    share: int = WHOLE
+
+
+@dataclass(frozen=True)
+class Reserved:
+    """A group that holds exactly ``gpus``: ``bundles[i]`` holds ``share`` thousandths of ``gpus[i]``.
+
+    And what Ray alone would have given.
+    """
+
+    group: Any
+    gpus: tuple[int, ...]
+    bundles: tuple[int, ...]
+    ray_gpus: tuple[int, ...]
+    attempts: int
+    share: int = WHOLE
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Disjoint sets of GPUs that are the lowest free ones for as long as the ``fillers`` stay.
+
+    And what Ray alone would have given, and the GPUs that other Ray users held.
+    """
+
+    sets: tuple[tuple[int, ...], ...]
+    ray_gpus: tuple[int, ...]
+    fillers: tuple[Any, ...]
+    attempts: int
+    foreign_gpus: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Nothing is held. ``full``: there were too few free GPUs, rather than too much interference.
+
+    ``room``: how many there are at most, if that is known.
+    """
+
+    reason: str
+    attempts: int
+    full: bool
+    room: int | None = None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A node that did not reserve what was planned. ``full``: it has too few GPUs free, ``room`` at most."""
+
+    node_id: str
+    node_name: str
+    attempts: int
+    reason: str
+    full: bool = False
+    room: int | None = None
+
+
+def order_of(
+    name: str, deployment: Deployment, set_size: int | None = None, planned: PlannedReplica | None = None
+) -> Order:
+    """The order for one replica; for one set of ``set_size`` GPUs of it, if that is given."""
+    beside: dict[str, float] = {}
+    if deployment.cpu_milli_per_gpu:
+        beside["CPU"] = deployment.cpu_milli_per_gpu / 1000
+    if deployment.memory_bytes_per_gpu:
+        beside["memory"] = deployment.memory_bytes_per_gpu
+    needs = deployment.needs if set_size is None else deployment.needs._replace(gpus=set_size)
+    exact = deployment.policy is Policy.FRAGMENTATION and planned is not None and planned.share < WHOLE
+    return Order(name, needs, deployment.name, beside, planned.gpus[0] if planned and exact else None)
+
+
+def order_name(prefix: str, deployment: str, replica_index: int) -> str:
+    """A new name for the order of a replica. It begins the names of the groups that are made for it."""
+    return f"{prefix}{deployment}:{replica_index}:{secrets.token_hex(4)}"
+
+
+def order_of_group(group_name: str) -> str:
+    """The name of the order that a group was made for: ``placement:token:deployment:replica:random``, no more."""
+    return ":".join(group_name.split(":")[:5])
