@@ -23,6 +23,9 @@ from placement.wire.facts import NodeFacts
 VIEW_LAG_SECONDS = 0.25
 """Ray's books follow a change after 0.1 s (measured), and as long again if a worker has to die first."""
 
+MOST_LAG_SECONDS = 2.0
+"""On a machine that is overrun they take longer; for so long a node is asked itself before its GPUs count as taken."""
+
 logger = logging.getLogger(__name__)
 
 Reserved = tuple[str, NodeAssignment]
@@ -59,10 +62,10 @@ class Fleet:
         self._changed: dict[str, float] = {}
         self._untold: dict[str, frozenset[str]] = {}
 
-    def settling(self) -> frozenset[str]:
+    def settling(self, lag_seconds: float = VIEW_LAG_SECONDS) -> frozenset[str]:
         """Nodes of which Ray's books may not yet show our own last change; what we know of them is newer."""
         now = time.monotonic()
-        return frozenset(node for node, at in self._changed.copy().items() if now - at < VIEW_LAG_SECONDS)
+        return frozenset(node for node, at in self._changed.copy().items() if now - at < lag_seconds)
 
     def catch_up(self, since: float) -> bool:
         """Waits until Ray's books show what was changed here before, and without the holds of actors that died.
@@ -75,6 +78,8 @@ class Fleet:
         """
         buried = self.agents.bury()
         if buried:
+            for node in buried:
+                self.foreign.pop(node, None)
             self.note_change(buried)
             since = self.changed_at
         behind = VIEW_LAG_SECONDS - (time.monotonic() - since)

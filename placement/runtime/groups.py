@@ -41,8 +41,8 @@ HOLD = "hold-"
 STUCK_SECONDS = 10.0
 """Longest wait for Ray's scheduler to end one attempt; it takes 2 to 5 ms, more if thousands are queued."""
 
-MAX_SLOWNESS_SECONDS = 1.0
-"""How much longer a node that answers slowly is waited for, at most."""
+POLL_SECONDS = 0.02
+"""How often the cluster's books are read while GPUs are waited for."""
 
 GPU_IDS_DEADLINE_SECONDS = 60.0
 """How long a task in a group that is ready may take. A cold worker process takes 1 to 3 s on a busy machine."""
@@ -107,37 +107,32 @@ class NodeGroups:
         Raises:
             ray.exceptions.GetTimeoutError: a bundle did not answer in time.
         """
-        slots = []
-        for bundle in bundles:
-            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
-            ids = self._ask(
-                self._probe.options(num_gpus=share, scheduling_strategy=strategy), GPU_IDS_DEADLINE_SECONDS
-            )
-            slots.append(self._slot(ids[0]))
-        return slots
+        return [self._ask(group, bundle, share)[0] for bundle in bundles]
 
     def warm(self) -> None:
         """Waits until a worker process is there to answer the next probe at once."""
         here = NodeAffinitySchedulingStrategy(self._node_id, soft=False)
-        self._ask(self._probe.options(num_gpus=0, scheduling_strategy=here), GPU_IDS_DEADLINE_SECONDS)
+        self._answer(self._probe.options(num_gpus=0, scheduling_strategy=here))
 
     def lowest_free(self, count: int, deadline_seconds: float) -> list[int] | None:
-        """Which ``count`` GPUs are the lowest free ones, by taking them for a moment with a plain task.
+        """Which ``count`` GPUs are the lowest free ones, by taking them for a moment.
 
         Returns:
-            Their slots, ascending; ``None`` if that many were not free within the deadline, which is longer
-            on a node that is slow to answer.
+            Their slots, ascending; ``None`` if that many were not free within the deadline, or some tenths of a
+            second more.
         """
-        # A cold worker process, or a busy machine, must not be mistaken for missing GPUs.
-        start = time.monotonic()
-        self.warm()
-        here = NodeAffinitySchedulingStrategy(self._node_id, soft=False)
-        deadline_seconds += min(4 * (time.monotonic() - start), MAX_SLOWNESS_SECONDS)
+        self.warm()  # or others would go without them while a worker process starts
+        end = time.monotonic() + deadline_seconds
+        while not self.ready_or_removed(group := self.hold(count), 0.0):
+            # Ray would try again every second. It goes by its books, so these tell when it is worth it.
+            while time.monotonic() < end and self.available() < count:
+                time.sleep(POLL_SECONDS)
+            if time.monotonic() >= end:
+                return None
         try:
-            ids = self._ask(self._probe.options(num_gpus=count, scheduling_strategy=here), deadline_seconds)
-        except ray.exceptions.GetTimeoutError:
-            return None
-        return sorted(self._slot(gpu_id) for gpu_id in ids)
+            return sorted(self._ask(group, 0, count))
+        finally:
+            self.remove(group)
 
     def available(self) -> float:
         """GPUs that the cluster's books show as free here, shares included; up to about 0.1 s old."""
@@ -147,10 +142,16 @@ class NodeGroups:
         """The slot that an id of Ray's means: a token of CUDA_VISIBLE_DEVICES, or its place where that was unset."""
         return int(gpu_id) if self._tokens is None else self._tokens.index(gpu_id)
 
-    def _ask(self, task: Any, deadline_seconds: float) -> list[str]:
+    def _ask(self, group: PlacementGroup, bundle: int, share: float) -> list[int]:
+        """The slots of which a bundle holds a ``share``."""
+        inside = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+        ids = self._answer(self._probe.options(num_gpus=share, scheduling_strategy=inside))
+        return [self._slot(gpu_id) for gpu_id in ids]
+
+    def _answer(self, task: Any) -> list[str]:
         reference = task.remote()
         try:
-            return list(ray.get(reference, timeout=deadline_seconds))
+            return list(ray.get(reference, timeout=GPU_IDS_DEADLINE_SECONDS))
         except ray.exceptions.GetTimeoutError:
             ray.cancel(reference, force=True)
             raise

@@ -3,7 +3,7 @@
 Ray always gives the lowest-numbered free GPUs of a node. So the wanted ones are made the lowest:
 
 1. Look: which GPUs are free? Where nobody else uses the node that is known; else all free ones are taken
-   for a moment by one task, which says which they are.
+   for a moment by one hold, in which a task says which they are.
 2. Choose the best set among them.
 3. Steer: walk the free GPUs upwards. Take each run of unwanted ones with a filler and each run of wanted
    ones, but for the last, with a hold; then remove the holds and create the real group, which now gets
@@ -41,7 +41,7 @@ MAX_STRAY_SHARES = 6
 """How many rests that nobody knew of are filled by a share that landed there."""
 READY_DEADLINE_SECONDS = 0.15
 """Long enough for Ray to try twice; see :func:`~placement.runtime.groups.ready_or_removed`."""
-LOOK_DEADLINE_SECONDS = 0.25
+LOOK_DEADLINE_SECONDS = 0.2
 RETURN_SECONDS = 2.0
 """How long GPUs that were given back may take to come free; a few milliseconds, but on a machine that is overrun."""
 MAX_LOOKS = 3
@@ -205,7 +205,7 @@ class NodeReserver:
             self._foreign = None
         for filler in prepared.fillers:
             self._groups.remove(filler)
-        self._changed_at = time.monotonic()
+        self._changed_at = self._freed_at = time.monotonic()
 
     def confirm(
         self, order: Order, prepared: Prepared, group: Any, bundles: Sequence[int]
@@ -286,7 +286,7 @@ class NodeReserver:
 
         Args:
             count: how many there must be.
-            to_be_sure: ask the raylet where the cluster's books say that there are fewer, since on a busy
+            to_be_sure: try it all the same where the cluster's books say that there are fewer, since on a busy
                 cluster they lag by more than we wait.
         """
         not_ours = frozenset(range(self._gpu_count)) - self._ours()
@@ -308,11 +308,12 @@ class NodeReserver:
         amounts: Sequence[int] = range(expected, count - 1, -1)
         if not amounts and to_be_sure and count <= len(not_ours):
             amounts = sorted({len(not_ours), count}, reverse=True)
-        # What was just given back here will come, as soon as the workers in it have died.
-        coming = self._freed_at + RETURN_SECONDS - time.monotonic() if to_be_sure else 0.0
         for several in amounts:
-            patience = coming if several == count else 0.0
-            seen = self._groups.lowest_free(several, max(LOOK_DEADLINE_SECONDS, patience))
+            patience = LOOK_DEADLINE_SECONDS
+            if to_be_sure and several == count:
+                # What was just given back here will come, as soon as the workers in it have died.
+                patience = max(patience, self._freed_at + RETURN_SECONDS - time.monotonic())
+            seen = self._groups.lowest_free(several, patience)
             self._looked_at = time.monotonic()
             if seen is not None:
                 self._foreign = not_ours - frozenset(seen)

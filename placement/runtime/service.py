@@ -26,7 +26,7 @@ from placement.runtime import faults, groups, ledger
 from placement.runtime.books import Books, Claim, Standing, Tally, held_replica
 from placement.runtime.discovery import NodeInfo, NodeView, node_state
 from placement.runtime.events import EventLog
-from placement.runtime.fleet import Fleet
+from placement.runtime.fleet import MOST_LAG_SECONDS, VIEW_LAG_SECONDS, Fleet
 from placement.runtime.keeper import Keeper
 from placement.runtime.node_agent import FRESH_SECONDS
 from placement.runtime.recovery import Recovery
@@ -194,7 +194,7 @@ class DeploymentPlacementActor(Recovery):
     def plan_all(self, deployments: Sequence[DeploymentLike]) -> list[PlacementPlan]:
         """What :meth:`apply_all` would do now, each deployment planned on top of the ones before."""
         wanted = [self._parse(one, None) for one in deployments]
-        return self._patiently(lambda nodes: plan_deployments(*self._look(nodes), wanted))
+        return self._patiently(lambda nodes, _: plan_deployments(*self._look(nodes), wanted))
 
     @ray.method(concurrency_group="read")
     def explain_all(self, deployments: Sequence[DeploymentLike]) -> list[ExplainedPlan]:
@@ -312,6 +312,7 @@ class DeploymentPlacementActor(Recovery):
         nodes: list[NodeInfo],
         available: Mapping[str, Mapping[str, float]],
         full: Mapping[str, int] | None = None,
+        lag_seconds: float = VIEW_LAG_SECONDS,
     ) -> Snapshot:
         """The cluster as the planner sees it.
 
@@ -319,8 +320,9 @@ class DeploymentPlacementActor(Recovery):
             nodes: what is alive.
             available: node id -> resource -> free amount in Ray's books.
             full: node id -> most GPUs that may be planned there, after it refused.
+            lag_seconds: for how long after a change of ours they are not believed.
         """
-        settling, tallies = self.fleet.settling(), self._books.tallies()
+        settling, tallies = self.fleet.settling(lag_seconds), self._books.tallies()
         states = []
         for info in nodes:
             state = node_state(
@@ -336,25 +338,26 @@ class DeploymentPlacementActor(Recovery):
             states.append(state)
         return Snapshot(states, self._near)
 
-    def _patiently(self, decide: Callable[[list[NodeInfo]], T], fresh: bool = False) -> T:
+    def _patiently(self, decide: Callable[[list[NodeInfo], float], T], fresh: bool = False) -> T:
         """Decides; before a refusal stands, looks again at all nodes, and at books that show our own last change.
 
-        Looks three times at most: others' changes, which keep coming, are no reason to wait.
+        Two times at most: others' changes, which keep coming, are no reason to wait. The last word then has what
+        we know ourselves, since on an overrun machine the books lag by more.
 
         Args:
-            decide: what to do with the nodes that are alive.
+            decide: what to do with the nodes that are alive, and books that may lag by so many seconds.
             fresh: begin with the nodes as they are now.
         """
         nodes = self._nodes.now() if fresh else self._nodes.lately()
-        for looks_left in (2, 1, 0):
+        for _ in range(2):
             changed_at = self.fleet.changed_at
             try:
-                return decide(nodes)
+                return decide(nodes, VIEW_LAG_SECONDS)
             except (Unplaceable, UnknownNode):
-                if not looks_left or (not self.fleet.catch_up(changed_at) and fresh):
-                    raise
+                if not self.fleet.catch_up(changed_at) and fresh:
+                    break
                 nodes, fresh = self._nodes.now(), True
-        raise AssertionError("unreachable")
+        return decide(nodes, MOST_LAG_SECONDS)
 
     def _look(self, nodes: list[NodeInfo]) -> tuple[Snapshot, dict[str, HeldDeployment]]:
         """The cluster as it is now, and what stands on it."""
@@ -496,7 +499,7 @@ class DeploymentPlacementActor(Recovery):
         where, attempts, reason = "", 0, ""
         for replan in range(MAX_REPLANS):
             nodes, claim = self._patiently(
-                lambda nodes: self._claim(nodes, wanted, indices, standing.nodes(), full, mending),
+                lambda nodes, lag: self._claim(nodes, lag, wanted, indices, standing.nodes(), full, mending),
                 fresh=replan > 0,
             )
             faults.point("service.planned")
@@ -526,6 +529,7 @@ class DeploymentPlacementActor(Recovery):
     def _claim(
         self,
         nodes: list[NodeInfo],
+        lag_seconds: float,
         wanted: Deployment,
         indices: tuple[int, ...],
         standing: Mapping[str, int],
@@ -537,7 +541,7 @@ class DeploymentPlacementActor(Recovery):
         else:
             self.fleet.machines.meet(nodes)
         with self._lock:
-            snapshot = self._snapshot(nodes, groups.available_resources(), full)
+            snapshot = self._snapshot(nodes, groups.available_resources(), full, lag_seconds)
             if wanted.policy is Policy.FRAGMENTATION:
                 others = [one.deployment for one in self._books.standing.values()]
                 snapshot = snapshot.changed((), mix_of(snapshot, others))

@@ -93,9 +93,15 @@ class Holds(threading.Thread):
                     self.seen[group_id] = (self.seen.get(group_id, (now, now))[0], now)
             time.sleep(0.005)
 
-    def longest(self) -> float:
+    def __enter__(self) -> Holds:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.stop.set()
         self.join()
+
+    def longest(self) -> float:
         return max(last - first for first, last in self.seen.values())
 
 
@@ -119,11 +125,10 @@ GANG = {"tensor_parallel": 2, "pipeline_parallel": 2, "constraints": {"gpu_nodes
 def test_holds_are_gone_soon_even_if_their_maker_is_killed(
     service: Any, neighbours: list[Any], faults: Path, wanted: dict[str, Any], step: str
 ) -> None:
-    holds = Holds()
-    holds.start()
     if step:
         (faults / step).touch()
-    ray.get(service.place.remote({"name": "cut", "model": "m", **wanted}), timeout=60)
+    with Holds() as holds:
+        ray.get(service.place.remote({"name": "cut", "model": "m", **wanted}), timeout=60)
     assert not step or not (faults / step).exists(), "nobody came there"
     longest = holds.longest()
     assert not [name for name in live_names() if name.startswith("hold-")]

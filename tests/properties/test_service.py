@@ -179,7 +179,7 @@ class Fleet:
             in_doubt=self._in_doubt, doubt=nothing, take_up=lambda nodes: [], idle=lambda seconds: []
         )
 
-    def settling(self) -> frozenset[str]:
+    def settling(self, lag_seconds: float) -> frozenset[str]:
         return frozenset()
 
     def catch_up(self, since: float) -> bool:
