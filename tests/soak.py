@@ -37,8 +37,8 @@ NODE_STEPS = ("agent.steered", "agent.created", "agent.verified", "agent.prepare
 MORE_SERVICE_STEPS = (
     "service.ordered", "service.prepared", "service.group_created", "service.confirmed", "service.egress_created",
 )  # fmt: skip
-GPU_NODES = range(2, 5)
-"""How few and how many there are at a time."""
+FEWEST_NODES, MOST_NODES = 2, 4
+"""How many GPU nodes there are at a time."""
 PATIENCE_SECONDS = 60.0
 """Ray notices a killed raylet after 15 s; the rest is for a busy machine."""
 KEY = "sk-planted-2e71b6f0c4d95a38"
@@ -99,7 +99,7 @@ class Soak(Rules):
         self.waiting.add(step)
 
     def a_node_ends(self, pick: int) -> bool:
-        if len(self.gpu_nodes) <= GPU_NODES.start:
+        if len(self.gpu_nodes) <= FEWEST_NODES:
             return False
         self.last = "a node dies"
         name = self.gpu_nodes.pop(pick % len(self.gpu_nodes))
@@ -107,7 +107,7 @@ class Soak(Rules):
         return True
 
     def a_node_begins(self) -> bool:
-        if len(self.gpu_nodes) >= GPU_NODES.stop:
+        if len(self.gpu_nodes) >= MOST_NODES:
             return False
         self.last = "a node comes"
         name = f"gpu-{Soak.born}"
@@ -259,12 +259,16 @@ class Soak(Rules):
             (self.faults / step).unlink(missing_ok=True)
         while self.others:
             self.another_user_ends()
-        while len(self.gpu_nodes) < GPU_NODES.stop - 1:
+        while len(self.gpu_nodes) < MOST_NODES:
             self.a_node_begins()
         ray.get(self.service.release_all.remote(), timeout=120)
         self.last, self.ends_at = "everything is released", float("inf")
         self.all_comes_right()
         assert not self.ours()
+        # What is free can be had: no node actor takes for held what is not.
+        everything = {"name": "all", "model": "m", "gpus": 4, "replicas": len(self.gpu_nodes)}
+        ray.get(self.service.place.remote(everything), timeout=120)
+        ray.get(self.service.release.remote("all"), timeout=120)
         self.found["runs in which all came right"] += 1
 
 
@@ -305,7 +309,7 @@ def main() -> int:
         Soak.faults = Path(folder)
         nodes = [
             SimulatedNode(f"gpu-{i}", topology="a100-pcie-4x", labels={"rack": "r"})
-            for i in range(GPU_NODES.stop - 1)
+            for i in range(MOST_NODES)
         ]
         Soak.gpu_nodes = [node.name for node in nodes]
         Soak.born = len(nodes)

@@ -97,6 +97,8 @@ class EmbeddedCluster:
         for process in node.all_processes["raylet"]:
             process.process.send_signal(how)
             process.process.wait()
+        node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+        self._cluster.worker_nodes.discard(node)
 
     def stop(self) -> None:
         """Ends all of it."""

@@ -7,7 +7,7 @@ Ray always gives the lowest-numbered free GPUs of a node. So the wanted ones are
 2. Choose the best set among them.
 3. Steer: walk the free GPUs upwards. Take each run of unwanted ones with a filler and each run of wanted
    ones, but for the last, with a hold; then remove the holds and create the real group, which now gets
-   exactly the wanted GPUs. Nothing ever runs in a hold or filler, so that removing it takes effect at once
+   exactly the wanted GPUs. Nothing runs in these holds and fillers, so that removing one takes effect at once
    (see :mod:`placement.runtime.groups`).
 4. Verify from inside every bundle. Others may have taken or freed a GPU meanwhile: then give everything back
    and start over, a bounded number of times.

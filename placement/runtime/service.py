@@ -48,7 +48,8 @@ T = TypeVar("T")
 
 MAX_REPLANS = 5
 IDLE_SECONDS = 60.0
-"""An actor keeps its node busy for Ray's autoscaler, which removes nodes that were idle for minutes."""
+"""How long a node's actor stays where nothing is held: to Ray's autoscaler, which removes nodes that were idle for
+minutes, a node with an actor is busy."""
 
 logger = logging.getLogger(__name__)
 
@@ -349,15 +350,19 @@ class DeploymentPlacementActor(Recovery):
             fresh: begin with the nodes as they are now.
         """
         nodes = self._nodes.now() if fresh else self._nodes.lately()
-        for _ in range(2):
+        for looks_left in (1, 0):
             changed_at = self.fleet.changed_at
             try:
                 return decide(nodes, VIEW_LAG_SECONDS)
-            except (Unplaceable, UnknownNode):
+            except (Unplaceable, UnknownNode) as error:
+                refusal = error
                 if not self.fleet.catch_up(changed_at) and fresh:
                     break
-                nodes, fresh = self._nodes.now(), True
-        return decide(nodes, MOST_LAG_SECONDS)
+                if looks_left:
+                    nodes, fresh = self._nodes.now(), True
+        with contextlib.suppress(Unplaceable, UnknownNode):
+            return decide(nodes, MOST_LAG_SECONDS)
+        raise refusal
 
     def _look(self, nodes: list[NodeInfo]) -> tuple[Snapshot, dict[str, HeldDeployment]]:
         """The cluster as it is now, and what stands on it."""

@@ -6,11 +6,11 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
 from placement.core.labels import parse_condition
 from placement.core.score import GIB, WHOLE, Needs, Within
@@ -114,12 +114,22 @@ Count = Annotated[int, BeforeValidator(_whole)]
 
 
 class _Declared(Model):
-    """What somebody wrote. Others will read it on their terminals, so that it holds no control characters."""
+    """What somebody wrote. Others will read it on their terminals, so that it holds no control characters.
+
+    But for ``options``, which nobody here reads: JSON shows them escaped.
+    """
 
     @field_validator("*", mode="after")
     @classmethod
-    def _is_printable(cls, value: Any) -> Any:
-        for text in (value,) if isinstance(value, str) else value if isinstance(value, (list, tuple)) else ():
+    def _is_printable(cls, value: Any, info: ValidationInfo) -> Any:
+        texts: Iterable[Any] = ()
+        if isinstance(value, str):
+            texts = (value,)
+        elif isinstance(value, (list, tuple)):
+            texts = value
+        elif isinstance(value, dict) and info.field_name != "options":
+            texts = (*value.keys(), *value.values())
+        for text in texts:
             if isinstance(text, str) and not text.isprintable():
                 odd = next(character for character in text if not character.isprintable())
                 raise ValueError(f"contains the character U+{ord(odd):04X}, which cannot be shown; remove it")

@@ -111,3 +111,16 @@ def test_a_terminal_shows_what_was_written_and_obeys_none_of_it(model: str, node
     for part in render.status_view(report):
         terminal.print(part)
     assert all(character.isprintable() or character == "\n" for character in shown.getvalue())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model": "m\x1b[2J"},
+        {"constraints": {"accelerators": ["H100\n"]}},
+        {"constraints": {"node_labels": {"zone": "a\x1b[2J"}}},
+        {"constraints": {"node_labels": {"zo\ane": "a"}}},
+    ],
+)
+def test_no_part_of_a_declaration_holds_control_characters(fields: dict[str, Any]) -> None:
+    assert accepted(**fields) is None
