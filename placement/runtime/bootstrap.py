@@ -16,7 +16,8 @@ from placement.errors import ServiceNotRunning
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.groups import my_gpu_ids
 from placement.runtime.node_agent import NAMESPACE, NodePlacementActor, agent_name
-from placement.runtime.service import IDLE_SECONDS, DeploymentPlacementActor
+from placement.runtime.service import IDLE_SECONDS
+from placement.runtime.service import DeploymentPlacementActor as Service
 
 NAME = "placement"
 START_DEADLINE_SECONDS = 120.0
@@ -30,8 +31,8 @@ _probe = ray.remote(num_cpus=0, max_calls=0)(my_gpu_ids)
 _Agent = ray.remote(num_cpus=0, concurrency_groups={"facts": 1})(NodePlacementActor)
 
 
-class _RestartingService(DeploymentPlacementActor):
-    """The service, started anew until it could take up what stood."""
+class DeploymentPlacementActor(Service):
+    """The service as an actor: started anew until it could take up what stood."""
 
     def __init__(self, *args: Any) -> None:
         is_new = ray.get_runtime_context().was_current_actor_reconstructed is False
@@ -46,7 +47,7 @@ class _RestartingService(DeploymentPlacementActor):
             os._exit(1)
 
 
-_Service = ray.remote(num_cpus=0, concurrency_groups={"read": 16, "watch": 64})(_RestartingService)
+_Service = ray.remote(num_cpus=0, concurrency_groups={"read": 16, "watch": 64})(DeploymentPlacementActor)
 
 
 def make_agent(info: NodeInfo) -> Any:

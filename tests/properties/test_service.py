@@ -519,3 +519,15 @@ def test_an_apply_that_was_cut_off_with_its_caller_leaves_no_replica_too_many() 
             DeploymentPlacementActor(lambda info: None).apply({"name": "a", "model": "m", "replicas": 2})
         standing = DeploymentPlacementActor(lambda info: None)._books.standing["a"]
         assert (sorted(standing.replicas), len(ray.groups)) == ([0, 1], 2)
+
+
+def test_what_is_asked_for_again_while_its_release_is_cut_off_is_placed_anew() -> None:
+    ray = Ray(nodes={"n"})
+    with make_believe(ray):
+        one = DeploymentPlacementActor(lambda info: None)
+        one.place({"name": "a", "model": "m"})
+        with mock.patch.object(ledger, "note_ended", side_effect=StoreFailed), pytest.raises(StoreFailed):
+            one.release("a")
+        assert one.place({"name": "a", "model": "m"}).assignments[0].gpus == [0]
+        assert one.release("a") == 1
+        assert (ray.groups, one._books.standing) == ({}, {})
