@@ -7,7 +7,8 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -25,7 +26,20 @@ HOLDS_SECONDS = 2.0
 SETTLE_DEADLINE_SECONDS = 20.0
 """A reservation that was under way when the service died ends within its node actor's bounded attempts."""
 
+HUNG_SECONDS = 1.0
+"""How long one may take that has not even done yet what it was too late with before."""
+AILING_SECONDS, MOST_AILING_SECONDS = 10.0, 3600.0
+"""How long other nodes are preferred to one on which an actor failed: at first, and at most."""
+
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Ailing:
+    """For how long other nodes are preferred, and until when."""
+
+    wait: float
+    until: float
 
 
 class Agents:
@@ -50,6 +64,8 @@ class Agents:
         self._busy: Counter[str] = Counter()
         self._used: dict[str, float] = {}
         self._late: list[Any] = []
+        self._hung: dict[str, Any] = {}
+        self._ailing: dict[str, _Ailing] = {}
         self._in_doubt = False
         self._died: dict[str, float] = {}
 
@@ -103,8 +119,15 @@ class Agents:
 
     def answer(self, node_id: str, call: Any) -> Any:
         """What an actor answers; :class:`~placement.runtime.orders.Refused`, if it fails or is too late."""
+        with self._lock:
+            before = self._hung.get(node_id)
+        hangs = before is not None and not ray.wait([before], timeout=0)[0]
         try:
-            return ray.get(call, timeout=DEADLINE_SECONDS)
+            said = ray.get(call, timeout=HUNG_SECONDS if hangs else DEADLINE_SECONDS)
+            with self._lock:
+                self._hung.pop(node_id, None)
+                self._ailing.pop(node_id, None)
+            return said
         except ray.exceptions.RayError as error:
             lives = self.failed(node_id, error)
             return Refused(
@@ -118,19 +141,29 @@ class Agents:
             Whether the actor may live on and still be at it.
         """
         logger.error("the node actor of %s failed: %s", node_id, error)
-        if isinstance(error, ray.exceptions.RayTaskError):  # which it raised itself, having tidied up
-            return False
         lives = isinstance(error, (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError))
         with self._lock:
+            wait = AILING_SECONDS
+            if node_id in self._ailing:
+                wait = min(2 * self._ailing[node_id].wait, MOST_AILING_SECONDS)
+            self._ailing[node_id] = _Ailing(wait, time.monotonic() + wait)
             if not lives:
-                self._agents.pop(node_id, None)
+                agent = self._agents.pop(node_id, None)
+                if isinstance(error, ray.exceptions.RayTaskError) and agent is not None:
+                    ray.kill(agent)  # it may not have tidied up: what it held for a moment goes with it
                 self._died[node_id] = time.monotonic()
                 self._in_doubt = True
-            elif (
-                node_id in self._agents
-            ):  # it does one thing after the other: once it answers this, that is over
-                self._late.append(self._adopt(node_id))
+            elif node_id in self._agents:
+                # It does one thing after the other: once it answers this, what it was at is over.
+                self._hung[node_id] = self._adopt(node_id)
+                self._late.append(self._hung[node_id])
         return lives
+
+    def ailing(self) -> frozenset[str]:
+        """Nodes on which an actor failed lately, longer if again and again: others are to be preferred."""
+        now = time.monotonic()
+        with self._lock:
+            return frozenset(node for node, one in self._ailing.items() if now < one.until)
 
     def doubt(self, calls: Iterable[Any] = (), now: bool = True) -> None:
         """Groups may be left over that nobody knows of: now, and once these calls have ended."""
@@ -186,7 +219,7 @@ class Agents:
             held = groups.live_groups(lambda name: name.startswith(groups.HOLD))
             if not any(nodes & hold.nodes for hold in held.values()):
                 break
-            time.sleep(0.05)
+            time.sleep(0.25)
         with self._lock:
             self._died = {node: at for node, at in self._died.items() if died.get(node) != at}
         return list(died)
@@ -211,12 +244,14 @@ class Agents:
     def forget_all_but(self, alive: Collection[str]) -> None:
         """Forgets nodes that are no more."""
         with self._lock:
-            for node_id in self._agents.keys() - set(alive):
-                del self._agents[node_id]
-            for node_id in self._died.keys() - set(alive):
-                del self._died[node_id]
-            for node_id in self._used.keys() - set(alive) - self._agents.keys():
-                del self._used[node_id]
+            everything: tuple[MutableMapping[str, Any], ...] = (
+                self._agents, self._turns, self._busy, self._used, self._hung, self._ailing, self._died,
+            )  # fmt: skip
+            # One that has something to do may have joined since these were read.
+            for node_id in {node for known in everything for node in known} - set(alive):
+                if self._busy[node_id] <= 0:
+                    for known in everything:
+                        known.pop(node_id, None)
 
     def stop(self) -> None:
         """Ends all of them. Placement groups stay as they are."""

@@ -54,13 +54,15 @@ class Fleet:
         prefix: str,
     ) -> None:
         facts: dict[str, NodeFacts] = {}
-        self.agents = Agents(make_agent, holdings, facts.get)
+        self._in_books = holdings
+        self.agents = Agents(make_agent, self._holdings, facts.get)
         self.machines = Machines(self.agents, facts)
         self.foreign: dict[str, frozenset[int]] = {}
         self.changed_at = float("-inf")
         self._prefix = prefix
         self._changed: dict[str, float] = {}
-        self._untold: dict[str, frozenset[str]] = {}
+        self._under_way: dict[str, list[NodeAssignment]] = {}
+        self._gone: dict[str, frozenset[str]] = {}
 
     def settling(self, lag_seconds: float = VIEW_LAG_SECONDS) -> frozenset[str]:
         """Nodes of which Ray's books may not yet show our own last change; what we know of them is newer."""
@@ -108,19 +110,37 @@ class Fleet:
         for node in nodes:
             self._changed[node] = self.changed_at
 
-    def note_removed(self, order: str, nodes: Iterable[str]) -> None:
-        """Notes that an order's group is gone from these nodes without their actors knowing."""
-        self._untold[order] = frozenset(nodes)
+    def _taken(self, order: str, assignment: NodeAssignment) -> Reserved:
+        """What was just reserved; noted until :meth:`tell`."""
+        self._under_way.setdefault(order, []).append(assignment)
+        return order, assignment
+
+    def note_removed(self, order: str, nodes: Collection[str]) -> None:
+        """Notes that an order's group is gone, or about to be, from these nodes without their actors knowing."""
+        self._gone[order] = self._gone.get(order, frozenset()) | set(nodes)
         self.note_change(nodes)
 
     def tell(self, name: str) -> None:
-        """Tells the node actors of such orders of a deployment.
+        """Tells the node actors of such orders of a deployment, once the books show what has become of it."""
+        begins = f"{self._prefix}{name}:"
+        for order in [order for order in self._under_way.copy() if order.startswith(begins)]:
+            self._under_way.pop(order, None)
+        for order in [order for order in self._gone.copy() if order.startswith(begins)]:
+            if nodes := self._gone.pop(order, None):
+                self.agents.forget(order, nodes)
 
-        Once the books show it, since an actor that is made before would know of the orders from there.
+    def _holdings(self, node_id: str) -> dict[str, Holding]:
+        """Order -> what stands on a node, also where the books do not show it yet, or still do.
+
+        What an actor that is made meanwhile is told.
         """
-        for order in self._untold.copy():
-            if order.startswith(f"{self._prefix}{name}:"):
-                self.agents.forget(order, self._untold.pop(order))
+        held = self._in_books(node_id)
+        for order, assignments in self._under_way.copy().items():
+            for a in assignments:
+                if a.node == node_id and a.gpus:
+                    deployment = order.removeprefix(self._prefix).partition(":")[0]
+                    held[order] = Holding(deployment, tuple(a.gpus), round(a.share * WHOLE))
+        return {order: holding for order, holding in held.items() if order not in self._gone}
 
     def reserve(self, claim: Claim, known: Iterable[NodeInfo]) -> tuple[list[Reserved], list[Refusal]]:
         """Reserves a claim on all its nodes side by side; what some refuse, others may have reserved.
@@ -168,6 +188,11 @@ class Fleet:
 
         What cannot be removed now is in doubt, and no reason to fail: no record will tell of it.
         """
+        for order, _ in reserved:
+            self._gone.setdefault(order, frozenset())
+        self._give_back(reserved)
+
+    def _give_back(self, reserved: Sequence[Reserved]) -> None:
         agents = self.agents.known()
         by_node: dict[str, list[tuple[str, Any]]] = {}
         for order, assignment in reserved:
@@ -207,7 +232,7 @@ class Fleet:
             if isinstance(outcome, Refusal):
                 refusals.append(outcome)
                 return
-            reserved += [(names[index], assignment) for assignment in outcome]
+            reserved += [self._taken(names[index], assignment) for assignment in outcome]
 
     def _collect(
         self,
@@ -244,7 +269,7 @@ class Fleet:
                 ray_bandwidth_gb_per_s=one.ray_score.known_gb_per_s,
                 ray_weakest_link=one.ray_score.link_name,
             )
-            reserved.append((one.order.name, assignment))
+            reserved.append(self._taken(one.order.name, assignment))
 
     def _reserve_egress(
         self,

@@ -107,12 +107,12 @@ class _Gang:
                 for part in self._parts
             ]
         finally:
-            if group is not None:
-                groups.remove_group(group)
             for agent in self._agents.values():
                 if group is not None:
                     agent.release.remote([(self._name, group)])
                 agent.cancel.remote()
+            if group is not None:
+                groups.remove_group(group)
 
     def _prepare(self) -> Refusal | None:
         asked = [

@@ -44,6 +44,9 @@ STUCK_SECONDS = 10.0
 POLL_SECONDS = 0.02
 """How often the cluster's books are read while GPUs are waited for."""
 
+MAX_TRIES = 3
+"""How often GPUs are asked for that the books show as free: parts of several add up there, and cannot be had whole."""
+
 GPU_IDS_DEADLINE_SECONDS = 60.0
 """How long a task in a group that is ready may take. A cold worker process takes 1 to 3 s on a busy machine."""
 
@@ -123,12 +126,15 @@ class NodeGroups:
         """
         self.warm()  # or others would go without them while a worker process starts
         end = time.monotonic() + deadline_seconds
+        tries = 1
         while not self.ready_or_removed(group := self.hold(count), 0.0):
             # Ray would try again every second. It goes by its books, so these tell when it is worth it.
             while time.monotonic() < end and self.available() < count:
                 time.sleep(POLL_SECONDS)
-            if time.monotonic() >= end:
+            if time.monotonic() >= end or tries == MAX_TRIES:
                 return None
+            tries += 1
+            time.sleep(POLL_SECONDS)
         try:
             return sorted(self._ask(group, 0, count))
         finally:

@@ -71,6 +71,8 @@ class Keeper:
         service.write_again()
         if service.fleet.agents.in_doubt():
             service.sweep()
+        else:
+            service.sweep_again()
         service.rest()
 
     def _try_again(self, alive: frozenset[str]) -> None:

@@ -63,30 +63,53 @@ class Machines:
         """What a node's GPUs are, as far as is known. The same object until it reports something else."""
         known = self._machines.get(info.id)
         if known is None:
-            known = self._machines[info.id] = machine_of(self.facts.get(info.id), info.gpu_count)
+            with self._lock:
+                known = self._machines[info.id] = machine_of(self.facts.get(info.id), info.gpu_count)
         return known
 
+    def strangers(self, nodes: Sequence[NodeInfo]) -> frozenset[str]:
+        """GPU nodes that have not answered yet what their GPUs are, and are still worth waiting for."""
+        now = time.monotonic()
+        with self._lock:
+            return frozenset(
+                info.id
+                for info in nodes
+                if self._is_strange(info.id, now) and info.gpu_count and info.label_problem() is None
+            )
+
     def meet(
-        self, nodes: Sequence[NodeInfo], again: bool = False, max_age_seconds: float | None = None
+        self,
+        nodes: Sequence[NodeInfo],
+        again: bool = False,
+        max_age_seconds: float | None = None,
+        patience_seconds: float = DEADLINE_SECONDS,
     ) -> None:
         """Makes sure that every GPU node was asked what its GPUs are, all side by side.
 
-        Waits for those that were never asked before, or for all that are asked ``again``.
+        Waits for :meth:`strangers`, or for all that are asked ``again``; for one that hangs no longer than once.
         """
         now = time.monotonic()
         asked: dict[str, _Asked] = {}
+        until = now
         with self._lock:
             for info in nodes:
                 if (again or self._is_due(info.id, now)) and info.gpu_count and info.label_problem() is None:
-                    asked[info.id] = self._ask(info, again, max_age_seconds, now)
+                    one = asked[info.id] = self._ask(info, again, max_age_seconds, now)
+                    if again or self._is_strange(info.id, now):
+                        until = max(until, one.until)
         if not asked:
             return
-        patience = max(0.0, max(one.until for one in asked.values()) - now)
+        patience = min(patience_seconds, until - now)
         with self._agents.working(asked):
             calls = [one.call for one in asked.values()]
             done, _ = ray.wait(calls, num_returns=len(calls), timeout=patience)
         for node_id, one in asked.items():
             self._take(node_id, one, one.call in done)
+
+    def _is_strange(self, node_id: str, now: float) -> bool:
+        says_nothing = node_id not in self.facts or self.facts[node_id].source == "none"
+        open_since = self._asked.get(node_id)
+        return says_nothing and node_id not in self._silent and (open_since is None or now < open_since.until)
 
     def _is_due(self, node_id: str, now: float) -> bool:
         if node_id not in self.facts or node_id in self._asked:
@@ -94,12 +117,12 @@ class Machines:
         return node_id in self._silent and now > self._silent[node_id].ask_again_at
 
     def _ask(self, info: NodeInfo, again: bool, max_age_seconds: float | None, now: float) -> _Asked:
-        """Asks, unless a question is open that is just as good, or that was already waited for in vain."""
+        """Asks, unless a question is open that is just as good, or has been open for too long."""
         open_since = self._asked.get(info.id)
         if open_since is None or (again and now < open_since.until):
             call = self._agents.agent(info).facts.remote(max_age_seconds)
-            is_needed = again or info.id not in self.facts
-            self._asked[info.id] = _Asked(call, now + (DEADLINE_SECONDS if is_needed else 0.0))
+            until = now + DEADLINE_SECONDS if open_since is None else open_since.until
+            self._asked[info.id] = _Asked(call, until)
         return self._asked[info.id]
 
     def _take(self, node_id: str, asked: _Asked, done: bool) -> None:

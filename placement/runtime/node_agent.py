@@ -144,6 +144,8 @@ class NodePlacementActor:
                 outcome = self._reserver.reserve(order, machine, to_follow)
                 if isinstance(outcome, Refused):
                     self._undo(filled)
+                    if outcome.full:  # for this one, not for those before it
+                        outcome = replace(outcome, room=(len(filled) + 1) * order.needs.gpus - 1)
                     return Reply((), outcome, tuple(sorted(self._reserver.foreign)))
                 ours, rays = score(topology, outcome.gpus), score(topology, outcome.ray_gpus)
                 filled.append(Filled(order, outcome, ours, rays))
@@ -167,11 +169,18 @@ class NodePlacementActor:
         outcome = self._reserver.prepare(order, machine, sets)
         if isinstance(outcome, Prepared):
             self._prepared = outcome
-            self._lease = lease = threading.Timer(LEASE_SECONDS, self.cancel)
+            self._lease = lease = threading.Timer(LEASE_SECONDS, self._run_out)
             lease.daemon = True
             lease.start()
             return replace(outcome, fillers=())
         return outcome
+
+    def _run_out(self) -> None:
+        """Nobody came. GPUs that cannot be let go are so with the end of this process."""
+        try:
+            self.cancel()
+        except BaseException:
+            os._exit(1)
 
     def cancel(self) -> None:
         """Lets go of what is prepared, if anything is."""

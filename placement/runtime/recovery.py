@@ -38,6 +38,7 @@ class Recovery(ABC):
     _ended: dict[str, int]
     _ended_at: dict[str, float]
     _unwritten: set[str]
+    _undecided: dict[str, groups.LiveGroup]
 
     @abstractmethod
     def _sole(self, name: str, wait: bool = True) -> AbstractContextManager[bool]: ...
@@ -171,27 +172,34 @@ class Recovery(ABC):
         """Removes groups that carry our token and that no deployment knows of, and finds node actors that live on."""
         try:
             self.fleet.agents.doubt(self.fleet.agents.take_up(self._nodes.lately()), now=False)
-            self._sweep(self._live_groups())
+            self._undecided = self._sweep(self._live_groups())
         except BaseException:
             self.fleet.agents.doubt()
             raise
 
+    def sweep_again(self) -> None:
+        """The same with the groups of which it could not be told yet whether a deployment will know of them."""
+        if self._undecided:
+            self._undecided = self._sweep(self._undecided)
+
     def _live_groups(self) -> dict[str, groups.LiveGroup]:
         return groups.live_groups(lambda name: name.startswith(self._prefix))
 
-    def _sweep(self, live: Mapping[str, groups.LiveGroup]) -> None:
+    def _sweep(self, live: Mapping[str, groups.LiveGroup]) -> dict[str, groups.LiveGroup]:
+        undecided = {}
         for group_id, group in live.items():
             order = order_of_group(group.name)
             name = order.removeprefix(self._prefix).partition(":")[0]
             if name in self._books.unreadable or self._knows(name, group_id):
                 continue
             with self._sole(name, wait=False) as mine:
-                if not mine:  # something is being reserved, and this may be it: look again
-                    self.fleet.agents.doubt()
+                if not mine:  # something is being reserved, and this may be it
+                    undecided[group_id] = group
                 elif not self._knows(name, group_id):
-                    groups.remove_group(groups.group_from_hex(group_id))
                     self.fleet.note_removed(order, group.nodes)
+                    groups.remove_group(groups.group_from_hex(group_id))
                     self.fleet.tell(name)
+        return undecided
 
     def _knows(self, name: str, group_id: str) -> bool:
         standing = self._books.standing.get(name)
@@ -257,7 +265,7 @@ class Recovery(ABC):
                 self._give_back(standing, surplus)  # an apply was cut off
             if surplus or standing.missing():
                 self._note(standing)
-        self._sweep(live)
+        self._undecided = self._sweep(live)
 
     def _release_unreadable(self, name: str) -> int:
         """Removes a record that makes no sense, and all groups of that name."""
@@ -266,8 +274,8 @@ class Recovery(ABC):
             raise UnreadableRecord(name, record.problem, newer=True)
         held = groups.live_groups(lambda group: group.startswith(f"{self._prefix}{name}:"))
         for group_id, group in held.items():
-            groups.remove_group(groups.group_from_hex(group_id))
             self.fleet.note_removed(order_of_group(group.name), group.nodes)
+            groups.remove_group(groups.group_from_hex(group_id))
         ledger.delete(name)
         del self._books.unreadable[name]
         self.fleet.tell(name)

@@ -102,9 +102,9 @@ class NodeReserver:
 
     def forget(self, name: str) -> None:
         """Notes that an order is not reserved any more."""
-        self._held.pop(name, None)
-        self._foreign = None
-        self._changed_at = self._freed_at = time.monotonic()
+        if self._held.pop(name, None) is not None:
+            self._foreign = None
+            self._changed_at = self._freed_at = time.monotonic()
 
     def remove(self, name: str, group: Any) -> None:
         """Gives a reserved group back."""
@@ -273,7 +273,7 @@ class NodeReserver:
         return frozenset(gpu for held in self._held.values() for gpu in held.gpus)
 
     def _rests(self) -> dict[int, int]:
-        """Thousandths free of each GPU that we share out, unless others use it too."""
+        """Thousandths free of each GPU that we share out, if nobody else uses it."""
         rests: dict[int, int] = {}
         for held in self._held.values():
             if held.share < WHOLE:

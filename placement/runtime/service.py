@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import ray
 
 from placement.core import planner
-from placement.core.lifecycle import Event
+from placement.core.lifecycle import Event, State
 from placement.core.snapshot import NEAR_LABELS, Policy, Snapshot
 from placement.errors import (
     DeploymentConflict,
@@ -47,6 +47,8 @@ from placement.wire.plans import (
 T = TypeVar("T")
 
 MAX_REPLANS = 5
+STATUS_SECONDS = 5.0
+"""How long ``status`` waits for nodes that have not said yet what their GPUs are."""
 IDLE_SECONDS = 60.0
 """How long a node's actor stays where nothing is held: to Ray's autoscaler, which removes nodes that were idle for
 minutes, a node with an actor is busy."""
@@ -75,7 +77,7 @@ class DeploymentPlacementActor(Recovery):
         self._idle_seconds = max(1.0, idle_seconds)
         self._nodes = NodeView()
         self._lock = threading.Lock()
-        self._name_locks: dict[str, threading.Lock] = {}
+        self._turns: dict[str, _Turn] = {}
         self._books = Books()
         self._prefix = f"placement:{ledger.token()}:"
         self.fleet = Fleet(make_agent, self._books.holdings, self._prefix)
@@ -84,6 +86,7 @@ class DeploymentPlacementActor(Recovery):
         self._ended: dict[str, int] = {}
         self._ended_at: dict[str, float] = {}
         self._unwritten: set[str] = set()
+        self._undecided: dict[str, groups.LiveGroup] = {}
         self._reload()
         Keeper(self).start()
 
@@ -135,34 +138,33 @@ class DeploymentPlacementActor(Recovery):
         ones if there is room, else after releasing them. Any other change keeps them.
 
         Raises:
-            Same as :meth:`place`, but never ``DeploymentConflict``. What stood before still stands then.
+            Same as :meth:`place`, but never ``DeploymentConflict``. What stood before still stands then; where it had
+            to be released first, it is placed anew, or waits as ``pending``.
         """
-        wanted = self._parse(deployment, constraints)
+        return self._apply(self._parse(deployment, constraints))[0]
+
+    def _apply(self, wanted: Deployment) -> tuple[PlacementResult, bool]:
+        """The same, and whether nothing of that name stood before."""
         with self._sole(wanted.name):
             standing = self._what_stands(wanted.name)
             if standing is None:
                 self._require_readable(wanted.name)
-                return self._add(Standing(wanted), range(wanted.replicas)).result()
+                return self._add(Standing(wanted), range(wanted.replicas)).result(), True
             if standing.deployment == wanted and len(standing.replicas) == wanted.replicas:
-                return standing.result()
+                return standing.result(), False
             if standing.deployment.shape() != wanted.shape():
-                return self._replace(standing, wanted).result()
-            surplus = [index for index in standing.states if index >= wanted.replicas]
-            changed = standing.copy(wanted)
-            if missing := changed.missing():
-                self._add(changed, missing)
-            else:
-                self._keep(changed)
-            if surplus:  # by now the record says that they are to go
-                self._give_back(changed, surplus)
-                self._note(changed)
-            return changed.result()
+                return self._replace(standing, wanted).result(), False
+            return self._resize(standing, wanted).result(), False
 
     def apply_all(self, deployments: Sequence[DeploymentLike]) -> list[PlacementResult]:
         """Applies several deployments, in order. If one fits nowhere, nothing is changed at all.
 
+        If one cannot be reserved although it was planned, since others take GPUs meanwhile, those that this call
+        placed anew are released again; changes to what stood before remain. So does what was placed by a call that
+        died with the service halfway: sent again by Ray, it finds that standing.
+
         Raises:
-            Same as :meth:`apply`. Deployments that this call placed anew are released again then.
+            Same as :meth:`apply`.
         """
         wanted = [self._parse(one, None) for one in deployments]
         self.plan_all(wanted)
@@ -170,13 +172,16 @@ class DeploymentPlacementActor(Recovery):
         fresh: list[str] = []
         try:
             for one in wanted:
-                is_new = one.name not in self._books.standing
-                results.append(self.apply(one))
+                result, is_new = self._apply(one)
+                results.append(result)
                 if is_new:
                     fresh.append(one.name)
         except Exception:
             for name in fresh:
-                self.release(name)
+                try:
+                    self.release(name)
+                except Exception:
+                    logger.exception("%r, which was placed just now, could not be released again", name)
             raise
         return results
 
@@ -199,7 +204,10 @@ class DeploymentPlacementActor(Recovery):
 
     @ray.method(concurrency_group="read")
     def explain_all(self, deployments: Sequence[DeploymentLike]) -> list[ExplainedPlan]:
-        """:meth:`plan_all`, with what became of every node; a refusal is an answer here, and ends the list."""
+        """:meth:`plan_all`, with what became of every node; a refusal is an answer here, and ends the list.
+
+        With one look: for a moment after a change, Ray's books may show less room than there is.
+        """
         wanted = [self._parse(one, None) for one in deployments]
         return explain_deployments(*self._look(self._nodes.now()), wanted)
 
@@ -217,6 +225,8 @@ class DeploymentPlacementActor(Recovery):
 
         Raises:
             UnknownDeployment: no deployment of that name stands.
+            UnreadableRecord: a later version of the service wrote its record. (If it is just broken, it is removed
+                with all groups of that name, which are counted then.)
         """
         with self._sole(name):
             return self._release(name)
@@ -237,7 +247,7 @@ class DeploymentPlacementActor(Recovery):
     def status(self) -> dict[str, Any]:
         """Nodes with their GPUs and who sits where, and deployments with their replicas; JSON-ready."""
         nodes = self._nodes.now()
-        self.fleet.machines.meet(nodes)
+        self.fleet.machines.meet(nodes, patience_seconds=STATUS_SECONDS)
         with self._lock:
             return status_report(nodes, self._books, self.fleet, groups.available_resources())
 
@@ -287,10 +297,12 @@ class DeploymentPlacementActor(Recovery):
         Returns:
             Their names.
         """
-        names = self._books.names()
-        for name in names:
-            self.release(name)
-        return list(names)
+        released = []
+        for name in self._books.names():
+            with contextlib.suppress(UnknownDeployment):  # somebody else was quicker
+                self.release(name)
+                released.append(name)
+        return released
 
     def stop_agents(self) -> None:
         """Ends the node actors. Placement groups stay as they are."""
@@ -313,6 +325,7 @@ class DeploymentPlacementActor(Recovery):
         nodes: list[NodeInfo],
         available: Mapping[str, Mapping[str, float]],
         full: Mapping[str, int] | None = None,
+        refused: Collection[str] = (),
         lag_seconds: float = VIEW_LAG_SECONDS,
     ) -> Snapshot:
         """The cluster as the planner sees it.
@@ -320,10 +333,11 @@ class DeploymentPlacementActor(Recovery):
         Args:
             nodes: what is alive.
             available: node id -> resource -> free amount in Ray's books.
-            full: node id -> most GPUs that may be planned there, after it refused.
+            full: node id -> most whole GPUs or instances that may be planned there, after it refused.
+            refused: nodes of which the books are believed, since what is known otherwise was not enough.
             lag_seconds: for how long after a change of ours they are not believed.
         """
-        settling, tallies = self.fleet.settling(lag_seconds), self._books.tallies()
+        settling, tallies = self.fleet.settling(lag_seconds) - set(refused), self._books.tallies()
         states = []
         for info in nodes:
             state = node_state(
@@ -335,15 +349,17 @@ class DeploymentPlacementActor(Recovery):
                 info.id in self.draining,
             )
             if full is not None and info.id in full:
-                state = replace(state, free=frozenset(sorted(state.free)[: full[info.id]]))
+                room = full[info.id]
+                some = dict(sorted(state.instances.items())[:room])
+                state = replace(state, free=frozenset(sorted(state.free)[:room]), instances=some, rests={})
             states.append(state)
         return Snapshot(states, self._near)
 
     def _patiently(self, decide: Callable[[list[NodeInfo], float], T], fresh: bool = False) -> T:
         """Decides; before a refusal stands, looks again at all nodes, and at books that show our own last change.
 
-        Two times at most: others' changes, which keep coming, are no reason to wait. The last word then has what
-        we know ourselves, since on an overrun machine the books lag by more.
+        Three times in all: others' changes, which keep coming, are no reason to wait. The last time with what we
+        know ourselves, since on an overrun machine the books lag by more.
 
         Args:
             decide: what to do with the nodes that are alive, and books that may lag by so many seconds.
@@ -380,13 +396,18 @@ class DeploymentPlacementActor(Recovery):
             Whether it is ours to change; always, if we ``wait`` for it.
         """
         with self._lock:
-            lock = self._name_locks.setdefault(name, threading.Lock())
-        mine = lock.acquire(blocking=wait)
+            turn = self._turns.setdefault(name, _Turn())
+            turn.users += 1
+        mine = turn.lock.acquire(blocking=wait)
         try:
             yield mine
         finally:
             if mine:
-                lock.release()
+                turn.lock.release()
+            with self._lock:
+                turn.users -= 1
+                if not turn.users:
+                    del self._turns[name]
 
     def _what_stands(self, name: str) -> Standing | None:
         """What is to be changed; a release that was cut off comes first."""
@@ -452,6 +473,28 @@ class DeploymentPlacementActor(Recovery):
         with self._lock:
             self._books.settle(claims)
 
+    def _resize(self, standing: Standing, wanted: Deployment) -> Standing:
+        """Adds what is missing and gives back what is too many."""
+        surplus = [index for index in standing.states if index >= wanted.replicas]
+        changed = standing.copy(wanted)
+        missing = changed.missing()
+        try:
+            if missing:
+                self._add(changed, missing)
+            else:
+                self._keep(changed)
+        except Unplaceable:
+            if not surplus:
+                raise
+            changed = standing.copy(wanted)  # what is given back may be the room for what is pending
+            self._keep(changed)
+        if surplus:  # by now the record says that they are to go
+            self._give_back(changed, surplus)
+            self._note(changed)
+        if changed.missing():
+            self._mend(wanted.name)
+        return self._books.standing[wanted.name]
+
     def _replace(self, old: Standing, wanted: Deployment) -> Standing:
         new = Standing(wanted)
         indices = tuple(range(wanted.replicas))
@@ -501,10 +544,13 @@ class DeploymentPlacementActor(Recovery):
     def _reserve_all(self, standing: Standing, indices: tuple[int, ...], mending: bool) -> None:
         wanted = standing.deployment
         full: dict[str, int] = {}
+        refused: set[str] = set()
         where, attempts, reason = "", 0, ""
         for replan in range(MAX_REPLANS):
             nodes, claim = self._patiently(
-                lambda nodes, lag: self._claim(nodes, lag, wanted, indices, standing.nodes(), full, mending),
+                lambda nodes, lag: self._claim(
+                    nodes, lag, wanted, indices, standing.nodes(), full, refused, mending
+                ),
                 fresh=replan > 0,
             )
             faults.point("service.planned")
@@ -512,6 +558,7 @@ class DeploymentPlacementActor(Recovery):
                 reserved, refusals = self.fleet.reserve(claim, nodes)
                 if refusals:
                     self.fleet.give_back(reserved)
+                    self.fleet.tell(wanted.name)
             except BaseException:
                 self._settle([claim])
                 raise
@@ -526,6 +573,7 @@ class DeploymentPlacementActor(Recovery):
             self._settle([claim])
             for refusal in refusals:
                 where, attempts, reason = refusal.node_name, attempts + refusal.attempts, refusal.reason
+                refused.add(refusal.node_id)
                 if refusal.full:
                     room = wanted.gpus_per_replica - 1 if refusal.room is None else refusal.room
                     full[refusal.node_id] = room
@@ -539,14 +587,47 @@ class DeploymentPlacementActor(Recovery):
         indices: tuple[int, ...],
         standing: Mapping[str, int],
         full: Mapping[str, int],
+        refused: Collection[str],
         mending: bool,
     ) -> tuple[list[NodeInfo], Claim]:
-        if wanted.needs.free_memory_bytes:
-            self.fleet.machines.meet(nodes, again=True, max_age_seconds=FRESH_SECONDS)
-        else:
-            self.fleet.machines.meet(nodes)
+        """Plans, and claims what was planned.
+
+        First without the nodes that refused, on which actors failed lately, or that have not said yet what they
+        have; if there is no room on the others, with them.
+        """
+        machines = self.fleet.machines
+        if not wanted.remote:
+            if wanted.needs.free_memory_bytes:
+                machines.meet(nodes, again=True, max_age_seconds=FRESH_SECONDS)
+            else:
+                machines.meet(nodes, patience_seconds=0.0)
+        avoided = {*refused, *self.fleet.agents.ailing()}
+        if not wanted.remote:
+            avoided |= machines.strangers(nodes)
+        if avoided:
+            others = [info for info in nodes if info.id not in avoided]
+            with contextlib.suppress(Unplaceable, UnknownNode):
+                return nodes, self._claim_on(
+                    others, lag_seconds, wanted, indices, standing, full, (), mending
+                )
+            if not wanted.remote:
+                machines.meet(nodes)
+        claim = self._claim_on(nodes, lag_seconds, wanted, indices, standing, full, refused, mending)
+        return nodes, claim
+
+    def _claim_on(
+        self,
+        nodes: list[NodeInfo],
+        lag_seconds: float,
+        wanted: Deployment,
+        indices: tuple[int, ...],
+        standing: Mapping[str, int],
+        full: Mapping[str, int],
+        refused: Collection[str],
+        mending: bool,
+    ) -> Claim:
         with self._lock:
-            snapshot = self._snapshot(nodes, groups.available_resources(), full, lag_seconds)
+            snapshot = self._snapshot(nodes, groups.available_resources(), full, refused, lag_seconds)
             if wanted.policy is Policy.FRAGMENTATION:
                 others = [one.deployment for one in self._books.standing.values()]
                 snapshot = snapshot.changed((), mix_of(snapshot, others))
@@ -554,13 +635,14 @@ class DeploymentPlacementActor(Recovery):
             outcome = planner.plan(snapshot, request)
             if isinstance(outcome, Unplaceable):
                 raise outcome
-            return nodes, self._books.claim(Claim(wanted, outcome.replicas, outcome.set_size))
+            return self._books.claim(Claim(wanted, outcome.replicas, outcome.set_size))
 
     def _give_back(self, standing: Standing, indices: Iterable[int]) -> None:
         """Removes the groups of some replicas, and the replicas from ``standing``."""
         leaving = tuple(indices)
         for index in leaving:
-            standing.happen(index, Event.RELEASE)
+            if standing.states[index] is not State.RELEASING:
+                standing.happen(index, Event.RELEASE)
         held = [index for index in leaving if index in standing.replicas]
         self.fleet.give_back([(standing.orders[i], part) for i in held for part in standing.replicas[i]])
         faults.point("service.given_back")
@@ -583,6 +665,14 @@ class DeploymentPlacementActor(Recovery):
         record = self._books.unreadable.get(name)
         if record is not None:
             raise UnreadableRecord(name, record.problem, record.newer)
+
+
+@dataclass
+class _Turn:
+    """Whose turn it is to change a deployment, and how many are there or wait for it."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    users: int = 0
 
 
 def _differences(old: Deployment, new: Deployment) -> dict[str, tuple[str, str]]:

@@ -213,7 +213,8 @@ def _change(
     missing = [index for index in range(one.replicas) if index not in keep]
     leaving = tuple(part.planned() for index, parts in stands.items() if index not in keep for part in parts)
     request = request_of(one, missing, on_nodes, snapshot)
-    return Change(request, leaving, in_place=not same_shape), keep
+    # What is surplus is given back if there is no room beside it, as what is replaced is.
+    return Change(request, leaving, in_place=bool(leaving)), keep
 
 
 def _preview(snapshot: Snapshot, outcome: Plan, keep: Mapping[int, list[HeldReplica]]) -> PlacementPlan:

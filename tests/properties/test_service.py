@@ -21,7 +21,7 @@ from placement.core.lifecycle import HOLDING, State
 from placement.core.score import WHOLE
 from placement.core.topology import Topology
 from placement.errors import DeploymentConflict, ReservationFailed, UnknownDeployment, Unplaceable
-from placement.runtime import discovery, faults, groups, keeper, ledger, recovery, service
+from placement.runtime import discovery, faults, fleet, groups, keeper, ledger, recovery, service
 from placement.runtime.books import Claim
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.groups import LiveGroup
@@ -165,21 +165,25 @@ class Ray:
         return got
 
 
-class Fleet:
+class Fleet(fleet.Fleet):
     """The node actors, as the service sees them."""
 
-    changed_at = float("-inf")
-
     def __init__(self, ray: Ray, prefix: str, holdings: Callable[[str], dict[str, Holding]]) -> None:
-        self._ray, self._prefix, self._holdings = ray, prefix, holdings
-        self._untold: dict[str, set[str]] = {}
-        self.foreign: dict[str, frozenset[int]] = {}
-        self.machines = SimpleNamespace(facts={}, meet=nothing, machine=lambda info: Machine(SHAPE))
-        self.agents = SimpleNamespace(
-            in_doubt=self._in_doubt, doubt=nothing, take_up=lambda nodes: [], idle=lambda seconds: []
+        super().__init__(nothing, holdings, prefix)
+        self._ray = ray
+        self.machines: Any = SimpleNamespace(
+            facts={}, meet=nothing, machine=lambda info: Machine(SHAPE), strangers=lambda nodes: frozenset()
+        )
+        self.agents: Any = SimpleNamespace(
+            in_doubt=self._in_doubt,
+            doubt=nothing,
+            take_up=lambda nodes: [],
+            idle=lambda seconds: [],
+            ailing=frozenset,
+            forget=self._forget,
         )
 
-    def settling(self, lag_seconds: float) -> frozenset[str]:
+    def settling(self, lag_seconds: float = 0.0) -> frozenset[str]:
         return frozenset()
 
     def catch_up(self, since: float) -> bool:
@@ -192,13 +196,9 @@ class Fleet:
     def forget_all_but(self, alive: frozenset[str]) -> None:
         self._ray.actors = {node: held for node, held in self._ray.actors.items() if node in alive}
 
-    def note_removed(self, order: str, nodes: Iterable[str]) -> None:
-        self._untold[order] = set(nodes)
-
-    def tell(self, name: str) -> None:
-        for order in [one for one in self._untold if one.startswith(f"{self._prefix}{name}:")]:
-            for node in self._untold.pop(order) & self._ray.actors.keys():
-                self._ray.actors[node].discard(order)
+    def _forget(self, order: str, nodes: Iterable[str]) -> None:
+        for node in nodes & self._ray.actors.keys():
+            self._ray.actors[node].discard(order)
 
     def _in_doubt(self) -> bool:
         doubt, self._ray.in_doubt = self._ray.in_doubt, False
@@ -243,12 +243,12 @@ class Fleet:
                 egress_resource=part.egress_resource, egress_units=units,
             )  # fmt: skip
             order = order_of_group(group.name)
-            reserved.append((order, assignment))
+            reserved.append(self._taken(order, assignment))
             if got:
                 ray.actors.setdefault(part.node_id, set(self._holdings(part.node_id))).add(order)
         return reserved, []
 
-    def give_back(self, reserved: Any) -> None:
+    def _give_back(self, reserved: Any) -> None:
         for order, assignment in reserved:
             self._ray.groups.pop(assignment.placement_group.id.hex(), None)
             if assignment.node in self._ray.actors:
@@ -355,8 +355,7 @@ class Service(Rules):
 
     def send(self, call: Call, in_the_middle: bool = False) -> None:
         """An answer, an honest refusal, or a death; the dead service is started anew and asked again, as Ray does."""
-        turn = self.service._name_locks.get(call.name)
-        if turn is not None and turn.locked():
+        if call.name in self.service._turns:
             return  # it would wait for its turn, and here nothing goes on beside it
         before = self.service._books.standing.get(call.name)
         held = None if before is None else len(before.replicas)
@@ -451,6 +450,9 @@ class Service(Rules):
             self.ray.late.pop(0)()
 
     @rule(pick=st.integers(0, 9))
+    def a_node_actor_ends(self, pick: int) -> None:
+        self.a_node_actor_dies(pick)
+
     def a_node_actor_dies(self, pick: int) -> None:
         if self.ray.actors:
             del self.ray.actors[sorted(self.ray.actors)[pick % len(self.ray.actors)]]
@@ -471,6 +473,10 @@ class Service(Rules):
     def a_node_dies_in_the_middle(self, pick: int) -> None:
         self.ray.meanwhile.append(lambda: self.a_node_ends(pick))
 
+    @rule(pick=st.integers(0, 9))
+    def a_node_actor_dies_in_the_middle(self, pick: int) -> None:
+        self.ray.meanwhile.append(lambda: self.a_node_actor_dies(pick))
+
     @rule()
     def another_user_comes_in_the_middle(self) -> None:
         self.ray.meanwhile.append(lambda: self.another_user_begins(1))
@@ -483,7 +489,8 @@ class Service(Rules):
         standing = self.service._books.standing
         unwritten = self.service._unwritten
         assert set(recorded) ^ set(standing) <= unwritten
-        assert not self.service._books.claims
+        assert not self.service._books.claims and not self.service._turns
+        assert not self.service.fleet._under_way and not self.service.fleet._gone
         known = set()
         for name, one in standing.items():
             assert set(one.replicas) == {i for i, state in one.states.items() if state in HOLDING}
@@ -531,3 +538,26 @@ def test_what_is_asked_for_again_while_its_release_is_cut_off_is_placed_anew() -
         assert one.place({"name": "a", "model": "m"}).assignments[0].gpus == [0]
         assert one.release("a") == 1
         assert (ray.groups, one._books.standing) == ({}, {})
+
+
+def test_what_is_given_back_may_be_the_room_for_what_is_pending() -> None:
+    ray = Ray(nodes={"n"})
+    with make_believe(ray):
+        one = DeploymentPlacementActor(lambda info: None)
+        one.place({"name": "a", "model": "m", "gpus": 2, "replicas": 2})
+        ray.nodes.add("m")
+        one.apply({"name": "a", "model": "m", "gpus": 2, "replicas": 3})
+        moved = one.get("a").assignments[2].placement_group
+        ray.nodes.remove("m")
+        ray.groups.pop(moved.id.hex())
+        Keeper(one, AtOnce()).look()
+        assert list(one.get("a").pending) == [2]
+        del ray.groups[one.get("a").assignments[0].placement_group.id.hex()]
+        one = DeploymentPlacementActor(
+            lambda info: None
+        )  # now 0 and 2 are pending, and another takes the room
+        assert ray.take(Group("", next(ray.numbers)), "n", range(2), WHOLE, 0)
+        assert sorted(one.get("a").pending) == [0, 2]
+        shrunk = one.apply({"name": "a", "model": "m", "gpus": 2, "replicas": 1})
+        assert ([a.replica_index for a in shrunk.assignments], shrunk.pending) == ([0], {})
+        assert one.plan({"name": "a", "model": "m", "gpus": 2, "replicas": 1}).standing
