@@ -90,19 +90,20 @@ class Machines:
         """
         now = time.monotonic()
         asked: dict[str, _Asked] = {}
-        until = now
+        awaited: dict[Any, float] = {}
         with self._lock:
             for info in nodes:
                 if (again or self._is_due(info.id, now)) and info.gpu_count and info.label_problem() is None:
                     one = asked[info.id] = self._ask(info, again, max_age_seconds, now)
                     if again or self._is_strange(info.id, now):
-                        until = max(until, one.until)
+                        awaited[one.call] = one.until - now
         if not asked:
             return
-        patience = min(patience_seconds, until - now)
+        awaited = {call: min(patience_seconds, left) for call, left in awaited.items() if left > 0}
         with self._agents.working(asked):
-            calls = [one.call for one in asked.values()]
-            done, _ = ray.wait(calls, num_returns=len(calls), timeout=patience)
+            if awaited:
+                ray.wait([*awaited], num_returns=len(awaited), timeout=max(awaited.values()))
+            done, _ = ray.wait([one.call for one in asked.values()], num_returns=len(asked), timeout=0)
         for node_id, one in asked.items():
             self._take(node_id, one, one.call in done)
 

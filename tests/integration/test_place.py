@@ -212,6 +212,20 @@ def test_a_restarted_service_knows_what_stands(service: Any) -> None:
     assert ranks_gpus(other.assignments[0]) == other.assignments[0].gpus
 
 
+def test_cpus_that_another_user_holds_send_a_replica_to_another_node(service: Any) -> None:
+    """Also just after something was placed there, when what the service knows itself is newer than Ray's books."""
+    pinned = NodeAffinitySchedulingStrategy(node_id("dgx"), soft=False)
+    user = Worker.options(num_cpus=2, scheduling_strategy=pinned).remote()
+    ray.get(user.node.remote())
+    ray.get(service.place.remote({"name": "a", "model": "m", "constraints": {"gpu_nodes": ["dgx"]}}))
+    result = ray.get(
+        service.place.remote({"name": "b", "model": "m", "gpus": 4, "constraints": {"cpus_per_gpu": 0.5}}),
+        timeout=60,
+    )
+    assert {a.node_name for a in result.assignments} == {"pcie"}
+    ray.kill(user)
+
+
 def test_a_node_that_is_slow_holds_up_nobody_elsewhere(service: Any, tmp_path: Path) -> None:
     """Its actor is busy for as long as the others take, a look at the state included."""
     ray.get(service.status.remote())
