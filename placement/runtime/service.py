@@ -29,6 +29,7 @@ from placement.runtime.events import EventLog
 from placement.runtime.fleet import MOST_LAG_SECONDS, VIEW_LAG_SECONDS, Fleet
 from placement.runtime.keeper import Keeper
 from placement.runtime.node_agent import FRESH_SECONDS
+from placement.runtime.orders import Refusal
 from placement.runtime.recovery import Recovery
 from placement.runtime.report import status_report, topology_report
 from placement.runtime.results import PlacementResult
@@ -324,8 +325,8 @@ class DeploymentPlacementActor(Recovery):
         self,
         nodes: list[NodeInfo],
         available: Mapping[str, Mapping[str, float]],
-        full: Mapping[str, int] | None = None,
-        refused: Collection[str] = (),
+        sought: _Sought | None = None,
+        avoided: Collection[str] = (),
         lag_seconds: float = VIEW_LAG_SECONDS,
     ) -> Snapshot:
         """The cluster as the planner sees it.
@@ -333,11 +334,12 @@ class DeploymentPlacementActor(Recovery):
         Args:
             nodes: what is alive.
             available: node id -> resource -> free amount in Ray's books.
-            full: node id -> most whole GPUs or instances that may be planned there, after it refused.
-            refused: nodes of which the books are believed, since what is known otherwise was not enough.
-            lag_seconds: for how long after a change of ours they are not believed.
+            sought: what it is for.
+            avoided: nodes that are not to be planned on.
+            lag_seconds: for how long after a change of ours the books are not believed.
         """
-        settling, tallies = self.fleet.settling(lag_seconds) - set(refused), self._books.tallies()
+        full, refused = (sought.full, sought.refused) if sought else ({}, set())
+        settling, tallies = self.fleet.settling(lag_seconds) - refused, self._books.tallies()
         states = []
         for info in nodes:
             state = node_state(
@@ -348,10 +350,12 @@ class DeploymentPlacementActor(Recovery):
                 self.fleet.foreign.get(info.id, frozenset()),
                 info.id in self.draining,
             )
-            if full is not None and info.id in full:
+            if info.id in full:
                 room = full[info.id]
                 some = dict(sorted(state.instances.items())[:room])
                 state = replace(state, free=frozenset(sorted(state.free)[:room]), instances=some, rests={})
+            if info.id in avoided:
+                state = replace(state, problem=state.problem or "is avoided")
             states.append(state)
         return Snapshot(states, self._near)
 
@@ -543,15 +547,11 @@ class DeploymentPlacementActor(Recovery):
 
     def _reserve_all(self, standing: Standing, indices: tuple[int, ...], mending: bool) -> None:
         wanted = standing.deployment
-        full: dict[str, int] = {}
-        refused: set[str] = set()
+        sought = _Sought(wanted, indices, standing.nodes(), mending)
         where, attempts, reason = "", 0, ""
         for replan in range(MAX_REPLANS):
             nodes, claim = self._patiently(
-                lambda nodes, lag: self._claim(
-                    nodes, lag, wanted, indices, standing.nodes(), full, refused, mending
-                ),
-                fresh=replan > 0,
+                lambda nodes, lag_seconds: (nodes, self._claim(nodes, lag_seconds, sought)), fresh=replan > 0
             )
             faults.point("service.planned")
             try:
@@ -573,69 +573,43 @@ class DeploymentPlacementActor(Recovery):
             self._settle([claim])
             for refusal in refusals:
                 where, attempts, reason = refusal.node_name, attempts + refusal.attempts, refusal.reason
-                refused.add(refusal.node_id)
-                if refusal.full:
-                    room = wanted.gpus_per_replica - 1 if refusal.room is None else refusal.room
-                    full[refusal.node_id] = room
+                sought.learn(refusal)
         raise ReservationFailed(wanted.name, where, attempts, reason)
 
-    def _claim(
-        self,
-        nodes: list[NodeInfo],
-        lag_seconds: float,
-        wanted: Deployment,
-        indices: tuple[int, ...],
-        standing: Mapping[str, int],
-        full: Mapping[str, int],
-        refused: Collection[str],
-        mending: bool,
-    ) -> tuple[list[NodeInfo], Claim]:
+    def _claim(self, nodes: list[NodeInfo], lag_seconds: float, sought: _Sought) -> Claim:
         """Plans, and claims what was planned.
 
         First without the nodes that refused, on which actors failed lately, or that have not said yet what they
         have; if there is no room on the others, with them.
         """
         machines = self.fleet.machines
-        if not wanted.remote:
-            if wanted.needs.free_memory_bytes:
+        avoided = sought.refused | self.fleet.agents.ailing()
+        if not sought.deployment.remote:
+            if sought.deployment.needs.free_memory_bytes:
                 machines.meet(nodes, again=True, max_age_seconds=FRESH_SECONDS)
             else:
                 machines.meet(nodes, patience_seconds=0.0)
-        avoided = {*refused, *self.fleet.agents.ailing()}
-        if not wanted.remote:
             avoided |= machines.strangers(nodes)
         if avoided:
-            others = [info for info in nodes if info.id not in avoided]
-            with contextlib.suppress(Unplaceable, UnknownNode):
-                return nodes, self._claim_on(
-                    others, lag_seconds, wanted, indices, standing, full, (), mending
-                )
-            if not wanted.remote:
+            with contextlib.suppress(Unplaceable):
+                return self._claim_without(avoided, nodes, lag_seconds, sought)
+            if not sought.deployment.remote:
                 machines.meet(nodes)
-        claim = self._claim_on(nodes, lag_seconds, wanted, indices, standing, full, refused, mending)
-        return nodes, claim
+        return self._claim_without((), nodes, lag_seconds, sought)
 
-    def _claim_on(
-        self,
-        nodes: list[NodeInfo],
-        lag_seconds: float,
-        wanted: Deployment,
-        indices: tuple[int, ...],
-        standing: Mapping[str, int],
-        full: Mapping[str, int],
-        refused: Collection[str],
-        mending: bool,
+    def _claim_without(
+        self, avoided: Collection[str], nodes: list[NodeInfo], lag_seconds: float, sought: _Sought
     ) -> Claim:
         with self._lock:
-            snapshot = self._snapshot(nodes, groups.available_resources(), full, refused, lag_seconds)
-            if wanted.policy is Policy.FRAGMENTATION:
+            snapshot = self._snapshot(nodes, groups.available_resources(), sought, avoided, lag_seconds)
+            if sought.deployment.policy is Policy.FRAGMENTATION:
                 others = [one.deployment for one in self._books.standing.values()]
                 snapshot = snapshot.changed((), mix_of(snapshot, others))
-            request = request_of(wanted, indices, standing, snapshot, mending)
+            request = request_of(sought.deployment, sought.indices, sought.standing, snapshot, sought.mending)
             outcome = planner.plan(snapshot, request)
             if isinstance(outcome, Unplaceable):
                 raise outcome
-            return self._books.claim(Claim(wanted, outcome.replicas, outcome.set_size))
+            return self._books.claim(Claim(sought.deployment, outcome.replicas, outcome.set_size))
 
     def _give_back(self, standing: Standing, indices: Iterable[int]) -> None:
         """Removes the groups of some replicas, and the replicas from ``standing``."""
@@ -665,6 +639,32 @@ class DeploymentPlacementActor(Recovery):
         record = self._books.unreadable.get(name)
         if record is not None:
             raise UnreadableRecord(name, record.problem, record.newer)
+
+
+@dataclass
+class _Sought:
+    """Replicas to be reserved, and what was learned of nodes that refused.
+
+    Attributes:
+        standing: node id -> replicas of the deployment that begin there already.
+        mending: they are placed anew after a death.
+        full: node id -> most whole GPUs or instances that may be planned there.
+        refused: nodes that refused, for whatever reason; of these Ray's books are believed.
+    """
+
+    deployment: Deployment
+    indices: tuple[int, ...]
+    standing: Mapping[str, int]
+    mending: bool
+    full: dict[str, int] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
+
+    def learn(self, refusal: Refusal) -> None:
+        """Notes why a node refused."""
+        self.refused.add(refusal.node_id)
+        if refusal.full:
+            fewer = self.deployment.gpus_per_replica - 1
+            self.full[refusal.node_id] = fewer if refusal.room is None else refusal.room
 
 
 @dataclass
