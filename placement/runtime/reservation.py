@@ -42,6 +42,8 @@ MAX_STRAY_SHARES = 6
 READY_DEADLINE_SECONDS = 0.15
 """Long enough for Ray to try twice; see :func:`~placement.runtime.groups.ready_or_removed`."""
 LOOK_DEADLINE_SECONDS = 0.2
+TRUST_SECONDS = 0.5
+"""How long a look is good for, where one reservation follows the other. A change since shows when it is verified."""
 RETURN_SECONDS = 2.0
 """How long GPUs that were given back may take to come free; a few milliseconds, but on a machine that is overrun."""
 MAX_LOOKS = 3
@@ -290,6 +292,10 @@ class NodeReserver:
                 cluster they lag by more than we wait.
         """
         not_ours = frozenset(range(self._gpu_count)) - self._ours()
+        if self._foreign is not None and time.monotonic() - self._looked_at < TRUST_SECONDS:
+            free = not_ours - self._foreign
+            if len(free) >= count and not to_be_sure:
+                return free
         expected = len(not_ours) - len(self.foreign)
         quiet = time.monotonic() - self._changed_at
         if self._foreign is None and quiet < BOOKS_LAG_SECONDS:
