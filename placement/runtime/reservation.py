@@ -2,8 +2,9 @@
 
 Ray always gives the lowest-numbered free GPUs of a node. So the wanted ones are made the lowest:
 
-1. Look: which GPUs are free? Where nobody else uses the node that is known; else all free ones are taken
-   for a moment by one hold, in which a task says which they are.
+1. Look: which GPUs are free? Where nobody else uses the node that is known, and also for some seconds after
+   the last look if there are still as many; else all free ones are taken for a moment by one hold, in which a
+   task says which they are.
 2. Choose the best set among them.
 3. Steer: walk the free GPUs upwards. Take each run of unwanted ones with a filler and each run of wanted
    ones, but for the last, with a hold; then remove the holds and create the real group, which now gets
@@ -42,8 +43,9 @@ MAX_STRAY_SHARES = 6
 READY_DEADLINE_SECONDS = 0.15
 """Long enough for Ray to try twice; see :func:`~placement.runtime.groups.ready_or_removed`."""
 LOOK_DEADLINE_SECONDS = 0.2
-TRUST_SECONDS = 0.5
-"""How long a look is good for, where one reservation follows the other. A change since shows when it is verified."""
+TRUST_SECONDS = 10.0
+"""How long a look is good for while the number of free GPUs is as it should be. If others have changed places all the
+same, that shows when the GPUs are verified."""
 RETURN_SECONDS = 2.0
 """How long GPUs that were given back may take to come free; a few milliseconds, but on a machine that is overrun."""
 MAX_LOOKS = 3
@@ -292,10 +294,6 @@ class NodeReserver:
                 cluster they lag by more than we wait.
         """
         not_ours = frozenset(range(self._gpu_count)) - self._ours()
-        if self._foreign is not None and time.monotonic() - self._looked_at < TRUST_SECONDS:
-            free = not_ours - self._foreign
-            if len(free) >= count and not to_be_sure:
-                return free
         expected = len(not_ours) - len(self.foreign)
         quiet = time.monotonic() - self._changed_at
         if self._foreign is None and quiet < BOOKS_LAG_SECONDS:
@@ -309,6 +307,10 @@ class NodeReserver:
                 self._foreign = frozenset()
         if expected == len(not_ours) and self._foreign is not None:
             return not_ours if len(not_ours) >= count else None
+        free = not_ours - self.foreign
+        is_recent = self._foreign is not None and time.monotonic() - self._looked_at < TRUST_SECONDS
+        if is_recent and expected == len(free) >= count and not to_be_sure:
+            return free
         # Others hold some. How many is known to within the lag of the books and to within shared GPUs,
         # which count as partly free but cannot be had whole: so ask for fewer until the answer comes.
         amounts: Sequence[int] = range(expected, count - 1, -1)

@@ -378,3 +378,27 @@ def test_shares_and_whole_gpus_under_churn_are_exact_or_refused_and_leave_nothin
             assert slots.groups[outcome.group] == dict.fromkeys(outcome.gpus, thousandths)
             standing[name], groups[name] = slots.groups[outcome.group], outcome.group
         assert sorted(map(str, slots.groups.values())) == sorted(map(str, standing.values()))
+
+
+def test_one_look_serves_those_that_follow_and_a_change_since_is_found_out() -> None:
+    looks = []
+
+    class Watched(Slots):
+        def lowest_free(self, count: int, deadline_seconds: float) -> list[int] | None:
+            looks.append(count)
+            return super().lowest_free(count, deadline_seconds)
+
+    slots = Watched(8, others={0})
+    reserver = NodeReserver(slots, 8)
+
+    def reserve(name: str) -> tuple[int, ...]:
+        outcome = reserver.reserve(Order(name, Needs(2)), Machine(DGX1))
+        assert isinstance(outcome, Reserved)
+        return outcome.gpus
+
+    first = reserve("first")
+    reserver.remove("first", max(slots.groups))
+    assert (reserve("second"), looks) == (first, [7])
+    slots.others = {7}  # as many, but another
+    third = reserve("third")
+    assert not {7, *first} & set(third) and len(looks) == 2
