@@ -103,6 +103,32 @@ def test_a_release_that_is_cut_off_is_brought_to_its_end(service: Any, faults: P
     assert ray.get(service.status.remote())["deployments"] == []
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [({"gpus": 2, "replicas": 2}, {"gpus": 2, "replicas": 1}), ({"gpus": 4}, {"gpus": 2})],
+    ids=["fewer replicas", "another shape in the same place"],
+)
+def test_an_apply_that_is_cut_off_after_giving_back_is_brought_to_its_end(
+    service: Any, faults: Path, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    step = "service.given_back"
+    there = {"model": "m", "constraints": {"gpu_nodes": ["pcie"]}}
+    ray.get(service.place.remote({"name": "cut", **there, **before}))
+    (faults / step).touch()
+    call = service.apply.remote({"name": "cut", **there, **after})
+    assert settled(lambda: not (faults / step).exists(), 60), "nobody came there"
+    died = time.monotonic()
+    result = ray.get(call, timeout=60)
+    recovered("the service is killed while applying a change", time.monotonic() - died)
+    assert [(a.replica_index, len(a.gpus)) for a in result.assignments] == [(0, 2)]
+    rest = ray.get(
+        service.place.remote({"name": "rest", "gpus": 2, **there})
+    )  # what was given back can be had
+    assert sorted(gpu for one in (result, rest) for a in one.assignments for gpu in a.gpus) == [0, 1, 2, 3]
+    for name in ("cut", "rest"):
+        ray.get(service.release.remote(name))
+
+
 @pytest.mark.parametrize("step", ["service.ordered", "service.group_created", "agent.created"])
 def test_what_nobody_asks_for_again_leaves_nothing_behind(service: Any, faults: Path, step: str) -> None:
     """The caller dies with the service: nobody sends the call again."""
