@@ -57,6 +57,10 @@ def who() -> tuple[str, list[int]]:
     return context.get_node_id(), [int(gpu) for gpu in context.get_accelerator_ids()["GPU"]]
 
 
+class Found(BaseException):
+    """Something is wrong. Not an ``Exception``: Hypothesis would try the same again, and tell of that."""
+
+
 class Soak(Rules):
     """The rules on a real cluster. One cluster serves all runs; each begins and ends with nothing placed."""
 
@@ -161,7 +165,8 @@ class Soak(Rules):
             return
         began = time.monotonic()
         while problem := self.problem():
-            assert time.monotonic() - began < PATIENCE_SECONDS, f"after {self.last!r}: {problem}"
+            if time.monotonic() - began > PATIENCE_SECONDS:
+                raise Found(f"after {self.last!r}: {problem}")
             time.sleep(0.1)
         took = time.monotonic() - began
         for step in [step for step in self.waiting if not (self.faults / step).exists()]:
@@ -267,7 +272,11 @@ class Soak(Rules):
         assert not self.ours()
         # What is free can be had: no node actor takes for held what is not.
         everything = {"name": "all", "model": "m", "gpus": 4, "replicas": len(self.gpu_nodes)}
-        ray.get(self.service.place.remote(everything), timeout=120)
+        try:
+            ray.get(self.service.place.remote(everything), timeout=120)
+        except Exception as error:
+            status = ray.get(self.service.status.remote(), timeout=120)
+            raise Found(f"not all can be placed: {error}; {status}") from error
         ray.get(self.service.release.remote("all"), timeout=120)
         self.found["runs in which all came right"] += 1
 
@@ -330,7 +339,7 @@ def main() -> int:
                         flush=True,
                     )
                     number += 1
-            except Exception as error:
+            except (Exception, Found) as error:
                 print(f"\nseed {number} found: {error}", *getattr(error, "__notes__", ()), sep="\n")
                 failed = 1
             if where := planted():
