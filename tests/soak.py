@@ -224,7 +224,9 @@ class Soak(Rules):
     def books(self, alive: set[str], held: Counter[tuple[str, int]], units: Counter[str]) -> str:
         """Whether Ray's books show as taken what we hold and what the other users hold, and nothing else."""
         table = placement_group_table()
-        self.others = [one for one in self.others if table[one.id.hex()]["state"] == "CREATED"]
+        for other in [one for one in self.others if table[one.id.hex()]["state"] != "CREATED"]:
+            remove_group(other)  # its node died: or Ray would place it on another one when it likes
+            self.others.remove(other)
         taken = Counter({node: sum(share for (on, _), share in held.items() if on == node) for node in alive})
         for other in self.others:
             row = table[other.id.hex()]
