@@ -77,8 +77,10 @@ class _Gang:
         return outcome
 
     def _warm(self) -> Refusal | None:
-        """Waits for all: no node's GPUs are kept from others while another's processes are still starting."""
-        starting = {node: agent.warm.remote() for node, agent in self._agents.items()}
+        """Waits for all: no node's GPUs are kept from others while another's processes start, or it looks."""
+        starting = {
+            part.node_id: self._agents[part.node_id].warm.remote(len(part.ranks)) for part in self._parts
+        }
         for node, reference in starting.items():
             outcome = self._all.answer(node, reference)
             if isinstance(outcome, Refused):

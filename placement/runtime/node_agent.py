@@ -154,10 +154,11 @@ class NodePlacementActor:
             raise
         return Reply(tuple(filled), None, tuple(sorted(self._reserver.foreign)))
 
-    def warm(self) -> None:
-        """Answers once everything is there that :meth:`prepare` and :meth:`confirm` need to be quick."""
+    def warm(self, gpus: int) -> None:
+        """Answers once everything is there that :meth:`prepare` of so many and :meth:`confirm` need to be quick."""
         self._last_facts()
         self._groups.warm()
+        self._reserver.look_ahead(gpus)
 
     def prepare(self, order: Order, sets: int) -> Prepared | Refused:
         """Makes the best GPUs the lowest free ones, for a replica over several nodes.

@@ -203,6 +203,12 @@ class NodeReserver:
             time.sleep(0.01 * attempt)
         return Refused(reason, attempt, full)
 
+    def look_ahead(self, count: int) -> None:
+        """Sees to it that :meth:`prepare`, which is about to follow, need neither look nor wait for the books."""
+        free = self._look(count)
+        if free is not None:
+            self._catch_up(free)
+
     def settle(self, prepared: Prepared, used: bool) -> None:
         """Gives back what kept the prepared GPUs the lowest free ones; looks anew if they were not to be had."""
         if not used:
