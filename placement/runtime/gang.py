@@ -71,10 +71,15 @@ class _Gang:
                 return refusal
             for attempt in range(1, MAX_ATTEMPTS + 1):
                 outcome = self._attempt(attempt)
-                if isinstance(outcome, list) or outcome.full:
+                if isinstance(outcome, list) or outcome.full or self._lost_one():
                     break
                 time.sleep(0.02 * attempt)
         return outcome
+
+    def _lost_one(self) -> bool:
+        """Whether an actor has failed: another is made for the next plan, and waited for before anything is held."""
+        known = self._all.known()
+        return any(known.get(node) is not agent for node, agent in self._agents.items())
 
     def _warm(self) -> Refusal | None:
         """Waits for all: no node's GPUs are kept from others while another's processes start, or it looks."""

@@ -89,7 +89,7 @@ class Holds(threading.Thread):
         while not self.stop.is_set():
             now = time.monotonic()
             for group_id, row in placement_group_table().items():
-                if row["name"].startswith("hold-") and row["state"] != "REMOVED":
+                if row["name"].startswith("hold-") and row["state"] not in ("PENDING", "REMOVED"):
                     self.seen[group_id] = (self.seen.get(group_id, (now, now))[0], now)
             time.sleep(0.005)
 
@@ -102,7 +102,7 @@ class Holds(threading.Thread):
         self.join()
 
     def longest(self) -> float:
-        return max(last - first for first, last in self.seen.values())
+        return max((last - first for first, last in self.seen.values()), default=0.0)
 
 
 PAIR = {"gpus": 2, "constraints": {"gpu_nodes": ["pcie"]}}
