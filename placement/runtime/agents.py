@@ -8,12 +8,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from placement.runtime import groups
+from placement.runtime.backoff import Backoff
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.node_agent import living_agents
 from placement.runtime.orders import Holding, Refused
@@ -32,14 +32,6 @@ AILING_SECONDS, MOST_AILING_SECONDS = 10.0, 3600.0
 """How long other nodes are preferred to one on which an actor failed: at first, and at most."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Ailing:
-    """For how long other nodes are preferred, and until when."""
-
-    wait: float
-    until: float
 
 
 class Agents:
@@ -65,7 +57,7 @@ class Agents:
         self._used: dict[str, float] = {}
         self._late: list[Any] = []
         self._hung: dict[str, Any] = {}
-        self._ailing: dict[str, _Ailing] = {}
+        self._ailing = Backoff(AILING_SECONDS, MOST_AILING_SECONDS)
         self._in_doubt = False
         self._died: dict[str, float] = {}
 
@@ -143,10 +135,7 @@ class Agents:
         logger.error("the node actor of %s failed: %s", node_id, error)
         lives = isinstance(error, (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError))
         with self._lock:
-            wait = AILING_SECONDS
-            if node_id in self._ailing:
-                wait = min(2 * self._ailing[node_id].wait, MOST_AILING_SECONDS)
-            self._ailing[node_id] = _Ailing(wait, time.monotonic() + wait)
+            self._ailing.fail(node_id)
             if not lives:
                 agent = self._agents.pop(node_id, None)
                 if isinstance(error, ray.exceptions.RayTaskError) and agent is not None:
@@ -161,9 +150,8 @@ class Agents:
 
     def ailing(self) -> frozenset[str]:
         """Nodes on which an actor failed lately, longer if again and again: others are to be preferred."""
-        now = time.monotonic()
         with self._lock:
-            return frozenset(node for node, one in self._ailing.items() if now < one.until)
+            return self._ailing.waiting()
 
     def doubt(self, calls: Iterable[Any] = (), now: bool = True) -> None:
         """Groups may be left over that nobody knows of: now, and once these calls have ended."""
@@ -187,15 +175,8 @@ class Agents:
             Calls that are answered once these have ended what they were doing and know what stands on their nodes.
         """
         strange = living_agents() - self.known().keys()
-        told = []
-        for info in nodes:
-            if info.id in strange:
-                agent = self.agent(info)
-                agent.cancel.remote()  # what was prepared for a group that nobody will make
-                with self._lock:
-                    if info.id in self._agents:
-                        told.append(self._adopt(info.id))
-        return told
+        # What was prepared was so for a group that nobody will make.
+        return [self.agent(info).cancel.remote() for info in nodes if info.id in strange]
 
     def settle(self, nodes: Sequence[NodeInfo]) -> None:
         """Takes up what an earlier service left, and waits until it has ended what it was doing."""
@@ -204,8 +185,7 @@ class Agents:
         told = self.take_up(nodes)
         if told:
             _, late = ray.wait(told, num_returns=len(told), timeout=SETTLE_DEADLINE_SECONDS)
-            with self._lock:
-                self._late += late
+            self.doubt(late, now=False)
 
     def bury(self) -> list[str]:
         """Waits until the holds of actors that died are gone: Ray ends them, within two seconds.

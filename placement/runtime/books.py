@@ -1,6 +1,7 @@
 """What this service holds: deployments that stand, and claims of placements under way.
 
-Not thread-safe by itself; the service guards it with one lock.
+Not thread-safe by itself: the service guards claims, and what is entered or dropped, with one lock; readers take
+copies.
 """
 
 from __future__ import annotations
@@ -211,9 +212,7 @@ class Books:
     def holdings(self, node_id: str) -> dict[str, Holding]:
         """Order name -> what stands on a node."""
         return {
-            standing.orders.get(a.replica_index, ""): Holding(
-                standing.deployment.name, tuple(a.gpus), round(a.share * WHOLE)
-            )
+            standing.orders.get(a.replica_index, ""): holding_of(standing.deployment.name, a)
             for standing, a in self.assignments()
             if a.node == node_id and a.gpus
         }
@@ -249,6 +248,11 @@ class Books:
                 tally.claimed_gpus.update(set(replica.gpus) - tally.gpus)
                 tally.add(claim.deployment, replica)
         return found
+
+
+def holding_of(deployment: str, a: NodeAssignment) -> Holding:
+    """An assignment as its node's actor knows it."""
+    return Holding(deployment, tuple(a.gpus), round(a.share * WHOLE))
 
 
 def held_replica(a: NodeAssignment) -> HeldReplica:

@@ -11,12 +11,12 @@ from placement.core.replicas import PlannedReplica
 from placement.core.score import WHOLE
 from placement.runtime import faults, groups
 from placement.runtime.agents import Agents
-from placement.runtime.books import Claim
+from placement.runtime.books import Claim, holding_of
 from placement.runtime.discovery import NodeInfo
-from placement.runtime.gang import reserve_gang
+from placement.runtime.gang import Gang
 from placement.runtime.machines import Machines
 from placement.runtime.node_agent import Reply
-from placement.runtime.orders import Holding, Refusal, Refused, order_name, order_of
+from placement.runtime.orders import Holding, Refusal, Refused, deployment_of, order_name, order_of
 from placement.runtime.results import NodeAssignment
 from placement.wire.facts import NodeFacts
 
@@ -122,11 +122,11 @@ class Fleet:
 
     def tell(self, name: str) -> None:
         """Tells the node actors of such orders of a deployment, once the books show what has become of it."""
-        begins = f"{self._prefix}{name}:"
-        for order in [order for order in self._under_way.copy() if order.startswith(begins)]:
-            self._under_way.pop(order, None)
-        for order in [order for order in self._gone.copy() if order.startswith(begins)]:
-            if nodes := self._gone.pop(order, None):
+        for order in self._under_way.copy():
+            if deployment_of(order) == name:
+                self._under_way.pop(order, None)
+        for order in self._gone.copy():
+            if deployment_of(order) == name and (nodes := self._gone.pop(order, None)):
                 self.agents.forget(order, nodes)
 
     def _holdings(self, node_id: str) -> dict[str, Holding]:
@@ -138,8 +138,7 @@ class Fleet:
         for order, assignments in self._under_way.copy().items():
             for a in assignments:
                 if a.node == node_id and a.gpus:
-                    deployment = order.removeprefix(self._prefix).partition(":")[0]
-                    held[order] = Holding(deployment, tuple(a.gpus), round(a.share * WHOLE))
+                    held[order] = holding_of(deployment_of(order), a)
         return {order: holding for order, holding in held.items() if order not in self._gone}
 
     def reserve(self, claim: Claim, known: Iterable[NodeInfo]) -> tuple[list[Reserved], list[Refusal]]:
@@ -228,7 +227,7 @@ class Fleet:
         refusals: list[Refusal],
     ) -> None:
         for index, parts in gangs.items():
-            outcome = reserve_gang(self.agents, self.foreign, nodes, claim, names[index], parts)
+            outcome = Gang(self.agents, self.foreign, nodes, claim, names[index], parts).reserve()
             if isinstance(outcome, Refusal):
                 refusals.append(outcome)
                 return
@@ -243,15 +242,14 @@ class Fleet:
         refusals: list[Refusal],
     ) -> None:
         answer: Reply | Refused = self.agents.answer(info.id, call)
-        reply = Reply((), answer, ()) if isinstance(answer, Refused) else answer
-        if reply is answer:
-            self.foreign[info.id] = frozenset(reply.foreign_gpus)
-        if refused := reply.refused:
-            refusals.append(
-                Refusal(info.id, info.name, refused.attempts, refused.reason, refused.full, refused.room)
-            )
+        if isinstance(answer, Refused):
+            refusals.append(answer.at(info.id, info.name))
             return
-        for replica, one in zip(replicas, reply.filled, strict=True):
+        self.foreign[info.id] = frozenset(answer.foreign_gpus)
+        if answer.refused is not None:
+            refusals.append(answer.refused.at(info.id, info.name))
+            return
+        for replica, one in zip(replicas, answer.filled, strict=True):
             assignment = NodeAssignment(
                 replica_index=replica.replica_index,
                 node=info.id,

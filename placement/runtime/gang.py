@@ -24,15 +24,8 @@ GROUP_DEADLINE_SECONDS = 0.3
 MAX_ATTEMPTS = 6
 
 
-def reserve_gang(
-    agents: Agents,
-    foreign: dict[str, frozenset[int]],
-    nodes: Mapping[str, NodeInfo],
-    claim: Claim,
-    name: str,
-    parts: Sequence[PlannedReplica],
-) -> list[NodeAssignment] | Refusal:
-    """Reserves one replica over its nodes.
+class Gang:
+    """One replica over several nodes, to be reserved.
 
     Args:
         agents: the node actors.
@@ -41,14 +34,8 @@ def reserve_gang(
         claim: what the replica belongs to.
         name: of its order; begins the group's name.
         parts: the replica, by node.
-
-    Returns:
-        One assignment for each part; or why there is none, and nothing is held then.
     """
-    return _Gang(agents, foreign, nodes, claim, name, parts).reserve()
 
-
-class _Gang:
     def __init__(
         self,
         agents: Agents,
@@ -65,6 +52,7 @@ class _Gang:
         self._agents: dict[str, Any] = {}
 
     def reserve(self) -> list[NodeAssignment] | Refusal:
+        """One assignment for each part; or why there is none, and nothing is held then."""
         with self._all.sole(part.node_id for part in self._parts):
             self._agents = {part.node_id: self._all.agent(self._nodes[part.node_id]) for part in self._parts}
             if refusal := self._warm():
@@ -89,7 +77,7 @@ class _Gang:
         for node, reference in starting.items():
             outcome = self._all.answer(node, reference)
             if isinstance(outcome, Refused):
-                return self._refused(self._nodes[node], outcome)
+                return outcome.at(node, self._nodes[node].name)
         return None
 
     def _attempt(self, attempt: int) -> list[NodeAssignment] | Refusal:
@@ -128,12 +116,12 @@ class _Gang:
         ]
         refusal = None
         for part, reference in asked:
-            info = self._nodes[part.node_id]
-            outcome = self._all.answer(info.id, reference)
+            outcome = self._all.answer(part.node_id, reference)
             if isinstance(outcome, Refused):
-                refusal = self._refused(info, outcome, len(part.ranks) - 1)
+                name = self._nodes[part.node_id].name
+                refusal = outcome.at(part.node_id, name, room=len(part.ranks) - 1)
             else:
-                self._foreign[info.id] = frozenset(outcome.foreign_gpus)
+                self._foreign[part.node_id] = frozenset(outcome.foreign_gpus)
         return refusal
 
     def _create(self, attempt: int) -> Any:
@@ -150,10 +138,6 @@ class _Gang:
         }
         found = {node: self._all.answer(node, reference) for node, reference in asked.items()}
         return found if all(isinstance(part, Part) for part in found.values()) else None
-
-    def _refused(self, info: NodeInfo, outcome: Refused, room: int | None = None) -> Refusal:
-        room = room if outcome.room is None else outcome.room
-        return Refusal(info.id, info.name, outcome.attempts, outcome.reason, outcome.full, room)
 
     def _interfered(self, attempts: int, reason: str) -> Refusal:
         names = ", ".join(self._nodes[part.node_id].name for part in self._parts)

@@ -13,6 +13,7 @@ import ray
 
 from placement.runtime import ledger
 from placement.runtime.agents import Agents
+from placement.runtime.backoff import Backoff
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.orders import Machine, machine_of
 from placement.wire.facts import NodeFacts
@@ -34,14 +35,6 @@ class _Asked:
     until: float
 
 
-@dataclass(frozen=True)
-class _Silent:
-    """A node that could say nothing: how long it is left alone, and until when."""
-
-    wait: float
-    ask_again_at: float
-
-
 class Machines:
     """What is known of each node. Thread-safe.
 
@@ -56,7 +49,7 @@ class Machines:
         self._lock = threading.Lock()
         self._machines: dict[str, Machine] = {}
         self._asked: dict[str, _Asked] = {}
-        self._silent: dict[str, _Silent] = {}
+        self._silent = Backoff(ASK_AGAIN_SECONDS, MOST_SECONDS)
         self._noted: dict[str, Machine] = {}
 
     def machine(self, info: NodeInfo) -> Machine:
@@ -92,8 +85,10 @@ class Machines:
         asked: dict[str, _Asked] = {}
         awaited: dict[Any, float] = {}
         with self._lock:
+            waiting = self._silent.waiting()
             for info in nodes:
-                if (again or self._is_due(info.id, now)) and info.gpu_count and info.label_problem() is None:
+                is_due = again or self._is_due(info.id, waiting)
+                if is_due and info.gpu_count and info.label_problem() is None:
                     one = asked[info.id] = self._ask(info, again, max_age_seconds, now)
                     if again or self._is_strange(info.id, now):
                         awaited[one.call] = one.until - now
@@ -112,10 +107,10 @@ class Machines:
         open_since = self._asked.get(node_id)
         return says_nothing and node_id not in self._silent and (open_since is None or now < open_since.until)
 
-    def _is_due(self, node_id: str, now: float) -> bool:
+    def _is_due(self, node_id: str, waiting: frozenset[str]) -> bool:
         if node_id not in self.facts or node_id in self._asked:
             return True
-        return node_id in self._silent and now > self._silent[node_id].ask_again_at
+        return node_id in self._silent and node_id not in waiting
 
     def _ask(self, info: NodeInfo, again: bool, max_age_seconds: float | None, now: float) -> _Asked:
         """Asks, unless a question is open that is just as good, or has been open for too long."""
@@ -140,9 +135,7 @@ class Machines:
             if done and self._asked.get(node_id) is asked:
                 del self._asked[node_id]
             if done and says_nothing:
-                wait = self._silent[node_id].wait * 2 if node_id in self._silent else ASK_AGAIN_SECONDS
-                wait = min(wait, MOST_SECONDS)
-                self._silent[node_id] = _Silent(wait, time.monotonic() + wait)
+                self._silent.fail(node_id)
             elif done:
                 self._silent.pop(node_id, None)
             known = self.facts.get(node_id)

@@ -219,11 +219,9 @@ class NodePlacementActor:
         return machine_of(self._last_facts(FRESH_SECONDS if fresh else None), self._gpu_count)
 
     def _last_facts(self, max_age_seconds: float | None = None) -> NodeFacts:
-        if self._told is not None and max_age_seconds is None:
-            assert self._reader is not None
-            if not self._reader.has_read:
-                return self._told
-            self._told = None
+        has_read = self._reader is None or self._reader.has_read
+        if self._told is not None and not has_read and max_age_seconds is None:
+            return self._told
         return self._read(max_age_seconds)
 
     def _read(self, max_age_seconds: float | None) -> NodeFacts:

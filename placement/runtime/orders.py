@@ -138,6 +138,11 @@ class Refused:
     full: bool
     room: int | None = None
 
+    def at(self, node_id: str, node_name: str, room: int | None = None) -> Refusal:
+        """The same, told of a node; with ``room``, where nothing better is known."""
+        room = room if self.room is None else self.room
+        return Refusal(node_id, node_name, self.attempts, self.reason, self.full, room)
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -166,10 +171,18 @@ def order_of(
 
 
 def order_name(prefix: str, deployment: str, replica_index: int) -> str:
-    """A new name for the order of a replica. It begins the names of the groups that are made for it."""
+    """A new name for the order of a replica. It begins the names of the groups that are made for it.
+
+    ``prefix`` is ``placement:token:``.
+    """
     return f"{prefix}{deployment}:{replica_index}:{secrets.token_hex(4)}"
 
 
 def order_of_group(group_name: str) -> str:
     """The name of the order that a group was made for: ``placement:token:deployment:replica:random``, no more."""
     return ":".join(group_name.split(":")[:5])
+
+
+def deployment_of(order: str) -> str:
+    """The deployment that an order belongs to."""
+    return order.split(":")[2]

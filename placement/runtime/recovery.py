@@ -17,7 +17,7 @@ from placement.runtime.books import Books, Standing
 from placement.runtime.discovery import NodeView
 from placement.runtime.events import EventLog
 from placement.runtime.fleet import Fleet
-from placement.runtime.orders import order_of_group
+from placement.runtime.orders import deployment_of, order_of_group
 
 ENDED_SECONDS = 60.0
 """How long it is remembered what a release gave back; Ray sends a call again within seconds of a restart."""
@@ -45,6 +45,9 @@ class Recovery(ABC):
 
     @abstractmethod
     def _reserve(self, standing: Standing, indices: tuple[int, ...], mending: bool = False) -> None: ...
+
+    @abstractmethod
+    def _keep(self, standing: Standing) -> None: ...
 
     @abstractmethod
     def _note(self, standing: Standing) -> None: ...
@@ -118,13 +121,9 @@ class Recovery(ABC):
         if standing is None:
             raise UnknownDeployment(name, self._books.names())
         if not standing.releasing:
+            standing = standing.copy()
             standing.releasing = True
-            try:
-                standing.save()  # from here on it goes, whatever happens
-            except BaseException:
-                standing.releasing = False
-                self._write_back(name)
-                raise
+            self._keep(standing)  # from here on it goes, whatever happens
             self._ended.pop(name, None)
         faults.point("service.releasing")
         count = self._ended.setdefault(name, len(standing.replicas))
@@ -188,18 +187,21 @@ class Recovery(ABC):
     def _sweep(self, live: Mapping[str, groups.LiveGroup]) -> dict[str, groups.LiveGroup]:
         undecided = {}
         for group_id, group in live.items():
-            order = order_of_group(group.name)
-            name = order.removeprefix(self._prefix).partition(":")[0]
+            name = deployment_of(order_of_group(group.name))
             if name in self._books.unreadable or self._knows(name, group_id):
                 continue
             with self._sole(name, wait=False) as mine:
                 if not mine:  # something is being reserved, and this may be it
                     undecided[group_id] = group
                 elif not self._knows(name, group_id):
-                    self.fleet.note_removed(order, group.nodes)
-                    groups.remove_group(groups.group_from_hex(group_id))
+                    self._remove(group_id, group)
                     self.fleet.tell(name)
         return undecided
+
+    def _remove(self, group_id: str, group: groups.LiveGroup) -> None:
+        """Removes a group that stands in no record."""
+        self.fleet.note_removed(order_of_group(group.name), group.nodes)
+        groups.remove_group(groups.group_from_hex(group_id))
 
     def _knows(self, name: str, group_id: str) -> bool:
         standing = self._books.standing.get(name)
@@ -274,8 +276,7 @@ class Recovery(ABC):
             raise UnreadableRecord(name, record.problem, newer=True)
         held = groups.live_groups(lambda group: group.startswith(f"{self._prefix}{name}:"))
         for group_id, group in held.items():
-            self.fleet.note_removed(order_of_group(group.name), group.nodes)
-            groups.remove_group(groups.group_from_hex(group_id))
+            self._remove(group_id, group)
         ledger.delete(name)
         del self._books.unreadable[name]
         self.fleet.tell(name)

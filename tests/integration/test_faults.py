@@ -121,9 +121,8 @@ def test_an_apply_that_is_cut_off_after_giving_back_is_brought_to_its_end(
     result = ray.get(call, timeout=60)
     recovered("the service is killed while applying a change", time.monotonic() - died)
     assert [(a.replica_index, len(a.gpus)) for a in result.assignments] == [(0, 2)]
-    rest = ray.get(
-        service.place.remote({"name": "rest", "gpus": 2, **there})
-    )  # what was given back can be had
+    # What was given back can be had.
+    rest = ray.get(service.place.remote({"name": "rest", "gpus": 2, **there}))
     assert sorted(gpu for one in (result, rest) for a in one.assignments for gpu in a.gpus) == [0, 1, 2, 3]
     for name in ("cut", "rest"):
         ray.get(service.release.remote(name))
