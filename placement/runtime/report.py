@@ -21,7 +21,15 @@ def status_report(
     fleet: Fleet,
     available: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
-    """Nodes with their GPUs and who sits where, and deployments with their replicas."""
+    """Nodes with their GPUs and who sits where, and deployments with their replicas.
+
+    Args:
+        nodes: what is alive.
+        books: what stands.
+        fleet: what is known of the GPUs.
+        available: node id -> resource -> free amount in Ray's books; without nodes of which these lag behind our own
+            last change.
+    """
     listed = list(nodes)
     alive = {info.id for info in listed}
     deployments = []
@@ -47,7 +55,7 @@ def status_report(
             }
         )
     return {
-        "nodes": [_node(info, books, fleet, available.get(info.id, {})) for info in listed],
+        "nodes": [_node(info, books, fleet, available.get(info.id)) for info in listed],
         "deployments": deployments,
         "unreadable": [
             {"name": name, "problem": str(UnreadableRecord(name, record.problem, record.newer))}
@@ -62,7 +70,9 @@ def _state(wanted: int, alive: list[bool]) -> str:
     return "placed" if len(alive) == wanted else "pending"
 
 
-def _node(info: NodeInfo, books: Books, fleet: Fleet, available: Mapping[str, float]) -> dict[str, Any]:
+def _node(
+    info: NodeInfo, books: Books, fleet: Fleet, available: Mapping[str, float] | None
+) -> dict[str, Any]:
     facts = fleet.machines.facts.get(info.id)
     topology = facts.topology() if facts is not None and facts.gpus else Topology.unknown(info.gpu_count)
     occupants: dict[int, list[dict[str, Any]]] = {}
@@ -75,8 +85,11 @@ def _node(info: NodeInfo, books: Books, fleet: Fleet, available: Mapping[str, fl
         if a.node == info.id and a.egress_resource is not None:
             units[a.egress_resource] = units.get(a.egress_resource, 0) + a.egress_units
     ours = sum(who["share"] for together in occupants.values() for who in together)
-    others = max(0, math.ceil(info.gpu_count - available.get("GPU", 0.0) - ours - 1e-6))
-    located = sorted(fleet.foreign.get(info.id, frozenset()) - occupants.keys())[:others]
+    located = sorted(fleet.foreign.get(info.id, frozenset()) - occupants.keys())
+    others = len(located)
+    if available is not None:
+        others = max(0, math.ceil(info.gpu_count - available.get("GPU", 0.0) - ours - 1e-6))
+        located = located[:others]
     instances = {gpu.ordinal: gpu.instance for gpu in facts.gpus} if facts is not None else {}
     gpus = []
     for ordinal in range(info.gpu_count):

@@ -250,7 +250,10 @@ class DeploymentPlacementActor(Recovery):
         nodes = self._nodes.now()
         self.fleet.machines.meet(nodes, patience_seconds=STATUS_SECONDS)
         with self._lock:
-            return status_report(nodes, self._books, self.fleet, groups.available_resources())
+            available = groups.available_resources()
+            for node_id in self.fleet.settling():
+                available.pop(node_id, None)
+            return status_report(nodes, self._books, self.fleet, available)
 
     @ray.method(concurrency_group="read")
     def events(self, name: str, since: int = 0) -> list[dict[str, Any]]:

@@ -29,11 +29,16 @@ _NO_GROUP: Any = SimpleNamespace(id=SimpleNamespace(hex=lambda: "00"))
 
 
 def node(
-    held: Books, available: float, foreign: frozenset[int] = frozenset(), gpus: int = 4, topology: str = ""
+    held: Books,
+    available: float | None,
+    foreign: frozenset[int] = frozenset(),
+    gpus: int = 4,
+    topology: str = "",
 ) -> dict[str, Any]:
     facts = {"n": topologies.facts(topology)} if topology else {}
     fleet: Any = SimpleNamespace(machines=SimpleNamespace(facts=facts), foreign={"n": foreign})
-    report = status_report([NodeInfo("n", "n", "a", gpus)], held, fleet, {"n": {"GPU": available}})
+    in_books = {} if available is None else {"n": {"GPU": available}}
+    report = status_report([NodeInfo("n", "n", "a", gpus)], held, fleet, in_books)
     return report["nodes"][0]
 
 
@@ -47,10 +52,11 @@ def node(
         (2.25, frozenset({3}), [], 0),  # given back since
         (1.65, frozenset(), [], 1),  # others share, too
         (0.25, frozenset({2}), [2], 1),
+        (None, frozenset({3}), [3], 0),  # the books lag behind our own last change
     ],
 )
 def test_what_others_hold_is_counted_beside_shares(
-    available: float, foreign: frozenset[int], others: list[int], unlocated: int
+    available: float | None, foreign: frozenset[int], others: list[int], unlocated: int
 ) -> None:
     report = node(books(a=[(0, 0.5), (1, 1.0)], b=[(0, 0.25)]), available, foreign)
     assert [gpu["ordinal"] for gpu in report["gpus"] if gpu["state"] == "other"] == others
