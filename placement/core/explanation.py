@@ -155,7 +155,7 @@ def _refuse_egress(snapshot: Snapshot, request: Request, index: int) -> Unplacea
         )
         return NotEnoughEgress(name, summary, excluded, advice)
     summary = (
-        "no egress node may be used" if stage == "constraints" else f"no node may call out to {provider}"
+        f"no node may call out to {provider}" if stage == "egress nodes" else "no egress node may be used"
     )
     return NoEgressNodes(name, summary, excluded, advice, provider)
 
@@ -192,15 +192,19 @@ def limits(request: Request) -> list[tuple[str, Objection]]:
 
 def _passing_limits(request: Request) -> list[tuple[str, Objection]]:
     """Those that depend on where others are, and the spread."""
-    asked: list[tuple[str, Objection]] = []
-    for other in request.apart_from:
-        asked.append((f"apart from {other}", _shared_with(other)))
-    for other in request.near_to:
-        asked.append((f"near to {other}", _not_shared_with(other)))
+    asked = neighbour_limits(request)
     if request.spread_label is not None:
         label = request.spread_label
         asked.append(("spread label", lambda node: None if label in node.labels else f"has no label {label}"))
     return asked
+
+
+def neighbour_limits(request: Request) -> list[tuple[str, Objection]]:
+    """Those about who else is on a node: of GPU replicas and remote ones alike."""
+    apart = [(f"apart from {other}", _shared_with(other)) for other in request.apart_from]
+    kept = [(f"{other} keeps apart", _kept_by(other)) for other in request.kept_away_by]
+    near = [(f"near to {other}", _not_shared_with(other)) for other in request.near_to]
+    return [*apart, *kept, *near]
 
 
 def _lasting_limits(kind: Kind) -> list[tuple[str, Objection]]:
@@ -282,6 +286,11 @@ def _unlike(key: str, condition: str) -> Objection:
 
 def _shared_with(other: str) -> Objection:
     return lambda node: f"has a replica of {other!r}" if other in node.deployments else None
+
+
+def _kept_by(other: str) -> Objection:
+    reason = f"has a replica of {other!r}, which is to be apart from this one"
+    return lambda node: reason if other in node.deployments else None
 
 
 def _not_shared_with(other: str) -> Objection:
@@ -411,6 +420,9 @@ def _sift_egress(snapshot: Snapshot, request: Request) -> Sifted:
         return sieve, "", advice, "egress nodes"
     if not sieve.put("constraints", _outside("egress_nodes", request.egress_nodes)):
         return sieve, "", "widen constraints.egress_nodes", "constraints"
+    for stage, objection in neighbour_limits(request):
+        if not sieve.put(stage, objection):
+            return sieve, "", f"loosen the constraint ({stage}), or add a node that meets it", stage
 
     def left(node: Node) -> int:
         return node.egress[node.egress_resource(provider) or ""]

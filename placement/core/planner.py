@@ -19,11 +19,11 @@ Rules, in order:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from placement.core import gangs
-from placement.core.explanation import eligible, refuse, roomy, short_of
+from placement.core.explanation import eligible, neighbour_limits, refuse, roomy, short_of
 from placement.core.replicas import Crowd, Placed, Plan, PlannedReplica, take
 from placement.core.request import Request
 from placement.core.snapshot import Bits, Node, Policy, Snapshot, rank_of
@@ -38,11 +38,13 @@ class Change:
         request: what is missing.
         leaving: what it holds already and gives up.
         in_place: whether the new may take the room of what leaves, if there is none beside it.
+        called: what the leaving ones call, as (provider, key), if they are remote.
     """
 
     request: Request
     leaving: tuple[PlannedReplica, ...] = ()
     in_place: bool = False
+    called: tuple[str, str] | None = None
 
 
 def plan(snapshot: Snapshot, request: Request) -> Plan | Unplaceable:
@@ -72,18 +74,37 @@ class Step:
 def steps(snapshot: Snapshot, changes: Iterable[Change]) -> Iterator[Step]:
     """Plans several deployments, each on top of the ones before. Ends after the first refusal."""
     for change in changes:
-        step, later = advance(snapshot, change.request)
-        if isinstance(step.outcome, Plan):
-            snapshot = vacate(later, change.leaving)
-        elif change.in_place:
-            step, snapshot = advance(vacate(snapshot, change.leaving), change.request)
+        step, snapshot = carry_out(snapshot, change)
         yield step
         if isinstance(step.outcome, Unplaceable):
             return
 
 
-def vacate(snapshot: Snapshot, replicas: Sequence[PlannedReplica]) -> Snapshot:
-    """The snapshot as it is once these replicas have gone. Nodes that are no more are passed over."""
+def carry_out(snapshot: Snapshot, change: Change) -> tuple[Step, Snapshot]:
+    """What becomes of one change, and the snapshot once that is done."""
+    step, later = advance(snapshot, change.request)
+    name, called = change.request.deployment, change.called
+    if isinstance(step.outcome, Plan):
+        return step, vacate(later, change.leaving, name, called)
+    if change.in_place:
+        return advance(vacate(snapshot, change.leaving, name, called), change.request)
+    return step, later
+
+
+def vacate(
+    snapshot: Snapshot,
+    replicas: Sequence[PlannedReplica],
+    deployment: str = "",
+    called: tuple[str, str] | None = None,
+) -> Snapshot:
+    """The snapshot as it is once these replicas have gone. Nodes that are no more are passed over.
+
+    Args:
+        snapshot: the cluster.
+        replicas: what leaves.
+        deployment: whose they are.
+        called: what they call, as (provider, key), if they are remote.
+    """
     changed: dict[str, Node] = {}
     for replica in replicas:
         if not snapshot.bit(replica.node_id):
@@ -100,7 +121,7 @@ def vacate(snapshot: Snapshot, replicas: Sequence[PlannedReplica]) -> Snapshot:
         elif replica.egress_resource in node.egress:
             left = node.egress[replica.egress_resource] + replica.egress_units
             node = replace(node, egress={**node.egress, replica.egress_resource: left})
-        changed[replica.node_id] = node
+        changed[replica.node_id] = node.occupied(-1, deployment, called)
     return snapshot.changed(changed.values()) if changed else snapshot
 
 
@@ -115,12 +136,20 @@ def advance(snapshot: Snapshot, request: Request) -> tuple[Step, Snapshot]:
     first_parts = {replica.replica_index: replica.node_id for replica in reversed(planned)}
     if len(first_parts) == len(request.replicas):
         outcome = Plan(request.deployment, tuple(planned), request.needs.gpus)
-        return Step(request, outcome, snapshot), snapshot.changed(changed.values(), mix)
+        return Step(request, outcome, snapshot), snapshot.changed(_occupied(request, planned, changed), mix)
     standing = Counter(request.standing) + Counter(first_parts.values())
     refused = replace(request, standing=standing)
-    seen = snapshot.changed(changed.values()) if changed else snapshot
+    seen = snapshot.changed(_occupied(request, planned, changed)) if changed else snapshot
     why = refuse(seen, refused, request.replicas[len(first_parts)])
     return Step(refused, why, seen), snapshot.changed((), mix)
+
+
+def _occupied(
+    request: Request, planned: Sequence[PlannedReplica], changed: Mapping[Bits, Node]
+) -> Iterator[Node]:
+    """The nodes that changed, now that they know whose replicas they have."""
+    more = Counter(replica.node_id for replica in planned)
+    return (node.occupied(more[node.id], request.deployment, request.calls) for node in changed.values())
 
 
 def _place_local(snapshot: Snapshot, request: Request) -> tuple[Request, Placed]:
@@ -199,13 +228,14 @@ def _place_kindly(snapshot: Snapshot, request: Request, allowed: Bits) -> Placed
 def _place_remote(snapshot: Snapshot, request: Request) -> tuple[Request, Placed]:
     """Places as many replicas as there is capacity for."""
     provider = request.provider or ""
-    identity = (provider, request.key or "")
+    identity = request.calls
+    asked = neighbour_limits(request)
     named = None if request.egress_nodes is None else snapshot.named(request.egress_nodes)
     candidates: dict[Bits, Node] = {}
     for node in snapshot.nodes:
         if node.egress and node.egress_resource(provider):
             bit = snapshot.bit(node.id)
-            if named is None or named & bit:
+            if (named is None or named & bit) and not any(objection(node) for _, objection in asked):
                 candidates[bit] = node
     standing = Counter(request.standing)
     preferred = request.egress_preference
@@ -231,7 +261,6 @@ def _place_remote(snapshot: Snapshot, request: Request) -> tuple[Request, Placed
         candidates[bit] = changed[bit] = replace(
             node,
             egress={**node.egress, resource: node.egress[resource] - request.egress},
-            serving=node.serving | {identity},
         )
         standing[node.id] += 1
     return request, (planned, changed)

@@ -71,7 +71,6 @@ def take(index: int, node: Node, taken: Take, request: Request) -> tuple[Planned
         node.after(taken),
         cpu_milli=node.cpu_milli - request.cpu_milli,
         memory_bytes=node.memory_bytes - request.memory_bytes,
-        deployments=node.deployments | {request.deployment},
     )
     return planned, after
 

@@ -29,6 +29,7 @@ class Request:
         compute_capability: the least that will do.
         cpu_milli, memory_bytes: CPUs (thousandths) and memory that it takes for each ``needs`` as well.
         apart_from, near_to: deployments that must not, or must, have a replica on the node.
+        kept_away_by: deployments that ask to be apart from this one: they must not be on the node either.
         spread_label, max_per_domain: at most so many replicas on nodes with one value of that label.
         standing: node id -> replicas of the same deployment that already sit there, or begin there.
     """
@@ -53,6 +54,12 @@ class Request:
     memory_bytes: int = 0
     apart_from: tuple[str, ...] = ()
     near_to: tuple[str, ...] = ()
+    kept_away_by: tuple[str, ...] = ()
     spread_label: str | None = None
     max_per_domain: int = 0
     standing: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def calls(self) -> tuple[str, str] | None:
+        """What a remote replica calls, as (provider, key)."""
+        return None if self.provider is None else (self.provider, self.key or "")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import fmean
 
 import numpy as np
@@ -113,7 +113,6 @@ class _Simulation:
         self.report = Report(sum(node.whole_gpus for node in snapshot.nodes))
         self.arrived = self.asked = self.allocated = 0.0
         self.leaving: list[tuple[float, int, float, str, tuple[PlannedReplica, ...]]] = []
-        self.on_node: Counter[tuple[str, str]] = Counter()
         self.hopeless: dict[Hashable, str] = {}
         self.best: dict[Hashable, int] = {}
 
@@ -156,7 +155,6 @@ class _Simulation:
         self.measure(step.request, step.outcome)
         for replica in step.outcome.replicas:
             self.allocated += _gpus(replica)
-            self.on_node[replica.node_id, request.deployment] += 1
         return step.outcome.replicas
 
     def refuse(self, reason: str) -> None:
@@ -169,16 +167,9 @@ class _Simulation:
         if not replicas:
             return
         self.hopeless.clear()
-        self.snapshot = vacate(self.snapshot, replicas)
-        gone = set()
+        self.snapshot = vacate(self.snapshot, replicas, name)
         for replica in replicas:
             self.allocated -= _gpus(replica)
-            self.on_node[replica.node_id, name] -= 1
-            if not self.on_node[replica.node_id, name]:
-                gone.add(replica.node_id)
-        nodes = map(self.snapshot.node, sorted(gone))
-        without = [replace(node, deployments=node.deployments - {name}) for node in nodes]
-        self.snapshot = self.snapshot.changed(without)
 
     def measure(self, request: Request, plan: Plan) -> None:
         """Notes which part of the best possible bandwidth each replica has."""

@@ -9,7 +9,7 @@ from enum import StrEnum
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from placement.core.mix import Kind, Mix
 from placement.core.score import LEFTOVER_SIZES, WHOLE, Needs, Offer, Shape, shape_of
@@ -56,7 +56,7 @@ class Node:
         free: GPU ordinals believed free. Exact unless other Ray users hold GPUs here; the node actor
             finds out when it reserves.
         egress: resource name (``egress`` or ``egress_<provider>``) -> concurrent requests still free.
-        serving: (provider, key fingerprint) of the remote replicas that sit here.
+        serving: (provider, key fingerprint) -> how many remote replicas that call it sit here.
         problem: why nothing may be placed here, if so.
         rests: GPU -> thousandths still free, of the GPUs that this service shares out.
         instances: slots that are free MIG instances -> profile; none of them is in ``free``.
@@ -67,7 +67,7 @@ class Node:
         labels: Ray's node labels.
         accelerators: names its GPUs go by: Ray's accelerator type (``"H100"``), words of the product name.
         compute_capability: the lowest of its GPUs; ``None`` if unknown.
-        deployments: names of the deployments with a replica here.
+        deployments: name -> how many replicas of it, or parts of one, are here.
     """
 
     id: str
@@ -76,7 +76,7 @@ class Node:
     topology: Topology = field(default_factory=lambda: Topology.unknown(0))
     free: frozenset[int] = frozenset()
     egress: Mapping[str, int] = field(default_factory=dict)
-    serving: frozenset[tuple[str, str]] = frozenset()
+    serving: Mapping[tuple[str, str], int] = field(default_factory=dict)
     problem: str | None = None
     rests: Mapping[int, int] = field(default_factory=dict)
     instances: Mapping[int, str] = field(default_factory=dict)
@@ -88,7 +88,7 @@ class Node:
     labels: Mapping[str, str] = field(default_factory=dict)
     accelerators: frozenset[str] = frozenset()
     compute_capability: tuple[int, int] | None = None
-    deployments: frozenset[str] = frozenset()
+    deployments: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def shape(self) -> Shape:
@@ -195,9 +195,25 @@ class Node:
             return replace(self, free=self.free | {gpu}, rests=others)
         return replace(self, rests={**others, gpu: rest})
 
+    def occupied(self, replicas: int, deployment: str, serving: tuple[str, str] | None = None) -> Node:
+        """The node with so many replicas of a deployment more, or fewer; ``serving`` is what remote ones call."""
+        deployments = _plus(self.deployments, deployment, replicas)
+        if serving is None:
+            return replace(self, deployments=deployments)
+        return replace(self, deployments=deployments, serving=_plus(self.serving, serving, replicas))
+
     def egress_resource(self, provider: str) -> str | None:
         """The resource that a replica calling ``provider`` takes here: its own before the general one."""
         return next((r for r in (f"egress_{provider}", "egress") if r in self.egress), None)
+
+
+K = TypeVar("K")
+
+
+def _plus(counts: Mapping[K, int], key: K, more: int) -> Mapping[K, int]:
+    """The counts with one changed; what there is none of is left out."""
+    changed = {**counts, key: counts.get(key, 0) + more}
+    return {key: count for key, count in changed.items() if count > 0}
 
 
 class Policy(StrEnum):

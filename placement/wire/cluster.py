@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -44,12 +45,26 @@ class HeldReplica(Model):
         fields = self.model_dump(exclude={"node"})
         return PlannedReplica(node_id=self.node, **fields)
 
+    @classmethod
+    def of(cls, planned: PlannedReplica) -> HeldReplica:
+        """What a plan takes, once it is carried out."""
+        fields = {name: value for name, value in vars(planned).items() if name != "node_id"}
+        return cls(node=planned.node_id, **fields)
+
 
 class HeldDeployment(Model):
-    """A deployment that stands."""
+    """A deployment that stands; replicas that are declared and not listed are pending."""
 
     deployment: Deployment
     replicas: tuple[HeldReplica, ...]
+    releasing: bool = Field(default=False, description="all of it is about to go")
+
+    def by_index(self) -> dict[int, tuple[PlannedReplica, ...]]:
+        """Replica -> its parts, in the planner's terms."""
+        found: dict[int, tuple[PlannedReplica, ...]] = {}
+        for replica in self.replicas:
+            found[replica.replica_index] = (*found.get(replica.replica_index, ()), replica.planned())
+        return found
 
 
 class Machine(Model):
@@ -128,6 +143,14 @@ class ClusterFile(Model):
                 two nodes have one id.
         """
         machines = {key: _topology(key, machine) for key, machine in self.machines.items()}
+        deployments: Counter[tuple[str, str]] = Counter()
+        serving: Counter[tuple[str, tuple[str, str]]] = Counter()
+        for held in self.deployments:
+            calls = held.deployment.calls
+            for replica in held.replicas:
+                deployments[replica.node, held.deployment.name] += 1
+                if calls is not None:
+                    serving[replica.node, calls] += 1
         nodes: dict[str, Node] = {}
         for one in self.nodes:
             where = f"node {one.name!r}"
@@ -150,8 +173,9 @@ class ClusterFile(Model):
                 topology=topology,
                 free=frozenset(one.free),
                 accelerators=frozenset(one.accelerators),
-                deployments=frozenset(one.deployments),
-                serving=frozenset(one.serving),
+                # Of what is about to be placed there only the name is known.
+                deployments={name: max(1, deployments[one.id, name]) for name in one.deployments},
+                serving={calls: max(1, serving[one.id, calls]) for calls in one.serving},
                 **{name: getattr(one, name) for name in _AS_THEY_ARE},
             )
         return Snapshot(nodes.values(), self.near)

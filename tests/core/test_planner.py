@@ -26,7 +26,7 @@ def gpu_node(name: str, topology: str | int, busy: tuple[int, ...] = (), **field
 
 
 def egress_node(name: str, serving: tuple[tuple[str, str], ...] = (), **egress: int) -> Node:
-    return Node(id=f"id-{name}", name=name, egress=egress, serving=frozenset(serving))
+    return Node(id=f"id-{name}", name=name, egress=egress, serving=dict.fromkeys(serving, 1))
 
 
 def where(outcome: object) -> list[tuple[str, tuple[int, ...]]]:
@@ -143,7 +143,7 @@ A, B = egress_node("a", egress_openai=8), egress_node("b", egress=8)
 
 
 def serves(node: Node, key: str) -> Node:
-    return replace(node, serving=frozenset({("openai", key)}))
+    return replace(node, serving={("openai", key): 1})
 
 
 def full(node: Node) -> Node:

@@ -21,7 +21,7 @@ CLUSTER = Snapshot(
         Node("id-b", "b", "10.0.0.2", topologies.load("a100-pcie-4x"), frozenset({1, 2, 3})),
         Node("id-a", "a", "10.0.0.1", topologies.load("a100-pcie-4x"), frozenset({0})),
         Node("id-c", "c", "10.0.0.3", Topology.unknown(2), frozenset({0, 1}), problem="is ill"),
-        Node("id-e", "e", egress={"egress": 4}, serving=frozenset({("openai", "0123456789abcdef")})),
+        Node("id-e", "e", egress={"egress": 4}, serving={("openai", "0123456789abcdef"): 1}),
     )
 )
 STANDS = HeldDeployment(
