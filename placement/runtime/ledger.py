@@ -2,8 +2,9 @@
 
 One record for each deployment: its declaration, and for each replica the name and id of its group and
 what it holds. No secret is in it: a declaration holds references to API keys only. Beside them, for a while, a
-note for each deployment that was released, for a caller whose answer was lost with the service; and for each
-node what its GPUs are, so that a service that starts anew need not wake the nodes that hold nothing.
+note for each deployment that was released, for a caller whose answer was lost with the service; for each
+node what its GPUs are, so that a service that starts anew need not wake the nodes that hold nothing; and which
+numbers no event has had yet.
 
 Version 1 had no ``releasing``. A record that this version cannot read is left byte for byte as it is.
 """
@@ -26,6 +27,7 @@ _RECORD = "deployment/"
 _ENDED = "ended/"
 _FACTS = "facts/"
 _TOKEN = b"token"
+_EVENT_NUMBERS = b"event numbers"
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,17 @@ def forget_ended(name: str) -> None:
 def ended() -> dict[str, int]:
     """Deployment -> replicas that were given back, of all that are noted."""
     return {name: int(value) for name, value in _all(_ENDED).items() if value.isdigit()}
+
+
+def event_numbers() -> int:
+    """The number that no event has reached yet."""
+    found = internal_kv._internal_kv_get(_EVENT_NUMBERS, namespace=_NAMESPACE)
+    return int(found) if found is not None and found.isdigit() else 0
+
+
+def save_event_numbers(end: int) -> None:
+    """Notes it."""
+    internal_kv._internal_kv_put(_EVENT_NUMBERS, str(end).encode(), overwrite=True, namespace=_NAMESPACE)
 
 
 def save_facts(node_id: str, facts: NodeFacts) -> None:
