@@ -7,7 +7,7 @@ copies.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,23 +46,14 @@ class Standing:
     releasing: bool = False
     claims: list[Claim] = field(default_factory=list)
 
-    @classmethod
-    def pending(cls, deployment: Deployment, reason: str) -> Standing:
-        """A deployment of which nothing is placed."""
-        indices = range(deployment.replicas)
-        return cls(
-            deployment, states=dict.fromkeys(indices, State.PENDING), reasons=dict.fromkeys(indices, reason)
-        )
+    def copy(self) -> Standing:
+        """The same, to be changed on its own."""
+        return self.only(self.states, self.deployment)
 
-    def copy(self, deployment: Deployment | None = None) -> Standing:
-        """The same, to be changed on its own; with another declaration, if one is given."""
-        return Standing(
-            deployment or self.deployment,
-            dict(self.replicas),
-            dict(self.orders),
-            dict(self.states),
-            dict(self.reasons),
-        )
+    def only(self, indices: Collection[int], deployment: Deployment) -> Standing:
+        """What is known of some of the replicas, to be changed on its own; with another declaration."""
+        known = (self.replicas, self.orders, self.states, self.reasons)
+        return Standing(deployment, *({i: of[i] for i in indices if i in of} for of in known))  # type: ignore[arg-type]
 
     def happen(self, index: int, event: Event) -> State | None:
         """Notes an event of a replica.
@@ -83,7 +74,22 @@ class Standing:
 
     def result(self) -> PlacementResult:
         """What callers get."""
-        return PlacementResult(self.deployment.name, self.assignments(), dict(self.reasons))
+        one = self.deployment
+        return PlacementResult(
+            one.name,
+            self.assignments(),
+            dict(self.reasons),
+            one.model,
+            one.runtime_name,
+            one.runtime_config,
+            one.serving,
+            one.budget,
+        )
+
+    def held(self) -> HeldDeployment:
+        """The same as plans and snapshots see it."""
+        replicas = tuple(map(held_replica, self.assignments()))
+        return HeldDeployment(deployment=self.deployment, replicas=replicas, releasing=self.releasing)
 
     def assignments(self) -> list[NodeAssignment]:
         """All of them, by replica and rank."""
@@ -151,8 +157,8 @@ class Tally:
             reserved; a GPU of which a share stands is in ``gpus``.
         shares: GPU -> thousandths in use by both, of GPUs that are shared.
         egress: resource -> units of both.
-        serving: (provider, key fingerprint) of both.
-        deployments: names of both.
+        serving: (provider, key fingerprint) -> replicas of both.
+        deployments: name -> replicas of both.
         cpu_milli, memory_bytes: CPUs (thousandths) and memory of both.
     """
 
@@ -160,21 +166,21 @@ class Tally:
     claimed_gpus: set[int] = field(default_factory=set)
     shares: Counter[int] = field(default_factory=Counter)
     egress: Counter[str] = field(default_factory=Counter)
-    serving: set[tuple[str, str]] = field(default_factory=set)
-    deployments: set[str] = field(default_factory=set)
+    serving: Counter[tuple[str, str]] = field(default_factory=Counter)
+    deployments: Counter[str] = field(default_factory=Counter)
     cpu_milli: int = 0
     memory_bytes: int = 0
 
     def add(self, deployment: Deployment, replica: PlannedReplica) -> None:
         """Counts one replica, but for its whole GPUs."""
-        self.deployments.add(deployment.name)
+        self.deployments[deployment.name] += 1
         self.cpu_milli += replica.cpu_milli
         self.memory_bytes += replica.memory_bytes
         if replica.share < WHOLE:
             self.shares[replica.gpus[0]] += replica.share
         if replica.egress_resource is not None:
             self.egress[replica.egress_resource] += deployment.egress_per_replica
-            self.serving.add((deployment.provider or "", deployment.key_fingerprint or ""))
+            self.serving[deployment.provider or "", deployment.key_fingerprint or ""] += 1
 
 
 class Books:
@@ -219,21 +225,12 @@ class Books:
 
     def held(self) -> dict[str, HeldDeployment]:
         """What stands, by name, as plans and snapshots see it."""
-        found: dict[str, list[HeldReplica]] = {name: [] for name in self.names()}
-        for standing, a in self.assignments():
-            found[standing.deployment.name].append(held_replica(a))
-        return {
-            name: HeldDeployment(deployment=self.standing[name].deployment, replicas=tuple(replicas))
-            for name, replicas in found.items()
-        }
+        return {name: self.standing[name].held() for name in self.names()}
 
-    def planned(self, name: str) -> list[PlannedReplica]:
-        """What a deployment holds, in the planner's terms."""
-        return [
-            held_replica(a).planned()
-            for standing, a in self.assignments()
-            if standing.deployment.name == name
-        ]
+    def declared(self) -> list[Deployment]:
+        """What stands, or is about to, by its declaration."""
+        standing = [one.deployment for one in self.standing.values()]
+        return standing + [claim.deployment for claim in self.claims]
 
     def tallies(self) -> dict[str, Tally]:
         """Node id -> what this service holds there, and is about to."""

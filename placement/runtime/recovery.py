@@ -107,6 +107,7 @@ class Recovery(ABC):
                     self._note_pending(changed, pending, str(refusal))
                 break
             self._keep_added(more, [index])
+            faults.point("service.kept")
             self._tell_places(more, [index])
             changed = more
         self._books.standing[name] = changed
@@ -251,7 +252,7 @@ class Recovery(ABC):
         live = self._live_groups()
         for name in self._books.names():
             standing = self._books.standing[name]
-            self._events.add(name, None, "", "the service has started anew")
+            self._events.add(name, None, "restarted", "the service has started anew")
             if standing.releasing:
                 self._ended.pop(name, None)
                 self._ended[name] = self._release(name)

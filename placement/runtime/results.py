@@ -8,6 +8,8 @@ from typing import Any
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from placement.wire.deployment import Budget, RuntimeConfig, Serving
+
 
 @dataclass(frozen=True)
 class NodeAssignment:
@@ -113,11 +115,18 @@ class PlacementResult:
     Attributes:
         assignments: one per replica and node, by replica index and first rank there.
         pending: replicas that have no place now, since a node was lost -> why. They get one when there is room.
+        model, runtime, runtime_config, serving, budget: what was declared of it, for those that start its workers.
+            The API key is a reference; a worker has it from ``runtime_config.api_key.resolve()``.
     """
 
     deployment: str
     assignments: list[NodeAssignment]
     pending: dict[int, str] = field(default_factory=dict)
+    model: str = ""
+    runtime: str = ""
+    runtime_config: RuntimeConfig | None = None
+    serving: Serving = field(default_factory=Serving)
+    budget: Budget | None = None
 
     def replica(self, replica_index: int) -> list[NodeAssignment]:
         """The assignments of one replica: several if it lies on several nodes, in one placement group."""
@@ -135,7 +144,13 @@ class PlacementResult:
         raise IndexError(f"{self.deployment} has no rank {rank} of a replica {replica_index}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as JSON-ready values."""
-        pending = {str(index): reason for index, reason in self.pending.items()}
-        assignments = [a.to_dict() for a in self.assignments]
-        return {"deployment": self.deployment, "assignments": assignments, "pending": pending}
+        """The result as JSON-ready values, but for ``runtime_config``: it may name endpoints and keys."""
+        return {
+            "deployment": self.deployment,
+            "assignments": [a.to_dict() for a in self.assignments],
+            "pending": {str(index): reason for index, reason in self.pending.items()},
+            "model": self.model,
+            "runtime": self.runtime,
+            "serving": self.serving.model_dump(mode="json"),
+            "budget": None if self.budget is None else self.budget.model_dump(mode="json", exclude_none=True),
+        }

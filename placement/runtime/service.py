@@ -7,13 +7,15 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import ray
 
 from placement.core import planner
 from placement.core.lifecycle import Event, State
-from placement.core.snapshot import NEAR_LABELS, Policy, Snapshot
+from placement.core.replicas import Plan
+from placement.core.snapshot import NEAR_LABELS, Snapshot
 from placement.errors import (
     DeploymentConflict,
     ReservationFailed,
@@ -37,12 +39,14 @@ from placement.wire.cluster import ClusterFile, HeldDeployment
 from placement.wire.deployment import Deployment, PlacementConstraints
 from placement.wire.files import parse_model
 from placement.wire.plans import (
+    Difference,
     ExplainedPlan,
     PlacementPlan,
+    difference,
     explain_deployments,
-    mix_of,
-    plan_deployments,
+    plan_in_order,
     request_of,
+    with_mix,
 )
 
 T = TypeVar("T")
@@ -83,7 +87,9 @@ class DeploymentPlacementActor(Recovery):
         self._prefix = f"placement:{ledger.token()}:"
         self.fleet = Fleet(make_agent, self._books.holdings, self._prefix)
         self.draining: frozenset[str] = frozenset()
-        self._events = EventLog()
+        self._events = EventLog(
+            ledger.event_numbers(), ledger.save_event_numbers, self._books.standing.__contains__
+        )
         self._ended: dict[str, int] = {}
         self._ended_at: dict[str, float] = {}
         self._unwritten: set[str] = set()
@@ -128,15 +134,17 @@ class DeploymentPlacementActor(Recovery):
                     return standing.result()
                 raise DeploymentConflict(wanted.name, _differences(standing.deployment, wanted))
             self._require_readable(wanted.name)
-            return self._add(Standing(wanted), range(wanted.replicas)).result()
+            with self._refusal_told(wanted.name):
+                return self._add(Standing(wanted), range(wanted.replicas)).result()
 
     def apply(
         self, deployment: DeploymentLike, constraints: PlacementConstraints | Mapping[str, Any] | None = None
     ) -> PlacementResult:
         """Makes what stands be as declared: places, adds or removes replicas, replaces only what changed.
 
-        A change of shape (GPUs, provider, API key, egress units, constraints) replaces the replicas: beside the old
-        ones if there is room, else after releasing them. Any other change keeps them.
+        A replica that holds what is declared now (GPUs, CPUs, provider, API key, egress units), on nodes that meet the
+        limits, stays. The others are replaced: beside the old ones if there is room, else after releasing them.
+        Replicas that are ``pending`` already are tried, and may go on waiting.
 
         Raises:
             Same as :meth:`place`, but never ``DeploymentConflict``. What stood before still stands then; where it had
@@ -150,16 +158,17 @@ class DeploymentPlacementActor(Recovery):
             standing = self._what_stands(wanted.name)
             if standing is None:
                 self._require_readable(wanted.name)
-                return self._add(Standing(wanted), range(wanted.replicas)).result(), True
-            if standing.deployment == wanted and len(standing.replicas) == wanted.replicas:
+                with self._refusal_told(wanted.name):
+                    return self._add(Standing(wanted), range(wanted.replicas)).result(), True
+            if standing.deployment == wanted and not standing.missing():
                 return standing.result(), False
-            if standing.deployment.shape() != wanted.shape():
-                return self._replace(standing, wanted).result(), False
-            return self._resize(standing, wanted).result(), False
+            with self._refusal_told(wanted.name):
+                return self._change(standing, wanted).result(), False
 
     def apply_all(self, deployments: Sequence[DeploymentLike]) -> list[PlacementResult]:
-        """Applies several deployments, in order. If one fits nowhere, nothing is changed at all.
+        """Applies several deployments. If one fits nowhere, nothing is changed at all.
 
+        In order, but one that is to be near another, or apart from it, comes after it where that is needed.
         If one cannot be reserved although it was planned, since others take GPUs meanwhile, those that this call
         placed anew are released again; changes to what stood before remain. So does what was placed by a call that
         died with the service halfway: sent again by Ray, it finds that standing.
@@ -168,15 +177,13 @@ class DeploymentPlacementActor(Recovery):
             Same as :meth:`apply`.
         """
         wanted = [self._parse(one, None) for one in deployments]
-        self.plan_all(wanted)
-        results: list[PlacementResult] = []
+        results: dict[int, PlacementResult] = {}
         fresh: list[str] = []
         try:
-            for one in wanted:
-                result, is_new = self._apply(one)
-                results.append(result)
+            for position, _ in self._plan_in_order(wanted):
+                results[position], is_new = self._apply(wanted[position])
                 if is_new:
-                    fresh.append(one.name)
+                    fresh.append(wanted[position].name)
         except Exception:
             for name in fresh:
                 try:
@@ -184,7 +191,7 @@ class DeploymentPlacementActor(Recovery):
                 except Exception:
                     logger.exception("%r, which was placed just now, could not be released again", name)
             raise
-        return results
+        return [result for _, result in sorted(results.items())]
 
     @ray.method(concurrency_group="read")
     def plan(
@@ -201,7 +208,7 @@ class DeploymentPlacementActor(Recovery):
     def plan_all(self, deployments: Sequence[DeploymentLike]) -> list[PlacementPlan]:
         """What :meth:`apply_all` would do now, each deployment planned on top of the ones before."""
         wanted = [self._parse(one, None) for one in deployments]
-        return self._patiently(lambda nodes, _: plan_deployments(*self._look(nodes), wanted))
+        return [plan for _, plan in sorted(self._plan_in_order(wanted), key=itemgetter(0))]
 
     @ray.method(concurrency_group="read")
     def explain_all(self, deployments: Sequence[DeploymentLike]) -> list[ExplainedPlan]:
@@ -259,6 +266,8 @@ class DeploymentPlacementActor(Recovery):
     def events(self, name: str, since: int = 0) -> list[dict[str, Any]]:
         """What happened to a deployment's replicas, the last 200 at most, since the service last started; JSON-ready.
 
+        Of one that stands there is one at least. Of those that are gone, the 2,000 that changed last are known.
+
         Args:
             name: the deployment, which may be gone by now.
             since: the ``number`` of the last one already known.
@@ -274,8 +283,8 @@ class DeploymentPlacementActor(Recovery):
     def watch(self, name: str, since: int = 0, timeout_seconds: float = 30.0) -> list[dict[str, Any]]:
         """The same, as soon as something has happened; empty if nothing did within the time.
 
-        ``seen = events[-1]["number"]``, then ``watch(name, seen)`` waits for the next change. The name need not
-        be known yet.
+        ``watch(name, seen)``, where ``seen`` is the ``number`` of the last one known, waits for the next change; with
+        ``seen = 0`` all that is known comes at once. The name need not be known yet.
         """
         return [one.to_dict() for one in self._events.wait(name, since, min(timeout_seconds, 3600.0))]
 
@@ -323,6 +332,10 @@ class DeploymentPlacementActor(Recovery):
             )
             wanted = wanted.model_copy(update={"constraints": limits})
         return wanted
+
+    def _plan_in_order(self, wanted: Sequence[Deployment]) -> list[tuple[int, PlacementPlan]]:
+        """What applying these would do, in the order in which to apply them; each with its position."""
+        return self._patiently(lambda nodes, _: plan_in_order(*self._look(nodes), wanted))
 
     def _snapshot(
         self,
@@ -480,53 +493,87 @@ class DeploymentPlacementActor(Recovery):
         with self._lock:
             self._books.settle(claims)
 
-    def _resize(self, standing: Standing, wanted: Deployment) -> Standing:
-        """Adds what is missing and gives back what is too many."""
-        surplus = [index for index in standing.states if index >= wanted.replicas]
-        changed = standing.copy(wanted)
-        missing = changed.missing()
+    @contextlib.contextmanager
+    def _refusal_told(self, name: str) -> Iterator[None]:
+        """Has those who watch a deployment hear of a refusal, once nothing is left to try."""
         try:
-            if missing:
-                self._add(changed, missing)
-            else:
-                self._keep(changed)
-        except Unplaceable:
-            if not surplus:
-                raise
-            changed = standing.copy(wanted)  # what is given back may be the room for what is pending
-            self._keep(changed)
-        if surplus:  # by now the record says that they are to go
-            self._give_back(changed, surplus)
-            self._note(changed)
-        if changed.missing():
-            self._mend(wanted.name)
-        return self._books.standing[wanted.name]
+            yield
+        except Exception as refusal:
+            self._events.add(name, None, "refused", str(refusal))
+            raise
 
-    def _replace(self, old: Standing, wanted: Deployment) -> Standing:
-        new = Standing(wanted)
-        indices = tuple(range(wanted.replicas))
+    def _change(self, old: Standing, wanted: Deployment) -> Standing:
+        """Has what stands be as declared; what satisfies the declaration stays.
+
+        The rest is placed anew: beside what it replaces, or in its place, and then that is given back. What was
+        pending before may go on waiting.
+        """
+        name = wanted.name
+        announced = Claim(wanted, ())  # from here on others keep away from it, if it wants that
+        with self._lock:
+            self._books.claim(announced)
         try:
-            self._reserve(new, indices)
-        except Unplaceable as refusal:
-            nodes = self._nodes.now()
-            with self._lock:
-                snapshot = self._snapshot(nodes, groups.available_resources())
-                snapshot = planner.vacate(snapshot, self._books.planned(wanted.name))
-                outcome = planner.plan(snapshot, request_of(wanted, range(wanted.replicas), {}, snapshot))
-            if isinstance(outcome, Unplaceable):
-                raise refusal from None
-            self._give_back(old, list(old.states))
-            self._note(Standing.pending(old.deployment, str(refusal)))
+            todo = self._difference(old, wanted)
+            new = old.only([*todo.keep, *todo.may], wanted)
+            going = [index for index in old.states if index not in new.states]
             try:
-                return self._add(Standing(wanted), indices)
-            except Exception:  # what stood stands again, or as soon as there is room for it
-                self._mend(wanted.name)
-                raise
-        self._keep_added(new, indices)  # first: what a record tells of is never given back
-        self._give_back(old, list(old.states))
-        self.fleet.tell(wanted.name)
-        self._tell_places(new, indices)
-        return new
+                if todo.must:
+                    self._reserve(new, todo.must)
+                    faults.point("service.reserved")
+            except Unplaceable:
+                if not todo.leaving:
+                    raise
+                new = self._change_in_place(old, wanted, todo)
+            else:
+                if todo.must:
+                    self._keep_added(new, todo.must)  # first: what a record tells of is never given back
+                    faults.point("service.kept")
+                elif old.deployment != wanted:
+                    self._keep(new)
+                self._give_back(old, going)
+                self.fleet.tell(name)
+                self._tell_places(new, todo.must)
+        finally:
+            self._settle([announced])
+        if old.deployment != wanted:
+            changed = ", ".join(_differences(old.deployment, wanted))
+            self._events.add(name, None, "changed", changed)
+        if new.missing():
+            self._mend(name)
+        return self._books.standing[name]
+
+    def _difference(self, standing: Standing, wanted: Deployment) -> Difference:
+        """What is to be done for a deployment that is declared anew."""
+        nodes = self._nodes.now()
+        if standing.deployment.shape() != wanted.shape():
+            self.fleet.machines.meet(nodes)
+        with self._lock:
+            snapshot = self._snapshot(nodes, groups.available_resources())
+        return difference(snapshot, standing.held(), wanted)
+
+    def _change_in_place(self, old: Standing, wanted: Deployment, todo: Difference) -> Standing:
+        """Gives back what leaves first, if that makes room for what is to be placed."""
+        name, kept = wanted.name, [*todo.keep, *todo.may]
+        leaving = [part for parts in todo.leaving.values() for part in parts]
+        stays = old.only(todo.keep, wanted)
+        nodes = self._nodes.now()
+        with self._lock:
+            snapshot = self._snapshot(nodes, groups.available_resources())
+            snapshot = planner.vacate(snapshot, leaving, name, old.deployment.calls)
+            outcome = self._decide(snapshot, _Sought(wanted, todo.must, stays.nodes(), mending=False))
+        if isinstance(outcome, Unplaceable):
+            raise outcome from None
+        rest = old.copy()
+        going = [index for index in old.states if index not in kept]
+        self._give_back(rest, going)
+        rest.states |= dict.fromkeys(going, State.PENDING)
+        rest.reasons |= dict.fromkeys(going, "its room was given back for what replaces it")
+        self._note(rest)
+        try:
+            return self._add(rest.only(kept, wanted), todo.must)
+        except Exception:  # what stood stands again, or as soon as there is room for it
+            self._mend(name)
+            raise
 
     def _reserve(self, standing: Standing, indices: tuple[int, ...], mending: bool = False) -> None:
         """Plans and reserves replicas, all or none, and adds them to ``standing``.
@@ -538,11 +585,9 @@ class DeploymentPlacementActor(Recovery):
             standing.happen(index, Event.RESERVE)
         try:
             self._reserve_all(standing, indices, mending)
-        except BaseException as error:
+        except BaseException:
             for index in indices:
                 standing.happen(index, Event.REFUSED)
-            if not mending:
-                self._events.add(standing.deployment.name, None, "refused", str(error))
             raise
         for index in indices:
             standing.happen(index, Event.RESERVED)
@@ -605,14 +650,19 @@ class DeploymentPlacementActor(Recovery):
     ) -> Claim:
         with self._lock:
             snapshot = self._snapshot(nodes, groups.available_resources(), sought, avoided, lag_seconds)
-            if sought.deployment.policy is Policy.FRAGMENTATION:
-                others = [one.deployment for one in self._books.standing.values()]
-                snapshot = snapshot.changed((), mix_of(snapshot, others))
-            request = request_of(sought.deployment, sought.indices, sought.standing, snapshot, sought.mending)
-            outcome = planner.plan(snapshot, request)
+            outcome = self._decide(snapshot, sought)
             if isinstance(outcome, Unplaceable):
                 raise outcome
             return self._books.claim(Claim(sought.deployment, outcome.replicas, outcome.set_size))
+
+    def _decide(self, snapshot: Snapshot, sought: _Sought) -> Plan | Unplaceable:
+        """Plans beside all that stands and is under way. Under the lock."""
+        wanted = sought.deployment
+        request = request_of(
+            wanted, sought.indices, sought.standing, snapshot, sought.mending, self._books.declared()
+        )
+        asked = [one.deployment for one in self._books.standing.values()]
+        return planner.plan(with_mix(snapshot, wanted, asked), request)
 
     def _give_back(self, standing: Standing, indices: Iterable[int]) -> None:
         """Removes the groups of some replicas, and the replicas from ``standing``."""
@@ -628,7 +678,7 @@ class DeploymentPlacementActor(Recovery):
         for index in leaving:
             standing.happen(index, Event.RELEASED)
             standing.reasons.pop(index, None)
-            self._events.add(standing.deployment.name, index, "", "released")
+            self._events.add(standing.deployment.name, index, "released")
 
     def _tell_places(self, standing: Standing, indices: Iterable[int]) -> None:
         for index in indices:

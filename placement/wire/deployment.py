@@ -256,7 +256,7 @@ class Serving(_Declared):
 
 
 class Budget(_Declared):
-    """Spending limits, carried to the workers; placing does not read them."""
+    """Spending limits, for the workers to keep: every result carries them. Placing does not read them."""
 
     usd_per_day: float | None = Field(default=None, gt=0)
     tokens_per_minute: int | None = Field(default=None, gt=0)
@@ -296,8 +296,13 @@ class PlacementConstraints(_Declared):
     cpus_per_gpu: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     memory_gib_per_gpu: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     spread: Spread | None = None
-    apart_from: tuple[str, ...] = Field(default=(), description="deployments that must not be on the node")
-    near_to: tuple[str, ...] = Field(default=(), description="deployments that must be on the node")
+    apart_from: tuple[str, ...] = Field(
+        default=(), description="deployments that must not be on the node; they keep away from this one, too"
+    )
+    near_to: tuple[str, ...] = Field(
+        default=(),
+        description="deployments that must be on the node; they may be on others, too, and may leave",
+    )
 
     @field_validator("node_labels")
     @classmethod
@@ -517,6 +522,11 @@ class Deployment(_Declared):
         return self.pipeline_parallel or 1
 
     @property
+    def divisible(self) -> bool:
+        """Whether a replica that no node can hold may be cut into stages: where nothing says how it is made up."""
+        return self.tensor_parallel is None and self.pipeline_parallel is None
+
+    @property
     def needs(self) -> Needs:
         """What each tensor-parallel group of a replica needs of a node's GPUs; mostly that is all of it."""
         limits = self.constraints
@@ -559,18 +569,24 @@ class Deployment(_Declared):
         endpoint = (config.base_url or "") if config else ""
         return hashlib.sha256(f"{reference}\n{endpoint}".encode()).hexdigest()[:16]
 
+    @property
+    def calls(self) -> tuple[str, str] | None:
+        """What a remote replica calls, as (provider, key fingerprint); ``None`` for a local one."""
+        return (self.provider or "", self.key_fingerprint or "") if self.remote else None
+
     def shape(self) -> dict[str, Any]:
-        """What decides where replicas can sit. A change here replaces them; any other change does not."""
+        """What decides where replicas can sit, however it was written. Any other change leaves them alone."""
+        limits = self.constraints or PlacementConstraints()
+        of_the_other_kind = {
+            "gpu_nodes", "accelerators", "min_compute_capability", "min_free_gpu_memory_gib", "node_labels",
+            "cpus_per_gpu", "memory_gib_per_gpu", "spread",
+        } if self.remote else {"egress_nodes", "egress_preference"}  # fmt: skip
         return {
-            "gpus": self.gpus_per_replica if self.gpus is None else self.gpus,
-            "gpu_memory_gib": self.gpu_memory_gib,
-            "mig": self.mig,
-            "tensor_parallel": self.needs.gpus,
+            **self.needs._asdict(),
             "stages": self.stages,
-            "within": self.within,
-            "min_bandwidth_gb_per_s": self.min_bandwidth_gb_per_s,
+            "divisible": self.divisible,
             "provider": self.provider,
             "max_concurrent": self.egress_per_replica,
             "api_key": self.key_fingerprint,
-            "constraints": self.constraints.model_dump(mode="json") if self.constraints else None,
+            "constraints": limits.model_dump(mode="json", exclude=of_the_other_kind),
         }

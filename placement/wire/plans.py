@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from placement.core.explanation import Explanation, explain
 from placement.core.mix import Mix
-from placement.core.planner import Change, Step, steps
-from placement.core.replicas import Plan, PlannedReplica
+from placement.core.planner import Change, Step, advance, carry_out, vacate
+from placement.core.replicas import PlannedReplica
 from placement.core.request import Request
 from placement.core.score import WHOLE, Score, score
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import Node, Policy, Snapshot
+from placement.core.staying import staying
 from placement.errors import UnknownNode, Unplaceable
 from placement.wire.cluster import HeldDeployment, HeldReplica
 from placement.wire.deployment import Deployment, PlacementConstraints
@@ -57,16 +60,22 @@ class PlacementPlan:
         deployment: its name.
         assignments: one for each replica and node, by replica index.
         standing: whether the deployment is placed already, just so.
+        pending: replicas that wait for a place already, and would go on waiting -> why.
     """
 
     deployment: str
     assignments: list[PlannedAssignment]
     standing: bool = False
+    pending: dict[int, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready values."""
-        assignments = [a.to_dict() for a in self.assignments]
-        return {"deployment": self.deployment, "standing": self.standing, "assignments": assignments}
+        return {
+            "deployment": self.deployment,
+            "standing": self.standing,
+            "assignments": [a.to_dict() for a in self.assignments],
+            "pending": {str(index): reason for index, reason in self.pending.items()},
+        }
 
 
 @dataclass(frozen=True)
@@ -99,18 +108,23 @@ class ExplainedPlan:
 def plan_deployments(
     snapshot: Snapshot, held: Mapping[str, HeldDeployment], wanted: Sequence[Deployment]
 ) -> list[PlacementPlan]:
-    """What applying ``wanted``, in order, would do to a cluster on which ``held`` stand.
+    """What applying ``wanted`` would do to a cluster on which ``held`` stand.
 
     Raises:
         Unplaceable: one of them does not fit on top of those before it.
         UnknownNode: its constraints name a node that is not there.
     """
-    plans = []
-    for step, keep in _steps(snapshot, held, wanted):
-        if isinstance(step.outcome, Unplaceable):
-            raise step.outcome
-        plans.append(_preview(snapshot, step.outcome, keep))
-    return plans
+    return [plan for _, plan in sorted(plan_in_order(snapshot, held, wanted), key=itemgetter(0))]
+
+
+def plan_in_order(
+    snapshot: Snapshot, held: Mapping[str, HeldDeployment], wanted: Sequence[Deployment]
+) -> list[tuple[int, PlacementPlan]]:
+    """The same, in the order in which to apply them; each with its position in ``wanted``."""
+    done = _planned(snapshot, held, wanted)
+    if done and done[-1].refusal:
+        raise done[-1].refusal
+    return [(one.position, _preview(snapshot, one)) for one in done]
 
 
 def explain_deployments(
@@ -122,14 +136,14 @@ def explain_deployments(
         UnknownNode: as :func:`plan_deployments`.
     """
     explained = []
-    for step, keep in _steps(snapshot, held, wanted):
+    for done in _planned(snapshot, held, wanted):
+        step, name = done.step, done.deployment.name
         why = explain(step.seen, step.request)
-        name = step.request.deployment
-        if isinstance(step.outcome, Unplaceable):
-            explained.append(ExplainedPlan(name, None, str(step.outcome), why))
+        if done.refusal is not None:
+            explained.append((len(wanted), ExplainedPlan(name, None, str(done.refusal), why)))
         else:
-            explained.append(ExplainedPlan(name, _preview(snapshot, step.outcome, keep), None, why))
-    return explained
+            explained.append((done.position, ExplainedPlan(name, _preview(snapshot, done), None, why)))
+    return [one for _, one in sorted(explained, key=itemgetter(0))]
 
 
 def request_of(
@@ -138,8 +152,9 @@ def request_of(
     standing: Mapping[str, int],
     snapshot: Snapshot,
     mending: bool = False,
+    others: Iterable[Deployment] = (),
 ) -> Request:
-    """A deployment's replicas ``missing``, in the planner's terms.
+    """A deployment's replicas ``missing``, in the planner's terms; of ``others``, some may keep away from it.
 
     Raises:
         UnknownNode: its constraints name a node that is not there; while ``mending``, only such nodes, since a
@@ -152,6 +167,17 @@ def request_of(
             if not snapshot.named([name]) and not (mending and snapshot.named(names)):
                 known = tuple(node.name for node in snapshot.nodes)
                 raise UnknownNode(f"constraints.{limit}", name, known)
+    return _request(wanted, missing, standing, others)
+
+
+def _request(
+    wanted: Deployment,
+    missing: Iterable[int],
+    standing: Mapping[str, int],
+    others: Iterable[Deployment] = (),
+) -> Request:
+    """The same, whether the nodes that it names are there or not."""
+    limits = wanted.constraints or PlacementConstraints()
     return Request(
         deployment=wanted.name,
         replicas=tuple(missing),
@@ -169,9 +195,14 @@ def request_of(
         cpu_milli=wanted.cpu_milli_per_gpu * wanted.needs.gpus,
         memory_bytes=wanted.memory_bytes_per_gpu * wanted.needs.gpus,
         stages=wanted.stages,
-        divisible=wanted.tensor_parallel is None and wanted.pipeline_parallel is None,
+        divisible=wanted.divisible,
         apart_from=limits.apart_from,
         near_to=limits.near_to,
+        kept_away_by=tuple(
+            one.name
+            for one in others
+            if one.constraints and wanted.name in one.constraints.apart_from and one.name != wanted.name
+        ),
         spread_label=limits.spread.label if limits.spread else None,
         max_per_domain=limits.spread.max if limits.spread else 0,
         standing=dict(standing),
@@ -187,40 +218,176 @@ def mix_of(snapshot: Snapshot, deployments: Iterable[Deployment]) -> Mix:
     return mix
 
 
-def _steps(
+@dataclass(frozen=True)
+class Difference:
+    """What is to be done with the replicas of a deployment that is declared anew.
+
+    Attributes:
+        keep: index -> parts of those that stay as they are.
+        leaving: the same of those that are given back, once the others have their place or for their sake.
+        must: indices of those to be placed; if they fit nowhere, the declaration is refused.
+        may: those that are pending already; they may go on waiting.
+    """
+
+    keep: Mapping[int, tuple[PlannedReplica, ...]]
+    leaving: Mapping[int, tuple[PlannedReplica, ...]]
+    must: tuple[int, ...]
+    may: tuple[int, ...]
+
+
+def difference(snapshot: Snapshot, stands: HeldDeployment | None, wanted: Deployment) -> Difference:
+    """What is to be done to have ``wanted`` instead of what stands.
+
+    Raises:
+        UnknownNode: its constraints name a node that is not there, and are new, or needed now.
+    """
+    if stands is None:
+        request_of(wanted, (), {}, snapshot)
+        return Difference({}, {}, tuple(range(wanted.replicas)), ())
+    held, before = stands.by_index(), stands.deployment
+    same = before.shape() == wanted.shape()
+    stay = held if same else staying(snapshot, held, _request(before, (), {}), _request(wanted, (), {}))
+    keep = {index: held[index] for index in sorted(stay) if index < wanted.replicas}
+    may = tuple(i for i in range(min(before.replicas, wanted.replicas)) if i not in held)
+    must = tuple(i for i in range(wanted.replicas) if i not in keep and i not in may)
+    if must or not same:
+        request_of(wanted, (), {}, snapshot)
+    return Difference(keep, {i: parts for i, parts in held.items() if i not in keep}, must, may)
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What became of one of the deployments that are wanted.
+
+    Attributes:
+        position: its place among them.
+        step: what was planned of it: its outcome is a refusal where nothing is done.
+        replicas: what stands then.
+        fresh: whether any of it is new.
+        pending: those that wait -> why.
+    """
+
+    position: int
+    deployment: Deployment
+    step: Step
+    replicas: Sequence[PlannedReplica] = ()
+    fresh: bool = False
+    pending: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def refusal(self) -> Unplaceable | None:
+        """Why nothing is done, if so."""
+        return self.step.outcome if isinstance(self.step.outcome, Unplaceable) and not self.pending else None
+
+
+def _planned(
     snapshot: Snapshot, held: Mapping[str, HeldDeployment], wanted: Sequence[Deployment]
-) -> Iterator[tuple[Step, dict[int, list[HeldReplica]]]]:
-    """Each deployment's step, and the replicas that stay as they are."""
-    snapshot = snapshot.changed((), mix_of(snapshot, (one.deployment for one in held.values())))
-    parts = [_change(snapshot, held.get(one.name), one) for one in wanted]
-    yield from zip(
-        steps(snapshot, [change for change, _ in parts]), [keep for _, keep in parts], strict=False
-    )
+) -> list[_Done]:
+    """What becomes of each, in the order in which to apply them; a refusal is the last.
+
+    That is the given order, but one that is to be near another comes after it. If that ends in a refusal, one that
+    is to be apart from another comes after it, too: the other may make room.
+    """
+    order = _order(wanted, apart=False)
+    done = list(_carry_out(snapshot, held, wanted, order))
+    if done and done[-1].refusal and (other := _order(wanted, apart=True)) != order:
+        with contextlib.suppress(UnknownNode):
+            again = list(_carry_out(snapshot, held, wanted, other))
+            return done if again[-1].refusal else again
+    return done
 
 
-def _change(
-    snapshot: Snapshot, standing: HeldDeployment | None, one: Deployment
-) -> tuple[Change, dict[int, list[HeldReplica]]]:
-    """What is to be done for a deployment, and the replicas that stay."""
-    stands: dict[int, list[HeldReplica]] = {}
-    for replica in standing.replicas if standing else ():
-        stands.setdefault(replica.replica_index, []).append(replica)
-    same_shape = standing is not None and standing.deployment.shape() == one.shape()
-    keep = {i: parts for i, parts in stands.items() if i < one.replicas} if same_shape else {}
-    on_nodes: dict[str, int] = {}
-    for parts in keep.values():
-        on_nodes[parts[0].node] = on_nodes.get(parts[0].node, 0) + 1
-    missing = [index for index in range(one.replicas) if index not in keep]
-    leaving = tuple(part.planned() for index, parts in stands.items() if index not in keep for part in parts)
-    request = request_of(one, missing, on_nodes, snapshot)
-    # What is surplus is given back if there is no room beside it, as what is replaced is.
-    return Change(request, leaving, in_place=bool(leaving)), keep
+def _order(wanted: Sequence[Deployment], apart: bool) -> list[int]:
+    """Positions, so that who names another by ``near_to``, and ``apart_from`` if so wished, comes after it.
+
+    Where they name each other in a circle, ``near_to`` counts more, and the given order most.
+    """
+    names = Counter(one.name for one in wanted)
+    left = dict(enumerate(wanted)) if any(_named(one, apart) & names.keys() for one in wanted) else {}
+    order = [] if left else list(range(len(wanted)))
+    while left:
+        ways = [
+            [i for i, one in left.items() if not _named(one, way) & (+names).keys()] for way in (apart, False)
+        ]
+        order.append(next((free[0] for free in ways if free), next(iter(left))))
+        names[left.pop(order[-1]).name] -= 1
+    return order
 
 
-def _preview(snapshot: Snapshot, outcome: Plan, keep: Mapping[int, list[HeldReplica]]) -> PlacementPlan:
-    planned = [part.planned() for parts in keep.values() for part in parts]
+def _named(one: Deployment, apart: bool) -> set[str]:
+    """The deployments that one wants to be near to, or apart from."""
+    limits = one.constraints or PlacementConstraints()
+    return {*limits.near_to, *(limits.apart_from if apart else ())}
+
+
+def _carry_out(
+    snapshot: Snapshot, held: Mapping[str, HeldDeployment], wanted: Sequence[Deployment], order: Iterable[int]
+) -> Iterator[_Done]:
+    """Each on top of the ones before; ends with the first refusal."""
+    standing = dict(held)
+    for position in order:
+        one = wanted[position]
+        stands = standing.get(one.name)
+        called = stands.deployment.calls if stands else None
+        if stands is not None and stands.releasing:
+            gone = [part.planned() for part in stands.replicas]
+            snapshot, stands = vacate(snapshot, gone, one.name, called), None
+            del standing[one.name]
+        todo = difference(snapshot, stands, one)
+        leaving = tuple(part for parts in todo.leaving.values() for part in parts)
+        replicas = [part for parts in todo.keep.values() for part in parts]
+        others = [other.deployment for other in standing.values()]
+        request = _request(one, todo.must, _begin(replicas), others)
+        # What is surplus is given back if there is no room beside it, as what is replaced is.
+        change = Change(request, leaving, in_place=bool(leaving), called=called)
+        step, snapshot = carry_out(with_mix(snapshot, one, others), change)
+        if isinstance(step.outcome, Unplaceable):
+            yield _Done(position, one, step)
+            return
+        replicas += step.outcome.replicas
+        standing[one.name] = HeldDeployment(deployment=one, replicas=())
+        others = [other.deployment for other in standing.values()]
+        pending: dict[int, str] = {}
+        for index in todo.may:
+            try:
+                request = request_of(one, (index,), _begin(replicas), snapshot, True, others)
+            except UnknownNode as error:
+                pending = _from(todo.may, index, error)
+                break
+            tried, snapshot = advance(with_mix(snapshot, one, others), request)
+            step = step if todo.must else tried
+            if isinstance(tried.outcome, Unplaceable):
+                pending = _from(todo.may, index, tried.outcome)
+                break
+            replicas += tried.outcome.replicas
+        held_then = tuple(map(HeldReplica.of, replicas))
+        standing[one.name] = HeldDeployment(deployment=one, replicas=held_then)
+        yield _Done(position, one, step, replicas, len(replicas) > sum(map(len, todo.keep.values())), pending)
+
+
+def _from(indices: Sequence[int], first: int, error: Exception) -> dict[int, str]:
+    """The replicas from one on, none of which finds a place: they all ask for the same."""
+    return {index: str(error) for index in indices if index >= first}
+
+
+def _begin(replicas: Iterable[PlannedReplica]) -> Counter[str]:
+    """Node id -> replicas that begin there."""
+    firsts: dict[int, PlannedReplica] = {}
+    for part in sorted(replicas, key=attrgetter("ranks")):
+        firsts.setdefault(part.replica_index, part)
+    return Counter(part.node_id for part in firsts.values())
+
+
+def with_mix(snapshot: Snapshot, one: Deployment, others: Iterable[Deployment]) -> Snapshot:
+    """The snapshot that knows what else is asked for, where that matters to the policy of a deployment."""
+    if one.policy is not Policy.FRAGMENTATION:
+        return snapshot
+    return snapshot.changed((), mix_of(snapshot, others))
+
+
+def _preview(snapshot: Snapshot, done: _Done) -> PlacementPlan:
     assignments = []
-    for replica in sorted([*planned, *outcome.replicas], key=lambda r: (r.replica_index, r.ranks)):
+    for replica in sorted(done.replicas, key=attrgetter("replica_index", "ranks")):
         if not snapshot.bit(replica.node_id):  # it stands on a node that is no more
             assignments.append(
                 PlannedAssignment(
@@ -229,7 +396,7 @@ def _preview(snapshot: Snapshot, outcome: Plan, keep: Mapping[int, list[HeldRepl
             )
             continue
         node = snapshot.node(replica.node_id)
-        value = _slowest_set(node, replica, outcome.set_size)
+        value = _slowest_set(node, replica, done.step.request.needs.gpus)
         assignments.append(
             PlannedAssignment(
                 replica.replica_index,
@@ -245,7 +412,8 @@ def _preview(snapshot: Snapshot, outcome: Plan, keep: Mapping[int, list[HeldRepl
                 replica.egress_units,
             )
         )
-    return PlacementPlan(outcome.deployment, assignments, standing=not outcome.replicas)
+    standing = not done.fresh and not done.pending
+    return PlacementPlan(done.deployment.name, assignments, standing, dict(done.pending))
 
 
 def _slowest_set(node: Node, replica: PlannedReplica, size: int) -> Score:

@@ -1,0 +1,163 @@
+"""Which replicas stay where they are when their deployment is declared anew.
+
+A replica stays if what it holds is what is asked for now, and its nodes meet the limits that changed. A limit that did
+not change is no reason to move, and neither is a fact that nobody knows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from placement.core import gangs
+from placement.core.explanation import eligible
+from placement.core.labels import meets
+from placement.core.replicas import PlannedReplica
+from placement.core.request import Request
+from placement.core.score import Within
+from placement.core.snapshot import GPU_DOMAIN_LABEL, Node, Snapshot
+
+Replica = Sequence[PlannedReplica]
+"""One replica, by its parts on several nodes."""
+
+
+def staying(
+    snapshot: Snapshot, replicas: Mapping[int, Replica], before: Request, after: Request
+) -> list[int]:
+    """Of the replicas that stand, those that stay.
+
+    Args:
+        snapshot: the cluster on which they stand.
+        replicas: index -> its parts.
+        before: what was asked for when they were placed, whichever replicas it names.
+        after: what is asked for now.
+    """
+    stay = [index for index, parts in sorted(replicas.items()) if _stays(snapshot, parts, before, after)]
+    asks_anew = (before.spread_label, before.max_per_domain) != (after.spread_label, after.max_per_domain)
+    return _spread(snapshot, replicas, stay, after) if asks_anew and after.spread_label else stay
+
+
+def _stays(snapshot: Snapshot, parts: Replica, before: Request, after: Request) -> bool:
+    nodes = [snapshot.node(part.node_id) for part in parts if snapshot.bit(part.node_id)]
+    return (
+        _holds(snapshot, parts, before, after)
+        and all(_may_be_on(node, before, after) for node in nodes)
+        and (after.calls is not None or _lies_well(snapshot, parts, before, after))
+    )
+
+
+def _holds(snapshot: Snapshot, parts: Replica, before: Request, after: Request) -> bool:
+    """Whether a replica holds as much as is asked for now, and of the same."""
+    if before.calls != after.calls:
+        return False
+    if after.calls is not None:
+        return before.egress == after.egress
+    old, new = before.needs, after.needs
+    if sum(len(part.gpus) for part in parts) != new.gpus * after.stages or old.profile != new.profile:
+        return False
+    for was, is_now in ((before.cpu_milli, after.cpu_milli), (before.memory_bytes, after.memory_bytes)):
+        if was * new.gpus != is_now * old.gpus:
+            return False
+    if (old.share, old.memory_bytes) == (new.share, new.memory_bytes):
+        return True
+    [part] = parts
+    if not new.memory_bytes:
+        return part.share == new.share
+    node = snapshot.node(part.node_id) if snapshot.bit(part.node_id) else None
+    return node is None or node.gpu_memory_bytes is None or part.share == new.share_of(node.gpu_memory_bytes)
+
+
+def _may_be_on(node: Node, before: Request, after: Request) -> bool:
+    """Whether a node meets the limits that changed."""
+    remote = after.calls is not None
+    was, allowed = (
+        (before.egress_nodes, after.egress_nodes) if remote else (before.gpu_nodes, after.gpu_nodes)
+    )
+    if allowed is not None and was != allowed and not any(map(node.named, allowed)):
+        return False
+    if (set(after.apart_from) - set(before.apart_from)) & node.deployments.keys():
+        return False
+    if set(after.near_to) - set(before.near_to) - node.deployments.keys():
+        return False
+    return remote or _is_of_the_kind(node, before, after)
+
+
+def _is_of_the_kind(node: Node, before: Request, after: Request) -> bool:
+    for label, condition in after.labels.items():
+        if before.labels.get(label) != condition and not meets(node.labels, label, condition):
+            return False
+    named = frozenset(after.accelerators if before.accelerators != after.accelerators else ())
+    if named and node.accelerators and not named & node.accelerators:
+        return False
+    least, known = after.compute_capability, node.compute_capability
+    return least is None or known is None or before.compute_capability == least or known >= least
+
+
+def _lies_well(snapshot: Snapshot, parts: Replica, before: Request, after: Request) -> bool:
+    """Whether its GPUs are as close together, and as fast, as is asked for now."""
+    if _arrangement(before) == _arrangement(after):
+        return True
+    by_rank: dict[int, tuple[str, int]] = {}
+    for part in parts:
+        ranks = part.ranks or range(len(part.gpus))
+        by_rank |= {rank: (part.node_id, gpu) for rank, gpu in zip(ranks, part.gpus, strict=True)}
+    ordered = [by_rank[rank] for rank in sorted(by_rank)]
+    if any(not snapshot.bit(node_id) for node_id, _ in ordered):
+        return True
+    if _is_cut(snapshot, ordered, after):
+        return True
+    # One that no node can hold may be cut, if it is cut in one of the ways in which it would be.
+    together = len({node_id for node_id, _ in ordered}) == 1
+    cuts = [] if together else gangs.splits(snapshot, after, eligible(snapshot, after))
+    return any(_is_cut(snapshot, ordered, cut) for cut in cuts)
+
+
+def _arrangement(request: Request) -> tuple[object, ...]:
+    needs = request.needs
+    return needs.gpus, needs.within, needs.slowest, request.stages, request.divisible
+
+
+def _is_cut(snapshot: Snapshot, ordered: Sequence[tuple[str, int]], request: Request) -> bool:
+    """Whether GPUs in the order of ranks are the sets that a request asks for, each as good as it asks."""
+    size = request.needs.gpus
+    domains: list[str | None] = []
+    for i in range(0, len(ordered), size):
+        piece = ordered[i : i + size]
+        node = snapshot.node(piece[0][0])
+        if {node_id for node_id, _ in piece} != {node.id} or not _meets_floor(node, piece, request):
+            return False
+        domains.append(node.labels.get(GPU_DOMAIN_LABEL))
+    if request.parts == 1:
+        return True
+    groups = [set(domains[i : i + request.parts]) for i in range(0, len(domains), request.parts)]
+    return all(len(group) == 1 and None not in group for group in groups)
+
+
+def _meets_floor(node: Node, piece: Sequence[tuple[str, int]], request: Request) -> bool:
+    needs = request.needs
+    if needs.gpus < 2 or not needs.floor or not node.topology.known:
+        return True
+    gpus = [gpu for _, gpu in piece]
+    if needs.within is Within.NUMA and not all(node.topology.numa[gpu] for gpu in gpus):
+        return True
+    offer = node.shape.offer(sum(1 << gpu for gpu in gpus), len(gpus), needs.within)
+    return offer is not None and offer.slowness <= needs.slowest
+
+
+def _spread(
+    snapshot: Snapshot, replicas: Mapping[int, Replica], stay: Sequence[int], after: Request
+) -> list[int]:
+    """Of these, those of which there are not too many in one domain: the first by index."""
+    label, in_domain, kept = after.spread_label or "", Counter[str](), []
+    for index in stay:
+        nodes = [snapshot.node(part.node_id) for part in replicas[index] if snapshot.bit(part.node_id)]
+        domains = {node.labels.get(label) for node in nodes}
+        if not domains:
+            kept.append(index)
+            continue
+        domain = domains.pop()
+        if domains or domain is None or (after.max_per_domain and in_domain[domain] >= after.max_per_domain):
+            continue
+        in_domain[domain] += 1
+        kept.append(index)
+    return kept
