@@ -53,6 +53,13 @@ def assignments_table(deployments: Iterable[Mapping[str, Any]], title: str) -> T
                 bandwidth_text(a["bandwidth_gb_per_s"], a["weakest_link"]),
                 *([ray_alone(a)] if beside_ray else []),
             )
+    waiting = [
+        f"{deployment['deployment']}: replica {index} is pending: {reason}"
+        for deployment in listed
+        for index, reason in deployment.get("pending", {}).items()
+    ]
+    if waiting:
+        table.caption, table.caption_justify = Text("\n".join(waiting)), "left"
     return table
 
 
@@ -393,6 +400,6 @@ def _part(value: float | None) -> str:
 
 def event_line(event: Mapping[str, Any]) -> Text:
     """One thing that happened to a deployment."""
-    at = datetime.fromtimestamp(event["at"]).strftime("%H:%M:%S")
+    at = datetime.fromtimestamp(event["at"]).strftime("%Y-%m-%d %H:%M:%S")
     who = "" if event["replica"] is None else f"replica {event['replica']}"
     return Text(f"{at}  {who:12} {event['state']:10} {event['text']}".rstrip())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -184,3 +185,15 @@ def test_a_replica_over_several_nodes_has_a_line_for_each_with_its_ranks() -> No
         "GPU 2-3, ranks 2-3",
         "GPU 0-3",
     ]
+
+
+def test_what_waits_for_a_place_is_told_below_the_table() -> None:
+    waiting = {"deployment": "d", "assignments": [assignment()], "pending": {"1": "node a died"}}
+    *_, last = text(render.assignments_table([waiting], "placed")).splitlines()
+    assert last.strip() == "d: replica 1 is pending: node a died"
+
+
+def test_an_event_has_a_date() -> None:
+    event = {"at": 1_700_000_000.0, "replica": 0, "state": "released", "text": ""}
+    date = datetime.fromtimestamp(1_700_000_000.0).strftime("%Y-%m-%d %H:%M:%S")
+    assert str(render.event_line(event)) == f"{date}  replica 0    released"
