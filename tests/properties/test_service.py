@@ -27,9 +27,10 @@ from placement.runtime.discovery import NodeInfo
 from placement.runtime.groups import LiveGroup
 from placement.runtime.keeper import Keeper
 from placement.runtime.orders import Holding, Machine, Refusal, order_of_group
-from placement.runtime.results import NodeAssignment
+from placement.runtime.results import NodeAssignment, PlacementResult
 from placement.runtime.service import DeploymentPlacementActor
-from tests.rules import CALLS, Call, Rules
+from placement.wire.plans import PlacementPlan
+from tests.rules import CALLS, NAMES, SHAPES, Call, Rules
 
 GPUS = 4
 EGRESS = 8
@@ -267,6 +268,26 @@ class Fleet(fleet.Fleet):
 
 SHAPE = Topology.unknown(GPUS)
 
+OTHERS = st.sampled_from(({}, {}, {"apart_from": ["a"]}, {"apart_from": ["b", "c"]}, {"near_to": ["b"]}))
+DECLARED = st.builds(
+    lambda name, shape, others, replicas, budget: {
+        "name": name, "model": "m", "replicas": replicas, "budget": {"requests_per_minute": budget}, **shape,
+        "constraints": {kind: [one for one in named if one != name] for kind, named in others.items()},
+    },
+    NAMES, SHAPES, OTHERS, st.integers(1, 3), st.integers(1, 2),
+)  # fmt: skip
+
+
+def places(what: PlacementResult | PlacementPlan) -> tuple[Any, ...]:
+    """Which replica is where, with how much; which GPUs these are, the node's actor decides."""
+    on_gpus = [
+        (a.replica_index, a.node, a.share, list(a.ranks) or list(range(len(a.gpus))))
+        for a in what.assignments
+        if a.gpus
+    ]
+    remote = [(a.replica_index, a.node, a.egress_units) for a in what.assignments if not a.gpus]
+    return what.deployment, on_gpus, remote, sorted(what.pending)
+
 
 def nothing(*args: Any, **more: Any) -> None:
     """Takes no time and changes nothing."""
@@ -469,6 +490,40 @@ class Service(Rules):
     def another_call_comes_in_the_middle(self, call: Call) -> None:
         self.ray.meanwhile.append(lambda: self.send(call, in_the_middle=True))
 
+    @rule(declared=st.lists(DECLARED, min_size=1, max_size=4))
+    def several_are_applied_together(self, declared: list[dict[str, Any]]) -> None:
+        """What a dry run says just before is what happens, if nothing else does."""
+        quiet = self.nothing_else_happens()
+        try:
+            planned = self.service.plan_all(declared)
+        except Unplaceable:
+            planned = None
+        try:
+            results = self.service.apply_all(declared)
+        except (Unplaceable, ReservationFailed):
+            assert not quiet or planned is None, "a dry run promised what cannot be"
+        except StoreFailed:
+            assert not quiet
+        except Killed:
+            assert not quiet
+            self.kill_the_service()
+        else:
+            if quiet:
+                assert planned is not None, "a dry run refused what can be"
+                self.tried["a dry run was right"] += 1
+                assert list(map(places, planned)) == list(map(places, results))
+
+    def nothing_else_happens(self) -> bool:
+        """Whether the service knows all there is, and nothing will go wrong."""
+        ray = self.ray
+        known = [a for one in self.service._books.standing.values() for a in one.assignments()]
+        ours = {a.placement_group.id.hex() for a in known}
+        return (
+            not (ray.meanwhile or ray.refusals or ray.lates or ray.kill_at or ray.store_fails)
+            and set(ray.groups) - {"f"} == ours
+            and {a.node for a in known} <= ray.nodes
+        )
+
     @rule(pick=st.integers(0, 9))
     def a_node_dies_in_the_middle(self, pick: int) -> None:
         self.ray.meanwhile.append(lambda: self.a_node_ends(pick))
@@ -502,6 +557,10 @@ class Service(Rules):
             assert set(one.states) <= set(range(one.deployment.replicas))
             assert set(one.missing()) == set(one.reasons)
             known |= {part.placement_group.id.hex() for part in one.assignments()}
+            limits = one.deployment.constraints
+            for other in limits.apart_from if limits else ():
+                beside = standing[other].nodes() if other in standing else {}
+                assert not one.nodes().keys() & beside.keys(), (name, other)
         if not self.ray.in_doubt:
             assert set(self.ray.groups) - {"f", *self.others} <= known, "a group that nobody knows of"
         for node, held in self.ray.actors.items():
