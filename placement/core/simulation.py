@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 import numpy as np
@@ -112,7 +112,8 @@ class _Simulation:
         self.every = max(1, -(-len(arrivals) // moments))
         self.report = Report(sum(node.whole_gpus for node in snapshot.nodes))
         self.arrived = self.asked = self.allocated = 0.0
-        self.leaving: list[tuple[float, int, float, str, tuple[PlannedReplica, ...]]] = []
+        self.leaving: list[tuple[float, int, float, Request, tuple[PlannedReplica, ...]]] = []
+        self.apart: Counter[tuple[str, str]] = Counter()
         self.hopeless: dict[Hashable, str] = {}
         self.best: dict[Hashable, int] = {}
 
@@ -134,10 +135,13 @@ class _Simulation:
         planned = self.place(request)
         if arrival.stays_seconds is not None:
             at = arrival.at_seconds + arrival.stays_seconds
-            heapq.heappush(self.leaving, (at, turn, amount, request.deployment, planned))
+            heapq.heappush(self.leaving, (at, turn, amount, request, planned))
 
     def place(self, request: Request) -> tuple[PlannedReplica, ...]:
         """What it holds from now on; nothing if it is refused."""
+        if self.apart:
+            keep_away = (name for name, other in +self.apart if other == request.deployment)
+            request = replace(request, kept_away_by=tuple(keep_away))
         key = _alike(request)
         # Between two departures room only shrinks: what was refused stays refused.
         if key is not None and key in self.hopeless:
@@ -152,6 +156,7 @@ class _Simulation:
             self.refuse(reason)
             return ()
         self.report.placed += 1
+        self.apart.update((request.deployment, other) for other in request.apart_from)
         self.measure(step.request, step.outcome)
         for replica in step.outcome.replicas:
             self.allocated += _gpus(replica)
@@ -162,12 +167,13 @@ class _Simulation:
         self.report.reasons[reason] += 1
 
     def leave(self) -> None:
-        _, _, amount, name, replicas = heapq.heappop(self.leaving)
+        _, _, amount, request, replicas = heapq.heappop(self.leaving)
         self.asked -= amount
         if not replicas:
             return
         self.hopeless.clear()
-        self.snapshot = vacate(self.snapshot, replicas, name)
+        self.snapshot = vacate(self.snapshot, replicas, request.deployment, request.calls)
+        self.apart.subtract((request.deployment, other) for other in request.apart_from)
         for replica in replicas:
             self.allocated -= _gpus(replica)
 
@@ -252,7 +258,7 @@ def _gpus(replica: PlannedReplica) -> float:
 
 def _alike(request: Request) -> Hashable:
     """Equal for requests that fit together or not at all; ``None`` where it matters who else is there."""
-    if request.apart_from or request.near_to or request.provider is not None:
+    if request.apart_from or request.near_to or request.kept_away_by or request.provider is not None:
         return None
     return (
         Kind.of(request),

@@ -101,6 +101,14 @@ def test_a_deployment_may_come_near_another_until_that_has_left() -> None:
     assert (report.placed, dict(report.reasons)) == (2, {"has no replica of 'db'": 1})
 
 
+def test_a_deployment_keeps_away_from_one_that_is_apart_from_it_until_that_has_left() -> None:
+    arrivals = [Arrival(0, ask(apart_from=("db",), name="cache"), 5)]
+    arrivals += [Arrival(at, ask(name="db")) for at in (1, 6)]
+    report = simulate(Snapshot([node()]), arrivals)
+    why = "has a replica of 'cache', which is to be apart from this one"
+    assert (report.placed, dict(report.reasons)) == (2, {why: 1})
+
+
 def test_bandwidth_is_a_part_of_the_best_that_the_empty_nodes_have() -> None:
     machine = topologies.load("a100-pcie-4x")
     bridge = machine.islands[0]

@@ -1,0 +1,175 @@
+"""Planned together or one by one, on a live snapshot or from a file: the same comes of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from placement import topologies
+from placement.core.score import WHOLE
+from placement.core.snapshot import Node, Snapshot
+from placement.core.topology import Topology
+from placement.errors import Unplaceable
+from placement.wire.cluster import ClusterFile, HeldDeployment, HeldReplica
+from placement.wire.deployment import Deployment
+from placement.wire.plans import PlacementPlan, plan_deployments, plan_in_order
+
+CPUS, UNITS = 6000, 8
+MACHINES = (topologies.load("a100-pcie-4x"), Topology.unknown(4), topologies.load("l40s-4x"))
+
+
+@dataclass
+class World:
+    """Nodes, and what stands on them; what a node has free is counted anew from that, each time."""
+
+    size: int
+    held: dict[str, HeldDeployment] = field(default_factory=dict)
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(map(self.node, range(self.size)))
+
+    def node(self, number: int) -> Node:
+        name, machine = f"n{number}", MACHINES[number % len(MACHINES)]
+        here = [
+            (held.deployment, replica)
+            for held in self.held.values()
+            for replica in held.replicas
+            if replica.node == name
+        ]
+        rests = dict.fromkeys(range(len(machine)), WHOLE)
+        for _, replica in here:
+            for gpu in replica.gpus:
+                rests[gpu] -= replica.share
+        remote = [one for one in here if one[1].egress_resource]
+        left = UNITS - sum(replica.egress_units for _, replica in remote)
+        cpus = CPUS - sum(replica.cpu_milli for _, replica in here)
+        assert min([*rests.values(), left, cpus]) >= 0, "something is held twice"
+        return Node(
+            id=name,
+            name=name,
+            topology=machine,
+            free=frozenset(gpu for gpu, rest in rests.items() if rest == WHOLE),
+            rests={gpu: rest for gpu, rest in rests.items() if 0 < rest < WHOLE},
+            egress={"egress": left},
+            cpu_milli=cpus,
+            labels={"zone": "ab"[number % 2]},
+            gpu_memory_bytes=80 << 30,
+            deployments=Counter(deployment.name for deployment, _ in here),
+            serving=Counter(deployment.calls or ("", "") for deployment, _ in remote),
+        )
+
+    def apply(self, wanted: Deployment) -> PlacementPlan:
+        """Carries out what is planned for one."""
+        [plan] = plan_deployments(self.snapshot(), self.held, [wanted])
+        cpus = wanted.cpu_milli_per_gpu
+        self.held[wanted.name] = HeldDeployment(
+            deployment=wanted,
+            replicas=tuple(
+                HeldReplica(
+                    replica_index=a.replica_index,
+                    node=a.node,
+                    gpus=tuple(a.gpus),
+                    ranks=tuple(a.ranks),
+                    share=round(a.share * WHOLE),
+                    cpu_milli=cpus * len(a.gpus),
+                    egress_resource=a.egress_resource,
+                    egress_units=a.egress_units,
+                )
+                for a in plan.assignments
+            ),
+        )
+        return plan
+
+
+NAMES = ("a", "b", "c", "d")
+LOCAL: st.SearchStrategy[dict[str, Any]] = st.one_of(
+    st.fixed_dictionaries({"gpus": st.sampled_from((1, 2, 4, 0.5, 0.25))}),
+    st.fixed_dictionaries({"gpu_memory_gib": st.sampled_from((20, 40))}),
+    st.fixed_dictionaries({"gpus": st.just(2), "min_bandwidth_gb_per_s": st.just(100)}),
+    st.fixed_dictionaries(
+        {"tensor_parallel": st.sampled_from((1, 2)), "pipeline_parallel": st.sampled_from((2, 3))}
+    ),
+)
+REMOTE = st.fixed_dictionaries(
+    {
+        "runtime": st.just("openai"),
+        "serving": st.fixed_dictionaries({"max_concurrent": st.sampled_from((2, 3))}),
+        "runtime_config": st.fixed_dictionaries(
+            {"api_key": st.sampled_from(({"from_env": "A"}, {"from_env": "B"}))}
+        ),
+    }
+)
+LIMITS = st.fixed_dictionaries(
+    {},
+    optional={
+        "apart_from": st.lists(st.sampled_from(NAMES), max_size=2, unique=True),
+        "near_to": st.lists(st.sampled_from(NAMES), min_size=1, max_size=1),
+        "node_labels": st.sampled_from(({"zone": "a"}, {"zone": "b"})),
+        "gpu_nodes": st.sampled_from((["n0", "n1"], ["n1", "n2"])),
+        "spread": st.just({"label": "zone", "max": 1}),
+        "cpus_per_gpu": st.sampled_from((1, 2)),
+        "egress_preference": st.just(["n1"]),
+    },
+)
+
+
+@st.composite
+def declared(draw: st.DrawFn) -> Deployment:
+    name = draw(st.sampled_from(NAMES))
+    limits: Mapping[str, Any] = draw(st.one_of(st.just({}), LIMITS))
+    limits = {key: [one for one in value if one != name] if key in ("apart_from", "near_to") else value
+              for key, value in limits.items()}  # fmt: skip
+    if set(limits.get("apart_from", ())) & set(limits.get("near_to", ())):
+        limits = {**limits, "near_to": []}
+    policy = draw(st.sampled_from(("topology", "topology", "spread", "pack", "fragmentation")))
+    fields = draw(st.one_of(LOCAL, LOCAL, REMOTE))
+    return Deployment(
+        name=name, model="m", replicas=draw(st.integers(1, 3)), policy=policy, constraints=limits, **fields
+    )
+
+
+def text(plan: PlacementPlan) -> dict[str, Any]:
+    return plan.to_dict()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(3, 4), st.lists(declared(), max_size=5), st.lists(declared(), min_size=1, max_size=4))
+def test_together_or_one_by_one_is_the_same(
+    size: int, before: list[Deployment], wanted: list[Deployment]
+) -> None:
+    world = World(size)
+    for one in before:
+        try:
+            world.apply(one)
+        except Unplaceable:
+            continue
+    file = ClusterFile.model_validate_json(
+        ClusterFile.of(world.snapshot(), world.held.values()).model_dump_json()
+    )
+    try:
+        together = plan_in_order(world.snapshot(), world.held, wanted)
+    except Unplaceable as refusal:
+        try:
+            for one in wanted:
+                world.apply(one)
+        except Unplaceable as other:
+            assert str(other) == str(refusal) or any(one.constraints for one in wanted)
+            return
+        raise AssertionError("one by one it works") from refusal
+    from_file = plan_in_order(file.snapshot(), file.held(), wanted)
+    assert [(position, text(plan)) for position, plan in from_file] == [
+        (position, text(plan)) for position, plan in together
+    ]
+    assert sorted(position for position, _ in together) == list(range(len(wanted)))
+    for position, plan in together:
+        assert text(world.apply(wanted[position])) == text(plan)
+    for held in world.held.values():
+        limits, here = held.deployment.constraints, {replica.node for replica in held.replicas}
+        for other in limits.apart_from if limits else ():
+            there = world.held[other].replicas if other in world.held else ()
+            assert not here & {replica.node for replica in there}, (held.deployment.name, other)
