@@ -314,7 +314,9 @@ def _sift_gpus(snapshot: Snapshot, request: Request) -> Sifted:
         return sieve, *_size_miss(sieve.dropped, needs), "size"
 
     free_only = needs._replace(within=Within.NODE)
-    reason = f"has no {what} free" if not needs.whole else f"has fewer than {count} GPUs free"
+    reason = (
+        f"has no {what.removeprefix('a ')} free" if not needs.whole else f"has fewer than {count} GPUs free"
+    )
     if needs.free_memory_bytes:
         reason += f" with {needs.free_memory_bytes / GIB:g} GiB unused"
     if not sieve.put("free GPUs", lambda node: None if node.offer(free_only) else reason):

@@ -325,6 +325,7 @@ def test_instances_and_whole_gpus_are_never_taken_for_each_other() -> None:
             Needs(1, profile="1g.10gb"),
             "replica 0 needs a MIG instance 1g.10gb free on one node; at best b has none of its 2 free",
         ),
+        ([PARTLY], Needs(1, profile="1g.10gb"), "(1 node: has no MIG instance 1g.10gb free)"),
     ],
 )
 def test_a_refusal_tells_instances_from_gpus(nodes: list[Node], needs: Needs, sentence: str) -> None:
