@@ -84,6 +84,21 @@ class NodeAssignment:
             options["resources"] = {self.egress_resource: self.egress_units}
         return options
 
+    def engine_options(self) -> dict[str, Any]:
+        """Options that start an engine which makes its own workers in the group, as vLLM does, on this node.
+
+        The engine itself takes nothing, so that its workers find all of the group free; those that it starts without
+        naming a group are in this one, too. The engine of a replica over several nodes belongs where rank 0 is:
+        :meth:`PlacementResult.engine_options` puts it there.
+        """
+        strategy = PlacementGroupSchedulingStrategy(
+            self.placement_group,
+            placement_group_bundle_index=self.bundle_indices[0],
+            placement_group_capture_child_tasks=True,
+        )
+        # Ray asks one CPU to be free where an actor is created that names none, and a bundle need not have any.
+        return {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": strategy}
+
     def to_dict(self) -> dict[str, Any]:
         """The assignment as JSON-ready values; the group by its id."""
         return {
@@ -142,6 +157,17 @@ class PlacementResult:
             if rank in a.ranks:
                 return a.actor_options(a.ranks.index(rank))
         raise IndexError(f"{self.deployment} has no rank {rank} of a replica {replica_index}")
+
+    def engine_options(self, replica_index: int) -> dict[str, Any]:
+        """Options that start the engine of a replica where its rank 0 is: see :meth:`NodeAssignment.engine_options`.
+
+        Raises:
+            IndexError: there is no such replica.
+        """
+        for a in self.replica(replica_index):
+            if 0 in a.ranks:
+                return a.engine_options()
+        raise IndexError(f"{self.deployment} has no replica {replica_index}")
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON-ready values, but for ``runtime_config``: it may name endpoints and keys."""

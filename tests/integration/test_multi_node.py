@@ -67,6 +67,18 @@ def test_a_replica_of_two_times_four_lies_in_one_rack_with_its_bundles_in_rank_o
     assert ray.get(service.get.remote("big")).to_dict() == result.to_dict()
 
 
+def test_the_engine_of_a_replica_over_several_nodes_starts_where_rank_0_is(service: Any) -> None:
+    result = place(service, "engine", tensor_parallel=4, pipeline_parallel=2)
+    engine = Worker.options(**result.engine_options(0)).remote()
+    assert ray.get(engine.node.remote()) == next(a.node for a in result.assignments if 0 in a.ranks)
+    for a in result.assignments:
+        other = Worker.options(**a.engine_options()).remote()
+        assert ray.get(other.node.remote()) == a.node
+        ray.kill(other)
+    verify(result, 0, 8)  # all of the group is still free
+    ray.kill(engine)
+
+
 def test_parts_are_steered_around_what_others_hold(service: Any) -> None:
     neighbours = [another_user("one"), another_user("two")]  # each has GPU 0
     limits = {"gpu_nodes": ["one", "two"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,13 +10,15 @@ from typing import Any
 
 import pytest
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 import placement
 from placement import Deployment, NodeAssignment, PlacementConstraints
 from tests.integration.conftest import left_over, settled
 
 pytestmark = pytest.mark.integration
+
+README = Path(__file__).parents[2] / "README.md"
 
 
 @ray.remote
@@ -88,6 +91,48 @@ def test_several_runs_are_steered_around(service: Any) -> None:
         (assignment,) = result.assignments
         assert assignment.weakest_link == "NV2"
         assert ranks_gpus(assignment) == assignment.gpus
+    finally:
+        ray.kill(neighbour)
+
+
+@ray.remote
+class Engine:
+    """Makes its own workers in the group that it runs in, as vLLM does: one in each bundle, and one just so."""
+
+    def node(self) -> str:
+        return ray.get_runtime_context().get_node_id()
+
+    def workers_gpus(self, bundles: list[int]) -> tuple[list[list[int]], list[int]]:
+        group = ray.util.get_current_placement_group()
+        workers = []
+        for bundle in bundles:
+            there = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+            workers.append(Worker.options(num_cpus=0, num_gpus=1, scheduling_strategy=there).remote())
+        each = ray.get([worker.gpus.remote() for worker in workers])
+        for worker in workers:
+            ray.kill(worker)
+        own = Worker.options(num_cpus=0, num_gpus=1).remote()
+        found = ray.get(own.gpus.remote())
+        ray.kill(own)
+        return each, found
+
+
+@pytest.mark.parametrize("limits", [{}, {"cpus_per_gpu": 0.5}])
+def test_an_engine_that_makes_its_own_workers_gets_exactly_the_gpus(
+    service: Any, limits: dict[str, float]
+) -> None:
+    """Started as the README says. Ray alone would give the pair 1 and 2."""
+    neighbour = another_user("pcie")
+    wanted = {"name": "engine", "model": "m", "gpus": 2, "constraints": {"gpu_nodes": ["pcie"], **limits}}
+    try:
+        (a,) = ray.get(service.place.remote(wanted)).assignments
+        [said] = re.findall(r"`(Engine\.options\([^`]*)`", README.read_text())
+        engine = eval(said, {"Engine": Engine, "a": a})
+        each, own = ray.get(engine.workers_gpus.remote(a.bundle_indices), timeout=60)
+        assert (a.gpus, each) == ([2, 3], [[2], [3]])
+        assert own in each, "what names no group is in this one, too"
+        assert ray.get(engine.node.remote()) == a.node
+        ray.kill(engine)
     finally:
         ray.kill(neighbour)
 

@@ -1,0 +1,54 @@
+"""Options for the workers and the engine of a replica."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from placement.runtime.results import NodeAssignment, PlacementResult
+
+GROUP: Any = SimpleNamespace(id=SimpleNamespace(hex=lambda: "00"))
+README = Path(__file__).parents[2] / "README.md"
+
+
+def over_two_nodes() -> PlacementResult:
+    """Rank 0 is on the node that is listed second."""
+    parts = [
+        NodeAssignment(0, "a", [4, 5], GROUP, [2, 3], ranks=[2, 3], cpus_per_gpu=2.0),
+        NodeAssignment(0, "b", [1, 0], GROUP, [1, 0], ranks=[1, 0], cpus_per_gpu=2.0),
+    ]
+    return PlacementResult("d", parts)
+
+
+def test_an_engine_takes_nothing_of_its_group_and_is_on_the_assignments_node() -> None:
+    for part in over_two_nodes().assignments:
+        options = part.engine_options()
+        strategy = options.pop("scheduling_strategy")
+        assert options == {"num_cpus": 0, "num_gpus": 0}, (
+            "whatever the bundles hold: Ray would ask for a CPU else"
+        )
+        assert strategy.placement_group is GROUP
+        assert strategy.placement_group_bundle_index in part.bundle_indices
+        assert strategy.placement_group_capture_child_tasks is True
+
+
+def test_the_engine_of_a_replica_is_where_its_rank_0_is() -> None:
+    result = over_two_nodes()
+    strategy = result.engine_options(0)["scheduling_strategy"]
+    assert strategy.placement_group_bundle_index in result.assignments[1].bundle_indices
+    with pytest.raises(IndexError, match="d has no replica 1"):
+        result.engine_options(1)
+
+
+def test_the_readme_starts_an_engine_with_options_that_there_are() -> None:
+    [said] = re.findall(
+        r"started with\s+`Engine\.options\(\*\*(a\.engine_options\(\))\)\.remote\(\)`", README.read_text()
+    )
+    result = over_two_nodes()
+    assert eval(said, {"a": result.assignments[0]})["num_cpus"] == 0
+    assert "`result.engine_options(replica)`" in README.read_text()
+    assert eval("result.engine_options(replica)", {"result": result, "replica": 0})["num_gpus"] == 0
