@@ -330,7 +330,8 @@ class DeploymentPlacementActor(Recovery):
             limits = parse_model(
                 PlacementConstraints, constraints, f"deployment {wanted.name!r}: constraints"
             )
-            wanted = wanted.model_copy(update={"constraints": limits})
+            # Read anew, as a whole: constraints can contradict the rest.
+            wanted = parse_model(Deployment, wanted.model_copy(update={"constraints": limits}), source)
         return wanted
 
     def _plan_in_order(self, wanted: Sequence[Deployment]) -> list[tuple[int, PlacementPlan]]:

@@ -97,7 +97,8 @@ def parse_model(model: type[M], value: Any, source: str) -> M:
         InvalidDeployment: with a sentence for each problem; no secret in any of them.
     """
     if isinstance(value, model):
-        return value
+        # It may have been made past its validators, as model_copy and model_construct do.
+        value = value.model_dump(exclude_unset=True, warnings=False)
     try:
         return model.model_validate(value)
     except ValidationError as error:

@@ -137,6 +137,15 @@ def test_an_engine_that_makes_its_own_workers_gets_exactly_the_gpus(
         ray.kill(neighbour)
 
 
+def test_constraints_that_are_given_beside_a_deployment_are_checked_with_it(service: Any) -> None:
+    wanted = Deployment(name="itself", model="m")
+    for given in ({"near_to": ["itself"]}, PlacementConstraints(apart_from=("itself",))):
+        for call in (service.place, service.apply, service.plan):
+            with pytest.raises(placement.InvalidDeployment, match="names 'itself' itself"):
+                ray.get(call.remote(wanted, given))
+    assert ray.get(service.status.remote())["deployments"] == []
+
+
 def test_placing_the_same_again_returns_what_stands(service: Any) -> None:
     wanted = Deployment(name="same", model="m", gpus=2)
     first = ray.get(service.place.remote(wanted))

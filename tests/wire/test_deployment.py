@@ -8,8 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from placement.errors import InvalidDeployment, MissingSecret
-from placement.wire.deployment import ApiKey, Deployment
-from placement.wire.files import load_deployments, parse_deployments
+from placement.wire.deployment import ApiKey, Deployment, PlacementConstraints
+from placement.wire.files import load_deployments, parse_deployments, parse_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 EXAMPLE = EXAMPLES / "deployments.toml"
@@ -217,3 +217,18 @@ def test_a_mig_profile_is_written_as_nvidia_smi_does(mig: str) -> None:
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.toml")), ids=lambda file: file.stem)
 def test_an_example_is_read(file: Path) -> None:
     assert load_deployments(file)
+
+
+def test_one_that_was_made_past_its_validators_is_read_anew() -> None:
+    """As model_copy and model_construct do, and as versions do that know other rules."""
+    good = Deployment(name="d", model="m", gpus=2, constraints=PlacementConstraints(gpu_nodes=("a",)))
+    assert parse_model(Deployment, good, "f") == good
+    for change in (
+        {"gpus": -1},
+        {"model": "gpt-4o"},
+        {"constraints": PlacementConstraints(near_to=("d",))},
+        {"constraints": PlacementConstraints.model_construct(gpu_nodes=())},
+        {"replicas": "many"},
+    ):
+        with pytest.raises(InvalidDeployment, match="^f: "):
+            parse_model(Deployment, good.model_copy(update=change), "f")
