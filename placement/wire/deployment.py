@@ -6,17 +6,29 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, JsonValue, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    JsonValue,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from placement.core.labels import parse_condition
 from placement.core.score import GIB, WHOLE, Needs, Within
 from placement.core.snapshot import Policy
 from placement.errors import MissingSecret
 from placement.wire.base import Model
+from placement.wire.unknown import unknown_field
 
 LocalRuntime = Literal["vllm", "tensorrt", "ort", "candle", "cudarc", "mistralrs", "python"]
 RemoteRuntime = Literal["openai", "anthropic", "gemini", "litellm"]
@@ -118,6 +130,31 @@ class _Declared(Model):
 
     But for ``options``, which nobody here reads: JSON shows them escaped.
     """
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _says_what_was_meant(cls, value: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        """Of an unknown field, says what there is instead, also where no file or service stands between."""
+        try:
+            return validate(value)
+        except ValidationError as error:
+            problems = error.errors(include_url=False)
+            if not any(problem["type"] == "extra_forbidden" for problem in problems):
+                raise
+            told = [cls._told(problem) for problem in problems]
+            raise ValidationError.from_exception_data(cls.__name__, told, hide_input=True) from None
+
+    @classmethod
+    def _told(cls, problem: ErrorDetails) -> InitErrorDetails:
+        kind: str | PydanticCustomError = problem["type"]
+        if kind == "extra_forbidden" and len(problem["loc"]) == 1:
+            message = unknown_field(str(problem["loc"][0]), list(cls.model_fields), _full_names())
+            kind = PydanticCustomError("unknown_field", "{message}", {"message": message})
+        elif kind == "unknown_field":
+            kind = PydanticCustomError(kind, "{message}", problem["ctx"])
+        return InitErrorDetails(
+            type=kind, loc=problem["loc"], input=problem["input"], ctx=problem.get("ctx", {})
+        )
 
     @field_validator("*", mode="after")
     @classmethod
@@ -590,3 +627,18 @@ class Deployment(_Declared):
             "api_key": self.key_fingerprint,
             "constraints": limits.model_dump(mode="json", exclude=of_the_other_kind),
         }
+
+
+@cache
+def _full_names() -> Mapping[str, str]:
+    """Field -> its name from the deployment on, of all there are; the outermost of two."""
+    parts: tuple[tuple[str, type[_Declared]], ...] = (
+        ("", Deployment),
+        ("serving.", Serving),
+        ("constraints.", PlacementConstraints),
+        ("constraints.spread.", Spread),
+        ("runtime_config.", RuntimeConfig),
+        ("runtime_config.api_key.", ApiKey),
+        ("budget.", Budget),
+    )
+    return {name: where + name for where, part in reversed(parts) for name in part.model_fields}

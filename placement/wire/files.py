@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from placement.errors import InvalidDeployment
 from placement.wire.deployment import Deployment
+from placement.wire.unknown import unknown_field
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -114,27 +115,14 @@ def _sentence(model: type[BaseModel], problem: dict[str, Any]) -> str:
     if kind == "missing":
         return f"{field}: is missing; add it"
     if kind == "extra_forbidden":
-        return f"unknown field {field!r}; known here: {', '.join(_known_fields(model, location[:-1]))}"
+        message = unknown_field(location[-1], list(model.model_fields), {})
+    if kind in ("extra_forbidden", "unknown_field"):
+        return f"unknown field {field!r}; {message.removeprefix('unknown field; ')}"
     if kind != "value_error" and location and location[0] in _ECHOED:
         value = problem.get("input")
         if isinstance(value, str | int | float | bool) and len(str(value)) <= 80:
             message = f"{value!r} is refused: {message[:1].lower()}{message[1:]}"
     return f"{field}: {message}" if field else message
-
-
-def _known_fields(model: type[BaseModel], location: list[str]) -> list[str]:
-    from placement.wire import deployment as wire
-
-    nested: dict[str, type[BaseModel]] = {
-        "runtime_config": wire.RuntimeConfig,
-        "api_key": wire.ApiKey,
-        "serving": wire.Serving,
-        "budget": wire.Budget,
-        "constraints": wire.PlacementConstraints,
-        "spread": wire.Spread,
-    }
-    here = nested.get(location[-1], model) if location else model
-    return list(here.model_fields)
 
 
 def _parse(text: str, suffix: str, source: str) -> Any:
