@@ -18,7 +18,7 @@ from placement.runtime import groups, ledger
 from placement.runtime.orders import Holding
 from placement.runtime.results import NodeAssignment, PlacementResult
 from placement.wire.cluster import HeldDeployment, HeldReplica
-from placement.wire.deployment import Deployment
+from placement.wire.deployment import STANDS, Deployment
 
 RECORDED = (
     "replica_index", "node", "node_name", "gpus", "bundle_indices", "ranks", "share", "mig", "cpus_per_gpu",
@@ -122,7 +122,7 @@ class Standing:
     @classmethod
     def load(cls, record: Mapping[str, Any]) -> Standing:
         """Reads a record of the ledger."""
-        standing = cls(Deployment.model_validate(record["deployment"]))
+        standing = cls(Deployment.model_validate(record["deployment"], context=STANDS))
         standing.releasing = record.get("releasing", False)
         for replica in record["replicas"]:
             assignment = NodeAssignment(

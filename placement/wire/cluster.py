@@ -17,7 +17,7 @@ from placement.core.snapshot import NEAR_LABELS, Node, Snapshot
 from placement.core.topology import Topology
 from placement.errors import InvalidClusterFile, MatrixError
 from placement.wire.base import Model
-from placement.wire.deployment import Deployment
+from placement.wire.deployment import STANDS, Deployment
 
 _AS_THEY_ARE = (
     "egress", "problem", "rests", "slots", "instances", "gpu_memory_bytes", "free_memory", "cpu_milli",
@@ -192,7 +192,7 @@ def load_cluster(path: Path) -> ClusterFile:
         InvalidClusterFile: the file cannot be read, or is not such a file; names the first field at fault.
     """
     try:
-        return ClusterFile.model_validate_json(path.read_bytes())
+        return ClusterFile.model_validate_json(path.read_bytes(), context=STANDS)
     except OSError as error:
         raise InvalidClusterFile(f"{path}: cannot be read: {error.strerror}; check the path") from None
     except ValidationError as error:

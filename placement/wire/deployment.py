@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     JsonValue,
@@ -54,13 +55,20 @@ _SECRET_PATTERN = re.compile(r"api_?key|secret|password|credential|(^|_)token$",
 _MIG_PATTERN = re.compile(r"([1-8]c\.)?[1-8]g\.\d{1,3}gb([+-][a-z.]+)?")
 _PROVIDER_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
+STANDS = {"stands": True}
+"""The context in which to read what stands already: it is held to no rule for new requests, and keeps what it has."""
+
 MOST = 100_000
 """A count above this is a slip of the pen, not a deployment."""
+
+LEAST = 0.001
+"""An amount below this would count as none: 1 MiB, a thousandth of a CPU or of a GB/s."""
 
 NO_LINKS_BETWEEN_INSTANCES = (
     "no NVLink and no peer-to-peer access leads from one MIG instance to another, not even on one GPU"
 )
 """Why one replica cannot have several; https://github.com/NVIDIA/nccl/issues/1716."""
+
 
 _INFERRED: tuple[tuple[Runtime, str], ...] = (
     # litellm first: "gpt-4o-via-litellm" says how it is reached.
@@ -79,13 +87,29 @@ def infer_runtime(model: str) -> Runtime:
 
 
 def _whole(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # as spreadsheets and other programs write whole numbers: 8.0
     if isinstance(value, bool) or not isinstance(value, int):
-        kind = "fractional" if isinstance(value, float) else "not a number"
-        raise ValueError(f"{value!r} is {kind}; use a whole number of at least 1")
+        fractional = isinstance(value, float) and math.isfinite(value)
+        raise ValueError(
+            f"{value!r} is {'fractional' if fractional else 'not a number'}; use a whole number of at least 1"
+        )
     if value < 1:
         raise ValueError(f"{value} is too small; use a whole number of at least 1")
     if value > MOST:
-        raise ValueError(f"{value} is too large; use at most {MOST}")
+        raise ValueError(f"{value if value < 10**18 else 'it'} is too large; use at most {MOST}")
+    return value
+
+
+def _amount(value: float, info: ValidationInfo) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is not a number; leave it out for no limit")
+    if _stands(info):
+        return value
+    if value < LEAST:
+        raise ValueError(f"{value:g} is too small; use at least {LEAST}, or leave it out")
+    if value > MOST:
+        raise ValueError(f"{value:g} is too large; use at most {MOST}")
     return value
 
 
@@ -108,21 +132,27 @@ def _capability(value: Any) -> Any:
 
 
 def _gpus(value: Any) -> Any:
-    if isinstance(value, float):
+    if isinstance(value, float) and not (value >= 1 and value.is_integer()):
         if value > 1:
             raise ValueError(
                 f"{value!r} GPUs is more than one and not whole, and a share cannot span two GPUs; "
                 "use a whole number, or a share below 1"
             )
-        if value != 1 and not (value > 0 and math.isclose(value * WHOLE, round(value * WHOLE), abs_tol=1e-6)):
+        if not (value > 0 and math.isclose(value * WHOLE, round(value * WHOLE), abs_tol=1e-6)):
             raise ValueError(f"{value!r} is no share of a GPU; use 0.001 to 0.999, in thousandths")
-        return 1 if value == 1 else value
+        return value
     if isinstance(value, int) and not isinstance(value, bool) and value < 1:
         raise ValueError(f"{value} is too small; use at least 1, or leave gpus out on a remote deployment")
     return _whole(value)
 
 
+def _stands(info: ValidationInfo) -> bool:
+    """Whether what is read stands already."""
+    return info.context == STANDS
+
+
 Count = Annotated[int, BeforeValidator(_whole)]
+Amount = Annotated[float, AfterValidator(_amount)]
 
 
 class _Declared(Model):
@@ -295,7 +325,7 @@ class Serving(_Declared):
 class Budget(_Declared):
     """Spending limits, for the workers to keep: every result carries them. Placing does not read them."""
 
-    usd_per_day: float | None = Field(default=None, gt=0)
+    usd_per_day: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     tokens_per_minute: int | None = Field(default=None, gt=0)
     requests_per_minute: int | None = Field(default=None, gt=0)
 
@@ -324,14 +354,14 @@ class PlacementConstraints(_Declared):
     min_compute_capability: Annotated[str, BeforeValidator(_capability)] | None = Field(
         default=None, description='the least that will do: "8.0"'
     )
-    min_free_gpu_memory_gib: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="that NVML must show as free on each GPU"
+    min_free_gpu_memory_gib: Amount | None = Field(
+        default=None, description="that NVML must show as free on each GPU"
     )
     node_labels: dict[str, str] = Field(
         default_factory=dict, description="label -> a, !a, in(a, b) or !in(a, b), as Ray's label_selector"
     )
-    cpus_per_gpu: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    memory_gib_per_gpu: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    cpus_per_gpu: Amount | None = None
+    memory_gib_per_gpu: Amount | None = None
     spread: Spread | None = None
     apart_from: tuple[str, ...] = Field(
         default=(), description="deployments that must not be on the node; they keep away from this one, too"
@@ -382,11 +412,8 @@ class Deployment(_Declared):
         default=None,
         description="GPUs per replica, or a share of one (0.25); 1 if left out; never on a remote runtime",
     )
-    gpu_memory_gib: float | None = Field(
-        default=None,
-        gt=0,
-        allow_inf_nan=False,
-        description="instead of gpus: as much of one GPU as has this much memory",
+    gpu_memory_gib: Amount | None = Field(
+        default=None, description="instead of gpus: as much of one GPU as has this much memory"
     )
     mig: str | None = Field(default=None, description="instead of gpus: one MIG instance, such as 1g.10gb")
     tensor_parallel: Count | None = Field(
@@ -396,10 +423,8 @@ class Deployment(_Declared):
         default=None, description="how many such groups a replica is made of; they may lie on several nodes"
     )
     replicas: Count = 1
-    min_bandwidth_gb_per_s: float | None = Field(
+    min_bandwidth_gb_per_s: Amount | None = Field(
         default=None,
-        gt=0,
-        allow_inf_nan=False,
         description="floor: predicted all-reduce bus bandwidth between a replica's GPUs, GB/s per direction",
     )
     within: Within | None = Field(
@@ -432,7 +457,7 @@ class Deployment(_Declared):
         return value
 
     @model_validator(mode="after")
-    def _consistent(self) -> Deployment:
+    def _consistent(self, info: ValidationInfo) -> Deployment:
         config = self.runtime_config
         if config and self.runtime and config.runtime and config.runtime != self.runtime:
             raise ValueError(
@@ -454,7 +479,23 @@ class Deployment(_Declared):
             raise ValueError(
                 f"runtime_config.api_key is for remote runtimes, not {self.runtime_name}; remove it"
             )
+        if not _stands(info):
+            self._check_floors()
         return self
+
+    def _check_floors(self) -> None:
+        """Refuses a floor for links that no set of GPUs has."""
+        if self.needs.gpus != 1 or self.gpus_per_replica == 1:
+            return
+        for field in ("min_bandwidth_gb_per_s", "within"):
+            value = getattr(self, field)
+            if value is not None:
+                asked = {"gpus", "tensor_parallel", "pipeline_parallel"}
+                named = [f"{name}: {getattr(self, name)}" for name in sorted(asked) if getattr(self, name)]
+                raise ValueError(
+                    f"{field}: {value} is about the links within a tensor-parallel group, and with "
+                    f"{', '.join(named)} each has one GPU; set tensor_parallel to 2 or more, or leave {field} out"
+                )
 
     def _no_contradiction(self) -> None:
         self._check_parallelism()

@@ -282,3 +282,15 @@ def test_a_bad_cluster_file_is_bad_input(
     refused = run(*offline)
     assert refused.exit_code == 2
     assert message in refused.output and "placement snapshot" in refused.output
+
+
+def test_a_snapshot_of_what_an_earlier_version_placed_can_be_planned_on(
+    offline: list[str], tmp_path: Path
+) -> None:
+    old = {"name": "old", "model": "m", "pipeline_parallel": 2, "within": "nvlink"}
+    held = {
+        "deployment": old,
+        "replicas": [{"replica_index": 0, "node": "id-000", "gpus": [0, 1], "ranks": [0, 1]}],
+    }
+    (tmp_path / "cluster.json").write_text(json.dumps({**CLUSTER, "deployments": [held]}))
+    assert run(*offline).exit_code == 0

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from placement import Deployment
 from placement.runtime.books import Standing
 from placement.runtime.ledger import VERSION, read
 
@@ -39,3 +40,19 @@ def test_half_a_record_or_none_is_told_as_such(value: bytes) -> None:
     record = read("d", value)
     assert (record.content, record.newer) == (None, False)
     assert "not one that this service wrote, or only a part" in record.problem
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pipeline_parallel": 2, "within": "nvlink"},
+        {"gpus": 2, "pipeline_parallel": 2, "min_bandwidth_gb_per_s": 100.0},
+        {"gpu_memory_gib": 4e-10},
+        {"constraints": {"cpus_per_gpu": 0.0001}},
+    ],
+)
+def test_what_stands_is_held_to_no_rule_that_came_later(fields: dict[str, object]) -> None:
+    wanted = {"name": "d", "model": "m", **fields}
+    assert Standing.load({"deployment": wanted, "replicas": []}).deployment.runtime_name == "vllm"
+    with pytest.raises(ValueError, match="Deployment"):
+        Deployment.model_validate(wanted)

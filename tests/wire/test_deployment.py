@@ -119,6 +119,26 @@ def test_a_custom_runtime_says_its_transport() -> None:
         ),
         ({"model": "gpt-4o", "runtime_config": {"api_key": {}}}, "set exactly one of from_env and from_file"),
         ({"constraints": {"gpu_nodes": []}}, "constraints.gpu_nodes: "),
+        ({"gpu_memory_gib": 4e-10}, "gpu_memory_gib: 4e-10 is too small; use at least 0.001"),
+        ({"gpu_memory_gib": 1e300}, "gpu_memory_gib: 1e+300 is too large; use at most 100000"),
+        ({"gpu_memory_gib": float("nan")}, "gpu_memory_gib: nan is not a number"),
+        ({"gpus": 2, "min_bandwidth_gb_per_s": 1e-4}, "min_bandwidth_gb_per_s: 0.0001 is too small"),
+        (
+            {"constraints": {"min_free_gpu_memory_gib": 1e-10}},
+            "constraints.min_free_gpu_memory_gib: 1e-10 is too small; use at least 0.001",
+        ),
+        (
+            {"constraints": {"memory_gib_per_gpu": 1e-10}},
+            "constraints.memory_gib_per_gpu: 1e-10 is too small",
+        ),
+        ({"constraints": {"cpus_per_gpu": 0.0004}}, "constraints.cpus_per_gpu: 0.0004 is too small"),
+        ({"constraints": {"cpus_per_gpu": float("inf")}}, "constraints.cpus_per_gpu: inf is not a number"),
+        ({"replicas": 2.5}, "replicas: 2.5 is fractional"),
+        ({"replicas": 0.0}, "replicas: 0 is too small"),
+        ({"replicas": 1e300}, "replicas: it is too large; use at most 100000"),
+        ({"replicas": float("inf")}, "replicas: inf is not a number"),
+        ({"gpus": 8.5}, "gpus: 8.5 GPUs is more than one and not whole"),
+        ({"gpus": 200000.0}, "gpus: 200000 is too large"),
     ],
 )
 def test_bad_input_is_named_with_its_value_and_the_fix(fields: dict[str, object], sentence: str) -> None:
@@ -217,6 +237,44 @@ def test_a_mig_profile_is_written_as_nvidia_smi_does(mig: str) -> None:
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.toml")), ids=lambda file: file.stem)
 def test_an_example_is_read(file: Path) -> None:
     assert load_deployments(file)
+
+
+@pytest.mark.parametrize("field", ["gpus", "replicas", "tensor_parallel", "pipeline_parallel"])
+def test_a_whole_number_may_be_written_with_a_point(field: str) -> None:
+    """Spreadsheets and pandas write 8.0 for 8."""
+    plain, pointed = (Deployment.model_validate({"name": "d", "model": "m", field: n}) for n in (8, 8.0))
+    assert (pointed, type(getattr(pointed, field))) == (plain, int)
+    assert Deployment.model_validate(
+        {"name": "d", "model": "m", "serving": {"max_concurrent": 8.0}}
+    ).serving == (
+        Deployment.model_validate({"name": "d", "model": "m", "serving": {"max_concurrent": 8}}).serving
+    )
+
+
+@pytest.mark.parametrize("floor", [{"min_bandwidth_gb_per_s": 100}, {"within": "nvlink"}, {"within": "numa"}])
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"pipeline_parallel": 2}, "pipeline_parallel: 2"),
+        ({"gpus": 2, "pipeline_parallel": 2}, "gpus: 2, pipeline_parallel: 2"),
+        ({"gpus": 4, "tensor_parallel": 1}, "gpus: 4, tensor_parallel: 1"),
+        ({"tensor_parallel": 1, "pipeline_parallel": 3}, "pipeline_parallel: 3, tensor_parallel: 1"),
+        (
+            {"gpus": 3, "tensor_parallel": 1, "pipeline_parallel": 3},
+            "gpus: 3, pipeline_parallel: 3, tensor_parallel: 1",
+        ),
+    ],
+)
+def test_a_floor_for_links_that_no_stage_has_is_refused(
+    asked: dict[str, int], named: str, floor: dict[str, object]
+) -> None:
+    with pytest.raises(ValidationError) as refused:
+        Deployment.model_validate({"name": "d", "model": "m", **asked, **floor})
+    [field] = floor
+    assert f"{field}: {floor[field]}" in str(refused.value)
+    assert f"with {named} each has one GPU; set tensor_parallel to 2 or more" in str(refused.value)
+    two = {"tensor_parallel": 2, "pipeline_parallel": 2}
+    assert Deployment.model_validate({"name": "d", "model": "m", **two, **floor}).needs.gpus == 2
 
 
 def test_one_that_was_made_past_its_validators_is_read_anew() -> None:
