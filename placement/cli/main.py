@@ -243,13 +243,13 @@ def plan(deployments: Path, cluster: Path | None, explain: bool, address: str | 
         listed = explained if explain else plans
         _dump({"deployments": [one.to_dict() for one in listed]})
     else:
-        from placement.cli.render import assignments_table, explanation_view
+        from placement.cli.render import assignments_table, explanation_view, runtimes_note
 
         for one in explained:
             _show(*explanation_view(one.to_dict()))
         if plans:
             rows = [one.to_dict() for one in plans]
-            _show(assignments_table(rows, title="planned, nothing is reserved"))
+            _show(assignments_table(rows, title="planned, nothing is reserved"), runtimes_note(rows))
     if refusal is not None:
         _note(f"error: {refusal}")
         sys.exit(REFUSED)

@@ -100,6 +100,21 @@ def ray_alone(assignment: Mapping[str, Any]) -> str:
     return text
 
 
+def runtimes_note(deployments: Iterable[Mapping[str, Any]]) -> Text:
+    """What each deployment runs on: one line for each way to say so, as a column would make the tables too wide."""
+    said: dict[str, dict[str, list[str]]] = {}
+    for one in deployments:
+        if "runtime_from" not in one:  # an older service does not say
+            continue
+        name = one.get("deployment") or one["name"]
+        said.setdefault(one["runtime_from"], {}).setdefault(one["runtime"], []).append(name)
+    lines = []
+    for source, runtimes in sorted(said.items()):
+        each = "; ".join(f"{runtime} for {', '.join(names)}" for runtime, names in sorted(runtimes.items()))
+        lines.append(f"runtime {source}: {each}")
+    return Text("\n".join(lines))
+
+
 def explanation_view(explained: Mapping[str, Any]) -> list[Any]:
     """Stage by stage, how many nodes were left and what excluded the others."""
     why = explained["explanation"]
@@ -128,6 +143,7 @@ def status_view(report: Mapping[str, Any]) -> list[Any]:
     if report["deployments"]:
         rows = [{"deployment": d["name"], "assignments": d["assignments"]} for d in report["deployments"]]
         parts.append(assignments_table(rows, title="deployments"))
+        parts.append(runtimes_note(report["deployments"]))
         lost = [f"{d['name']} ({d['state']})" for d in report["deployments"] if d["state"] != "placed"]
         if lost:
             parts.append(Text(f"not whole: {', '.join(lost)}", style="bold red"))

@@ -18,7 +18,7 @@ from placement.runtime import groups, ledger
 from placement.runtime.orders import Holding
 from placement.runtime.results import NodeAssignment, PlacementResult
 from placement.wire.cluster import HeldDeployment, HeldReplica
-from placement.wire.deployment import STANDS, Deployment
+from placement.wire.deployment import Deployment
 
 RECORDED = (
     "replica_index", "node", "node_name", "gpus", "bundle_indices", "ranks", "share", "mig", "cpus_per_gpu",
@@ -117,12 +117,13 @@ class Standing:
             for assignment in self.assignments()
         ]
         declared = self.deployment.model_dump(mode="json", exclude_none=True)
-        ledger.save(self.deployment.name, declared, replicas, self.releasing)
+        runtime = self.deployment.runtime_name
+        ledger.save(self.deployment.name, declared, replicas, self.releasing, runtime)
 
     @classmethod
     def load(cls, record: Mapping[str, Any]) -> Standing:
         """Reads a record of the ledger."""
-        standing = cls(Deployment.model_validate(record["deployment"], context=STANDS))
+        standing = cls(Deployment.recorded(record["deployment"], record.get("runtime")))
         standing.releasing = record.get("releasing", False)
         for replica in record["replicas"]:
             assignment = NodeAssignment(

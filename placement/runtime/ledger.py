@@ -58,10 +58,28 @@ def token() -> str:
 
 
 def save(
-    name: str, deployment: dict[str, Any], replicas: list[dict[str, Any]], releasing: bool = False
+    name: str,
+    deployment: dict[str, Any],
+    replicas: list[dict[str, Any]],
+    releasing: bool = False,
+    runtime: str | None = None,
 ) -> None:
-    """Writes the record of a deployment, replacing an older one. ``releasing``: it is to go, whatever happens."""
-    record = {"version": VERSION, "deployment": deployment, "replicas": replicas, "releasing": releasing}
+    """Writes the record of a deployment, replacing an older one.
+
+    Args:
+        name: of the deployment.
+        deployment: its declaration.
+        replicas: what each of them holds.
+        releasing: it is to go, whatever happens.
+        runtime: what it was placed as, which the declaration need not say.
+    """
+    record = {
+        "version": VERSION,
+        "deployment": deployment,
+        "runtime": runtime,
+        "replicas": replicas,
+        "releasing": releasing,
+    }
     key = (_RECORD + name).encode()
     internal_kv._internal_kv_put(key, json.dumps(record).encode(), overwrite=True, namespace=_NAMESPACE)
 

@@ -44,6 +44,7 @@ def status_report(
                 "name": name,
                 "model": deployment.model,
                 "runtime": deployment.runtime_name,
+                "runtime_from": deployment.runtime_from,
                 "transport": deployment.transport,
                 "replicas": deployment.replicas,
                 "state": _state(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -29,15 +30,11 @@ from placement.core.score import GIB, WHOLE, Needs, Within
 from placement.core.snapshot import Policy
 from placement.errors import MissingSecret
 from placement.wire.base import Model
+from placement.wire.runtimes import Runtime, infer_runtime, runtime_before
 from placement.wire.unknown import unknown_field
 
 LocalRuntime = Literal["vllm", "tensorrt", "ort", "candle", "cudarc", "mistralrs", "python"]
 RemoteRuntime = Literal["openai", "anthropic", "gemini", "litellm"]
-Runtime = Literal[
-    "vllm", "tensorrt", "ort", "candle", "cudarc", "mistralrs", "python",
-    "openai", "anthropic", "gemini", "litellm",
-    "custom",
-]  # fmt: skip
 Transport = Literal["local_gpu", "remote_network"]
 
 REMOTE_RUNTIMES = ("openai", "anthropic", "gemini", "litellm")
@@ -68,22 +65,6 @@ NO_LINKS_BETWEEN_INSTANCES = (
     "no NVLink and no peer-to-peer access leads from one MIG instance to another, not even on one GPU"
 )
 """Why one replica cannot have several; https://github.com/NVIDIA/nccl/issues/1716."""
-
-
-_INFERRED: tuple[tuple[Runtime, str], ...] = (
-    # litellm first: "gpt-4o-via-litellm" says how it is reached.
-    ("litellm", r"litellm/|.*via-litellm"),
-    ("openai", r"gpt-4|gpt-3\.5|o1-|o3-|chatgpt-"),
-    ("anthropic", r"claude-|anthropic/"),
-    ("gemini", r"gemini-|google/gemini"),
-    ("mistralrs", r".*mistral"),
-)
-
-
-def infer_runtime(model: str) -> Runtime:
-    """The runtime that a model name suggests; ``vllm`` where it suggests none."""
-    lowered = model.lower()
-    return next((runtime for runtime, pattern in _INFERRED if re.match(pattern, lowered)), "vllm")
 
 
 def _whole(value: Any) -> Any:
@@ -437,6 +418,27 @@ class Deployment(_Declared):
     idempotent: bool = Field(default=False, description="requests may be sent twice")
     constraints: PlacementConstraints | None = None
 
+    @classmethod
+    def recorded(cls, declared: Mapping[str, Any], runtime: Runtime | None = None) -> Deployment:
+        """A declaration that was accepted once, by this version or an earlier one, and stands.
+
+        What may be asked for, and what a model's name means, may have changed since: it keeps its runtime.
+
+        Args:
+            declared: its fields.
+            runtime: what it was placed as; ``None`` if nobody noted that, as earlier versions did not.
+        """
+        fields = dict(declared)
+        model = fields.get("model")
+        said = fields.get("runtime") or (fields.get("runtime_config") or {}).get("runtime")
+        if isinstance(model, str) and not said:
+            was = runtime or runtime_before(model)
+            with contextlib.suppress(ValueError):
+                said = infer_runtime(model)
+            if said != was:
+                fields["runtime"] = was
+        return cls.model_validate(fields, context=STANDS)
+
     @field_validator("name")
     @classmethod
     def _name(cls, value: str) -> str:
@@ -470,18 +472,39 @@ class Deployment(_Declared):
                 )
             if config.transport == "remote_network" and config.provider is None:
                 raise ValueError("a custom remote runtime needs runtime_config.provider, such as openai")
-        elif config and (config.transport is not None or config.provider is not None):
-            raise ValueError(
-                f"runtime_config.transport and provider are for runtime custom, not {self.runtime_name}"
-            )
         self._no_contradiction()
-        if config and config.api_key and not self.remote:
-            raise ValueError(
-                f"runtime_config.api_key is for remote runtimes, not {self.runtime_name}; remove it"
-            )
         if not _stands(info):
+            self._check_endpoint()
             self._check_floors()
         return self
+
+    def _check_endpoint(self) -> None:
+        """Refuses what only remote runtimes, or only custom ones, have a use for."""
+        config, runtime = self.runtime_config, self.runtime_name
+        if config is None:
+            return
+        if runtime != "custom":
+            for field in ("transport", "provider"):
+                if getattr(config, field) is not None:
+                    calls = "" if self.remote else "litellm if replicas call that provider, or to "
+                    raise ValueError(
+                        f"runtime_config.{field} is for runtime custom, not {runtime} ({self.runtime_from}); set "
+                        f"runtime to {calls}custom, or remove {field}"
+                    )
+        elif config.provider is not None and not self.remote:
+            raise ValueError(
+                "runtime_config.provider is for a custom runtime that calls one; set transport to remote_network, "
+                "or remove provider"
+            )
+        for field in ("base_url", "api_key"):
+            if getattr(config, field) is not None and not self.remote:
+                instead = (
+                    "transport to remote_network" if runtime == "custom" else "runtime to openai (or litellm)"
+                )
+                raise ValueError(
+                    f"runtime_config.{field} is for remote runtimes, not {runtime} ({self.runtime_from}); set "
+                    f"{instead} if replicas call an endpoint, or remove {field}"
+                )
 
     def _check_floors(self) -> None:
         """Refuses a floor for links that no set of GPUs has."""
@@ -560,6 +583,14 @@ class Deployment(_Declared):
         """The runtime: explicit, or that of ``runtime_config``, or inferred from the model's name."""
         configured = self.runtime_config.runtime if self.runtime_config else None
         return self.runtime or configured or infer_runtime(self.model)
+
+    @property
+    def runtime_from(self) -> str:
+        """Who says so: ``declared``, ``runtime_config`` or ``by the model's name``."""
+        if self.runtime:
+            return "declared"
+        configured = self.runtime_config and self.runtime_config.runtime
+        return "runtime_config" if configured else "by the model's name"
 
     @property
     def transport(self) -> Transport:

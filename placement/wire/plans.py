@@ -61,18 +61,24 @@ class PlacementPlan:
         assignments: one for each replica and node, by replica index.
         standing: whether the deployment is placed already, just so.
         pending: replicas that wait for a place already, and would go on waiting -> why.
+        runtime: what it runs on.
+        runtime_from: who says so: ``declared``, ``runtime_config`` or ``by the model's name``.
     """
 
     deployment: str
     assignments: list[PlannedAssignment]
     standing: bool = False
     pending: dict[int, str] = field(default_factory=dict)
+    runtime: str = ""
+    runtime_from: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready values."""
         return {
             "deployment": self.deployment,
             "standing": self.standing,
+            "runtime": self.runtime,
+            "runtime_from": self.runtime_from,
             "assignments": [a.to_dict() for a in self.assignments],
             "pending": {str(index): reason for index, reason in self.pending.items()},
         }
@@ -413,7 +419,10 @@ def _preview(snapshot: Snapshot, done: _Done) -> PlacementPlan:
             )
         )
     standing = not done.fresh and not done.pending
-    return PlacementPlan(done.deployment.name, assignments, standing, dict(done.pending))
+    wanted = done.deployment
+    return PlacementPlan(
+        wanted.name, assignments, standing, dict(done.pending), wanted.runtime_name, wanted.runtime_from
+    )
 
 
 def _slowest_set(node: Node, replica: PlannedReplica, size: int) -> Score:

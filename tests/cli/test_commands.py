@@ -284,6 +284,27 @@ def test_a_bad_cluster_file_is_bad_input(
     assert message in refused.output and "placement snapshot" in refused.output
 
 
+def test_a_plan_says_what_each_deployment_runs_on_and_why(offline: list[str], tmp_path: Path) -> None:
+    cluster = json.loads((tmp_path / "cluster.json").read_text())
+    cluster["nodes"].append({"id": "out", "name": "out", "egress": {"egress": 8}})
+    (tmp_path / "cluster.json").write_text(json.dumps(cluster))
+    (tmp_path / "d.toml").write_text(
+        '[[deployments]]\nname = "a"\nmodel = "gpt-5"\n'
+        '[[deployments]]\nname = "b"\nmodel = "llama"\n'
+        '[[deployments]]\nname = "c"\nmodel = "gpt-4o"\nruntime = "vllm"\n'
+    )
+    shown = run(*offline).output
+    assert "runtime by the model's name: openai for a; vllm for b\nruntime declared: vllm for c\n" in shown
+    for more in ([], ["--explain"]):
+        said = json.loads(run(*offline, "--json", *more).stdout)["deployments"]
+        plans = [one["plan"] if more else one for one in said]
+        assert [(one["runtime"], one["runtime_from"]) for one in plans] == [
+            ("openai", "by the model's name"),
+            ("vllm", "by the model's name"),
+            ("vllm", "declared"),
+        ]
+
+
 def test_a_snapshot_of_what_an_earlier_version_placed_can_be_planned_on(
     offline: list[str], tmp_path: Path
 ) -> None:

@@ -87,3 +87,20 @@ def test_instances_are_reported_by_their_profile() -> None:
     profiles = [gpu["mig"] for gpu in report["gpus"]]
     assert profiles == ["1g.10gb"] * 7 + ["3g.40gb", "2g.20gb", "1g.10gb", "1g.10gb", None, None]
     assert report["gpus"][7]["deployment"] == "a"
+
+
+def test_what_a_deployment_runs_on_is_reported_and_who_says_so() -> None:
+    held = Books()
+    for name, fields in {
+        "a": {"model": "gpt-5"},
+        "b": {"model": "gpt-5", "runtime": "vllm"},
+        "c": {"model": "m", "runtime_config": {"runtime": "ort"}},
+    }.items():
+        held.standing[name] = Standing(Deployment.model_validate({"name": name, **fields}))
+    fleet: Any = SimpleNamespace(machines=SimpleNamespace(facts={}), foreign={})
+    report = status_report([], held, fleet, {})
+    assert [(one["runtime"], one["runtime_from"]) for one in report["deployments"]] == [
+        ("openai", "by the model's name"),
+        ("vllm", "declared"),
+        ("ort", "runtime_config"),
+    ]

@@ -139,6 +139,33 @@ def test_a_custom_runtime_says_its_transport() -> None:
         ({"replicas": float("inf")}, "replicas: inf is not a number"),
         ({"gpus": 8.5}, "gpus: 8.5 GPUs is more than one and not whole"),
         ({"gpus": 200000.0}, "gpus: 200000 is too large"),
+        (
+            {"model": "llama", "runtime_config": {"base_url": "http://vllm:8000/v1"}},
+            "runtime_config.base_url is for remote runtimes, not vllm (by the model's name); set runtime to openai "
+            "(or litellm) if replicas call an endpoint, or remove base_url",
+        ),
+        (
+            {"runtime": "python", "runtime_config": {"base_url": "http://vllm:8000/v1"}},
+            "runtime_config.base_url is for remote runtimes, not python (declared)",
+        ),
+        (
+            {"runtime_config": {"provider": "openai"}},
+            "runtime_config.provider is for runtime custom, not vllm (by the model's name); set runtime to litellm if "
+            "replicas call that provider, or to custom, or remove provider",
+        ),
+        (
+            {"model": "gpt-4o", "runtime_config": {"transport": "remote_network"}},
+            "runtime_config.transport is for runtime custom, not openai (by the model's name); set runtime to custom, "
+            "or remove transport",
+        ),
+        (
+            {"runtime": "custom", "runtime_config": {"transport": "local_gpu", "provider": "acme"}},
+            "runtime_config.provider is for a custom runtime that calls one; set transport to remote_network",
+        ),
+        (
+            {"runtime": "custom", "runtime_config": {"transport": "local_gpu", "base_url": "http://a"}},
+            "runtime_config.base_url is for remote runtimes, not custom (declared); set transport to remote_network",
+        ),
     ],
 )
 def test_bad_input_is_named_with_its_value_and_the_fix(fields: dict[str, object], sentence: str) -> None:
