@@ -386,7 +386,8 @@ class Deployment(_Declared):
     name: str = Field(description="unique in the cluster; letters, digits, '.', '_' and '-', at most 63")
     model: str = Field(description="what the runtime loads or the provider is asked for")
     runtime: Runtime | None = Field(
-        default=None, description="else runtime_config.runtime, else by the model's name"
+        default=None,
+        description="else runtime_config.runtime, else by the model's name: wire/runtimes.py says how",
     )
     runtime_config: RuntimeConfig | None = None
     gpus: Annotated[int | float, BeforeValidator(_gpus)] | None = Field(
@@ -406,11 +407,13 @@ class Deployment(_Declared):
     replicas: Count = 1
     min_bandwidth_gb_per_s: Amount | None = Field(
         default=None,
-        description="floor: predicted all-reduce bus bandwidth between a replica's GPUs, GB/s per direction",
+        description="floor: predicted all-reduce bus bandwidth between a replica's GPUs, GB/s per direction; "
+        "of one made of several groups, between those of each group",
     )
     within: Within | None = Field(
         default=None,
-        description="floor: nvlink (a collective runs on NVLink alone), switch (past no CPU), numa, or node",
+        description="floor for the same GPUs: nvlink (a collective runs on NVLink alone), switch (past no CPU), numa, "
+        "or node",
     )
     policy: Policy = Field(default=Policy.TOPOLOGY, description="which node goes first among those with room")
     serving: Serving = Serving()
