@@ -282,13 +282,16 @@ class ServiceNotRunning(PlacementError):
 
     Args:
         address: the cluster's address.
+        problem: why it could not be started, and what to do; empty if nobody tried.
     """
 
-    def __init__(self, address: str) -> None:
-        super().__init__(address)
-        self.address = address
+    def __init__(self, address: str, problem: str = "") -> None:
+        super().__init__(address, problem)
+        self.address, self.problem = address, problem
 
     def __str__(self) -> str:
+        if self.problem:
+            return f"the placement service did not start on the Ray cluster at {self.address}: {self.problem}"
         return f"no placement service on the Ray cluster at {self.address}; start it with `placement up`"
 
 

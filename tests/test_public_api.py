@@ -44,6 +44,7 @@ ERRORS = [
     errors.UnknownNode("--node", "x", ("a", "b")),
     errors.UnreadableRecord("d", "its record has version 9", True),
     errors.ServiceNotRunning("127.0.0.2:6379"),
+    errors.ServiceNotRunning("127.0.0.2:6379", "no such module on the head node; install it"),
     errors.ClusterUnreachable("127.0.0.2:6379", "refused"),
 ]
 

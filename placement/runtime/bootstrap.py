@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
+import ray.util.client
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from placement.core.snapshot import NEAR_LABELS
@@ -64,7 +71,9 @@ def make_agent(info: NodeInfo) -> Any:
 def start(near: Sequence[str] = NEAR_LABELS, idle_seconds: float = IDLE_SECONDS) -> Any:
     """Gets the placement service of the connected cluster, started if need be. Safe to call at any time.
 
-    The service is a detached actor on the head node: it outlives the caller and restarts if it dies.
+    The service is a detached actor on the head node: it outlives the caller and restarts if it dies. It and its node
+    actors run as the nodes were started, whoever calls: no ``runtime_env`` and no placement group of the caller is
+    theirs.
 
     Args:
         near: node labels that make nodes near each other, widest first (``("zone", "block", "rack")``): the
@@ -79,9 +88,23 @@ def start(near: Sequence[str] = NEAR_LABELS, idle_seconds: float = IDLE_SECONDS)
 
     Raises:
         RuntimeError: Ray is not connected; call ``ray.init(address="auto")`` first.
+        ServiceNotRunning: it cannot run there; the package is not installed on the head node, for example.
         ray.exceptions.GetTimeoutError: the actor did not come up within two minutes.
     """
     _require_ray()
+    if not _has_environment():
+        return start_in_this_job(near, idle_seconds)
+    try:
+        service = connect()
+    except ServiceNotRunning:
+        _start_in_a_job_of_its_own(near, idle_seconds)
+        service = connect()
+    _wait_for(service)
+    return service
+
+
+def start_in_this_job(near: Sequence[str], idle_seconds: float) -> Any:
+    """:func:`start`, by a process of which nothing that must not be the service's is inherited."""
     service = _Service.options(
         name=NAME,
         namespace=NAMESPACE,
@@ -91,9 +114,74 @@ def start(near: Sequence[str] = NEAR_LABELS, idle_seconds: float = IDLE_SECONDS)
         max_task_retries=-1,
         max_concurrency=64,
         resources={"node:__internal_head__": 0.001},
+        # Said, since the default is the placement group of the task that calls, if that captures its children.
+        scheduling_strategy="DEFAULT",
     ).remote(make_agent, tuple(near), idle_seconds)
-    ray.get(service.ping.remote(), timeout=START_DEADLINE_SECONDS)
+    _wait_for(service)
     return service
+
+
+def _wait_for(service: Any) -> None:
+    try:
+        ray.get(service.ping.remote(), timeout=START_DEADLINE_SECONDS)
+    except ray.exceptions.ActorDiedError as error:
+        missing = re.search(r"No module named '[^']+'", str(error))
+        if missing is None:
+            raise
+        problem = (
+            f"{missing[0]} on the head node; install placement in the Python that runs `ray start`, on the head "
+            "and on all GPU nodes: the service uses no job's runtime_env"
+        )
+        raise ServiceNotRunning(ray.get_runtime_context().gcs_address, problem) from None
+
+
+def _has_environment() -> bool:
+    """Whether what this process starts inherits a ``runtime_env``; ``config`` says only how one is set up."""
+    inherited = ray.get_runtime_context().runtime_env
+    return any(value for key, value in inherited.items() if key != "config")
+
+
+def _start_in_a_job_of_its_own(near: Sequence[str], idle_seconds: float) -> None:
+    """Starts the service as a job of its own.
+
+    An actor inherits the ``runtime_env`` of whoever makes it, and cannot say that it wants none: its own is merged
+    into that. CUDA_VISIBLE_DEVICES in it makes all GPU ids wrong that Ray tells the node actors and the probes.
+    """
+    context = ray.get_runtime_context()
+    arguments = context.gcs_address, tuple(near), idle_seconds
+    if ray.util.client.ray.is_connected():  # this process may be outside of the cluster
+        problem = ray.get(ray.remote(num_cpus=0)(_run_job).remote(*arguments))
+    else:
+        problem = _run_job(*arguments)
+    if problem:
+        raise ServiceNotRunning(context.gcs_address, problem)
+
+
+def _run_job(address: str, near: Sequence[str], idle_seconds: float) -> str:
+    """Runs ``python -m placement.runtime``, which starts the service; what is wrong, if it could not."""
+    node_address = ray._private.worker.global_worker.node.node_ip_address
+    # Whatever this process can import, the child can; where it runs becomes a place to import from for its actors.
+    paths = [str(Path(__file__).parents[2]), *filter(None, sys.path)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+    env.pop(RAY_JOB_CONFIG_JSON_ENV_VAR, None)  # the environment of a submitted job
+    child = subprocess.run(
+        [
+            sys.executable,
+            "-P",
+            "-m",
+            "placement.runtime",
+            json.dumps([address, node_address, near, idle_seconds]),
+        ],
+        cwd="/",
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+    )
+    said = child.stderr.strip().splitlines() or [f"the process ended with code {child.returncode}"]
+    return said[-1] if child.returncode else ""
 
 
 def connect() -> Any:

@@ -1,0 +1,32 @@
+"""Starts the service in a job of its own: the child process of ``start``, where the caller's job has an environment."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+import ray
+
+from placement.errors import ServiceNotRunning
+from placement.runtime.bootstrap import start_in_this_job
+
+
+def main(argument: str) -> None:
+    """Connects as a driver without a runtime_env, and starts the service. The last line of stderr tells a failure."""
+    address, node_address, near, idle_seconds = json.loads(argument)
+    ray.init(
+        address=address,
+        _node_ip_address=node_address,
+        _skip_env_hook=True,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    try:
+        start_in_this_job(near, idle_seconds)
+    except ServiceNotRunning as error:
+        sys.exit(error.problem)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
