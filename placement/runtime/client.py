@@ -28,7 +28,8 @@ def cluster(address: str | None = None) -> Iterator[str]:
         The address it connected to.
 
     Raises:
-        ClusterUnreachable: nothing answers there. Said within seconds, where Ray would retry for minutes.
+        ClusterUnreachable: nothing answers there, or it is no head's address. Said within seconds, where Ray would
+            retry for minutes.
     """
     wanted = address or os.environ.get("RAY_ADDRESS") or "auto"
     found = wanted if wanted != "auto" else _local_address()
@@ -72,6 +73,8 @@ def _local_address() -> str | None:
 
 
 def _require_listener(address: str) -> None:
+    if address.startswith(("http://", "https://")):
+        raise ClusterUnreachable(address, "that is the job server, which only `ray job submit` talks to")
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise ClusterUnreachable(address, "not of the form HOST:PORT")

@@ -73,6 +73,20 @@ def test_an_address_that_is_none_is_said() -> None:
     assert "no Ray cluster at nonsense (not of the form HOST:PORT)" in result.stderr
 
 
+@pytest.mark.parametrize("address", ["http://127.0.0.9:8265", "https://ray.example"])
+def test_the_address_of_a_job_server_is_told_from_that_of_a_head(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    result = run("status")
+    assert result.exit_code == 3
+    assert (
+        f"no Ray cluster at {address} (that is the job server, which only `ray job submit` talks to); "
+        in (result.stderr)
+    )
+    assert "pass --address HOST:PORT" in result.stderr
+
+
 def test_errors_are_json_too_where_json_is_asked_for() -> None:
     done = subprocess.run(
         [str(Path(sys.executable).with_name("placement")), "status", "--json", *NOBODY],
