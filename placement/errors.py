@@ -2,15 +2,34 @@
 
 Every field is a positional constructor argument, so that an error crosses a Ray actor call as itself.
 The sentence is in ``__str__``: what was refused, why, and what to do next. No error carries a secret.
+Every class has a ``code`` of its own, which stays when sentences are worded anew; docs/errors.md lists them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import numbers
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 
 class PlacementError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose.
+
+    Attributes:
+        code: what programs tell it by; each class has its own.
+    """
+
+    code: ClassVar[str] = "placement_error"
+
+    def to_dict(self) -> dict[str, Any]:
+        """``code``, ``type``, ``message`` and the fields, as JSON-ready values."""
+        # ray.get raises a class that Ray makes from ours and its own; ours is the cause.
+        cause = vars(self).get("cause")
+        if isinstance(cause, PlacementError):
+            return cause.to_dict()
+        fields = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {"code": self.code, "type": type(self).__name__, "message": str(self), **_json_ready(fields)}
 
 
 class InvalidDeployment(PlacementError):
@@ -20,6 +39,8 @@ class InvalidDeployment(PlacementError):
         source: the file or deployment that was refused (``"examples/deployments.toml"``).
         problems: one sentence each, naming the field, the value and the fix.
     """
+
+    code = "invalid_deployment"
 
     def __init__(self, source: str, problems: tuple[str, ...]) -> None:
         super().__init__(source, problems)
@@ -40,6 +61,8 @@ class UnknownTopology(PlacementError):
         where: what named it (``"label placement/topology of node 127.0.0.4"``), may be empty.
     """
 
+    code = "unknown_topology"
+
     def __init__(self, name: str, known: tuple[str, ...], where: str = "") -> None:
         super().__init__(name, known, where)
         self.name, self.known, self.where = name, tuple(known), where
@@ -57,6 +80,8 @@ class MatrixError(PlacementError):
         problem: what is wrong there.
     """
 
+    code = "invalid_matrix"
+
     def __init__(self, line: int, problem: str) -> None:
         super().__init__(line, problem)
         self.line, self.problem = line, problem
@@ -73,6 +98,8 @@ class InvalidClusterFile(PlacementError):
         problem: the file or field, what is wrong with it, and the fix.
     """
 
+    code = "invalid_cluster_file"
+
     def __init__(self, problem: str) -> None:
         super().__init__(problem)
         self.problem = problem
@@ -86,6 +113,8 @@ class MissingSecret(PlacementError):
         reference: the variable or file that the field names.
         reason: ``"is not set"``, ``"does not exist"`` and the like.
     """
+
+    code = "missing_secret"
 
     def __init__(self, field: str, reference: str, reason: str) -> None:
         super().__init__(field, reference, reason)
@@ -108,6 +137,8 @@ class Unplaceable(PlacementError):
         advice: what would make it fit.
     """
 
+    code = "unplaceable"
+
     def __init__(self, deployment: str, summary: str, excluded: Mapping[str, int], advice: str) -> None:
         super().__init__(deployment, summary, dict(excluded), advice)
         self.deployment, self.summary, self.excluded, self.advice = (
@@ -118,7 +149,7 @@ class Unplaceable(PlacementError):
         )
 
     def __str__(self) -> str:
-        counts = ", ".join(f"{_nodes(n)}: {reason}" for reason, n in self.excluded.items())
+        counts = ", ".join(f"{counted(n, 'node')}: {reason}" for reason, n in self.excluded.items())
         return (
             f"cannot place {self.deployment!r}: {self.summary}"
             + (f" ({counts})" if counts else "")
@@ -129,6 +160,8 @@ class Unplaceable(PlacementError):
 class NoGpuNodes(Unplaceable):
     """No node offers GPUs, or none that the constraints allow."""
 
+    code = "no_gpu_nodes"
+
 
 class NoEgressNodes(Unplaceable):
     """No node may call out to the provider, or none that the constraints allow.
@@ -137,6 +170,8 @@ class NoEgressNodes(Unplaceable):
         deployment, summary, excluded, advice: as in :class:`Unplaceable`.
         provider: ``"openai"``, ``"anthropic"``, ...
     """
+
+    code = "no_egress_nodes"
 
     def __init__(
         self, deployment: str, summary: str, excluded: Mapping[str, int], advice: str, provider: str = ""
@@ -155,6 +190,8 @@ class NotEnoughGpus(Unplaceable):
         largest_node: GPUs of the largest node that was considered.
     """
 
+    code = "not_enough_gpus"
+
     def __init__(
         self,
         deployment: str,
@@ -172,9 +209,13 @@ class NotEnoughGpus(Unplaceable):
 class BelowFloor(Unplaceable):
     """There are enough free GPUs, but nowhere as close together or as fast as the deployment demands."""
 
+    code = "below_floor"
+
 
 class NotEnoughEgress(Unplaceable):
     """There are egress nodes for the provider, but without this much capacity free."""
+
+    code = "not_enough_egress"
 
 
 class ReservationFailed(PlacementError):
@@ -187,13 +228,15 @@ class ReservationFailed(PlacementError):
         reason: what happened the last time.
     """
 
+    code = "reservation_failed"
+
     def __init__(self, deployment: str, node: str, attempts: int, reason: str) -> None:
         super().__init__(deployment, node, attempts, reason)
         self.deployment, self.node, self.attempts, self.reason = deployment, node, attempts, reason
 
     def __str__(self) -> str:
         return (
-            f"cannot reserve {self.deployment!r} on {self.node}: gave up after {self.attempts} attempts "
+            f"cannot reserve {self.deployment!r} on {self.node}: gave up after {counted(self.attempts, 'attempt')} "
             f"({self.reason}); nothing is held, so try again, or when the node is less busy"
         )
 
@@ -205,6 +248,8 @@ class DeploymentConflict(PlacementError):
         name: the deployment.
         differences: field -> (what stands, what was asked for) as text; equal where the values are not shown.
     """
+
+    code = "deployment_conflict"
 
     def __init__(self, name: str, differences: Mapping[str, tuple[str, str]]) -> None:
         super().__init__(name, dict(differences))
@@ -229,6 +274,8 @@ class UnknownDeployment(PlacementError):
         known: the names that are.
     """
 
+    code = "unknown_deployment"
+
     def __init__(self, name: str, known: tuple[str, ...]) -> None:
         super().__init__(name, known)
         self.name, self.known = name, tuple(known)
@@ -247,6 +294,8 @@ class UnknownNode(PlacementError):
         known: the nodes there are.
     """
 
+    code = "unknown_node"
+
     def __init__(self, field: str, name: str, known: tuple[str, ...]) -> None:
         super().__init__(field, name, known)
         self.field, self.name, self.known = field, name, tuple(known)
@@ -263,6 +312,8 @@ class UnreadableRecord(PlacementError):
         problem: why it cannot be read.
         newer: a later version of the service wrote it.
     """
+
+    code = "unreadable_record"
 
     def __init__(self, name: str, problem: str, newer: bool = False) -> None:
         super().__init__(name, problem, newer)
@@ -285,6 +336,8 @@ class ServiceNotRunning(PlacementError):
         problem: why it could not be started, and what to do; empty if nobody tried.
     """
 
+    code = "service_not_running"
+
     def __init__(self, address: str, problem: str = "") -> None:
         super().__init__(address, problem)
         self.address, self.problem = address, problem
@@ -303,6 +356,8 @@ class ClusterUnreachable(PlacementError):
         reason: one line, may be empty.
     """
 
+    code = "cluster_unreachable"
+
     def __init__(self, address: str, reason: str = "") -> None:
         super().__init__(address, reason)
         self.address, self.reason = address, reason
@@ -313,5 +368,43 @@ class ClusterUnreachable(PlacementError):
         return f"no Ray cluster at {self.address}{reason}; {fix}"
 
 
-def _nodes(count: int) -> str:
-    return f"{count} node" if count == 1 else f"{count} nodes"
+class ServiceDiffers(PlacementError):
+    """The placement service runs already, of another version or with other settings. It is left as it is.
+
+    Args:
+        address: the cluster's address.
+        differences: setting -> (what runs, what was asked for) as text.
+    """
+
+    code = "service_differs"
+
+    def __init__(self, address: str, differences: Mapping[str, tuple[str, str]]) -> None:
+        super().__init__(address, dict(differences))
+        self.address, self.differences = address, dict(differences)
+
+    def __str__(self) -> str:
+        changes = ", ".join(f"{name} {runs}, not {asked}" for name, (runs, asked) in self.differences.items())
+        return (
+            f"the placement service on the Ray cluster at {self.address} runs already, with {changes}; nothing is "
+            f"changed; restart it with `placement down --keep-placements`, then the same `placement up`"
+        )
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 node``, ``2 nodes``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _json_ready(value: Any) -> Any:
+    """A field as JSON has it; a number that JSON lacks is unknown."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _json_ready(one) for key, one in value.items()}
+    return [_json_ready(one) for one in value] if isinstance(value, Iterable) else str(value)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 import pickle
+import re
 import subprocess
 import sys
 
@@ -43,6 +45,7 @@ ERRORS = [
     errors.UnknownDeployment("d", ()),
     errors.UnknownNode("--node", "x", ("a", "b")),
     errors.UnreadableRecord("d", "its record has version 9", True),
+    errors.ServiceDiffers("127.0.0.2:6379", {"near": ("zone,rack", "block")}),
     errors.ServiceNotRunning("127.0.0.2:6379"),
     errors.ServiceNotRunning("127.0.0.2:6379", "no such module on the head node; install it"),
     errors.ClusterUnreachable("127.0.0.2:6379", "refused"),
@@ -58,10 +61,43 @@ def test_an_error_crosses_a_process_with_all_its_fields_and_says_the_next_step(
     assert len(str(error)) > 20
 
 
+DEFINED = {
+    value
+    for value in vars(errors).values()
+    if inspect.isclass(value) and issubclass(value, errors.PlacementError)
+}
+
+
 def test_all_errors_are_checked_above() -> None:
-    defined = {
-        value
-        for value in vars(errors).values()
-        if inspect.isclass(value) and issubclass(value, errors.PlacementError)
-    }
-    assert defined - {type(error) for error in ERRORS} == {errors.PlacementError, errors.Unplaceable}
+    assert DEFINED - {type(error) for error in ERRORS} == {errors.PlacementError, errors.Unplaceable}
+
+
+def test_every_error_has_a_code_of_its_own() -> None:
+    assert {kind for kind in DEFINED if "code" not in vars(kind)} == set()
+    codes = [kind.code for kind in DEFINED]
+    assert sorted(set(codes)) == sorted(codes)
+    assert [code for code in codes if not re.fullmatch("[a-z]+(_[a-z]+)*", code)] == []
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_an_error_is_told_in_json_with_its_code_and_all_its_fields(error: errors.PlacementError) -> None:
+    told = error.to_dict()
+    assert told == json.loads(json.dumps(told, allow_nan=False))
+    names = list(inspect.signature(type(error).__init__).parameters)[1:]
+    assert ["code", "type", "message", *names] == list(told)
+    assert (type(error).code, type(error).__name__, str(error)) == (
+        told["code"], told["type"], told["message"],
+    )  # fmt: skip
+    assert json.loads(json.dumps(error.args)) == [told[name] for name in names]
+
+
+def test_a_field_that_json_lacks_is_unknown() -> None:
+    told = errors.Unplaceable("d", "none", {"a": float("nan"), "b": float("inf"), "c": 1.5}, "wait").to_dict()  # type: ignore[dict-item]
+    assert {"a": None, "b": None, "c": 1.5} == told["excluded"]
+
+
+def test_one_is_counted_in_the_singular() -> None:
+    refused = errors.Unplaceable("d", "none is free", {"is full": 1, "is lost": 2}, "wait")
+    assert "cannot place 'd': none is free (1 node: is full, 2 nodes: is lost); wait" == str(refused)
+    assert "gave up after 1 attempt (" in str(errors.ReservationFailed("d", "gpu-a", 1, "taken"))
+    assert "gave up after 2 attempts (" in str(errors.ReservationFailed("d", "gpu-a", 2, "taken"))
