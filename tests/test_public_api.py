@@ -8,6 +8,7 @@ import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -101,3 +102,18 @@ def test_one_is_counted_in_the_singular() -> None:
     assert "cannot place 'd': none is free (1 node: is full, 2 nodes: is lost); wait" == str(refused)
     assert "gave up after 1 attempt (" in str(errors.ReservationFailed("d", "gpu-a", 1, "taken"))
     assert "gave up after 2 attempts (" in str(errors.ReservationFailed("d", "gpu-a", 2, "taken"))
+
+
+def test_the_table_of_errors_names_all_of_them_with_their_fields_and_exit_codes() -> None:
+    from placement.cli.main import exit_code
+
+    text = (Path(__file__).parents[1] / "docs" / "errors.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (\d) \| (.*) \|$", text, re.M)
+    assert {(kind.code, kind.__name__) for kind in DEFINED} == {(code, name) for code, name, *_ in rows}
+    for _, name, exits, fields in rows:
+        kind = getattr(errors, name)
+        assert int(exits) == exit_code(kind), name
+        if kind is not errors.PlacementError:
+            base = ["deployment", "summary", "excluded", "advice"] if fields.startswith("same") else []
+            told = list(inspect.signature(kind.__init__).parameters)[1:]
+            assert told == base + re.findall(r"`(\w+)`", fields), name

@@ -15,6 +15,7 @@ import click
 from rich import box
 from rich.table import Table
 
+from placement.cli import streams
 from placement.cli.render import bandwidth_text, cluster_map, console, slowdown
 from placement.core.topology import ordinals
 from placement.runtime import bootstrap, client
@@ -38,7 +39,6 @@ def run(as_json: bool) -> int:
     Returns:
         The exit code: 0 if every worker got the GPU that its replica was promised, and all was given back.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     deployments = parse_deployments(files("placement.cli").joinpath(EXAMPLE).read_text(), ".toml", EXAMPLE)
     with ExitStack() as stack:
         with (
@@ -55,7 +55,7 @@ def run(as_json: bool) -> int:
             stack.callback(_stop, cluster)
         report = _show(deployments)
     if as_json:
-        click.echo(json.dumps(report, indent=2))
+        click.echo(json.dumps(report, indent=2, allow_nan=False), file=streams.out())
     else:
         _tell(report)
     return 0 if report["matching"] == report["workers"] and report["all_free"] else 1
@@ -142,9 +142,10 @@ def _uninterrupted() -> Iterator[Callable[[], None]]:
 
     def let_through() -> None:
         if held_back:
-            handler = before[signal.Signals(held_back.pop())]
+            number = held_back.pop()
+            handler = before[signal.Signals(number)]
             if callable(handler):
-                handler(0, None)
+                handler(number, None)
 
     try:
         yield let_through

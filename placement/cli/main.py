@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import signal
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +16,10 @@ from typing import Any
 import click
 
 from placement import __version__, errors
+from placement.cli import streams
 
-DONE, REFUSED, BAD_INPUT, NO_SERVICE, INTERRUPTED = 0, 1, 2, 3, 130
-_AS_JSON = "placement.as_json"
+DONE, REFUSED, BAD_INPUT, NO_SERVICE = 0, 1, 2, 3
+_AS_JSON, _SIGNAL = "placement.as_json", "placement.signal"
 POLICIES = ("topology", "fragmentation", "pack", "spread", "round_robin", "least_loaded")
 """As :class:`placement.core.snapshot.Policy` has them; a test compares the two."""
 
@@ -35,6 +40,7 @@ Exit codes:
   2    bad input: a file, a field or an option
   3    no Ray cluster at the address, or no placement service on it
   130  interrupted
+  143  stopped by SIGTERM
 
 \b
 Example:
@@ -44,37 +50,88 @@ Example:
 """
 
 
+def exit_code(kind: type[errors.PlacementError]) -> int:
+    """What a command that fails with such an error exits with."""
+    return next(code for base, code in _EXIT_CODES if issubclass(kind, base))
+
+
+class Command(click.Command):
+    """A command that alone prints to stdout; SIGTERM ends it as Ctrl-C does."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs it."""
+        with streams.kept_apart(), _sigterm_interrupts(ctx):
+            return super().invoke(ctx)
+
+
 class Commands(click.Group):
     """Turns errors into one line on stderr, or JSON where ``--json`` was given, and an exit code."""
+
+    command_class = Command
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Notes whether JSON is asked for, since a command that fails to parse cannot say so."""
         ctx.meta[_AS_JSON] = "--json" in args
-        return super().parse_args(ctx, args)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Runs a command."""
         try:
-            return super().invoke(ctx)
-        except errors.PlacementError as error:
-            _tell_error(ctx, error, str(error))
-            ctx.exit(next(code for kind, code in _EXIT_CODES if isinstance(error, kind)))
+            return super().parse_args(ctx, args)
         except click.UsageError as error:
             if not ctx.meta[_AS_JSON]:
                 raise
-            _tell_error(ctx, error, error.format_message())
+            _tell_error(True, _usage(error))
             ctx.exit(BAD_INPUT)
-        except (KeyboardInterrupt, click.Abort):
-            click.echo("interrupted", err=True)
-            ctx.exit(INTERRUPTED)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs a command."""
+        as_json = ctx.meta[_AS_JSON]
+        try:
+            return super().invoke(ctx)
+        except errors.PlacementError as error:
+            _tell_error(as_json, error.to_dict(), error)
+            ctx.exit(exit_code(type(error)))
+        except click.UsageError as error:
+            if not as_json:
+                raise
+            _tell_error(as_json, _usage(error))
+            ctx.exit(BAD_INPUT)
+        except (KeyboardInterrupt, click.Abort) as error:
+            told = {"code": "interrupted", "type": "KeyboardInterrupt", "message": "interrupted"}
+            _tell_error(as_json, told, error, prefix="")
+            ctx.exit(128 + ctx.meta.get(_SIGNAL, signal.SIGINT))
+        except Exception as error:
+            closed = isinstance(error, OSError) and error.errno == errno.EPIPE
+            if not as_json or closed or isinstance(error, click.exceptions.Exit):
+                raise
+            told = {"code": "unexpected", "type": type(error).__name__, "message": str(error)}
+            _tell_error(as_json, {**told, "traceback": traceback.format_exc()}, error)
+            ctx.exit(REFUSED)
 
 
-def _tell_error(ctx: click.Context, error: Exception, message: str) -> None:
-    if ctx.meta[_AS_JSON]:
-        message = json.dumps({"error": {"type": type(error).__name__, "message": message}}, indent=2)
-    else:
-        message = f"error: {message}"
-    click.echo(message, err=True)
+def _usage(error: click.UsageError) -> dict[str, Any]:
+    return {"code": "usage", "type": type(error).__name__, "message": error.format_message()}
+
+
+def _tell_error(
+    as_json: bool, told: dict[str, Any], error: BaseException | None = None, prefix: str = "error: "
+) -> None:
+    """One line of JSON, so that it can be told from what Ray may have said before; or the message with its notes."""
+    message = "; ".join([told["message"], *getattr(error, "__notes__", ())])
+    click.echo(json.dumps({"error": {**told, "message": message}}) if as_json else prefix + message, err=True)
+
+
+@contextmanager
+def _sigterm_interrupts(ctx: click.Context) -> Iterator[None]:
+    def interrupt(number: int, _: object) -> None:
+        ctx.meta[_SIGNAL] = number
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _address(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,15 +140,27 @@ def _address(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _json(command: Callable[..., Any]) -> Callable[..., Any]:
-    text = "Print JSON to stdout and nothing else; errors go to stderr as JSON."
+    text = "Print JSON to stdout and nothing else; an error is the last line of stderr, as JSON."
     return click.option("--json", "as_json", is_flag=True, help=text)(command)
 
 
 @contextmanager
-def _service(address: str | None) -> Iterator[Any]:
-    from placement.runtime import bootstrap, client
+def _cluster(address: str | None) -> Iterator[str]:
+    from placement.runtime import client
 
-    with client.cluster(address):
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    with client.cluster(address) as found:
+        # Connecting, Ray sets a handler of its own, which exits with 15 and says nothing.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
+        yield found
+
+
+@contextmanager
+def _service(address: str | None) -> Iterator[Any]:
+    from placement.runtime import bootstrap
+
+    with _cluster(address):
         yield bootstrap.connect()
 
 
@@ -105,8 +174,12 @@ def _note(text: str) -> None:
     click.echo(text, err=True)
 
 
+def _say(text: str) -> None:
+    click.echo(text, file=streams.out())
+
+
 def _dump(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2))
+    _say(json.dumps(value, indent=2, allow_nan=False))
 
 
 def _show(*renderables: Any) -> None:
@@ -148,14 +221,14 @@ def demo(as_json: bool) -> None:
 @_json
 def up(address: str | None, near: str | None, idle_seconds: float | None, as_json: bool) -> None:
     """Starts the service, or finds it running. It stays when this command ends."""
-    from placement.runtime import bootstrap, client
+    from placement.runtime import bootstrap
 
     options: dict[str, Any] = {}
     if near:
         options["near"] = [label.strip() for label in near.split(",") if label.strip()]
     if idle_seconds is not None:
         options["idle_seconds"] = idle_seconds
-    with client.cluster(address):
+    with _cluster(address):
         try:
             bootstrap.connect()
             said = "runs already"
@@ -172,7 +245,7 @@ def up(address: str | None, near: str | None, idle_seconds: float | None, as_jso
     gpus = sum(node["gpu_count"] for node in nodes)
     with_gpus = sum(1 for node in nodes if node["gpu_count"])
     egress = sum(1 for node in nodes if node["egress"])
-    click.echo(f"the placement service {said}: {gpus} GPUs on {with_gpus} nodes, {egress} egress nodes")
+    _say(f"the placement service {said}: {gpus} GPUs on {with_gpus} nodes, {egress} egress nodes")
     for node in nodes:
         if node["problem"]:
             _note(f"note: {node['name']}: {node['problem']}")
@@ -237,7 +310,7 @@ def plan(deployments: Path, cluster: Path | None, explain: bool, address: str | 
             explained = _ask(service.explain_all.remote(wanted)) if explain else []
             plans = [] if explain else _ask(service.plan_all.remote(wanted))
 
-    refusal = explained[-1].refusal if explained else None
+    refusal = explained[-1].error if explained else None
     plans = plans or [one.plan for one in explained if one.plan is not None]
     if as_json:
         listed = explained if explain else plans
@@ -251,8 +324,7 @@ def plan(deployments: Path, cluster: Path | None, explain: bool, address: str | 
             rows = [one.to_dict() for one in plans]
             _show(assignments_table(rows, title="planned, nothing is reserved"), runtimes_note(rows))
     if refusal is not None:
-        _note(f"error: {refusal}")
-        sys.exit(REFUSED)
+        raise refusal
 
 
 @main.command(epilog="\b\nExample:\n  placement snapshot > cluster.json")
@@ -343,12 +415,15 @@ def status(address: str | None, as_json: bool) -> None:
 @_address
 @_json
 def events(name: str, follow: bool, address: str | None, as_json: bool) -> None:
-    """Shows what happened to the replicas of a deployment: where they are, which were lost, why some are pending."""
+    """Shows what happened to the replicas of a deployment: where they are, which were lost, why some are pending.
+
+    With --follow, --json prints one object a line.
+    """
     from placement.cli.render import event_line
 
     def show(one: dict[str, Any]) -> None:
         if as_json:
-            click.echo(json.dumps(one))
+            _say(json.dumps(one, allow_nan=False))
         else:
             _show(event_line(one))
 
@@ -460,7 +535,7 @@ def release(names: tuple[str, ...], address: str | None, as_json: bool) -> None:
             released[name] = _ask(service.release.remote(name))
             if not as_json:
                 count = released[name]
-                click.echo(f"released {name}: {count} {'replica' if count == 1 else 'replicas'}")
+                _say(f"released {name}: {count} {'replica' if count == 1 else 'replicas'}")
     if as_json:
         _dump({"released": released})
 
@@ -473,15 +548,15 @@ def release(names: tuple[str, ...], address: str | None, as_json: bool) -> None:
 @_json
 def down(keep_placements: bool, address: str | None, as_json: bool) -> None:
     """Releases everything and stops the service."""
-    from placement.runtime import bootstrap, client
+    from placement.runtime import bootstrap
 
-    with client.cluster(address):
+    with _cluster(address):
         released = bootstrap.stop(keep_placements)
     if as_json:
         _dump({"released": released})
     else:
         what = f"; released {', '.join(released)}" if released else ""
-        click.echo(f"the placement service is stopped{what}")
+        _say(f"the placement service is stopped{what}")
 
 
 if __name__ == "__main__":

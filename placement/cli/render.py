@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -15,16 +13,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from placement.cli import streams
 from placement.core.matrix import parse_matrix
 from placement.core.topology import Topology, ordinals
+from placement.errors import counted
 
 COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "bright_red", "bright_cyan", "bright_green")
 
 
-@cache
 def console() -> Console:
     """Where everything is printed; 100 columns where it is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    out = streams.out()
+    return Console(file=out, width=None if out.isatty() else 100, highlight=False)
 
 
 def colour(names: Sequence[str], name: str) -> str:
@@ -119,7 +119,7 @@ def explanation_view(explained: Mapping[str, Any]) -> list[Any]:
     """Stage by stage, how many nodes were left and what excluded the others."""
     why = explained["explanation"]
     table = Table(
-        title=f"{explained['deployment']}: {why['nodes']} nodes",
+        title=f"{explained['deployment']}: {counted(why['nodes'], 'node')}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from placement.errors import ClusterUnreachable, PlacementError
+from placement.errors import ClusterUnreachable, PlacementError, ServiceNotRunning
 
 CONNECT_DEADLINE_SECONDS = 5.0
 
@@ -54,13 +54,19 @@ def cluster(address: str | None = None) -> Iterator[str]:
 
 
 def ask(reference: Any) -> Any:
-    """The answer of an actor call; the service's own errors as themselves, without Ray's traceback around them."""
+    """The answer of an actor call; the service's own errors as themselves, without Ray's traceback around them.
+
+    Raises:
+        ServiceNotRunning: somebody stopped it meanwhile.
+    """
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, PlacementError):
             raise error.cause from None
         raise
+    except ray.exceptions.ActorDiedError:
+        raise ServiceNotRunning(ray.get_runtime_context().gcs_address) from None
 
 
 def _local_address() -> str | None:

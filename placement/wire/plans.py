@@ -94,12 +94,14 @@ class ExplainedPlan:
         refusal: why not, if they do not.
         explanation: stage by stage, how many nodes were excluded and why: for the first replica that is
             not there yet, or for the one that was refused.
+        error: the refusal with its code and fields.
     """
 
     deployment: str
     plan: PlacementPlan | None
     refusal: str | None
     explanation: Explanation
+    error: Unplaceable | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Both as JSON-ready values."""
@@ -108,6 +110,7 @@ class ExplainedPlan:
             "plan": self.plan.to_dict() if self.plan else None,
             "refusal": self.refusal,
             "explanation": self.explanation.to_dict(),
+            "error": self.error.to_dict() if self.error else None,
         }
 
 
@@ -146,7 +149,8 @@ def explain_deployments(
         step, name = done.step, done.deployment.name
         why = explain(step.seen, step.request)
         if done.refusal is not None:
-            explained.append((len(wanted), ExplainedPlan(name, None, str(done.refusal), why)))
+            refusal = str(done.refusal)
+            explained.append((len(wanted), ExplainedPlan(name, None, refusal, why, done.refusal)))
         else:
             explained.append((done.position, ExplainedPlan(name, _preview(snapshot, done), None, why)))
     return [one for _, one in sorted(explained, key=itemgetter(0))]
