@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import signal
 import sys
 import threading
@@ -17,9 +18,13 @@ import click
 
 from placement import __version__, errors
 from placement.cli import streams
+from placement.errors import counted
 
 DONE, REFUSED, BAD_INPUT, NO_SERVICE = 0, 1, 2, 3
 _AS_JSON, _SIGNAL = "placement.as_json", "placement.signal"
+_GOES_ON = (
+    "the placement service goes on; `placement status` shows what stands, `placement release` gives it back"
+)
 POLICIES = ("topology", "fragmentation", "pack", "spread", "round_robin", "least_loaded")
 """As :class:`placement.core.snapshot.Policy` has them; a test compares the two."""
 
@@ -36,7 +41,8 @@ _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
 EPILOG = """\b
 Exit codes:
   0    done
-  1    refused: it does not fit, others were in the way, or the name is not known
+  1    refused: it does not fit, others were in the way, the name is not known, or the
+       service runs with other settings
   2    bad input: a file, a field or an option
   3    no Ray cluster at the address, or no placement service on it
   130  interrupted
@@ -116,6 +122,16 @@ def _tell_error(
     """One line of JSON, so that it can be told from what Ray may have said before; or the message with its notes."""
     message = "; ".join([told["message"], *getattr(error, "__notes__", ())])
     click.echo(json.dumps({"error": {**told, "message": message}}) if as_json else prefix + message, err=True)
+
+
+@contextmanager
+def _noted(kind: type[BaseException], note: str) -> Iterator[None]:
+    """Has what ends the block say one thing more."""
+    try:
+        yield
+    except kind as error:
+        error.add_note(note)
+        raise
 
 
 @contextmanager
@@ -220,15 +236,21 @@ def demo(as_json: bool) -> None:
 )
 @_json
 def up(address: str | None, near: str | None, idle_seconds: float | None, as_json: bool) -> None:
-    """Starts the service, or finds it running. It stays when this command ends."""
+    """Starts the service, or finds it running. It stays when this command ends.
+
+    A service that runs is left as it is; if it is of another version, or has other settings than those given here,
+    this is refused.
+    """
     from placement.runtime import bootstrap
 
+    if idle_seconds is not None and math.isnan(idle_seconds):
+        raise click.UsageError("--idle-seconds: nan is no number of seconds; use at least 1, or inf")
     options: dict[str, Any] = {}
     if near:
         options["near"] = [label.strip() for label in near.split(",") if label.strip()]
     if idle_seconds is not None:
         options["idle_seconds"] = idle_seconds
-    with _cluster(address):
+    with _cluster(address) as found, _noted(KeyboardInterrupt, "`placement up` again finds what it started"):
         try:
             bootstrap.connect()
             said = "runs already"
@@ -237,7 +259,9 @@ def up(address: str | None, near: str | None, idle_seconds: float | None, as_jso
             if not as_json:
                 _note("starting the placement service ...")
         # Also where it was found: it may be restarting, and this waits until it answers.
-        status = _ask(bootstrap.start(**options).status.remote())
+        service = bootstrap.start(**options)
+        _require_same(service, found, options)
+        status = _ask(service.status.remote())
     if as_json:
         _dump(status)
         return
@@ -249,6 +273,29 @@ def up(address: str | None, near: str | None, idle_seconds: float | None, as_jso
     for node in nodes:
         if node["problem"]:
             _note(f"note: {node['name']}: {node['problem']}")
+
+
+def _require_same(service: Any, address: str, options: dict[str, Any]) -> None:
+    """That what runs is what was asked for."""
+    # First the version: another one may have no settings to tell.
+    asked: dict[str, Any] = {"version": __version__}
+    runs = {"version": _ask(service.ping.remote())}
+    if asked == runs and options:
+        asked, runs = options, _ask(service.settings.remote())
+
+    differences = {
+        name: (_setting(runs[name]), _setting(wanted))
+        for name, wanted in asked.items()
+        if runs[name] != wanted
+    }
+    if differences:
+        raise errors.ServiceDiffers(address, differences)
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(value) or "(none)"
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 @main.command(epilog="\b\nExample:\n  placement apply deployments.toml")
@@ -265,8 +312,9 @@ def apply(file: Path, address: str | None, as_json: bool) -> None:
     deployments = load_deployments(file)
     with _service(address) as service:
         if not as_json:
-            _note(f"placing {len(deployments)} deployments ...")
-        results = _ask(service.apply_all.remote(deployments))
+            _note(f"placing {counted(len(deployments), 'deployment')} ...")
+        with _noted(KeyboardInterrupt, _GOES_ON):
+            results = _ask(service.apply_all.remote(deployments))
         report = {"deployments": [result.to_dict() for result in results]}
     if as_json:
         _dump(report)
@@ -528,35 +576,77 @@ def _text(file: Path) -> str:
 @_address
 @_json
 def release(names: tuple[str, ...], address: str | None, as_json: bool) -> None:
-    """Gives back all that deployments hold, and ends the workers in their placement groups."""
+    """Gives back all that deployments hold, and ends the workers in their placement groups.
+
+    If one of the names is not known, nothing is released.
+    """
     released: dict[str, int] = {}
     with _service(address) as service:
-        for name in names:
-            released[name] = _ask(service.release.remote(name))
+        report = _ask(service.status.remote())
+        placed = [one["name"] for one in report["deployments"]]
+        known = {*placed, *(one["name"] for one in report["unreadable"])}
+        wanted = dict.fromkeys(names)
+        if missing := [name for name in wanted if name not in known]:
+            error = errors.UnknownDeployment(missing[0], tuple(placed))
+            for name in missing[1:]:
+                error.add_note(f"nor is {name!r}")
+            error.add_note("nothing was released")
+            raise error
+        for name in wanted:
+            before = f"released before: {', '.join(released)}" if released else "nothing was released"
+            with (
+                _noted(KeyboardInterrupt, f"the placement service goes on releasing {name}"),
+                _noted(errors.PlacementError, before),
+            ):
+                released[name] = _ask(service.release.remote(name))
             if not as_json:
-                count = released[name]
-                _say(f"released {name}: {count} {'replica' if count == 1 else 'replicas'}")
+                _say(f"released {name}: {counted(released[name], 'replica')}")
     if as_json:
         _dump({"released": released})
 
 
-@main.command(epilog="\b\nExample:\n  placement down")
+@main.command(
+    epilog="\b\nExample:\n  placement down\n  placement down --yes\n  placement down --keep-placements"
+)
+@click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option(
     "--keep-placements", is_flag=True, help="Leave everything placed; the next `placement up` finds it."
 )
 @_address
 @_json
-def down(keep_placements: bool, address: str | None, as_json: bool) -> None:
-    """Releases everything and stops the service."""
+def down(yes: bool, keep_placements: bool, address: str | None, as_json: bool) -> None:
+    """Releases everything and stops the service.
+
+    Asks before it releases, since the workers of all deployments end. Where nobody can be asked, and with --json, say
+    --yes.
+    """
     from placement.runtime import bootstrap
 
-    with _cluster(address):
-        released = bootstrap.stop(keep_placements)
+    with _cluster(address) as found:
+        asks = not yes and not keep_placements
+        if asks and not _agreed(_ask(bootstrap.connect().status.remote()), found, as_json):
+            _note("nothing is changed")
+            sys.exit(REFUSED)
+        with _noted(KeyboardInterrupt, "what was begun goes on; `placement down` again does the rest"):
+            released = bootstrap.stop(keep_placements)
     if as_json:
         _dump({"released": released})
     else:
         what = f"; released {', '.join(released)}" if released else ""
         _say(f"the placement service is stopped{what}")
+
+
+def _agreed(report: dict[str, Any], address: str, as_json: bool) -> bool:
+    """Whether everything may be released; asked on a terminal."""
+    placed = report["deployments"]
+    replicas = sum(len({a["replica_index"] for a in one["assignments"]}) for one in placed)
+    what = f"release {counted(len(placed), 'deployment')} with {counted(replicas, 'replica')}, ending their workers"
+    where = f"and stop the placement service on the Ray cluster at {address}"
+    if as_json or not sys.stdin.isatty():
+        raise click.UsageError(
+            f"this would {what}, {where}, and nobody can be asked; add --yes, or --keep-placements to leave them"
+        )
+    return click.confirm(f"{what.capitalize()}, {where}?", err=True)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,11 @@ class DeploymentPlacementActor(Recovery):
 
         return __version__
 
+    @ray.method(concurrency_group="read")
+    def settings(self) -> dict[str, Any]:
+        """What :func:`placement.start` started it with: ``near`` and ``idle_seconds``."""
+        return {"near": list(self._near), "idle_seconds": self._idle_seconds}
+
     def place(
         self, deployment: DeploymentLike, constraints: PlacementConstraints | Mapping[str, Any] | None = None
     ) -> PlacementResult:

@@ -41,6 +41,7 @@ def told(result: Result) -> dict[str, Any]:
 FAILING = [
     (["demo", "extra"], 2, "usage"),
     (["up", *NOBODY], 3, "cluster_unreachable"),
+    (["up", "--idle-seconds", "nan"], 2, "usage"),
     (["apply", "no.toml"], 2, "invalid_deployment"),
     (["plan", "no.toml"], 2, "invalid_deployment"),
     (["plan", "no.toml", "--explain"], 2, "invalid_deployment"),
@@ -59,6 +60,7 @@ FAILING = [
     (["release", "a", *NOBODY], 3, "cluster_unreachable"),
     (["release"], 2, "usage"),
     (["down", *NOBODY], 3, "cluster_unreachable"),
+    (["down", "--yes", *NOBODY], 3, "cluster_unreachable"),
     (["nothing"], 2, "usage"),
     (["--nothing", "status"], 2, "usage"),
     ([], 2, "usage"),

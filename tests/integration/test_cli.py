@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
-from placement.runtime.embedded import SimulatedNode, embedded_cluster
+import placement
+from placement import errors
+from placement.runtime.embedded import EmbeddedCluster, SimulatedNode
 from tests.integration.conftest import left_over, settled
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -24,15 +30,13 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    nodes = [
+def cluster_nodes() -> list[SimulatedNode]:
+    return [
         SimulatedNode("dgx", topology="dgx-1v"),
         SimulatedNode("hgx", topology="dgx-h100"),
         SimulatedNode("egress-a", resources={"egress_openai": 64, "egress_gemini": 16}),
         SimulatedNode("egress-b", resources={"egress": 64}),
     ]
-    with embedded_cluster(nodes) as running:
-        yield running.address
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,14 @@ def run(address: str) -> Run:
 
     def run(*args: str, at: str = address, **env: str) -> subprocess.CompletedProcess[str]:
         command = [str(SCRIPT), *args, "--address", at]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **env})
+        return subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, **env},
+        )
 
     return run
 
@@ -80,7 +91,7 @@ def test_a_whole_life(run: Run) -> None:
     assert (unknown.returncode, unknown.stdout) == (1, "")
     assert "no deployment 'whisper' is placed; placed: claude, embed" in unknown.stderr
 
-    assert run("down").returncode == 0
+    assert run("down", "--yes").returncode == 0
     assert settled(lambda: not left_over()), left_over()
     assert run("status").returncode == 3
 
@@ -132,5 +143,206 @@ def test_placements_can_outlive_the_service(run: Run, tmp_path: Path) -> None:
     assert run("down", "--keep-placements").returncode == 0
     assert run("up").returncode == 0
     assert data(run("apply", str(file), "--json")) == before
-    assert run("down").returncode == 0
+    assert run("down", "--yes").returncode == 0
     assert settled(lambda: not left_over()), left_over()
+
+
+def deployments(tmp_path: Path, *fields: str) -> str:
+    """A file of deployments with these fields."""
+    file = tmp_path / "d.yaml"
+    file.write_text("deployments: [" + ", ".join(f"{{model: m, {one}}}" for one in fields) + "]")
+    return str(file)
+
+
+def placed(run: Run) -> list[str]:
+    return [one["name"] for one in data(run("status", "--json"))["deployments"]]
+
+
+def refused(done: subprocess.CompletedProcess[str], exits: int) -> dict[str, Any]:
+    """The error of a command with ``--json`` that failed."""
+    assert (exits, "") == (done.returncode, done.stdout), done.stderr
+    return dict(json.loads(done.stderr.splitlines()[-1])["error"])
+
+
+def test_a_refusal_is_the_same_in_json_from_the_command_line_and_from_python(
+    run: Run, tmp_path: Path
+) -> None:
+    assert run("up").returncode == 0
+    file = deployments(tmp_path, "name: large, gpus: 17")
+    applied = refused(run("apply", file, "--json"), 1)
+    assert ("not_enough_gpus", "large", 17) == tuple(applied[x] for x in ("code", "deployment", "requested"))
+    assert applied == refused(run("plan", file, "--json"), 1)
+    explained = run("plan", file, "--json", "--explain")
+    assert 1 == explained.returncode
+    assert applied == json.loads(explained.stdout)["deployments"][0]["error"]
+    assert {"error": applied} == json.loads(explained.stderr.splitlines()[-1])
+    large = {"name": "large", "model": "m", "gpus": 17}
+    with pytest.raises(errors.NotEnoughGpus) as raised:
+        ray.get(placement.connect().place.remote(large))
+    assert applied == raised.value.to_dict()
+    assert "not_enough_gpus" == raised.value.code
+
+
+def test_names_are_all_checked_before_any_is_released(run: Run, tmp_path: Path) -> None:
+    assert run("up").returncode == 0
+    assert run("apply", deployments(tmp_path, "name: a", "name: b")).returncode == 0
+    wrong = run("release", "a", "nosuch", "neither", "b")
+    assert (1, "") == (wrong.returncode, wrong.stdout)
+    said = "error: no deployment 'nosuch' is placed; placed: a, b; nor is 'neither'; nothing was released"
+    assert said == wrong.stderr.splitlines()[-1]
+    assert "unknown_deployment" == refused(run("release", "--json", "nosuch"), 1)["code"]
+    assert ["a", "b"] == placed(run)
+    assert {"released": {"a": 1, "b": 1}} == data(run("release", "a", "b", "a", "--json"))
+
+
+def test_up_says_where_what_runs_is_not_what_is_asked_for(run: Run, tmp_path: Path) -> None:
+    assert run("down", "--yes").returncode in (0, 3)
+    assert run("up", "--near", "zone,rack", "--idle-seconds", "30").returncode == 0
+    for same in ([], ["--near", "zone, rack"], ["--idle-seconds", "30", "--near", "zone,rack"]):
+        assert run("up", *same).returncode == 0
+    other = run("up", "--near", "block", "--idle-seconds", "inf")
+    assert (1, "") == (other.returncode, other.stdout)
+    assert "runs already, with near zone,rack, not block, idle_seconds 30, not inf; nothing" in other.stderr
+    told = refused(run("up", "--json", "--near", "block"), 1)
+    assert ("service_differs", {"near": ["zone,rack", "block"]}) == (told["code"], told["differences"])
+
+    # As if another version of the package were installed here.
+    shutil.copytree(Path(placement.__file__).parent, tmp_path / "placement")
+    package = tmp_path / "placement" / "__init__.py"
+    package.write_text(package.read_text().replace(placement.__version__, "9.9.9"))
+    newer = run("up", PYTHONPATH=str(tmp_path))
+    assert (1, "") == (newer.returncode, newer.stdout)
+    assert (
+        f"with version {placement.__version__}, not 9.9.9; nothing is changed; restart it with"
+        in newer.stderr
+    )
+    # What it says to do helps.
+    assert run("down", "--keep-placements").returncode == 0
+    assert run("up", "--near", "block").returncode == 0
+    assert run("down", "--yes").returncode == 0
+
+
+def test_down_asks_first(run: Run, address: str, tmp_path: Path) -> None:
+    assert run("up").returncode == 0
+    assert run("apply", deployments(tmp_path, "name: a, replicas: 2", "name: b")).returncode == 0
+    said = (
+        "elease 2 deployments with 3 replicas, ending their workers, and stop the placement service on the Ray "
+        f"cluster at {address}"
+    )
+    for more in ([], ["--json"]):
+        unasked = run("down", *more)
+        assert (2, "") == (unasked.returncode, unasked.stdout)
+        assert said in unasked.stderr and "add --yes, or --keep-placements" in unasked.stderr
+
+    def answered(answer: str) -> subprocess.CompletedProcess[str]:
+        leader, follower = pty.openpty()
+        os.write(leader, f"{answer}\n".encode())
+        command = [str(SCRIPT), "down", "--address", address]
+        try:
+            return subprocess.run(command, stdin=follower, capture_output=True, text=True, timeout=120)
+        finally:
+            os.close(leader)
+            os.close(follower)
+
+    no = answered("n")
+    assert (1, "") == (no.returncode, no.stdout)
+    assert f"R{said}? [y/N]: " in no.stderr and "nothing is changed" in no.stderr
+    assert ["a", "b"] == placed(run)
+    yes = answered("y")
+    assert (0, "the placement service is stopped; released a, b\n") == (yes.returncode, yes.stdout), (
+        yes.stderr
+    )
+    assert settled(lambda: not left_over()), left_over()
+
+
+@contextmanager
+def node_actors_stopped() -> Iterator[None]:
+    """So that nothing can be placed for as long."""
+    rows = ray._private.state.actors().values()
+    pids = [
+        row["Pid"]
+        for row in rows
+        if row["ActorClassName"] == "NodePlacementActor" and row["State"] == "ALIVE"
+    ]
+    assert pids
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize(
+    ("how", "exits", "more"), [(signal.SIGINT, 130, []), (signal.SIGTERM, 143, ["--json"])]
+)
+def test_an_apply_that_is_stopped_says_that_the_service_goes_on(
+    how: int, exits: int, more: list[str], run: Run, address: str, tmp_path: Path
+) -> None:
+    service = placement.start()
+    # Twelve GPUs, so that both nodes have an actor.
+    ray.get(service.place.remote({"name": "a", "model": "m", "gpus": 2, "replicas": 6}))
+    ray.get(service.release.remote("a"))
+    file = deployments(tmp_path, "name: a, gpus: 2, replicas: 6")
+    command = [str(SCRIPT), "apply", file, "--address", address, *more]
+    with node_actors_stopped():
+        apply = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert settled(lambda: busy() or apply.poll() is not None, 60)
+        apply.send_signal(how)
+        out, err = apply.communicate(timeout=60)
+    assert (exits, "") == (apply.returncode, out), err
+    said = (
+        "interrupted; the placement service goes on; `placement status` shows what stands, "
+        "`placement release` gives it back"
+    )
+    last = err.splitlines()[-1]
+    assert said == (json.loads(last)["error"]["message"] if more else last)
+    assert settled(
+        lambda: [one["state"] for one in ray.get(service.status.remote())["deployments"]] == ["placed"], 30
+    )
+    assert 6 == ray.get(service.release.remote("a"))
+
+
+def busy() -> bool:
+    """Whether GPUs are held, or about to be taken."""
+    nodes = ray.get(placement.connect().snapshot.remote())["nodes"]
+    return sum(len(node.get("free", ())) for node in nodes) < 16
+
+
+def test_whoever_follows_is_told_that_the_service_was_stopped(run: Run, address: str, tmp_path: Path) -> None:
+    assert run("up").returncode == 0
+    assert run("apply", deployments(tmp_path, "name: a")).returncode == 0
+    command = [str(SCRIPT), "events", "a", "--follow", "--json", "--address", address]
+    follow = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert follow.stdout is not None
+    assert "placed" == json.loads(follow.stdout.readline())["state"]
+    assert run("down", "--yes").returncode == 0
+    out, err = follow.communicate(timeout=60)
+    assert 3 == follow.returncode, err
+    assert "service_not_running" == json.loads(err.splitlines()[-1])["error"]["code"]
+    assert [json.loads(line)["replica"] for line in out.splitlines()]
+
+
+def test_what_ray_says_of_a_dead_raylet_is_not_among_the_json(
+    run: Run, cluster: EmbeddedCluster, tmp_path: Path
+) -> None:
+    assert run("up").returncode == 0
+    cluster.add(SimulatedNode("doomed", topology="l40s-4x"))
+    cluster.wait()
+    file = deployments(tmp_path, "name: a, constraints: {gpu_nodes: [doomed]}")
+    assert run("apply", file).returncode == 0
+    command = [str(SCRIPT), "events", "a", "--follow", "--json", "--address", cluster.address]
+    out, err = tmp_path / "out", tmp_path / "err"
+    with out.open("w") as stdout, err.open("w") as stderr:
+        follow = subprocess.Popen(command, stdout=stdout, stderr=stderr)
+    assert settled(lambda: "placed" in out.read_text(), 60)
+    cluster.kill("doomed")
+    assert settled(lambda: "node doomed died" in out.read_text(), 60), out.read_text() + err.read_text()
+    assert settled(lambda: "(raylet" in out.read_text() + err.read_text(), 30)
+    follow.send_signal(signal.SIGINT)
+    assert 130 == follow.wait(timeout=60)
+    states = [json.loads(line)["state"] for line in out.read_text().splitlines()]
+    assert ["placed", "lost"] == states[:2]
+    assert "(raylet" in err.read_text()
+    assert run("release", "a").returncode == 0

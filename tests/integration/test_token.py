@@ -79,5 +79,5 @@ def test_up_apply_and_status_work_with_the_token_and_not_without(
         done = run({**env, **changed}, "status", "--address", address)
         assert done.returncode == 3, (changed, done.stdout, done.stderr)
         assert f"error: no Ray cluster at {address}" in done.stderr
-    done = run(env, "down", "--address", address)
+    done = run(env, "down", "--yes", "--address", address)
     assert (done.returncode, "released d" in done.stdout) == (0, True), done.stderr
