@@ -541,13 +541,15 @@ def _recorded(name: str | None, file: Path | None, gpu: str | None) -> dict[str,
     from dataclasses import replace
 
     from placement import topologies
-    from placement.core.matrix import parse_matrix, render_matrix
+    from placement.core.matrix import read_matrix, render_matrix
 
+    notes: tuple[str, ...] = ()
     if name is not None:
         shape = topologies.load(name)
     else:
         assert file is not None
-        shape = replace(parse_matrix(_text(file)), model=gpu)
+        reading = read_matrix(_text(file))
+        shape, notes = replace(reading.topology, model=gpu), reading.notes
     return {
         "name": name or ("stdin" if file == Path("-") else str(file)),
         "gpu_count": len(shape),
@@ -557,18 +559,15 @@ def _recorded(name: str | None, file: Path | None, gpu: str | None) -> dict[str,
         "nvswitch": shape.nvswitch,
         "islands": [list(island) for island in shape.islands],
         "matrix": render_matrix(shape),
-        "problem": None,
+        "problem": "; ".join(notes) or None,
         "facts": topologies.facts(name).model_dump(mode="json") if name is not None else None,
     }
 
 
 def _text(file: Path) -> str:
-    try:
-        content = sys.stdin.buffer.read() if file == Path("-") else file.read_bytes()
-        return content.decode()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise errors.InvalidDeployment(str(file), (f"cannot be read: {reason}; check the path",)) from None
+    from placement.wire.text import decoded, read_text
+
+    return decoded(sys.stdin.buffer.read(), "-") if file == Path("-") else read_text(file)
 
 
 @main.command(epilog="\b\nExample:\n  placement release llama-70b whisper")

@@ -1,33 +1,55 @@
 """Reading and writing what ``nvidia-smi topo -m`` prints.
 
-Read as printed, or as people paste it: columns parted by tabs or by blanks, colour codes, a Markdown table,
-a legend below. The affinity columns differ between drivers (none, CPU Affinity, NUMA Affinity, GPU NUMA ID,
-in any order); what is not there is unknown. Every other column is a network card. A GPU's row tells all of
-them, so the cards' own rows, which people like to cut off, are not read.
+Read as printed, or as people paste it: columns parted by tabs or by blanks, a Markdown table, a legend below; what
+came in between on the way is taken off by :mod:`placement.core.pasted`. The affinity columns differ between drivers
+(none, CPU Affinity, NUMA Affinity, GPU NUMA ID, in any order); what is not there is unknown. Every other column is a
+network card. A GPU's row tells all of them, so the cards' own rows, which people like to cut off, are not read.
 
-A GPU's row must be whole: where a cell is missing nobody can tell which, so the text is refused.
+A GPU's row must be whole: where a cell is missing and neither tabs nor its place tell which, the text is refused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+from placement.core.pasted import NOT_AVAILABLE, NVLINKS, SELF, Line, Pasted, find_matrix, shortened
 from placement.core.topology import UNKNOWN_LINK, Link, Nic, Path, Topology, ordinals
 from placement.errors import MatrixError
 
-_COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _GPU = re.compile(r"GPU\d+")
-_CPU, _NUMA, _ = _AFFINITIES = ("CPU Affinity", "NUMA Affinity", "GPU NUMA ID")
-_COLUMN = re.compile("|".join([*(name.replace(" ", r"\s+") for name in _AFFINITIES), r"\S+"]))
+_CPU, _NUMA, _ID = _AFFINITIES = ("CPU Affinity", "NUMA Affinity", "GPU NUMA ID")
+_AFFINITY = {
+    _ID: r"GPU\s+NUMA\s+ID",
+    _CPU: r"CPU(?:\s*Affinity|(?!\w))",
+    _NUMA: r"NUMA(?:\s*(?:Affinity|Node|ID)|(?!\w))",
+}
+_AFFINITY_NAME = re.compile("|".join(_AFFINITY.values()), re.IGNORECASE)
+_COLUMN = re.compile(rf"{_AFFINITY_NAME.pattern}|\S+", re.IGNORECASE)
+_PARTED = re.compile(
+    rf"{_AFFINITY_NAME.pattern}|\S+?(?=\s|$|CPU\s*Affinity|NUMA\s*Affinity|(?<=\d)(?:NIC|GPU|mlx)\d)",
+    re.IGNORECASE,
+)
+"""The same where names ran together: ``NIC11NIC12``."""
 
-_SELF = "X"
 _PATHS = {path.value: Link(path) for path in Path if path is not Path.NVLINK} | {"SOC": Link(Path.SYS)}
 """SOC is what drivers before 2016 or so printed for SYS."""
 
 _MOST_CPUS = 65536
 """Refuses ``0-999999999`` before it is spelt out. Linux knows at most 8192 CPUs."""
+
+_TAB = 8
+"""How wide a terminal draws a tab."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A matrix, and what of it could not be read though the GPUs' part is whole."""
+
+    topology: Topology
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,40 +67,22 @@ def parse_matrix(text: str) -> Topology:
     called what their columns are called, also where a legend below gives ``NIC0`` another name.
 
     Raises:
-        MatrixError: the text has no matrix, or a damaged or partial one; names the line.
+        MatrixError: the text has no matrix, or a damaged or partial one, or two; names the line.
     """
-    lines = [_COLOUR.sub("", line).rstrip("\r") for line in text.lstrip("\ufeff").split("\n")]
-    start = next((i for i, line in enumerate(lines) if _is_header(line)), None)
-    if start is None:
-        orphan = next((i for i, line in enumerate(lines) if _is_row(line)), -1)
-        raise MatrixError(orphan + 1, "no header line that names GPU0")
-    columns = _header_cells(lines[start])
+    return read_matrix(text).topology
+
+
+def read_matrix(text: str) -> Reading:
+    """The same, and what had to be left out.
+
+    Raises:
+        MatrixError: as :func:`parse_matrix`.
+    """
+    matrix = find_matrix(text)
+    columns, rows, notes = _read(matrix)
+    start = matrix.header.number
     gpus = [name for name in columns if _GPU.fullmatch(name)]
-    if gpus != [f"GPU{i}" for i in range(len(gpus))]:
-        raise MatrixError(start + 1, f"the GPU columns are {', '.join(gpus)}, not GPU0, GPU1, ... in order")
     nics = [name for name in columns if name and name not in (*gpus, *_AFFINITIES)]
-    twice = [name for name in columns if columns.count(name) > 1]
-    if twice:
-        raise MatrixError(start + 1, f"column {twice[0]!r} is there twice")
-
-    rows: dict[str, _Row] = {}
-    for number, line in enumerate(lines[start + 1 :], start + 2):
-        if line.lstrip().startswith("Legend"):
-            break
-        found = _cells_of_row(columns, line, number)
-        if found is None:
-            continue
-        label, cells = found
-        if label not in gpus:
-            raise MatrixError(number, f"row {label} has no column")
-        if label in rows:
-            raise MatrixError(number, f"row {label} is there already, in line {rows[label].line}")
-        rows[label] = _Row(number, cells)
-    missing = [name for name in gpus if name not in rows]
-    if missing:
-        last = max((row.line for row in rows.values()), default=start + 1)
-        raise MatrixError(last, f"the rows of {', '.join(missing)} are missing")
-
     ordered = [rows[name] for name in gpus]
     paths = [[_path(row, gpu, nic) for nic in nics] for gpu, row in enumerate(ordered)]
     try:
@@ -86,13 +90,14 @@ def parse_matrix(text: str) -> Topology:
             Nic(name, tuple(column)) for name, column in zip(nics, zip(*paths, strict=True), strict=True)
         )
     except ValueError as error:
-        raise MatrixError(start + 1, str(error)) from None
-    return Topology(
+        raise MatrixError(start, str(error)) from None
+    topology = Topology(
         links=_links(ordered),
         numa=tuple(_numbers(row, _NUMA) for row in ordered),
         cpus=tuple(_numbers(row, _CPU) for row in ordered),
         nics=cards,
     )
+    return Reading(topology, notes)
 
 
 def render_matrix(topology: Topology) -> str:
@@ -104,57 +109,208 @@ def render_matrix(topology: Topology) -> str:
     nics = topology.nics
     lines = ["\t".join(["", *gpus, *(nic.name for nic in nics), _CPU, _NUMA])]
     for a, name in enumerate(gpus):
-        links = [f" {_SELF} " if a == b else str(link) for b, link in enumerate(topology.links[a])]
-        near = [ordinals(topology.cpus[a]) or "N/A", ordinals(topology.numa[a]) or "N/A"]
+        links = [f" {SELF} " if a == b else str(link) for b, link in enumerate(topology.links[a])]
+        near = [ordinals(topology.cpus[a]) or NOT_AVAILABLE, ordinals(topology.numa[a]) or NOT_AVAILABLE]
         lines.append("\t".join([name, *links, *(nic.paths[a] for nic in nics), *near]))
     for nic in nics:
         # What is between two network cards is not kept: nothing is placed by it.
-        others = [f" {_SELF} " if other is nic else Path.UNKNOWN for other in nics]
+        others = [f" {SELF} " if other is nic else Path.UNKNOWN for other in nics]
         lines.append("\t".join([nic.name, *nic.paths, *others]))
     return "\n".join(lines) + "\n"
 
 
-def _is_table(line: str) -> bool:
-    return line.lstrip().startswith("|")
-
-
-def _table_cells(line: str) -> list[str]:
-    return [" ".join(cell.split()) for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]
-
-
-def _header_cells(line: str) -> list[str]:
-    """The names of the columns; of a Markdown table also the empty one above the rows' names."""
-    if _is_table(line):
-        return _table_cells(line)
-    return [" ".join(name.split()) for name in _COLUMN.findall(line)]
-
-
-def _is_header(line: str) -> bool:
-    names = _header_cells(line)
-    # Elsewhere than in a table the first column is a GPU's: prose that mentions one is no header.
-    first = names if _is_table(line) else names[:1]
-    return any(map(_GPU.fullmatch, first)) and _SELF not in names
-
-
-def _is_row(line: str) -> bool:
-    """Whether a line looks like a GPU's row, where no header tells the columns."""
-    label, *cells = line.replace("|", " ").split() or [""]
-    return _GPU.fullmatch(label) is not None and _SELF in cells
-
-
-def _cells_of_row(columns: Sequence[str], line: str, number: int) -> tuple[str, dict[str, str]] | None:
-    """The name of a GPU's row and its cells by column; ``None`` for any other line."""
-    if _is_table(line):
-        names, cells = list(columns), _table_cells(line)
-        label = dict(zip(names, cells, strict=False)).get("", "")
+def _read(matrix: Pasted) -> tuple[list[str], dict[str, _Row], tuple[str, ...]]:
+    """The columns, the rows by name, and what was left out."""
+    header = matrix.header
+    if header.is_table:
+        columns = _table_cells(header)
+        # Without a bar at the ends there is none before the rows' names either.
+        columns = [_column_name(name) for name in (columns if "" in columns else ["", *columns])]
+        _check_columns(columns, header.number)
+        return columns, _rows(columns, matrix, lambda row: _table_row(columns, row)), ()
+    plain = _names(_COLUMN, header)
+    parted = _names(_PARTED, header)
+    found = [(one, [_cells(one, header, row) for row in matrix.rows]) for one in (plain, parted)]
+    sound = (one for one, rows in found if all(cells is not None and _is_sound(cells) for cells in rows))
+    fitting = (one for one, rows in found if None not in rows)
+    columns = next(sound, next(fitting, plain))
+    notes: tuple[str, ...] = ()
+    if columns is plain and (left_out := _without_nics(plain, matrix.rows)) is not None:
+        columns, cells_of = left_out
+        named, there = len(plain) - len(columns), len(matrix.rows[0].body.split()) - 1 - len(columns)
+        notes = (
+            f"the network cards are left out, since names ran together: {named} of them for {there} columns",
+        )
     else:
-        names, cells = ["", *columns], line.split()
-        label = cells[0] if cells else ""
-    if not _GPU.fullmatch(label):
+        cells_of = partial(_cells, columns, header)
+    _check_columns(columns, header.number)
+    return columns, _rows(columns, matrix, cells_of), notes
+
+
+def _check_columns(columns: Sequence[str], number: int) -> None:
+    gpus = [name for name in columns if _GPU.fullmatch(name)]
+    if gpus != [f"GPU{i}" for i in range(len(gpus))]:
+        named = shortened(", ".join(gpus), 200)
+        raise MatrixError(number, f"the GPU columns are {named}, not GPU0, GPU1, ... in order")
+    twice = [name for name in columns if columns.count(name) > 1]
+    if twice:
+        raise MatrixError(number, f"column {shortened(twice[0])!r} is there twice")
+
+
+def _rows(
+    columns: Sequence[str], matrix: Pasted, cells_of: Callable[[Line], dict[str, str] | None]
+) -> dict[str, _Row]:
+    """The rows of all GPUs by name."""
+    gpus = [name for name in columns if _GPU.fullmatch(name)]
+    rows: dict[str, _Row] = {}
+    for row in matrix.rows:
+        label = _label(columns, row)
+        if label is None:
+            continue
+        cells = cells_of(row)
+        if cells is None:
+            found = len(_table_cells(row) if matrix.header.is_table else row.body.split()) - 1
+            expected = sum(name != "" for name in columns)
+            raise MatrixError(row.number, f"row {shortened(label)} has {found} cells for {expected} columns")
+        if label not in gpus:
+            raise MatrixError(row.number, f"row {shortened(label)} has no column")
+        if label in rows:
+            raise MatrixError(row.number, f"row {label} is there already, in line {rows[label].line}")
+        rows[label] = _Row(row.number, cells)
+    missing = [name for name in gpus if name not in rows]
+    if missing:
+        last = max((row.line for row in rows.values()), default=matrix.header.number)
+        raise MatrixError(last, f"the rows of {shortened(', '.join(missing), 200)} are missing")
+    return rows
+
+
+def _names(pattern: re.Pattern[str], header: Line) -> list[str]:
+    return [_column_name(name) for name in pattern.findall(header.body)]
+
+
+def _column_name(name: str) -> str:
+    """A column's name, those of the affinities as newer drivers have them."""
+    whole = (known for known, pattern in _AFFINITY.items() if re.fullmatch(pattern, name, re.IGNORECASE))
+    return next(whole, name)
+
+
+def _table_cells(line: Line) -> list[str]:
+    return [
+        " ".join(cell.split()) for cell in line.body.strip().removeprefix("|").removesuffix("|").split("|")
+    ]
+
+
+def _table_row(columns: Sequence[str], row: Line) -> dict[str, str] | None:
+    cells = _table_cells(row)
+    return dict(zip(columns, cells, strict=True)) if len(cells) == len(columns) else None
+
+
+def _label(columns: Sequence[str], row: Line) -> str | None:
+    """The name of a GPU's row; ``None`` for any other line."""
+    in_table = dict(zip(columns, _table_cells(row), strict=False)).get("", "")
+    label = in_table if "" in columns else row.body.split()[0]
+    return label if _GPU.fullmatch(label) else None
+
+
+def _cells(columns: Sequence[str], header: Line, row: Line) -> dict[str, str] | None:
+    """The cells of a row by column, an affinity empty where tabs or place tell so; ``None`` if they do not fit."""
+    cells = row.body.split()[1:]
+    if len(cells) == len(columns):
+        return dict(zip(columns, cells, strict=True))
+    links = next((i for i, name in enumerate(columns) if name in _AFFINITIES), len(columns))
+    affinities = columns[links:]
+    if not set(affinities) <= set(_AFFINITIES) or len(cells) >= len(columns):
         return None
-    if len(cells) != len(names):
-        raise MatrixError(number, f"row {label} has {len(cells) - 1} cells for {len(names) - 1} columns")
-    return label, dict(zip(names, cells, strict=True))
+    for found in (_by_tabs(row, links, affinities), _by_place(header, row, links, affinities)):
+        row_cells = found and dict(zip(columns, found, strict=True))
+        if row_cells and _is_sound(row_cells):
+            return row_cells
+    return None
+
+
+def _by_tabs(row: Line, links: int, affinities: Sequence[str]) -> list[str] | None:
+    """The cells as the tabs tell them, also where a terminal drew them as blanks."""
+    tabbed = row.body if "\t" in row.body else _with_tabs(row)
+    if tabbed is None:
+        return None
+    _, *cells = (cell.strip() for cell in tabbed.split("\t"))
+    found, rest = cells[:links], cells[links:]
+    for i in range(len(affinities)):
+        # What is not available is written after one more tab, for looks.
+        if i and len(rest) > len(affinities) - i and rest[:2] == ["", NOT_AVAILABLE]:
+            rest = rest[1:]
+        if not rest:
+            return None
+        found.append(rest.pop(0))
+    return None if any(rest) else found
+
+
+def _with_tabs(row: Line) -> str | None:
+    """A row with the tabs that blanks stand for; ``None`` where they stand for no tabs."""
+    for origin in (0, row.start):
+        label, *cells = re.finditer(r"\S+", row.body)
+        text, end = label[0], row.start + label.end() - origin
+        for cell in cells:
+            # The X of a GPU itself is printed with a blank before and after it.
+            own = cell[0] == SELF
+            begin = row.start + cell.start() - own - origin
+            tabs = begin // _TAB - end // _TAB
+            if begin % _TAB or tabs < 1:
+                break
+            text += "\t" * tabs + cell[0]
+            end = row.start + cell.end() + own - origin
+        else:
+            return text
+    return None
+
+
+def _by_place(header: Line, row: Line, links: int, affinities: Sequence[str]) -> list[str] | None:
+    """The cells of a table drawn with blanks, where each affinity begins right below its name."""
+    names = [match.start() for match in _AFFINITY_NAME.finditer(header.text)][-len(affinities) :]
+    words = list(re.finditer(r"\S+", row.text))
+    first = next((i for i, word in enumerate(words) if word.start() >= row.start), 0) + 1
+    at = {word.start(): word[0] for word in words[first + links :]}
+    # A last cell that is missing may have been cut off.
+    if len(names) != len(affinities) or not at.keys() <= set(names) or names[-1] not in at:
+        return None
+    return [word[0] for word in words[first : first + links]] + [at.get(name, "") for name in names]
+
+
+def _is_sound(cells: Mapping[str, str]) -> bool:
+    """Whether there are links where links belong, and nowhere else."""
+    return all(
+        (cell == SELF or cell in _PATHS or NVLINKS.fullmatch(cell) is not None) == (name not in _AFFINITIES)
+        for name, cell in cells.items()
+    )
+
+
+def _without_nics(
+    columns: Sequence[str], rows: Sequence[Line]
+) -> tuple[list[str], Callable[[Line], dict[str, str] | None]] | None:
+    """The columns beside the network cards', and how to read them, where only the cards' names ran together.
+
+    All rows must agree on how many more cells there are than names, and the GPUs must come first, the affinities last.
+    """
+    gpus = next((i for i, name in enumerate(columns) if not _GPU.fullmatch(name)), len(columns))
+    last = next((i for i, name in enumerate(columns) if name in _AFFINITIES), len(columns))
+    counts = {len(row.body.split()) - 1 for row in rows}
+    if (
+        gpus == last
+        or len(counts) != 1
+        or min(counts) <= len(columns)
+        or any(map(_GPU.fullmatch, columns[gpus:]))
+    ):
+        return None
+    kept = [*columns[:gpus], *columns[last:]]
+
+    def cells_of(row: Line) -> dict[str, str] | None:
+        cells = row.body.split()[1:]
+        end = len(cells) - (len(columns) - last)
+        if not all(map(_PATHS.__contains__, cells[gpus:end])):
+            return None
+        return dict(zip(kept, cells[:gpus] + cells[end:], strict=True))
+
+    return kept, cells_of
 
 
 def _links(rows: Sequence[_Row]) -> tuple[tuple[Link, ...], ...]:
@@ -172,34 +328,34 @@ def _links(rows: Sequence[_Row]) -> tuple[tuple[Link, ...], ...]:
 def _link(row: _Row, a: int, b: int) -> Link:
     cell = row.cells.get(f"GPU{b}", "")
     if a == b:
-        if cell != _SELF:
-            raise MatrixError(row.line, f"GPU{a} to itself is {cell!r}, not {_SELF}")
+        if cell != SELF:
+            raise MatrixError(row.line, f"GPU{a} to itself is {shortened(cell)!r}, not {SELF}")
         return UNKNOWN_LINK
     if cell in _PATHS:
         return _PATHS[cell]
-    if re.fullmatch(r"NV[1-9]\d*", cell):
+    if NVLINKS.fullmatch(cell):
         return Link(Path.NVLINK, int(cell[2:]))
-    raise MatrixError(row.line, f"GPU{a} to GPU{b} is {cell!r}, which is no link")
+    raise MatrixError(row.line, f"GPU{a} to GPU{b} is {shortened(cell)!r}, which is no link")
 
 
 def _path(row: _Row, gpu: int, nic: str) -> Path:
     """How a GPU reaches a network card."""
     cell = row.cells[nic]
     if cell not in _PATHS:
-        raise MatrixError(row.line, f"GPU{gpu} to {nic} is {cell!r}, which is no path")
+        raise MatrixError(row.line, f"GPU{gpu} to {shortened(nic)} is {shortened(cell)!r}, which is no path")
     return _PATHS[cell].path
 
 
 def _numbers(row: _Row, column: str) -> tuple[int, ...]:
     """A list as the kernel writes it: ``0,5-11``. Empty where the column is missing or not available."""
     text = row.cells.get(column, "")
-    if text in ("", "N/A"):
+    if text in ("", NOT_AVAILABLE):
         return ()
     numbers: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part, re.ASCII)
+        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part, re.ASCII)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last or last >= _MOST_CPUS:
-            raise MatrixError(row.line, f"{column} is {text!r}; expected a list such as 0,5-11")
+            raise MatrixError(row.line, f"{column} is {shortened(text)!r}; expected a list such as 0,5-11")
         numbers.update(range(first, last + 1))
     return tuple(sorted(numbers))
