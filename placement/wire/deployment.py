@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 import os
 import re
@@ -272,6 +273,19 @@ class RuntimeConfig(_Declared):
             raise ValueError(
                 "use lower-case letters, digits and _; it names the node resource egress_<provider>"
             )
+        return value
+
+    @field_validator("options")
+    @classmethod
+    def _can_be_written(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError:
+            raise ValueError(
+                "holds NaN or an infinite number, which JSON cannot carry; use a number"
+            ) from None
+        except RecursionError:
+            raise ValueError("is nested too deep to be stored; use fewer levels") from None
         return value
 
     @field_validator("options")

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from placement.errors import InvalidDeployment
 from placement.wire.deployment import Deployment
+from placement.wire.text import read_text
 from placement.wire.unknown import unknown_field
 
 M = TypeVar("M", bound=BaseModel)
@@ -21,6 +22,9 @@ _ECHOED = {
 }  # fmt: skip
 """Fields whose refused value may be shown. The rest may hold a pasted key."""
 
+_MOST_SAID = 400
+"""Characters of one problem: a number may have thousands of digits."""
+
 
 def load_deployments(path: str | Path) -> list[Deployment]:
     """Reads a deployment file: ``[[deployments]]`` tables in TOML, a ``deployments:`` list in YAML.
@@ -30,7 +34,7 @@ def load_deployments(path: str | Path) -> list[Deployment]:
             problems are reported at once.
     """
     path = Path(path)
-    return parse_deployments(_read(path), suffix=path.suffix, source=str(path))
+    return parse_deployments(read_text(path), suffix=path.suffix, source=str(path))
 
 
 def load_model(model: type[M], path: Path) -> M:
@@ -39,16 +43,7 @@ def load_model(model: type[M], path: Path) -> M:
     Raises:
         InvalidDeployment: the file cannot be read, or is refused.
     """
-    return parse_model(model, _parse(_read(path), path.suffix.lower(), str(path)), str(path))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InvalidDeployment(str(path), (f"cannot be read: {error.strerror}; check the path",)) from None
-    except UnicodeDecodeError:
-        raise InvalidDeployment(str(path), ("is not UTF-8 text; give a TOML or YAML file",)) from None
+    return parse_model(model, _parse(read_text(path), path.suffix.lower(), str(path)), str(path))
 
 
 def parse_deployments(text: str, suffix: str, source: str) -> list[Deployment]:
@@ -122,23 +117,65 @@ def _sentence(model: type[BaseModel], problem: dict[str, Any]) -> str:
         value = problem.get("input")
         if isinstance(value, str | int | float | bool) and len(str(value)) <= 80:
             message = f"{value!r} is refused: {message[:1].lower()}{message[1:]}"
+    if len(message) > _MOST_SAID:
+        message = f"{message[:_MOST_SAID]}..."
     return f"{field}: {message}" if field else message
 
 
 def _parse(text: str, suffix: str, source: str) -> Any:
     if suffix == ".toml":
-        try:
-            return tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise InvalidDeployment(source, (f"is not valid TOML: {error}",)) from None
-    if suffix in (".yaml", ".yml"):
-        import yaml
+        content = _toml(text, source)
+    elif suffix in (".yaml", ".yml"):
+        content = _yaml(text, source)
+    else:
+        raise InvalidDeployment(source, (f"has the ending {suffix!r}; use .toml, .yaml or .yml",))
+    check_depth(content, source)
+    return content
 
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-            what = getattr(error, "problem", None) or "cannot be parsed"
-            raise InvalidDeployment(source, (f"is not valid YAML: {what}{where}",)) from None
-    raise InvalidDeployment(source, (f"has the ending {suffix!r}; use .toml, .yaml or .yml",))
+
+def _toml(text: str, source: str) -> Any:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidDeployment(source, (f"is not valid TOML: {error}",)) from None
+    except RecursionError:
+        raise InvalidDeployment(source, (_TOO_DEEP,)) from None
+    except ValueError:  # of more digits than Python reads
+        raise InvalidDeployment(source, ("is not valid TOML: a number is too long",)) from None
+
+
+def _yaml(text: str, source: str) -> Any:
+    import yaml
+
+    from placement.wire import bounded_yaml
+
+    try:
+        return bounded_yaml.load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        what = getattr(error, "problem", None) or getattr(error, "reason", None) or "cannot be parsed"
+        raise InvalidDeployment(source, (f"is not valid YAML: {what}{where}",)) from None
+
+
+_MOST_DEPTH = 64
+_TOO_DEEP = f"is nested more than {_MOST_DEPTH} deep; no field needs that"
+
+
+def check_depth(content: Any, source: str) -> None:
+    """Refuses what is nested so deep that whoever walks it runs out of stack.
+
+    Raises:
+        InvalidDeployment: it is.
+    """
+    level = [content]
+    for _ in range(_MOST_DEPTH):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return
+    raise InvalidDeployment(source, (_TOO_DEEP,))

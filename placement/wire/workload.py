@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import math
 import random
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +23,18 @@ from placement.core.topology import Topology
 from placement.errors import InvalidDeployment
 from placement.wire.base import Model
 from placement.wire.deployment import Deployment, PlacementConstraints
-from placement.wire.files import load_model, parse_model
+from placement.wire.files import check_depth, load_model, parse_model
 from placement.wire.plans import request_of
+from placement.wire.text import read_text
 
 OPENB_PODS = {"cpu_milli", "memory_mib", "num_gpu", "gpu_milli"}
 _LISTS = ("gpu_nodes", "egress_nodes", "egress_preference", "accelerators", "apart_from", "near_to")
+
+_LEAST, _MOST = 1e-6, 1e9
+"""Of a number that others are divided by: a microsecond is no stay, and two thousand years are."""
+
+_MOST_GPUS_PER_NODE = 1024
+_MOST_COUNT = 1 << 40
 
 Source = Callable[[Snapshot], list[Arrival]]
 """What arrives on a cluster."""
@@ -35,7 +45,7 @@ class MixFile(Model):
 
     arrivals: int = Field(default=1000, ge=1, le=1_000_000, description="how many deployments arrive")
     load: float = Field(
-        default=1.0, gt=0, le=100, description="GPUs asked for at a time, as a part of the cluster's"
+        default=1.0, ge=_LEAST, le=100, description="GPUs asked for at a time, as a part of the cluster's"
     )
     mix: tuple[dict[str, Any], ...] = Field(
         min_length=1, description="fields of a deployment, and: weight (default 1), mean_minutes (default 60)"
@@ -45,8 +55,8 @@ class MixFile(Model):
 class Proportion(Model):
     """How often one entry of a mix arrives, and how long it stays on average (exponentially distributed)."""
 
-    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    mean_minutes: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+    weight: float = Field(default=1.0, ge=_LEAST, le=_MOST)
+    mean_minutes: float = Field(default=60.0, ge=_LEAST, le=_MOST)
 
 
 def load_workload(path: Path, seed: int = 0, arrivals: int | None = None) -> Source:
@@ -60,41 +70,57 @@ def load_workload(path: Path, seed: int = 0, arrivals: int | None = None) -> Sou
     Raises:
         InvalidDeployment: the file cannot be read, or a field is refused; names the row or entry.
     """
-    if path.suffix != ".csv":
+    if path.suffix.lower() != ".csv":
         mix = load_model(MixFile, path)
         entries = [_entry(one, f"{path}: mix[{i}]", i) for i, one in enumerate(mix.mix)]
         return lambda snapshot: _draw(snapshot, entries, arrivals or mix.arrivals, mix.load, seed)
     rows = read_rows(path)
     if set(rows[0]) >= OPENB_PODS:
-        requests = [_pod(f"{path}: row {i}", row) for i, row in enumerate(rows[:arrivals], start=2)]
+        requests = [_pod(row, path) for row in rows[:arrivals]]
         return lambda snapshot: requests
-    traced = [_traced(f"{path}: row {i}", row) for i, row in enumerate(rows[:arrivals], start=2)]
+    if "arrive_seconds" not in rows[0]:
+        raise InvalidDeployment(
+            str(path),
+            (
+                "has no column arrive_seconds, as a trace needs; "
+                f"an openb pod list needs {', '.join(sorted(OPENB_PODS))}",
+            ),
+        )
+    traced = [_traced(row, path) for row in rows[:arrivals]]
     return lambda snapshot: [
         Arrival(at, _request(one, snapshot), None if until is None else until - at)
         for one, at, until in traced
     ]
 
 
-def openb_cluster(rows: Iterable[Mapping[str, str]], source: str) -> Snapshot:
-    """The nodes of the openb trace. How their GPUs are linked is not known; the accelerator is the model."""
+def openb_cluster(rows: Iterable[Row], source: str) -> Snapshot:
+    """The nodes of the openb trace. How their GPUs are linked is not known; the accelerator is the model.
+
+    Raises:
+        InvalidDeployment: a number is none, or two nodes have one name.
+    """
     shapes: dict[int, Topology] = {}
-    nodes = []
-    for i, row in enumerate(rows, start=2):
-        gpus, cpu, memory = (
-            _count(row, field, f"{source}: row {i}") for field in ("gpu", "cpu_milli", "memory_mib")
-        )
-        nodes.append(
-            Node(
-                row["sn"],
-                row["sn"],
-                topology=shapes.setdefault(gpus, Topology.unknown(gpus)),
-                free=frozenset(range(gpus)),
-                cpu_milli=cpu,
-                memory_bytes=memory << 20,
-                accelerators=frozenset([row["model"]]),
+    nodes: dict[str, Node] = {}
+    for row in rows:
+        where = f"{source}: row {row.number}"
+        gpus = _count(row, "gpu", where, _MOST_GPUS_PER_NODE)
+        cpu, memory = (_count(row, field, where) for field in ("cpu_milli", "memory_mib"))
+        name = row["sn"]
+        if not name or name in nodes:
+            problem = (
+                f"sn: {name!r} is there twice; give each node its own" if name else "sn: is missing; add it"
             )
+            raise InvalidDeployment(where, (problem,))
+        nodes[name] = Node(
+            name,
+            name,
+            topology=shapes.setdefault(gpus, Topology.unknown(gpus)),
+            free=frozenset(range(gpus)),
+            cpu_milli=cpu,
+            memory_bytes=memory << 20,
+            accelerators=frozenset({row["model"]} - {""}),
         )
-    return Snapshot(nodes)
+    return Snapshot(nodes.values())
 
 
 def openb_request(row: Mapping[str, str], source: str) -> Request:
@@ -116,29 +142,31 @@ def openb_request(row: Mapping[str, str], source: str) -> Request:
     )
 
 
-def _pod(source: str, row: Mapping[str, str]) -> Arrival:
+def _pod(row: Row, path: Path) -> Arrival:
     """When the list has no times, one pod a second comes and none goes."""
-    request = openb_request(row, source)
+    where = f"{path}: row {row.number}"
+    request = openb_request(row, where)
     if not row.get("creation_time"):
-        return Arrival(float(source.rpartition(" ")[2]) - 2, request)
-    begin = _count(row, "creation_time", source)
-    return Arrival(
-        begin, request, _count(row, "deletion_time", source) - begin if row.get("deletion_time") else None
-    )
+        return Arrival(float(row.number) - 2, request)
+    begin = _count(row, "creation_time", where)
+    if not row.get("deletion_time"):
+        return Arrival(begin, request)
+    end = _count(row, "deletion_time", where)
+    if end < begin:
+        raise InvalidDeployment(where, (f"deletion_time: {end} is before creation_time, {begin}",))
+    return Arrival(begin, request, end - begin)
 
 
-def _traced(source: str, row: Mapping[str, str | None]) -> tuple[Deployment, float, float | None]:
-    fields: dict[str, Any] = {"model": "simulated", "name": "r" + source.rpartition(" ")[2]}
+def _traced(row: Row, path: Path) -> tuple[Deployment, float, float | None]:
+    where = f"{path}: row {row.number}"
+    fields: dict[str, Any] = {"model": "simulated", "name": f"r{row.number}"}
     limits: dict[str, Any] = {}
     times: dict[str, float | None] = {"arrive_seconds": None, "depart_seconds": None}
     for field, text in row.items():
-        if text is None or not text.strip():
+        if not text:
             continue
         if field in times:
-            try:
-                times[field] = float(text)
-            except ValueError:
-                raise InvalidDeployment(source, (f"{field}: {text!r} is not a number of seconds",)) from None
+            times[field] = _seconds(text, field, where)
         elif field in PlacementConstraints.model_fields:
             limits[field] = [one.strip() for one in text.split("|")] if field in _LISTS else _value(text)
         else:
@@ -147,17 +175,47 @@ def _traced(source: str, row: Mapping[str, str | None]) -> tuple[Deployment, flo
         fields["constraints"] = limits
     begin, end = times.values()
     if begin is None:
-        raise InvalidDeployment(source, ("arrive_seconds: is missing; say when it arrives",))
+        raise InvalidDeployment(where, ("arrive_seconds: is missing; say when it arrives",))
     if end is not None and end < begin:
-        raise InvalidDeployment(source, (f"depart_seconds: {end:g} is before arrive_seconds, {begin:g}",))
-    return parse_model(Deployment, fields, source), begin, end
+        raise InvalidDeployment(where, (f"depart_seconds: {end:g} is before arrive_seconds, {begin:g}",))
+    for name, value in fields.items():
+        check_depth(value, f"{where}: {name}")
+    return parse_model(Deployment, fields, where), begin, end
+
+
+def _seconds(text: str, field: str, where: str) -> float:
+    seconds = _number(text)
+    if seconds is None or not 0 <= seconds <= _MOST_COUNT:
+        raise InvalidDeployment(where, (f"{field}: {_shown(text)} is not a number of seconds{_comma(text)}",))
+    return seconds
+
+
+def _number(text: str) -> float | None:
+    """A finite number as spreadsheets write it; ``None`` for anything else."""
+    try:
+        number = float(text) if "_" not in text else math.nan
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _comma(text: str) -> str:
+    return "; write a point for the comma" if re.fullmatch(r"[+-]?\d*,\d+", text) else ""
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:40]}...")
 
 
 def _value(text: str) -> Any:
+    """What a cell holds: JSON, or else text. A whole number is one, also where a spreadsheet wrote it as 8.0."""
     try:
-        return json.loads(text)
-    except ValueError:
-        return text
+        value = json.loads(text, parse_constant=str)
+    except (ValueError, RecursionError):
+        value = text
+    if isinstance(value, str | float) and (number := _number(text)) is not None:
+        return int(number) if number.is_integer() and abs(number) <= _MOST_COUNT else number
+    return value
 
 
 def _entry(fields: dict[str, Any], source: str, index: int) -> tuple[Deployment, Proportion]:
@@ -200,25 +258,77 @@ def _request(one: Deployment, snapshot: Snapshot) -> Request:
     return request_of(one, range(one.replicas), {}, snapshot)
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file with a header.
+class Row(dict[str, str]):
+    """The cells of one row by column, without blanks around them.
+
+    Attributes:
+        number: of the row in the file; the header is row 1.
+    """
+
+    def __init__(self, cells: Iterable[tuple[str, str]], number: int) -> None:
+        super().__init__(cells)
+        self.number = number
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a CSV file with a header, parted by commas, or by semicolons or tabs as Excel does.
 
     Raises:
-        InvalidDeployment: it cannot be read, or has none.
+        InvalidDeployment: it cannot be read, or has none; or a row has more cells than the header, or the header
+            has a column twice.
     """
+    source = str(path)
+    text = read_text(path)
+    first, _, rest = text.partition("\n")
+    if match := re.fullmatch(r"\W?sep=(.)\W?\s*", first, re.IGNORECASE):  # Excel's own hint
+        delimiter, text, skipped = match[1], rest, 1
+    else:
+        delimiter, skipped = max(",;\t", key=first.count), 0
+    rows: list[tuple[int, list[str]]] = []
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise InvalidDeployment(str(path), (f"cannot be read: {reason}; check the path",)) from None
-    if not rows:
-        raise InvalidDeployment(str(path), ("has no rows; a header line and one row at least are needed",))
-    return rows
+        for number, cells in enumerate(reader, start=1 + skipped):
+            stripped = [cell.strip() for cell in cells]
+            if any(stripped):
+                rows.append((number, stripped))
+    except csv.Error as error:
+        raise InvalidDeployment(
+            f"{source}: row {reader.line_num + skipped}", (f"cannot be read: {error}",)
+        ) from None
+    if len(rows) < 2:
+        raise InvalidDeployment(source, ("has no rows; a header line and one row at least are needed",))
+    columns = [name.lower() for name in rows[0][1]]
+    while not columns[-1]:
+        columns.pop()
+    for name in columns:
+        if name and columns.count(name) > 1:
+            raise InvalidDeployment(source, (f"column {_shown(name)} is there twice; keep one",))
+    return [_row(columns, cells, number, source) for number, cells in rows[1:]]
 
 
-def _count(row: Mapping[str, str], field: str, source: str) -> int:
+def _row(columns: list[str], cells: list[str], number: int, source: str) -> Row:
+    """A row that is too short lacks its last cells; one that is too long may only hold nothing there."""
+    where = f"{source}: row {number}"
+    if any(cells[len(columns) :]):
+        raise InvalidDeployment(
+            where,
+            (f"has {len(cells)} cells for {len(columns)} columns; put quotes around a cell with a comma",),
+        )
+    whole = cells + [""] * (len(columns) - len(cells))
+    # pandas numbers the rows in a first column without a name.
+    nameless = next((i for i, name in enumerate(columns) if i and not name and whole[i]), None)
+    if nameless is not None:
+        raise InvalidDeployment(
+            where, (f"column {nameless + 1} has no name, and {_shown(whole[nameless])} in it",)
+        )
+    return Row(((name, cell) for name, cell in zip(columns, whole, strict=False) if name), number)
+
+
+def _count(row: Mapping[str, str], field: str, source: str, most: int = _MOST_COUNT) -> int:
     text = row.get(field) or ""
-    if not text.isdecimal():
-        raise InvalidDeployment(source, (f"{field}: {text!r} is not a whole number",))
-    return int(text)
+    number = _number(text)
+    if number is None or not number.is_integer() or number < 0:
+        raise InvalidDeployment(source, (f"{field}: {_shown(text)} is not a whole number{_comma(text)}",))
+    if number > most:
+        raise InvalidDeployment(source, (f"{field}: {_shown(text)} is too large; use at most {most}",))
+    return int(number)

@@ -146,6 +146,122 @@ def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, name: str, text: s
     assert says in str(raised.value)
 
 
+TRACE = "arrive_seconds,depart_seconds,name,gpus\n0,100,a,1\n5.5,60,b,8\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("bom.csv", b"\xef\xbb\xbf" + TRACE.encode()),
+        ("excel.csv", TRACE.encode("utf-16")),
+        ("UPPER.CSV", TRACE.encode()),
+        ("semicolons.csv", TRACE.replace(",", ";").encode()),
+        ("hint.csv", b"sep=;\r\n" + TRACE.replace(",", ";").replace("\n", "\r\n").encode()),
+        ("tabs.csv", TRACE.replace(",", "\t").encode()),
+        ("floats.csv", TRACE.replace(",8\n", ",8.0\n").replace(",1\n", ",1.0\n").encode()),
+        ("exponents.csv", TRACE.replace(",100,", ",1e2,").replace(",8\n", ",0.8e1\n").encode()),
+        ("blanks.csv", TRACE.replace(",", " , ").encode()),
+        ("capitals.csv", TRACE.replace("arrive_seconds", "Arrive_Seconds").replace("gpus", "GPUs").encode()),
+        ("lines.csv", TRACE.replace("5.5", "\n,,,\n   \n5.5").encode()),
+        ("trailing.csv", TRACE.replace("\n", ",\n").encode()),
+        ("more.csv", TRACE.replace("1\n", "1,,\n").encode()),
+        ("quoted.csv", TRACE.replace(",8", ',"8"').encode()),
+        ("index.csv", b",arrive_seconds,depart_seconds,name,gpus\n0,0,100,a,1\n1,5.5,60,b,8\n"),
+        ("old-mac.csv", TRACE.replace("\n", "\r").encode()),
+        ("cut.csv", TRACE.strip().encode()),
+    ],
+)
+def test_a_trace_is_read_as_spreadsheets_write_it(tmp_path: Path, name: str, content: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    arrivals = load_workload(path)(CLUSTER)
+    assert [("a", 0.0, 100.0, 1), ("b", 5.5, 54.5, 8)] == [
+        (one.request.deployment, one.at_seconds, one.stays_seconds, one.request.needs.gpus)
+        for one in arrivals
+    ]
+
+
+def test_a_cell_may_hold_json(tmp_path: Path) -> None:
+    text = 'arrive_seconds,model,serving\n0,gpt-4o,"{""max_concurrent"": 8}"\n'
+    [one] = load_workload(write(tmp_path, "remote.csv", text))(CLUSTER)
+    assert ("openai", 8) == (one.request.provider, one.request.egress)
+
+
+def test_an_openb_list_may_have_whole_numbers_as_pandas_writes_them(tmp_path: Path) -> None:
+    text = (
+        "name,cpu_milli,memory_mib,num_gpu,gpu_milli,gpu_spec,qos,pod_phase,creation_time,deletion_time,scheduled_time\n"
+        "openb-pod-0000,12000.0,16384.0,1.0,1000.0,,LS,Running,0,12537496,0.0\n"
+    )
+    [one] = load_workload(write(tmp_path, "pods_float.csv", text))(CLUSTER)
+    assert (12000, 16 * GIB, Needs(1)) == (one.request.cpu_milli, one.request.memory_bytes, one.request.needs)
+    assert (0, 12537496) == (one.at_seconds, one.stays_seconds)
+    nodes = write(tmp_path, "nodes.csv", "SN;cpu_milli;memory_mib;gpu;model\nn0;64000.0;1024.0;2.0;P100\n")
+    [node] = openb_cluster(read_rows(nodes), str(nodes)).nodes
+    assert (64000, GIB, {0, 1}) == (node.cpu_milli, node.memory_bytes, node.free)
+
+
+HEAD = "arrive_seconds,depart_seconds,name,gpus\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (HEAD + "nan,100,a,1\n", "row 2: arrive_seconds: 'nan' is not a number of seconds"),
+        (HEAD + "0,100,a,1\n5,inf,b,1\n", "row 3: depart_seconds: 'inf' is not a number of seconds"),
+        (HEAD + "-1,100,a,1\n", "row 2: arrive_seconds: '-1' is not a number of seconds"),
+        (HEAD + "1e400,,a,1\n", "row 2: arrive_seconds: '1e400' is not a number of seconds"),
+        (HEAD + "1_0,,a,1\n", "row 2: arrive_seconds: '1_0' is not a number of seconds"),
+        (HEAD + "9" * 5000 + ",,a,1\n", "row 2: arrive_seconds: '9999"),
+        (HEAD.replace(",", ";") + "0,5;1;a;1\n", "arrive_seconds: '0,5' is not a number of seconds; write a point"),
+        (HEAD + "\n\n0,soon,a,1\n", "row 4: depart_seconds: 'soon' is not a number"),
+        (HEAD + "0,1,a,1,5\n", "row 2: has 5 cells for 4 columns"),
+        (HEAD + "0,1,a\nsoon,1\n", "row 3: arrive_seconds: 'soon'"),
+        (HEAD + "0,1,a,nan\n", "row 2: gpus: "),
+        (HEAD + "0,1,a,inf\n", "row 2: gpus: "),
+        (HEAD + "0,1,a,8.5\n", "row 2: gpus: 8.5 GPUs"),
+        (HEAD, "has no rows; a header line and one row at least"),
+        ("\n , ,\n" + HEAD, "has no rows"),
+        ("arrive_seconds,name,name\n0,a,b\n", "column 'name' is there twice"),
+        ("arrive_seconds,Name,name\n0,a,b\n", "column 'name' is there twice"),
+        ("arrive_seconds,,name\n0,x,a\n", "row 2: column 2 has no name, and 'x' in it"),
+        ("name,gpus\na,1\n", "has no column arrive_seconds, as a trace needs"),
+        ("num_gpu,cpu_milli,memory_mib\n1,1,1\n", "an openb pod list needs cpu_milli, gpu_milli, memory_mib, num_gpu"),
+        ("arrive_seconds,serving\n0,\"" + "[" * 50_000 + "\"\n", "row 2: serving: "),
+        ("arrive_seconds,serving\n0," + "[" * 200 + "]" * 200 + "\n", "row 2: serving: is nested more than 64 deep"),
+        ("arrive_seconds,model\n0,\"" + "x" * 200_000 + "\"\n", "row 2: cannot be read: field larger than"),
+        ("cpu_milli,memory_mib,num_gpu,gpu_milli\n1,1,-1,0\n", "num_gpu: '-1' is not a whole number"),
+        ("cpu_milli,memory_mib,num_gpu,gpu_milli\n1,1,1.5,0\n", "num_gpu: '1.5' is not a whole number"),
+        ("cpu_milli;memory_mib;num_gpu;gpu_milli\n1,5;1;1;0\n", "'1,5' is not a whole number; write a point"),
+        ("cpu_milli,memory_mib,num_gpu,gpu_milli\n1e300,1,1,0\n", "cpu_milli: '1e300' is too large"),
+        (
+            "cpu_milli,memory_mib,num_gpu,gpu_milli,creation_time,deletion_time\n1,1,1,1000,9,5\n",
+            "row 2: deletion_time: 5 is before creation_time, 9",
+        ),
+    ],
+)  # fmt: skip
+def test_a_bad_cell_is_refused_with_its_row_and_column(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(InvalidDeployment) as caught:
+        load_workload(write(tmp_path, "w.csv", text))(CLUSTER)
+    assert says in str(caught.value)
+    assert max(map(len, str(caught.value).splitlines())) < 600
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ("n0,1,1,999999999,P100", "row 3: gpu: '999999999' is too large; use at most 1024"),
+        ("n0,1,1,1,", "row 3: sn: 'n0' is there twice"),
+        (",1,1,1,", "row 3: sn: is missing"),
+        ("n1,1,1,nan,", "row 3: gpu: 'nan' is not a whole number"),
+    ],
+)
+def test_a_bad_node_of_the_openb_trace_is_refused_with_its_row(tmp_path: Path, row: str, says: str) -> None:
+    path = write(tmp_path, "nodes.csv", f"sn,cpu_milli,memory_mib,gpu,model\nn0,1,1,1,P100\n{row}\n")
+    with pytest.raises(InvalidDeployment) as caught:
+        openb_cluster(read_rows(path), str(path))
+    assert says in str(caught.value)
+
+
 def test_a_file_that_is_not_there() -> None:
     with pytest.raises(InvalidDeployment, match="nowhere.csv: cannot be read"):
         load_workload(Path("nowhere.csv"))
