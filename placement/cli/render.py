@@ -368,7 +368,8 @@ def simulation_view(reports: Mapping[str, Mapping[str, Any]]) -> list[Any]:
 
     def mean(report: Mapping[str, Any], field: str) -> str:
         values = [moment[field] for moment in report["moments"]]
-        return f"{sum(values) / len(values):.1f} ({100 * sum(values) / len(values) / report['gpus']:.1f} %)"
+        average = sum(values) / len(values)
+        return f"{average:.1f} ({_part(average / report['gpus'] if report['gpus'] else None)})"
 
     row("GPUs", lambda report: str(report["gpus"]))
     row("deployments placed", lambda report: str(report["placed"]))

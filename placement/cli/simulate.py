@@ -15,6 +15,7 @@ from placement.core.score import GIB
 from placement.core.simulation import Report, simulate
 from placement.core.snapshot import Node, Policy, Snapshot
 from placement.errors import InvalidClusterFile, InvalidDeployment
+from placement.wire.accelerators import accelerators_of
 from placement.wire.cluster import load_cluster
 from placement.wire.workload import load_workload, openb_cluster, read_rows, with_policy
 
@@ -67,21 +68,26 @@ def cluster_of(text: str) -> Snapshot:
             or machines of the catalogue by number, as ``dgx-h100=4,l40s-4x=8``, all free.
 
     Raises:
-        InvalidClusterFile: it is none of these.
+        InvalidClusterFile: it is none of these, or has no nodes.
         UnknownTopology: a machine is not in the catalogue.
     """
-    if text.endswith(".json"):
-        return load_cluster(Path(text)).snapshot()
-    if text.endswith(".csv"):
+    ending = Path(text).suffix.lower()
+    if ending == ".json":
+        snapshot = load_cluster(Path(text)).snapshot()
+        if not snapshot.nodes:
+            raise InvalidClusterFile(
+                f"{text}: has no nodes, so that nothing can be placed; add one under nodes"
+            )
+        return snapshot
+    if ending == ".csv":
         try:
             rows = read_rows(Path(text))
+            missing = sorted(OPENB_NODES - set(rows[0]))
+            if not missing:
+                return openb_cluster(rows, text)
         except InvalidDeployment as error:
             raise InvalidClusterFile(str(error)) from None
-        if not set(rows[0]) >= OPENB_NODES:
-            raise InvalidClusterFile(
-                f"{text}: has no columns {', '.join(sorted(OPENB_NODES))}; use an openb node list"
-            )
-        return openb_cluster(rows, text)
+        raise InvalidClusterFile(f"{text}: has no columns {', '.join(missing)}; use an openb node list")
     nodes: list[Node] = []
     for part in text.split(","):
         name, _, count = part.strip().partition("=")
@@ -109,7 +115,7 @@ def _machines(name: str, count: int) -> Iterator[Node]:
             gpu_memory_bytes=facts.gpu_memory_bytes,
             cpu_milli=gpus * CPUS_PER_GPU * 1000,
             memory_bytes=gpus * MEMORY_GIB_PER_GPU * GIB,
-            accelerators=frozenset((topology.model or "").split()),
+            accelerators=accelerators_of(topology.model),
             compute_capability=facts.compute_capability,
         )
 
@@ -158,7 +164,7 @@ def draw(reports: Mapping[str, Report], path: Path) -> None:
             hours, lost, label="free, but fragmented", color="0.75", hatch="///", edgecolor="0.4"
         )
         plot.set_ylabel("GPUs")
-        plot.set_ylim(0, 1.35 * report.gpus)
+        plot.set_ylim(0, 1.35 * max(report.gpus, 1))
         plot.set_title(f"{name}: {report.placed} placed, {report.refused} refused", loc="left", fontsize=10)
         plot.legend(loc="upper left", ncols=3, frameon=False, fontsize=8)
     axes[-1, 0].set_xlabel("hours")
@@ -180,7 +186,7 @@ def check_picture(path: Path) -> None:
     """
     from importlib.util import find_spec
 
-    if path.suffix not in (".svg", ".png"):
+    if path.suffix.lower() not in (".svg", ".png"):
         raise click.UsageError(f"--picture: {path.name!r} ends neither in .svg nor in .png; name it so")
     if find_spec("matplotlib") is None:
         raise click.UsageError('--picture needs matplotlib; install it: pip install "placement[picture]"')

@@ -14,11 +14,14 @@ from placement.core.snapshot import Node
 from placement.errors import UnknownTopology
 from placement.runtime.books import Tally
 from placement.runtime.orders import Machine
+from placement.wire.accelerators import accelerators_of
 
 TOPOLOGY_LABEL = "placement/topology"
 """A node with this label has the topology of that catalogue entry (a simulated node)."""
 
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
+_ACCELERATOR = "accelerator_type:"
+"""Begins the resource that Ray gives a node for the type of its GPUs."""
 
 VIEW_SECONDS = 1.0
 """Reading all nodes takes about 0.1 ms for each, which a plan need not pay every time."""
@@ -31,7 +34,7 @@ class NodeInfo:
     Attributes:
         egress: resource name (``egress``, ``egress_<provider>``) -> concurrent requests the node may carry.
         cpu_milli, memory_bytes: CPUs (thousandths) and memory that Ray was told of.
-        accelerator: Ray's accelerator type, if it knows one.
+        accelerators: its accelerator types in Ray's books; an operator may have added to Ray's own (A100, A100-80G).
     """
 
     id: str
@@ -42,7 +45,7 @@ class NodeInfo:
     egress: Mapping[str, int] = field(default_factory=dict)
     cpu_milli: int = 0
     memory_bytes: int = 0
-    accelerator: str | None = None
+    accelerators: frozenset[str] = frozenset()
 
     @property
     def topology_name(self) -> str | None:
@@ -112,9 +115,10 @@ def live_nodes() -> list[NodeInfo]:
                 },
                 cpu_milli=round(resources.get("CPU", 0) * 1000),
                 memory_bytes=int(resources.get("memory", 0)),
-                accelerator=next(
-                    (name.partition(":")[2] for name in resources if name.startswith("accelerator_type:")),
-                    None,
+                accelerators=frozenset(
+                    name.removeprefix(_ACCELERATOR)
+                    for name in resources
+                    if name.startswith(_ACCELERATOR) and "_group_" not in name
                 ),
             )
         )
@@ -166,7 +170,7 @@ def node_state(
         amounts = {name: min(amount, available.get(name, 0.0) + 1e-6) for name, amount in amounts.items()}
     rests_of = {gpu: WHOLE - share for gpu, share in tally.shares.items() if share < WHOLE}
     seen = machine.node(not_ours - foreign - tally.claimed_gpus, rests_of)
-    names = {info.accelerator, info.labels.get(ACCELERATOR_LABEL), *(machine.topology.model or "").split()}
+    names = {info.labels.get(ACCELERATOR_LABEL), *info.accelerators, *accelerators_of(machine.topology.model)}
     return replace(
         seen,
         id=info.id,

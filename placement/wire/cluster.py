@@ -11,19 +11,25 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from placement.core.matrix import parse_matrix, render_matrix
+from placement.core.pasted import shortened
 from placement.core.replicas import PlannedReplica
 from placement.core.score import WHOLE
 from placement.core.snapshot import NEAR_LABELS, Node, Snapshot
-from placement.core.topology import Topology
-from placement.errors import InvalidClusterFile, MatrixError
+from placement.core.topology import Topology, ordinals
+from placement.errors import InvalidClusterFile, InvalidDeployment, MatrixError
 from placement.wire.base import Model
 from placement.wire.deployment import STANDS, Deployment
+from placement.wire.text import printable, read_text
 
 _AS_THEY_ARE = (
     "egress", "problem", "rests", "slots", "instances", "gpu_memory_bytes", "free_memory", "cpu_milli",
     "memory_bytes", "labels", "compute_capability",
 )  # fmt: skip
 """Fields that a node has in a file as it has them in a snapshot."""
+
+
+_MOST = 1 << 60
+"""Of an amount: more bytes than any machine has."""
 
 
 class HeldReplica(Model):
@@ -139,8 +145,7 @@ class ClusterFile(Model):
         """What the planner sees.
 
         Raises:
-            InvalidClusterFile: a node names a machine that is not there, or GPUs that it does not have; or
-                two nodes have one id.
+            InvalidClusterFile: the file contradicts itself; names the node or the deployment, the field and the value.
         """
         machines = {key: _topology(key, machine) for key, machine in self.machines.items()}
         deployments: Counter[tuple[str, str]] = Counter()
@@ -159,11 +164,9 @@ class ClusterFile(Model):
                     f"{where}: machine {one.machine!r} is not under machines; add it there"
                 )
             topology = machines[one.machine] if one.machine is not None else Topology.unknown(0)
-            strange = sorted(set(one.free) - set(range(len(topology))))
-            if strange:
-                raise InvalidClusterFile(
-                    f"{where}: free names GPU {strange[0]}, but it has {len(topology)} GPUs"
-                )
+            problem = _contradiction(one, len(topology))
+            if problem is not None:
+                raise InvalidClusterFile(f"{where}: {problem}")
             if one.id in nodes:
                 raise InvalidClusterFile(f"{where}: id {one.id!r} is there twice; give each node its own")
             nodes[one.id] = Node(
@@ -178,6 +181,17 @@ class ClusterFile(Model):
                 serving={calls: max(1, serving[one.id, calls]) for calls in one.serving},
                 **{name: getattr(one, name) for name in _AS_THEY_ARE},
             )
+        names = [standing.deployment.name for standing in self.deployments]
+        for standing in self.deployments:
+            name = standing.deployment.name
+            if names.count(name) > 1:
+                raise InvalidClusterFile(f"deployment {name!r} is there twice; keep one")
+            for replica in standing.replicas:
+                problem = _false_holding(replica, nodes.get(replica.node))
+                if problem is not None:
+                    raise InvalidClusterFile(
+                        f"deployment {name!r}: replica {replica.replica_index}: {problem}"
+                    )
         return Snapshot(nodes.values(), self.near)
 
     def held(self) -> Mapping[str, HeldDeployment]:
@@ -192,18 +206,77 @@ def load_cluster(path: Path) -> ClusterFile:
         InvalidClusterFile: the file cannot be read, or is not such a file; names the first field at fault.
     """
     try:
-        return ClusterFile.model_validate_json(path.read_bytes(), context=STANDS)
-    except OSError as error:
-        raise InvalidClusterFile(f"{path}: cannot be read: {error.strerror}; check the path") from None
+        return ClusterFile.model_validate_json(read_text(path), context=STANDS)
+    except InvalidDeployment as error:
+        raise InvalidClusterFile(str(error)) from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"]))
+        field = printable(".".join(map(str, first["loc"])))
         what = f"{field}: {first['msg']}" if field else str(first["msg"])
         raise InvalidClusterFile(f"{path}: {what}; write it with `placement snapshot`") from None
+
+
+def _contradiction(one: ClusterNode, count: int) -> str | None:
+    """What a node cannot be, with so many GPUs; ``None`` if nothing."""
+    for field in ("free", "rests", "slots", "instances", "free_memory"):
+        strange = sorted(set(getattr(one, field)) - set(range(count)))
+        if strange:
+            return f"{field} names GPU {strange[0]}, but it has {_gpus(count)}"
+    for field, clashing in (("rests", one.rests), ("slots", one.slots)):
+        both = sorted(set(one.free) & set(clashing))
+        if both:
+            return f"GPU {both[0]} is in free and in {field}; keep one of them"
+    for slot, profile in one.instances.items():
+        if one.slots.get(slot) != profile:
+            known = one.slots.get(slot, "nothing")
+            return f"instances has {profile!r} at GPU {slot}, slots has {known!r}; make them the same"
+    amounts = {"cpu_milli": one.cpu_milli, "memory_bytes": one.memory_bytes}
+    for name in ("egress", "rests", "free_memory"):
+        amounts |= {f"{name}.{key}": amount for key, amount in getattr(one, name).items()}
+    for field, amount in amounts.items():
+        most = WHOLE if field.startswith("rests.") else _MOST
+        if not 0 <= amount <= most:
+            return f"{printable(field)} is {shortened(str(amount))}; use 0 to {most}"
+    if one.gpu_memory_bytes is not None and not 0 < one.gpu_memory_bytes <= _MOST:
+        return (
+            f"gpu_memory_bytes is {shortened(str(one.gpu_memory_bytes))}; use 1 to {_MOST}, or leave it out"
+        )
+    return None
+
+
+def _false_holding(replica: HeldReplica, node: Node | None) -> str | None:
+    """What a replica cannot hold on a node; ``None`` if nothing, or if the node is no more."""
+    amounts = {
+        "replica_index": replica.replica_index,
+        "cpu_milli": replica.cpu_milli,
+        "memory_bytes": replica.memory_bytes,
+        "egress_units": replica.egress_units,
+    }
+    for field, amount in amounts.items():
+        if not 0 <= amount <= _MOST:
+            return f"{field} is {shortened(str(amount))}; use 0 to {_MOST}"
+    if not 0 < replica.share <= WHOLE:
+        return f"share is {shortened(str(replica.share))}; use 1 to {WHOLE}"
+    if len(set(replica.gpus)) < len(replica.gpus):
+        return f"gpus names one twice: {shortened(ordinals(replica.gpus))}"
+    if replica.share < WHOLE and len(replica.gpus) != 1:
+        return f"share is {replica.share}, so that gpus must name one GPU, not {len(replica.gpus)}"
+    if node is None:
+        return None
+    for gpu in replica.gpus:
+        if not 0 <= gpu < len(node.topology):
+            return f"gpus names GPU {gpu}, but node {node.name!r} has {_gpus(len(node.topology))}"
+        if gpu in node.free or (gpu in node.instances and replica.profile):
+            return f"gpus names GPU {gpu}, which is free on node {node.name!r}; it can be held or free"
+    return None
+
+
+def _gpus(count: int) -> str:
+    return f"{count} GPU" if count == 1 else f"{count} GPUs"
 
 
 def _topology(key: str, machine: Machine) -> Topology:
     try:
         return replace(parse_matrix(machine.matrix), model=machine.model)
     except MatrixError as error:
-        raise InvalidClusterFile(f"machines.{key}.matrix: {error}") from None
+        raise InvalidClusterFile(f"machines.{printable(key)}.matrix: {error}") from None

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from placement.errors import InvalidDeployment
 from placement.wire.deployment import Deployment
-from placement.wire.text import read_text
+from placement.wire.text import printable, read_text
 from placement.wire.unknown import unknown_field
 
 M = TypeVar("M", bound=BaseModel)
@@ -104,7 +104,7 @@ def parse_model(model: type[M], value: Any, source: str) -> M:
 
 def _sentence(model: type[BaseModel], problem: dict[str, Any]) -> str:
     location = [str(part) for part in problem["loc"]]
-    field = ".".join(location)
+    field = printable(".".join(location))
     message = str(problem["msg"]).removeprefix("Value error, ")
     kind = problem["type"]
     if kind == "missing":

@@ -34,3 +34,8 @@ def decoded(content: bytes, source: str) -> str:
     if "\0" in text:
         raise InvalidDeployment(source, ("is not text; check the path",))
     return text
+
+
+def printable(text: str) -> str:
+    """A text that a message of one line can show."""
+    return "".join(one if one.isprintable() else "?" for one in text)

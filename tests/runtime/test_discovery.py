@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import pytest
+from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
+from ray.util.accelerators import accelerators
 
+from placement import topologies
+from placement.cli.simulate import cluster_of
 from placement.core.topology import Topology
+from placement.runtime import discovery
 from placement.runtime.books import Tally
-from placement.runtime.discovery import TOPOLOGY_LABEL, NodeInfo, node_state
+from placement.runtime.discovery import ACCELERATOR_LABEL, TOPOLOGY_LABEL, NodeInfo, node_state
 from placement.runtime.orders import Machine, machine_of
+from placement.wire.accelerators import accelerator_type
 from placement.wire.facts import GpuFacts, NodeFacts
 
 NODE = NodeInfo("id", "gpu-a", "10.0.0.1", gpu_count=8, egress={"egress": 10})
@@ -85,3 +91,40 @@ def test_a_wrong_topology_label_is_named_with_its_value_and_the_fix(
     node = NodeInfo("id", "a", "", gpus, labels={TOPOLOGY_LABEL: name} if name else {})
     said = node.label_problem()
     assert said == problem if problem is None else said is not None and said.startswith(problem)
+
+
+def test_all_accelerator_types_of_a_node_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {
+        "NodeID": "id",
+        "NodeManagerAddress": "10.0.0.1",
+        "Alive": True,
+        "Labels": {ACCELERATOR_LABEL: "A100-SXM"},
+        "Resources": {
+            "GPU": 8.0,
+            "accelerator_type:A100": 1.0,
+            "accelerator_type:A100-80G": 1.0,
+            "accelerator_type:T4_group_0_0123": 1.0,
+        },
+    }
+    monkeypatch.setattr(discovery.ray, "nodes", lambda: [row])
+    [info] = discovery.live_nodes()
+    assert {"A100", "A100-80G"} == info.accelerators
+    node = node_state(info, Machine(Topology.unknown(8)), {"GPU": 8.0}, Tally(), frozenset())
+    assert {"A100", "A100-80G", "A100-SXM"} == node.accelerators
+
+
+@pytest.mark.parametrize("name", topologies.names())
+def test_a_simulated_node_goes_by_the_name_that_ray_gives_its_gpus(name: str) -> None:
+    info = NodeInfo("id", "a", "", len(topologies.load(name)), labels={TOPOLOGY_LABEL: name})
+    node = node_state(info, machine_of(topologies.facts(name), info.gpu_count), None, Tally(), frozenset())
+    product = topologies.describe(name).gpu
+    assert NvidiaGPUAcceleratorManager._gpu_name_to_accelerator_type(product) in node.accelerators
+    assert node.accelerators == cluster_of(f"{name}=1").nodes[0].accelerators
+
+
+def test_ray_names_every_type_of_its_own_as_we_do() -> None:
+    for name, kind in vars(accelerators).items():
+        if name.startswith("NVIDIA_") and name not in ("NVIDIA_A100_40G", "NVIDIA_A100_80G"):
+            product = f"NVIDIA {kind.replace('-', ' ')}"
+            of_ray = NvidiaGPUAcceleratorManager._gpu_name_to_accelerator_type(product)
+            assert (kind, kind) == (accelerator_type(product), of_ray)

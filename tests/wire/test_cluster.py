@@ -66,6 +66,94 @@ def test_a_bad_file_is_refused_with_the_field(
         load_cluster(path).snapshot()
 
 
+TWO = "\tGPU0\tGPU1\nGPU0\t X \tNV2\nGPU1\tNV2\t X \n"
+
+
+def lying(held: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
+    """A cluster of one node with two GPUs that says something that cannot be."""
+    node = {"id": "n", "name": "a", "machine": "m", **fields}
+    file: dict[str, Any] = {"machines": {"m": {"matrix": TWO}}, "nodes": [node]}
+    if held is not None:
+        replica = {"replica_index": 0, "node": "n", **held}
+        file["deployments"] = [{"deployment": {"name": "d", "model": "m"}, "replicas": [replica]}]
+    return file
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        (lying(free=[0, 9]), "node 'a': free names GPU 9, but it has 2 GPUs"),
+        (lying(free=[-1]), "node 'a': free names GPU -1, but it has 2 GPUs"),
+        (lying(rests={"7": 500}), "node 'a': rests names GPU 7, but it has 2 GPUs"),
+        (lying(slots={"2": "1g.10gb"}), "node 'a': slots names GPU 2, but it has 2 GPUs"),
+        (lying(free_memory={"2": 1}), "node 'a': free_memory names GPU 2, but it has 2 GPUs"),
+        (lying(free=[0, 1], rests={"1": 500}), "node 'a': GPU 1 is in free and in rests; keep one of them"),
+        (lying(free=[0], slots={"0": "1g.10gb"}), "node 'a': GPU 0 is in free and in slots; keep one of them"),
+        (lying(instances={"0": "1g.10gb"}), "node 'a': instances has '1g.10gb' at GPU 0, slots has 'nothing'"),
+        (lying(rests={"0": 1001}), "node 'a': rests.0 is 1001; use 0 to 1000"),
+        (lying(rests={"0": -1}), "node 'a': rests.0 is -1; use 0 to 1000"),
+        (lying(egress={"egress": -4}), "node 'a': egress.egress is -4; use 0 to"),
+        (lying(cpu_milli=-1), "node 'a': cpu_milli is -1; use 0 to"),
+        (lying(memory_bytes=10**30), "node 'a': memory_bytes is 1000000000000000000000000000000; use 0 to"),
+        (lying(gpu_memory_bytes=0), "node 'a': gpu_memory_bytes is 0; use 1 to"),
+        (lying(held={"gpus": [9]}), "deployment 'd': replica 0: gpus names GPU 9, but node 'a' has 2 GPUs"),
+        (lying(held={"gpus": [0]}, free=[0, 1]), "gpus names GPU 0, which is free on node 'a'"),
+        (lying(held={"gpus": [0, 0]}), "deployment 'd': replica 0: gpus names one twice: 0,0"),
+        (lying(held={"gpus": [0, 1], "share": 500}), "share is 500, so that gpus must name one GPU, not 2"),
+        (lying(held={"gpus": [0], "share": 0}), "deployment 'd': replica 0: share is 0; use 1 to 1000"),
+        (lying(held={"gpus": [0], "cpu_milli": -5}), "deployment 'd': replica 0: cpu_milli is -5; use 0 to"),
+        (lying(held={"replica_index": -1}), "deployment 'd': replica -1: replica_index is -1; use 0 to"),
+        ({**lying(held={}), "deployments": lying(held={})["deployments"] * 2}, "deployment 'd' is there twice"),
+        (lying() | {"machines": {"m": {"matrix": TWO.replace("NV2", "NV" + "9" * 99)}}}, "which is no link"),
+        (lying(**{"x\ny": 1}), "nodes.0.x?y: Extra inputs"),
+        (lying(free=[float("nan")]), "nodes.0.free.0: "),
+        ({"version": 2}, "version: Input should be 1"),
+        ([], "Input should be an object"),
+    ],
+)  # fmt: skip
+def test_a_file_that_contradicts_itself_is_refused_in_one_line(
+    file: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "cluster.json"
+    path.write_text(json.dumps(file))
+    with pytest.raises(InvalidClusterFile) as caught:
+        load_cluster(path).snapshot()
+    assert says in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "Invalid JSON: EOF"),
+        (b'{"version": 1', "Invalid JSON: EOF"),
+        (b'{"nodes": ' + b"[" * 100_000, "Invalid JSON: recursion limit"),
+        (b"\xff\xfe\xff", "is not UTF-8 text"),
+        (b"{}\0", "is not text"),
+    ],
+)
+def test_what_is_no_json_is_refused_in_one_line(content: bytes, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "cluster.json"
+    path.write_bytes(content)
+    with pytest.raises(InvalidClusterFile) as caught:
+        load_cluster(path)
+    assert says in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
+def test_a_cluster_file_may_come_from_windows(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "CLUSTER.JSON"
+    text = ClusterFile.of(CLUSTER, [STANDS]).model_dump_json(exclude_none=True)
+    path.write_bytes(text.replace("{", "{\r\n", 1).encode(encoding))
+    assert CLUSTER.nodes == load_cluster(path).snapshot().nodes
+
+
+def test_a_replica_on_a_node_that_is_no_more_may_stand() -> None:
+    file = ClusterFile.model_validate(lying(held={"node": "gone", "gpus": [9]}))
+    assert ["d"] == list(file.held()) and len(file.snapshot().nodes) == 1
+
+
 def deployment(name: str, **fields: Any) -> Deployment:
     return Deployment.model_validate({"name": name, "model": "m", **fields})
 
