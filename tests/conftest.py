@@ -3,6 +3,8 @@
 The variables are set here, at import: Ray reads them when it is imported and hands them to every process
 it starts. A bare ``ray.init()`` writes an authentication token into the home folder, and a token found there
 turns authentication on: hence no authentication, and a home of the tests' own.
+
+No property has a deadline: how long one example takes says how busy the machine is, not what the code does.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 _real_home = Path.home()
 _home = Path(tempfile.mkdtemp(prefix="placement-home-"))
@@ -25,6 +28,11 @@ os.environ.setdefault("XDG_CACHE_HOME", str(_real_home / ".cache"))
 os.environ["HOME"] = str(_home)
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+settings.register_profile(
+    "placement", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("placement")
 
 # A shell's background job ignores Ctrl-C, and so would the processes started here, whose Ctrl-C is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
