@@ -10,7 +10,7 @@ BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test chaos soak lint format bench wheel clean
+.PHONY: help demo test chaos soak mutants lint format bench wheel clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ chaos: .venv/stamp ## kill the service, its node actors, nodes and the head, and
 
 soak: .venv/stamp ## all of that in any order on a real cluster, for as long as you like: make soak ARGS='--minutes 30 --seed 7'
 	@$(BIN)/python -m tests.soak $(ARGS)
+
+mutants: .venv/stamp ## change the code in small ways and tell what no test notices: make mutants ARGS='--sample 300 --seed 1 --minutes 60'
+	@$(BIN)/python -m tests.mutants $(ARGS)
 
 lint: .venv/stamp ## check style, format, types and layers
 	@$(BIN)/ruff check .
@@ -47,7 +50,7 @@ wheel: .venv/stamp ## build dist/placement-*.whl
 	@$(BIN)/python -m build --wheel --no-isolation .
 
 clean: ## remove .venv, builds and caches
-	@rm -rf .venv dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf .venv dist build mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Made again when the dependencies change; the editable install follows the sources by itself.

@@ -1,0 +1,164 @@
+"""Changes the code in small ways and tells which changes no test notices: ``make mutants``.
+
+mutmut makes the changes and runs, for each, the tests that reach the changed function. Here a random sample of them is
+chosen, since all would take a night, and what survives is printed with its place. Everything is written to
+``mutants/``, which git ignores.
+
+In such a run this file is also a plugin of pytest: fast tests first, and few examples, the same each time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+MOST_EXAMPLES, MOST_RUNS = 25, 10
+"""Of a property and of a state machine, in a run for one mutant."""
+
+LOG = Path("mutants/log.txt")
+"""What mutmut says while it runs."""
+
+Places = Mapping[str, Path]
+"""Mutant -> the file it is in."""
+
+
+def mutants(files: Iterable[Path]) -> Places:
+    """All that mutmut can make of these files."""
+    from mutmut.mutation.file_mutation import mutate_file_contents
+    from mutmut.utils.format_utils import get_mutant_name
+
+    return {
+        get_mutant_name(path, name): path
+        for path in files
+        for name in mutate_file_contents(str(path), path.read_text(encoding="utf-8")).mutant_names
+    }
+
+
+def fates(places: Places) -> dict[str, str]:
+    """What became of each mutant."""
+    from mutmut.mutation.data import SourceFileMutationData
+    from mutmut.stats import status_by_exit_code
+
+    codes: dict[str, Any] = {}
+    for path in set(places.values()):
+        data = SourceFileMutationData(path=path)
+        data.load()
+        codes |= data.exit_code_by_key
+    return {name: status_by_exit_code[codes.get(name)] for name in places}
+
+
+def shown(name: str, path: Path) -> str:
+    """A mutant as file:line and what was changed there."""
+    from mutmut.mutation.diff_apply import get_diff_for_mutant
+    from mutmut.utils.format_utils import orig_function_and_class_names_from_key
+
+    function, owner = orig_function_and_class_names_from_key(name)
+    source = path.read_text(encoding="utf-8")
+    start = source.index(f"\nclass {owner}") if owner else 0
+    found = re.compile(rf"^[ ]*def {re.escape(function)}\b", re.MULTILINE).search(source, start)
+    line = source.count("\n", 0, found.start()) if found else 0
+    changed = []
+    for row in get_diff_for_mutant(name, path=path).splitlines()[2:]:
+        if hunk := re.match(r"@@ -(\d+)", row):
+            line_of_row = line + int(hunk[1])
+        elif row[0] in "-+":
+            changed.append((line_of_row, row))
+            line_of_row += row[0] == "-"
+        else:
+            line_of_row += 1
+    return f"{path}:{changed[0][0]}  {name}\n" + "\n".join(f"    {row}" for _, row in changed)
+
+
+def run(names: list[str], minutes: float) -> None:
+    """Has mutmut try these, until the time is up.
+
+    Raises:
+        RuntimeError: it did not even begin; with what it said.
+    """
+    LOG.parent.mkdir(exist_ok=True)
+    with LOG.open("w", encoding="utf-8") as log:
+        command = [str(Path(sys.executable).parent / "mutmut"), "run", "--max-children", "1", *names]
+        trying = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            trying.wait(60 * minutes)
+        except subprocess.TimeoutExpired:
+            trying.send_signal(signal.SIGINT)
+            trying.wait()
+    if trying.returncode > 0:
+        raise RuntimeError(f"mutmut failed; the end of {LOG}:\n{LOG.read_text(encoding='utf-8')[-4000:]}")
+
+
+def main() -> int:
+    """Tries a sample; the exit code says whether as many were killed as should be."""
+    from mutmut.configuration import config
+    from mutmut.utils.file_utils import walk_mutatable_files
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sample", type=int, default=300, help="how many to try")
+    parser.add_argument("--seed", type=int, default=1, help="which ones")
+    parser.add_argument("--minutes", type=float, default=60, help="when to stop")
+    parser.add_argument("--least", type=float, default=0, help="percent that must be killed")
+    parser.add_argument("files", nargs="*", type=Path, help="all that pyproject.toml names unless given")
+    options = parser.parse_args()
+    assert config().source_paths, "see pyproject.toml"
+    places = mutants(options.files or sorted(walk_mutatable_files()))
+    tried = random.Random(options.seed).sample(sorted(places), min(options.sample, len(places)))
+    run(tried, options.minutes)
+    fate = fates({name: places[name] for name in tried})
+    for name in sorted(tried):
+        if fate[name] not in ("killed", "timeout", "not checked"):
+            print(f"\n{fate[name]}: {shown(name, places[name])}")
+    print(f"\n{len(tried)} of {len(places)} mutants, seed {options.seed}")
+    rows = Counter(
+        (str(places[name]), fate[name] in ("killed", "timeout"))
+        for name in tried
+        if fate[name] != "not checked"
+    )
+    for path in sorted({path for path, _ in rows}):
+        print(f"{rows[path, True]:5} of {rows[path, True] + rows[path, False]:4} killed  {path}")
+    killed = sum(count for (_, is_killed), count in rows.items() if is_killed)
+    done = sum(rows.values())
+    percent = 100 * killed / done if done else 0.0
+    print(f"{killed:5} of {done:4} killed: {percent:.1f} %")
+    if done < len(tried):
+        print(f"{len(tried) - done} were not tried: the time was up")
+    return int(percent < options.least)
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """Fast tests first, and few examples, the same each time: what kills a mutant should do so soon, and again."""
+    from hypothesis import Phase, settings
+
+    def slow(item: Any) -> int:
+        made = getattr(item.obj, "_hypothesis_internal_use_settings", None)
+        if made is not None:
+            item.obj._hypothesis_internal_use_settings = few(made, MOST_EXAMPLES)
+            return 1
+        case = getattr(item.cls, "settings", None)
+        if isinstance(case, settings):
+            item.cls.settings = few(case, MOST_RUNS)
+            return 2
+        return 0
+
+    def few(made: settings, most: int) -> settings:
+        return settings(
+            made,
+            max_examples=min(made.max_examples, most),
+            derandomize=True,
+            database=None,
+            phases=[Phase.explicit, Phase.generate],
+        )
+
+    items.sort(key=slow)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
