@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from placement import topologies
-from placement.core.bandwidth import generation, hop_mb_per_s, nvlink_rings
+from placement.core.bandwidth import generation, has_switch, hop_mb_per_s, nvlink_rings, switch_mb_per_s
 from placement.core.score import score
 from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
 
@@ -307,6 +307,57 @@ def test_hops_are_strictly_ordered_on_every_model(model: str | None) -> None:
     rates = [hop_mb_per_s(link, generation(model)) for link in slowest_first]
     assert sorted(set(rates)) == rates
     assert rates[0] > 0
+
+
+PCIE = [path for path in Path if path is not Path.NVLINK]
+
+
+@pytest.mark.parametrize(
+    ("model", "over_pcie", "over_nvlinks"),
+    [
+        ("Tesla V100-SXM2-32GB", [12_000, 11_400, 10_320, 10_200, 9_960, 5_000], [20_000, 40_000, 80_000]),
+        ("NVIDIA A100-SXM4-80GB", [24_000, 22_800, 20_640, 20_400, 19_920, 5_000], [24_001, 38_400, 76_800]),
+        ("NVIDIA H100 80GB HBM3", [48_000, 45_600, 31_000, 30_000, 22_000, 5_000], [48_001, 48_002, 82_400]),
+    ],
+)
+def test_what_a_hop_carries(model: str, over_pcie: list[int], over_nvlinks: list[int]) -> None:
+    """The PCIe rate by generation, less through the host; the count times the rate of a link, above PCIe anyway."""
+    gpu = generation(model)
+    assert [hop_mb_per_s(Link(path), gpu) for path in PCIE] == over_pcie
+    assert [hop_mb_per_s(Link(Path.NVLINK, links), gpu) for links in (1, 2, 4)] == over_nvlinks
+
+
+@pytest.mark.parametrize(
+    ("model", "links", "reached"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 12, [230_400, 230_400, 230_400]),  # no reductions in the switch
+        ("NVIDIA H100 80GB HBM3", 18, [370_800, 378_216, 490_280]),  # which pay off from four GPUs on
+        ("NVIDIA B200", 18, [721_800, 721_800, 830_872]),
+        ("NVIDIA H100 80GB HBM3", 9, [185_400, 189_108, 245_140]),
+    ],
+)
+def test_what_two_four_and_eight_gpus_reach_over_a_switch(model: str, links: int, reached: list[int]) -> None:
+    assert [switch_mb_per_s(links, count, generation(model)) for count in (2, 4, 8)] == reached
+
+
+def test_a_switch_shows_as_more_links_than_a_gpu_has() -> None:
+    """Three peers with six links each use up the 18 of an H100, and are a mesh; so are two with nine."""
+    for peers, links, is_switch in (
+        (3, 6, False),
+        (3, 7, True),
+        (2, 9, False),
+        (1, 18, False),
+        (2, 18, True),
+    ):
+        row = (UNKNOWN_LINK, *[Link(Path.NVLINK, links)] * peers)
+        assert has_switch([row], generation("NVIDIA H100 80GB HBM3")) == is_switch
+        assert has_switch([(UNKNOWN_LINK,), row], generation("NVIDIA H100 80GB HBM3")) == is_switch
+
+
+def test_the_search_for_rings_ends_on_a_mesh_that_nobody_builds() -> None:
+    """Among twelve GPUs that are all joined there are twenty million rings."""
+    counts = {frozenset(pair): 1 for pair in itertools.combinations(range(12), 2)}
+    assert 1 <= nvlink_rings(machine(counts, 12).links, range(12)) <= 5
 
 
 def test_the_model_decides_where_shapes_are_equal() -> None:
