@@ -318,15 +318,17 @@ def good_enough(node: Node, gpus: Gpus, request: Request) -> bool:
 def cuts(snapshot: Snapshot, request: Request) -> list[Request]:
     """The ways in which a request may be made of sets, the most wanted first.
 
-    As it is, unless it is larger than each node that it may go to. Then in equal pieces of two GPUs or more,
-    the largest first: inside an NVLink domain, then, if it is divisible, as stages.
+    As it is, unless it is larger than each node that it may go to. Then in equal pieces, the largest first: inside an
+    NVLink domain, then, if it is divisible, as stages. They have two GPUs or more, but where no node has two; pieces
+    of one GPU meet no floor, but that an NVLink domain keeps them on NVLink.
     """
     needs = request.needs
     usable = [node for node in snapshot.nodes if may_use(node, request)]
     largest = max((len(node.topology) - len(node.slots) for node in usable), default=0)
     if not needs.whole or needs.gpus <= largest:
         return [request]
-    sizes = [size for size in range(largest, 1, -1) if needs.gpus % size == 0]
+    sizes = [size for size in range(largest, 0, -1) if needs.gpus % size == 0 and (size > 1 or largest == 1)]
+    on_nvlink = needs.within in (Within.NODE, Within.NVLINK) and needs.min_bandwidth_gb_per_s <= 0
 
     def cut(size: int) -> Request:
         pieces = needs.gpus // size
@@ -337,9 +339,11 @@ def cuts(snapshot: Snapshot, request: Request) -> list[Request]:
             memory_bytes=request.memory_bytes // pieces,
         )
 
-    found = [replace(cut(size), parts=needs.gpus // size) for size in sizes]
+    found = [replace(cut(size), parts=needs.gpus // size) for size in sizes if size > 1 or on_nvlink]
     if request.divisible:
-        found += [replace(cut(size), stages=needs.gpus // size) for size in sizes]
+        found += [
+            replace(cut(size), stages=needs.gpus // size) for size in sizes if size > 1 or not needs.floor
+        ]
     return found
 
 
