@@ -168,6 +168,8 @@ def node_state(
     amounts |= {name: total - tally.egress[name] for name, total in info.egress.items()}
     if available is not None:
         amounts = {name: min(amount, available.get(name, 0.0) + 1e-6) for name, amount in amounts.items()}
+    # While the books lag, what is held and claimed may add up to more than there is.
+    amounts = {name: max(0, amount) for name, amount in amounts.items()}
     rests_of = {gpu: WHOLE - share for gpu, share in tally.shares.items() if share < WHOLE}
     seen = machine.node(not_ours - foreign - tally.claimed_gpus, rests_of)
     names = {info.labels.get(ACCELERATOR_LABEL), *info.accelerators, *accelerators_of(machine.topology.model)}

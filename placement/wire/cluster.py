@@ -181,11 +181,12 @@ class ClusterFile(Model):
                 serving={calls: max(1, serving[one.id, calls]) for calls in one.serving},
                 **{name: getattr(one, name) for name in _AS_THEY_ARE},
             )
-        names = [standing.deployment.name for standing in self.deployments]
+        seen: set[str] = set()
         for standing in self.deployments:
             name = standing.deployment.name
-            if names.count(name) > 1:
+            if name in seen:
                 raise InvalidClusterFile(f"deployment {name!r} is there twice; keep one")
+            seen.add(name)
             for replica in standing.replicas:
                 problem = _false_holding(replica, nodes.get(replica.node))
                 if problem is not None:

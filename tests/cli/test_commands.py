@@ -327,5 +327,6 @@ def test_a_snapshot_of_what_an_earlier_version_placed_can_be_planned_on(
         "deployment": old,
         "replicas": [{"replica_index": 0, "node": "id-000", "gpus": [0, 1], "ranks": [0, 1]}],
     }
-    (tmp_path / "cluster.json").write_text(json.dumps({**CLUSTER, "deployments": [held]}))
+    nodes = [{**CLUSTER["nodes"][0], "free": [2, 3]}, *CLUSTER["nodes"][1:]]
+    (tmp_path / "cluster.json").write_text(json.dumps({**CLUSTER, "nodes": nodes, "deployments": [held]}))
     assert run(*offline).exit_code == 0

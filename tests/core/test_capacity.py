@@ -123,7 +123,7 @@ def test_egress_is_used_up_by_earlier_replicas_and_given_back() -> None:
     assert isinstance(step.outcome, Plan)
     assert [(one.egress_resource, one.egress_units) for one in step.outcome.replicas] == [("egress", 2)] * 2
     assert after.node("id-e").egress == {"egress": 1, "egress_gemini": 9}
-    assert after.node("id-e").serving == {("openai", "k")}
+    assert after.node("id-e").serving == {("openai", "k"): 2}
     assert vacate(after, step.outcome.replicas).node("id-e").egress == {"egress": 5, "egress_gemini": 9}
     refused = plan(before, remote(3, 2))
     assert isinstance(refused, Unplaceable)
