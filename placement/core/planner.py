@@ -12,7 +12,8 @@ Rules, in order:
    it leaves the least. (:class:`~placement.core.snapshot.Policy` has other orders to choose from.)
 5. A remote replica goes to the node with the fewest replicas of the same deployment; among equals, to
    nodes named in ``egress_preference``, then to nodes that already serve the same (provider, API key) so
-   that they can share a rate limiter, then to the one with the most capacity left.
+   that they can share a rate limiter, then to the one with the most capacity left. Its units come from the
+   node's own resource for the provider, or, where that has too few left, from the general one.
 6. The last key is the node's name and id: the same input gives the same plan, to the letter.
 """
 
@@ -211,17 +212,19 @@ def _place_kindly(snapshot: Snapshot, request: Request, allowed: Bits) -> Placed
     crowd = Crowd(snapshot, request, allowed)
     planned: list[PlannedReplica] = []
     changed: dict[Bits, Node] = {}
-    for index in request.replicas:
-        found = room.choose(request, mix, crowd.open(), crowd.on)
-        if found is None:
-            break
-        bit, taken = found
-        replica, changed[bit] = take(index, changed.get(bit) or snapshot.at(bit), taken, request)
-        planned.append(replica)
-        room.update(bit, changed[bit])
-        crowd.add(bit)
-    for bit in changed:
-        room.update(bit, snapshot.at(bit))
+    try:
+        for index in request.replicas:
+            found = room.choose(request, mix, crowd.open(), crowd.on)
+            if found is None:
+                break
+            bit, taken = found
+            replica, changed[bit] = take(index, changed.get(bit) or snapshot.at(bit), taken, request)
+            planned.append(replica)
+            room.update(bit, changed[bit])
+            crowd.add(bit)
+    finally:
+        for bit in changed:
+            room.update(bit, snapshot.at(bit))
     return planned, changed
 
 
@@ -233,30 +236,28 @@ def _place_remote(snapshot: Snapshot, request: Request) -> tuple[Request, Placed
     named = None if request.egress_nodes is None else snapshot.named(request.egress_nodes)
     candidates: dict[Bits, Node] = {}
     for node in snapshot.nodes:
-        if node.egress and node.egress_resource(provider):
+        if node.problem is None and node.egress_for(provider):
             bit = snapshot.bit(node.id)
             if (named is None or named & bit) and not any(objection(node) for _, objection in asked):
                 candidates[bit] = node
     standing = Counter(request.standing)
     preferred = request.egress_preference
 
-    def left(node: Node) -> int:
-        return node.egress[node.egress_resource(provider) or ""]
-
     def rank(bit: Bits) -> tuple[int, int, bool, int, Bits]:
         node = candidates[bit]
         preference = next((i for i, name in enumerate(preferred) if node.named(name)), len(preferred))
-        return (standing[node.id], preference, identity not in node.serving, -left(node), bit)
+        left = sum(node.egress_for(provider).values())
+        return (standing[node.id], preference, identity not in node.serving, -left, bit)
 
     planned: list[PlannedReplica] = []
     changed: dict[Bits, Node] = {}
     for index in request.replicas:
-        roomy = [bit for bit, node in candidates.items() if left(node) >= request.egress]
+        roomy = [bit for bit, node in candidates.items() if node.egress_resource(provider, request.egress)]
         if not roomy:
             break
         bit = min(roomy, key=rank)
         node = candidates[bit]
-        resource = node.egress_resource(provider) or ""
+        resource = node.egress_resource(provider, request.egress) or ""
         planned.append(PlannedReplica(index, node.id, egress_resource=resource, egress_units=request.egress))
         candidates[bit] = changed[bit] = replace(
             node,

@@ -275,22 +275,14 @@ def ways(node: Node, needs: Needs) -> Sequence[Take]:
 
 def copies(node: Node, needs: Needs) -> int:
     """How often ``needs`` are met by a node's GPUs, all at once."""
-    if needs.profile:
-        return sum(profile == needs.profile for profile in node.instances.values())
-    share = needs.share_of(node.gpu_memory_bytes)
-    if share is None:
-        return 0
-    mask = node.free_mask(needs)
-    if share < WHOLE:
-        fitting = sum(rest // share for rest, _ in node.shared_with_room(needs, share))
-        return fitting + mask.bit_count() * (WHOLE // share)
-    return len(node.shape.packed(mask, needs)) if needs.floor else mask.bit_count() // needs.gpus
+    return node.copies(needs)
 
 
 def _state_of(node: Node) -> Hashable:
-    """Equal for nodes that have room for the same."""
+    """Equal for nodes that have room for the same, and on which the same would be left."""
     fixed = (node.shape, node.gpu_memory_bytes, tuple(sorted(node.instances.values())))
-    if node.free_memory:
-        return (*fixed, node.mask, tuple(sorted(node.rests.items())), tuple(sorted(node.free_memory.items())))
+    if node.free_memory or not node.shape.in_order:  # then it matters which GPUs are free, not only how many
+        named = (node.instances, node.rests, node.free_memory)
+        return (*fixed, node.mask, *(tuple(sorted(one.items())) for one in named))
     rests = {**dict.fromkeys(node.free, WHOLE), **node.rests}
     return (*fixed, *(tuple(sorted(rests.get(gpu, 0) for gpu in twins)) for twins in node.shape.twins))

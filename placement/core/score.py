@@ -244,6 +244,9 @@ class Shape:
 
     Attributes:
         hops: per pair of GPUs, what one hop of a ring carries, MB/s.
+        twins: the groups of GPUs that can change places without any difference.
+        in_order: each group's ordinals come after those of the groups before, so that of equally good sets the
+            lowest is the same pick wherever as many of each group are free.
     """
 
     def __init__(
@@ -254,6 +257,7 @@ class Shape:
         self.hops = [[hop_mb_per_s(link, gpu) for link in row] for row in links]
         self._nic = [_PATH_ORDER[path] for path in nearest_nic]
         self.twins = _twins(links, list(zip(numa, self._nic, strict=True)))
+        self.in_order = [gpu for twins in self.twins for gpu in twins] == list(range(len(links)))
         self._chosen: dict[tuple[int, int, Within], tuple[int, ...] | None] = {}
         self._offered: dict[tuple[int, int, Within], Offer | None] = {}
 
@@ -280,6 +284,20 @@ class Shape:
         if self.tabulated:
             return self._bandwidth[self._pick(sum(1 << gpu for gpu in gpus))]
         return self._at_least(gpus)
+
+    def slownesses(self, count: int) -> list[int]:
+        """The :attr:`Offer.slowness` that sets of so many GPUs can have, the fastest first."""
+        if count < 2:
+            return [0]
+        if self.tabulated:
+            picks = [equal[0] for equal in self._fastest_first[count]] if count <= len(self._links) else []
+            return [-self._bandwidth[pick] for pick in picks]
+        pairs = list(combinations(range(len(self._links)), 2))
+        links = {self._links[a][b].nvlinks for a, b in pairs} - {0} if self._switch else set()
+        speeds = {self.hops[a][b] for a, b in pairs}
+        return sorted(
+            -speed for speed in speeds | {switch_mb_per_s(each, count, self._gpu) for each in links}
+        )
 
     def best(self, mask: int, count: int, within: Within = Within.NODE) -> tuple[int, ...] | None:
         """:func:`best_set`, with the free GPUs as a bit mask."""
@@ -352,6 +370,30 @@ class Shape:
             mask &= ~sum(1 << gpu for gpu in gpus)
             sets.append(gpus)
         return sorted(sets, key=lambda gpus: (-self.mb_per_s(gpus) if len(gpus) > 1 else 0, gpus))
+
+    def disjoint(
+        self, mask: int, needs: Needs, slowest: int
+    ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+        """Disjoint sets of which none is slower: the best one after the other, and as many as there are."""
+        best: list[tuple[int, ...]] = []
+        rest = mask
+        while gpus := self.best(rest, needs.gpus, needs.within):
+            if len(gpus) > 1 and -self.mb_per_s(gpus) > slowest:
+                break
+            best.append(gpus)
+            rest &= ~sum(1 << gpu for gpu in gpus)
+        if len(best) == mask.bit_count() // needs.gpus:
+            return best, best
+        return best, self.packed(mask, needs._replace(min_bandwidth_gb_per_s=-slowest / 1000))
+
+    def several(self, mask: int, needs: Needs, count: int) -> list[tuple[int, ...]] | None:
+        """So many disjoint sets, the slowest of them as fast as can be; ``None`` if there are fewer."""
+        for slowest in self.slownesses(needs.gpus):
+            if slowest <= needs.slowest:
+                for sets in self.disjoint(mask, needs, slowest):
+                    if len(sets) >= count:
+                        return sets[:count]
+        return None
 
     def _on_offer(self, mask: int) -> tuple[int, ...]:
         return self._left[self._pick(mask)][::2] if self.tabulated else (0,) * len(LEFTOVER_SIZES)

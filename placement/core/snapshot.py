@@ -41,6 +41,9 @@ GPU_DOMAIN_LABEL = "ray.io/gpu-domain"
 NEAR_LABELS = ("ray.io/availability-region", "ray.io/availability-zone", "block", "rack", GPU_DOMAIN_LABEL)
 """What makes nodes near each other unless the operator says otherwise, widest first."""
 
+_PLENTY = 1 << 62
+"""More than there is of anything."""
+
 Bits = int
 """A set of nodes: bit *i* is the *i*-th node by name and id. Thousands of nodes are met in one operation."""
 
@@ -100,6 +103,11 @@ class Node:
         """The free GPUs as a bit mask."""
         return sum(1 << gpu for gpu in self.free)
 
+    @property
+    def replicas(self) -> int:
+        """How many replicas are here, of all deployments."""
+        return sum(self.deployments.values())
+
     def named(self, name: str) -> bool:
         """Whether ``name`` is this node's id, name or address."""
         return name in (self.id, self.name, self.address)
@@ -133,6 +141,14 @@ class Node:
             if rest >= share and self.free_memory.get(gpu, 0) >= needs.free_memory_bytes
         ]
 
+    def instances_for(self, needs: Needs) -> list[int]:
+        """The free MIG instances of the profile that have as much free memory as is needed."""
+        return [
+            slot
+            for slot, profile in self.instances.items()
+            if profile == needs.profile and self.free_memory.get(slot, 0) >= needs.free_memory_bytes
+        ]
+
     def take(self, needs: Needs, crowded: Collection[int] = ()) -> Take | None:
         """The best GPUs that are free for a replica; ``None`` if there are none (floors on bandwidth aside).
 
@@ -140,11 +156,7 @@ class Node:
         on a whole one, the one that others miss least. ``crowded`` GPUs are avoided where that costs nothing.
         """
         if needs.profile:
-            slots = [
-                slot
-                for slot, profile in self.instances.items()
-                if profile == needs.profile and self.free_memory.get(slot, 0) >= needs.free_memory_bytes
-            ]
+            slots = self.instances_for(needs)
             return Take((min(slots),), WHOLE, 0) if slots else None
         share = needs.share_of(self.gpu_memory_bytes)
         if share is None:
@@ -170,6 +182,37 @@ class Node:
             return Offer(0, (0,) * len(LEFTOVER_SIZES), taken.rest, len(self.free))
         whole = self.shape.offer(self.free_mask(needs), 1)
         return None if whole is None else whole._replace(rest=taken.rest)
+
+    def copies(self, needs: Needs) -> int:
+        """How often ``needs`` are met by its free GPUs, all at once."""
+        if needs.profile:
+            return len(self.instances_for(needs))
+        share = needs.share_of(self.gpu_memory_bytes)
+        if share is None:
+            return 0
+        mask = self.free_mask(needs)
+        if share < WHOLE:
+            fitting = sum(rest // share for rest, _ in self.shared_with_room(needs, share))
+            return fitting + mask.bit_count() * (WHOLE // share)
+        return len(self.shape.packed(mask, needs)) if needs.floor else mask.bit_count() // needs.gpus
+
+    def emptied(self) -> Node:
+        """The node as it would be if all that is placed on it went; how much CPU and memory that frees is not known."""
+        whole = frozenset(range(len(self.topology))) - self.slots.keys()
+        if self.free == whole and self.instances == self.slots:
+            return self
+        instances = {slot: profile for slot, profile in self.slots.items() if profile != UNKNOWN_PROFILE}
+        held = (whole | instances.keys()) - self.free - self.instances.keys()
+        memory = {**self.free_memory, **dict.fromkeys(held, self.gpu_memory_bytes or _PLENTY)}
+        return replace(
+            self,
+            free=whole,
+            rests={},
+            instances=instances,
+            free_memory=memory,
+            cpu_milli=_PLENTY,
+            memory_bytes=_PLENTY,
+        )
 
     def after(self, taken: Take) -> Node:
         """The node once that has been taken."""
@@ -202,9 +245,13 @@ class Node:
             return replace(self, deployments=deployments)
         return replace(self, deployments=deployments, serving=_plus(self.serving, serving, replicas))
 
-    def egress_resource(self, provider: str) -> str | None:
-        """The resource that a replica calling ``provider`` takes here: its own before the general one."""
-        return next((r for r in (f"egress_{provider}", "egress") if r in self.egress), None)
+    def egress_for(self, provider: str) -> dict[str, int]:
+        """What a replica calling ``provider`` may take here, and how much is free: its own before the general one."""
+        return {r: self.egress[r] for r in (f"egress_{provider}", "egress") if r in self.egress}
+
+    def egress_resource(self, provider: str, units: int = 0) -> str | None:
+        """The resource that a replica of so many units takes here; ``None`` if none has them free."""
+        return next((r for r, left in self.egress_for(provider).items() if left >= units), None)
 
 
 K = TypeVar("K")
@@ -228,15 +275,18 @@ class Policy(StrEnum):
     SPREAD = "spread"
     """The node with the fewest replicas of the same deployment; then as topology."""
     ROUND_ROBIN = "round_robin"
-    """The nodes in turn, by name."""
+    """The nodes in turn: the fewest replicas of the same deployment, then of all, then by name."""
     LEAST_LOADED = "least_loaded"
     """The node with the most free GPUs; then as topology."""
     FRAGMENTATION = "fragmentation"
     """The fastest set on offer; then what leaves most room for all that is asked for (:mod:`placement.core.room`);
     then fewest replicas of the same deployment. For fleets of shares, single GPUs and large sets."""
 
-    def rank(self, offer: Offer, shared: bool = False) -> Rank:
-        """Sorts offers, of shares if ``shared``. Before the second half, replicas of the same deployment count."""
+    def rank(self, offer: Offer, shared: bool = False, replicas: int = 0) -> Rank:
+        """Sorts offers, of shares if ``shared``, of nodes with so many replicas.
+
+        Before the second half, replicas of the same deployment count.
+        """
         slowness, loss, rest, free = offer
         match self:
             case Policy.TOPOLOGY if shared:
@@ -248,7 +298,7 @@ class Policy(StrEnum):
             case Policy.SPREAD:
                 return (), (slowness, loss, rest, free)
             case Policy.ROUND_ROBIN:
-                return (), ()
+                return (), (replicas,)
             case Policy.LEAST_LOADED:
                 return (-free,), (slowness, loss, rest)
 
@@ -439,4 +489,6 @@ class Snapshot:
 def rank_of(node: Node, needs: Needs, policy: Policy) -> Rank | None:
     """How welcome a node is to a request; ``None`` if it has no GPUs for it that are good enough."""
     offer = node.offer(needs)
-    return None if offer is None or offer.slowness > needs.slowest else policy.rank(offer, not needs.whole)
+    if offer is None or offer.slowness > needs.slowest:
+        return None
+    return policy.rank(offer, not needs.whole, node.replicas)

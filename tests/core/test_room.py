@@ -13,7 +13,7 @@ from placement.core.mix import Kind, Mix
 from placement.core.planner import advance, plan, vacate
 from placement.core.replicas import Plan
 from placement.core.request import Request
-from placement.core.room import copies, ways
+from placement.core.room import Room, copies, ways
 from placement.core.score import GIB, WHOLE, Needs, Within
 from placement.core.snapshot import Node, Policy, Snapshot
 from placement.core.topology import Topology
@@ -134,6 +134,53 @@ def test_replicas_spread_over_a_label_as_under_other_policies() -> None:
     outcome = plan(Snapshot(nodes), request)
     assert isinstance(outcome, Plan)
     assert sorted(replica.node_id[0] for replica in outcome.replicas) == ["a", "b"]
+
+
+def cut_up(name: str, *profiles: str, free: int, **more: object) -> Node:
+    """A machine of MIG instances, on the first ``free`` of which memory is free."""
+    slots = dict(enumerate(profiles))
+    memory = {slot: (80 if slot < free else 10) * GIB for slot in slots}
+    machine = Topology.unknown(len(slots))
+    return Node(name, name, topology=machine, slots=slots, instances=slots, free_memory=memory, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("profile", "there"), [("1g.10gb", "a"), ("3g.40gb", "b")])
+def test_it_matters_on_which_instance_memory_is_free(profile: str, there: str) -> None:
+    nodes = [cut_up("a", "1g.10gb", "3g.40gb", free=1), cut_up("b", "3g.40gb", "1g.10gb", free=1)]
+    asked = Request(
+        "d", (0,), Needs(1, profile=profile, free_memory_bytes=40 * GIB), policy=Policy.FRAGMENTATION
+    )
+    assert placed(nodes, asked) == placed(nodes[::-1], asked) == (there, (0,))
+    for one in nodes:
+        alone = plan(Snapshot(nodes), replace(asked, gpu_nodes=(one.name,)))
+        assert isinstance(alone, Plan) == (one.name == there)
+        assert copies(one, asked.needs) == (one.name == there)
+
+
+def test_it_matters_which_gpus_are_free_where_those_that_are_alike_take_turns() -> None:
+    machine = replace(Topology.unknown(6), numa=((0,), (1,)) * 3)
+    nodes = [Node(name, name, topology=machine, free=frozenset(gpus)) for name, gpus in
+             [("a", {0, 1, 2, 3}), ("b", {1, 2, 3, 4})]]  # fmt: skip
+    assert placed(nodes, replace(ask(gpus=2), gpu_nodes=("b",))) == ("b", (1, 3))
+
+
+def test_what_fails_halfway_leaves_the_room_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = Snapshot([node("a", cpus=8), node("b", cpus=8)])
+    one = ask(gpus=3)
+    first = plan(snapshot, one)
+    choose, calls = Room.choose, []
+
+    def fails_at_the_second(self: Room, *args: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return choose(self, *args)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Room, "choose", fails_at_the_second)
+        with pytest.raises(MemoryError):
+            plan(snapshot, replace(one, replicas=(0, 1)))
+    assert plan(snapshot, one) == first
 
 
 # -- against all choices -------------------------------------------------------------------------------
