@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from placement.core import gangs
 from placement.core.labels import meets
@@ -88,7 +88,7 @@ class _Sieve:
 
     def put(self, name: str, objection: Objection) -> bool:
         """Drops the nodes with an objection; says whether any is left."""
-        if not self.left:
+        if not self.left and self.stages:
             return False
         kept: list[Node] = []
         self.dropped = []
@@ -113,46 +113,51 @@ def explain(snapshot: Snapshot, request: Request) -> Explanation:
 
 def refuse(snapshot: Snapshot, request: Request, index: int) -> Unplaceable:
     """Why replica ``index`` finds no place."""
-    return (_refuse_gpus if request.provider is None else _refuse_egress)(snapshot, request, index)
+    sifted = _sift(snapshot, request)
+    # A refusal names the stage at which no node was left, and what would help: else the planner is at fault.
+    assert sifted[3] and sifted[2] and not sifted[0].stages[-1].kept, (request, sifted[0].stages)
+    return (_refuse_gpus if request.provider is None else _refuse_egress)(request, index, sifted)
 
 
-def _refuse_gpus(snapshot: Snapshot, request: Request, index: int) -> Unplaceable:
-    name, count = request.deployment, request.needs.gpus
-    sieve, miss, advice, stage = _sift(snapshot, request)
+def _refuse_gpus(request: Request, index: int, sifted: Sifted) -> Unplaceable:
+    name, needs = request.deployment, request.needs
+    sieve, miss, advice, stage = sifted
     excluded = Explanation(0, tuple(sieve.stages)).excluded
     excluded.pop(_NO_GPUS, None)
     largest = max((node.whole_gpus for node in sieve.dropped), default=0)
-    what = describe(request.needs)
+    sets = request.stages * request.parts
+    count, what = needs.gpus * sets, describe(needs) if sets == 1 else _sets(sets, needs)
     if stage == "size":
-        summary = f"{what} per replica, but {miss}"
+        per = "replica" if sets == 1 else "tensor-parallel group"
+        summary = f"{describe(needs)} per {per}, but {miss}"
         return NotEnoughGpus(name, summary, excluded, advice, count, largest)
     if stage == "free GPUs":
-        summary = f"replica {index} needs {what} free on one node; at best {miss}"
-        return NotEnoughGpus(name, summary, excluded, advice, count, largest)
+        wanted = f"{what} free on one node" if sets == 1 else f"{_layout(request)}; not one is free"
+        return NotEnoughGpus(
+            name, f"replica {index} needs {wanted}; at best {miss}", excluded, advice, count, largest
+        )
     if stage == "within":
-        summary = f"replica {index} needs {what} within {request.needs.within.value!r}; at best {miss}"
+        summary = f"replica {index} needs {what} within {needs.within.value!r}; at best {miss}"
         return BelowFloor(name, summary, excluded, advice)
     if stage == "bandwidth":
-        floor = _gb(request.needs.min_bandwidth_gb_per_s)
+        floor = _gb(needs.min_bandwidth_gb_per_s)
         return BelowFloor(name, f"replica {index} needs {what} at {floor}; at best {miss}", excluded, advice)
     if stage == "groups":
-        return NotEnoughGpus(name, f"replica {index} {miss}", excluded, advice, count, largest)
+        return NotEnoughGpus(name, f"replica {index} needs {miss}", excluded, advice, count, largest)
     if stage in ("CPUs and memory", "spread"):
         return Unplaceable(name, f"replica {index} finds no node: {miss}", excluded, advice)
     summary = "the cluster has no GPU node" if stage == "GPU nodes" else "no GPU node may be used"
     return NoGpuNodes(name, summary, excluded, advice)
 
 
-def _refuse_egress(snapshot: Snapshot, request: Request, index: int) -> Unplaceable:
+def _refuse_egress(request: Request, index: int, sifted: Sifted) -> Unplaceable:
     name, provider = request.deployment, request.provider or ""
-    sieve, miss, advice, stage = _sift(snapshot, request)
+    sieve, miss, advice, stage = sifted
     excluded = Explanation(0, tuple(sieve.stages)).excluded
     excluded.pop(_no_egress(provider), None)
     if stage == "egress capacity":
-        summary = (
-            f"replica {index} needs {request.egress} concurrent requests to {provider} on one node; "
-            f"at best {miss}"
-        )
+        requests = "1 concurrent request" if request.egress == 1 else f"{request.egress} concurrent requests"
+        summary = f"replica {index} needs {requests} to {provider} on one node; at best {miss}"
         return NotEnoughEgress(name, summary, excluded, advice)
     summary = (
         f"no node may call out to {provider}" if stage == "egress nodes" else "no egress node may be used"
@@ -164,6 +169,8 @@ Sifted = tuple[_Sieve, str, str, str]
 """The sieve, the nearest miss, the advice, and the stage at which no node was left (empty if some are)."""
 
 _NO_GPUS = "has no GPUs"
+
+_REPAIR = "run `placement status` and repair the nodes it names, or add a node"
 
 
 def _no_egress(provider: str) -> str:
@@ -182,7 +189,32 @@ def describe(needs: Needs) -> str:
         return f"{needs.memory_bytes / GIB:g} GiB of a GPU"
     if needs.share < WHOLE:
         return f"{needs.share / WHOLE:g} of a GPU"
-    return "1 GPU" if needs.gpus == 1 else f"{needs.gpus} GPUs"
+    return _gpus(needs.gpus)
+
+
+def _gpus(count: int) -> str:
+    return "1 GPU" if count == 1 else f"{count} GPUs"
+
+
+def _sets(count: int, needs: Needs, more: str = "") -> str:
+    """``3 sets of 4 GPUs``, ``3 more sets of 4 GPUs``; ``3 GPUs``, where a set is one."""
+    thing = "GPU" if needs.gpus == 1 else "set"
+    named = f"{count} {more}{thing}" + ("" if count == 1 else "s")
+    return named if needs.gpus == 1 else f"{named} of {_gpus(needs.gpus)}"
+
+
+def _layout(request: Request) -> str:
+    """``2 x 8 GPUs, each on one node, all of one GPU model``."""
+    each, where = describe(request.needs), "on one node"
+    if request.parts > 1:
+        each = _gpus(request.needs.gpus * request.parts)
+        where = f"over {request.parts} nodes of one {GPU_DOMAIN_LABEL}"
+    alike = (
+        "one GPU model"
+        if request.spread_label is None
+        else f"one GPU model and in one {request.spread_label}"
+    )
+    return f"{request.stages} x {each}, each {where}, all of {alike}"
 
 
 def limits(request: Request) -> list[tuple[str, Objection]]:
@@ -242,7 +274,11 @@ def short_of(request: Request) -> Objection | None:
 
     def objection(node: Node) -> str | None:
         if node.cpu_milli < cpu:
-            return f"has fewer than {cpu / 1000:g} CPUs free"
+            return (
+                f"has less than {cpu / 1000:g} CPU free"
+                if cpu <= 1000
+                else f"has fewer than {cpu / 1000:g} CPUs free"
+            )
         return f"has less than {memory / GIB:g} GiB of memory free" if node.memory_bytes < memory else None
 
     return objection
@@ -306,21 +342,29 @@ def _sift_gpus(snapshot: Snapshot, request: Request) -> Sifted:
     if not sieve.put("constraints", _outside("gpu_nodes", request.gpu_nodes)):
         return sieve, "", "widen constraints.gpu_nodes", "constraints"
     if not sieve.put("health", lambda node: node.problem):
-        return sieve, "", "run `placement topology` and repair the nodes it names", "health"
+        return sieve, "", _REPAIR, "health"
     for stage, objection in limits(request):
         if not sieve.put(stage, objection):
             return sieve, "", f"loosen the constraint ({stage}), or add a node that meets it", stage
+    permitted = list(sieve.left)
     if not sieve.put("size", lambda node: _too_small(node, needs)):
-        return sieve, *_size_miss(sieve.dropped, needs), "size"
+        return sieve, *_size_miss(snapshot, sieve.dropped, request), "size"
 
+    candidates = list(sieve.left)
     free_only = needs._replace(within=Within.NODE)
-    reason = (
-        f"has no {what.removeprefix('a ')} free" if not needs.whole else f"has fewer than {count} GPUs free"
-    )
+    reason = f"has fewer than {count} GPUs free"
+    if not needs.whole or count == 1:
+        reason = f"has no {'GPU' if needs.whole else what.removeprefix('a ')} free"
     if needs.free_memory_bytes:
         reason += f" with {needs.free_memory_bytes / GIB:g} GiB unused"
     if not sieve.put("free GPUs", lambda node: None if node.offer(free_only) else reason):
-        advice = f"release something, add a node with {what}, or ask for fewer replicas or GPUs"
+        used = "" if _others_hold(request, candidates) else needs.free_memory_bytes
+        advice = _any_of(
+            _release(snapshot, request, candidates),
+            "end what uses GPU memory without holding a GPU" if used else "",
+            _add(request, request.stages),
+            _fewer(request, any(node.free or (node.rests and not needs.whole) for node in candidates)),
+        )
         return sieve, _most_free(sieve.dropped, needs), advice, "free GPUs"
     short = _most_free(sieve.dropped, needs) if sieve.dropped else ""
 
@@ -328,7 +372,14 @@ def _sift_gpus(snapshot: Snapshot, request: Request) -> Sifted:
         reason = f"has no {count} free GPUs within {needs.within.value!r}"
         if not sieve.put("within", lambda node: None if node.offer(needs) else reason):
             nearest = min(sieve.dropped, key=lambda node: (node.offer(free_only) or (), node.name))
-            return sieve, _apart(nearest, count, needs.within), _wider(nearest, needs), "within"
+            advice = _any_of(
+                _release(snapshot, request, candidates),
+                "add a node that has them"
+                if request.stages * request.parts == 1
+                else "add nodes that have them",
+                _wider(nearest, needs),
+            )
+            return sieve, _apart(nearest, count, needs.within), advice, "within"
         short = _apart(sieve.dropped[0], count, needs.within) if sieve.dropped else short
 
     if needs.slowest < 0:
@@ -345,31 +396,103 @@ def _sift_gpus(snapshot: Snapshot, request: Request) -> Sifted:
             short = _too_slow(nearest, needs)
             reached = -(nearest.offer(needs) or (0,))[0] / 1000
         if not met:
-            advice = f"lower min_bandwidth_gb_per_s to {reached:g}, release something, or add a faster node"
+            advice = _any_of(
+                f"lower min_bandwidth_gb_per_s to {reached:g}",
+                _release(snapshot, request, candidates),
+                "add a faster node" if request.stages * request.parts == 1 else "add faster nodes",
+            )
             return sieve, short, advice, "bandwidth"
 
     too_little = short_of(request)
     if too_little is not None and not sieve.put("CPUs and memory", too_little):
         most = max(sieve.dropped, key=lambda node: (node.cpu_milli, node.memory_bytes, node.name))
         miss = f"{most.name} has {most.cpu_milli / 1000:g} CPUs and {most.memory_bytes / GIB:.3g} GiB free"
-        return sieve, miss, "ask for less CPU or memory per GPU, or release something", "CPUs and memory"
+        advice = _any_of(
+            "ask for less CPU or memory per GPU",
+            "release something" if _others_hold(request, candidates) else "",
+            "add a node that has more",
+        )
+        return sieve, miss, advice, "CPUs and memory"
     if request.max_per_domain:
         full = _full_domains(snapshot, request)
         label = request.spread_label or ""
         reason = f"its {label} has {request.max_per_domain} of its replicas already"
         if not sieve.put("spread", lambda node: reason if node.labels.get(label) in full else None):
             miss = f"every {label} with room has {request.max_per_domain} replicas already"
-            return sieve, miss, f"raise constraints.spread.max, or add a node with another {label}", "spread"
+            others = [node for node in candidates if node.labels.get(label) not in full]
+            advice = _any_of(
+                "raise constraints.spread.max",
+                _release(snapshot, request, others),
+                f"add a node with another {label}",
+            )
+            return sieve, miss, advice, "spread"
     if request.stages > 1 or request.parts > 1:
         free = gangs.groups_free(snapshot, request, snapshot.select(sieve.left))
-        where = (
-            f"over {request.parts} nodes of one {GPU_DOMAIN_LABEL}" if request.parts > 1 else "on one node"
-        )
-        if free < request.stages:
-            each = f"{count * request.parts} GPUs" if request.parts > 1 else what
-            miss = f"needs {request.stages} x {each}, each {where}, all of one GPU model; there is room for {free}"
-            return sieve, miss, f"release something, or add nodes with {what} free", "groups"
+        enough = free >= request.stages
+        partly = "has room for a part of the replica"
+        if not sieve.put("groups", lambda node: None if enough else partly):
+            advice = _any_of(
+                _release(snapshot, request, candidates),
+                _add(request, request.stages - free),
+                _in_stages(snapshot, request, permitted),
+                _fewer(request, True),
+            )
+            return sieve, f"{_layout(request)}; there is room for {free}", advice, "groups"
     return sieve, short, "", ""
+
+
+def _release(snapshot: Snapshot, request: Request, nodes: Sequence[Node]) -> str:
+    """``release something``, if there would be room for one more replica on the nodes once all others had gone."""
+    if request.stages > 1 or request.parts > 1:
+        helps = gangs.has_room_emptied(snapshot, request, snapshot.select(nodes))
+    else:
+        helps = any(node.emptied().copies(request.needs) > request.standing.get(node.id, 0) for node in nodes)
+    return "release something" if helps else ""
+
+
+def _others_hold(request: Request, nodes: Sequence[Node]) -> bool:
+    """Whether anything but this deployment holds GPUs of the nodes, as far as can be told."""
+    held = sum(
+        WHOLE * (len(node.topology) - len(node.free) - len(node.instances)) - sum(node.rests.values())
+        for node in nodes
+    )
+    share = max(request.needs.share_of(node.gpu_memory_bytes) or WHOLE for node in nodes)
+    each = share * request.needs.gpus * request.stages * request.parts
+    return held > each * sum(request.standing.get(node.id, 0) for node in nodes)
+
+
+def _add(request: Request, groups: int) -> str:
+    """What nodes to add for so many groups more."""
+    if request.stages * request.parts == 1:
+        return f"add a node with {describe(request.needs)}"
+    where = f" in one {GPU_DOMAIN_LABEL}" if request.parts > 1 else ""
+    return f"add nodes with room for {_sets(groups * request.parts, request.needs, 'more ')}{where}"
+
+
+def _fewer(request: Request, some: bool) -> str:
+    """What less to ask for, if ``some`` of it is there."""
+    fewer = ["replicas"] if sum(request.standing.values()) else []
+    if some and request.needs.whole and request.needs.gpus * request.stages * request.parts > 1:
+        fewer.append("GPUs")
+    smaller = some and not request.needs.whole and not request.needs.profile
+    asked = [f"fewer {' or '.join(fewer)}"] if fewer else []
+    return " or ".join(["ask for " + one for one in [*asked, *(["a smaller share"] if smaller else [])]])
+
+
+def _in_stages(snapshot: Snapshot, request: Request, nodes: Sequence[Node]) -> str:
+    """Which pipeline stages a replica could be cut into so that there is room for it, if there are any."""
+    needs = request.needs
+    if not needs.whole:
+        return ""
+    whole = replace(request, needs=needs._replace(gpus=needs.gpus * request.parts), parts=1)
+    largest = max(node.whole_gpus for node in nodes)
+    for size in range(min(largest, whole.needs.gpus - 1), 0, -1):
+        if whole.needs.gpus % size == 0 and (size > 1 or not needs.floor):
+            cut = gangs.in_stages(whole, size)
+            if gangs.groups_free(snapshot, cut, snapshot.select(nodes) & roomy(snapshot, cut)) >= cut.stages:
+                tensor = f"tensor_parallel = {size} and " if size > 1 else ""
+                return f"ask for {tensor}pipeline_parallel = {cut.stages} instead"
+    return ""
 
 
 def _full_domains(snapshot: Snapshot, request: Request) -> set[str]:
@@ -393,7 +516,8 @@ def _too_small(node: Node, needs: Needs) -> str | None:
     return f"has fewer than {needs.gpus} GPUs" if node.whole_gpus < needs.gpus else None
 
 
-def _size_miss(nodes: Sequence[Node], needs: Needs) -> tuple[str, str]:
+def _size_miss(snapshot: Snapshot, nodes: Sequence[Node], request: Request) -> tuple[str, str]:
+    needs = request.needs
     known = ", ".join(sorted({profile for node in nodes for profile in node.profiles}))
     if needs.profile:
         advice = f"ask for one of: {known}" if known else "start a node with MIG instances"
@@ -405,40 +529,67 @@ def _size_miss(nodes: Sequence[Node], needs: Needs) -> tuple[str, str]:
         most = max((node.gpu_memory_bytes or 0 for node in nodes), default=0)
         return f"the largest GPU has {most / GIB:g} GiB", "ask for less gpu_memory_gib, or add a larger GPU"
     most = max(node.whole_gpus for node in nodes)
-    return (
-        f"the largest node has {most}",
-        f"ask for at most {most} GPUs per replica, or add a node with {needs.gpus}",
-    )
+    floors = {"within": needs.within is not Within.NODE, "min_bandwidth_gb_per_s": needs.slowest < 0}
+    floor = " and ".join(name for name, asked in floors.items() if asked)
+    without = replace(request, needs=Needs(needs.gpus, free_memory_bytes=needs.free_memory_bytes))
+    instead = _in_stages(snapshot, request, nodes)
+    if not instead and floor and (cut := _in_stages(snapshot, without, nodes)):
+        instead = (
+            f"leave {floor} out, since links between nodes are not known"
+            if request.divisible
+            else (f"{cut}, without {floor}, since links between nodes are not known")
+        )
+    each = "replica" if request.stages == 1 else "tensor-parallel group"
+    fewer = f"ask for at most {_gpus(most)} per {each}" if most > 1 or not floor else ""
+    return f"the largest node has {most}", _any_of(instead, fewer, f"add a node with {needs.gpus}")
 
 
 def _sift_egress(snapshot: Snapshot, request: Request) -> Sifted:
-    provider = request.provider or ""
+    provider, units = request.provider or "", request.egress
     resource = f"egress_{provider}"
     sieve = _Sieve(snapshot.nodes)
     if not sieve.put(
-        "egress nodes", lambda node: None if node.egress_resource(provider) else _no_egress(provider)
+        "egress nodes", lambda node: None if node.egress_for(provider) else _no_egress(provider)
     ):
         advice = f"start one with `ray start --resources='{{\"{resource}\": 64}}'`"
         return sieve, "", advice, "egress nodes"
     if not sieve.put("constraints", _outside("egress_nodes", request.egress_nodes)):
         return sieve, "", "widen constraints.egress_nodes", "constraints"
+    if not sieve.put("health", lambda node: node.problem):
+        return sieve, "", _REPAIR, "health"
     for stage, objection in neighbour_limits(request):
         if not sieve.put(stage, objection):
             return sieve, "", f"loosen the constraint ({stage}), or add a node that meets it", stage
 
     def left(node: Node) -> int:
-        return node.egress[node.egress_resource(provider) or ""]
+        return max(node.egress_for(provider).values())
 
-    reason = f"has fewer than {request.egress} egress units free"
-    met = sieve.put("egress capacity", lambda node: reason if left(node) < request.egress else None)
+    def short(node: Node) -> str | None:
+        if node.egress_resource(provider, units):
+            return None
+        if sum(node.egress_for(provider).values()) >= units:
+            return f"has no {units} egress units free in one resource"
+        return "has no egress unit free" if units == 1 else f"has fewer than {units} egress units free"
+
+    met = sieve.put("egress capacity", short)
     miss = ""
     if sieve.dropped:
         most = max(sieve.dropped, key=lambda node: (left(node), node.id))
-        miss = f"{most.name} has {left(most)} free"
+        miss = f"{most.name} has {max(0, left(most))} free"
     if not met:
-        advice = f"lower serving.max_concurrent, release something, or raise {resource} on a node"
+        advice = _any_of(
+            "lower serving.max_concurrent" if any(left(node) > 0 for node in sieve.dropped) else "",
+            "release something" if any(node.serving for node in sieve.dropped) else "",
+            f"raise {resource} on a node",
+        )
         return sieve, miss, advice, "egress capacity"
     return sieve, miss, "", ""
+
+
+def _any_of(*options: str) -> str:
+    """``a, b, or c``, of those that are not empty."""
+    *others, last = filter(None, options)
+    return ", ".join([*others, f"or {last}"]) if others else last
 
 
 def _outside(field_name: str, allowed: tuple[str, ...] | None) -> Objection:
@@ -452,11 +603,20 @@ def _outside(field_name: str, allowed: tuple[str, ...] | None) -> Objection:
 
 def _most_free(nodes: Sequence[Node], needs: Needs) -> str:
     if needs.profile:
-        most = max(nodes, key=lambda node: (list(node.slots.values()).count(needs.profile), node.id))
-        return f"{most.name} has none of its {list(most.slots.values()).count(needs.profile)} free"
-    most = max(nodes, key=lambda node: (len(node.free), node.id))
-    free = f"{len(most.free)} ({ordinals(tuple(most.free))})" if most.free else "none"
-    return f"{most.name} has {free} of its {most.whole_gpus} GPUs free"
+        most = max(nodes, key=lambda node: (list(node.instances.values()).count(needs.profile), node.id))
+        free = list(most.instances.values()).count(needs.profile)
+        text = (
+            f"{most.name} has {free or 'none'} of its {list(most.slots.values()).count(needs.profile)} free"
+        )
+    else:
+        most = max(nodes, key=lambda node: (len(node.free), node.id))
+        free = len(most.free)
+        which = f"{free} ({ordinals(tuple(most.free))})" if free else "none"
+        text = f"{most.name} has {which} of its {_gpus(most.whole_gpus)} free"
+    if free and needs.free_memory_bytes:
+        unused = max(most.free_memory.get(gpu, 0) for gpu in most.free | most.instances.keys())
+        text += f", with {unused / GIB:.3g} GiB unused at most"
+    return text
 
 
 def _apart(node: Node, count: int, within: Within) -> str:
@@ -491,7 +651,7 @@ def _wider(nearest: Node, needs: Needs) -> str:
     reached = score(nearest.topology, nearest.best(needs._replace(within=Within.NODE)) or ())
     looser = [other.value for other in Within if nearest.offer(needs._replace(within=other)) is not None]
     return (
-        f"release something, add a node that has them, or ask for within: {looser[0]} "
+        f"ask for within: {looser[0]} "
         f"({_gb(reached.bandwidth_gb_per_s)}, weakest link {reached.link_name}, on {nearest.name})"
     )
 

@@ -10,64 +10,96 @@ given the one where, in this order,
 4. it lies on the fewest nodes, in the region with the least room, on nodes others miss least.
 
 All replicas are placed exactly when they can be: a node has room for a certain number of disjoint sets, a
-domain, a model and a region for the sum of their nodes', and each set that is taken lowers it by just one.
+domain, a model and a region for the sum of their nodes', and each set that is taken lowers it by just one. With a
+floor on the links a fast set may lower it by more; it is taken only if the other replicas still fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from placement.core.replicas import Crowd, Placed, PlannedReplica, take
 from placement.core.request import Request
-from placement.core.score import WHOLE
+from placement.core.score import WHOLE, Shape, Within
 from placement.core.snapshot import GPU_DOMAIN_LABEL, Bits, Node, Policy, Snapshot, Take
 
 Gpus = tuple[int, ...]
 
 
-class Unit(NamedTuple):
-    """A set of GPUs that is free. Sorts the fastest first."""
+Picked = tuple[Bits, int]
+"""How many sets are taken of a node."""
 
-    slowness: int
+
+class Near(NamedTuple):
+    """Nodes for a replica. Sorts the best first.
+
+    Attributes:
+        level: of the narrowest region in which they are; -1 if they are one node.
+        nodes: how many.
+        groups: for how many groups there is room in that region.
+        picked: the nodes; where groups have parts, group by group.
+    """
+
+    level: int
+    nodes: int
+    groups: int
+    region: Bits
+    picked: list[Picked]
+
+
+class Unit(NamedTuple):
+    """A set of GPUs that is free."""
+
     node: Bits
-    turn: int
     gpus: Gpus
 
 
 def splits(snapshot: Snapshot, request: Request, nodes: Bits) -> Iterator[Request]:
     """The ways to cut a request that is larger than each of ``nodes``: first inside NVLink domains, then into stages.
 
-    The fewest, and so the largest, pieces first; all pieces are equal and have two GPUs or more.
+    The fewest, and so the largest, pieces first; all pieces are equal. They have two GPUs or more, but where no node
+    has two. A floor on the links between GPUs is kept within each piece; pieces of one GPU have no links, so that
+    there is no such cut then, unless an NVLink domain keeps them on NVLink.
     """
     needs = request.needs
     members = list(_members(snapshot, nodes))
     largest = max((node.whole_gpus for node in members), default=0)
     if not needs.whole or needs.gpus <= largest:
         return
-    pieces = [size for size in range(largest, 1, -1) if needs.gpus % size == 0]
-
-    def cut(size: int) -> Request:
-        return replace(
-            request,
-            needs=needs._replace(gpus=size),
-            cpu_milli=request.cpu_milli * size // needs.gpus,
-            memory_bytes=request.memory_bytes * size // needs.gpus,
-        )
-
+    least = 1 if largest == 1 else 2
+    pieces = [size for size in range(largest, least - 1, -1) if needs.gpus % size == 0]
     if any(GPU_DOMAIN_LABEL in node.labels for node in members):
-        yield from (replace(cut(size), parts=needs.gpus // size) for size in pieces)
+        on_nvlink = needs.slowest == 0 and needs.within in (Within.NODE, Within.NVLINK)
+        for size in pieces:
+            if size > 1 or on_nvlink:
+                yield replace(_cut(request, size), parts=needs.gpus // size)
     if request.divisible:
-        yield from (replace(cut(size), stages=needs.gpus // size) for size in pieces)
+        yield from (in_stages(request, size) for size in pieces if size > 1 or not needs.floor)
+
+
+def in_stages(request: Request, size: int) -> Request:
+    """The request cut into stages of so many GPUs."""
+    return replace(_cut(request, size), stages=request.stages * request.needs.gpus // size)
+
+
+def _cut(request: Request, size: int) -> Request:
+    gpus = request.needs.gpus
+    return replace(
+        request,
+        needs=request.needs._replace(gpus=size),
+        cpu_milli=request.cpu_milli * size // gpus,
+        memory_bytes=request.memory_bytes * size // gpus,
+    )
 
 
 def place(snapshot: Snapshot, request: Request, allowed: Bits) -> Placed:
     """Places as many replicas as there is room for."""
     room = _Room(snapshot, request, allowed)
     planned: list[PlannedReplica] = []
-    for index in request.replicas:
-        chosen = room.choose()
+    for to_come, index in zip(range(len(request.replicas) - 1, -1, -1), request.replicas, strict=True):
+        chosen = room.choose(to_come)
         if chosen is None:
             break
         planned += room.take(index, chosen)
@@ -75,74 +107,278 @@ def place(snapshot: Snapshot, request: Request, allowed: Bits) -> Placed:
 
 
 def groups_free(snapshot: Snapshot, request: Request, allowed: Bits) -> int:
-    """For how many tensor-parallel groups there is room on GPUs of one model: the most of any."""
+    """For how many tensor-parallel groups there is room where a replica may lie: the most of any such place."""
     room = _Room(snapshot, request, allowed)
-    return max((len(room.groups(alike)) for alike in room.alike), default=0)
+    return max(map(room.groups, room.places()), default=0)
+
+
+def has_room_emptied(snapshot: Snapshot, request: Request, allowed: Bits) -> bool:
+    """Whether there would be room for one replica more than stand, if all else went."""
+    emptied = {node.id: node.emptied() for node in _members(snapshot, allowed)}
+    others = Snapshot((emptied.get(node.id, node) for node in snapshot.nodes), snapshot.near)
+    return _Room(others, request, allowed).more_than_stand()
+
+
+def _each(nodes: Bits) -> Iterator[Bits]:
+    while nodes:
+        bit = nodes & -nodes
+        nodes ^= bit
+        yield bit
 
 
 def _members(snapshot: Snapshot, nodes: Bits) -> Iterator[Node]:
-    while nodes:
-        bit = nodes & -nodes
-        nodes &= ~bit
-        yield snapshot.at(bit)
+    return map(snapshot.at, _each(nodes))
 
 
 class _Room:
-    """The sets that are free, by node."""
+    """The sets that are free.
+
+    A *place* is nodes with GPUs of one model, in one domain of the label that the deployment spreads over, if it
+    does: all sets of a replica are in one place.
+    """
 
     def __init__(self, snapshot: Snapshot, request: Request, allowed: Bits) -> None:
         self._snapshot, self._request, self._allowed = snapshot, request, allowed
         self._crowd = Crowd(snapshot, request, allowed)
-        self._units: dict[Bits, list[Unit]] = {}
-        self._domain: dict[Bits, str] = {}
         self.changed: dict[Bits, Node] = {}
+        self._mask: dict[Bits, int] = {}
+        self._domain: dict[Bits, str] = {}
+        self._counts: dict[Bits, dict[int, int]] = {}
+        self._sets: dict[tuple[Shape, int, int], tuple[list[Gpus], list[Gpus]]] = {}
+        self._speeds: dict[Bits, list[int]] = {}
+        self._listed: dict[Bits, list[Bits]] = {}
         models: dict[str, Bits] = {}
         for node in _members(snapshot, allowed):
-            model = node.topology.model or ""
-            models[model] = models.get(model, 0) | snapshot.bit(node.id)
-        self.alike = [models[model] for model in sorted(models)]
-        for node in _members(snapshot, allowed):
-            bit = snapshot.bit(node.id)
             domain = node.labels.get(GPU_DOMAIN_LABEL)
             if request.parts > 1 and domain is None:
                 continue
-            if units := _units(node, bit, request):
-                self._units[bit] = units
-                self._domain[bit] = domain or ""
+            bit = snapshot.bit(node.id)
+            self._mask[bit] = node.free_mask(request.needs)
+            self._domain[bit] = domain or ""
+            self._counts[bit] = {}
+            model = node.topology.model or ""
+            models[model] = models.get(model, 0) | bit
+        self._alike = [models[model] for model in sorted(models)]
 
-    def groups(self, region: Bits) -> list[list[Unit]]:
-        """Disjoint tensor-parallel groups within a region, as many as there are, the fastest first."""
-        units = [unit for bit, units in self._units.items() if bit & region for unit in units]
-        if self._request.parts == 1:
-            return [[unit] for unit in sorted(units)]
-        by_domain: dict[str, list[Unit]] = {}
-        for unit in units:
-            by_domain.setdefault(self._domain[unit.node], []).append(unit)
-        found = []
-        for domain, inside in sorted(by_domain.items()):
-            ordered = self._fewest_nodes(inside, len(inside) // self._request.parts * self._request.parts)
-            slices = range(0, len(ordered), self._request.parts)
-            found += [(len(inside), domain, ordered[i : i + self._request.parts]) for i in slices]
-        found.sort(key=lambda group: (max(group[2]).slowness, group[:2]))
-        return [group for *_, group in found]
+    # -- counting --------------------------------------------------------------------------------
 
-    def choose(self) -> list[Unit] | None:
-        """The sets of the next replica, in rank order; ``None`` if there is no room for it."""
+    def places(self) -> list[Bits]:
+        """Where replicas may still lie."""
+        return [bits & alike for bits, _ in self._crowd.rooms() for alike in self._alike if bits & alike]
+
+    def more_than_stand(self) -> bool:
+        """Whether more replicas fit in a domain of the spread, or anywhere, than stand there."""
+        for bits, _ in self._crowd.rooms():
+            standing = sum(self._crowd.on(bit) for bit in _each(bits))
+            if sum(self.groups(bits & alike) // self._request.stages for alike in self._alike) > standing:
+                return True
+        return False
+
+    def groups(self, nodes: Bits, slowest: int | None = None) -> int:
+        """For how many tensor-parallel groups there is room on some nodes, none of whose sets is slower."""
+        least = self._request.needs.slowest if slowest is None else slowest
+        return sum(self._groups_by_domain(nodes, least).values())
+
+    def _groups_by_domain(self, nodes: Bits, slowest: int) -> dict[str, int]:
+        sets: dict[str, int] = {}
+        for bit in self._within(nodes):
+            if count := self._count(bit, slowest):
+                domain = self._domain[bit] if self._request.parts > 1 else ""
+                sets[domain] = sets.get(domain, 0) + count
+        groups = {domain: count // self._request.parts for domain, count in sets.items()}
+        return {domain: count for domain, count in sorted(groups.items()) if count}
+
+    def _within(self, nodes: Bits) -> list[Bits]:
+        if nodes not in self._listed:
+            self._listed[nodes] = [bit for bit in _each(nodes) if bit in self._mask]
+        return self._listed[nodes]
+
+    def _count(self, bit: Bits, slowest: int) -> int:
+        """How many disjoint sets a node has room for, none of them slower."""
+        known = self._counts[bit]
+        if slowest not in known:
+            known[slowest] = self._count_with(bit, slowest, self._mask[bit], 0)
+        return known[slowest]
+
+    def _count_with(self, bit: Bits, slowest: int, mask: int, taken: int) -> int:
+        """The same with these GPUs free, once so many sets have been taken."""
+        node, request = self._node(bit), self._request
+        count = max(map(len, self._disjoint(node.shape, mask, slowest)))
+        for have, each in ((node.cpu_milli, request.cpu_milli), (node.memory_bytes, request.memory_bytes)):
+            if each:
+                count = min(count, max(0, have // each - taken))
+        return count
+
+    def _disjoint(self, shape: Shape, mask: int, slowest: int) -> tuple[list[Gpus], list[Gpus]]:
+        """Disjoint sets, none slower: the best one after the other, and as many as there are."""
+        key = (shape, mask, slowest)
+        if key not in self._sets:
+            self._sets[key] = shape.disjoint(mask, self._request.needs, slowest)
+        return self._sets[key]
+
+    def _node(self, bit: Bits) -> Node:
+        return self.changed.get(bit) or self._snapshot.at(bit)
+
+    # -- choosing --------------------------------------------------------------------------------
+
+    def choose(self, to_come: int) -> list[Unit] | None:
+        """The sets of the next replica, in rank order; ``None`` if there is no room for it.
+
+        Args:
+            to_come: how many replicas are still to be placed after it.
+        """
         spread = self._request.spread_label is not None
         for domains in self._crowd.domains() if spread else [[self._allowed]]:
-            places = [bits & alike for bits in domains for alike in self.alike]
-            found = [nearest for bits in places if (nearest := self._nearest(bits))]
-            if found:
-                return min(found)[1]
+            places = [bits & alike for bits in domains for alike in self._alike if bits & alike]
+            speeds = {place: found for place in places if (found := self._speeds_in(place))}
+            for slowest in sorted({speed for known in speeds.values() for speed in known}):
+                fast = [place for place, known in speeds.items() if known[0] <= slowest]
+                for near in sorted(self._nearest(place, slowest) for place in fast):
+                    chosen = self._in_rank_order(near, slowest)
+                    if self._spares(chosen, to_come):
+                        return chosen
+            if speeds:  # whatever is fast is in the way of others
+                near = min(self._nearest(place, slowest) for place in speeds)
+                return self._in_rank_order(near, slowest, packed=True)
         return None
+
+    def _speeds_in(self, place: Bits) -> list[int]:
+        """How slow the slowest set of a replica may be for it to fit in a place, the fastest first."""
+        needs = self._request.needs
+        if place not in self._speeds:
+            shapes = {self._node(bit).shape for bit in self._within(place)}
+            known = {speed for shape in shapes for speed in shape.slownesses(needs.gpus)}
+            self._speeds[place] = sorted(speed for speed in known if speed <= needs.slowest)
+        speeds = self._speeds[place]
+        while speeds and self.groups(place, speeds[0]) < self._request.stages:
+            speeds.pop(0)  # for good: room only shrinks
+        return speeds
+
+    def _spares(self, chosen: Sequence[Unit], to_come: int) -> bool:
+        """Whether there is room for as many other replicas as if a replica took sets that others miss least."""
+        needs = self._request.needs
+        if not to_come or not needs.floor:
+            return True  # any set that is taken lowers the room of its node by just one
+        taken: dict[Bits, list[int]] = {}
+        for unit in chosen:
+            taken.setdefault(unit.node, []).append(sum(1 << gpu for gpu in unit.gpus))
+        left = {
+            bit: self._count_with(bit, needs.slowest, self._mask[bit] & ~sum(masks), len(masks))
+            for bit, masks in taken.items()
+        }
+        if all(self._count(bit, needs.slowest) - left[bit] <= len(masks) for bit, masks in taken.items()):
+            return True
+        wanted = min(to_come, self._replicas() - 1)
+        before = {bit: self._counts[bit] for bit in left}
+        self._counts |= {bit: {needs.slowest: count} for bit, count in left.items()}
+        spared = self._replicas(without=chosen[0].node) >= wanted
+        self._counts |= before
+        return spared
+
+    def _replicas(self, without: Bits = 0) -> int:
+        """How many replicas there is room for, once there is one more on a node."""
+        total = 0
+        for bits, most in self._crowd.rooms():
+            fit = sum(self.groups(bits & alike) // self._request.stages for alike in self._alike)
+            if most is not None:
+                fit = min(fit, most - bool(bits & without))
+            total += fit
+        return total
+
+    def _nearest(self, place: Bits, slowest: int) -> Near:
+        """The nodes of a place that are nearest to each other, for a replica with no slower set."""
+        best: Near | None = None
+        wanted = self._request.stages * self._request.parts
+        alone = any(self._count(bit, slowest) >= wanted for bit in self._within(place))
+        found_at = 0
+        for level, bits in self._snapshot.regions:
+            region = bits & place
+            if best is not None and level > found_at and (best.level < 0 or not alone):
+                break  # all that follow are wider
+            if not region or (groups := self.groups(region, slowest)) < self._request.stages:
+                continue
+            picked = self._pick(region, slowest)
+            nodes = len({bit for bit, _ in picked})
+            near = Near(-1 if nodes == 1 else level, nodes, groups, region, picked)
+            if best is None or near < best:
+                best, found_at = near, level
+        assert best is not None  # the last region is the whole cluster
+        return best
+
+    def _pick(self, region: Bits, slowest: int) -> list[Picked]:
+        """How many sets to take of which nodes, on the fewest nodes, group by group where groups have parts."""
+        missing, parts = self._request.stages, self._request.parts
+        if parts == 1:
+            return self._fewest_nodes(region, missing, slowest)
+        room = self._groups_by_domain(region, slowest)
+        by_domain = dict.fromkeys(room, 0)
+        for bit in self._within(region):
+            if self._domain[bit] in room:
+                by_domain[self._domain[bit]] |= bit
+        picked: list[Picked] = []
+        while missing:
+            enough = [domain for domain in room if room[domain] >= missing]
+            if enough:
+                ways = {
+                    domain: self._fewest_nodes(by_domain[domain], missing * parts, slowest)
+                    for domain in enough
+                }
+                domain = min(enough, key=lambda domain: (len(ways[domain]), room[domain], domain))
+                return picked + ways[domain]
+            domain = max(room, key=lambda domain: (room[domain], domain))
+            picked += self._fewest_nodes(by_domain[domain], room[domain] * parts, slowest)
+            missing -= room.pop(domain)
+        return picked
+
+    def _fewest_nodes(self, nodes: Bits, sets: int, slowest: int) -> list[Picked]:
+        """So many sets, node by node: the fullest use of each, the last one where the least is left."""
+        room = {bit: count for bit in self._within(nodes) if (count := self._count(bit, slowest))}
+        rank = {bit: self._rank(bit) for bit in room}
+        picked: list[Picked] = []
+        while sets:
+            enough = [bit for bit, count in room.items() if count >= sets]
+            if enough:
+                bit = min(enough, key=lambda bit: (rank[bit][0], room[bit], rank[bit]))
+            else:
+                bit = min(room, key=lambda bit: (rank[bit][0], -room[bit], rank[bit]))
+            picked.append((bit, min(sets, room.pop(bit))))
+            sets -= picked[-1][1]
+        return picked
+
+    def _in_rank_order(self, near: Near, slowest: int, packed: bool = False) -> list[Unit]:
+        """The sets themselves; out of as many disjoint ones as there are, if ``packed``."""
+        units = []
+        for bit, count in near.picked:
+            best, most = self._disjoint(self._node(bit).shape, self._mask[bit], slowest)
+            sets = best if len(best) >= count and not packed else most
+            units += [Unit(bit, gpus) for gpus in sets[:count]]
+        if self._request.parts > 1:
+            return units
+        return sorted(units, key=lambda unit: (self._place(unit.node), unit.gpus))
+
+    def _rank(self, bit: Bits) -> tuple[int, int, Bits]:
+        """Which of two nodes with equal sets goes first."""
+        node, policy = self._node(bit), self._request.policy
+        spread = self._crowd.on(bit) if policy in (Policy.SPREAD, Policy.ROUND_ROBIN) else 0
+        if policy is Policy.ROUND_ROBIN:
+            return spread, node.replicas, bit
+        return spread, -len(node.free) if policy is Policy.LEAST_LOADED else len(node.free), bit
+
+    def _place(self, bit: Bits) -> tuple[tuple[str, ...], str]:
+        """Sorts nodes so that those near each other are neighbours, as consecutive stages are."""
+        node = self._snapshot.at(bit)
+        return tuple(node.labels.get(label, "") for label in self._snapshot.near), node.name
+
+    # -- taking ----------------------------------------------------------------------------------
 
     def take(self, index: int, chosen: Sequence[Unit]) -> list[PlannedReplica]:
         """Takes the sets for a replica."""
         size = self._request.needs.gpus
         parts: dict[Bits, PlannedReplica] = {}
         for position, unit in enumerate(chosen):
-            node = self.changed.get(unit.node) or self._snapshot.at(unit.node)
-            part, self.changed[unit.node] = take(index, node, Take(unit.gpus, WHOLE, 0), self._request)
+            part, self.changed[unit.node] = take(
+                index, self._node(unit.node), Take(unit.gpus, WHOLE, 0), self._request
+            )
             alone = len(chosen) == 1
             ranks = () if alone else tuple(range(position * size, (position + 1) * size))
             before = parts.get(unit.node)
@@ -153,92 +389,7 @@ class _Room:
                 cpu_milli=part.cpu_milli + (before.cpu_milli if before else 0),
                 memory_bytes=part.memory_bytes + (before.memory_bytes if before else 0),
             )
-            self._units[unit.node].remove(unit)
+            self._mask[unit.node] &= ~sum(1 << gpu for gpu in unit.gpus)
+            self._counts[unit.node] = {}
         self._crowd.add(chosen[0].node)
         return list(parts.values())
-
-    def _nearest(self, within: Bits) -> tuple[tuple[int, ...], list[Unit]] | None:
-        """The best of the nodes for a replica, and how good they are; the least is best."""
-        best: tuple[tuple[int, ...], list[Unit]] | None = None
-        fastest = None
-        wanted = self._request.stages
-        for level, bits in self._snapshot.regions:
-            region = bits & within
-            if best is not None and best[0][:2] < (fastest or 0, level):
-                break  # nothing is faster, and all that follow are wider
-            groups = self.groups(region)
-            if len(groups) < wanted:
-                continue
-            fastest = self._fastest(within) if fastest is None else fastest
-            chosen = self._pick(groups)
-            nodes = {unit.node for unit in chosen}
-            key = (max(chosen).slowness, -1 if len(nodes) == 1 else level, len(nodes), len(groups), region)
-            if best is None or key < best[0]:
-                best = key, chosen
-        return best
-
-    def _fastest(self, within: Bits) -> int:
-        """A bound on what any region can give."""
-        return max(group[-1].slowness for group in self.groups(within)[: self._request.stages])
-
-    def _pick(self, groups: list[list[Unit]]) -> list[Unit]:
-        """As many of the groups as a replica has stages, none slower than need be, on the fewest nodes."""
-        wanted = self._request.stages
-        slowest = max(groups[wanted - 1]).slowness
-        usable = [group for group in groups if max(group).slowness <= slowest]
-        if self._request.parts > 1:
-            return [unit for group in usable[:wanted] for unit in group]
-        chosen = self._fewest_nodes((group[0] for group in usable), wanted)
-        return sorted(chosen, key=lambda unit: (self._place(unit.node), unit.gpus))
-
-    def _fewest_nodes(self, units: Iterable[Unit], count: int) -> list[Unit]:
-        """So many of the units, node by node: the fullest use of each, the last one where the least is left."""
-        by_node: dict[Bits, list[Unit]] = {}
-        for unit in sorted(units):
-            by_node.setdefault(unit.node, []).append(unit)
-        rank = {bit: self._rank(bit) for bit in by_node}
-        chosen: list[Unit] = []
-        while len(chosen) < count:
-            missing = count - len(chosen)
-            enough = [bit for bit, found in by_node.items() if len(found) >= missing]
-            if enough:
-                bit = min(enough, key=lambda bit: (rank[bit][0], len(by_node[bit]), rank[bit]))
-            else:
-                bit = min(by_node, key=lambda bit: (rank[bit][0], -len(by_node[bit]), rank[bit]))
-            chosen += by_node.pop(bit)[:missing]
-        return chosen
-
-    def _rank(self, bit: Bits) -> tuple[int, int, Bits]:
-        """Which of two nodes with equal sets goes first."""
-        node = self.changed.get(bit) or self._snapshot.at(bit)
-        policy = self._request.policy
-        crowded = self._crowd.on(bit)
-        spread = crowded if policy in (Policy.SPREAD, Policy.ROUND_ROBIN) else 0
-        free = -len(node.free) if policy is Policy.LEAST_LOADED else len(node.free)
-        return spread, free if policy is not Policy.ROUND_ROBIN else 0, bit
-
-    def _place(self, bit: Bits) -> tuple[tuple[str, ...], str]:
-        """Sorts nodes so that those near each other are neighbours, as consecutive stages are."""
-        node = self._snapshot.at(bit)
-        return tuple(node.labels.get(label, "") for label in self._snapshot.near), node.name
-
-
-def _units(node: Node, bit: Bits, request: Request) -> list[Unit]:
-    """Disjoint sets that are free on a node: as many as there are, if a floor makes that a question."""
-    needs = request.needs
-    mask = node.free_mask(needs)
-    sets: list[Gpus] = []
-    if needs.floor:
-        sets = node.shape.packed(mask, needs)
-    else:
-        while gpus := node.shape.best(mask, needs.gpus):
-            sets.append(gpus)
-            mask &= ~sum(1 << gpu for gpu in gpus)
-    most = len(sets)
-    for have, each in ((node.cpu_milli, request.cpu_milli), (node.memory_bytes, request.memory_bytes)):
-        if each:
-            most = min(most, have // each)
-    return [
-        Unit(-node.shape.mb_per_s(gpus) if len(gpus) > 1 else 0, bit, turn, gpus)
-        for turn, gpus in enumerate(sets[:most])
-    ]

@@ -129,6 +129,19 @@ class Crowd:
                 by_count.setdefault(count, []).append(bits & self._allowed)
         return [domains for _, domains in sorted(by_count.items())]
 
+    def rooms(self) -> list[tuple[Bits, int | None]]:
+        """The domains that may take more replicas, and how many; all nodes, and no limit, without domains."""
+        if not self._domains:
+            return [(self._allowed, None)]
+        left = {
+            domain: self._most - self._in_domain[domain] if self._most else None for domain in self._domains
+        }
+        return [
+            (self._domains[domain] & self._allowed, most)
+            for domain, most in left.items()
+            if most is None or most > 0
+        ]
+
     def close(self, bits: Bits) -> None:
         """Takes no more replicas on these nodes."""
         self._levels = [level & ~bits for level in self._levels]

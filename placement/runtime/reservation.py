@@ -442,17 +442,9 @@ class NodeReserver:
 
 
 def _disjoint(node: Node, needs: Needs, count: int) -> list[tuple[int, ...]] | None:
-    """The best ``count`` disjoint sets of a node's free GPUs, ascending; ``None`` if there are fewer."""
-    mask = node.free_mask(needs)
-    allowed = {gpu for gpu in node.free if mask >> gpu & 1}
-    found: list[tuple[int, ...]] = []
-    for more in reversed(range(count)):
-        gpus = choose(node.topology, allowed, needs, more)
-        if gpus is None:
-            return None
-        found.append(gpus)
-        allowed -= set(gpus)
-    return sorted(found)
+    """``count`` disjoint sets of a node's free GPUs, as the planner chooses them; ``None`` if there are fewer."""
+    found = node.shape.several(node.free_mask(needs), needs, count)
+    return None if found is None else sorted(found)
 
 
 def _runs(free: Iterable[int], wanted: tuple[int, ...]) -> list[tuple[int, bool]]:
