@@ -8,11 +8,11 @@ import pytest
 
 from placement import topologies
 from placement.core.explanation import explain
-from placement.core.planner import Change, plan, steps, vacate
+from placement.core.planner import Change, advance, plan, steps, vacate
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
 from placement.core.score import Needs, Within
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import GPU_DOMAIN_LABEL, Node, Policy, Snapshot
 from placement.core.topology import Topology
 from placement.errors import BelowFloor, NoEgressNodes, NoGpuNodes, NotEnoughEgress, NotEnoughGpus
 
@@ -185,13 +185,198 @@ def test_remote_refusals() -> None:
     assert str(refusal).endswith("start one with `ray start --resources='{\"egress_openai\": 64}'`")
 
 
+def test_an_egress_node_that_may_not_be_used_gets_no_replica_and_a_refusal_counts_it() -> None:
+    draining = replace(B, egress={"egress": 64}, problem="is draining")
+    assert where(plan(Snapshot((A, draining)), remote(2, 4))) == [("a", ())] * 4
+    refusal = plan(Snapshot((A, draining)), remote(9))
+    assert isinstance(refusal, NotEnoughEgress)
+    assert refusal.excluded == {"has fewer than 9 egress units free": 1, "is draining": 1}
+    refusal = plan(Snapshot((draining,)), remote(1, egress_nodes=("b",)))
+    assert isinstance(refusal, NoEgressNodes)
+    assert str(refusal) == (
+        "cannot place 'd': no egress node may be used (1 node: is draining); run `placement status` and repair "
+        "the nodes it names, or add a node"
+    )
+    stages = explain(Snapshot((A, draining)), remote(1)).stages
+    assert [(stage.name, stage.kept) for stage in stages] == [
+        ("egress nodes", 2), ("constraints", 2), ("health", 1), ("egress capacity", 1),
+    ]  # fmt: skip
+
+
+def test_the_general_resource_is_used_once_the_nodes_own_is_full() -> None:
+    both = egress_node("both", egress=5, egress_openai=4)
+    outcome = plan(Snapshot((both,)), remote(2, 4))
+    assert isinstance(outcome, Plan)
+    assert [r.egress_resource for r in outcome.replicas] == [
+        "egress_openai",
+        "egress_openai",
+        "egress",
+        "egress",
+    ]
+    refusal = plan(Snapshot((both,)), remote(2, 5))
+    assert isinstance(refusal, NotEnoughEgress)
+    assert "replica 4 needs 2 concurrent requests to openai on one node; at best both has 1 free" in str(
+        refusal
+    )
+    refusal = plan(Snapshot((both,)), remote(6))
+    assert isinstance(refusal, NotEnoughEgress)
+    assert refusal.excluded == {"has no 6 egress units free in one resource": 1}
+    placed = [PlannedReplica(r.replica_index, "id-both", egress_resource="egress", egress_units=2) for r in
+              outcome.replicas[2:]]  # fmt: skip
+    used = replace(both, egress={"egress": 1, "egress_openai": 0})
+    assert vacate(Snapshot((used,)), placed).node("id-both").egress == {"egress": 5, "egress_openai": 0}
+
+
+def test_the_emptiest_node_counts_what_is_left_of_both_resources() -> None:
+    nodes = (egress_node("a", egress_openai=6), egress_node("b", egress=4, egress_openai=4))
+    assert [name for name, _ in where(plan(Snapshot(nodes), remote(2)))] == ["b"]
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_round_robin_takes_the_nodes_in_turn_from_deployment_to_deployment(replicas: int) -> None:
+    snapshot = Snapshot(tuple(gpu_node(name, 4) for name in "abc"))
+    turns = []
+    for i in range(6 // replicas):
+        request = local(1, replicas, policy=Policy.ROUND_ROBIN)
+        step, snapshot = advance(snapshot, replace(request, deployment=f"d{i}"))
+        turns += [name for name, _ in where(step.outcome)]
+    assert "".join(turns) == "abcabc"
+
+
+def one_each(*names: str, **fields: object) -> Snapshot:
+    return Snapshot(tuple(gpu_node(name, 1, **fields) for name in names))
+
+
+def test_on_nodes_of_one_gpu_a_replica_of_two_is_cut_into_two_stages() -> None:
+    outcome = plan(one_each("a", "b"), local(2, divisible=True))
+    assert isinstance(outcome, Plan) and outcome.set_size == 1
+    assert [(r.node_id, r.gpus, r.ranks) for r in outcome.replicas] == [
+        ("id-a", (0,), (0,)),
+        ("id-b", (0,), (1,)),
+    ]
+
+
+def test_or_lies_in_one_nvlink_domain() -> None:
+    racks = one_each("a", "b", labels={GPU_DOMAIN_LABEL: "rack"})
+    for needs in (Needs(2), Needs(2, Within.NVLINK)):
+        assert where(plan(racks, Request("d", (0,), needs))) == [("a", (0,)), ("b", (0,))]
+    assert not isinstance(plan(racks, Request("d", (0,), Needs(2, min_bandwidth_gb_per_s=1.0))), Plan)
+
+
+@pytest.mark.parametrize(
+    ("request_", "advice"),
+    [
+        (
+            local(2),
+            "ask for pipeline_parallel = 2 instead, ask for at most 1 GPU per replica, or add a node with 2",
+        ),
+        (
+            local(2, divisible=True, within=Within.NVLINK),
+            "leave within out, since links between nodes are not known, or add a node with 2",
+        ),
+        (
+            local(2, divisible=True, min_bandwidth_gb_per_s=9.0),
+            "leave min_bandwidth_gb_per_s out, since links between nodes are not known, or add a node with 2",
+        ),
+        (
+            local(2, within=Within.NVLINK),
+            "ask for pipeline_parallel = 2 instead, without within, since links between nodes are not known, or "
+            "add a node with 2",
+        ),
+        (local(3), "ask for at most 1 GPU per replica, or add a node with 3"),
+    ],
+)
+def test_where_it_cannot_be_cut_the_advice_is_one_that_works(request_: Request, advice: str) -> None:
+    refusal = plan(one_each("a", "b"), request_)
+    assert isinstance(refusal, NotEnoughGpus)
+    assert refusal.advice == advice
+
+
+@pytest.mark.parametrize(
+    ("nodes", "request_", "summary", "advice"),
+    [
+        (
+            [gpu_node(name, 4) for name in "abc"],
+            local(99, divisible=True),
+            "replica 0 needs 33 x 3 GPUs, each on one node, all of one GPU model; there is room for 3",
+            "add nodes with room for 30 more sets of 3 GPUs, or ask for fewer GPUs",
+        ),
+        (
+            [gpu_node(name, 4, busy=(0, 1)) for name in "abc"],
+            local(99, divisible=True),
+            "replica 0 needs 33 x 3 GPUs, each on one node, all of one GPU model; not one is free; at best c has "
+            "2 (2-3) of its 4 GPUs free",
+            "add nodes with room for 33 more sets of 3 GPUs, or ask for fewer GPUs",
+        ),
+        (
+            [gpu_node("a", 8)],
+            local(16, divisible=True),
+            "replica 0 needs 2 x 8 GPUs, each on one node, all of one GPU model; there is room for 1",
+            "add nodes with room for 1 more set of 8 GPUs, or ask for fewer GPUs",
+        ),
+        (
+            [gpu_node("a", 8), gpu_node("b", 8, busy=(0,))],
+            local(16, divisible=True),
+            "replica 0 needs 2 x 8 GPUs, each on one node, all of one GPU model; there is room for 1",
+            "release something, add nodes with room for 1 more set of 8 GPUs, or ask for fewer GPUs",
+        ),
+        (
+            [gpu_node("a", 8, busy=(0,)), gpu_node("b", 8, busy=(0,)), gpu_node("c", 8, busy=(0, 1, 2, 3))],
+            local(8, stages=2),
+            "replica 0 needs 2 x 8 GPUs, each on one node, all of one GPU model; not one is free; at best b has "
+            "7 (1-7) of its 8 GPUs free",
+            "release something, add nodes with room for 2 more sets of 8 GPUs, or ask for fewer GPUs",
+        ),
+        (
+            [gpu_node("a", 8)],
+            local(8, replicas=2),
+            "replica 1 needs 8 GPUs free on one node; at best a has none of its 8 GPUs free",
+            "add a node with 8 GPUs, or ask for fewer replicas",
+        ),
+        (
+            [gpu_node("a", 1, busy=(0,))],
+            local(1),
+            "replica 0 needs 1 GPU free on one node; at best a has none of its 1 GPU free",
+            "release something, or add a node with 1 GPU",
+        ),
+        (
+            [gpu_node("a", 2), gpu_node("b", 1), gpu_node("c", 1)],
+            local(4, divisible=True),
+            "replica 0 needs 2 x 2 GPUs, each on one node, all of one GPU model; there is room for 1",
+            "add nodes with room for 1 more set of 2 GPUs, ask for pipeline_parallel = 4 instead, or ask for "
+            "fewer GPUs",
+        ),
+    ],
+)
+def test_advice_is_true(nodes: list[Node], request_: Request, summary: str, advice: str) -> None:
+    refusal = plan(Snapshot(nodes), request_)
+    assert isinstance(refusal, NotEnoughGpus)
+    assert (refusal.summary, refusal.advice) == (summary, advice)
+
+
+def test_one_gpu_is_not_counted_in_the_plural() -> None:
+    refusal = plan(Snapshot((gpu_node("a", 1, busy=(0,)),)), local(1))
+    assert isinstance(refusal, NotEnoughGpus)
+    assert refusal.excluded == {"has no GPU free": 1}
+    refusal = plan(Snapshot((egress_node("a", egress=0),)), remote(1))
+    assert isinstance(refusal, NotEnoughEgress)
+    assert refusal.excluded == {"has no egress unit free": 1}
+    assert "replica 0 needs 1 concurrent request to openai on one node" in str(refusal)
+
+
+def test_without_any_node_a_refusal_says_how_to_get_one() -> None:
+    assert [(s.name, s.kept) for s in explain(Snapshot(()), local(1)).stages] == [("GPU nodes", 0)]
+    assert isinstance(plan(Snapshot(()), local(1)), NoGpuNodes)
+    assert isinstance(plan(Snapshot(()), remote(1)), NoEgressNodes)
+
+
 def test_a_floor_excludes_nodes_and_names_the_nearest_miss() -> None:
     bridged = Snapshot((gpu_node("gpu-a", "a100-pcie-4x"),))
     refusal = plan(bridged, local(4, within=Within.NVLINK))
     assert isinstance(refusal, BelowFloor)
     assert str(refusal) == (
         "cannot place 'd': replica 0 needs 4 GPUs within 'nvlink'; at best gpu-a has 4 free GPUs, but in NVLink "
-        "islands of 2 + 2 (1 node: has no 4 free GPUs within 'nvlink'); release something, add a node that has "
+        "islands of 2 + 2 (1 node: has no 4 free GPUs within 'nvlink'); add a node that has "
         "them, or ask for within: node (19.92 GB/s, weakest link SYS, on gpu-a)"
     )
     refusal = plan(bridged, local(4, min_bandwidth_gb_per_s=100.0))
@@ -199,7 +384,7 @@ def test_a_floor_excludes_nodes_and_names_the_nearest_miss() -> None:
     assert str(refusal) == (
         "cannot place 'd': replica 0 needs 4 GPUs at 100 GB/s; at best gpu-a has 4 free GPUs that reach 19.92 GB/s "
         "(weakest link SYS) (1 node: its best 4 free GPUs reach less than 100 GB/s); lower "
-        "min_bandwidth_gb_per_s to 19.92, release something, or add a faster node"
+        "min_bandwidth_gb_per_s to 19.92, or add a faster node"
     )
     assert where(plan(bridged, local(2, replicas=2, within=Within.NVLINK, min_bandwidth_gb_per_s=230.4))) == [
         ("gpu-a", (0, 1)),

@@ -85,7 +85,7 @@ def test_what_leaves_makes_room_before_what_comes_at_that_time() -> None:
     assert [moment.allocated_gpus for moment in report.moments] == [4, 4, 4]
     assert [moment.asked_gpus for moment in report.moments] == [4, 5, 5]
     assert [moment.arrived_gpus for moment in report.moments] == [4, 5, 9]
-    assert dict(report.reasons) == {"has fewer than 1 GPUs free": 1}
+    assert dict(report.reasons) == {"has no GPU free": 1}
 
 
 def test_a_refusal_is_remembered_until_something_leaves() -> None:

@@ -158,7 +158,7 @@ def test_cpus_and_memory_per_gpu_are_held_in_the_bundles(service: Any) -> None:
     [assignment] = place(service, "cpu", limits, gpus=2)
     options = assignment.actor_options(1)
     assert (options["num_cpus"], options["memory"]) == (1, 10737418)
-    with pytest.raises(placement.Unplaceable, match="has fewer than 1 CPUs free"):
+    with pytest.raises(placement.Unplaceable, match="has less than 1 CPU free"):
         ray.get(service.place.remote({"name": "cpu2", "model": "m", "gpus": 1}, limits))
 
 
