@@ -242,7 +242,7 @@ def _by_tabs(row: Line, links: int, affinities: Sequence[str]) -> list[str] | No
         if not rest:
             return None
         found.append(rest.pop(0))
-    return None if any(rest) else found
+    return None if any(rest) or len(found) != links + len(affinities) else found
 
 
 def _with_tabs(row: Line) -> str | None:
@@ -271,7 +271,7 @@ def _by_place(header: Line, row: Line, links: int, affinities: Sequence[str]) ->
     first = next((i for i, word in enumerate(words) if word.start() >= row.start), 0) + 1
     at = {word.start(): word[0] for word in words[first + links :]}
     # A last cell that is missing may have been cut off.
-    if len(names) != len(affinities) or not at.keys() <= set(names) or names[-1] not in at:
+    if len(names) != len(affinities) or not names or names[-1] not in at or not at.keys() <= set(names):
         return None
     return [word[0] for word in words[first : first + links]] + [at.get(name, "") for name in names]
 

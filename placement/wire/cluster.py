@@ -158,17 +158,19 @@ class ClusterFile(Model):
                     serving[replica.node, calls] += 1
         nodes: dict[str, Node] = {}
         for one in self.nodes:
-            where = f"node {one.name!r}"
+            where = f"node {shortened(one.name)!r}"
             if one.machine is not None and one.machine not in machines:
                 raise InvalidClusterFile(
-                    f"{where}: machine {one.machine!r} is not under machines; add it there"
+                    f"{where}: machine {shortened(one.machine)!r} is not under machines; add it there"
                 )
             topology = machines[one.machine] if one.machine is not None else Topology.unknown(0)
             problem = _contradiction(one, len(topology))
             if problem is not None:
                 raise InvalidClusterFile(f"{where}: {problem}")
             if one.id in nodes:
-                raise InvalidClusterFile(f"{where}: id {one.id!r} is there twice; give each node its own")
+                raise InvalidClusterFile(
+                    f"{where}: id {shortened(one.id)!r} is there twice; give each node its own"
+                )
             nodes[one.id] = Node(
                 id=one.id,
                 name=one.name,
@@ -191,7 +193,7 @@ class ClusterFile(Model):
                 problem = _false_holding(replica, nodes.get(replica.node))
                 if problem is not None:
                     raise InvalidClusterFile(
-                        f"deployment {name!r}: replica {replica.replica_index}: {problem}"
+                        f"deployment {name!r}: replica {shortened(str(replica.replica_index))}: {problem}"
                     )
         return Snapshot(nodes.values(), self.near)
 
@@ -212,7 +214,7 @@ def load_cluster(path: Path) -> ClusterFile:
         raise InvalidClusterFile(str(error)) from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        field = printable(".".join(map(str, first["loc"])))
+        field = shortened(printable(".".join(map(str, first["loc"]))), 200)
         what = f"{field}: {first['msg']}" if field else str(first["msg"])
         raise InvalidClusterFile(f"{path}: {what}; write it with `placement snapshot`") from None
 
@@ -222,22 +224,22 @@ def _contradiction(one: ClusterNode, count: int) -> str | None:
     for field in ("free", "rests", "slots", "instances", "free_memory"):
         strange = sorted(set(getattr(one, field)) - set(range(count)))
         if strange:
-            return f"{field} names GPU {strange[0]}, but it has {_gpus(count)}"
+            return f"{field} names GPU {shortened(str(strange[0]))}, but it has {_gpus(count)}"
     for field, clashing in (("rests", one.rests), ("slots", one.slots)):
         both = sorted(set(one.free) & set(clashing))
         if both:
             return f"GPU {both[0]} is in free and in {field}; keep one of them"
     for slot, profile in one.instances.items():
         if one.slots.get(slot) != profile:
-            known = one.slots.get(slot, "nothing")
-            return f"instances has {profile!r} at GPU {slot}, slots has {known!r}; make them the same"
+            here, there = (shortened(text) for text in (profile, one.slots.get(slot, "nothing")))
+            return f"instances has {here!r} at GPU {slot}, slots has {there!r}; make them the same"
     amounts = {"cpu_milli": one.cpu_milli, "memory_bytes": one.memory_bytes}
     for name in ("egress", "rests", "free_memory"):
         amounts |= {f"{name}.{key}": amount for key, amount in getattr(one, name).items()}
     for field, amount in amounts.items():
         most = WHOLE if field.startswith("rests.") else _MOST
         if not 0 <= amount <= most:
-            return f"{printable(field)} is {shortened(str(amount))}; use 0 to {most}"
+            return f"{shortened(printable(field))} is {shortened(str(amount))}; use 0 to {most}"
     if one.gpu_memory_bytes is not None and not 0 < one.gpu_memory_bytes <= _MOST:
         return (
             f"gpu_memory_bytes is {shortened(str(one.gpu_memory_bytes))}; use 1 to {_MOST}, or leave it out"
@@ -264,11 +266,12 @@ def _false_holding(replica: HeldReplica, node: Node | None) -> str | None:
         return f"share is {replica.share}, so that gpus must name one GPU, not {len(replica.gpus)}"
     if node is None:
         return None
+    name = shortened(node.name)
     for gpu in replica.gpus:
         if not 0 <= gpu < len(node.topology):
-            return f"gpus names GPU {gpu}, but node {node.name!r} has {_gpus(len(node.topology))}"
+            return f"gpus names GPU {shortened(str(gpu))}, but node {name!r} has {_gpus(len(node.topology))}"
         if gpu in node.free or (gpu in node.instances and replica.profile):
-            return f"gpus names GPU {gpu}, which is free on node {node.name!r}; it can be held or free"
+            return f"gpus names GPU {gpu}, which is free on node {name!r}; it can be held or free"
     return None
 
 
@@ -280,4 +283,4 @@ def _topology(key: str, machine: Machine) -> Topology:
     try:
         return replace(parse_matrix(machine.matrix), model=machine.model)
     except MatrixError as error:
-        raise InvalidClusterFile(f"machines.{printable(key)}.matrix: {error}") from None
+        raise InvalidClusterFile(f"machines.{shortened(printable(key))}.matrix: {error}") from None

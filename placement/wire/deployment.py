@@ -120,7 +120,8 @@ def _gpus(value: Any) -> Any:
                 f"{value!r} GPUs is more than one and not whole, and a share cannot span two GPUs; "
                 "use a whole number, or a share below 1"
             )
-        if not (value > 0 and math.isclose(value * WHOLE, round(value * WHOLE), abs_tol=1e-6)):
+        fits = value * WHOLE >= 0.5 and math.isclose(value * WHOLE, round(value * WHOLE), abs_tol=1e-6)
+        if not fits:
             raise ValueError(f"{value!r} is no share of a GPU; use 0.001 to 0.999, in thousandths")
         return value
     if isinstance(value, int) and not isinstance(value, bool) and value < 1:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from placement.core.pasted import shortened
 from placement.errors import InvalidDeployment
 from placement.wire.deployment import Deployment
 from placement.wire.text import printable, read_text
@@ -55,7 +56,7 @@ def parse_deployments(text: str, suffix: str, source: str) -> list[Deployment]:
     if not isinstance(content, Mapping):
         raise InvalidDeployment(source, (f"is not a mapping; put the deployments under {example}",))
     problems = [
-        f"unknown field {key!r} at the top; the file holds only deployments"
+        f"unknown field {shortened(repr(key))} at the top; the file holds only deployments"
         for key in content
         if key != "deployments"
     ]
@@ -68,7 +69,7 @@ def parse_deployments(text: str, suffix: str, source: str) -> list[Deployment]:
     first_seen: dict[str, int] = {}
     for number, entry in enumerate(entries, start=1):
         name = entry.get("name") if isinstance(entry, Mapping) else None
-        label = f"deployment {number}" + (f" ({name})" if isinstance(name, str) and name else "")
+        label = f"deployment {number}" + (f" ({shortened(name)})" if isinstance(name, str) and name else "")
         try:
             deployment = parse_model(Deployment, entry, source)
         except InvalidDeployment as error:
@@ -104,7 +105,7 @@ def parse_model(model: type[M], value: Any, source: str) -> M:
 
 def _sentence(model: type[BaseModel], problem: dict[str, Any]) -> str:
     location = [str(part) for part in problem["loc"]]
-    field = printable(".".join(location))
+    field = shortened(printable(".".join(location)), 200)
     message = str(problem["msg"]).removeprefix("Value error, ")
     kind = problem["type"]
     if kind == "missing":
