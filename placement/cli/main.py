@@ -42,7 +42,7 @@ EPILOG = """\b
 Exit codes:
   0    done
   1    refused: it does not fit, others were in the way, the name is not known, or the
-       service runs with other settings
+       service runs with other settings or in another version
   2    bad input: a file, a field or an option
   3    no Ray cluster at the address, or no placement service on it
   130  interrupted
