@@ -108,6 +108,8 @@ def main() -> int:
     parser.add_argument("--least", type=float, default=0, help="percent that must be killed")
     parser.add_argument("files", nargs="*", type=Path, help="all that pyproject.toml names unless given")
     options = parser.parse_args()
+    # A shell's background job ignores Ctrl-C, and so would mutmut, which is stopped by it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     assert config().source_paths, "see pyproject.toml"
     places = mutants(options.files or sorted(walk_mutatable_files()))
     tried = random.Random(options.seed).sample(sorted(places), min(options.sample, len(places)))
