@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,26 +56,48 @@ def fates(places: Places) -> dict[str, str]:
     return {name: status_by_exit_code[codes.get(name)] for name in places}
 
 
-def shown(name: str, path: Path) -> str:
-    """A mutant as file:line and what was changed there."""
-    from mutmut.mutation.diff_apply import get_diff_for_mutant
-    from mutmut.utils.format_utils import orig_function_and_class_names_from_key
+@dataclass(frozen=True)
+class Change:
+    """What a mutant is: where it begins, and the lines of a diff."""
 
-    function, owner = orig_function_and_class_names_from_key(name)
-    source = path.read_text(encoding="utf-8")
-    start = source.index(f"\nclass {owner}") if owner else 0
-    found = re.compile(rf"^[ ]*def {re.escape(function)}\b", re.MULTILINE).search(source, start)
-    line = source.count("\n", 0, found.start()) if found else 0
-    changed = []
-    for row in get_diff_for_mutant(name, path=path).splitlines()[2:]:
-        if hunk := re.match(r"@@ -(\d+)", row):
-            line_of_row = line + int(hunk[1])
-        elif row[0] in "-+":
-            changed.append((line_of_row, row))
-            line_of_row += row[0] == "-"
-        else:
-            line_of_row += 1
-    return f"{path}:{changed[0][0]}  {name}\n" + "\n".join(f"    {row}" for _, row in changed)
+    path: Path
+    line: int
+    rows: tuple[str, ...]
+
+    @classmethod
+    def of(cls, name: str, path: Path) -> Change:
+        """A mutant that mutmut has made."""
+        from mutmut.mutation.diff_apply import get_diff_for_mutant
+        from mutmut.utils.format_utils import orig_function_and_class_names_from_key
+
+        function, owner = orig_function_and_class_names_from_key(name)
+        source = path.read_text(encoding="utf-8")
+        start = source.index(f"\nclass {owner}") if owner else 0
+        found = re.compile(rf"^[ ]*def {re.escape(function)}\b", re.MULTILINE).search(source, start)
+        line, first = source.count("\n", 0, found.start()) if found else 0, 0
+        rows = []
+        for row in get_diff_for_mutant(name, path=path).splitlines()[2:]:
+            if hunk := re.match(r"@@ -(\d+)", row):
+                here = line + int(hunk[1])
+                continue
+            if row[0] in "-+":
+                first = first or here
+                rows.append(row)
+            here += row[0] != "+"
+        return cls(path, first, tuple(rows))
+
+    @property
+    def equivalent(self) -> bool:
+        """Whether no test can tell: ``strict`` of a ``zip`` over what is equally long by construction."""
+        old, new = (
+            re.sub(
+                r",\s*(strict=\w+)?\s*(?=\))",
+                "",
+                "".join(row[1:].strip() for row in self.rows if row[0] == sign),
+            )
+            for sign in "-+"
+        )
+        return old == new
 
 
 def run(names: list[str], minutes: float) -> None:
@@ -117,21 +140,23 @@ def main() -> int:
     fate = fates({name: places[name] for name in tried})
     for name in sorted(tried):
         if fate[name] not in ("killed", "timeout", "not checked"):
-            print(f"\n{fate[name]}: {shown(name, places[name])}")
-    print(f"\n{len(tried)} of {len(places)} mutants, seed {options.seed}")
-    rows = Counter(
-        (str(places[name]), fate[name] in ("killed", "timeout"))
-        for name in tried
-        if fate[name] != "not checked"
-    )
-    for path in sorted({path for path, _ in rows}):
-        print(f"{rows[path, True]:5} of {rows[path, True] + rows[path, False]:4} killed  {path}")
-    killed = sum(count for (_, is_killed), count in rows.items() if is_killed)
-    done = sum(rows.values())
-    percent = 100 * killed / done if done else 0.0
-    print(f"{killed:5} of {done:4} killed: {percent:.1f} %")
-    if done < len(tried):
-        print(f"{len(tried) - done} were not tried: the time was up")
+            change = Change.of(name, places[name])
+            if change.equivalent:
+                fate[name] = "equivalent"
+                continue
+            print(f"\n{change.path}:{change.line} {fate[name]}  {name}")
+            print(*(f"    {row}" for row in change.rows), sep="\n")
+    outcomes = Counter(fate.values())
+    print(f"\n{len(tried)} of {len(places)} mutants, seed {options.seed}:", dict(outcomes))
+    done = [name for name in tried if fate[name] not in ("equivalent", "not checked")]
+    killed = [name for name in done if fate[name] in ("killed", "timeout")]
+    each, dead = (Counter(str(places[name]) for name in names) for names in (done, killed))
+    for path in sorted(each):
+        print(f"{dead[path]:5} of {each[path]:4} killed  {path}")
+    percent = 100 * len(killed) / max(1, len(done))
+    print(f"{len(killed):5} of {len(done):4} killed: {percent:.1f} %")
+    if outcomes["not checked"]:
+        print(f"{outcomes['not checked']} were not tried, since the time was up: those that take longest")
     return int(percent < options.least)
 
 

@@ -324,6 +324,7 @@ def test_what_a_hop_carries(model: str, over_pcie: list[int], over_nvlinks: list
     """The PCIe rate by generation, less through the host; the count times the rate of a link, above PCIe anyway."""
     gpu = generation(model)
     assert [hop_mb_per_s(Link(path), gpu) for path in PCIE] == over_pcie
+    assert {type(hop_mb_per_s(Link(path), gpu)) for path in PCIE} == {int}, "so that sums are exact"
     assert [hop_mb_per_s(Link(Path.NVLINK, links), gpu) for links in (1, 2, 4)] == over_nvlinks
 
 
@@ -337,7 +338,9 @@ def test_what_a_hop_carries(model: str, over_pcie: list[int], over_nvlinks: list
     ],
 )
 def test_what_two_four_and_eight_gpus_reach_over_a_switch(model: str, links: int, reached: list[int]) -> None:
-    assert [switch_mb_per_s(links, count, generation(model)) for count in (2, 4, 8)] == reached
+    found = [switch_mb_per_s(links, count, generation(model)) for count in (2, 4, 8)]
+    assert found == reached
+    assert {type(rate) for rate in found} == {int}, "so that sums are exact"
 
 
 def test_a_switch_shows_as_more_links_than_a_gpu_has() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from itertools import product
 
 import pytest
@@ -48,3 +49,13 @@ def test_only_a_reservation_leads_to_holding_something() -> None:
     for (state, event), then in TRANSITIONS.items():
         if then in HOLDING and state not in HOLDING:
             assert event is Event.RESERVED
+
+
+def test_what_cannot_happen_says_so_and_crosses_a_process_as_itself() -> None:
+    error = pickle.loads(pickle.dumps(IllegalTransition(3, State.PLACED, Event.RESERVE)))
+    assert (error.replica, error.state, error.event) == (3, State.PLACED, Event.RESERVE)
+    assert str(error) == "replica 3 is placed: 'reserve' cannot happen to it now"
+    assert (
+        str(IllegalTransition(0, None, Event.LOST))
+        == "replica 0 is not there: 'lost' cannot happen to it now"
+    )
