@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import combinations
+from unittest import mock
 
 import pytest
 
@@ -181,14 +182,10 @@ def test_the_best_pair_is_left_alone_only_where_as_many_more_are_to_follow() -> 
 # -- without tables ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def untabled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on machines of more than 16 GPUs among which hardly two are alike."""
-    monkeypatch.setattr(module, "MAX_PICKS", 1)
-
-
 def large(machine: Topology) -> Shape:
-    shape = Shape(machine.links, machine.numa, machine.nearest_nic, generation(machine.model))
+    """The machine as if it were too large: made anew, since shapes are kept for all who ask later."""
+    with mock.patch.object(module, "MAX_PICKS", 1):
+        shape = Shape(machine.links, machine.numa, machine.nearest_nic, generation(machine.model))
     assert not shape.tabulated
     return shape
 
@@ -216,7 +213,7 @@ def large(machine: Topology) -> Shape:
     ],
 )
 def test_a_large_machine_gives_the_same_set_where_growing_one_finds_it(
-    machine: Topology, free: tuple[int, ...], count: int, within: Within, untabled: None
+    machine: Topology, free: tuple[int, ...], count: int, within: Within
 ) -> None:
     expected = shape_of(machine).best(mask(*free), count, within)
     shape = large(machine)
@@ -224,7 +221,7 @@ def test_a_large_machine_gives_the_same_set_where_growing_one_finds_it(
         assert shape.best(mask(*free), count, within) == expected
 
 
-def test_growing_starts_from_each_gpu_and_takes_whoever_is_joined_best(untabled: None) -> None:
+def test_growing_starts_from_each_gpu_and_takes_whoever_is_joined_best() -> None:
     links = {
         (0, 1): Link(Path.PIX),
         (2, 3): Link(Path.NVLINK, 2),
@@ -240,7 +237,7 @@ def test_growing_starts_from_each_gpu_and_takes_whoever_is_joined_best(untabled:
     assert shape.best(mask(1, 2, 3, 4), 4) == (1, 2, 3, 4)
 
 
-def test_the_speed_on_a_large_machine_is_that_of_its_slowest_link(untabled: None) -> None:
+def test_the_speed_on_a_large_machine_is_that_of_its_slowest_link() -> None:
     shape = large(PCIE8)
     for gpus in combinations(range(8), 3):
         slowest = min(shape.hops[a][b] for a, b in combinations(gpus, 2))
@@ -264,6 +261,6 @@ def test_the_speed_on_a_large_machine_is_that_of_its_slowest_link(untabled: None
     ],
 )
 def test_packing_on_a_large_machine(
-    machine: Topology, free: tuple[int, ...], needs: Needs, expected: list[tuple[int, ...]], untabled: None
+    machine: Topology, free: tuple[int, ...], needs: Needs, expected: list[tuple[int, ...]]
 ) -> None:
     assert large(machine).packed(mask(*free), needs) == expected
