@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from random import Random
@@ -54,25 +55,28 @@ EGRESS = ("egress", "egress_openai", "egress_gemini")
 NAMES = ("node-0", "id-1", "10.0.0.2", "node-3")
 MODES = ("whole", "share", "memory", "mig", "stages", "parts", "larger")
 """What a replica may ask for."""
+EVERYTHING = "everything"
+"""A cluster for deployments of all kinds."""
 
 
 def cluster(chance: Random, mode: str) -> Snapshot:
     """Up to four nodes of one machine or of several, more or less busy, on which what is asked for is likely."""
-    shared = chance.random() < (1 if mode in ("share", "memory") else 0.2)
-    cut = chance.random() < (1 if mode == "mig" else 0.1)
+    everything = mode == EVERYTHING
+    shared = chance.random() < (1 if mode in ("share", "memory") else 0.4 if everything else 0.2)
+    cut = chance.random() < (1 if mode == "mig" else 0.4 if everything else 0.1)
     labelled = chance.random() < (1 if mode in ("parts", "larger") else 0.5)
-    egress = chance.random() < (1 if mode == "remote" else 0.1)
+    egress = chance.random() < (1 if mode == "remote" or everything else 0.1)
     seen, sized = chance.random() < 0.5, chance.random() < 0.4
     palette = chance.choices(MACHINES, k=chance.randint(1, 2))
-    several = mode in ("stages", "parts", "larger")
-    gpu_states: list[str | int] = ["busy", *["free"] * chance.choice((5, 10) if several else (1, 2, 5))]
+    free = (5, 10) if everything or mode in ("stages", "parts", "larger") else (1, 2, 5)
+    gpu_states: list[str | int] = ["busy", *["free"] * chance.choice(free)]
     gpu_states += [250, 500, 750] if shared else []
     gpu_states += [SMALL, LARGE, "?", "busy " + SMALL] if cut else []
     if mode == "mig":
         gpu_states = chance.sample([*gpu_states, SMALL, LARGE], k=3)
     usual = chance.choices((None, 10, 70, 70), k=5)
     made: list[tuple[Topology, list[str | int], dict[str, Any]]] = []
-    for i in range(chance.randint(1, 4)):
+    for i in range(chance.randint(2 if everything else 1, 4)):
         if i and chance.random() < 0.3:  # one like another, but for which GPUs are in which state
             machine, states, facts = chance.choice(made)
             states = chance.sample(states, k=len(states))
@@ -230,3 +234,16 @@ def shown(node: Node) -> str:
     """A node without the links of its GPUs."""
     fields = {name: getattr(node, name) for name in Node.__dataclass_fields__ if name != "topology"}
     return f"{len(node.topology)} x {node.topology.model} {fields}"
+
+
+def offered(snapshot: Snapshot) -> object:
+    """All that a snapshot says. What it has worked out by now must be what a fresh one works out."""
+    fresh = Snapshot(snapshot.nodes, snapshot.near)
+    for (needs, policy), known in snapshot._offers.items():
+        assert known._nodes == fresh.offers(needs, policy)._nodes
+    if snapshot.room is not None:
+        assert snapshot.room._nodes == list(snapshot.nodes)
+    nodes = [
+        [copy.copy(getattr(node, field)) for field in Node.__dataclass_fields__] for node in snapshot.nodes
+    ]
+    return nodes, dict(snapshot.mix.kinds)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -17,9 +16,9 @@ from placement.core.planner import Change, plan, steps
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
 from placement.core.score import WHOLE
-from placement.core.snapshot import Node, Policy, Snapshot
+from placement.core.snapshot import Policy, Snapshot
 from placement.errors import Unplaceable
-from tests.properties.cases import MODES, SEEDS, case, examples
+from tests.properties.cases import MODES, SEEDS, case, examples, offered
 from tests.properties.oracle import Oracle, Piece, Remote, State, cuts, is_named, pieces_of, speed
 
 # -- existence ---------------------------------------------------------------------------------------
@@ -68,19 +67,6 @@ def planned(snapshot: Snapshot, request: Request) -> Plan | Unplaceable:
     again = plan(Snapshot(snapshot.nodes[::-1], snapshot.near), request)
     assert str(again) == str(outcome) == str(plan(snapshot, request))
     return outcome
-
-
-def offered(snapshot: Snapshot) -> object:
-    """All that a snapshot says. What it has worked out by now must be what a fresh one works out."""
-    fresh = Snapshot(snapshot.nodes, snapshot.near)
-    for (needs, policy), known in snapshot._offers.items():
-        assert known._nodes == fresh.offers(needs, policy)._nodes
-    if snapshot.room is not None:
-        assert snapshot.room._nodes == list(snapshot.nodes)
-    nodes = [
-        [copy.copy(getattr(node, field)) for field in Node.__dataclass_fields__] for node in snapshot.nodes
-    ]
-    return nodes, dict(snapshot.mix.kinds)
 
 
 def check(oracle: Oracle, snapshot: Snapshot, outcome: Plan) -> None:

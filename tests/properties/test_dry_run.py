@@ -1,0 +1,359 @@
+"""Dry run = apply: sequences of changes on a model cluster, with every feature at once.
+
+What a plan says is carried out here by hand, field by field, and compared with what the planner makes of it.
+``ORACLE_EXAMPLES=20000`` makes it a long run.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+from hypothesis import given, note
+
+from placement.core.planner import Change, advance, plan, steps, vacate
+from placement.core.replicas import Plan, PlannedReplica
+from placement.core.request import Request
+from placement.core.score import WHOLE, Within
+from placement.core.snapshot import Node, Policy, Snapshot
+from placement.errors import Unplaceable
+from placement.wire.cluster import ClusterFile, HeldDeployment, HeldReplica
+from placement.wire.deployment import Deployment
+from placement.wire.plans import PlacementPlan, plan_deployments, plan_in_order
+from tests.properties.cases import (
+    EVERYTHING,
+    LARGE,
+    MODES,
+    RACK,
+    SEEDS,
+    SMALL,
+    ZONE,
+    cluster,
+    examples,
+    gpu_request,
+    offered,
+    remote_request,
+)  # fmt: skip
+from tests.properties.oracle import may_be_beside
+
+NAMES = ("a", "b", "c", "x")
+
+Held = tuple[Request, tuple[PlannedReplica, ...]]
+"""A deployment that stands in the planner's terms."""
+
+
+# -- carrying out by hand ----------------------------------------------------------------------------
+
+
+def carried_out(
+    nodes: Iterable[Node],
+    replicas: Iterable[PlannedReplica],
+    name: str,
+    calls: tuple[str, str] | None,
+    times: int,
+) -> list[Node]:
+    """The nodes once these replicas are there (``times`` is 1) or gone (-1)."""
+    found = {node.id: node for node in nodes}
+    for one in replicas:
+        if one.node_id not in found:
+            continue
+        node = found[one.node_id]
+        fields: dict[str, Any] = {"deployments": counted(node.deployments, name, times)}
+        if one.egress_resource is not None:
+            left = node.egress[one.egress_resource] - times * one.egress_units
+            fields["egress"] = {**node.egress, one.egress_resource: left}
+            fields["serving"] = counted(node.serving, calls, times)
+        elif one.profile:
+            taken = dict.fromkeys(one.gpus, one.profile)
+            others = {slot: profile for slot, profile in node.instances.items() if slot not in taken}
+            assert times < 0 or len(others) == len(node.instances) - 1
+            fields["instances"] = others if times > 0 else {**others, **taken}
+        else:
+            rests = {**dict.fromkeys(node.free, WHOLE), **node.rests}
+            for gpu in one.gpus:
+                rests[gpu] = rests.get(gpu, 0) - times * one.share
+                assert 0 <= rests[gpu] <= WHOLE, "more than there is"
+            fields["free"] = frozenset(gpu for gpu, rest in rests.items() if rest == WHOLE)
+            # A GPU that is shared out to the last bit is one that is shared; one that is taken whole is not.
+            shared = {
+                gpu
+                for gpu, rest in rests.items()
+                if rest < WHOLE and (gpu in node.rests or one.share < WHOLE)
+            }
+            fields["rests"] = {gpu: rests[gpu] for gpu in shared if gpu in node.rests or gpu in one.gpus}
+        fields["cpu_milli"] = node.cpu_milli - times * one.cpu_milli
+        fields["memory_bytes"] = node.memory_bytes - times * one.memory_bytes
+        found[one.node_id] = replace(node, **fields)
+    return list(found.values())
+
+
+def counted(counts: Mapping[Any, int], key: Any, more: int) -> dict[Any, int]:
+    """The counts with one more or less, without what there is none of."""
+    return dict(+(Counter(counts) + Counter({key: 1}) if more > 0 else Counter(counts) - Counter({key: 1})))
+
+
+def same(snapshot: Snapshot, nodes: Iterable[Node]) -> bool:
+    """Whether a snapshot has just these nodes."""
+    return list(snapshot.nodes) == sorted(nodes, key=lambda node: (node.name, node.id))
+
+
+# -- in the planner's terms --------------------------------------------------------------------------
+
+
+def without_limits(request: Request) -> Request:
+    """The request to any node."""
+    return replace(
+        request, gpu_nodes=None, labels={}, accelerators=(), compute_capability=None, spread_label=None
+    )
+
+
+def next_request(chance: Random, standing: Mapping[str, Held]) -> Request | None:
+    """A deployment that does not stand yet, apart from or near to some that may; ``None`` if all stand."""
+    names = [name for name in NAMES if name not in standing]
+    if not names:
+        return None
+    mode = chance.choice((*MODES, "remote"))
+    request = remote_request(chance) if mode == "remote" else gpu_request(chance, mode)
+    request = replace(request, replicas=request.replicas[:2])
+    name = chance.choice(names)
+    if chance.random() < 0.6:
+        request = without_limits(request)
+    apart = tuple(other for other in (*NAMES, "y") if other != name and chance.random() < 0.1)
+    near = tuple(other for other in standing if other not in apart and chance.random() < 0.15)
+    kept_away_by = tuple(other for other, (asked, _) in standing.items() if name in asked.apart_from)
+    return replace(
+        request, deployment=name, apart_from=apart, near_to=near, kept_away_by=kept_away_by, standing={}
+    )
+
+
+@examples(120)
+@given(seed=SEEDS)
+def test_a_snapshot_goes_through_changes_as_the_cluster_does(seed: int) -> None:
+    chance = Random(f"changes {seed}")
+    start = snapshot = cluster(chance, EVERYTHING)
+    nodes, standing = list(start.nodes), dict[str, Held]()
+    for _ in range(chance.randint(2, 8)):
+        request = next_request(chance, standing)
+        if request is None or (standing and chance.random() < 0.3):
+            name = chance.choice(sorted(standing))
+            asked, replicas = standing.pop(name)
+            snapshot = vacate(snapshot, replicas, name, asked.calls)
+            nodes = carried_out(nodes, replicas, name, asked.calls, -1)
+        else:
+            note(str(request))
+            afresh = Snapshot(nodes, snapshot.near, snapshot.mix)
+            step, snapshot = advance(snapshot, request)
+            assert str(step.outcome) == str(plan(afresh, request)), "what it has worked out is out of date"
+            if isinstance(step.outcome, Plan):
+                name, replicas = request.deployment, step.outcome.replicas
+                before = {node.id: node for node in nodes}
+                assert all(may_be_beside(before[replica.node_id], request) for replica in replicas)
+                standing[name] = request, replicas
+                nodes = carried_out(nodes, replicas, name, request.calls, 1)
+        assert same(snapshot, nodes)
+        offered(snapshot)
+    for name, (asked, replicas) in standing.items():
+        snapshot = vacate(snapshot, replicas, name, asked.calls)
+    assert same(snapshot, start.nodes)
+
+
+@examples(60)
+@given(seed=SEEDS)
+def test_steps_are_plans_one_after_the_other(seed: int) -> None:
+    chance = Random(f"steps {seed}")
+    start = cluster(chance, EVERYTHING)
+    standing: dict[str, Held] = {}
+    requests = []
+    for _ in range(chance.randint(1, 4)):
+        request = next_request(chance, standing)
+        if request is not None:
+            standing[request.deployment] = request, ()
+            requests.append(request)
+    nodes, mix = list(start.nodes), start.mix
+    before = offered(start)
+    for request, step in zip(requests, steps(start, map(Change, requests)), strict=False):
+        alone = plan(Snapshot(nodes, start.near, mix), request)
+        assert str(step.outcome) == str(alone)
+        if isinstance(alone, Unplaceable):
+            break
+        nodes = carried_out(nodes, alone.replicas, request.deployment, request.calls, 1)
+        mix = mix.plus(request)
+    assert offered(start) == before
+
+
+# -- as users declare it -----------------------------------------------------------------------------
+
+
+def declaration(chance: Random, name: str, snapshot: Snapshot) -> Deployment:
+    """A deployment as a user writes it."""
+    kind = chance.choice(("whole", "whole", "share", "memory", "mig", "groups", "larger", "remote"))
+    fields: dict[str, Any] = {"name": name, "model": "m", "replicas": chance.choice((1, 1, 2, 3))}
+    limits: dict[str, Any] = {}
+    names = [node.name for node in snapshot.nodes]
+    several = 1
+    if kind == "remote":
+        fields |= {"runtime": "openai", "serving": {"max_concurrent": chance.choice((1, 2))}}
+        if chance.random() < 0.3:
+            limits["egress_preference"] = chance.sample(names, k=1)
+    elif kind == "whole":
+        fields["gpus"] = several = chance.choice((1, 1, 2, 2, 4))
+    elif kind == "share":
+        fields["gpus"] = chance.choice((0.25, 0.5, 0.3))
+    elif kind == "memory":
+        fields["gpu_memory_gib"] = chance.choice((6, 20, 50))
+    elif kind == "mig":
+        fields["mig"] = chance.choice((SMALL, LARGE))
+    elif kind == "groups":
+        several = chance.choice((1, 2))
+        fields |= {"tensor_parallel": several, "pipeline_parallel": chance.choice((1, 2, 2, 3))}
+    else:
+        fields["gpus"] = several = chance.choice((4, 6, 8))
+    if several > 1 and chance.random() < 0.3:
+        fields |= chance.choice(
+            ({"within": "nvlink"}, {"within": Within.SWITCH}, {"min_bandwidth_gb_per_s": 24.0})
+        )
+    fields["policy"] = chance.choice([Policy.TOPOLOGY, *Policy])
+    if kind != "remote":
+        choices: dict[str, Any] = {
+            "gpu_nodes": chance.sample(names, k=chance.randint(1, len(names))),
+            "node_labels": {chance.choice((ZONE, RACK)): chance.choice(("a", "!a", "in(a, 1)"))},
+            "accelerators": ["A100"],
+            "min_compute_capability": "7.5",
+            "min_free_gpu_memory_gib": 40,
+            "cpus_per_gpu": 1,
+            "memory_gib_per_gpu": 4,
+            "spread": {"label": ZONE, "max": chance.choice((1, 2))},
+        }
+        picked = chance.sample(sorted(choices), k=chance.choice((0, 0, 0, 0, 1, 2)))
+        limits |= {field: choices[field] for field in picked}
+    others = [other for other in NAMES if other != name]
+    if chance.random() < 0.2:
+        limits["apart_from"] = [others.pop(chance.randrange(len(others)))]
+    if chance.random() < 0.1:
+        limits["near_to"] = [chance.choice(others)]
+    if limits:
+        fields["constraints"] = limits
+    return Deployment.model_validate(fields)
+
+
+def held_as(deployment: Deployment, planned: PlacementPlan) -> HeldDeployment:
+    """What stands once a plan has been carried out."""
+    replicas = tuple(
+        HeldReplica(
+            replica_index=one.replica_index,
+            node=one.node,
+            gpus=tuple(one.gpus),
+            ranks=tuple(one.ranks),
+            share=round(one.share * WHOLE),
+            profile=one.mig,
+            cpu_milli=deployment.cpu_milli_per_gpu * len(one.gpus),
+            memory_bytes=deployment.memory_bytes_per_gpu * len(one.gpus),
+            egress_resource=one.egress_resource,
+            egress_units=one.egress_units,
+        )
+        for one in planned.assignments
+    )
+    return HeldDeployment(deployment=deployment, replicas=replicas)
+
+
+class Model:
+    """A cluster to which plans are applied by hand."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.near = snapshot.near
+        self.nodes = list(snapshot.nodes)
+        self.held: dict[str, HeldDeployment] = {}
+
+    @property
+    def snapshot(self) -> Snapshot:
+        return Snapshot(self.nodes, self.near)
+
+    def apply(self, deployment: Deployment, planned: PlacementPlan) -> None:
+        """Has what stands of a deployment be as planned."""
+        self.release(deployment.name)
+        held = self.held[deployment.name] = held_as(deployment, planned)
+        self._carry_out(held, 1)
+
+    def release(self, name: str) -> None:
+        """Has nothing of a deployment stand."""
+        if name in self.held:
+            self._carry_out(self.held.pop(name), -1)
+
+    def _carry_out(self, held: HeldDeployment, times: int) -> None:
+        replicas = [replica.planned() for replica in held.replicas]
+        one = held.deployment
+        self.nodes = carried_out(self.nodes, replicas, one.name, one.calls, times)
+
+    def plan(self, wanted: Sequence[Deployment]) -> list[PlacementPlan] | Unplaceable:
+        try:
+            return plan_deployments(self.snapshot, self.held, wanted)
+        except Unplaceable as refusal:
+            return refusal
+
+
+@examples(120)
+@given(seed=SEEDS)
+def test_applying_one_by_one_is_what_a_dry_run_of_all_says(seed: int) -> None:
+    chance = Random(f"declared {seed}")
+    start = cluster(chance, EVERYTHING)
+    model = Model(start)
+    for _ in range(chance.randint(1, 3)):
+        names = chance.sample(NAMES, k=chance.randint(1, 3))
+        wanted: list[Deployment] = []
+        for name in names:
+            drawn = [declaration(chance, name, start) for _ in range(4)]
+            fitting = [one for one in drawn if not isinstance(model.plan([*wanted, one]), Unplaceable)]
+            wanted.append((fitting or drawn)[0])
+        for one in wanted:
+            note(str(one.model_dump(mode="json", exclude_defaults=True)))
+        before = model.snapshot
+        together = model.plan(wanted)
+        if isinstance(together, Unplaceable):
+            assert together.advice
+            assert not one_by_one(model, wanted), "refused together, though one by one it works"
+            continue
+        assert [one.deployment for one in together] == names
+        for position, promised in plan_in_order(before, model.held, wanted):
+            assert promised == together[position]
+            alone = model.plan([wanted[position]])
+            assert alone == [promised], "one by one it is otherwise"
+            model.apply(wanted[position], promised)
+            assert_in_order(model)
+        again = model.plan(wanted)
+        assert not isinstance(again, Unplaceable), again
+        assert all(one.standing for one in again), "the same again changes something"
+        assert [one.assignments for one in again] == [one.assignments for one in together]
+        file = ClusterFile.of(model.snapshot, model.held.values())
+        read = ClusterFile.model_validate_json(file.model_dump_json())
+        assert plan_deployments(read.snapshot(), read.held(), wanted) == again
+        if chance.random() < 0.5:
+            model.release(chance.choice(names))
+    for name in list(model.held):
+        model.release(name)
+    assert same(model.snapshot, start.nodes)
+
+
+def one_by_one(model: Model, wanted: Sequence[Deployment]) -> bool:
+    """Whether all can be applied in the order in which they are given. The model stays as it is."""
+    trial = Model(model.snapshot)
+    trial.held = dict(model.held)
+    for one in wanted:
+        planned = trial.plan([one])
+        if isinstance(planned, Unplaceable):
+            return False
+        trial.apply(one, planned[0])
+    return True
+
+
+def assert_in_order(model: Model) -> None:
+    """That every replica is there, and nobody is beside whom it is to be apart from."""
+    where = {name: {replica.node for replica in held.replicas} for name, held in model.held.items()}
+    for name, held in model.held.items():
+        indices = {replica.replica_index for replica in held.replicas}
+        assert indices == set(range(held.deployment.replicas))
+        limits = held.deployment.constraints
+        for other in limits.apart_from if limits else ():
+            assert not where[name] & where.get(other, set()), f"{name} beside {other}"
