@@ -22,7 +22,7 @@ from placement.core.snapshot import Node, Policy, Snapshot
 from placement.errors import Unplaceable
 from placement.wire.cluster import ClusterFile, HeldDeployment, HeldReplica
 from placement.wire.deployment import Deployment
-from placement.wire.plans import PlacementPlan, plan_deployments, plan_in_order
+from placement.wire.plans import PlacementPlan, plan_deployments, plan_in_order, request_of
 from tests.properties.cases import (
     EVERYTHING,
     LARGE,
@@ -37,7 +37,7 @@ from tests.properties.cases import (
     offered,
     remote_request,
 )  # fmt: skip
-from tests.properties.oracle import may_be_beside
+from tests.properties.oracle import Oracle, cuts, is_named, may_be_beside, pieces_of
 
 NAMES = ("a", "b", "c", "x")
 
@@ -320,6 +320,11 @@ def test_applying_one_by_one_is_what_a_dry_run_of_all_says(seed: int) -> None:
             assert promised == together[position]
             alone = model.plan([wanted[position]])
             assert alone == [promised], "one by one it is otherwise"
+            if satisfies(model, wanted[position]):
+                stood = model.held[wanted[position].name]
+                stay = [where(one) for one in stood.replicas if one.replica_index < wanted[position].replicas]
+                now = [where(one) for one in held_as(wanted[position], promised).replicas]
+                assert all(one in now for one in stay), "needlessly replaced"
             model.apply(wanted[position], promised)
             assert_in_order(model)
         again = model.plan(wanted)
@@ -334,6 +339,63 @@ def test_applying_one_by_one_is_what_a_dry_run_of_all_says(seed: int) -> None:
     for name in list(model.held):
         model.release(name)
     assert same(model.snapshot, start.nodes)
+
+
+def where(one: HeldReplica) -> tuple[object, ...]:
+    """Which replica is where."""
+    return one.replica_index, one.node, one.gpus, one.egress_resource
+
+
+def satisfies(model: Model, wanted: Deployment) -> bool:
+    """Whether what stands of a deployment is a valid placement of what is declared now."""
+    held = model.held.get(wanted.name)
+    if held is None:
+        return False
+    replicas = [one.planned() for one in held.replicas if one.replica_index < wanted.replicas]
+    without = Model(model.snapshot)
+    without.held = dict(model.held)
+    without.release(wanted.name)
+    others = [one.deployment for one in without.held.values()]
+    by_index: dict[int, list[PlannedReplica]] = {}
+    for one in replicas:
+        by_index.setdefault(one.replica_index, []).append(one)
+    snapshot = without.snapshot
+    request = request_of(wanted, by_index, {}, snapshot, others=others)
+    if request.provider is not None:
+        return held.deployment.calls == wanted.calls and all(
+            one.egress_units == request.egress
+            and may_be_beside(snapshot.node(one.node_id), request)
+            and (request.egress_nodes is None or is_named(snapshot.node(one.node_id), request.egress_nodes))
+            for one in replicas
+        )
+    if held.deployment.remote:
+        return False
+    return any(is_placement(Oracle(snapshot, cut), snapshot, by_index) for cut in cuts(snapshot, request))
+
+
+def is_placement(oracle: Oracle, snapshot: Snapshot, replicas: Mapping[int, list[PlannedReplica]]) -> bool:
+    """Whether these are a valid placement of replicas."""
+    request, state = oracle.request, oracle.start()
+    size = request.needs.gpus
+    for parts in replicas.values():
+        gpus = sum(len(part.gpus) for part in parts)
+        if gpus != size * request.stages * request.parts:
+            return False
+        ranked = [replace(part, ranks=part.ranks or tuple(range(gpus))) for part in parts]
+        if any(part.profile != request.needs.profile or len(part.gpus) % size for part in parts):
+            return False
+        pieces = pieces_of(snapshot, ranked, size)
+        sets = Counter(position for position, _ in pieces)
+        for part in parts:
+            position = snapshot.nodes.index(snapshot.node(part.node_id))
+            takes = (part.share, part.cpu_milli, part.memory_bytes)
+            each = (request.cpu_milli * sets[position], request.memory_bytes * sets[position])
+            if takes != (oracle.share(snapshot.nodes[position]), *each):
+                return False
+        if sorted(pieces) not in [sorted(way) for way in oracle.ways(state)]:
+            return False
+        state = oracle.take(state, pieces)
+    return True
 
 
 def one_by_one(model: Model, wanted: Sequence[Deployment]) -> bool:
