@@ -28,6 +28,8 @@ from placement.runtime.service import DeploymentPlacementActor as Service
 
 NAME = "placement"
 START_DEADLINE_SECONDS = 120.0
+JOB_DEADLINE_SECONDS = START_DEADLINE_SECONDS + 60.0
+"""The same, and the time that the process which starts it takes to connect."""
 RESTART_SECONDS = 1.0
 
 logger = logging.getLogger(__name__)
@@ -164,22 +166,21 @@ def _run_job(address: str, near: Sequence[str], idle_seconds: float) -> str:
     paths = [str(Path(__file__).parents[2]), *filter(None, sys.path)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
     env.pop(RAY_JOB_CONFIG_JSON_ENV_VAR, None)  # the environment of a submitted job
-    child = subprocess.run(
-        [
-            sys.executable,
-            "-P",
-            "-m",
-            "placement.runtime",
-            json.dumps([address, node_address, near, idle_seconds]),
-        ],
-        cwd="/",
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        errors="replace",
-    )
+    argument = json.dumps([address, node_address, near, idle_seconds])
+    try:
+        child = subprocess.run(
+            [sys.executable, "-P", "-m", "placement.runtime", argument],
+            cwd="/",
+            env=env,
+            timeout=JOB_DEADLINE_SECONDS,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+        )
+    except subprocess.TimeoutExpired:
+        return f"it did not come up within {JOB_DEADLINE_SECONDS:g} s; look at the logs of the head node"
     said = child.stderr.strip().splitlines() or [f"the process ended with code {child.returncode}"]
     return said[-1] if child.returncode else ""
 
