@@ -177,14 +177,17 @@ def cluster_map(report: Mapping[str, Any]) -> Table:
 
 
 def _gpu_heading(node: Mapping[str, Any]) -> Text:
-    profiles = _by_profile({gpu["ordinal"]: gpu["mig"] for gpu in node["gpus"]})
+    profiles = _by_profile({gpu["ordinal"]: gpu["mig"] for gpu in node["gpus"] if not gpu.get("problem")})
     whole = len(profiles.pop(None, ()))
-    parts = [f"{whole} x {node['gpu_model'] or 'GPU'}"] if whole or not profiles else []
-    if not profiles or whole > 1:
+    lost = len(_lost(node))
+    parts = [f"{whole} x {node['gpu_model'] or 'GPU'}"] if whole or not (profiles or lost) else []
+    if whole > 1 or not (profiles or lost):
         parts.append(_how_linked(node))
     if profiles:
         cut = "MIG " + ", ".join(f"{len(slots)} x {profile}" for profile, slots in profiles.items())
         parts.append(cut if whole else f"{cut} of {node['gpu_model'] or 'GPUs'}")
+    if lost:
+        parts.append(f"{lost} x ?")
     if node["others_unlocated"]:
         parts.append(f"other Ray users hold {node['others_unlocated']} more, on ordinals not looked up yet")
     return Text(", ".join(parts), style="dim")
@@ -209,24 +212,30 @@ def _by_profile(instances: Mapping[int, str | None]) -> dict[str | None, list[in
     return found
 
 
+def _lost(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The GPUs on which nothing is placed, since nobody can tell what they are."""
+    return [gpu for gpu in node["gpus"] if gpu.get("problem")]
+
+
 def _whole_islands(node: Mapping[str, Any]) -> list[list[int]]:
     """The NVLink islands of the whole GPUs; they are one where the topology is unknown."""
-    whole = [gpu["ordinal"] for gpu in node["gpus"] if gpu["mig"] is None]
+    whole = [gpu["ordinal"] for gpu in node["gpus"] if gpu["mig"] is None and not gpu.get("problem")]
     islands = [[gpu for gpu in island if gpu in whole] for island in node["islands"] or [whole]]
     return [island for island in islands if island]
 
 
 def _islands(node: Mapping[str, Any], names: Sequence[str]) -> list[Text]:
-    """One line for each island with more than one GPU, lone GPUs share a line; then one for each MIG profile."""
+    """One line for each island with more than one GPU, lone GPUs share a line; then MIG profiles; then lost GPUs."""
     islands = _whole_islands(node)
     if islands and max(len(island) for island in islands) == 1:
         islands = [[gpu for island in islands for gpu in island]]
     lines = [_bracket([node["gpus"][ordinal] for ordinal in island], names) for island in islands]
-    profiles = _by_profile({gpu["ordinal"]: gpu["mig"] for gpu in node["gpus"]})
+    profiles = _by_profile({gpu["ordinal"]: gpu["mig"] for gpu in node["gpus"] if not gpu.get("problem")})
     for profile, slots in profiles.items():
         if profile is not None:
             lines.append(_bracket([node["gpus"][slot] for slot in slots], names, f"{profile}: "))
-    return lines
+    lost = _lost(node)
+    return [*lines, _bracket(lost, names)] if lost else lines
 
 
 def _bracket(gpus: Iterable[Mapping[str, Any]], names: Sequence[str], title: str = "") -> Text:
@@ -236,7 +245,7 @@ def _bracket(gpus: Iterable[Mapping[str, Any]], names: Sequence[str], title: str
         line.append("   " if position else "")
         line.append(f"{ordinals([gpu['ordinal'] for gpu in alike])} ", style="dim")
         if state != "held":
-            line.append({"other": "(another Ray user)", "free": "free"}[state], style="dim")
+            line.append({"other": "(another Ray user)", "free": "free", "unknown": "?"}[state], style="dim")
         for number, (deployment, replica, share) in enumerate(occupants):
             line.append(", " if number else "")
             part = f" {share:g}" if share < 1 else ""
@@ -274,10 +283,12 @@ def topology_view(report: Mapping[str, Any]) -> list[Any]:
     said = source.get(facts.get("source", ""), "")
     if facts.get("age_seconds") is not None:
         said += f", {facts['age_seconds']:.0f} s ago"
-    instances = {gpu["ordinal"]: _instance(gpu) for gpu in facts.get("gpus", ())}
-    profiles = _by_profile(instances or dict.fromkeys(range(report["gpu_count"])))
+    gpus = facts.get("gpus", ())
+    lost = [gpu["ordinal"] for gpu in gpus if gpu["uuid"] is None and gpu["errors"]]
+    instances = {gpu["ordinal"]: _instance(gpu) for gpu in gpus if gpu["ordinal"] not in lost}
+    profiles = _by_profile(instances if gpus else dict.fromkeys(range(report["gpu_count"])))
     whole = profiles.pop(None, [])
-    heading.append(f"  {_how_many(report, len(whole))}{', ' + said if said else ''}", style="dim")
+    heading.append(f"  {_how_many(report, len(whole), len(lost))}{', ' + said if said else ''}", style="dim")
     parts: list[Any] = [heading]
     if report["known"]:
         islands = "  ".join(f"[{ordinals(island)}]" for island in report["islands"] if island[0] in whole)
@@ -286,6 +297,8 @@ def topology_view(report: Mapping[str, Any]) -> list[Any]:
         parts.append(_links(parse_matrix(report["matrix"]), whole))
     for profile, slots in profiles.items():
         parts.append(f"MIG {profile}: {'slot' if len(slots) == 1 else 'slots'} {ordinals(slots)}")
+    if lost:
+        parts.append(f"?: {'slot' if len(lost) == 1 else 'slots'} {ordinals(lost)}")
     for problem in dict.fromkeys((report["problem"], facts.get("problem"))):
         if problem:
             parts.append(Text(problem, style="red"))
@@ -300,14 +313,16 @@ def _instance(gpu: Mapping[str, Any]) -> str | None:
     return profile or ("?" if gpu["mig_enabled"] else None)
 
 
-def _how_many(report: Mapping[str, Any], whole: int) -> str:
+def _how_many(report: Mapping[str, Any], whole: int, lost: int) -> str:
     """``4 x NVIDIA L40S``, ``1 GPU``, ``2 x NVIDIA A100 80GB PCIe and 11 MIG instances``."""
     parts = []
     if whole:
         model = report.get("gpu_model")
         parts.append(f"{whole} x {model}" if model else "1 GPU" if whole == 1 else f"{whole} GPUs")
-    if cut := report["gpu_count"] - whole:
+    if cut := report["gpu_count"] - whole - lost:
         parts.append("1 MIG instance" if cut == 1 else f"{cut} MIG instances")
+    if lost:
+        parts.append(f"{lost} x ?")
     return " and ".join(parts)
 
 

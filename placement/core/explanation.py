@@ -510,9 +510,11 @@ def _too_small(node: Node, needs: Needs) -> str | None:
     if needs.profile:
         return None if needs.profile in node.profiles else f"has no MIG instances {needs.profile}"
     if not node.whole_gpus:
-        return "has MIG instances only"
+        return "has MIG instances only" if node.profiles else "has no GPU that can be used"
+    if needs.memory_bytes and node.gpu_memory_bytes is None:
+        return "the memory of its GPUs cannot be read"
     if needs.memory_bytes and needs.share_of(node.gpu_memory_bytes) is None:
-        return f"its GPUs have less than {needs.memory_bytes / GIB:g} GiB, or nobody knows"
+        return f"its GPUs have less than {needs.memory_bytes / GIB:g} GiB"
     return f"has fewer than {needs.gpus} GPUs" if node.whole_gpus < needs.gpus else None
 
 
@@ -524,9 +526,12 @@ def _size_miss(snapshot: Snapshot, nodes: Sequence[Node], request: Request) -> t
         return "no node has one", advice
     if not any(node.whole_gpus for node in nodes):
         instead = f"ask for a MIG instance (mig: one of {known}), or " if known else ""
-        return "the GPUs are all cut up into MIG instances", f"{instead}add a node with {describe(needs)}"
+        miss = "the GPUs are all cut up into MIG instances" if known else "no GPU can be used"
+        return miss, f"{instead}add a node with {describe(needs)}"
     if needs.memory_bytes:
         most = max((node.gpu_memory_bytes or 0 for node in nodes), default=0)
+        if not most:
+            return "the memory of the GPUs cannot be read", "ask for a share: gpus = 0.5, for example"
         return f"the largest GPU has {most / GIB:g} GiB", "ask for less gpu_memory_gib, or add a larger GPU"
     most = max(node.whole_gpus for node in nodes)
     floors = {"within": needs.within is not Within.NODE, "min_bandwidth_gb_per_s": needs.slowest < 0}

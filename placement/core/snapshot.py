@@ -33,7 +33,8 @@ class Take(NamedTuple):
 
 
 UNKNOWN_PROFILE = "?"
-"""Of a MIG instance that nobody could tell the size of. Nothing is placed on it."""
+"""Of a slot that nobody could tell what it is: a MIG instance of some size, a GPU that is lost. Nothing is placed
+on it."""
 
 GPU_DOMAIN_LABEL = "ray.io/gpu-domain"
 """Nodes with one value of this label share an NVLink fabric (an NVL72 rack). Ray's own name for it."""
@@ -114,7 +115,7 @@ class Node:
 
     @property
     def whole_gpus(self) -> int:
-        """How many GPUs it has that are not cut up into MIG instances, free or not."""
+        """How many GPUs it has that are neither cut up into MIG instances nor lost, free or not."""
         return len(self.topology) - len(self.slots)
 
     @property
@@ -226,7 +227,10 @@ class Node:
         return replace(self, free=self.free - {gpu}, rests={**self.rests, gpu: taken.rest})
 
     def before(self, gpus: Collection[int], share: int, profile: str) -> Node:
-        """The node once that has been given back."""
+        """The node once that has been given back. What has been lost since is of no use."""
+        gpus = [gpu for gpu in gpus if self.slots.get(gpu) != UNKNOWN_PROFILE]
+        if not gpus:
+            return self
         if profile:
             return replace(self, instances={**self.instances, **dict.fromkeys(gpus, profile)})
         if share == WHOLE:

@@ -9,7 +9,7 @@ from typing import Any
 
 from placement.core.replicas import PlannedReplica
 from placement.core.score import WHOLE, Needs
-from placement.core.snapshot import Node, Policy
+from placement.core.snapshot import UNKNOWN_PROFILE, Node, Policy
 from placement.core.topology import Topology
 from placement.wire.deployment import Deployment
 from placement.wire.facts import NodeFacts
@@ -22,7 +22,7 @@ class Machine:
     Attributes:
         topology: how they are linked.
         lost: GPUs that nothing may be placed on.
-        instances: slot that is a MIG instance -> its profile.
+        instances: slot that is a MIG instance -> its profile; that of a lost GPU is unknown.
         gpu_memory_bytes: memory of one whole GPU; ``None`` if unknown.
         free_memory: GPU -> bytes that NVML shows as free.
         capability: the lowest compute capability; ``None`` if unknown.
@@ -43,7 +43,7 @@ class Machine:
             "",
             topology=self.topology,
             free=sound - self.instances.keys(),
-            rests=rests,
+            rests={gpu: rest for gpu, rest in rests.items() if gpu not in self.lost},
             slots=self.instances,
             instances={slot: profile for slot, profile in self.instances.items() if slot in sound},
             gpu_memory_bytes=self.gpu_memory_bytes,
@@ -58,7 +58,7 @@ def machine_of(facts: NodeFacts | None, gpu_count: int) -> Machine:
     return Machine(
         topology=facts.topology(),
         lost=facts.lost(),
-        instances=facts.slots,
+        instances={**facts.slots, **dict.fromkeys(facts.lost(), UNKNOWN_PROFILE)},
         gpu_memory_bytes=facts.gpu_memory_bytes,
         free_memory={
             gpu.ordinal: gpu.memory_total_bytes - gpu.memory_used_bytes

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from placement.core.matrix import render_matrix
-from placement.core.topology import Topology
+from placement.core.topology import Topology, ordinals
 from placement.errors import UnreadableRecord
 from placement.runtime.books import Books
 from placement.runtime.discovery import NodeInfo
@@ -92,18 +92,21 @@ def _node(
         others = max(0, math.ceil(info.gpu_count - available.get("GPU", 0.0) - ours - 1e-6))
         located = located[:others]
     instances = {gpu.ordinal: gpu.instance for gpu in facts.gpus} if facts is not None else {}
+    lost = {gpu.ordinal: ", ".join(gpu.errors) for gpu in facts.gpus if gpu.lost} if facts is not None else {}
     gpus = []
     for ordinal in range(info.gpu_count):
         here = occupants.get(ordinal, [])
         first = here[0] if here else {"deployment": None, "replica": None}
+        unused = "unknown" if ordinal in lost else "free"
         gpus.append(
             {
                 "ordinal": ordinal,
-                "state": "held" if here else "other" if ordinal in located else "free",
+                "state": "held" if here else "other" if ordinal in located else unused,
                 "deployment": first["deployment"],
                 "replica": first["replica"],
                 "occupants": here,
                 "mig": instances.get(ordinal),
+                "problem": lost.get(ordinal),
             }
         )
     return {
@@ -122,8 +125,15 @@ def _node(
             {"resource": name, "total": total, "held": units.get(name, 0)}
             for name, total in info.egress.items()
         ],
-        "problem": info.label_problem() or (facts.problem if facts is not None else None),
+        "problem": info.label_problem() or "; ".join(filter(None, _problems(facts))) or None,
     }
+
+
+def _problems(facts: NodeFacts | None) -> tuple[str | None, str | None]:
+    """What is wrong with a node's GPUs, and which of them are not used."""
+    lost = sorted(facts.lost()) if facts is not None else []
+    unused = f"nothing is placed on GPU {ordinals(lost)}" if lost else None
+    return (facts.problem if facts is not None else None), unused
 
 
 def topology_report(info: NodeInfo, facts: NodeFacts | None) -> dict[str, Any]:
@@ -140,6 +150,6 @@ def topology_report(info: NodeInfo, facts: NodeFacts | None) -> dict[str, Any]:
         "nvswitch": shape.nvswitch,
         "islands": [list(island) for island in shape.islands] if shape.known else [],
         "matrix": render_matrix(shape),
-        "problem": info.label_problem(),
+        "problem": info.label_problem() or _problems(facts)[1],
         "facts": facts.model_dump(mode="json") if facts is not None else None,
     }

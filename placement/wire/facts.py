@@ -36,7 +36,7 @@ class GpuFacts(Model):
 
     @property
     def lost(self) -> bool:
-        """The driver lists the GPU but cannot reach it."""
+        """The driver cannot reach the GPU or does not show it, or it cannot be told from another."""
         return self.uuid is None and bool(self.errors)
 
     @property
@@ -108,7 +108,7 @@ class NodeFacts(Model):
     )
 
     def lost(self) -> frozenset[int]:
-        """Ordinals of the GPUs that the driver lists but cannot reach. Nothing is placed on them."""
+        """Ordinals of the GPUs that are lost. Nothing is placed on them, and they say nothing of the others."""
         return frozenset(gpu.ordinal for gpu in self.gpus if gpu.lost)
 
     @property
@@ -119,7 +119,7 @@ class NodeFacts(Model):
     @property
     def gpu_memory_bytes(self) -> int | None:
         """Memory of one whole GPU, the smallest if they differ; ``None`` if that of any is unknown."""
-        totals = [gpu.memory_total_bytes for gpu in self.gpus if gpu.instance is None]
+        totals = [gpu.memory_total_bytes for gpu in self.gpus if gpu.instance is None and not gpu.lost]
         return min((total for total in totals if total), default=None) if all(totals) else None
 
     @property
@@ -133,7 +133,7 @@ class NodeFacts(Model):
         matrix = [[UNKNOWN_LINK] * count for _ in range(count)]
         for pair in self.pairs:
             matrix[pair.a][pair.b] = matrix[pair.b][pair.a] = pair.link
-        names = {gpu.name for gpu in self.gpus}
+        names = {gpu.name for gpu in self.gpus if not gpu.lost}
         return Topology(
             links=tuple(map(tuple, matrix)),
             numa=tuple(gpu.numa_nodes for gpu in self.gpus),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from placement.core.topology import Path, ordinals
 from placement.wire.facts import GpuFacts, MigFacts, NodeFacts, PairFacts
@@ -14,8 +14,8 @@ _OLD_MIG = re.compile(r"MIG-(?P<gpu>GPU-[^/]+)/(?P<gi>\d+)/(?P<ci>\d+)")
 
 
 def visible_tokens(visible_devices: str | None) -> list[str] | None:
-    """The tokens of CUDA_VISIBLE_DEVICES in their order, ``None`` where it is unset or empty."""
-    return [t.strip() for t in visible_devices.split(",") if t.strip()] if visible_devices else None
+    """The tokens of CUDA_VISIBLE_DEVICES in their order, as Ray counts them; ``None`` where it is unset or empty."""
+    return [token.strip() for token in visible_devices.split(",")] if visible_devices else None
 
 
 def in_ray_order(facts: NodeFacts, gpu_count: int, visible_devices: str | None) -> NodeFacts:
@@ -25,6 +25,9 @@ def in_ray_order(facts: NodeFacts, gpu_count: int, visible_devices: str | None) 
     CUDA_VISIBLE_DEVICES, in its order. A token there is an NVML index (which CUDA shares if
     CUDA_DEVICE_ORDER=PCI_BUS_ID), or the UUID of a GPU or of a MIG instance, or the beginning of one.
 
+    Nothing is to be placed on a slot that NVML, where it works, does not show; nor on slots that are one GPU, which
+    Ray gives to several users.
+
     Args:
         facts: what NVML shows.
         gpu_count: GPUs that Ray has on the node.
@@ -33,14 +36,20 @@ def in_ray_order(facts: NodeFacts, gpu_count: int, visible_devices: str | None) 
     tokens = visible_tokens(visible_devices)
     found = facts.gpus if tokens is None else [_named(facts, token) for token in tokens]
     shown = [*found[:gpu_count], *[None] * (gpu_count - len(found))]
-    ordered = in_slots(facts, shown)
-    problem = facts.problem or _problem(facts, shown)
-    # Whatever NVML says or does not say, a slot whose token names an instance is no whole GPU.
-    gpus = tuple(
-        gpu.model_copy(update={"mig_enabled": True}) if token.startswith(_MIG) else gpu
-        for gpu, token in zip(ordered.gpus, [*(tokens or ()), *[""] * gpu_count], strict=False)
-    )
-    return ordered.model_copy(update={"gpus": gpus, "problem": problem})
+    names = [*(tokens or ()), *[""] * gpu_count][:gpu_count]
+    repeated = _repeated(shown, names)
+    problems = [_repetition(names, repeated), _problem(facts, shown), facts.problem]
+    ordered = in_slots(facts, [None if slot in repeated else one for slot, one in enumerate(shown)])
+    gpus = []
+    for slot, (gpu, one, name) in enumerate(zip(ordered.gpus, shown, names, strict=True)):
+        if slot in repeated:
+            gpu = gpu.model_copy(update={"errors": ("CUDA_VISIBLE_DEVICES names it more than once",)})
+        elif one is None and facts.source == "nvml":
+            gpu = gpu.model_copy(update={"errors": ("NVML does not show it",)})
+        # Whatever NVML says or does not say, a slot whose token names an instance is no whole GPU.
+        gpus.append(gpu.model_copy(update={"mig_enabled": True}) if name.startswith(_MIG) else gpu)
+    problem = "; ".join(filter(None, problems)) or None
+    return ordered.model_copy(update={"gpus": tuple(gpus), "problem": problem})
 
 
 def in_slots(facts: NodeFacts, shown: Sequence[GpuFacts | MigFacts | None]) -> NodeFacts:
@@ -71,6 +80,22 @@ def in_slots(facts: NodeFacts, shown: Sequence[GpuFacts | MigFacts | None]) -> N
     )
     gpus = tuple(_in_slot(facts, slot, one) for slot, one in enumerate(shown))
     return facts.model_copy(update={"gpus": gpus, "pairs": tuple(pairs), "nics": nics})
+
+
+def _repeated(shown: Sequence[GpuFacts | MigFacts | None], names: Sequence[str]) -> set[int]:
+    """The slots of which another one is the same GPU or instance, by the token or by what it names."""
+    slots: dict[object, list[int]] = {}
+    for slot, (one, name) in enumerate(zip(shown, names, strict=True)):
+        if name:
+            slots.setdefault(name if one is None else id(one), []).append(slot)
+    return {slot for same in slots.values() if len(same) > 1 for slot in same}
+
+
+def _repetition(names: Sequence[str], repeated: Collection[int]) -> str | None:
+    if not repeated:
+        return None
+    listed = ",".join(dict.fromkeys(names[slot] for slot in sorted(repeated)))
+    return f"CUDA_VISIBLE_DEVICES at `ray start` names a GPU more than once ({listed}): name each once"
 
 
 def _problem(facts: NodeFacts, shown: Sequence[GpuFacts | MigFacts | None]) -> str | None:

@@ -115,6 +115,47 @@ def test_a_node_of_instances_only_says_so() -> None:
     ]
 
 
+def test_gpus_that_nobody_can_tell_stand_apart() -> None:
+    gpus = [gpu(0), gpu(1), gpu(2, "unknown"), gpu(3, "held", ("old", 0, 1))]
+    for one in gpus[2:]:
+        one["problem"] = "NVML does not show it"
+    report = {
+        "nodes": [node(gpu_count=4, gpu_model="A100", islands=[[0, 1], [2], [3]], gpus=gpus)],
+        "deployments": [{"name": "old", "assignments": []}],
+    }
+    assert text(render.cluster_map(report)).splitlines() == [
+        " a   2 x A100, one NVLink island, 2 x ?",
+        "     [ 0-1 free ]",
+        "     [ 2 ?   3 old/0 ]",
+    ]
+
+
+def test_a_node_of_which_no_gpu_can_be_told_is_drawn() -> None:
+    gpus = [gpu(0, "unknown"), gpu(1, "unknown")]
+    for one in gpus:
+        one["problem"] = "NVML does not show it"
+    one = node(gpu_count=2, topology_known=False, gpus=gpus)
+    assert text(render.cluster_map({"nodes": [one], "deployments": []})).splitlines() == [
+        " a   2 x ?",
+        "     [ 0-1 ? ]",
+    ]
+
+
+def test_a_machine_lists_the_slots_that_nobody_can_tell() -> None:
+    facts = topologies.facts("a100-pcie-4x")
+    lost = facts.gpus[3].model_copy(update={"name": None, "errors": ("GPU is lost",)})
+    facts = facts.model_copy(update={"gpus": (*facts.gpus[:3], lost)})
+    shape = facts.topology()
+    report = {
+        "name": "a", "gpu_count": 4, "gpu_model": shape.model, "known": True, "nvswitch": False,
+        "islands": [list(island) for island in shape.islands], "matrix": render_matrix(shape),
+        "problem": "nothing is placed on GPU 3", "facts": facts.model_dump(mode="json"),
+    }  # fmt: skip
+    lines = text(*render.topology_view(report)).splitlines()
+    assert lines[0] == "a  3 x NVIDIA A100 80GB PCIe and 1 x ?, catalogue"
+    assert lines[-2:] == ["?: slot 3", "nothing is placed on GPU 3"]
+
+
 @pytest.mark.parametrize(
     ("fields", "holds"),
     [

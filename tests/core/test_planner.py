@@ -11,7 +11,7 @@ from placement.core.explanation import explain
 from placement.core.planner import Change, advance, plan, steps, vacate
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
-from placement.core.score import Needs, Within
+from placement.core.score import GIB, Needs, Within
 from placement.core.snapshot import GPU_DOMAIN_LABEL, Node, Policy, Snapshot
 from placement.core.topology import Topology
 from placement.errors import BelowFloor, NoEgressNodes, NoGpuNodes, NotEnoughEgress, NotEnoughGpus
@@ -517,3 +517,41 @@ def test_a_refusal_tells_instances_from_gpus(nodes: list[Node], needs: Needs, se
     refusal = plan(Snapshot(nodes), Request("d", (0,), needs))
     assert isinstance(refusal, NotEnoughGpus)
     assert sentence in str(refusal)
+
+
+def lost(node: Node, *gpus: int) -> Node:
+    """The node, with GPUs of which nobody can tell what they are."""
+    return replace(node, free=node.free - set(gpus), slots=dict.fromkeys(gpus, "?"))
+
+
+@pytest.mark.parametrize(
+    ("node", "needs", "sentences"),
+    [
+        (
+            gpu_node("gb10", 1),  # its memory is that of the machine, and NVML does not tell it
+            Needs(1, memory_bytes=20 * GIB),
+            (
+                "but the memory of the GPUs cannot be read",
+                "1 node: the memory of its GPUs cannot be read",
+                "0.5",
+            ),
+        ),
+        (
+            gpu_node("small", 1, gpu_memory_bytes=16 * GIB),
+            Needs(1, memory_bytes=20 * GIB),
+            ("but the largest GPU has 16 GiB", "1 node: its GPUs have less than 20 GiB"),
+        ),
+        (lost(gpu_node("a", 4), 1), Needs(4), ("but the largest node has 3", "ask for at most 3 GPUs")),
+        (
+            lost(gpu_node("a", 2), 0, 1),
+            Needs(1),
+            ("but no GPU can be used", "1 node: has no GPU that can be used", "add a node with 1 GPU"),
+        ),
+    ],
+)
+def test_a_refusal_tells_what_cannot_be_read_or_used(
+    node: Node, needs: Needs, sentences: tuple[str, ...]
+) -> None:
+    refusal = plan(Snapshot([node]), Request("d", (0,), needs))
+    assert isinstance(refusal, NotEnoughGpus)
+    assert [sentence for sentence in sentences if sentence not in str(refusal)] == []

@@ -8,6 +8,11 @@ from ray.util.accelerators import accelerators
 
 from placement import topologies
 from placement.cli.simulate import cluster_of
+from placement.core.planner import plan
+from placement.core.replicas import Plan
+from placement.core.request import Request
+from placement.core.score import WHOLE, Needs
+from placement.core.snapshot import Snapshot, Take
 from placement.core.topology import Topology
 from placement.runtime import discovery
 from placement.runtime.books import Tally
@@ -15,6 +20,7 @@ from placement.runtime.discovery import ACCELERATOR_LABEL, TOPOLOGY_LABEL, NodeI
 from placement.runtime.orders import Machine, machine_of
 from placement.wire.accelerators import accelerator_type
 from placement.wire.facts import GpuFacts, NodeFacts
+from placement.wire.slots import in_ray_order
 
 NODE = NodeInfo("id", "gpu-a", "10.0.0.1", gpu_count=8, egress={"egress": 10})
 
@@ -56,6 +62,61 @@ def test_a_lost_gpu_is_not_free() -> None:
     )
     node = NodeInfo("id", "a", "", gpu_count=2)
     assert node_state(node, machine_of(facts, 2), {"GPU": 2.0}, Tally(), frozenset()).free == {0}
+
+
+def lost_one() -> Machine:
+    """Four bridged GPUs, of which the driver cannot reach GPU 2."""
+    facts = topologies.facts("a100-pcie-4x")
+    lost = GpuFacts(ordinal=2, errors=("GPU is lost",))
+    gpus = (*facts.gpus[:2], lost, facts.gpus[3])
+    return machine_of(facts.model_copy(update={"source": "nvml", "gpus": gpus}), 4)
+
+
+def test_a_lost_gpu_spoils_nothing_of_its_node() -> None:
+    machine = lost_one()
+    node = node_state(NodeInfo("id", "a", "", 4), machine, {"GPU": 4.0}, Tally(), frozenset())
+    assert (machine.topology.model, machine.capability) == ("NVIDIA A100 80GB PCIe", (8, 0))
+    assert (node.gpu_memory_bytes, "A100" in node.accelerators) == (80 << 30, True)
+    assert (node.free, node.whole_gpus, node.profiles) == ({0, 1, 3}, 3, frozenset())
+
+
+def test_a_node_with_a_lost_gpu_is_paired_with_nodes_of_its_model() -> None:
+    whole = machine_of(topologies.facts("a100-pcie-4x"), 4)
+    infos = [NodeInfo(name, name, "", 4) for name in ("a", "b")]
+    snapshot = Snapshot(
+        node_state(info, machine, {"GPU": 4.0}, Tally(), frozenset())
+        for info, machine in zip(infos, (lost_one(), whole), strict=True)
+    )
+    outcome = plan(snapshot, Request("d", (0,), Needs(2), stages=3))
+    assert isinstance(outcome, Plan), outcome
+    assert [(part.node_id, part.gpus) for part in outcome.replicas] == [("a", (0, 1)), ("b", (0, 1, 2, 3))]
+
+
+def test_no_share_is_planned_on_a_lost_gpu() -> None:
+    """GPU 2 is shared, and was lost since."""
+    tally = Tally(gpus={2})
+    tally.shares[2] = 250
+    machine = lost_one()
+    node = node_state(NodeInfo("id", "a", "", 4), machine, {"GPU": 3.75}, tally, frozenset())
+    assert node.rests == {}
+    assert node.take(Needs(1, share=250)) == Take((3,), 250, 750)
+    assert machine.node((), {2: 750}).take(Needs(1, share=250)) is None
+
+
+def test_what_is_given_back_on_a_lost_gpu_is_not_free() -> None:
+    node = node_state(NodeInfo("id", "a", "", 4), lost_one(), {"GPU": 4.0}, Tally(), frozenset())
+    assert node.before((1, 2), WHOLE, "").free == {0, 1, 3}
+    assert node.before((2,), 250, "") == node
+
+
+def test_gpus_that_ray_has_and_nvml_does_not_show_are_never_free() -> None:
+    facts = topologies.facts("a100-pcie-4x")
+    gpus = tuple(gpu.model_copy(update={"uuid": f"GPU-{gpu.ordinal}"}) for gpu in facts.gpus)
+    reading = facts.model_copy(update={"source": "nvml", "gpus": gpus})
+    machine = machine_of(in_ray_order(reading, 8, None), 8)
+    node = node_state(NodeInfo("id", "a", "", 8), machine, {"GPU": 8.0}, Tally(), frozenset())
+    assert (node.free, node.whole_gpus) == ({0, 1, 2, 3}, 4)
+    assert node.take(Needs(5)) is None
 
 
 def test_free_egress_is_the_less_of_what_the_books_and_we_know() -> None:

@@ -10,8 +10,10 @@ import pytest
 from placement import Deployment, topologies
 from placement.runtime.books import Books, Standing
 from placement.runtime.discovery import NodeInfo
-from placement.runtime.report import status_report
+from placement.runtime.report import status_report, topology_report
 from placement.runtime.results import NodeAssignment
+from placement.wire.facts import NodeFacts
+from placement.wire.slots import in_ray_order
 
 
 def books(**held: list[tuple[int, float]]) -> Books:
@@ -104,3 +106,24 @@ def test_what_a_deployment_runs_on_is_reported_and_who_says_so() -> None:
         ("vllm", "declared"),
         ("ort", "runtime_config"),
     ]
+
+
+def test_gpus_of_which_nobody_can_tell_what_they_are_are_no_free_ones() -> None:
+    facts = in_ray_order(reading("a100-pcie-4x"), 6, None)
+    fleet: Any = SimpleNamespace(machines=SimpleNamespace(facts={"n": facts}), foreign={"n": frozenset()})
+    info = NodeInfo("n", "n", "a", 6)
+    [report] = status_report([info], books(a=[(4, 1.0)]), fleet, {"n": {"GPU": 5.0}})["nodes"]
+    assert [gpu["state"] for gpu in report["gpus"]] == ["free"] * 4 + ["held", "unknown"]
+    assert [gpu["problem"] for gpu in report["gpus"]] == [None] * 4 + ["NVML does not show it"] * 2
+    said = "Ray has 6 GPUs here, NVML shows 4 of them"
+    assert report["problem"] == f"{said}; nothing is placed on GPU 4-5"
+    assert report["gpu_model"] == "NVIDIA A100 80GB PCIe"
+    shown = topology_report(info, facts)
+    assert (shown["problem"], shown["facts"]["problem"]) == ("nothing is placed on GPU 4-5", said)
+
+
+def reading(machine: str) -> NodeFacts:
+    """What NVML says on such a machine."""
+    facts = topologies.facts(machine)
+    gpus = tuple(gpu.model_copy(update={"uuid": f"GPU-{gpu.ordinal}"}) for gpu in facts.gpus)
+    return facts.model_copy(update={"source": "nvml", "gpus": gpus})

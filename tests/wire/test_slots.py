@@ -47,6 +47,81 @@ def test_ray_may_claim_more_than_nvml_shows(reading: NodeFacts) -> None:
     assert facts.topology().islands == ((0, 1), (2, 3), (4,), (5,))
 
 
+def test_a_slot_that_a_working_nvml_does_not_show_is_lost(reading: NodeFacts) -> None:
+    assert in_ray_order(reading, 6, None).lost() == {4, 5}
+    assert in_ray_order(reading, 3, "0,GPU-none,2").lost() == {1}
+    assert in_ray_order(reading, 2, "MIG-none,1").lost() == {0}
+    assert in_ray_order(reading, 4, None).lost() == frozenset()
+
+
+def test_an_nvml_that_shows_no_gpu_at_all_works_too(reading: NodeFacts) -> None:
+    empty = NodeFacts(source="nvml")
+    facts = in_ray_order(empty, 2, None)
+    assert (facts.lost(), facts.problem) == ({0, 1}, "Ray has 2 GPUs here, NVML shows 0 of them")
+
+
+@pytest.mark.parametrize("devices", [None, "0,1", "GPU-0aaa,GPU-1aaa", "MIG-1,0"])
+def test_without_nvml_no_slot_is_lost(devices: str | None) -> None:
+    assert in_ray_order(NodeFacts(source="none", problem="no driver"), 2, devices).lost() == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("devices", "listed", "lost"),
+    [
+        ("0,0,1", "0", {0, 1}),
+        ("2,0,1,0", "0", {1, 3}),
+        ("0, 0,1,1", "0,1", {0, 1, 2, 3}),
+        ("GPU-3aaa,1,GPU-3aaa", "GPU-3aaa", {0, 2}),
+        ("GPU-3aaa,1,GPU-3", "GPU-3aaa,GPU-3", {0, 2}),  # two ways to name one GPU
+        ("3,1,GPU-3aaa", "3,GPU-3aaa", {0, 2}),
+        ("0,9,9", "9", {1, 2}),
+    ],
+)
+def test_a_gpu_that_is_named_twice_is_given_to_nobody_and_is_named_as_the_cause(
+    reading: NodeFacts, devices: str, listed: str, lost: set[int]
+) -> None:
+    facts = in_ray_order(reading, devices.count(",") + 1, devices)
+    assert facts.lost() == lost
+    assert facts.problem is not None
+    assert facts.problem.split(";")[0] == (
+        f"CUDA_VISIBLE_DEVICES at `ray start` names a GPU more than once ({listed}): name each once"
+    )
+
+
+def test_a_token_twice_is_seen_without_nvml() -> None:
+    facts = in_ray_order(NodeFacts(source="none", problem="no driver"), 3, "0,1,0")
+    assert facts.lost() == {0, 2}
+    assert facts.problem == (
+        "CUDA_VISIBLE_DEVICES at `ray start` names a GPU more than once (0): name each once; no driver"
+    )
+
+
+def test_tokens_beyond_those_that_ray_has_do_no_harm(reading: NodeFacts) -> None:
+    facts = in_ray_order(reading, 2, "0,1,1,0")
+    assert (facts.lost(), facts.problem) == (frozenset(), None)
+
+
+def test_what_is_lost_says_nothing_of_the_others(reading: NodeFacts) -> None:
+    """Its model, its memory and its capability are those of the GPUs that are there."""
+    facts = in_ray_order(reading, 6, None)
+    assert facts.topology().model == "NVIDIA A100 80GB PCIe"
+    assert facts.gpu_memory_bytes == 80 << 30
+    assert facts.compute_capability == (8, 0)
+    lost = reading.gpus[2].model_copy(
+        update={"uuid": None, "name": None, "memory_total_bytes": None, "errors": ("GPU is lost",)}
+    )
+    one_lost = reading.model_copy(update={"gpus": (*reading.gpus[:2], lost, reading.gpus[3])})
+    assert one_lost.topology().model == "NVIDIA A100 80GB PCIe"
+    assert one_lost.gpu_memory_bytes == 80 << 30
+
+
+def test_models_that_differ_are_still_no_model(reading: NodeFacts) -> None:
+    for name in ("NVIDIA H100 PCIe", None):
+        other = reading.gpus[2].model_copy(update={"name": name})
+        gpus = (*reading.gpus[:2], other, reading.gpus[3])
+        assert reading.model_copy(update={"gpus": gpus}).topology().model is None
+
+
 @pytest.mark.parametrize("devices", ["9", "GPU-none", "GPU-", "MIG-1"])
 def test_a_token_that_names_no_gpu_is_a_gpu_of_which_nothing_is_known(
     reading: NodeFacts, devices: str
