@@ -30,9 +30,9 @@ def decoded(content: bytes, source: str) -> str:
     try:
         text = content.decode(json.detect_encoding(content)).removeprefix("\ufeff")
     except UnicodeDecodeError:
-        raise InvalidDeployment(source, ("is not UTF-8 text; save it as UTF-8",)) from None
+        raise InvalidDeployment(source, ("cannot be read: it is not UTF-8 text; save it as UTF-8",)) from None
     if "\0" in text:
-        raise InvalidDeployment(source, ("is not text; check the path",))
+        raise InvalidDeployment(source, ("cannot be read: it is not text; check the path",))
     return text
 
 

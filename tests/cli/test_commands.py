@@ -330,3 +330,16 @@ def test_a_snapshot_of_what_an_earlier_version_placed_can_be_planned_on(
     nodes = [{**CLUSTER["nodes"][0], "free": [2, 3]}, *CLUSTER["nodes"][1:]]
     (tmp_path / "cluster.json").write_text(json.dumps({**CLUSTER, "nodes": nodes, "deployments": [held]}))
     assert run(*offline).exit_code == 0
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
+def test_a_matrix_may_come_from_a_file_of_windows(tmp_path: Path, encoding: str) -> None:
+    text = "\tGPU0\tGPU1\tibp0ibp1\nGPU0\t X \tPHB\tPIX\tSYS\nGPU1\tPHB\t X \tPIX\tSYS\n"
+    file = tmp_path / "topo.txt"
+    file.write_bytes(text.replace("\n", "\r\n").encode(encoding))
+    result = run("topology", "--file", str(file), "--json")
+    [node] = json.loads(result.stdout)["nodes"]
+    assert (result.exit_code, node["gpu_count"], node["known"]) == (0, 2, True)
+    left_out = "the network cards are left out, since names ran together: 1 of them for 2 columns"
+    assert left_out == node["problem"]
+    assert " ".join(run("topology", "--file", str(file)).stdout.split()).endswith(left_out)
