@@ -189,6 +189,13 @@ class ClusterFile(Model):
             if name in seen:
                 raise InvalidClusterFile(f"deployment {name!r} is there twice; keep one")
             seen.add(name)
+            try:
+                _ = standing.deployment.needs, standing.deployment.cpu_milli_per_gpu
+                _ = standing.deployment.memory_bytes_per_gpu
+            except OverflowError:  # what stands is not held to the limits of what is asked for
+                raise InvalidClusterFile(
+                    f"deployment {name!r}: an amount of CPUs, memory or bandwidth is too large; correct it"
+                ) from None
             for replica in standing.replicas:
                 problem = _false_holding(replica, nodes.get(replica.node))
                 if problem is not None:

@@ -353,12 +353,13 @@ def test_the_same_again(stages: int) -> None:
 
 @pytest.mark.parametrize("fields", [{"divisible": True}, {"divisible": True, "domain": "d"}])
 def test_a_floor_is_never_met_by_sets_of_one_gpu(fields: dict[str, object]) -> None:
-    """They have no links. Nodes of one GPU each have room for the GPUs, and not for what is asked of their links."""
+    """They have no links but those of an NVLink domain, of which the rate is not known."""
     labels = {GPU_DOMAIN_LABEL: str(fields["domain"])} if "domain" in fields else {}
     lone = [node(f"n{i}", machine=1, free=1, **labels) for i in range(4)]
     pairs = [node(f"p{i}", machine="rtx-3090-2x", free=2, **labels) for i in range(2)]
     for needs in (Needs(4, within=Within.NVLINK), Needs(4, min_bandwidth_gb_per_s=1.0)):
         wanted = Request("d", (0,), needs, divisible=True)
-        assert not isinstance(plan(Snapshot(lone), wanted), Plan)
+        on_nvlink = "domain" in fields and needs.within is Within.NVLINK
+        assert isinstance(plan(Snapshot(lone), wanted), Plan) is on_nvlink
         placed = plan(Snapshot([*lone, *pairs]), wanted)
         assert [(name, gpus) for _, name, gpus, _ in where(placed)] == [("p0", (0, 1)), ("p1", (0, 1))]

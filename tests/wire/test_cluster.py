@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from placement import topologies
 from placement.core.snapshot import Node, Snapshot
@@ -147,6 +148,21 @@ def test_a_cluster_file_may_come_from_windows(encoding: str, tmp_path: Path) -> 
     text = ClusterFile.of(CLUSTER, [STANDS]).model_dump_json(exclude_none=True)
     path.write_bytes(text.replace("{", "{\r\n", 1).encode(encoding))
     assert CLUSTER.nodes == load_cluster(path).snapshot().nodes
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"gpu_memory_gib": 1e300},
+        {"constraints": {"memory_gib_per_gpu": 1e308}},
+        {"constraints": {"cpus_per_gpu": 1e308}},
+    ],
+)
+def test_amounts_beyond_all_bounds_are_refused_in_what_stands(fields: dict[str, Any]) -> None:
+    file = lying(held={})
+    file["deployments"][0]["deployment"] |= fields
+    with pytest.raises((InvalidClusterFile, ValidationError), match="too large|deployments.0"):
+        ClusterFile.model_validate(file).snapshot()
 
 
 def test_a_replica_on_a_node_that_is_no_more_may_stand() -> None:

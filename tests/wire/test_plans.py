@@ -136,7 +136,7 @@ def test_what_is_pending_and_does_not_fit_is_no_reason_to_refuse_the_rest() -> N
         assert plan.to_dict()["pending"] == {"2": plan.pending[2]}
     [explained] = explain_deployments(file.snapshot(), file.held(), [one("a", 3)])
     assert explained.refusal is None
-    assert explained.explanation.excluded == {"has fewer than 1 GPUs free": 1}
+    assert explained.explanation.excluded == {"has no GPU free": 1}
     with pytest.raises(NotEnoughGpus):
         plan_deployments(file.snapshot(), file.held(), [one("a", 4)])
 
