@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from placement.core.planner import advance, plan, vacate
@@ -128,3 +130,10 @@ def test_egress_is_used_up_by_earlier_replicas_and_given_back() -> None:
     refused = plan(before, remote(3, 2))
     assert isinstance(refused, Unplaceable)
     assert "replica 2 needs 2 concurrent requests to openai on one node; at best e has 1 free" in str(refused)
+
+
+def test_every_remote_replica_of_the_request_counts_for_spreading() -> None:
+    _, after = advance(Snapshot([Node("id-a", "a", egress={"egress": 20})]), remote(1, 1))
+    nodes = [after.node("id-a"), Node("id-b", "b", egress={"egress": 9})]  # a serves the same key
+    asked = replace(remote(3, 1), standing={"id-a": 2})
+    assert where(plan(Snapshot(nodes), asked)) == ["b", "b", "a"]

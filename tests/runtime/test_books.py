@@ -55,7 +55,7 @@ def test_the_parts_of_a_replica_are_kept_in_the_order_of_their_ranks() -> None:
 
 def test_a_copy_changes_on_its_own() -> None:
     standing = placed(local(replicas=2), on("n", 0, 1))
-    standing.reasons[1] = "too few"
+    standing.states[1], standing.reasons[1] = State.PENDING, "too few"
     copy = standing.copy()
     assert (copy.replicas, copy.orders, copy.reasons) == (standing.replicas, {0: "order-d-0"}, {1: "too few"})
     copy.add("order", on("n", 1, 2))
