@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from placement import topologies
+from placement.core.mix import Mix
 from placement.core.request import Request
 from placement.core.score import GIB, Needs, Within
-from placement.core.simulation import Arrival, Report, gpus_asked, simulate
+from placement.core.simulation import Arrival, Report, fragmentation, gpus_asked, simulate
 from placement.core.snapshot import Node, Snapshot
 from placement.core.topology import Topology
 
@@ -166,3 +167,35 @@ def test_arrivals_may_be_given_in_any_order() -> None:
     late, early = Arrival(9, ask(Needs(2), gpu_nodes=("a",))), Arrival(1, ask(Needs(1), gpu_nodes=("a",)))
     report = simulate(Snapshot([node("a")]), [late, early])
     assert (report.placed, [moment.at_seconds for moment in report.moments]) == (1, [1, 9])
+
+
+@pytest.mark.parametrize(
+    ("asked", "fragmented"),
+    [
+        ({"cpu_milli": 4000, "memory_bytes": GIB}, 0),
+        ({"cpu_milli": 4001}, 2),
+        ({"memory_bytes": GIB + 1}, 2),
+        ({"cpu_milli": 4001, "memory_bytes": GIB + 1}, 2),
+    ],
+)
+def test_what_is_free_is_of_use_where_there_is_just_as_much_beside_it(
+    asked: dict[str, int], fragmented: float
+) -> None:
+    mix = Mix().plus(ask(replicas=2, **asked))
+    assert fragmentation(Snapshot([node("a")], mix=mix)) == (2, fragmented)
+
+
+def test_a_kind_that_is_asked_for_more_often_counts_more_and_uses_its_own_parts() -> None:
+    """Of 1.4 free GPUs, three requests for a half can use the whole one, and one for a pair nothing."""
+    there = node("a", free=frozenset({0}), rests={1: 400})
+    mix = Mix().plus(ask(Needs(1, share=500), replicas=3)).plus(ask(Needs(2)))
+    assert fragmentation(Snapshot([there], mix=mix)) == pytest.approx((1.4, (3 * 0.4 + 1.4) / 4))
+    ill = node("b", problem="is ill")
+    assert fragmentation(Snapshot([there, ill], mix=mix))[0] == pytest.approx(1.4)
+
+
+def test_memory_counts_by_the_gpu_it_is_on() -> None:
+    quarter = Mix().plus(ask(Needs(1, memory_bytes=20 * GIB)))
+    sizes = {"a": 80 * GIB, "b": 16 * GIB, "c": None}
+    nodes = [node(name, gpus=1, gpu_memory_bytes=size) for name, size in sizes.items()]
+    assert fragmentation(Snapshot(nodes, mix=quarter)) == (3, 2)
