@@ -68,7 +68,7 @@ class Later(Executor):
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
     service = Service()
-    monkeypatch.setattr(keeper.time, "monotonic", lambda: service.now)
+    monkeypatch.setattr(keeper, "time", SimpleNamespace(monotonic=lambda: service.now))
     monkeypatch.setattr(keeper, "live_node_ids", lambda: frozenset(service.alive))
     monkeypatch.setattr(keeper, "draining_nodes", frozenset)
     return service
