@@ -122,9 +122,9 @@ class Agents:
             return said
         except ray.exceptions.RayError as error:
             lives = self.failed(node_id, error)
-            return Refused(
-                f"its node actor failed: {type(error).__name__}", 1, full=lives, room=0 if lives else None
-            )
+            cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else None
+            what = type(error).__name__ if cause is None else f"{type(cause).__name__}: {cause}"
+            return Refused(f"its node actor failed: {what}", 1, full=lives, room=0 if lives else None)
 
     def failed(self, node_id: str, error: Exception) -> bool:
         """Takes note of a call that failed. What it did or may still do is looked after (:meth:`in_doubt`).

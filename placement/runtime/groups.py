@@ -16,7 +16,6 @@ Measured on Ray 2.60, and what the callers rely on:
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -64,6 +63,16 @@ def my_gpu_ids() -> list[str]:
     return [str(gpu) for gpu in ray.get_runtime_context().get_accelerator_ids()["GPU"]]
 
 
+def visible_devices() -> str | None:
+    """CUDA_VISIBLE_DEVICES as it was at ``ray start``, by which Ray names GPUs.
+
+    Ray read it when this process started. RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO, and Ray before 2.56, then empty it in
+    an actor that has no GPU.
+    """
+    tokens = ray._private.worker.global_worker.original_visible_accelerator_ids.get("GPU")
+    return None if tokens is None else ",".join(tokens)
+
+
 class NodeGroups:
     """Placement groups on one node. Must be used on that node: probing from elsewhere is 10 times slower.
 
@@ -76,7 +85,7 @@ class NodeGroups:
         self._node_id = node_id
         self._probe = probe
         self._ready: set[str] = set()
-        self._tokens = visible_tokens(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        self._tokens = visible_tokens(visible_devices())
 
     def hold(self, amount: float) -> PlacementGroup:
         """Takes the lowest free GPUs, or a share of the fullest GPU that has it, in one bundle.
@@ -146,7 +155,14 @@ class NodeGroups:
 
     def _slot(self, gpu_id: str) -> int:
         """The slot that an id of Ray's means: a token of CUDA_VISIBLE_DEVICES, or its place where that was unset."""
-        return int(gpu_id) if self._tokens is None else self._tokens.index(gpu_id)
+        if self._tokens is None:
+            return int(gpu_id)
+        if gpu_id.strip() in self._tokens:
+            return self._tokens.index(gpu_id.strip())
+        at_start = ",".join(self._tokens)
+        raise ValueError(
+            f"GPU {gpu_id!r} is not in CUDA_VISIBLE_DEVICES at `ray start`, which was {at_start!r}"
+        )
 
     def _ask(self, group: PlacementGroup, bundle: int, share: float) -> list[int]:
         """The slots of which a bundle holds a ``share``."""

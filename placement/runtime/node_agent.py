@@ -15,7 +15,7 @@ from ray.util.placement_group import PlacementGroup
 from placement import topologies
 from placement.core.score import Score, score
 from placement.nvml import Reader
-from placement.runtime.groups import NodeGroups
+from placement.runtime.groups import NodeGroups, visible_devices
 from placement.runtime.orders import Holding, Machine, Order, Prepared, Refused, Reserved, machine_of
 from placement.runtime.reservation import NodeReserver
 from placement.wire.facts import NodeFacts
@@ -228,9 +228,7 @@ class NodePlacementActor:
         if self._recorded is not None:
             return self._recorded
         assert self._reader is not None
-        return in_ray_order(
-            self._reader.facts(max_age_seconds), self._gpu_count, os.environ.get("CUDA_VISIBLE_DEVICES")
-        )
+        return in_ray_order(self._reader.facts(max_age_seconds), self._gpu_count, visible_devices())
 
     def _undo(self, filled: Sequence[Filled]) -> None:
         self.release([(one.order.name, one.reserved.group) for one in filled])

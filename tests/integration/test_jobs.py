@@ -12,6 +12,7 @@ import pytest
 import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+import placement
 from placement.runtime.embedded import SimulatedNode, embedded_cluster
 from tests.integration.conftest import left_over, settled
 
@@ -36,9 +37,11 @@ def jobs(address: str) -> JobSubmissionClient:
     return JobSubmissionClient(f"http://{ray._private.worker.get_dashboard_url()}")
 
 
-def run(jobs: JobSubmissionClient, folder: Path, entrypoint: str) -> tuple[JobStatus, int | None, str]:
+def run(
+    jobs: JobSubmissionClient, folder: Path, entrypoint: str, env: dict[str, Any] | None = None
+) -> tuple[JobStatus, int | None, str]:
     """Submits a job, waits for its end: status, exit code, output."""
-    job = jobs.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(folder)})
+    job = jobs.submit_job(entrypoint=entrypoint, runtime_env=env or {"working_dir": str(folder)})
     ended = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
     end = time.monotonic() + 180
     while jobs.get_job_status(job) not in ended and time.monotonic() < end:
@@ -55,6 +58,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "two.yaml").write_text(FILE)
     (folder / "huge.yaml").write_text("deployments: [{name: huge, model: m, gpus: 67}]")
     return folder
+
+
+def test_a_job_starts_the_service_and_it_inherits_nothing(jobs: JobSubmissionClient, folder: Path) -> None:
+    code = "import ray; ray.init(); import placement; placement.start()"
+    env = {"working_dir": str(folder), "env_vars": {"CUDA_VISIBLE_DEVICES": "0"}}
+    status, _, output = run(jobs, folder, f"{sys.executable} -c '{code}'", env)
+    assert status is JobStatus.SUCCEEDED, output
+
+    def look(_: Any) -> tuple[dict[str, Any], str | None, bool]:
+        import os
+
+        import ray
+
+        here = dict(ray.get_runtime_context().runtime_env)
+        return here, os.environ.get("CUDA_VISIBLE_DEVICES"), os.path.exists("two.yaml")
+
+    assert ray.get(placement.connect().__ray_call__.remote(look)) == ({}, None, False)
 
 
 def test_a_job_applies_a_file_and_another_starts_workers_in_it(

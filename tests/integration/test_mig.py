@@ -36,14 +36,16 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     machine.write_text(fake_nvml.describe(topologies.load("a100-pcie-4x"), instances=CUT_UP))
     env = fake_nvml.environment(fake_nvml.build(folder), machine)
 
-    def node(name: str, tokens: list[str]) -> SimulatedNode:
-        return SimulatedNode(name, gpus=len(tokens), env={**env, "CUDA_VISIBLE_DEVICES": ",".join(tokens)})
+    def node(name: str, tokens: list[str], **more: str) -> SimulatedNode:
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(tokens)}
+        return SimulatedNode(name, gpus=len(tokens), env={**env, **visible, **more})
 
     nodes = [
         node("mixed", MIXED),
         node("only", ONLY),
         SimulatedNode("unlisted", gpus=4, env=env),
         SimulatedNode("recorded", topology="a100-mig-4x"),
+        node("zero", [SMALL[2], SMALL[6]], RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="1"),
     ]
     with embedded_cluster(nodes) as running:
         yield running.address
@@ -120,6 +122,15 @@ def test_instances_never_land_on_whole_gpus(service: Any) -> None:
         place(service, "one-more", "only", mig="1g.10gb")
     with pytest.raises(placement.NotEnoughGpus, match=re.escape("ask for one of: 1g.10gb, 2g.20gb, 3g.40gb")):
         place(service, "unknown", None, mig="7g.80gb")
+
+
+def test_instances_are_told_apart_where_ray_empties_their_names_for_actors(service: Any) -> None:
+    other = another_user("zero")
+    try:
+        [replica] = place(service, "one", "zero", mig="1g.10gb")
+        assert (replica.gpus, seen(replica)) == ([1], [SMALL[6]])
+    finally:
+        other.leave()
 
 
 def test_tensor_parallelism_across_instances_is_refused_with_the_reason(service: Any) -> None:

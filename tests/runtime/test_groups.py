@@ -1,0 +1,47 @@
+"""Ray's GPU ids, and the slots that they mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import ray
+
+from placement.runtime.groups import NodeGroups, visible_devices
+
+
+def slots(monkeypatch: pytest.MonkeyPatch, at_start: list[str] | None) -> Any:
+    """What an id means where CUDA_VISIBLE_DEVICES was set so at ``ray start``, whatever it is in this process."""
+    worker = ray._private.worker.global_worker
+    monkeypatch.setattr(worker, "original_visible_accelerator_ids", {"GPU": at_start})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return NodeGroups("node", None)._slot
+
+
+def test_an_id_is_the_slot_where_nothing_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert slots(monkeypatch, None)("3") == 3
+    assert visible_devices() is None
+
+
+@pytest.mark.parametrize(
+    ("at_start", "ids"),
+    [
+        (["7", "5", "6"], ["7", "5", "6"]),
+        (["GPU-b", "MIG-a"], ["GPU-b", "MIG-a"]),
+        (["1", " 0"], ["1", " 0"]),  # Ray keeps the blank of "1, 0"
+        (["1", "", "0"], ["1", "", "0"]),  # and counts what is empty
+    ],
+)
+def test_an_id_is_a_token_by_its_place(
+    monkeypatch: pytest.MonkeyPatch, at_start: list[str], ids: list[str]
+) -> None:
+    slot = slots(monkeypatch, at_start)
+    assert [slot(gpu_id) for gpu_id in ids] == list(range(len(ids)))
+    assert visible_devices() == ",".join(at_start)
+
+
+def test_an_id_that_is_none_of_the_tokens_is_named_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        ValueError, match=r"GPU '9' is not in CUDA_VISIBLE_DEVICES at `ray start`, which was '7,5'"
+    ):
+        slots(monkeypatch, ["7", "5"])("9")
