@@ -15,7 +15,7 @@ import ray
 from placement.core import planner
 from placement.core.lifecycle import Event, State
 from placement.core.replicas import Plan
-from placement.core.snapshot import NEAR_LABELS, Snapshot
+from placement.core.snapshot import NEAR_LABELS, Policy, Snapshot
 from placement.errors import (
     DeploymentConflict,
     ReservationFailed,
@@ -44,9 +44,9 @@ from placement.wire.plans import (
     PlacementPlan,
     difference,
     explain_deployments,
+    mix_of,
     plan_in_order,
     request_of,
-    with_mix,
 )
 
 T = TypeVar("T")
@@ -173,7 +173,7 @@ class DeploymentPlacementActor(Recovery):
     def apply_all(self, deployments: Sequence[DeploymentLike]) -> list[PlacementResult]:
         """Applies several deployments. If one fits nowhere, nothing is changed at all.
 
-        In order, but one that is to be near another, or apart from it, comes after it where that is needed.
+        In order, if that works; one that is to be near another, or apart from it, may come after it.
         If one cannot be reserved although it was planned, since others take GPUs meanwhile, those that this call
         placed anew are released again; changes to what stood before remain. So does what was placed by a call that
         died with the service halfway: sent again by Ray, it finds that standing.
@@ -667,8 +667,10 @@ class DeploymentPlacementActor(Recovery):
         request = request_of(
             wanted, sought.indices, sought.standing, snapshot, sought.mending, self._books.declared()
         )
-        asked = [one.deployment for one in self._books.standing.values()]
-        return planner.plan(with_mix(snapshot, wanted, asked), request)
+        if wanted.policy is Policy.FRAGMENTATION:
+            others = [one.deployment for one in self._books.standing.values()]
+            snapshot = snapshot.changed((), mix_of(snapshot, others))
+        return planner.plan(snapshot, request)
 
     def _give_back(self, standing: Standing, indices: Iterable[int]) -> None:
         """Removes the groups of some replicas, and the replicas from ``standing``."""

@@ -55,7 +55,7 @@ class HeldReplica(Model):
     def of(cls, planned: PlannedReplica) -> HeldReplica:
         """What a plan takes, once it is carried out."""
         fields = {name: value for name, value in vars(planned).items() if name != "node_id"}
-        return cls(node=planned.node_id, **fields)
+        return cls.model_construct(node=planned.node_id, **fields)
 
 
 class HeldDeployment(Model):
@@ -64,6 +64,12 @@ class HeldDeployment(Model):
     deployment: Deployment
     replicas: tuple[HeldReplica, ...]
     releasing: bool = Field(default=False, description="all of it is about to go")
+
+    @classmethod
+    def of(cls, deployment: Deployment, replicas: Iterable[PlannedReplica]) -> HeldDeployment:
+        """What a plan makes of a deployment, once it is carried out."""
+        held = tuple(map(HeldReplica.of, replicas))
+        return cls.model_construct(deployment=deployment, replicas=held, releasing=False)
 
     def by_index(self) -> dict[int, tuple[PlannedReplica, ...]]:
         """Replica -> its parts, in the planner's terms."""

@@ -18,7 +18,7 @@ from placement.core.score import WHOLE, Score, score
 from placement.core.snapshot import Node, Policy, Snapshot
 from placement.core.staying import staying
 from placement.errors import UnknownNode, Unplaceable
-from placement.wire.cluster import HeldDeployment, HeldReplica
+from placement.wire.cluster import HeldDeployment
 from placement.wire.deployment import Deployment, PlacementConstraints
 
 
@@ -219,9 +219,12 @@ def _request(
     )
 
 
-def mix_of(snapshot: Snapshot, deployments: Iterable[Deployment]) -> Mix:
-    """What is asked for by these deployments; those whose constraints name a node that is no more do not count."""
-    mix = Mix()
+def mix_of(snapshot: Snapshot, deployments: Iterable[Deployment], mix: Mix | None = None) -> Mix:
+    """What is asked for by these deployments beside the ``mix``.
+
+    Those whose constraints name a node that is no more do not count.
+    """
+    mix = mix or Mix()
     for one in deployments:
         with contextlib.suppress(UnknownNode):
             mix = mix.plus(request_of(one, range(one.replicas), {}, snapshot))
@@ -295,15 +298,20 @@ def _planned(
 ) -> list[_Done]:
     """What becomes of each, in the order in which to apply them; a refusal is the last.
 
-    That is the given order, but one that is to be near another comes after it. If that ends in a refusal, one that
-    is to be apart from another comes after it, too: the other may make room.
+    One that is to be near another comes after it. If that ends in a refusal, one that is to be apart from another comes
+    after it, too, as the other may make room; and if that does, they are taken as they are given.
     """
-    order = _order(wanted, apart=False)
-    done = list(_carry_out(snapshot, held, wanted, order))
-    if done and done[-1].refusal and (other := _order(wanted, apart=True)) != order:
-        with contextlib.suppress(UnknownNode):
-            again = list(_carry_out(snapshot, held, wanted, other))
-            return done if again[-1].refusal else again
+    first = _order(wanted, apart=False)
+    done = list(_carry_out(snapshot, held, wanted, first))
+    tried = [first]
+    for order in (_order(wanted, apart=True), list(range(len(wanted)))):
+        if not done or not done[-1].refusal:
+            break
+        if order not in tried:
+            tried.append(order)
+            with contextlib.suppress(UnknownNode):
+                again = list(_carry_out(snapshot, held, wanted, order))
+                done = done if again[-1].refusal else again
     return done
 
 
@@ -334,45 +342,85 @@ def _carry_out(
     snapshot: Snapshot, held: Mapping[str, HeldDeployment], wanted: Sequence[Deployment], order: Iterable[int]
 ) -> Iterator[_Done]:
     """Each on top of the ones before; ends with the first refusal."""
-    standing = dict(held)
+    standing = _Standing(snapshot, held)
     for position in order:
         one = wanted[position]
-        stands = standing.get(one.name)
+        stands = standing.held.get(one.name)
         called = stands.deployment.calls if stands else None
         if stands is not None and stands.releasing:
             gone = [part.planned() for part in stands.replicas]
             snapshot, stands = vacate(snapshot, gone, one.name, called), None
-            del standing[one.name]
+            standing.drop(one.name)
         todo = difference(snapshot, stands, one)
         leaving = tuple(part for parts in todo.leaving.values() for part in parts)
         replicas = [part for parts in todo.keep.values() for part in parts]
-        others = [other.deployment for other in standing.values()]
-        request = _request(one, todo.must, _begin(replicas), others)
+        request = _request(one, todo.must, _begin(replicas), standing.apart.values())
         # What is surplus is given back if there is no room beside it, as what is replaced is.
         change = Change(request, leaving, in_place=bool(leaving), called=called)
-        step, snapshot = carry_out(with_mix(snapshot, one, others), change)
+        step, snapshot = carry_out(standing.with_mix(snapshot, one), change)
         if isinstance(step.outcome, Unplaceable):
             yield _Done(position, one, step)
             return
         replicas += step.outcome.replicas
-        standing[one.name] = HeldDeployment(deployment=one, replicas=())
-        others = [other.deployment for other in standing.values()]
         pending: dict[int, str] = {}
+        if todo.may:
+            standing.enter(HeldDeployment.of(one, replicas))
         for index in todo.may:
             try:
-                request = request_of(one, (index,), _begin(replicas), snapshot, True, others)
+                request = request_of(
+                    one, (index,), _begin(replicas), snapshot, mending=True, others=standing.apart.values()
+                )
             except UnknownNode as error:
                 pending = _from(todo.may, index, error)
                 break
-            tried, snapshot = advance(with_mix(snapshot, one, others), request)
+            tried, snapshot = advance(standing.with_mix(snapshot, one), request)
             step = step if todo.must else tried
             if isinstance(tried.outcome, Unplaceable):
                 pending = _from(todo.may, index, tried.outcome)
                 break
             replicas += tried.outcome.replicas
-        held_then = tuple(map(HeldReplica.of, replicas))
-        standing[one.name] = HeldDeployment(deployment=one, replicas=held_then)
+        standing.enter(HeldDeployment.of(one, replicas))
         yield _Done(position, one, step, replicas, len(replicas) > sum(map(len, todo.keep.values())), pending)
+
+
+class _Standing:
+    """What stands, as one after the other is applied.
+
+    Attributes:
+        held: all of it, by name.
+        apart: those that others may have to keep away from.
+    """
+
+    def __init__(self, snapshot: Snapshot, held: Mapping[str, HeldDeployment]) -> None:
+        self.held = dict(held)
+        self.apart = {name: one.deployment for name, one in held.items() if _named(one.deployment, True)}
+        self._snapshot = snapshot
+        self._mix: Mix | None = None
+
+    def enter(self, one: HeldDeployment) -> None:
+        """Notes a deployment that is new, or has changed."""
+        name, before = one.deployment.name, self.held.get(one.deployment.name)
+        if before is None and self._mix is not None:
+            self._mix = mix_of(self._snapshot, [one.deployment], self._mix)
+        elif before is not None and before.deployment is not one.deployment:
+            self._mix = None
+        self.drop(name)
+        self.held[name] = one
+        if _named(one.deployment, apart=True):
+            self.apart[name] = one.deployment
+
+    def drop(self, name: str) -> None:
+        """Notes one that is gone."""
+        self.held.pop(name, None)
+        self.apart.pop(name, None)
+
+    def with_mix(self, snapshot: Snapshot, one: Deployment) -> Snapshot:
+        """The snapshot that knows what else is asked for, where that matters to the policy of a deployment."""
+        if one.policy is not Policy.FRAGMENTATION:
+            return snapshot
+        if self._mix is None:
+            self._mix = mix_of(self._snapshot, (held.deployment for held in self.held.values()))
+        return snapshot.changed((), self._mix)
 
 
 def _from(indices: Sequence[int], first: int, error: Exception) -> dict[int, str]:
@@ -386,13 +434,6 @@ def _begin(replicas: Iterable[PlannedReplica]) -> Counter[str]:
     for part in sorted(replicas, key=attrgetter("ranks")):
         firsts.setdefault(part.replica_index, part)
     return Counter(part.node_id for part in firsts.values())
-
-
-def with_mix(snapshot: Snapshot, one: Deployment, others: Iterable[Deployment]) -> Snapshot:
-    """The snapshot that knows what else is asked for, where that matters to the policy of a deployment."""
-    if one.policy is not Policy.FRAGMENTATION:
-        return snapshot
-    return snapshot.changed((), mix_of(snapshot, others))
 
 
 def _preview(snapshot: Snapshot, done: _Done) -> PlacementPlan:

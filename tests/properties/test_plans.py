@@ -137,7 +137,7 @@ def text(plan: PlacementPlan) -> dict[str, Any]:
     return plan.to_dict()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.integers(3, 4), st.lists(declared(), max_size=5), st.lists(declared(), min_size=1, max_size=4))
 def test_together_or_one_by_one_is_the_same(
     size: int, before: list[Deployment], wanted: list[Deployment]
