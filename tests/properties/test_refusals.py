@@ -50,7 +50,7 @@ def node(dice: random.Random, name: str) -> Node:
         egress={name: dice.randint(0, 4) for name in ("egress", "egress_openai") if dice.random() < 0.5},
         problem=dice.choice((None, None, None, None, "is draining")),
         labels={key: dice.choice(values) for key, values in LABELS.items() if dice.random() < 0.8},
-        deployments=frozenset(dice.choice(((), (), ("other",)))),
+        deployments=dict.fromkeys(dice.choice(((), (), ("other",))), 1),
     )
 
 
