@@ -45,6 +45,9 @@ NEAR_LABELS = ("ray.io/availability-region", "ray.io/availability-zone", "block"
 _PLENTY = 1 << 62
 """More than there is of anything."""
 
+_SHARED_ALREADY = (-1,) * len(LEFTOVER_SIZES)
+"""What a share of a GPU that is shared already costs others: less than any whole GPU, of which nobody may miss a set."""
+
 Bits = int
 """A set of nodes: bit *i* is the *i*-th node by name and id. Thousands of nodes are met in one operation."""
 
@@ -180,7 +183,7 @@ class Node:
         if needs.profile:
             return Offer(0, (), 0, len(self.instances))
         if taken.gpus[0] in self.rests:
-            return Offer(0, (0,) * len(LEFTOVER_SIZES), taken.rest, len(self.free))
+            return Offer(0, _SHARED_ALREADY, taken.rest, len(self.free))
         whole = self.shape.offer(self.free_mask(needs), 1)
         return None if whole is None else whole._replace(rest=taken.rest)
 
@@ -458,10 +461,9 @@ class Snapshot:
         if key not in self._offers:
             groups: dict[Rank, list[Node]] = {}
             for node in self.nodes:
-                if node.problem is None and len(node.topology):
-                    rank = rank_of(node, needs, policy)
-                    if rank is not None:
-                        groups.setdefault(rank, []).append(node)
+                rank = _usable_rank(node, needs, policy)
+                if rank is not None:
+                    groups.setdefault(rank, []).append(node)
             self._offers[key] = Offers({rank: self.select(nodes) for rank, nodes in groups.items()})
         return self._offers[key]
 
@@ -476,7 +478,8 @@ class Snapshot:
             position = self._position[node.id]
             old, listed[position] = listed[position], node
             for (needs, policy), known in offers.items():
-                known.move(1 << position, rank_of(old, needs, policy), rank_of(node, needs, policy))
+                ranks = (_usable_rank(one, needs, policy) for one in (old, node))
+                known.move(1 << position, *ranks)
             if self.room is not None:
                 self.room.update(1 << position, node)
         later = Snapshot((), self.near, mix or self.mix)
@@ -496,3 +499,8 @@ def rank_of(node: Node, needs: Needs, policy: Policy) -> Rank | None:
     if offer is None or offer.slowness > needs.slowest:
         return None
     return policy.rank(offer, not needs.whole, node.replicas)
+
+
+def _usable_rank(node: Node, needs: Needs, policy: Policy) -> Rank | None:
+    """The same; ``None`` too if nothing may be placed there."""
+    return rank_of(node, needs, policy) if node.problem is None and len(node.topology) else None

@@ -555,3 +555,24 @@ def test_a_refusal_tells_what_cannot_be_read_or_used(
     refusal = plan(Snapshot([node]), Request("d", (0,), needs))
     assert isinstance(refusal, NotEnoughGpus)
     assert [sentence for sentence in sentences if sentence not in str(refusal)] == []
+
+
+def test_a_share_of_memory_goes_on_a_shared_gpu_although_less_would_be_left_on_a_whole_one() -> None:
+    """20 GiB are most of a GPU of 24 GiB, and a quarter of one of 80 GiB that has half of it left."""
+    nodes = [
+        Node("a", "a", topology=Topology.unknown(1), free=frozenset({0}), gpu_memory_bytes=24 * GIB),
+        Node("b", "b", topology=Topology.unknown(1), rests={0: 500}, gpu_memory_bytes=80 * GIB),
+    ]
+    planned = plan(Snapshot(nodes), Request("d", (0,), Needs(1, memory_bytes=20 * GIB)))
+    assert isinstance(planned, Plan)
+    assert [(replica.node_id, replica.share) for replica in planned.replicas] == [("b", 250)]
+
+
+def test_what_leaves_a_node_that_drains_makes_no_room_there() -> None:
+    draining = Node("id", "n", topology=Topology.unknown(2), free=frozenset({1}), problem="is draining")
+    snapshot = Snapshot([draining])
+    request = Request("d", (0,), Needs(1, share=500))
+    assert not isinstance(plan(snapshot, request), Plan)  # by now the offers for such a request are known
+    emptied = vacate(snapshot, [PlannedReplica(0, "id", (0,))])
+    assert emptied.node("id").free == {0, 1}
+    assert not isinstance(plan(emptied, request), Plan)
