@@ -100,6 +100,12 @@ def same(snapshot: Snapshot, nodes: Iterable[Node]) -> bool:
     return list(snapshot.nodes) == sorted(nodes, key=lambda node: (node.name, node.id))
 
 
+def with_draining(chance: Random, nodes: Sequence[Node]) -> list[Node]:
+    """The nodes, of which one begins to drain, and the others do not."""
+    drains = chance.choice(nodes).id
+    return [replace(node, problem="is draining" if node.id == drains else None) for node in nodes]
+
+
 # -- in the planner's terms --------------------------------------------------------------------------
 
 
@@ -136,6 +142,9 @@ def test_a_snapshot_goes_through_changes_as_the_cluster_does(seed: int) -> None:
     start = snapshot = cluster(chance, EVERYTHING)
     nodes, standing = list(start.nodes), dict[str, Held]()
     for _ in range(chance.randint(2, 8)):
+        if chance.random() < 0.1:
+            nodes = with_draining(chance, nodes)
+            snapshot = Snapshot(nodes, snapshot.near, snapshot.mix)
         request = next_request(chance, standing)
         if request is None or (standing and chance.random() < 0.3):
             name = chance.choice(sorted(standing))
@@ -157,7 +166,7 @@ def test_a_snapshot_goes_through_changes_as_the_cluster_does(seed: int) -> None:
         offered(snapshot)
     for name, (asked, replicas) in standing.items():
         snapshot = vacate(snapshot, replicas, name, asked.calls)
-    assert same(snapshot, start.nodes)
+    assert same(snapshot, [replace(node, problem=snapshot.node(node.id).problem) for node in start.nodes])
 
 
 @examples(60)
@@ -301,6 +310,8 @@ def test_applying_one_by_one_is_what_a_dry_run_of_all_says(seed: int) -> None:
     start = cluster(chance, EVERYTHING)
     model = Model(start)
     for _ in range(chance.randint(1, 3)):
+        if chance.random() < 0.2:
+            model.nodes = with_draining(chance, model.nodes)
         names = chance.sample(NAMES, k=chance.randint(1, 3))
         wanted: list[Deployment] = []
         for name in names:
@@ -338,7 +349,8 @@ def test_applying_one_by_one_is_what_a_dry_run_of_all_says(seed: int) -> None:
             model.release(chance.choice(names))
     for name in list(model.held):
         model.release(name)
-    assert same(model.snapshot, start.nodes)
+    problems = {node.id: node.problem for node in model.nodes}
+    assert same(model.snapshot, [replace(node, problem=problems[node.id]) for node in start.nodes])
 
 
 def where(one: HeldReplica) -> tuple[object, ...]:
@@ -360,6 +372,8 @@ def satisfies(model: Model, wanted: Deployment) -> bool:
     for one in replicas:
         by_index.setdefault(one.replica_index, []).append(one)
     snapshot = without.snapshot
+    # A node that drains keeps what it has.
+    snapshot = Snapshot([replace(node, problem=None) for node in snapshot.nodes], snapshot.near)
     request = request_of(wanted, by_index, {}, snapshot, others=others)
     if request.provider is not None:
         return held.deployment.calls == wanted.calls and all(
