@@ -109,3 +109,19 @@ def test_records_that_cannot_be_read_are_told_and_left_as_they_are(service: Any)
     internal_kv._internal_kv_del(b"deployment/newer", namespace=b"placement")
     ray.kill(service, no_restart=False)
     assert settled(lambda: unreadable(service) == [], 30)
+
+
+def test_a_record_of_before_keeps_its_gpu_though_the_models_name_means_a_provider_today(service: Any) -> None:
+    """Earlier versions took gpt-5 for a model of vllm, and records did not say so."""
+    placed = ray.get(service.place.remote({"name": "old", "model": "gpt-5", "runtime": "vllm", "gpus": 2}))
+    record = json.loads(records()[b"deployment/old"])
+    del record["runtime"], record["deployment"]["runtime"], record["deployment"]["gpus"]
+    record["deployment"]["tensor_parallel"] = 2
+    put("old", json.dumps(record).encode())
+    ray.kill(service, no_restart=False)
+    assert ray.get(service.get.remote("old"), timeout=60).to_dict() == placed.to_dict()
+    [said] = ray.get(service.status.remote())["deployments"]
+    assert (said["state"], said["runtime"], said["transport"]) == ("placed", "vllm", "local_gpu")
+    assert unreadable(service) == []
+    assert ray.available_resources()["GPU"] == 2
+    assert ray.get(service.release.remote("old")) == 1
