@@ -386,6 +386,7 @@ class _Room:
                 part,
                 gpus=(*before.gpus, *part.gpus) if before else part.gpus,
                 ranks=(*before.ranks, *ranks) if before else ranks,
+                set_size=0 if alone else size,
                 cpu_milli=part.cpu_milli + (before.cpu_milli if before else 0),
                 memory_bytes=part.memory_bytes + (before.memory_bytes if before else 0),
             )

@@ -21,6 +21,7 @@ class PlannedReplica:
     Attributes:
         gpus: in the order of ``ranks``.
         ranks: which ranks of the replica run here; empty where all do, in order.
+        set_size: GPUs of each of the sets that the replica is made of; 0 where all of its GPUs are one.
         share: thousandths of each GPU.
         profile: that of the MIG instance which ``gpus`` is; empty for a GPU.
         cpu_milli, memory_bytes: CPUs (thousandths) and memory that it takes as well.
@@ -36,6 +37,7 @@ class PlannedReplica:
     memory_bytes: int = 0
     egress_resource: str | None = None
     egress_units: int = 0
+    set_size: int = 0
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ _PLENTY = 1 << 62
 """More than there is of anything."""
 
 _SHARED_ALREADY = (-1,) * len(LEFTOVER_SIZES)
-"""What a share of a GPU that is shared already costs others: less than any whole GPU, of which nobody may miss a set."""
+"""What a share of a GPU that is shared already costs others: less than a whole GPU ever does."""
 
 Bits = int
 """A set of nodes: bit *i* is the *i*-th node by name and id. Thousands of nodes are met in one operation."""

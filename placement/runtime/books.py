@@ -23,7 +23,7 @@ from placement.wire.deployment import Deployment
 RECORDED = (
     "replica_index", "node", "node_name", "gpus", "bundle_indices", "ranks", "share", "mig", "cpus_per_gpu",
     "memory_bytes_per_gpu", "ray_gpus", "bandwidth_gb_per_s",
-    "weakest_link", "ray_bandwidth_gb_per_s", "ray_weakest_link", "egress_resource", "egress_units",
+    "weakest_link", "ray_bandwidth_gb_per_s", "ray_weakest_link", "egress_resource", "egress_units", "set_size",
 )  # fmt: skip
 
 
@@ -266,4 +266,5 @@ def held_replica(a: NodeAssignment) -> HeldReplica:
         memory_bytes=a.memory_bytes_per_gpu * len(a.gpus),
         egress_resource=a.egress_resource,
         egress_units=a.egress_units,
+        set_size=a.set_size,
     )

@@ -153,6 +153,7 @@ def _assignment(
         node=info.id,
         gpus=gpus,
         ranks=list(part.ranks),
+        set_size=part.set_size,
         placement_group=group,
         bundle_indices=[found.bundle_of[gpu] for gpu in gpus],
         node_name=info.name,

@@ -34,6 +34,7 @@ class NodeAssignment:
         weakest_link, ray_weakest_link: slowest link between two of them as ``nvidia-smi topo -m`` names it;
             ``None`` for fewer than two GPUs, ``"?"`` where the topology is unknown.
         egress_resource, egress_units: what a remote replica holds.
+        set_size: GPUs of each tensor-parallel group that the replica is made of; 0 where all of its GPUs are one.
     """
 
     replica_index: int
@@ -54,6 +55,7 @@ class NodeAssignment:
     ray_weakest_link: str | None = None
     egress_resource: str | None = None
     egress_units: int = 0
+    set_size: int = 0
 
     def __post_init__(self) -> None:
         if not self.ranks:
@@ -120,6 +122,7 @@ class NodeAssignment:
             "ray_weakest_link": self.ray_weakest_link,
             "egress_resource": self.egress_resource,
             "egress_units": self.egress_units,
+            "set_size": self.set_size,
         }
 
 

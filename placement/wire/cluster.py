@@ -45,6 +45,7 @@ class HeldReplica(Model):
     memory_bytes: int = 0
     egress_resource: str | None = None
     egress_units: int = 0
+    set_size: int = Field(default=0, description="GPUs of each set that it is made of; 0 if they are one")
 
     def planned(self) -> PlannedReplica:
         """The same in the planner's terms."""
@@ -267,6 +268,7 @@ def _false_holding(replica: HeldReplica, node: Node | None) -> str | None:
         "cpu_milli": replica.cpu_milli,
         "memory_bytes": replica.memory_bytes,
         "egress_units": replica.egress_units,
+        "set_size": replica.set_size,
     }
     for field, amount in amounts.items():
         if not 0 <= amount <= _MOST:

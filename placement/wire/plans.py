@@ -447,7 +447,8 @@ def _preview(snapshot: Snapshot, done: _Done) -> PlacementPlan:
             )
             continue
         node = snapshot.node(replica.node_id)
-        value = _slowest_set(node, replica, done.step.request.needs.gpus)
+        # What stood before there was a record of its sets may have been cut in another way than is asked for.
+        value = _slowest_set(node, replica, replica.set_size or done.step.request.needs.gpus)
         assignments.append(
             PlannedAssignment(
                 replica.replica_index,

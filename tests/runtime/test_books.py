@@ -83,14 +83,16 @@ def test_a_record_is_read_as_it_was_written(monkeypatch: pytest.MonkeyPatch) -> 
     whole = on(
         "n", 0, 4, 5, ranks=[0, 1], node_name="gpu-n", cpus_per_gpu=1.5, memory_bytes_per_gpu=7, ray_gpus=[0, 1],
         bandwidth_gb_per_s=230.4, weakest_link="NV12", ray_bandwidth_gb_per_s=19.92, ray_weakest_link="SYS",
+        set_size=1,
     )  # fmt: skip
     part = on("n", 2, 3, share=0.25, mig="1g.10gb")
     standing = placed(local(replicas=4), whole, part)
     standing.releasing = True
     standing.save()
-    [(name, declared, replicas, releasing)] = written
-    assert (name, releasing) == ("d", True)
-    read = Standing.load({"deployment": declared, "replicas": replicas, "releasing": releasing})
+    [(name, declared, replicas, releasing, runtime)] = written
+    assert (name, releasing, runtime) == ("d", True, "vllm")
+    record = {"deployment": declared, "replicas": replicas, "releasing": releasing, "runtime": runtime}
+    read = Standing.load(record)
     assert (read.deployment, read.releasing) == (standing.deployment, True)
     for before, after in zip(standing.assignments(), read.assignments(), strict=True):
         assert before.placement_group.number == after.placement_group.number

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from placement import topologies
+from placement.core.planner import plan
+from placement.core.replicas import Plan
 from placement.core.snapshot import Node, Snapshot
 from placement.core.topology import Topology
 from placement.errors import NotEnoughGpus, UnknownNode, Unplaceable
 from placement.wire.cluster import ClusterFile, HeldDeployment, HeldReplica
 from placement.wire.deployment import Deployment
-from placement.wire.plans import difference, explain_deployments, plan_deployments, plan_in_order
+from placement.wire.plans import difference, explain_deployments, plan_deployments, plan_in_order, request_of
 
 
 def one(name: str, replicas: int = 1, **fields: Any) -> Deployment:
@@ -220,3 +222,19 @@ def test_what_is_about_to_go_is_no_part_of_what_stands() -> None:
     cluster.place(one("a"), ("x", 0))
     cluster.held["a"] = cluster.held["a"].model_copy(update={"releasing": True})
     assert cluster.plan(one("a", gpus=0.5)) == {"a": [("x", 0)]}
+
+
+def test_what_stands_is_shown_as_fast_as_it_was_planned_however_it_was_cut() -> None:
+    """8 GPUs within NVLink, where there are bridged pairs only: four sets of two, each at 230 GB/s."""
+    machine, wanted = topologies.load("a100-pcie-4x"), one("b", gpus=8, within="nvlink")
+    nodes = [Node(f"id-{i}", f"n{i}", topology=machine, free=frozenset(range(4))) for i in range(2)]
+    request = request_of(wanted, range(1), {}, Snapshot(nodes))
+    planned = plan(Snapshot(nodes), request)
+    assert isinstance(planned, Plan)
+    held = HeldDeployment(deployment=wanted, replicas=tuple(map(HeldReplica.of, planned.replicas)))
+    taken = Snapshot([Node(node.id, node.name, topology=machine) for node in nodes])
+    file = ClusterFile.model_validate_json(ClusterFile.of(taken, [held]).model_dump_json())
+    for snapshot, stands in ((Snapshot(nodes), {}), (file.snapshot(), file.held())):
+        [shown] = plan_deployments(snapshot, stands, [wanted])
+        assert shown.standing is bool(stands)
+        assert [round(a.bandwidth_gb_per_s or 0) for a in shown.assignments] == [230, 230]
