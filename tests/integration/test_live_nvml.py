@@ -152,6 +152,7 @@ def test_a_gpu_that_is_named_twice_is_not_used_and_is_named(service: Any) -> Non
     assert states(service, "twice") == ["free", "unknown", "free", "unknown"]
     assert "names a GPU more than once (0): name each once" in status(service, "twice")["problem"]
     assert ids(place(service, "twice", 2)) == ["2", "3"]
+    ray.get(service.release.remote("on-twice"))
     with pytest.raises(placement.NotEnoughGpus):
         place(service, "twice", 3)
 
