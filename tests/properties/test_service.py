@@ -516,6 +516,7 @@ class Service(Rules):
     def nothing_else_happens(self) -> bool:
         """Whether the service knows all there is, and nothing will go wrong."""
         ray = self.ray
+        self.service._nodes.now()  # its list of nodes may be a second old
         known = [a for one in self.service._books.standing.values() for a in one.assignments()]
         ours = {a.placement_group.id.hex() for a in known}
         return (
