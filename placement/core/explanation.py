@@ -7,7 +7,7 @@ more. The same stages explain a plan (``placement plan --explain``) and a refusa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from placement.core import gangs
@@ -159,6 +159,8 @@ def _refuse_egress(request: Request, index: int, sifted: Sifted) -> Unplaceable:
         requests = "1 concurrent request" if request.egress == 1 else f"{request.egress} concurrent requests"
         summary = f"replica {index} needs {requests} to {provider} on one node; at best {miss}"
         return NotEnoughEgress(name, summary, excluded, advice)
+    if stage == "spread":
+        return Unplaceable(name, f"replica {index} finds no node: {miss}", excluded, advice)
     summary = (
         f"no node may call out to {provider}" if stage == "egress nodes" else "no egress node may be used"
     )
@@ -222,28 +224,29 @@ def limits(request: Request) -> list[tuple[str, Objection]]:
     return _lasting_limits(Kind.of(request)) + _passing_limits(request)
 
 
+def egress_limits(request: Request) -> list[tuple[str, Objection]]:
+    """The same for a remote replica, which no limit on GPUs concerns."""
+    return _label_limits(request.labels.items()) + _passing_limits(request)
+
+
 def _passing_limits(request: Request) -> list[tuple[str, Objection]]:
     """Those that depend on where others are, and the spread."""
-    asked = neighbour_limits(request)
+    asked = [(f"apart from {other}", _shared_with(other)) for other in request.apart_from]
+    asked += [(f"{other} keeps apart", _kept_by(other)) for other in request.kept_away_by]
+    asked += [(f"near to {other}", _not_shared_with(other)) for other in request.near_to]
     if request.spread_label is not None:
         label = request.spread_label
         asked.append(("spread label", lambda node: None if label in node.labels else f"has no label {label}"))
     return asked
 
 
-def neighbour_limits(request: Request) -> list[tuple[str, Objection]]:
-    """Those about who else is on a node: of GPU replicas and remote ones alike."""
-    apart = [(f"apart from {other}", _shared_with(other)) for other in request.apart_from]
-    kept = [(f"{other} keeps apart", _kept_by(other)) for other in request.kept_away_by]
-    near = [(f"near to {other}", _not_shared_with(other)) for other in request.near_to]
-    return [*apart, *kept, *near]
+def _label_limits(labels: Iterable[tuple[str, str]]) -> list[tuple[str, Objection]]:
+    return [(f"label {key}", _unlike(key, condition)) for key, condition in labels]
 
 
 def _lasting_limits(kind: Kind) -> list[tuple[str, Objection]]:
     """Those whose answers stay the same, whatever is placed."""
-    asked: list[tuple[str, Objection]] = []
-    for key, condition in kind.labels:
-        asked.append((f"label {key}", _unlike(key, condition)))
+    asked = _label_limits(kind.labels)
     if kind.accelerators:
         named = ", ".join(kind.accelerators)
         asked.append(
@@ -416,16 +419,14 @@ def _sift_gpus(snapshot: Snapshot, request: Request) -> Sifted:
     if request.max_per_domain:
         full = _full_domains(snapshot, request)
         label = request.spread_label or ""
-        reason = f"its {label} has {request.max_per_domain} of its replicas already"
-        if not sieve.put("spread", lambda node: reason if node.labels.get(label) in full else None):
-            miss = f"every {label} with room has {request.max_per_domain} replicas already"
+        if not sieve.put(*_spread_stage(request, full)):
             others = [node for node in candidates if node.labels.get(label) not in full]
             advice = _any_of(
                 "raise constraints.spread.max",
                 _release(snapshot, request, others),
                 f"add a node with another {label}",
             )
-            return sieve, miss, advice, "spread"
+            return sieve, _spread_miss(request), advice, "spread"
     if request.stages > 1 or request.parts > 1:
         free = gangs.groups_free(snapshot, request, snapshot.select(sieve.left))
         enough = free >= request.stages
@@ -562,7 +563,7 @@ def _sift_egress(snapshot: Snapshot, request: Request) -> Sifted:
         return sieve, "", "widen constraints.egress_nodes", "constraints"
     if not sieve.put("health", lambda node: node.problem):
         return sieve, "", _REPAIR, "health"
-    for stage, objection in neighbour_limits(request):
+    for stage, objection in egress_limits(request):
         if not sieve.put(stage, objection):
             return sieve, "", f"loosen the constraint ({stage}), or add a node that meets it", stage
 
@@ -588,7 +589,23 @@ def _sift_egress(snapshot: Snapshot, request: Request) -> Sifted:
             f"raise {resource} on a node",
         )
         return sieve, miss, advice, "egress capacity"
+    if request.max_per_domain:
+        full = _full_domains(snapshot, request)
+        if not sieve.put(*_spread_stage(request, full)):
+            label = request.spread_label or ""
+            advice = _any_of("raise constraints.spread.max", f"add an egress node with another {label}")
+            return sieve, _spread_miss(request), advice, "spread"
     return sieve, miss, "", ""
+
+
+def _spread_stage(request: Request, full: Collection[str]) -> tuple[str, Objection]:
+    label = request.spread_label or ""
+    reason = f"its {label} has {request.max_per_domain} of its replicas already"
+    return "spread", lambda node: reason if node.labels.get(label) in full else None
+
+
+def _spread_miss(request: Request) -> str:
+    return f"every {request.spread_label} with room has {request.max_per_domain} replicas already"
 
 
 def _any_of(*options: str) -> str:

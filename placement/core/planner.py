@@ -10,10 +10,11 @@ Rules, in order:
    replicas of the same deployment, then to the one where others lose least by it (large sets stay whole),
    then to the one with the fewest free GPUs. A share of a GPU goes on one that is shared already, where
    it leaves the least. (:class:`~placement.core.snapshot.Policy` has other orders to choose from.)
-5. A remote replica goes to the node with the fewest replicas of the same deployment; among equals, to
-   nodes named in ``egress_preference``, then to nodes that already serve the same (provider, API key) so
-   that they can share a rate limiter, then to the one with the most capacity left. Its units come from the
-   node's own resource for the provider, or, where that has too few left, from the general one.
+5. A remote replica goes to the node with the fewest replicas of the same deployment, in the domain with the
+   fewest where it spreads over a label; among equals, to nodes named in ``egress_preference``, then to nodes
+   that already serve the same (provider, API key) so that they can share a rate limiter, then to the one with
+   the most capacity left. Its units come from the node's own resource for the provider, or, where that has too
+   few left, from the general one.
 6. The last key is the node's name and id: the same input gives the same plan, to the letter.
 """
 
@@ -22,9 +23,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 
 from placement.core import gangs
-from placement.core.explanation import eligible, neighbour_limits, refuse, roomy, short_of
+from placement.core.explanation import egress_limits, eligible, refuse, roomy, short_of
 from placement.core.replicas import Crowd, Placed, Plan, PlannedReplica, take
 from placement.core.request import Request
 from placement.core.snapshot import Bits, Node, Policy, Snapshot, rank_of
@@ -232,7 +235,7 @@ def _place_remote(snapshot: Snapshot, request: Request) -> tuple[Request, Placed
     """Places as many replicas as there is capacity for."""
     provider = request.provider or ""
     identity = request.calls
-    asked = neighbour_limits(request)
+    asked = egress_limits(request)
     named = None if request.egress_nodes is None else snapshot.named(request.egress_nodes)
     candidates: dict[Bits, Node] = {}
     for node in snapshot.nodes:
@@ -240,22 +243,23 @@ def _place_remote(snapshot: Snapshot, request: Request) -> tuple[Request, Placed
             bit = snapshot.bit(node.id)
             if (named is None or named & bit) and not any(objection(node) for _, objection in asked):
                 candidates[bit] = node
-    standing = Counter(request.standing)
+    crowd = Crowd(snapshot, request, reduce(or_, candidates, 0))
     preferred = request.egress_preference
 
     def rank(bit: Bits) -> tuple[int, int, bool, int, Bits]:
         node = candidates[bit]
         preference = next((i for i, name in enumerate(preferred) if node.named(name)), len(preferred))
         left = sum(node.egress_for(provider).values())
-        return (standing[node.id], preference, identity not in node.serving, -left, bit)
+        return (crowd.on(bit), preference, identity not in node.serving, -left, bit)
 
     planned: list[PlannedReplica] = []
     changed: dict[Bits, Node] = {}
     for index in request.replicas:
         roomy = [bit for bit, node in candidates.items() if node.egress_resource(provider, request.egress)]
-        if not roomy:
+        open_to = next((bits for bits in crowd.open() if any(bits & bit for bit in roomy)), 0)
+        if not open_to:
             break
-        bit = min(roomy, key=rank)
+        bit = min((bit for bit in roomy if bit & open_to), key=rank)
         node = candidates[bit]
         resource = node.egress_resource(provider, request.egress) or ""
         planned.append(PlannedReplica(index, node.id, egress_resource=resource, egress_units=request.egress))
@@ -263,5 +267,5 @@ def _place_remote(snapshot: Snapshot, request: Request) -> tuple[Request, Placed
             node,
             egress={**node.egress, resource: node.egress[resource] - request.egress},
         )
-        standing[node.id] += 1
+        crowd.add(bit)
     return request, (planned, changed)

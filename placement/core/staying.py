@@ -79,13 +79,13 @@ def _may_be_on(node: Node, before: Request, after: Request) -> bool:
         return False
     if set(after.near_to) - set(before.near_to) - node.deployments.keys():
         return False
-    return remote or _is_of_the_kind(node, before, after)
-
-
-def _is_of_the_kind(node: Node, before: Request, after: Request) -> bool:
     for label, condition in after.labels.items():
         if before.labels.get(label) != condition and not meets(node.labels, label, condition):
             return False
+    return remote or _has_the_gpus(node, before, after)
+
+
+def _has_the_gpus(node: Node, before: Request, after: Request) -> bool:
     named = frozenset(after.accelerators if before.accelerators != after.accelerators else ())
     if named and node.accelerators and not named & node.accelerators:
         return False

@@ -705,8 +705,8 @@ class Deployment(_Declared):
         """What decides where replicas can sit, however it was written. Any other change leaves them alone."""
         limits = self.constraints or PlacementConstraints()
         of_the_other_kind = {
-            "gpu_nodes", "accelerators", "min_compute_capability", "min_free_gpu_memory_gib", "node_labels",
-            "cpus_per_gpu", "memory_gib_per_gpu", "spread",
+            "gpu_nodes", "accelerators", "min_compute_capability", "min_free_gpu_memory_gib", "cpus_per_gpu",
+            "memory_gib_per_gpu",
         } if self.remote else {"egress_nodes", "egress_preference"}  # fmt: skip
         return {
             **self.needs._asdict(),
