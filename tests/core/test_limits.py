@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from placement.core.explanation import Explanation, Stage, describe, eligible, explain, roomy
@@ -117,3 +119,23 @@ def test_an_explanation_in_json() -> None:
         "nearest_miss": "a has 1",
         "advice": "add one",
     }
+
+
+def test_a_domain_is_full_by_the_replicas_that_stand_on_all_its_nodes() -> None:
+    cluster = Snapshot(
+        Node(name, name, topology=Topology.unknown(2), free=frozenset({0, 1}), labels={"zone": zone})
+        for name, zone in {"a": "x", "b": "x", "c": "y"}.items()
+    )
+    spread = ask(spread_label="zone", max_per_domain=2, standing={"a": 1, "b": 1, "c": 1})
+    stage = explain(cluster, spread).stages[-1]
+    assert (stage.name, stage.kept, stage.excluded) == (
+        "spread",
+        1,
+        {"its zone has 2 of its replicas already": 2},
+    )
+    outcome = plan(cluster, spread)
+    assert isinstance(outcome, Plan)
+    assert outcome.replicas[0].node_id == "c"
+    refused = plan(cluster, replace(spread, replicas=(3, 4)))
+    assert "replica 4 finds no node: every zone with room has 2 replicas already" in str(refused)
+    assert getattr(refused, "excluded", None) == {"its zone has 2 of its replicas already": 3}
