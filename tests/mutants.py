@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,7 +101,20 @@ class Change:
         return old == new
 
 
-def run(names: list[str], minutes: float) -> None:
+def forget(places: Places) -> None:
+    """Forgets what became of these in an earlier run, and the tests of then."""
+    from mutmut.mutation.data import SourceFileMutationData
+
+    shutil.rmtree(LOG.parent / "tests", ignore_errors=True)
+    for path in set(places.values()):
+        data = SourceFileMutationData(path=path)
+        data.load()
+        if data.exit_code_by_key:
+            data.exit_code_by_key |= dict.fromkeys(data.exit_code_by_key.keys() & places.keys())
+            data.save()
+
+
+def run(names: list[str], minutes: float, jobs: int) -> None:
     """Has mutmut try these, until the time is up.
 
     Raises:
@@ -108,7 +122,7 @@ def run(names: list[str], minutes: float) -> None:
     """
     LOG.parent.mkdir(exist_ok=True)
     with LOG.open("w", encoding="utf-8") as log:
-        command = [str(Path(sys.executable).parent / "mutmut"), "run", "--max-children", "1", *names]
+        command = [str(Path(sys.executable).parent / "mutmut"), "run", "--max-children", str(jobs), *names]
         trying = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             trying.wait(60 * minutes)
@@ -128,6 +142,7 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=300, help="how many to try")
     parser.add_argument("--seed", type=int, default=1, help="which ones")
     parser.add_argument("--minutes", type=float, default=60, help="when to stop")
+    parser.add_argument("--jobs", type=int, default=1, help="how many to try at once")
     parser.add_argument("--least", type=float, default=0, help="percent that must be killed")
     parser.add_argument("files", nargs="*", type=Path, help="all that pyproject.toml names unless given")
     options = parser.parse_args()
@@ -136,8 +151,10 @@ def main() -> int:
     assert config().source_paths, "see pyproject.toml"
     places = mutants(options.files or sorted(walk_mutatable_files()))
     tried = random.Random(options.seed).sample(sorted(places), min(options.sample, len(places)))
-    run(tried, options.minutes)
-    fate = fates({name: places[name] for name in tried})
+    sample = {name: places[name] for name in tried}
+    forget(sample)
+    run(tried, options.minutes, options.jobs)
+    fate = fates(sample)
     for name in sorted(tried):
         if fate[name] not in ("killed", "timeout", "not checked"):
             change = Change.of(name, places[name])
