@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -118,7 +119,7 @@ def gpu_fields(states: Sequence[str | int]) -> dict[str, Any]:
     }
 
 
-def counted(items: Sequence[Any]) -> Any:
+def counted(items: Collection[Any]) -> Any:
     """What is on a node, once each."""
     return frozenset(items) if isinstance(Node("", "").deployments, frozenset) else dict.fromkeys(items, 1)
 
@@ -224,6 +225,13 @@ def case(mode: str, seed: int) -> tuple[Snapshot, Request]:
     chance = Random(f"{mode} {seed}")
     snapshot = cluster(chance, mode)
     request = remote_request(chance) if mode == "remote" else gpu_request(chance, mode)
+    if request.provider is not None:  # a replica that stands calls what the others call
+        calls = request.provider, request.key or ""
+        nodes = [
+            replace(node, serving=counted({*node.serving, calls})) if node.id in request.standing else node
+            for node in snapshot.nodes
+        ]
+        snapshot = Snapshot(nodes)
     for node in snapshot.nodes:
         note(shown(node))
     note(str(request))

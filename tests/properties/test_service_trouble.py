@@ -145,10 +145,26 @@ TestTrouble.settings = settings(max_examples=EXAMPLES or 60, stateful_step_count
 # -- threads -----------------------------------------------------------------------------------------
 
 
+class Steady(dict[Any, Any]):
+    """One that may change while somebody goes through it."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(list(super().__iter__()))
+
+    def values(self) -> Any:
+        return list(super().values())
+
+    def items(self) -> Any:
+        return list(super().items())
+
+
 @dataclass
 class Shared(Weak):
     """A Ray that several threads use at a time."""
 
+    groups: dict[str, Group] = field(default_factory=Steady)
+    actors: dict[str, set[str]] = field(default_factory=Steady)
+    store: dict[bytes, bytes] = field(default_factory=Steady)
     lock: Any = field(default_factory=threading.RLock)
 
     def rests(self, node: str) -> dict[int, int]:
@@ -241,8 +257,9 @@ def test_calls_from_several_threads_leave_the_books_right(
     with mock.patch.object(sys.modules[__name__], "Weak", Shared):
         world.begin(nodes)
     try:
-        world.ray.failures = failures
         world.ray.draining = {"n0"} if drains else set()
+        world.time_passes()  # it is noticed
+        world.ray.failures = failures
         sys.setswitchinterval(1e-6)
         for thread in threads:
             thread.start()
