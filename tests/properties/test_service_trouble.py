@@ -15,7 +15,7 @@ from unittest import mock
 
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import initialize, invariant, precondition, rule
+from hypothesis.stateful import initialize, precondition, rule
 
 from placement.errors import DeploymentConflict, ReservationFailed, UnknownDeployment, Unplaceable
 from placement.runtime import keeper
@@ -132,10 +132,10 @@ class Trouble(Service):
         if ends:
             self.ray.nodes.discard(node)
 
-    @invariant()
-    def no_node_drains_that_is_gone(self) -> None:
-        if hasattr(self, "ray"):
-            self.ray.draining &= self.ray.nodes
+    def a_node_ends(self, pick: int) -> bool:
+        ended = super().a_node_ends(pick)
+        self.ray.draining &= self.ray.nodes
+        return ended
 
 
 TestTrouble = Trouble.TestCase
