@@ -33,6 +33,7 @@ class PlannedAssignment:
         share: how much of the GPU, 1 for whole ones.
         mig: profile of the MIG instance that ``gpus`` is; empty for GPUs.
         ranks: which ranks of the replica are here, in the order of ``gpus``; empty where all are.
+        set_size: GPUs of each tensor-parallel group that the replica is made of; 0 where all of its GPUs are one.
     """
 
     replica_index: int
@@ -46,6 +47,7 @@ class PlannedAssignment:
     ranks: list[int] = field(default_factory=list)
     egress_resource: str | None = None
     egress_units: int = 0
+    set_size: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The planned assignment as JSON-ready values."""
@@ -462,6 +464,7 @@ def _preview(snapshot: Snapshot, done: _Done) -> PlacementPlan:
                 list(replica.ranks),
                 replica.egress_resource,
                 replica.egress_units,
+                replica.set_size,
             )
         )
     standing = not done.fresh and not done.pending

@@ -74,7 +74,7 @@ def test_of_equal_rests_a_gpu_without_a_replica_of_the_same_deployment_is_taken(
 @pytest.mark.parametrize(
     ("node", "needs", "expected"),
     [
-        (SHARED, Needs(1, share=200), Offer(0, (0, 0, 0), 50, 2)),
+        (SHARED, Needs(1, share=200), Offer(0, (-1, -1, -1), 50, 2)),
         (SHARED, Needs(1, share=700), Offer(0, (0, 0, 5000), 300, 2)),
         (SHARED, Needs(2), Offer(-5000, (0, 0, 5000), 0, 2)),
         (CUT_UP, Needs(1, profile="1g.10gb"), Offer(0, (), 0, 2)),

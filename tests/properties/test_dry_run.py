@@ -262,6 +262,7 @@ def held_as(deployment: Deployment, planned: PlacementPlan) -> HeldDeployment:
             memory_bytes=deployment.memory_bytes_per_gpu * len(one.gpus),
             egress_resource=one.egress_resource,
             egress_units=one.egress_units,
+            set_size=one.set_size,
         )
         for one in planned.assignments
     )

@@ -79,6 +79,7 @@ class World:
                     cpu_milli=cpus * len(a.gpus),
                     egress_resource=a.egress_resource,
                     egress_units=a.egress_units,
+                    set_size=a.set_size,
                 )
                 for a in plan.assignments
             ),
