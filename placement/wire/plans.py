@@ -323,14 +323,14 @@ def _order(wanted: Sequence[Deployment], apart: bool) -> list[int]:
     Where they name each other in a circle, ``near_to`` counts more, and the given order most.
     """
     names = Counter(one.name for one in wanted)
-    left = dict(enumerate(wanted)) if any(_named(one, apart) & names.keys() for one in wanted) else {}
-    order = [] if left else list(range(len(wanted)))
+    ways = [[_named(one, way) for one in wanted] for way in (apart, False)]
+    left = list(range(len(wanted)))
+    order = []
     while left:
-        ways = [
-            [i for i, one in left.items() if not _named(one, way) & (+names).keys()] for way in (apart, False)
-        ]
-        order.append(next((free[0] for free in ways if free), next(iter(left))))
-        names[left.pop(order[-1]).name] -= 1
+        free = (i for named in ways for i in left if names.keys().isdisjoint(named[i]))
+        order.append(next(free, left[0]))
+        left.remove(order[-1])
+        names -= Counter([wanted[order[-1]].name])  # drops a name of which none is left
     return order
 
 
