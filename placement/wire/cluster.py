@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from placement.core.matrix import parse_matrix, render_matrix
 from placement.core.pasted import shortened
@@ -16,9 +17,10 @@ from placement.core.replicas import PlannedReplica
 from placement.core.score import WHOLE
 from placement.core.snapshot import NEAR_LABELS, Node, Snapshot
 from placement.core.topology import Topology, ordinals
-from placement.errors import InvalidClusterFile, InvalidDeployment, MatrixError
+from placement.errors import InvalidClusterFile, InvalidDeployment, MatrixError, counted
 from placement.wire.base import Model
-from placement.wire.deployment import STANDS, Deployment
+from placement.wire.deployment import REMOTE_RUNTIMES, STANDS, Deployment, with_runtime
+from placement.wire.runtimes import infer_runtime
 from placement.wire.text import printable, read_text
 
 _AS_THEY_ARE = (
@@ -65,6 +67,23 @@ class HeldDeployment(Model):
     deployment: Deployment
     replicas: tuple[HeldReplica, ...]
     releasing: bool = Field(default=False, description="all of it is about to go")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keeps_its_runtime(cls, value: Any) -> Any:
+        """What replicas hold tells whether a model's name was taken for that of an API when they were placed."""
+        if not isinstance(value, Mapping):
+            return value
+        declared, replicas = value.get("deployment"), value.get("replicas")
+        if not isinstance(declared, Mapping) or not isinstance(replicas, list | tuple):
+            return value
+        remote = {"egress_resource" in one for one in replicas if isinstance(one, Mapping)}
+        placed_as = None
+        with contextlib.suppress(ValueError):
+            means = infer_runtime(str(declared.get("model")))
+            if remote <= {means in REMOTE_RUNTIMES}:
+                placed_as = means
+        return {**value, "deployment": with_runtime(declared, placed_as)}
 
     @classmethod
     def of(cls, deployment: Deployment, replicas: Iterable[PlannedReplica]) -> HeldDeployment:
@@ -191,6 +210,7 @@ class ClusterFile(Model):
                 **{name: getattr(one, name) for name in _AS_THEY_ARE},
             )
         seen: set[str] = set()
+        in_use: Counter[tuple[str, int]] = Counter()
         for standing in self.deployments:
             name = standing.deployment.name
             if name in seen:
@@ -205,6 +225,12 @@ class ClusterFile(Model):
                 ) from None
             for replica in standing.replicas:
                 problem = _false_holding(replica, nodes.get(replica.node))
+                for gpu in replica.gpus:
+                    in_use[replica.node, gpu] += replica.share
+                    if in_use[replica.node, gpu] > WHOLE and problem is None:
+                        problem = (
+                            f"gpus names GPU {gpu}, of which others hold too much already; keep one of them"
+                        )
                 if problem is not None:
                     raise InvalidClusterFile(
                         f"deployment {name!r}: replica {shortened(str(replica.replica_index))}: {problem}"
@@ -238,7 +264,7 @@ def _contradiction(one: ClusterNode, count: int) -> str | None:
     for field in ("free", "rests", "slots", "instances", "free_memory"):
         strange = sorted(set(getattr(one, field)) - set(range(count)))
         if strange:
-            return f"{field} names GPU {shortened(str(strange[0]))}, but it has {_gpus(count)}"
+            return f"{field} names GPU {shortened(str(strange[0]))}, but it has {counted(count, 'GPU')}"
     for field, clashing in (("rests", one.rests), ("slots", one.slots)):
         both = sorted(set(one.free) & set(clashing))
         if both:
@@ -284,14 +310,10 @@ def _false_holding(replica: HeldReplica, node: Node | None) -> str | None:
     name = shortened(node.name)
     for gpu in replica.gpus:
         if not 0 <= gpu < len(node.topology):
-            return f"gpus names GPU {shortened(str(gpu))}, but node {name!r} has {_gpus(len(node.topology))}"
+            return f"gpus names GPU {shortened(str(gpu))}, but node {name!r} has {counted(len(node.topology), 'GPU')}"
         if gpu in node.free or (gpu in node.instances and replica.profile):
             return f"gpus names GPU {gpu}, which is free on node {name!r}; it can be held or free"
     return None
-
-
-def _gpus(count: int) -> str:
-    return f"{count} GPU" if count == 1 else f"{count} GPUs"
 
 
 def _topology(key: str, machine: Machine) -> Topology:

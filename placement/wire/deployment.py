@@ -446,16 +446,7 @@ class Deployment(_Declared):
             declared: its fields.
             runtime: what it was placed as; ``None`` if nobody noted that, as earlier versions did not.
         """
-        fields = dict(declared)
-        model = fields.get("model")
-        said = fields.get("runtime") or (fields.get("runtime_config") or {}).get("runtime")
-        if isinstance(model, str) and not said:
-            was = runtime or runtime_before(model)
-            with contextlib.suppress(ValueError):
-                said = infer_runtime(model)
-            if said != was:
-                fields["runtime"] = was
-        return cls.model_validate(fields, context=STANDS)
+        return cls.model_validate(with_runtime(declared, runtime), context=STANDS)
 
     @field_validator("name")
     @classmethod
@@ -717,6 +708,23 @@ class Deployment(_Declared):
             "api_key": self.key_fingerprint,
             "constraints": limits.model_dump(mode="json", exclude=of_the_other_kind),
         }
+
+
+def with_runtime(declared: Mapping[str, Any], runtime: Runtime | None) -> dict[str, Any]:
+    """The fields of what stands, with its runtime where that is not what the model's name means today.
+
+    Args:
+        declared: its fields.
+        runtime: what it was placed as; ``None`` for what the name meant in earlier versions.
+    """
+    model, config = declared.get("model"), declared.get("runtime_config")
+    said = declared.get("runtime") or (isinstance(config, Mapping) and config.get("runtime"))
+    if said or not isinstance(model, str):
+        return dict(declared)
+    runtime, means = runtime or runtime_before(model), None
+    with contextlib.suppress(ValueError):
+        means = infer_runtime(model)
+    return {**declared, "runtime": runtime} if means != runtime else dict(declared)
 
 
 @cache

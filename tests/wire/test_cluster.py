@@ -14,6 +14,7 @@ from placement.core.snapshot import Node, Snapshot
 from placement.core.topology import Topology
 from placement.errors import InvalidClusterFile, NotEnoughGpus, UnknownNode
 from placement.wire.cluster import ClusterFile, HeldDeployment, HeldReplica, load_cluster
+from placement.wire.deployment import STANDS as STANDS_ALREADY
 from placement.wire.deployment import Deployment
 from placement.wire.plans import explain_deployments, plan_deployments
 
@@ -80,6 +81,14 @@ def lying(held: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
     return file
 
 
+def both_hold(*held: dict[str, Any]) -> dict[str, Any]:
+    """The same, where deployments d, e, ... hold something."""
+    deployments = [lying(held=one)["deployments"][0] for one in held]
+    for name, one in zip("de", deployments, strict=True):
+        one["deployment"]["name"] = name
+    return lying() | {"deployments": deployments}
+
+
 @pytest.mark.parametrize(
     ("file", "says"),
     [
@@ -108,6 +117,10 @@ def lying(held: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
         (lying() | {"machines": {"m": {"matrix": TWO.replace("NV2", "NV" + "9" * 99)}}}, "which is no link"),
         (lying(**{"x\ny": 1}), "nodes.0.x?y: Extra inputs"),
         (lying(free=[float("nan")]), "nodes.0.free.0: "),
+        (both_hold({"gpus": [0]}, {"gpus": [1, 0]}), "deployment 'e': replica 0: gpus names GPU 0, of which others"),
+        (both_hold({"gpus": [0], "share": 600}, {"gpus": [0], "share": 401}), "of which others hold too much already"),
+        (lying() | {"deployments": [{"deployment": {"name": "d", "model": "m", "runtime_config": 1}, "replicas": []}]},
+         "deployments.0.deployment.runtime_config: "),
         ({"version": 2}, "version: Input should be 1"),
         ([], "Input should be an object"),
     ],
@@ -163,6 +176,30 @@ def test_amounts_beyond_all_bounds_are_refused_in_what_stands(fields: dict[str, 
     file["deployments"][0]["deployment"] |= fields
     with pytest.raises((InvalidClusterFile, ValidationError), match="too large|deployments.0"):
         ClusterFile.model_validate(file).snapshot()
+
+
+def test_shares_of_one_gpu_may_stand_beside_each_other() -> None:
+    file = both_hold({"gpus": [0], "share": 600}, {"gpus": [0], "share": 400})
+    assert len(ClusterFile.model_validate(file).snapshot().nodes) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "held", "runtime"),
+    [
+        ("mistral-large", {"gpus": [0, 1]}, "mistralrs"),  # refused today, if nothing is declared
+        ("gpt-5", {"gpus": [0, 1]}, "vllm"),  # what earlier versions took it for
+        ("gpt-5", {"egress_resource": "egress", "egress_units": 1}, "openai"),
+        ("azure/gpt-4o", {"gpus": [0]}, "vllm"),
+        ("llama", {"gpus": [0]}, "vllm"),
+        ("gpt-4o", {"egress_resource": "egress", "egress_units": 1}, "openai"),
+    ],
+)
+def test_what_stands_runs_on_what_it_was_placed_for(model: str, held: dict[str, Any], runtime: str) -> None:
+    file = lying(held=held)
+    fields: dict[str, Any] = {"model": model} | ({"gpus": len(held["gpus"])} if "gpus" in held else {})
+    file["deployments"][0]["deployment"] |= fields
+    again = ClusterFile.model_validate_json(json.dumps(file), context=STANDS_ALREADY)
+    assert again.deployments[0].deployment.runtime_name == runtime
 
 
 def test_a_replica_on_a_node_that_is_no_more_may_stand() -> None:
