@@ -24,6 +24,7 @@ from placement.errors import (
     NotEnoughEgress,
     NotEnoughGpus,
     Unplaceable,
+    counted,
 )
 
 
@@ -191,25 +192,21 @@ def describe(needs: Needs) -> str:
         return f"{needs.memory_bytes / GIB:g} GiB of a GPU"
     if needs.share < WHOLE:
         return f"{needs.share / WHOLE:g} of a GPU"
-    return _gpus(needs.gpus)
-
-
-def _gpus(count: int) -> str:
-    return "1 GPU" if count == 1 else f"{count} GPUs"
+    return counted(needs.gpus, "GPU")
 
 
 def _sets(count: int, needs: Needs, more: str = "") -> str:
     """``3 sets of 4 GPUs``, ``3 more sets of 4 GPUs``; ``3 GPUs``, where a set is one."""
     thing = "GPU" if needs.gpus == 1 else "set"
     named = f"{count} {more}{thing}" + ("" if count == 1 else "s")
-    return named if needs.gpus == 1 else f"{named} of {_gpus(needs.gpus)}"
+    return named if needs.gpus == 1 else f"{named} of {counted(needs.gpus, 'GPU')}"
 
 
 def _layout(request: Request) -> str:
     """``2 x 8 GPUs, each on one node, all of one GPU model``."""
     each, where = describe(request.needs), "on one node"
     if request.parts > 1:
-        each = _gpus(request.needs.gpus * request.parts)
+        each = counted(request.needs.gpus * request.parts, "GPU")
         where = f"over {request.parts} nodes of one {GPU_DOMAIN_LABEL}"
     alike = (
         "one GPU model"
@@ -453,10 +450,7 @@ def _release(snapshot: Snapshot, request: Request, nodes: Sequence[Node]) -> str
 
 def _others_hold(request: Request, nodes: Sequence[Node]) -> bool:
     """Whether anything but this deployment holds GPUs of the nodes, as far as can be told."""
-    held = sum(
-        WHOLE * (len(node.topology) - len(node.free) - len(node.instances)) - sum(node.rests.values())
-        for node in nodes
-    )
+    held = sum(WHOLE * len(node.held) - sum(node.rests.values()) for node in nodes)
     share = max(request.needs.share_of(node.gpu_memory_bytes) or WHOLE for node in nodes)
     each = share * request.needs.gpus * request.stages * request.parts
     return held > each * sum(request.standing.get(node.id, 0) for node in nodes)
@@ -546,7 +540,7 @@ def _size_miss(snapshot: Snapshot, nodes: Sequence[Node], request: Request) -> t
             else (f"{cut}, without {floor}, since links between nodes are not known")
         )
     each = "replica" if request.stages == 1 else "tensor-parallel group"
-    fewer = f"ask for at most {_gpus(most)} per {each}" if most > 1 or not floor else ""
+    fewer = f"ask for at most {counted(most, 'GPU')} per {each}" if most > 1 or not floor else ""
     return f"the largest node has {most}", _any_of(instead, fewer, f"add a node with {needs.gpus}")
 
 
@@ -634,7 +628,7 @@ def _most_free(nodes: Sequence[Node], needs: Needs) -> str:
         most = max(nodes, key=lambda node: (len(node.free), node.id))
         free = len(most.free)
         which = f"{free} ({ordinals(tuple(most.free))})" if free else "none"
-        text = f"{most.name} has {which} of its {_gpus(most.whole_gpus)} free"
+        text = f"{most.name} has {which} of its {counted(most.whole_gpus, 'GPU')} free"
     if free and needs.free_memory_bytes:
         unused = max(most.free_memory.get(gpu, 0) for gpu in most.free | most.instances.keys())
         text += f", with {unused / GIB:.3g} GiB unused at most"

@@ -112,6 +112,12 @@ class Node:
         """How many replicas are here, of all deployments."""
         return sum(self.deployments.values())
 
+    @property
+    def held(self) -> frozenset[int]:
+        """The slots of which somebody holds all or a part. A lost one is nobody's."""
+        usable = {slot for slot in range(len(self.topology)) if self.slots.get(slot) != UNKNOWN_PROFILE}
+        return frozenset(usable - self.free - self.instances.keys())
+
     def named(self, name: str) -> bool:
         """Whether ``name`` is this node's id, name or address."""
         return name in (self.id, self.name, self.address)
@@ -202,11 +208,11 @@ class Node:
 
     def emptied(self) -> Node:
         """The node as it would be if all that is placed on it went; how much CPU and memory that frees is not known."""
-        whole = frozenset(range(len(self.topology))) - self.slots.keys()
-        if self.free == whole and self.instances == self.slots:
+        held = self.held
+        if not held:
             return self
+        whole = frozenset(range(len(self.topology))) - self.slots.keys()
         instances = {slot: profile for slot, profile in self.slots.items() if profile != UNKNOWN_PROFILE}
-        held = (whole | instances.keys()) - self.free - self.instances.keys()
         memory = {**self.free_memory, **dict.fromkeys(held, self.gpu_memory_bytes or _PLENTY)}
         return replace(
             self,

@@ -14,7 +14,14 @@ from placement.core.request import Request
 from placement.core.score import GIB, Needs, Within
 from placement.core.snapshot import GPU_DOMAIN_LABEL, Node, Policy, Snapshot
 from placement.core.topology import Topology
-from placement.errors import BelowFloor, NoEgressNodes, NoGpuNodes, NotEnoughEgress, NotEnoughGpus
+from placement.errors import (
+    BelowFloor,
+    NoEgressNodes,
+    NoGpuNodes,
+    NotEnoughEgress,
+    NotEnoughGpus,
+    Unplaceable,
+)
 
 
 def gpu_node(name: str, topology: str | int, busy: tuple[int, ...] = (), **fields: object) -> Node:
@@ -555,6 +562,30 @@ def test_a_refusal_tells_what_cannot_be_read_or_used(
     refusal = plan(Snapshot([node]), Request("d", (0,), needs))
     assert isinstance(refusal, NotEnoughGpus)
     assert [sentence for sentence in sentences if sentence not in str(refusal)] == []
+
+
+@pytest.mark.parametrize(
+    ("request_of_d", "advice"),
+    [
+        (
+            Request("d", (0,), Needs(2), cpu_milli=64_000),
+            "ask for less CPU or memory per GPU, or add a node that has more",
+        ),
+        (
+            Request("d", (0,), Needs(1, free_memory_bytes=20 * GIB)),
+            "end what uses GPU memory without holding a GPU, or add a node with 1 GPU",
+        ),
+        (
+            Request("d", (0,), Needs(2), stages=2),
+            "add nodes with room for 1 more set of 2 GPUs, or ask for fewer GPUs",
+        ),
+    ],
+)
+def test_nobody_is_told_to_release_a_gpu_that_is_lost(request_of_d: Request, advice: str) -> None:
+    node = lost(gpu_node("a", 4), 3)
+    refusal = plan(Snapshot([replace(node, cpu_milli=8000)]), request_of_d)
+    assert isinstance(refusal, Unplaceable)
+    assert refusal.advice == advice
 
 
 def test_a_share_of_memory_goes_on_a_shared_gpu_although_less_would_be_left_on_a_whole_one() -> None:

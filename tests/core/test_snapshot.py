@@ -74,7 +74,7 @@ def test_of_equal_rests_a_gpu_without_a_replica_of_the_same_deployment_is_taken(
 @pytest.mark.parametrize(
     ("node", "needs", "expected"),
     [
-        (SHARED, Needs(1, share=200), Offer(0, (-1, -1, -1), 50, 2)),
+        (SHARED, Needs(1, share=200), Offer(0, (-1, -1, -1), 50, 2)),  # less than any whole GPU costs
         (SHARED, Needs(1, share=700), Offer(0, (0, 0, 5000), 300, 2)),
         (SHARED, Needs(2), Offer(-5000, (0, 0, 5000), 0, 2)),
         (CUT_UP, Needs(1, profile="1g.10gb"), Offer(0, (), 0, 2)),
@@ -126,6 +126,15 @@ def test_whole_gpus_and_profiles_are_those_of_the_machine_not_of_what_is_free() 
     assert (CUT_UP.whole_gpus, CUT_UP.profiles) == (1, {"1g.10gb", "3g.40gb"})
     unknown = replace(CUT_UP, slots={0: "?", 1: "1g.10gb"})
     assert (unknown.whole_gpus, unknown.profiles) == (2, {"1g.10gb"})
+
+
+def test_what_is_lost_is_held_by_nobody_and_gives_nothing_back() -> None:
+    assert SHARED.held == {0, 1}
+    assert CUT_UP.held == {0}
+    lost = replace(CUT_UP, slots={**SLOTS, 0: "?", 3: "?"}, free=frozenset())
+    assert lost.held == frozenset()
+    assert lost.emptied() is lost
+    assert replace(lost, instances={1: "1g.10gb"}).held == {2}
 
 
 def test_a_node_goes_by_id_name_and_address() -> None:
