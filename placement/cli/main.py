@@ -194,11 +194,6 @@ def _say(text: str) -> None:
     click.echo(text, file=streams.out())
 
 
-def _count(count: int, thing: str) -> str:
-    """``1 node``, ``2 nodes``."""
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
-
-
 def _dump(value: Any) -> None:
     _say(json.dumps(value, indent=2, allow_nan=False))
 
@@ -274,7 +269,7 @@ def up(address: str | None, near: str | None, idle_seconds: float | None, as_jso
     gpus = sum(node["gpu_count"] for node in nodes)
     with_gpus = sum(1 for node in nodes if node["gpu_count"])
     egress = sum(1 for node in nodes if node["egress"])
-    there = f"{_count(gpus, 'GPU')} on {_count(with_gpus, 'node')}, {_count(egress, 'egress node')}"
+    there = f"{counted(gpus, 'GPU')} on {counted(with_gpus, 'node')}, {counted(egress, 'egress node')}"
     _say(f"the placement service {said}: {there}")
     for node in nodes:
         if node["problem"]:

@@ -72,7 +72,7 @@ class Room:
         for column, kind in enumerate(kinds):
             if kind.needs not in known:
                 found = np.zeros(len(self._copies))
-                found[: self._filled] = [copies(node, kind.needs) for node in self._examples[: self._filled]]
+                found[: self._filled] = [node.copies(kind.needs) for node in self._examples[: self._filled]]
                 known[kind.needs] = found
             table[:, column] = known[kind.needs]
         self._kinds, self._copies = kinds, table
@@ -237,7 +237,7 @@ class Room:
         known: dict[Needs, list[int]] = {}
         for column, kind in enumerate(self._kinds):
             if kind.needs not in known:
-                known[kind.needs] = [copies(node, kind.needs) for node in new]
+                known[kind.needs] = [node.copies(kind.needs) for node in new]
             self._copies[self._filled : len(self._examples), column] = known[kind.needs]
         self._filled = len(self._examples)
 
@@ -271,11 +271,6 @@ def ways(node: Node, needs: Needs) -> Sequence[Take]:
     if whole is not None:
         found[WHOLE] = Take(whole, share, WHOLE - share)
     return list(found.values())
-
-
-def copies(node: Node, needs: Needs) -> int:
-    """How often ``needs`` are met by a node's GPUs, all at once."""
-    return node.copies(needs)
 
 
 def _state_of(node: Node) -> Hashable:

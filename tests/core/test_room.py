@@ -13,7 +13,7 @@ from placement.core.mix import Kind, Mix
 from placement.core.planner import advance, plan, vacate
 from placement.core.replicas import Plan
 from placement.core.request import Request
-from placement.core.room import Room, copies, ways
+from placement.core.room import Room, ways
 from placement.core.score import GIB, WHOLE, Needs, Within
 from placement.core.snapshot import Node, Policy, Snapshot
 from placement.core.topology import Topology
@@ -78,15 +78,15 @@ def placed(nodes: list[Node], request: Request, *mix: Request) -> tuple[str, tup
     ],
 )
 def test_how_often_needs_are_met_by_the_gpus_of_a_node(there: Node, needs: Needs, expected: int) -> None:
-    assert expected == copies(there, needs)
+    assert expected == there.copies(needs)
 
 
 def test_sets_that_must_be_close_are_counted_as_such() -> None:
     bridged = Node("a", "a", topology=topologies.load("a100-pcie-4x"), free=frozenset(range(4)))
     together = [set(gpus) for gpus in bridged.topology.islands]
-    assert copies(bridged, Needs(2, Within.NVLINK)) == len(together) == 2
+    assert bridged.copies(Needs(2, Within.NVLINK)) == len(together) == 2
     one_of_each = frozenset(min(island) for island in together)
-    assert copies(replace(bridged, free=one_of_each), Needs(2, Within.NVLINK)) == 0
+    assert replace(bridged, free=one_of_each).copies(Needs(2, Within.NVLINK)) == 0
 
 
 def test_a_share_may_go_on_any_gpu_that_is_shared_or_on_one_more() -> None:
@@ -154,7 +154,7 @@ def test_it_matters_on_which_instance_memory_is_free(profile: str, there: str) -
     for one in nodes:
         alone = plan(Snapshot(nodes), replace(asked, gpu_nodes=(one.name,)))
         assert isinstance(alone, Plan) == (one.name == there)
-        assert copies(one, asked.needs) == (one.name == there)
+        assert one.copies(asked.needs) == (one.name == there)
 
 
 def test_it_matters_which_gpus_are_free_where_those_that_are_alike_take_turns() -> None:
@@ -211,7 +211,7 @@ def requests(draw: st.DrawFn) -> Request:
 def room_on(there: Node, kind: Kind, cpus: float) -> float:
     if kind.accelerators and not there.accelerators & set(kind.accelerators):
         return 0.0
-    room = min(copies(there, kind.needs), there.cpu_milli / cpus if cpus else float("inf"))
+    room = min(there.copies(kind.needs), there.cpu_milli / cpus if cpus else float("inf"))
     return room if room >= 1 else 0.0
 
 

@@ -11,7 +11,7 @@ from placement.core.mix import Kind, Mix
 from placement.core.planner import advance, plan
 from placement.core.replicas import Plan
 from placement.core.request import Request
-from placement.core.room import Room, copies, room_of, ways
+from placement.core.room import Room, room_of, ways
 from placement.core.score import GIB, WHOLE, Needs, Within
 from placement.core.snapshot import Node, Policy, Snapshot, Take
 from placement.core.topology import Topology
@@ -167,4 +167,4 @@ def test_what_may_be_taken(there: Node, needs: Needs, expected: list[Take]) -> N
     ],
 )
 def test_how_often_that_goes(there: Node, needs: Needs, expected: int) -> None:
-    assert copies(there, needs) == expected
+    assert there.copies(needs) == expected
