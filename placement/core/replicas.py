@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 
@@ -69,8 +69,8 @@ def take(index: int, node: Node, taken: Take, request: Request) -> tuple[Planned
         cpu_milli=request.cpu_milli,
         memory_bytes=request.memory_bytes,
     )
-    after = replace(
-        node.after(taken),
+    after = node.after(
+        taken,
         cpu_milli=node.cpu_milli - request.cpu_milli,
         memory_bytes=node.memory_bytes - request.memory_bytes,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
@@ -224,16 +225,16 @@ class Node:
             memory_bytes=_PLENTY,
         )
 
-    def after(self, taken: Take) -> Node:
-        """The node once that has been taken."""
+    def after(self, taken: Take, **fields: Any) -> Node:
+        """The node once that has been taken, and with other ``fields`` changed, too."""
         if not taken.gpus:
-            return self
+            return replace(self, **fields) if fields else self
         if not self.free.isdisjoint(taken.gpus) and taken.share == WHOLE:
-            return replace(self, free=self.free.difference(taken.gpus))
+            return replace(self, free=self.free.difference(taken.gpus), **fields)
         [gpu] = taken.gpus
         if gpu in self.instances:
-            return replace(self, instances={g: p for g, p in self.instances.items() if g != gpu})
-        return replace(self, free=self.free - {gpu}, rests={**self.rests, gpu: taken.rest})
+            return replace(self, instances={g: p for g, p in self.instances.items() if g != gpu}, **fields)
+        return replace(self, free=self.free - {gpu}, rests={**self.rests, gpu: taken.rest}, **fields)
 
     def before(self, gpus: Collection[int], share: int, profile: str) -> Node:
         """The node once that has been given back. What has been lost since is of no use."""
@@ -253,10 +254,11 @@ class Node:
 
     def occupied(self, replicas: int, deployment: str, serving: tuple[str, str] | None = None) -> Node:
         """The node with so many replicas of a deployment more, or fewer; ``serving`` is what remote ones call."""
-        deployments = _plus(self.deployments, deployment, replicas)
-        if serving is None:
-            return replace(self, deployments=deployments)
-        return replace(self, deployments=deployments, serving=_plus(self.serving, serving, replicas))
+        changed = copy(self)  # with what has been worked out of its GPUs, which stay as they are
+        vars(changed)["deployments"] = _plus(self.deployments, deployment, replicas)
+        if serving is not None:
+            vars(changed)["serving"] = _plus(self.serving, serving, replicas)
+        return changed
 
     def egress_for(self, provider: str) -> dict[str, int]:
         """What a replica calling ``provider`` may take here, and how much is free: its own before the general one."""
