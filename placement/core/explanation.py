@@ -469,9 +469,10 @@ def _fewer(request: Request, some: bool) -> str:
     fewer = ["replicas"] if sum(request.standing.values()) else []
     if some and request.needs.whole and request.needs.gpus * request.stages * request.parts > 1:
         fewer.append("GPUs")
-    smaller = some and not request.needs.whole and not request.needs.profile
-    asked = [f"fewer {' or '.join(fewer)}"] if fewer else []
-    return " or ".join(["ask for " + one for one in [*asked, *(["a smaller share"] if smaller else [])]])
+    asked = [f"ask for fewer {' or '.join(fewer)}"] if fewer else []
+    if some and not request.needs.whole and not request.needs.profile:
+        asked.append("ask for a smaller share")
+    return " or ".join(asked)
 
 
 def _in_stages(snapshot: Snapshot, request: Request, nodes: Sequence[Node]) -> str:

@@ -59,8 +59,8 @@ class Unit(NamedTuple):
 def splits(snapshot: Snapshot, request: Request, nodes: Bits) -> Iterator[Request]:
     """The ways to cut a request that is larger than each of ``nodes``: first inside NVLink domains, then into stages.
 
-    The fewest, and so the largest, pieces first; all pieces are equal. They have two GPUs or more, but where no node
-    has two. A floor on the links between GPUs is kept within each piece; pieces of one GPU have no links, so that
+    The fewest, and so the largest, pieces first; all pieces are equal. They have two GPUs or more, except where no
+    node has two. A floor on the links between GPUs is kept within each piece; pieces of one GPU have no links, so that
     there is no such cut then, unless an NVLink domain keeps them on NVLink.
     """
     needs = request.needs

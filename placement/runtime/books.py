@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from placement.core.lifecycle import Event, State, after
 from placement.core.replicas import PlannedReplica
@@ -19,6 +19,8 @@ from placement.runtime.orders import Holding
 from placement.runtime.results import NodeAssignment, PlacementResult
 from placement.wire.cluster import HeldDeployment, HeldReplica
 from placement.wire.deployment import Deployment
+
+T = TypeVar("T")
 
 RECORDED = (
     "replica_index", "node", "node_name", "gpus", "bundle_indices", "ranks", "share", "mig", "cpus_per_gpu",
@@ -52,8 +54,13 @@ class Standing:
 
     def only(self, indices: Collection[int], deployment: Deployment) -> Standing:
         """What is known of some of the replicas, to be changed on its own; with another declaration."""
-        known = (self.replicas, self.orders, self.states, self.reasons)
-        return Standing(deployment, *({i: of[i] for i in indices if i in of} for of in known))  # type: ignore[arg-type]
+
+        def some(known: Mapping[int, T]) -> dict[int, T]:
+            return {index: known[index] for index in indices if index in known}
+
+        return Standing(
+            deployment, some(self.replicas), some(self.orders), some(self.states), some(self.reasons)
+        )
 
     def happen(self, index: int, event: Event) -> State | None:
         """Notes an event of a replica.

@@ -211,9 +211,11 @@ def _request(
         apart_from=limits.apart_from,
         near_to=limits.near_to,
         kept_away_by=tuple(
-            one.name
-            for one in others
-            if one.constraints and wanted.name in one.constraints.apart_from and one.name != wanted.name
+            dict.fromkeys(  # one that is being changed is among them as it stands and as it is to be
+                one.name
+                for one in others
+                if one.constraints and wanted.name in one.constraints.apart_from and one.name != wanted.name
+            )
         ),
         spread_label=limits.spread.label if limits.spread else None,
         max_per_domain=limits.spread.max if limits.spread else 0,
