@@ -119,9 +119,9 @@ def gpu_fields(states: Sequence[str | int]) -> dict[str, Any]:
     }
 
 
-def counted(items: Collection[Any]) -> Any:
+def counted(items: Collection[Any]) -> dict[Any, int]:
     """What is on a node, once each."""
-    return frozenset(items) if isinstance(Node("", "").deployments, frozenset) else dict.fromkeys(items, 1)
+    return dict.fromkeys(items, 1)
 
 
 def description(chance: Random) -> dict[str, Any]:
@@ -149,6 +149,7 @@ def limits(chance: Random) -> dict[str, Any]:
         "compute_capability": chance.choice(((7, 5), (8, 0))),
         "apart_from": ("x",),
         "near_to": ("y",),
+        "kept_away_by": ("x",),
         "spread_label": chance.choice((ZONE, RACK)),
     }
     found = {
@@ -213,6 +214,9 @@ def remote_request(chance: Random) -> Request:
         egress_nodes=chance.choice((None, tuple(chance.sample(NAMES, k=2)))),
         egress_preference=tuple(chance.sample(NAMES, k=chance.randint(0, 2))),
         standing=standing(chance),
+        **chance.choice(
+            ({}, {}, {}, {}, {"apart_from": ("x",)}, {"near_to": ("y",)}, {"kept_away_by": ("x",)})
+        ),
     )
 
 

@@ -296,7 +296,7 @@ def may_use(node: Node, request: Request) -> bool:
 
 def may_be_beside(node: Node, request: Request) -> bool:
     """Whether a node has the deployments that a request asks to be near, and none that it is kept apart from."""
-    apart = {*request.apart_from, *getattr(request, "kept_away_by", ())}
+    apart = {*request.apart_from, *request.kept_away_by}
     return not apart & set(node.deployments) and set(request.near_to) <= set(node.deployments)
 
 
@@ -386,6 +386,7 @@ class Remote:
             for resource in self.resources
             if resource in node.egress
             and node.problem is None
+            and may_be_beside(node, self.request)
             and (self.request.egress_nodes is None or is_named(node, self.request.egress_nodes))
         }
 

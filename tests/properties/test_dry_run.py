@@ -14,11 +14,13 @@ from typing import Any
 
 from hypothesis import given, note
 
+from placement import topologies
 from placement.core.planner import Change, advance, plan, steps, vacate
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
 from placement.core.score import WHOLE, Within
 from placement.core.snapshot import Node, Policy, Snapshot
+from placement.core.topology import Topology
 from placement.errors import Unplaceable
 from placement.wire.cluster import ClusterFile, HeldDeployment, HeldReplica
 from placement.wire.deployment import Deployment
@@ -434,3 +436,25 @@ def assert_in_order(model: Model) -> None:
         limits = held.deployment.constraints
         for other in limits.apart_from if limits else ():
             assert not where[name] & where.get(other, set()), f"{name} beside {other}"
+
+
+def test_a_dry_run_of_what_stands_shows_its_own_bandwidth() -> None:
+    machine = topologies.load("a100-pcie-4x")
+    free = [Node(name, name, topology=machine, free=frozenset(range(4))) for name in "ab"]
+    model = Model(Snapshot(free))
+    deployment = Deployment(name="d", model="m", gpus=8, within=Within.NVLINK)
+    [first] = plan_deployments(model.snapshot, {}, [deployment])
+    model.apply(deployment, first)
+    [again] = plan_deployments(model.snapshot, model.held, [deployment])
+    assert [one.bandwidth_gb_per_s for one in first.assignments] == [230.4, 230.4]
+    assert again == replace(first, standing=True)
+
+
+def test_what_leaves_a_node_that_drains_does_not_end_a_dry_run() -> None:
+    node = Node("id", "n", topology=Topology.unknown(2), free=frozenset({0, 1}))
+    model = Model(Snapshot([node]))
+    deployment = Deployment(name="a", model="m", gpus=1)
+    [first] = plan_deployments(model.snapshot, {}, [deployment])
+    model.apply(deployment, first)
+    model.nodes = [replace(one, problem="is draining") for one in model.nodes]
+    assert isinstance(model.plan([Deployment(name="a", model="m", gpus=0.5)]), Unplaceable)

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from unittest import mock
 
 import pytest
 from hypothesis import given
 
+from placement import topologies
 from placement.core.explanation import explain
-from placement.core.planner import Change, plan, steps
+from placement.core.planner import Change, plan, steps, vacate
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
-from placement.core.score import WHOLE
-from placement.core.snapshot import Policy, Snapshot
-from placement.errors import Unplaceable
+from placement.core.room import Room, room_of
+from placement.core.score import GIB, WHOLE, Needs
+from placement.core.snapshot import Node, Policy, Snapshot
+from placement.core.topology import Topology
+from placement.errors import NoGpuNodes, Unplaceable
 from tests.properties.cases import MODES, SEEDS, case, examples, offered
 from tests.properties.oracle import Oracle, Piece, Remote, State, cuts, is_named, pieces_of, speed
 
@@ -25,13 +29,13 @@ from tests.properties.oracle import Oracle, Piece, Remote, State, cuts, is_named
 
 
 @pytest.mark.parametrize("mode", MODES)
-@examples(60)
+@examples(100)
 @given(seed=SEEDS)
 def test_replicas_are_placed_exactly_when_they_can_be_and_as_the_rules_say(mode: str, seed: int) -> None:
     judge(*case(mode, seed))
 
 
-@examples(60)
+@examples(100)
 @given(seed=SEEDS)
 def test_so_are_remote_replicas(seed: int) -> None:
     judge_remote(*case("remote", seed))
@@ -223,3 +227,50 @@ def check_refusal(snapshot: Snapshot, request: Request, refusal: Unplaceable) ->
         left = stage.kept
     assert left == 0, "no stage dropped the last node"
     assert sum(refusal.excluded.values()) <= len(snapshot.nodes)
+
+
+# -- what the oracle found, by name ------------------------------------------------------------------
+
+
+def test_the_slowest_of_several_sets_on_one_node_is_as_fast_as_can_be() -> None:
+    free = frozenset((0, 1, 2, 6))
+    [replica] = placed(
+        Snapshot([Node("id", "dgx", topology=topologies.load("dgx-1v"), free=free)]),
+        Request("d", (0,), Needs(2), stages=2),
+    )
+    assert [set(replica.gpus[:2]), set(replica.gpus[2:])] == [{0, 1}, {2, 6}]
+
+
+def test_a_share_by_memory_goes_on_a_gpu_that_is_shared_already() -> None:
+    one = Topology.unknown(1)
+    whole = Node("a", "a", topology=one, free=frozenset({0}), gpu_memory_bytes=24 * GIB)
+    shared = Node("b", "b", topology=one, rests={0: 500}, gpu_memory_bytes=80 * GIB)
+    [replica] = placed(Snapshot([whole, shared]), Request("d", (0,), Needs(1, memory_bytes=20 * GIB)))
+    assert replica.node_id == "b"
+
+
+def test_what_leaves_a_node_that_drains_is_no_reason_to_go_there() -> None:
+    drains = Node("id", "n", topology=Topology.unknown(2), free=frozenset({1}), problem="is draining")
+    snapshot, request = Snapshot([drains]), Request("d", (0,), Needs(1))
+    assert isinstance(plan(snapshot, request), NoGpuNodes)
+    later = vacate(snapshot, [PlannedReplica(0, "id", (0,))], "d")
+    offered(later)
+    assert isinstance(plan(later, request), NoGpuNodes)
+
+
+def test_an_exception_leaves_the_room_as_it_was() -> None:
+    nodes = [Node(name, name, topology=Topology.unknown(2), free=frozenset({0, 1})) for name in "ab"]
+    snapshot = Snapshot(nodes)
+    request = Request("d", (0, 1, 2), Needs(1), policy=Policy.FRAGMENTATION)
+    before, room = offered(snapshot), room_of(snapshot)
+    found = [room.choose(request, snapshot.mix.plus(request), [3], lambda bit: 0), RuntimeError]
+    with mock.patch.object(Room, "choose", side_effect=found), pytest.raises(RuntimeError):
+        plan(snapshot, request)
+    assert offered(snapshot) == before
+    assert plan(snapshot, request) == plan(Snapshot(nodes), request)
+
+
+def placed(snapshot: Snapshot, request: Request) -> tuple[PlannedReplica, ...]:
+    outcome = plan(snapshot, request)
+    assert isinstance(outcome, Plan), outcome
+    return outcome.replicas

@@ -111,6 +111,10 @@ class Trouble(Service):
         with contextlib.suppress(StoreFailed):  # the keeper notes it, and looks again
             super().time_passes()
 
+    def nothing_else_happens(self) -> bool:
+        known = self.service.draining == self.ray.draining
+        return super().nothing_else_happens() and not self.ray.failures and known
+
     @rule(failures=st.lists(WHEN, min_size=2, max_size=6))
     def the_store_fails_several_times(self, failures: list[str]) -> None:
         self.ray.failures = failures
