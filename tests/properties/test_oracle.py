@@ -148,6 +148,12 @@ def check_best_set(oracle: Oracle, state: State, on_node: Counter[str], pieces: 
                 return (free(i),)
             case Policy.LEAST_LOADED if counted:
                 return -free(i), *crowd(i)
+            case Policy.ROUND_ROBIN if (
+                len(request.replicas) == 1
+            ):  # the order of nodes is that of their names
+                return *crowd(i), sum(nodes[i].deployments.values()), i
+            case Policy.ROUND_ROBIN:
+                return crowd(i)
             case Policy.SPREAD:
                 return *crowd(i), slowness(i, gpus)
             case _:
