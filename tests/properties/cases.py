@@ -67,7 +67,7 @@ def cluster(chance: Random, mode: str) -> Snapshot:
     cut = chance.random() < (1 if mode == "mig" else 0.4 if everything else 0.1)
     labelled = chance.random() < (1 if mode in ("parts", "larger") else 0.5)
     egress = chance.random() < (1 if mode == "remote" or everything else 0.1)
-    seen, sized = chance.random() < 0.5, chance.random() < 0.4
+    seen, sized = chance.random() < 0.5, chance.random() < 0.6
     palette = chance.choices(MACHINES, k=chance.randint(1, 2))
     free = (5, 10) if everything or mode in ("stages", "parts", "larger") else (1, 2, 5)
     gpu_states: list[str | int] = ["busy", *["free"] * chance.choice(free)]
@@ -93,7 +93,7 @@ def cluster(chance: Random, mode: str) -> Snapshot:
             if labelled:
                 facts |= description(chance)
             if sized:
-                facts["cpu_milli"] = chance.choice([0, 2000, 4000, 9000])
+                facts["cpu_milli"] = chance.choice([500, 1000, 2000, 4000])
                 facts["memory_bytes"] = chance.choice([8, 64]) * GIB
             if egress:
                 units = {resource: chance.choice([None, 0, 1, 2, 5]) for resource in EGRESS}
@@ -153,7 +153,8 @@ def limits(chance: Random) -> dict[str, Any]:
         "spread_label": chance.choice((ZONE, RACK)),
     }
     found = {
-        name: choices[name] for name in chance.sample(sorted(choices), k=chance.choice((0, 0, 0, 0, 1, 1, 2)))
+        name: choices[name]
+        for name in chance.sample(sorted(choices), k=chance.choice((0, 0, 0, 0, 0, 0, 1, 1, 2)))
     }
     if "spread_label" in found:
         found["max_per_domain"] = chance.choice((1, 2))
@@ -191,7 +192,7 @@ def gpu_request(chance: Random, mode: str) -> Request:
     if chance.random() < (0.5 if mode == "mig" else 0.2):
         needs["free_memory_bytes"] = 40 * GIB
     if chance.random() < 0.5:
-        fields["cpu_milli"] = chance.choice((500, 1000)) * needs["gpus"]
+        fields["cpu_milli"] = chance.choice((500, 1000, 1000)) * needs["gpus"]
         fields["memory_bytes"] = chance.choice((0, 4, 6)) * GIB * needs["gpus"]
     return Request(
         "d",
