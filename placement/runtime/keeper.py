@@ -41,7 +41,8 @@ class Keeper:
         self._alive: frozenset[str] = frozenset()
 
     def start(self) -> None:
-        """Begins, in a thread of its own."""
+        """Begins, in a thread of its own. Which nodes drain is known from here on."""
+        self._service.draining = draining_nodes()
         threading.Thread(target=self._run, name="keeper", daemon=True).start()
 
     def _run(self) -> None:

@@ -127,3 +127,13 @@ def test_what_is_known_of_a_node_goes_with_it(service: Service) -> None:
     service.alive.remove("m")
     looks.look()
     assert service.forgot == [{"n", "m"}, {"n"}]
+
+
+def test_which_nodes_drain_is_known_before_the_first_look(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service that starts anew would otherwise place on them for a second."""
+    monkeypatch.setattr(keeper, "draining_nodes", lambda: frozenset({"a"}))
+    monkeypatch.setattr(keeper, "threading", SimpleNamespace(Thread=lambda **_: SimpleNamespace(start=int)))
+    Keeper(service, Later()).start()  # type: ignore[arg-type]
+    assert service.draining == {"a"}
