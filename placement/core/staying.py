@@ -53,7 +53,8 @@ def _holds(snapshot: Snapshot, parts: Replica, before: Request, after: Request) 
     if after.calls is not None:
         return before.egress == after.egress
     old, new = before.needs, after.needs
-    if sum(len(part.gpus) for part in parts) != new.gpus * after.stages or old.profile != new.profile:
+    counts = [len(part.gpus) for part in parts]
+    if not all(counts) or sum(counts) != new.gpus * after.stages or old.profile != new.profile:
         return False
     for was, is_now in ((before.cpu_milli, after.cpu_milli), (before.memory_bytes, after.memory_bytes)):
         if was * new.gpus != is_now * old.gpus:

@@ -303,6 +303,9 @@ def _false_holding(replica: HeldReplica, node: Node | None) -> str | None:
         return f"share is {shortened(str(replica.share))}; use 1 to {WHOLE}"
     if len(set(replica.gpus)) < len(replica.gpus):
         return f"gpus names one twice: {shortened(ordinals(replica.gpus))}"
+    if replica.ranks and not len(set(replica.ranks)) == len(replica.ranks) == len(replica.gpus):
+        each = counted(len(replica.gpus), "GPU")
+        return f"ranks is {shortened(str(list(replica.ranks)))}; give each of its {each} its own"
     if replica.share < WHOLE and len(replica.gpus) != 1:
         return f"share is {replica.share}, so that gpus must name one GPU, not {len(replica.gpus)}"
     if node is None:

@@ -170,3 +170,9 @@ def test_only_the_replicas_move_that_do_not_meet_it() -> None:
 
 def test_what_is_on_a_node_that_is_no_more_stays_until_it_is_noticed() -> None:
     assert stays(on("gone", 0, 1, 2, 3), request(4), request(4, accelerators=("H100",), within=Within.NVLINK))
+
+
+def test_a_replica_that_has_a_part_without_gpus_holds_no_share() -> None:
+    """As a file may say."""
+    parts = (*on("h"), *on("p", 0, share=500))
+    assert not stays(parts, request(1, share=250), request(1, share=500))

@@ -109,6 +109,8 @@ def both_hold(*held: dict[str, Any]) -> dict[str, Any]:
         (lying(held={"gpus": [9]}), "deployment 'd': replica 0: gpus names GPU 9, but node 'a' has 2 GPUs"),
         (lying(held={"gpus": [0]}, free=[0, 1]), "gpus names GPU 0, which is free on node 'a'"),
         (lying(held={"gpus": [0, 0]}), "deployment 'd': replica 0: gpus names one twice: 0,0"),
+        (lying(held={"gpus": [0, 1], "ranks": [0]}), "replica 0: ranks is [0]; give each of its 2 GPUs its own"),
+        (lying(held={"gpus": [0, 1], "ranks": [1, 1]}), "replica 0: ranks is [1, 1]; give each of its 2 GPUs its own"),
         (lying(held={"gpus": [0, 1], "share": 500}), "share is 500, so that gpus must name one GPU, not 2"),
         (lying(held={"gpus": [0], "share": 0}), "deployment 'd': replica 0: share is 0; use 1 to 1000"),
         (lying(held={"gpus": [0], "cpu_milli": -5}), "deployment 'd': replica 0: cpu_milli is -5; use 0 to"),
