@@ -277,7 +277,7 @@ def _contradiction(one: ClusterNode, count: int) -> str | None:
     for name in ("egress", "rests", "free_memory"):
         amounts |= {f"{name}.{key}": amount for key, amount in getattr(one, name).items()}
     for field, amount in amounts.items():
-        most = WHOLE if field.startswith("rests.") else _MOST
+        most = WHOLE - 1 if field.startswith("rests.") else _MOST  # one that is wholly left is free
         if not 0 <= amount <= most:
             return f"{shortened(printable(field))} is {shortened(str(amount))}; use 0 to {most}"
     if one.gpu_memory_bytes is not None and not 0 < one.gpu_memory_bytes <= _MOST:
