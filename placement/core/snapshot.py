@@ -298,7 +298,7 @@ class Policy(StrEnum):
     then fewest replicas of the same deployment. For fleets of shares, single GPUs and large sets."""
 
     def rank(self, offer: Offer, shared: bool = False, replicas: int = 0) -> Rank:
-        """Sorts offers, of shares if ``shared``, of nodes with so many replicas.
+        """Sorts offers, of shares if ``shared``, of nodes with so many replicas (which only round robin asks).
 
         Before the second half, replicas of the same deployment count.
         """
@@ -486,8 +486,8 @@ class Snapshot:
             position = self._position[node.id]
             old, listed[position] = listed[position], node
             for (needs, policy), known in offers.items():
-                ranks = (_usable_rank(one, needs, policy) for one in (old, node))
-                known.move(1 << position, *ranks)
+                before, after = _usable_rank(old, needs, policy), _usable_rank(node, needs, policy)
+                known.move(1 << position, before, after)
             if self.room is not None:
                 self.room.update(1 << position, node)
         later = Snapshot((), self.near, mix or self.mix)
@@ -506,7 +506,8 @@ def rank_of(node: Node, needs: Needs, policy: Policy) -> Rank | None:
     offer = node.offer(needs)
     if offer is None or offer.slowness > needs.slowest:
         return None
-    return policy.rank(offer, not needs.whole, node.replicas)
+    replicas = node.replicas if policy is Policy.ROUND_ROBIN else 0  # counted only where it matters
+    return policy.rank(offer, not needs.whole, replicas)
 
 
 def _usable_rank(node: Node, needs: Needs, policy: Policy) -> Rank | None:
