@@ -243,7 +243,7 @@ class _Room:
         return None
 
     def _speeds_in(self, place: Bits) -> list[int]:
-        """How slow the slowest set of a replica may be for it to fit in a place, the fastest first."""
+        """The slownesses of the slowest set with which a replica fits in a place, the fastest first."""
         needs = self._request.needs
         if place not in self._speeds:
             shapes = {self._node(bit).shape for bit in self._within(place)}
@@ -255,7 +255,7 @@ class _Room:
         return speeds
 
     def _spares(self, chosen: Sequence[Unit], to_come: int) -> bool:
-        """Whether there is room for as many other replicas as if a replica took sets that others miss least."""
+        """Whether as many of the replicas to come still fit once these sets are taken."""
         needs = self._request.needs
         if not to_come or not needs.floor:
             return True  # any set that is taken lowers the room of its node by just one

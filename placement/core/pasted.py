@@ -210,7 +210,7 @@ def _form(prefix: str) -> str:
 
 
 def _refuse_wrapped(matrix: Pasted, lines: Sequence[str]) -> None:
-    """A line that only goes on with what the header or a row began was broken by the terminal."""
+    """Refuses lines that a terminal wrapped: such a line only goes on with the header or a row."""
     if matrix.header.is_table:
         return
     rows = {row.number for row in matrix.rows}

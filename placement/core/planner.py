@@ -151,7 +151,7 @@ def advance(snapshot: Snapshot, request: Request) -> tuple[Step, Snapshot]:
 def _occupied(
     request: Request, planned: Sequence[PlannedReplica], changed: Mapping[Bits, Node]
 ) -> Iterator[Node]:
-    """The nodes that changed, now that they know whose replicas they have."""
+    """The changed nodes, with the replicas of this request counted."""
     more = Counter(replica.node_id for replica in planned)
     return (node.occupied(more[node.id], request.deployment, request.calls) for node in changed.values())
 

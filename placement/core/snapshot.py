@@ -34,8 +34,7 @@ class Take(NamedTuple):
 
 
 UNKNOWN_PROFILE = "?"
-"""Of a slot that nobody could tell what it is: a MIG instance of some size, a GPU that is lost. Nothing is placed
-on it."""
+"""Of a slot that cannot be identified: a MIG instance of unknown size, a GPU that is lost. Nothing is placed on it."""
 
 GPU_DOMAIN_LABEL = "ray.io/gpu-domain"
 """Nodes with one value of this label share an NVLink fabric (an NVL72 rack). Ray's own name for it."""

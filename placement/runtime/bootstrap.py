@@ -29,7 +29,7 @@ from placement.runtime.service import DeploymentPlacementActor as Service
 NAME = "placement"
 START_DEADLINE_SECONDS = 120.0
 JOB_DEADLINE_SECONDS = START_DEADLINE_SECONDS + 60.0
-"""The same, and the time that the process which starts it takes to connect."""
+"""The same, and time for the starting process to connect."""
 RESTART_SECONDS = 1.0
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def start(near: Sequence[str] = NEAR_LABELS, idle_seconds: float = IDLE_SECONDS)
 
 
 def start_in_this_job(near: Sequence[str], idle_seconds: float) -> Any:
-    """:func:`start`, by a process of which nothing that must not be the service's is inherited."""
+    """:func:`start` in the caller's own job, which must have no ``runtime_env``: the service would inherit it."""
     service = _Service.options(
         name=NAME,
         namespace=NAMESPACE,
@@ -116,7 +116,7 @@ def start_in_this_job(near: Sequence[str], idle_seconds: float) -> Any:
         max_task_retries=-1,
         max_concurrency=64,
         resources={"node:__internal_head__": 0.001},
-        # Said, since the default is the placement group of the task that calls, if that captures its children.
+        # The default would be the placement group of the calling task, if that captures its children.
         scheduling_strategy="DEFAULT",
     ).remote(make_agent, tuple(near), idle_seconds)
     _wait_for(service)
@@ -162,7 +162,7 @@ def _start_in_a_job_of_its_own(near: Sequence[str], idle_seconds: float) -> None
 def _run_job(address: str, near: Sequence[str], idle_seconds: float) -> str:
     """Runs ``python -m placement.runtime``, which starts the service; what is wrong, if it could not."""
     node_address = ray._private.worker.global_worker.node.node_ip_address
-    # Whatever this process can import, the child can; where it runs becomes a place to import from for its actors.
+    # The child can import what this process can. It runs in /, since its actors import from where it runs.
     paths = [str(Path(__file__).parents[2]), *filter(None, sys.path)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
     env.pop(RAY_JOB_CONFIG_JSON_ENV_VAR, None)  # the environment of a submitted job

@@ -62,7 +62,7 @@ class BoundedLoader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: Node, deep: bool = False) -> Any:
-        """Says where a value is that is not what its tag says."""
+        """Names the place of a value that does not fit its tag."""
         try:
             return super().construct_object(node, deep)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):

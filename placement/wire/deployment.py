@@ -54,7 +54,7 @@ _MIG_PATTERN = re.compile(r"([1-8]c\.)?[1-8]g\.\d{1,3}gb([+-][a-z.]+)?")
 _PROVIDER_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 STANDS = {"stands": True}
-"""The context in which to read what stands already: it is held to no rule for new requests, and keeps what it has."""
+"""Validation context for what stands already: rules for new requests do not apply to it."""
 
 MOST = 100_000
 """A count above this is a slip of the pen, not a deployment."""
@@ -516,7 +516,7 @@ class Deployment(_Declared):
                 )
 
     def _check_floors(self) -> None:
-        """Refuses a floor for links that no set of GPUs has."""
+        """Refuses a floor on links where each set is one GPU."""
         if self.needs.gpus != 1 or self.gpus_per_replica == 1:
             return
         for field in ("min_bandwidth_gb_per_s", "within"):

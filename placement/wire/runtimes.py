@@ -56,7 +56,7 @@ name of xAI. Not ``vllm``, which LiteLLM runs in its own process."""
 
 
 class _Shared(NamedTuple):
-    """How the names go on that an API has, and those that the organisation of that name has on a hub."""
+    """How names go on after the prefix: those of the API, and those of the organisation on a hub."""
 
     api: str | None = None
     hub: str | None = None
@@ -166,7 +166,7 @@ _EITHER: dict[str, str] = {
     r"command-(r|r-plus|a)": "Cohere",
     r"grok-2": "xAI",
 }
-"""Names at an API that people, and Ollama, give to the weights as well -> whose API."""
+"""Names at an API that are used for the weights as well, by Ollama for example -> whose API."""
 
 
 @lru_cache(maxsize=1024)
@@ -237,5 +237,5 @@ _BEFORE: tuple[tuple[Runtime, str], ...] = (
 
 
 def runtime_before(model: str) -> Runtime:
-    """What a record of the ledger means that was written when records did not say their runtime."""
+    """What earlier versions, whose records do not say the runtime, took a model's name for."""
     return _beginning(_BEFORE, model.lower()) or "vllm"

@@ -83,7 +83,7 @@ def in_slots(facts: NodeFacts, shown: Sequence[GpuFacts | MigFacts | None]) -> N
 
 
 def _repeated(shown: Sequence[GpuFacts | MigFacts | None], names: Sequence[str]) -> set[int]:
-    """The slots of which another one is the same GPU or instance, by the token or by what it names."""
+    """The slots that are the same GPU or instance as another one, by the token or by what it names."""
     slots: dict[object, list[int]] = {}
     for slot, (one, name) in enumerate(zip(shown, names, strict=True)):
         if name:

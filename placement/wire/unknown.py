@@ -1,4 +1,4 @@
-"""What somebody meant who wrote a field that there is not."""
+"""What was meant by a field that does not exist."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _MEANT: Mapping[str, str] = {
 
 
 def unknown_field(name: str, here: Collection[str], elsewhere: Mapping[str, str]) -> str:
-    """The sentence about a field that there is not, without its name."""
+    """The sentence about an unknown field, without its name."""
     instead = meant(name, here, elsewhere)
     hint = f"; did you mean {instead}?" if instead else ""
     if instead == _OPTIONS:

@@ -31,7 +31,7 @@ OPENB_PODS = {"cpu_milli", "memory_mib", "num_gpu", "gpu_milli"}
 _LISTS = ("gpu_nodes", "egress_nodes", "egress_preference", "accelerators", "apart_from", "near_to")
 
 _LEAST, _MOST = 1e-6, 1e9
-"""Of a number that others are divided by: a microsecond is no stay, and two thousand years are."""
+"""Bounds of weights, loads and mean stays: others are divided by them."""
 
 _MOST_GPUS_PER_NODE = 1024
 _MOST_COUNT = 1 << 40
