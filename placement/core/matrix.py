@@ -149,8 +149,8 @@ def _read(matrix: Pasted) -> tuple[list[str], dict[str, _Row], tuple[str, ...]]:
 
 def _check_columns(columns: Sequence[str], number: int) -> None:
     gpus = [name for name in columns if _GPU.fullmatch(name)]
-    if gpus != [f"GPU{i}" for i in range(len(gpus))]:
-        named = shortened(", ".join(gpus), 200)
+    if not gpus or gpus != [f"GPU{i}" for i in range(len(gpus))]:
+        named = shortened(", ".join(gpus or filter(None, columns)), 200)
         raise MatrixError(number, f"the GPU columns are {named}, not GPU0, GPU1, ... in order")
     twice = [name for name in columns if columns.count(name) > 1]
     if twice:

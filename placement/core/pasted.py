@@ -23,7 +23,7 @@ _MARKS = re.compile(
     r"(?:\x1b|\^\[|\u241b)\[[0-9;?]*[A-Za-z]"  # a colour, or one shown as text (cat -v)
     r"|\[[0-9;]*m"  # one that lost its ESC on the way
     r"|</?(?:pre|code|span|div|p|br)\b[^<>]*>"
-    r"|[`\u200b-\u200d\u2060\ufeff]",
+    r"|\*\*|[`\u200b-\u200d\u2060\ufeff]",
     re.IGNORECASE,
 )
 _QUOTE = re.compile(r"\s*(?:> ?)+")
@@ -56,7 +56,8 @@ _NAME = re.compile(r"CPU|NUMA|Affinity|GPU|ID|(?:GPU|NIC)\d+|mlx\S+")
 
 _ERROR = re.compile(
     r"nvidia-smi has failed|no devices were found|failed to |unable to |not found|not recognized|no such file"
-    r"|couldn't communicate|permission|version mismatch|unknown error|is lost|invalid combination",
+    r"|couldn't communicate|permission|version mismatch|unknown error|is lost|invalid combination"
+    r"|connection refused|timed out",
     re.IGNORECASE,
 )
 _OTHERS = (
@@ -71,6 +72,9 @@ _OTHERS = (
     (r"<system version=", "NCCL writes as its topology, which is not read"),
     (r"^\s*Architecture:|NUMA node0 CPU", "lscpu prints, which has no matrix"),
     (r"available: \d+ nodes", "numactl prints, which has no matrix"),
+    (r"GPU0[^\n]*\\n", "a program writes for a string, with \\n for a new line; print the text itself"),
+    (r"GPU0[\"' ]*[,;]", "a spreadsheet writes; blanks or tabs stand between a matrix's cells, not commas"),
+    (r"<t[hd]\b[^<>]*>", "a page of HTML holds; copy the text that it shows"),
 )  # fmt: skip
 
 
@@ -214,12 +218,13 @@ def _refuse_wrapped(matrix: Pasted, lines: Sequence[str]) -> None:
     if matrix.header.is_table:
         return
     rows = {row.number for row in matrix.rows}
+    prefix = _form(matrix.header.text[: matrix.header.start])
     after_header, after_row = True, False
     for number, line in enumerate(lines[matrix.header.number :], matrix.header.number + 1):
         words = _words(line)
         if _LEGEND.search(line) or (rows and number > max(rows) + 1):
             return
-        if not words:
+        if not words or _form(line) == prefix:
             continue
         cells = [_CELL.fullmatch(word) is not None for word in words]
         more_names = after_header and _NAME.fullmatch(words[0]) is not None and not any(cells)
@@ -233,7 +238,7 @@ def _refuse_wrapped(matrix: Pasted, lines: Sequence[str]) -> None:
 def _refuse_others(lines: Sequence[str]) -> None:
     """Names what the text is instead of a matrix, if that can be told."""
     for number, line in enumerate(lines, 1):
-        if _GPU.search(line) is None and _ERROR.search(line):
+        if _ROW.match(line.lstrip()) is None and _ERROR.search(line):
             said = "".join(one if one.isprintable() else " " for one in line.strip(" .\t"))
             raise MatrixError(number, f"no matrix, but an error: {shortened(said, 200)}")
     for pattern, what in _OTHERS:

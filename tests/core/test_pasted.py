@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -246,6 +247,20 @@ def peers(one: str, other: str = "") -> str:
         ("Intel's", "         GPU 0/0|GPU 1/0|CPU Affinity\nGPU 0/0  S  XL8\n", 1, "what xpu-smi prints"),
         ("Huawei's", "        NPU0 NPU1\nNPU0 X HCCS\nNPU1 HCCS X\n", 1, "what npu-smi prints"),
         ("CPUs", "Architecture:  x86_64\nCPU(s): 4\n", 1, "what lscpu prints"),
+        (
+            "a lost GPU",
+            "Unable to determine the device handle for GPU0000:3B:00.0: Unknown Error\n",
+            1,
+            "an error: Unable to determine the device handle for GPU0000:3B:00.0: Unknown Error",
+        ),
+        ("no host", "ssh: connect to host node01 port 22: Connection refused\n", 1, "an error: ssh: connect to"),
+        ("a string", json.dumps({"stdout": PLAIN}), 1, r"with \n for a new line"),
+        ("Python's string", repr(PLAIN), 1, r"with \n for a new line"),
+        ("commas", ",GPU0,GPU1\nGPU0,X,NV12\nGPU1,NV12,X\n", 1, "what a spreadsheet writes"),
+        ("commas, quoted", '"","GPU0","GPU1"\n"GPU0","X","NV12"\n', 1, "what a spreadsheet writes"),
+        ("semicolons", ";GPU0;GPU1\nGPU0;X;NV12\nGPU1;NV12;X\n", 1, "what a spreadsheet writes"),
+        ("HTML", "<table><tr><td></td><td>GPU0</td></tr></table>\n", 1, "what a page of HTML holds"),
+        ("GPUs that run together", "GPU0-GPU1\nGPU0 X\n", 1, "the GPU columns are GPU0-GPU1, not GPU0"),
         ("the last row is missing", PLAIN[: PLAIN.index("GPU1\tNV12")], 2, "the rows of GPU1 are missing"),
         ("no header, a prefix", "0: GPU0\t X \tPHB\n", 1, "no header line that names GPU0"),
         ("NVLinks without end", PLAIN.replace("NV12", "NV" + "9" * 5000), 2, "999...', which is no link"),
@@ -270,3 +285,13 @@ def test_a_matrix_of_peers_beside_the_right_one_is_passed_over(code: str) -> Non
 def test_prose_around_the_matrix_is_passed_over() -> None:
     text = f"On our box GPU0 and GPU1 are slow.\n\n{PLAIN}\nGPU0 is the one that I mean; see also GPU1.\n"
     assert Link(Level.NVLINK, 12) == parse_matrix(text).link(0, 1)
+
+
+@pytest.mark.parametrize("number", ["{:6d}\t", "{:4d} ", "{}: "])
+def test_numbers_of_lines_are_no_wrapped_cells(number: str) -> None:
+    assert MACHINE == parse_matrix(prefixed(lambda i: number.format(i + 1)))
+
+
+def test_names_in_bold_are_read() -> None:
+    table = "| | **GPU0** | **GPU1** |\n|---|---|---|\n| **GPU0** | X | NV12 |\n| **GPU1** | NV12 | X |\n"
+    assert Link(Level.NVLINK, 12) == parse_matrix(table).link(0, 1)
