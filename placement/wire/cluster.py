@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from placement.core.matrix import parse_matrix, render_matrix
 from placement.core.pasted import shortened
@@ -129,6 +129,12 @@ class ClusterNode(Model):
     serving: tuple[tuple[str, str], ...] = Field(default=(), description="(provider, key fingerprint)")
     problem: str | None = None
 
+    @field_validator("id", "name", "address", "problem")
+    @classmethod
+    def _is_printable(cls, value: str | None) -> str | None:
+        """It is shown on terminals, and may come from anywhere."""
+        return value if value is None else printable(value)
+
 
 class ClusterFile(Model):
     """Everything that planning looks at. Holds no secret: of an API key only a fingerprint."""
@@ -231,6 +237,12 @@ class ClusterFile(Model):
                         problem = (
                             f"gpus names GPU {gpu}, of which others hold too much already; keep one of them"
                         )
+                    rest = nodes[replica.node].rests.get(gpu, 0) if replica.node in nodes else 0
+                    if in_use[replica.node, gpu] + rest > WHOLE and problem is None:
+                        problem = (
+                            f"gpus names GPU {gpu}, of which rests leaves {rest} on node "
+                            f"{shortened(nodes[replica.node].name)!r}; it can be held or free"
+                        )
                 if problem is not None:
                     raise InvalidClusterFile(
                         f"deployment {name!r}: replica {shortened(str(replica.replica_index))}: {problem}"
@@ -269,6 +281,8 @@ def _contradiction(one: ClusterNode, count: int) -> str | None:
         both = sorted(set(one.free) & set(clashing))
         if both:
             return f"GPU {both[0]} is in free and in {field}; keep one of them"
+    if one.problem is not None and not one.problem.strip():
+        return "problem is empty; say what is wrong with the node, or leave it out"
     for slot, profile in one.instances.items():
         if one.slots.get(slot) != profile:
             here, there = (shortened(text) for text in (profile, one.slots.get(slot, "nothing")))
@@ -308,6 +322,8 @@ def _false_holding(replica: HeldReplica, node: Node | None) -> str | None:
         return f"ranks is {shortened(str(list(replica.ranks)))}; give each of its {each} its own"
     if replica.share < WHOLE and len(replica.gpus) != 1:
         return f"share is {replica.share}, so that gpus must name one GPU, not {len(replica.gpus)}"
+    if bool(replica.gpus) == (replica.egress_resource is not None):
+        return "must hold either gpus or an egress_resource; name one of them"
     if node is None:
         return None
     name = shortened(node.name)

@@ -116,12 +116,17 @@ def both_hold(*held: dict[str, Any]) -> dict[str, Any]:
         (lying(held={"gpus": [0], "share": 0}), "deployment 'd': replica 0: share is 0; use 1 to 1000"),
         (lying(held={"gpus": [0], "cpu_milli": -5}), "deployment 'd': replica 0: cpu_milli is -5; use 0 to"),
         (lying(held={"replica_index": -1}), "deployment 'd': replica -1: replica_index is -1; use 0 to"),
-        ({**lying(held={}), "deployments": lying(held={})["deployments"] * 2}, "deployment 'd' is there twice"),
+        ({**lying(), "deployments": lying(held={"gpus": [0]})["deployments"] * 2}, "deployment 'd' is there twice"),
         (lying() | {"machines": {"m": {"matrix": TWO.replace("NV2", "NV" + "9" * 99)}}}, "which is no link"),
         (lying(**{"x\ny": 1}), "nodes.0.x?y: Extra inputs"),
         (lying(free=[float("nan")]), "nodes.0.free.0: "),
         (both_hold({"gpus": [0]}, {"gpus": [1, 0]}), "deployment 'e': replica 0: gpus names GPU 0, of which others"),
         (both_hold({"gpus": [0], "share": 600}, {"gpus": [0], "share": 401}), "of which others hold too much already"),
+        (lying(held={"gpus": [0]}, rests={"0": 500}), "gpus names GPU 0, of which rests leaves 500 on node 'a'"),
+        (lying(held={"gpus": [0], "share": 600}, rests={"0": 401}), "of which rests leaves 401 on node 'a'"),
+        (lying(held={}), "deployment 'd': replica 0: must hold either gpus or an egress_resource"),
+        (lying(held={"gpus": [0], "egress_resource": "egress"}), "must hold either gpus or an egress_resource"),
+        (lying(problem=""), "node 'a': problem is empty; say what is wrong with the node, or leave it out"),
         (lying() | {"deployments": [{"deployment": {"name": "d", "model": "m", "runtime_config": 1}, "replicas": []}]},
          "deployments.0.deployment.runtime_config: "),
         ({"version": 2}, "version: Input should be 1"),
@@ -184,6 +189,14 @@ def test_amounts_beyond_all_bounds_are_refused_in_what_stands(fields: dict[str, 
 def test_shares_of_one_gpu_may_stand_beside_each_other() -> None:
     file = both_hold({"gpus": [0], "share": 600}, {"gpus": [0], "share": 400})
     assert len(ClusterFile.model_validate(file).snapshot().nodes) == 1
+    shared = lying(held={"gpus": [0], "share": 600}, rests={"0": 400})
+    assert len(ClusterFile.model_validate(shared).snapshot().nodes) == 1
+
+
+def test_what_a_file_says_of_a_node_can_be_shown_on_a_terminal() -> None:
+    odd = "a\x1b[2J\nb"
+    [node] = ClusterFile.model_validate(lying(name=odd, problem=odd)).snapshot().nodes
+    assert ("a?[2J?b", "a?[2J?b") == (node.name, node.problem)
 
 
 @pytest.mark.parametrize(
