@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -15,6 +16,9 @@ MOST_VALUES = 1_000_000
 """An alias counts as much as what it stands for: nine lines of ten aliases each are a thousand million values."""
 
 _MERGE = "tag:yaml.org,2002:merge"
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_OTHER_BASE = re.compile(r"[-+]?0[0-9_]+|.*:.*")
+"""010 is 8, and 1:30 is 90."""
 
 
 class BoundedLoader(yaml.SafeLoader):
@@ -62,7 +66,12 @@ class BoundedLoader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: Node, deep: bool = False) -> Any:
-        """Names the place of a value that does not fit its tag."""
+        """Says where a value is that is not what its tag says, or that YAML 1.1 reads as nobody means it."""
+        if isinstance(node, ScalarNode) and node.tag in _NUMBERS and _OTHER_BASE.fullmatch(node.value):
+            raise ConstructorError(
+                None, None, f"{node.value[:40]!r} is a number to the base 8 or 60; quote it, or write it plainly",
+                node.start_mark,
+            )  # fmt: skip
         try:
             return super().construct_object(node, deep)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):

@@ -131,3 +131,13 @@ def test_a_mix_in_utf_16_and_upper_case(tmp_path: Path) -> None:
     path = tmp_path / "MIX.TOML"
     path.write_bytes("[[mix]]\ngpus = 4\n".encode("utf-16"))
     assert ({"gpus": 4},) == load_model(MixFile, path).mix
+
+
+@pytest.mark.parametrize("value", ["010", "1:30", "-012", "12:30:45", "1:30.5"])
+def test_a_number_that_yaml_takes_for_another_is_refused(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text(f"deployments:\n- {{name: a, model: m, gpus: {value}}}\n")
+    with pytest.raises(InvalidDeployment, match="is a number to the base 8 or 60; quote it"):
+        load_deployments(path)
+    path.write_text(f"deployments:\n- {{name: a, model: '{value}'}}\n")
+    assert value == load_deployments(path)[0].model
