@@ -20,7 +20,7 @@ from placement.core.score import WHOLE, Needs
 from placement.core.simulation import Arrival, gpus_asked
 from placement.core.snapshot import Node, Policy, Snapshot
 from placement.core.topology import Topology
-from placement.errors import InvalidDeployment
+from placement.errors import InvalidDeployment, counted
 from placement.wire.base import Model
 from placement.wire.deployment import Deployment, PlacementConstraints
 from placement.wire.files import check_depth, load_model, parse_model
@@ -200,6 +200,8 @@ def _number(text: str) -> float | None:
 
 
 def _comma(text: str) -> str:
+    if re.fullmatch(r"[+-]?[1-9]\d{0,2}(,\d{3})+", text):
+        return "; write it without commas, or a point if one is meant"
     return "; write a point for the comma" if re.fullmatch(r"[+-]?\d*,\d+", text) else ""
 
 
@@ -312,7 +314,9 @@ def _row(columns: list[str], cells: list[str], number: int, source: str) -> Row:
     if any(cells[len(columns) :]):
         raise InvalidDeployment(
             where,
-            (f"has {len(cells)} cells for {len(columns)} columns; put quotes around a cell with a comma",),
+            (
+                f"has {len(cells)} cells for {counted(len(columns), 'column')}; put quotes around a cell with a comma",
+            ),
         )
     whole = cells + [""] * (len(columns) - len(cells))
     # pandas numbers the rows in a first column without a name.
