@@ -61,6 +61,9 @@ def parse_deployments(text: str, suffix: str, source: str) -> list[Deployment]:
         if key != "deployments"
     ]
     entries = content.get("deployments")
+    if isinstance(entries, Mapping) and entries:
+        problems.append(f"deployments is a table; write {example} and a list of them, each with its name")
+        raise InvalidDeployment(source, tuple(problems))
     if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
         problems.append(f"has no deployments; add at least one under {example}")
         raise InvalidDeployment(source, tuple(problems))

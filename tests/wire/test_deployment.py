@@ -196,6 +196,8 @@ def test_toml_and_yaml_say_the_same() -> None:
         ("", ".toml", "is empty; add at least one deployment under [[deployments]]"),
         ("# nothing\n", ".yaml", "is empty; add at least one deployment under deployments:"),
         ("deployments = []", ".toml", "has no deployments"),
+        ("[deployments]\nname = 'a'", ".toml", "deployments is a table; write [[deployments]]"),
+        ("deployments: {a: {model: m}}", ".yaml", "deployments is a table; write deployments: and a list"),
         ("deployment: []", ".yaml", "unknown field 'deployment' at the top"),
         ("[1, 2]", ".yaml", "is not a mapping"),
         ("a = ", ".toml", "is not valid TOML"),
@@ -317,3 +319,14 @@ def test_one_that_was_made_past_its_validators_is_read_anew() -> None:
     ):
         with pytest.raises(InvalidDeployment, match="^f: "):
             parse_model(Deployment, good.model_copy(update=change), "f")
+
+
+@pytest.mark.parametrize(
+    "key", ["Authorization", "x-api-key", "passwd", "private_key", "private-key", "hf-token", "apiKey"]
+)
+def test_options_hold_no_secret_however_it_is_called_and_what_stands_stays_readable(key: str) -> None:
+    fields = {"name": "a", "model": "gpt-4o", "runtime_config": {"options": {"headers": {key: "sk-1"}}}}
+    with pytest.raises(ValidationError, match="looks like a secret") as caught:
+        Deployment.model_validate(fields)
+    assert "sk-1" not in str(caught.value)
+    assert "a" == Deployment.recorded(fields).name
