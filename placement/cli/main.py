@@ -75,6 +75,20 @@ class Commands(click.Group):
 
     command_class = Command
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs; a full disk, or a closed stream, is no fault of the program."""
+        streams.open_closed()
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:
+            if not streams.is_full(error):
+                raise
+            streams.give_up()
+            what = f"cannot write the output: {error.strerror}; make room, or write it elsewhere"
+            told = {"code": "output", "type": type(error).__name__, "message": what}
+            _tell_error("--json" in (kwargs.get("args") or sys.argv), told)
+            sys.exit(REFUSED)
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Notes whether JSON is asked for, since a command that fails to parse cannot say so."""
         ctx.meta[_AS_JSON] = "--json" in args
@@ -104,8 +118,8 @@ class Commands(click.Group):
             _tell_error(as_json, told, error, prefix="")
             ctx.exit(128 + ctx.meta.get(_SIGNAL, signal.SIGINT))
         except Exception as error:
-            closed = isinstance(error, OSError) and error.errno == errno.EPIPE
-            if not as_json or closed or isinstance(error, click.exceptions.Exit):
+            of_output = isinstance(error, OSError) and (error.errno == errno.EPIPE or streams.is_full(error))
+            if not as_json or of_output or isinstance(error, click.exceptions.Exit):
                 raise
             told = {"code": "unexpected", "type": type(error).__name__, "message": str(error)}
             _tell_error(as_json, {**told, "traceback": traceback.format_exc()}, error)

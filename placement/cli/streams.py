@@ -6,13 +6,36 @@ Ray prints on the driver's stdout what it hears of raylets (``(raylet) Raylet is
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 _kept: TextIO | None = None
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+
+
+def open_closed() -> None:
+    """Has a stream that was closed (``>&-``) read or write nothing; what is opened next would take its place."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+
+
+def is_full(error: OSError) -> bool:
+    """Whether standard output could not take what was printed, and not a file of that name."""
+    return error.errno in _FULL and error.filename is None
+
+
+def give_up() -> None:
+    """Has what is still to be printed go nowhere, so that nothing fails again at the end."""
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def out() -> TextIO:
