@@ -600,7 +600,7 @@ def _spread_stage(request: Request, full: Collection[str]) -> tuple[str, Objecti
 
 
 def _spread_miss(request: Request) -> str:
-    return f"every {request.spread_label} with room has {request.max_per_domain} replicas already"
+    return f"every {request.spread_label} with room has {counted(request.max_per_domain, 'replica')} already"
 
 
 def _any_of(*options: str) -> str:

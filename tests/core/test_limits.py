@@ -139,3 +139,5 @@ def test_a_domain_is_full_by_the_replicas_that_stand_on_all_its_nodes() -> None:
     refused = plan(cluster, replace(spread, replicas=(3, 4)))
     assert "replica 4 finds no node: every zone with room has 2 replicas already" in str(refused)
     assert getattr(refused, "excluded", None) == {"its zone has 2 of its replicas already": 3}
+    one_each = plan(cluster, replace(spread, max_per_domain=1))
+    assert "every zone with room has 1 replica already" in str(one_each)

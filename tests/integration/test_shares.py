@@ -127,7 +127,7 @@ def test_a_spread_over_three_zones_with_a_maximum_of_one(service: Any) -> None:
     limits = {"spread": {"label": "zone", "max": 1}}
     replicas = place(service, "apart", limits, gpus=2, replicas=3)
     assert sorted(a.node_name for a in replicas) == ["l40s", "pcie", "t4"]
-    with pytest.raises(placement.Unplaceable, match="every zone with room has 1 replicas already"):
+    with pytest.raises(placement.Unplaceable, match="every zone with room has 1 replica already"):
         ray.get(service.place.remote({"name": "too-many", "model": "m", "gpus": 1, "replicas": 4}, limits))
 
 
