@@ -136,7 +136,7 @@ _NAMES: tuple[tuple[Runtime, str], ...] = (
     # AI21.
     ("litellm", r"jamba-(large|mini|1\.5-large|1\.5-mini|instruct)(-[\d.]+)?(@\d+)?|j2-(light|mid|ultra)"),
     # DeepSeek, Moonshot, ByteDance, Tencent, Alibaba.
-    ("litellm", r"deepseek-(chat|reasoner)|kimi-latest|moonshot-v\d-.*|doubao-.*"),
+    ("litellm", r"deepseek-(chat|reasoner)|kimi-(latest|.*-preview)|moonshot-v\d-.*|doubao-.*"),
     ("litellm", r"hunyuan-(turbos?|t1|lite|standard)(-.*)?"),
     ("litellm", r"qwen[\d.]*-((vl|coder|omni)-)?(max|plus|turbo)(-.*)?|qwq-plus.*|text-embedding-v\d"),
     # xAI, whose weights are called grok-1 and grok-2; Perplexity; Voyage.

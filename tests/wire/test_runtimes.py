@@ -51,6 +51,7 @@ LITELLM = """
     magistral-medium-2506 devstral-medium-2507 pixtral-large-latest Mistral-Large-Latest ft:open-mistral-7b:x
     command-r-08-2024 command-a-03-2025 embed-english-v3.0 rerank-v3.5 deepseek-chat deepseek-reasoner grok-4
     grok-3-mini grok-2-1212 sonar sonar-pro voyage-3-large jamba-large-1.7 qwen-max qwen-plus-latest moonshot-v1-8k
+    kimi-latest kimi-k2-0905-preview kimi-k2-turbo-preview
     text-bison@002
 """
 LOCAL = """
