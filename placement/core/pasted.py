@@ -98,6 +98,11 @@ class Line:
         return self.text[self.start :]
 
     @property
+    def prefix(self) -> str:
+        """What stands before that."""
+        return self.text[: self.start]
+
+    @property
     def is_table(self) -> bool:
         """Whether it is a row of a Markdown table. One bar or two are a quote mark, or a frame around all."""
         return self.body.lstrip().startswith("|") and self.body.count("|") > 2
@@ -119,10 +124,9 @@ def find_matrix(text: str) -> Pasted:
     """
     lines = _cleaned(text)
     headers = list(_headers(lines))
-    ends = [*(header.number - 1 for header in headers[1:]), len(lines)]
     found = [
-        Pasted(header, _rows(header, lines[header.number : end]))
-        for header, end in zip(headers, ends, strict=False)
+        Pasted(header, _rows(header, lines[header.number : _end(header, headers[i:], len(lines))]))
+        for i, header in enumerate(headers, 1)
     ]
     matrices = [one for one in found if any(SELF in _words(row.body) for row in one.rows)]
     of_peers = [one for one in matrices if any(_P2P & {*_words(row.body)} for row in one.rows)]
@@ -191,10 +195,16 @@ def _headers(lines: Sequence[str]) -> Iterator[Line]:
         yield other
 
 
+def _end(header: Line, later: Sequence[Line], last: int) -> int:
+    """Where the rows below a header end: with the next header of the same machine. Two may print at the same time."""
+    prefix = _form(header.prefix)
+    return next((one.number - 1 for one in later if header.is_table or _form(one.prefix) == prefix), last)
+
+
 def _rows(header: Line, below: Sequence[str]) -> tuple[Line, ...]:
     """The rows of GPUs down to the legend."""
     found = []
-    prefix = _form(header.text[: header.start])
+    prefix = _form(header.prefix)
     for number, line in enumerate(below, header.number + 1):
         if _LEGEND.search(line):
             break
@@ -218,7 +228,7 @@ def _refuse_wrapped(matrix: Pasted, lines: Sequence[str]) -> None:
     if matrix.header.is_table:
         return
     rows = {row.number for row in matrix.rows}
-    prefix = _form(matrix.header.text[: matrix.header.start])
+    prefix = _form(matrix.header.prefix)
     after_header, after_row = True, False
     for number, line in enumerate(lines[matrix.header.number :], matrix.header.number + 1):
         words = _words(line)

@@ -43,6 +43,11 @@ def prefixed(prefix: str | Callable[[int], str], text: str = PLAIN) -> str:
     )
 
 
+def mixed(one: str, other: str) -> str:
+    """What two machines print at the same time."""
+    return "".join(f"{one}{line}\n{other}{line}\n" for line in PLAIN.splitlines())
+
+
 @pytest.mark.parametrize(
     ("case", "text"),
     [
@@ -225,6 +230,8 @@ def peers(one: str, other: str = "") -> str:
         ),
         ("twice", PLAIN + PLAIN, 15, "a second matrix begins here, the first in line 1"),
         ("of two tasks", prefixed("0: ") + "\n" + prefixed("1: "), 16, "a second matrix begins here"),
+        ("of two hosts, mixed", mixed("alpha: ", "beta: "), 2, "a second matrix begins here, the first in line 1"),
+        ("of two services, mixed", mixed("a-1  | ", "bc-1 | "), 2, "a second matrix begins here"),
         ("of two tasks, mixed", "0: GPU0\n1: GPU0\n0: GPU0 X\n1: GPU0 X\n", 4, "row GPU0 is there already, in line 3"),
         *((f"peers {code}", peers(code), 1, "topo -p2p") for code in ("OK", "CNS", "GNS", "TNS", "NS", "U")),
         ("peers that differ", peers("OK", "CNS"), 1, "topo -p2p"),
