@@ -185,7 +185,11 @@ def _traced(row: Row, path: Path) -> tuple[Deployment, float, float | None]:
 
 def _seconds(text: str, field: str, where: str) -> float:
     seconds = _number(text)
-    if seconds is None or not 0 <= seconds <= _MOST_COUNT:
+    if seconds is not None and seconds > _MOST_COUNT:
+        raise InvalidDeployment(
+            where, (f"{field}: {_shown(text)} is too large; give seconds, at most {_MOST_COUNT}",)
+        )
+    if seconds is None or seconds < 0:
         raise InvalidDeployment(where, (f"{field}: {_shown(text)} is not a number of seconds{_comma(text)}",))
     return seconds
 

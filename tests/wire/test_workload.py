@@ -213,6 +213,7 @@ HEAD = "arrive_seconds,depart_seconds,name,gpus\n"
         (HEAD + "1_0,,a,1\n", "row 2: arrive_seconds: '1_0' is not a number of seconds"),
         (HEAD + "9" * 5000 + ",,a,1\n", "row 2: arrive_seconds: '9999"),
         (HEAD.replace(",", ";") + "0,5;1;a;1\n", "arrive_seconds: '0,5' is not a number of seconds; write a point"),
+        (HEAD + "1700000000000,,a,1\n", "'1700000000000' is too large; give seconds, at most 1099511627776"),
         (HEAD + '"1,000",,a,1\n', "'1,000' is not a number of seconds; write it without commas, or a point"),
         (HEAD + '0,"1,500,000",a,1\n', "'1,500,000' is not a number of seconds; write it without commas"),
         ("# made by hand\n" + HEAD + "0,1,a,1\n", "row 2: has 4 cells for 1 column;"),
