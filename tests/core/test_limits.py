@@ -13,7 +13,7 @@ from placement.core.request import Request
 from placement.core.score import GIB, Needs
 from placement.core.snapshot import Node, Snapshot
 from placement.core.topology import Topology
-from placement.errors import NoGpuNodes
+from placement.errors import NoGpuNodes, NotEnoughGpus, Unplaceable
 
 CLUSTER = Snapshot(
     Node(
@@ -141,3 +141,31 @@ def test_a_domain_is_full_by_the_replicas_that_stand_on_all_its_nodes() -> None:
     assert getattr(refused, "excluded", None) == {"its zone has 2 of its replicas already": 3}
     one_each = plan(cluster, replace(spread, max_per_domain=1))
     assert "every zone with room has 1 replica already" in str(one_each)
+
+
+@pytest.mark.parametrize(
+    ("others", "advice"),
+    [
+        ([], "raise constraints.spread.max, or add a node with another zone"),
+        # the other zone has GPUs, which somebody holds
+        ([0], "raise constraints.spread.max, release something, or add a node with another zone"),
+    ],
+)
+def test_where_replicas_spread_as_far_as_they_may_the_limit_and_more_zones_help(
+    others: list[int], advice: str
+) -> None:
+    shape = Topology.unknown(2)
+    nodes = [Node("a", "a", topology=shape, free=frozenset({0, 1}), labels={"zone": "1"})]
+    nodes += [Node(f"b{i}", f"b{i}", topology=shape, labels={"zone": "2"}) for i in others]
+    request = Request("d", (0, 1), Needs(1), spread_label="zone", max_per_domain=1)
+    refused = plan(Snapshot(nodes), request)
+    assert type(refused) is Unplaceable
+    assert refused.advice == advice
+
+
+def test_where_a_share_is_more_memory_than_any_gpu_has_a_smaller_one_helps() -> None:
+    small = Node("a", "a", topology=Topology.unknown(2), free=frozenset({0, 1}), gpu_memory_bytes=24 * GIB)
+    refused = plan(Snapshot([small]), Request("d", (0,), Needs(1, memory_bytes=30 * GIB)))
+    assert isinstance(refused, NotEnoughGpus)
+    assert refused.summary == "30 GiB of a GPU per replica, but the largest GPU has 24 GiB"
+    assert refused.advice == "ask for less gpu_memory_gib, or add a larger GPU"

@@ -50,7 +50,8 @@ def test_remote_replicas_spread_over_a_label() -> None:
 
 def test_a_refusal_counts_what_excluded_egress_nodes() -> None:
     refused = plan(CLUSTER, remote(5, spread_label="zone", max_per_domain=2))
-    assert isinstance(refused, Unplaceable)
+    assert type(refused) is Unplaceable  # there are egress nodes, and capacity
+    assert refused.summary == "replica 4 finds no node: every zone with room has 2 replicas already"
     assert refused.excluded == {"has no label zone": 1, "its zone has 2 of its replicas already": 3}
     assert refused.advice == "raise constraints.spread.max, or add an egress node with another zone"
     nowhere = plan(CLUSTER, remote(1, labels={"zone": "7"}))

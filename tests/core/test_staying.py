@@ -56,6 +56,8 @@ def stays(
         ("nobody knows how fast it is", "u", 4, {"min_bandwidth_gb_per_s": 100.0}, True),
         ("within nvlink", "h", 4, {"within": Within.NVLINK}, True),
         ("not within nvlink", "p", 4, {"within": Within.NVLINK}, False),
+        ("within a NUMA node", "h", 4, {"within": Within.NUMA}, True),
+        ("over two NUMA nodes", "p", 4, {"within": Within.NUMA}, False),
         ("nobody knows within what", "u", 4, {"within": Within.NVLINK}, True),
         ("a capability that it has", "h", 4, {"compute_capability": (9, 0)}, True),
         ("a capability that it lacks", "h", 4, {"compute_capability": (10, 0)}, False),
@@ -176,3 +178,10 @@ def test_a_replica_that_has_a_part_without_gpus_holds_no_share() -> None:
     """As a file may say."""
     parts = (*on("h"), *on("p", 0, share=500))
     assert not stays(parts, request(1, share=250), request(1, share=500))
+
+
+def test_gpus_whose_numa_node_nobody_knows_stay_where_they_are() -> None:
+    shape = topologies.load("a100-pcie-4x")
+    blind = Node("b", "b", topology=replace(shape, numa=((),) * len(shape)))
+    within = replace(request(), needs=Needs(4, within=Within.NUMA))
+    assert stays(on("b", 0, 1, 2, 3), request(), within, Snapshot((blind,)))
