@@ -250,7 +250,8 @@ def _place_remote(snapshot: Snapshot, request: Request) -> tuple[Request, Placed
         node = candidates[bit]
         preference = next((i for i, name in enumerate(preferred) if node.named(name)), len(preferred))
         left = sum(node.egress_for(provider).values())
-        return (crowd.on(bit), preference, identity not in node.serving, -left, bit)
+        serves = bit in changed or identity in node.serving
+        return (crowd.on(bit), preference, not serves, -left, bit)
 
     planned: list[PlannedReplica] = []
     changed: dict[Bits, Node] = {}

@@ -67,3 +67,12 @@ def test_a_remote_replica_moves_just_where_its_node_lacks_a_label_that_is_asked_
     }
     assert staying(CLUSTER, stands, remote(2), remote(2, labels={"zone": "1"})) == [0]
     assert staying(CLUSTER, stands, remote(2), remote(2, accelerators=("H100",))) == [0, 1]
+
+
+def test_a_replica_of_the_same_request_serves_its_key_too() -> None:
+    """One stands on a, the next goes to b; then both serve the key, and b has more capacity left."""
+    key = {("openai", "k"): 1}
+    nodes = [Node("a", "a", egress={"egress": 16}, serving=key), Node("b", "b", egress={"egress": 64})]
+    planned = plan(Snapshot(nodes), remote(2, standing={"a": 1}))
+    assert isinstance(planned, Plan)
+    assert [replica.node_id for replica in planned.replicas] == ["b", "b"]

@@ -128,10 +128,10 @@ def check_best_set(oracle: Oracle, state: State, on_node: Counter[str], pieces: 
         return sum(rest == WHOLE for rest in rests.values())
 
     def leaves(i: int, gpus: tuple[int, ...]) -> tuple[bool, int]:
-        """Whether it is on a GPU that is shared already, and how much is left there."""
+        """Whether it is on a whole GPU (the one that others miss least is taken), else how much is left there."""
         share = oracle.share(nodes[i]) or 0
         rest = dict(state.left[i].rests)[gpus[0]]
-        return (rest == WHOLE, rest - share) if share < WHOLE else (True, 0)
+        return (True, 0) if rest == WHOLE else (False, rest - share)
 
     shared = not request.needs.whole and not request.needs.profile
     counted = not request.needs.free_memory_bytes and not request.needs.profile
