@@ -256,11 +256,11 @@ def _place_remote(snapshot: Snapshot, request: Request) -> tuple[Request, Placed
     planned: list[PlannedReplica] = []
     changed: dict[Bits, Node] = {}
     for index in request.replicas:
-        roomy = [bit for bit, node in candidates.items() if node.egress_resource(provider, request.egress)]
-        open_to = next((bits for bits in crowd.open() if any(bits & bit for bit in roomy)), 0)
+        fitting = [bit for bit, node in candidates.items() if node.egress_resource(provider, request.egress)]
+        open_to = next((bits for bits in crowd.open() if any(bits & bit for bit in fitting)), 0)
         if not open_to:
             break
-        bit = min((bit for bit in roomy if bit & open_to), key=rank)
+        bit = min((bit for bit in fitting if bit & open_to), key=rank)
         node = candidates[bit]
         resource = node.egress_resource(provider, request.egress) or ""
         planned.append(PlannedReplica(index, node.id, egress_resource=resource, egress_units=request.egress))

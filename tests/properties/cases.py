@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 
 from placement import topologies
 from placement.core.request import Request
-from placement.core.score import GIB, Needs, Within
+from placement.core.score import GIB, WHOLE, Needs, Within
 from placement.core.snapshot import GPU_DOMAIN_LABEL, Node, Policy, Snapshot
 from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
+from placement.wire.cluster import HeldDeployment, HeldReplica
+from placement.wire.deployment import Deployment
+from placement.wire.plans import PlacementPlan
 
 EXAMPLES = int(os.environ.get("ORACLE_EXAMPLES", "0"))
 
@@ -260,3 +263,24 @@ def offered(snapshot: Snapshot) -> object:
         [copy.copy(getattr(node, field)) for field in Node.__dataclass_fields__] for node in snapshot.nodes
     ]
     return nodes, dict(snapshot.mix.kinds)
+
+
+def held_as(deployment: Deployment, planned: PlacementPlan) -> HeldDeployment:
+    """What stands once a plan has been carried out."""
+    replicas = tuple(
+        HeldReplica(
+            replica_index=one.replica_index,
+            node=one.node,
+            gpus=tuple(one.gpus),
+            ranks=tuple(one.ranks),
+            share=round(one.share * WHOLE),
+            profile=one.mig,
+            cpu_milli=deployment.cpu_milli_per_gpu * len(one.gpus),
+            memory_bytes=deployment.memory_bytes_per_gpu * len(one.gpus),
+            egress_resource=one.egress_resource,
+            egress_units=one.egress_units,
+            set_size=one.set_size,
+        )
+        for one in planned.assignments
+    )
+    return HeldDeployment(deployment=deployment, replicas=replicas)

@@ -36,6 +36,7 @@ from tests.properties.cases import (
     cluster,
     examples,
     gpu_request,
+    held_as,
     offered,
     remote_request,
 )  # fmt: skip
@@ -248,27 +249,6 @@ def declaration(chance: Random, name: str, snapshot: Snapshot) -> Deployment:
     if limits:
         fields["constraints"] = limits
     return Deployment.model_validate(fields)
-
-
-def held_as(deployment: Deployment, planned: PlacementPlan) -> HeldDeployment:
-    """What stands once a plan has been carried out."""
-    replicas = tuple(
-        HeldReplica(
-            replica_index=one.replica_index,
-            node=one.node,
-            gpus=tuple(one.gpus),
-            ranks=tuple(one.ranks),
-            share=round(one.share * WHOLE),
-            profile=one.mig,
-            cpu_milli=deployment.cpu_milli_per_gpu * len(one.gpus),
-            memory_bytes=deployment.memory_bytes_per_gpu * len(one.gpus),
-            egress_resource=one.egress_resource,
-            egress_units=one.egress_units,
-            set_size=one.set_size,
-        )
-        for one in planned.assignments
-    )
-    return HeldDeployment(deployment=deployment, replicas=replicas)
 
 
 class Model:

@@ -15,9 +15,10 @@ from placement.core.score import WHOLE
 from placement.core.snapshot import Node, Snapshot
 from placement.core.topology import Topology
 from placement.errors import Unplaceable
-from placement.wire.cluster import ClusterFile, HeldDeployment, HeldReplica
+from placement.wire.cluster import ClusterFile, HeldDeployment
 from placement.wire.deployment import Deployment
 from placement.wire.plans import PlacementPlan, plan_deployments, plan_in_order
+from tests.properties.cases import held_as
 
 CPUS, UNITS = 6000, 8
 MACHINES = (topologies.load("a100-pcie-4x"), Topology.unknown(4), topologies.load("l40s-4x"))
@@ -66,24 +67,7 @@ class World:
     def apply(self, wanted: Deployment) -> PlacementPlan:
         """Carries out what is planned for one."""
         [plan] = plan_deployments(self.snapshot(), self.held, [wanted])
-        cpus = wanted.cpu_milli_per_gpu
-        self.held[wanted.name] = HeldDeployment(
-            deployment=wanted,
-            replicas=tuple(
-                HeldReplica(
-                    replica_index=a.replica_index,
-                    node=a.node,
-                    gpus=tuple(a.gpus),
-                    ranks=tuple(a.ranks),
-                    share=round(a.share * WHOLE),
-                    cpu_milli=cpus * len(a.gpus),
-                    egress_resource=a.egress_resource,
-                    egress_units=a.egress_units,
-                    set_size=a.set_size,
-                )
-                for a in plan.assignments
-            ),
-        )
+        self.held[wanted.name] = held_as(wanted, plan)
         return plan
 
 
