@@ -390,6 +390,62 @@ class ServiceDiffers(PlacementError):
         )
 
 
+class Busy(PlacementError):
+    """The service has as much to do at once as it takes on; nothing was begun.
+
+    Args:
+        what: ``"calls that change deployments"`` and the like.
+        limit: how many of them it takes on at once.
+    """
+
+    code = "busy"
+
+    def __init__(self, what: str, limit: int) -> None:
+        super().__init__(what, limit)
+        self.what, self.limit = what, limit
+
+    def __str__(self) -> str:
+        return f"the placement service is busy with {self.limit} {self.what}; ask again in a moment"
+
+
+class PartlyApplied(PlacementError):
+    """Some deployments of several could not be applied; the others were.
+
+    Args:
+        failures: deployment -> what became of it, the error as :meth:`PlacementError.to_dict` has it.
+        applied: the names of the others.
+    """
+
+    code = "partly_applied"
+
+    def __init__(self, failures: Mapping[str, Mapping[str, Any]], applied: tuple[str, ...]) -> None:
+        super().__init__(dict(failures), tuple(applied))
+        self.failures, self.applied = dict(failures), tuple(applied)
+
+    def __str__(self) -> str:
+        whys = "\n".join(f"  {name}: {failure['message']}" for name, failure in self.failures.items())
+        done = f"; applied: {', '.join(self.applied)}" if self.applied else "; none was"
+        return f"{counted(len(self.failures), 'deployment')} could not be applied{done}\n{whys}"
+
+
+class LeaseExpired(PlacementError):
+    """GPUs were prepared for a caller's own placement group, which did not come in time. Nothing is held.
+
+    Args:
+        deployment: its name.
+        problem: what went wrong.
+    """
+
+    code = "lease_expired"
+
+    def __init__(self, deployment: str, problem: str) -> None:
+        super().__init__(deployment, problem)
+        self.deployment, self.problem = deployment, problem
+
+    def __str__(self) -> str:
+        return f"cannot place {self.deployment!r} for its caller: {self.problem}; ask again"
+
+
 def counted(count: int, noun: str) -> str:
     """``1 node``, ``2 nodes``."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

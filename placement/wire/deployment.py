@@ -439,6 +439,18 @@ class Deployment(_Declared):
     budget: Budget | None = None
     idempotent: bool = Field(default=False, description="requests may be sent twice")
     constraints: PlacementConstraints | None = None
+    gang: bool = Field(default=False, description="replicas get their places all at once, or wait all")
+    deadline_seconds: Amount | None = Field(
+        default=None,
+        description="how long replicas may wait for room; those that still wait then are given up",
+    )
+    owner: Literal["detached", "caller", "job"] = Field(
+        default="detached",
+        description="whose end ends it: nobody's, that of the process that asks, or that of its Ray job",
+    )
+    ttl_seconds: Amount | None = Field(
+        default=None, description="how long it stands unless it is renewed; without limit if left out"
+    )
 
     @classmethod
     def recorded(cls, declared: Mapping[str, Any], runtime: Runtime | None = None) -> Deployment:
