@@ -23,7 +23,7 @@ from placement.errors import ServiceNotRunning
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.groups import my_gpu_ids
 from placement.runtime.node_agent import NAMESPACE, NodePlacementActor, agent_name
-from placement.runtime.service import IDLE_SECONDS
+from placement.runtime.controller import IDLE_SECONDS
 from placement.runtime.service import DeploymentPlacementActor as Service
 
 NAME = "placement"
@@ -31,6 +31,8 @@ START_DEADLINE_SECONDS = 120.0
 JOB_DEADLINE_SECONDS = START_DEADLINE_SECONDS + 60.0
 """The same, and time for the starting process to connect."""
 RESTART_SECONDS = 1.0
+MOST_CALLS = 10_000
+"""How many calls may be under way at once; all but a few of them wait, which costs next to nothing."""
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ class DeploymentPlacementActor(Service):
             os._exit(1)
 
 
-_Service = ray.remote(num_cpus=0, concurrency_groups={"read": 16, "watch": 64})(DeploymentPlacementActor)
+_Service = ray.remote(num_cpus=0)(DeploymentPlacementActor)
 
 
 def make_agent(info: NodeInfo) -> Any:
@@ -114,7 +116,7 @@ def start_in_this_job(near: Sequence[str], idle_seconds: float) -> Any:
         get_if_exists=True,
         max_restarts=-1,
         max_task_retries=-1,
-        max_concurrency=64,
+        max_concurrency=MOST_CALLS,
         resources={"node:__internal_head__": 0.001},
         # The default would be the placement group of the calling task, if that captures its children.
         scheduling_strategy="DEFAULT",

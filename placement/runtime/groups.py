@@ -257,6 +257,20 @@ def live_groups(wanted: Callable[[str], bool]) -> dict[str, LiveGroup]:
     return found
 
 
+def is_created(group: PlacementGroup) -> bool:
+    """Whether a group holds what it was asked for, on all its nodes."""
+    row = placement_group_table(group)
+    return bool(row) and row["state"] == "CREATED"
+
+
+def is_gone(group_id: str) -> bool:
+    """Whether a group, by its id in hex, was removed, by whomever, or ended with its creator."""
+    row = ray._private.state.state._connect_and_get_accessor().get_placement_group_info(
+        ray.PlacementGroupID(bytes.fromhex(group_id))
+    )
+    return row is None or PlacementGroupTableData.FromString(row).state == PlacementGroupTableData.REMOVED
+
+
 def node_of_group(group: PlacementGroup) -> str | None:
     """The node that Ray's books show for bundle 0 of a reserved group, hex."""
     return placement_group_table(group)["bundles_to_node_id"].get(0)

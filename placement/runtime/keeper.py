@@ -1,4 +1,4 @@
-"""The service's own clock: one cheap look at the nodes each second, and whatever that calls for."""
+"""The controller's clock: one cheap look at the nodes each second, and whatever that calls for."""
 
 from __future__ import annotations
 
@@ -9,32 +9,33 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from placement.runtime.discovery import draining_nodes, live_node_ids
+from placement.runtime.owners import has_ended
 
 if TYPE_CHECKING:
-    from placement.runtime.service import DeploymentPlacementActor
+    from placement.runtime.controller import Controller
 
 POLL_SECONDS = 1.0
 RETRY_SECONDS = 5.0
 """How often what is pending is tried while nothing that we know of has changed: others free GPUs, too."""
 
-MENDERS = 8
+RECONCILERS = 8
 """How many deployments are placed anew at a time after a node's death, where node actors may have to be started."""
 
 logger = logging.getLogger(__name__)
 
 
 class Keeper:
-    """Notices nodes that came, went or drain; has what they held placed anew, and what is pending tried again.
+    """Notices nodes that came, went or drain; has what they held placed anew, and what waits tried again.
 
     Args:
-        service: what it looks after.
-        menders: where this goes on, so that no look waits for it.
+        controller: what it has do that.
+        reconcilers: where this goes on, so that no look waits for it.
     """
 
-    def __init__(self, service: DeploymentPlacementActor, menders: Executor | None = None) -> None:
-        self._service = service
-        self._menders = menders or ThreadPoolExecutor(MENDERS + 1, "mender")
-        self._mending: dict[str, Future[None]] = {}
+    def __init__(self, controller: Controller, reconcilers: Executor | None = None) -> None:
+        self._controller = controller
+        self._reconcilers = reconcilers or ThreadPoolExecutor(RECONCILERS + 1, "reconciler")
+        self._reconciling: dict[str, Future[None]] = {}
         self._trying: Future[None] | None = None
         self._tried_at = float("-inf")
         self._tried_with: object = None
@@ -42,7 +43,7 @@ class Keeper:
 
     def start(self) -> None:
         """Begins, in a thread of its own. Which nodes drain is known from here on."""
-        self._service.draining = draining_nodes()
+        self._controller.cluster.draining = draining_nodes()
         threading.Thread(target=self._run, name="keeper", daemon=True).start()
 
     def _run(self) -> None:
@@ -55,37 +56,40 @@ class Keeper:
 
     def look(self) -> None:
         """One look."""
-        service = self._service
+        controller = self._controller
         alive = live_node_ids()
-        service.draining = draining_nodes()
+        controller.cluster.draining = draining_nodes()
         if alive != self._alive:
-            service.fleet.forget_all_but(alive)
+            controller.fleet.forget_all_but(alive)
             self._alive = alive
-        self._mending = {name: mending for name, mending in self._mending.items() if not mending.done()}
-        for name in service.stranded(alive):
-            if name not in self._mending:
-                self._mending[name] = self._menders.submit(self._mend, name)
+        self._reconciling = {name: one for name, one in self._reconciling.items() if not one.done()}
+        for name in controller.stranded(alive):
+            if name not in self._reconciling:
+                self._reconciling[name] = self._reconcilers.submit(self._reconcile, name)
         if self._trying is None or self._trying.done():
-            now = alive, service.draining, service.fleet.changed_at
+            now = alive, controller.cluster.draining, controller.fleet.changed_at
             if now != self._tried_with or time.monotonic() - self._tried_at > RETRY_SECONDS:
-                self._trying = self._menders.submit(self._try_again, alive)
-        service.write_again()
-        if service.fleet.agents.in_doubt():
-            service.sweep()
+                self._trying = self._reconcilers.submit(self._try_again, alive)
+        controller.write_again()
+        if controller.fleet.agents.in_doubt():
+            controller.sweep()
         else:
-            service.sweep_again()
-        service.rest()
+            controller.sweep_again()
+        controller.end_what_is_over(has_ended, time.time())
+        controller.rest()
 
     def _try_again(self, alive: frozenset[str]) -> None:
-        """Tries what is pending, one after the other."""
-        service = self._service
-        for name in service.waiting():
-            self._mend(name)
-        self._tried_with = alive, service.draining, service.fleet.changed_at
+        """Tries what waits, one after the other."""
+        controller = self._controller
+        try:
+            controller.try_queue(self._reconcile)
+        except Exception:
+            logger.exception("what waits could not be tried; trying again")
+        self._tried_with = alive, controller.cluster.draining, controller.fleet.changed_at
         self._tried_at = time.monotonic()
 
-    def _mend(self, name: str) -> None:
+    def _reconcile(self, name: str) -> None:
         try:
-            self._service.mend(name)
+            self._controller.reconcile(name)
         except Exception:
-            logger.exception("%r could not be mended; trying again", name)
+            logger.exception("%r could not be brought to what is declared; trying again", name)

@@ -1,19 +1,19 @@
 """What was asked for, durable in Ray's GCS key-value store. The rest is rebuilt from what lives.
 
-One record for each deployment: its declaration, and for each replica the name and id of its group and
-what it holds. No secret is in it: a declaration holds references to API keys only. Beside them, for a while, a
+One record for each deployment: its declaration, since when it waits, whose end ends it, and for each replica the name and
+id of its group and what it holds; of a replica that is to be replaced also the declaration it was placed under. No secret is in it: a declaration holds references to API keys only. Beside them, for a while, a
 note for each deployment that was released, for a caller whose answer was lost with the service; for each
 node what its GPUs are, so that a service that starts anew need not wake the nodes that hold nothing; and which
 numbers no event has had yet.
 
-Version 1 had no ``releasing``. A record that this version cannot read is left byte for byte as it is.
+Version 1 had no ``releasing``, version 2 no generations, owners or queue. A record that this version cannot read is left byte for byte as it is.
 """
 
 from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from ray.experimental import internal_kv
 
 from placement.wire.facts import NodeFacts
 
-VERSION = 2
+VERSION = 3
 _NAMESPACE = b"placement"
 _RECORD = "deployment/"
 _ENDED = "ended/"
@@ -57,31 +57,16 @@ def token() -> str:
     return str(found.decode())
 
 
-def save(
-    name: str,
-    deployment: dict[str, Any],
-    replicas: list[dict[str, Any]],
-    releasing: bool = False,
-    runtime: str | None = None,
-) -> None:
+def save(name: str, record: Mapping[str, Any]) -> None:
     """Writes the record of a deployment, replacing an older one.
 
     Args:
         name: of the deployment.
-        deployment: its declaration.
-        replicas: what each of them holds.
-        releasing: it is to go, whatever happens.
-        runtime: what it was placed as, which the declaration need not say.
+        record: what is to be kept, JSON-ready; the version is added.
     """
-    record = {
-        "version": VERSION,
-        "deployment": deployment,
-        "runtime": runtime,
-        "replicas": replicas,
-        "releasing": releasing,
-    }
     key = (_RECORD + name).encode()
-    internal_kv._internal_kv_put(key, json.dumps(record).encode(), overwrite=True, namespace=_NAMESPACE)
+    value = json.dumps({"version": VERSION, **record}).encode()
+    internal_kv._internal_kv_put(key, value, overwrite=True, namespace=_NAMESPACE)
 
 
 def delete(name: str) -> None:

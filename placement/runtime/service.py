@@ -1,69 +1,51 @@
-"""The placement service: one actor that decides where deployments go and keeps what stands."""
+"""The placement service: the actor that callers talk to. It validates, has the controller act, and waits.
+
+Every method is asynchronous, so that who waits costs no thread: not for the outcome of a call, nor for events. What
+blocks (Ray's own calls) runs in threads, of which reads, releases and placements have their own.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from operator import itemgetter
+import asyncio
+import time
+import warnings
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import ray
-
-from placement.core import planner
-from placement.core.lifecycle import Event, State
-from placement.core.replicas import Plan
-from placement.core.snapshot import NEAR_LABELS, Policy, Snapshot
-from placement.errors import (
-    DeploymentConflict,
-    ReservationFailed,
-    UnknownDeployment,
-    UnknownNode,
-    Unplaceable,
-    UnreadableRecord,
-)
-from placement.runtime import faults, groups, ledger
-from placement.runtime.books import Books, Claim, Standing, Tally, held_replica
-from placement.runtime.discovery import NodeInfo, NodeView, node_state
-from placement.runtime.events import EventLog
-from placement.runtime.fleet import MOST_LAG_SECONDS, VIEW_LAG_SECONDS, Fleet
+from placement.core.snapshot import NEAR_LABELS
+from placement.errors import InvalidDeployment, LeaseExpired, ReservationFailed, UnknownDeployment, UnknownNode, Unplaceable
+from placement.runtime import groups
+from placement.runtime.controller import IDLE_SECONDS, Controller
+from placement.runtime.discovery import NodeInfo
 from placement.runtime.keeper import Keeper
-from placement.runtime.node_agent import FRESH_SECONDS
-from placement.runtime.orders import Refusal
-from placement.runtime.recovery import Recovery
+from placement.runtime.leases import Lending, Loan
+from placement.runtime.outcomes import Outcomes, Queues
+from placement.runtime.owners import owner_of
+from placement.runtime.queue import Ticket
 from placement.runtime.report import status_report, topology_report
 from placement.runtime.results import PlacementResult
-from placement.wire.cluster import ClusterFile, HeldDeployment
+from placement.runtime.state import Owner
 from placement.wire.deployment import Deployment, PlacementConstraints
 from placement.wire.files import parse_model
-from placement.wire.plans import (
-    Difference,
-    ExplainedPlan,
-    PlacementPlan,
-    difference,
-    explain_deployments,
-    mix_of,
-    plan_in_order,
-    request_of,
-)
+from placement.wire.plans import ExplainedPlan, PlacementPlan
 
 T = TypeVar("T")
 
-MAX_REPLANS = 5
 STATUS_SECONDS = 5.0
 """How long ``status`` waits for nodes that have not said yet what their GPUs are."""
-IDLE_SECONDS = 60.0
-"""How long a node's actor stays where nothing is held: to Ray's autoscaler, which removes nodes that were idle for
-minutes, a node with an actor is busy."""
-
-logger = logging.getLogger(__name__)
+READERS, RELEASERS, CHANGERS = 16, 64, 512
+"""How many threads look something up, give something back, and place, at most; all are made when needed."""
+MOST_SECONDS = 24 * 3600.0
+"""The longest that one call waits."""
 
 DeploymentLike = Deployment | Mapping[str, Any]
+Limits = PlacementConstraints | Mapping[str, Any] | None
+Caller = Mapping[str, str] | None
+"""Who asks: ``job``, ``actor`` and ``owner_actor``, ids in hex, as :class:`placement.Client` says them."""
 
 
-class DeploymentPlacementActor(Recovery):
+class DeploymentPlacementActor:
     """``ray.get_actor("placement", namespace="placement")``. Every method may be called at any time by anybody.
 
     Args:
@@ -78,41 +60,32 @@ class DeploymentPlacementActor(Recovery):
         near: Sequence[str] = NEAR_LABELS,
         idle_seconds: float = IDLE_SECONDS,
     ) -> None:
-        self._near = tuple(near)
-        self._idle_seconds = max(1.0, idle_seconds)
-        self._nodes = NodeView()
-        self._lock = threading.Lock()
-        self._turns: dict[str, _Turn] = {}
-        self._books = Books()
-        self._prefix = f"placement:{ledger.token()}:"
-        self.fleet = Fleet(make_agent, self._books.holdings, self._prefix)
-        self.draining: frozenset[str] = frozenset()
-        self._events = EventLog(
-            ledger.event_numbers(), ledger.save_event_numbers, self._books.standing.__contains__
-        )
-        self._ended: dict[str, int] = {}
-        self._ended_at: dict[str, float] = {}
-        self._unwritten: set[str] = set()
-        self._undecided: dict[str, groups.LiveGroup] = {}
-        self._reload()
-        Keeper(self).start()
+        self._controller = Controller(make_agent, near, idle_seconds)
+        self._reads = ThreadPoolExecutor(READERS, "read")
+        self._releases = ThreadPoolExecutor(RELEASERS, "release")
+        self._changes = ThreadPoolExecutor(CHANGERS, "change")
+        self._queues, self._outcomes = Queues(), Outcomes()
+        self._lendings: dict[str, Lending] = {}
+        Keeper(self._controller).start()
 
-    # -- the public surface ------------------------------------------------------------------------
-
-    @ray.method(concurrency_group="read")
-    def ping(self) -> str:
+    async def ping(self) -> str:
         """Answers once the service is up, with the version of the package that it runs."""
         from placement import __version__
 
         return __version__
 
-    @ray.method(concurrency_group="read")
-    def settings(self) -> dict[str, Any]:
+    async def settings(self) -> dict[str, Any]:
         """What :func:`placement.start` started it with: ``near`` and ``idle_seconds``."""
-        return {"near": list(self._near), "idle_seconds": self._idle_seconds}
+        return {"near": list(self._controller.near), "idle_seconds": self._controller.idle_seconds}
 
-    def place(
-        self, deployment: DeploymentLike, constraints: PlacementConstraints | Mapping[str, Any] | None = None
+    # -- what changes deployments --------------------------------------------------------------------
+
+    async def place(
+        self,
+        deployment: DeploymentLike,
+        constraints: Limits = None,
+        wait_seconds: float = 0.0,
+        caller: Caller = None,
     ) -> PlacementResult:
         """Places all replicas of a deployment, or none.
 
@@ -121,6 +94,8 @@ class DeploymentPlacementActor(Recovery):
         Args:
             deployment: a :class:`~placement.Deployment`, or a dict of its fields.
             constraints: limits the choice of nodes; replaces ``deployment.constraints``.
+            wait_seconds: how long to wait for room, in the queue with all else that waits.
+            caller: who asks; :class:`placement.Client` fills it in.
 
         Raises:
             InvalidDeployment: a field is refused.
@@ -130,107 +105,93 @@ class DeploymentPlacementActor(Recovery):
             Unplaceable: it fits nowhere now: ``NoGpuNodes``, ``NotEnoughGpus``, ``NoEgressNodes`` or
                 ``NotEnoughEgress``.
             ReservationFailed: others kept taking the GPUs. In every case nothing of it stays reserved.
+            Busy: too many calls wait already.
         """
-        wanted = self._parse(deployment, constraints)
-        with self._sole(wanted.name):
-            standing = self._what_stands(wanted.name)
-            if standing is not None:
-                if standing.deployment == wanted:
-                    return standing.result()
-                raise DeploymentConflict(wanted.name, _differences(standing.deployment, wanted))
-            self._require_readable(wanted.name)
-            with self._refusal_told(wanted.name):
-                return self._add(Standing(wanted), range(wanted.replicas)).result()
+        wanted = parse(deployment, constraints)
+        owner = self._owner(wanted, caller)
 
-    def apply(
-        self, deployment: DeploymentLike, constraints: PlacementConstraints | Mapping[str, Any] | None = None
+        async def begin() -> PlacementResult:
+            ticket = Ticket(wanted.name, lambda: self._controller.place(wanted, owner))
+            return await self._wait_for(ticket, wait_seconds)
+
+        return await self._outcomes.share(("place", wanted.model_dump_json(), wait_seconds, owner_key(owner)), begin)
+
+    async def _wait_for(self, ticket: Ticket[PlacementResult], wait_seconds: float) -> PlacementResult:
+        """Tries it now, and again in its turn for as long as there is time."""
+        end = time.monotonic() + min(max(wait_seconds, 0.0), MOST_SECONDS)
+        try:
+            async with self._queues.turn(ticket.name):
+                return await self._in(self._changes, ticket.attempt)
+        except (Unplaceable, ReservationFailed):
+            if time.monotonic() >= end:
+                raise
+        self._controller.tickets.add(ticket)
+        try:
+            left = max(0.0, end - time.monotonic())
+            await asyncio.wait([asyncio.wrap_future(ticket.outcome)], timeout=left)
+        finally:
+            self._controller.tickets.remove(ticket)
+        return await self._in(self._reads, ticket.result)
+
+    async def apply(
+        self,
+        deployment: DeploymentLike,
+        constraints: Limits = None,
+        atomic: bool = False,
+        caller: Caller = None,
     ) -> PlacementResult:
-        """Makes what stands be as declared: places, adds or removes replicas, replaces only what changed.
+        """Declares a deployment: places, adds, removes or replaces replicas as far as there is room; the rest waits.
 
         A replica that holds what is declared now (GPUs, CPUs, provider, API key, egress units), on nodes that meet the
-        limits, stays. The others are replaced: beside the old ones if there is room, else after releasing them.
-        Replicas that are ``pending`` already are tried, and may go on waiting.
+        limits, stays. The others are replaced, beside the old ones if there is room, else in their place; as long as
+        there is none, the old ones stay. What waits is ``pending`` in the result, and gets its place when there is
+        room, the oldest first, also after a restart of the service.
+
+        Args:
+            deployment: a :class:`~placement.Deployment`, or a dict of its fields.
+            constraints: limits the choice of nodes; replaces ``deployment.constraints``.
+            atomic: all of the change, or nothing is changed; replicas that were pending before may go on waiting.
+            caller: who asks; :class:`placement.Client` fills it in.
 
         Raises:
-            Same as :meth:`place`, but never ``DeploymentConflict``. What stood before still stands then; where it had
-            to be released first, it is placed anew, or waits as ``pending``.
+            InvalidDeployment, UnknownNode, UnreadableRecord, Busy: as :meth:`place`.
+            Unplaceable, ReservationFailed: it is atomic, and does not fit. What stood before still stands then; where it
+                had to be released first, it is placed anew, or waits as ``pending``.
         """
-        return self._apply(self._parse(deployment, constraints))[0]
+        wanted = parse(deployment, constraints)
+        owner = self._owner(wanted, caller)
 
-    def _apply(self, wanted: Deployment) -> tuple[PlacementResult, bool]:
-        """The same, and whether nothing of that name stood before."""
-        with self._sole(wanted.name):
-            standing = self._what_stands(wanted.name)
-            if standing is None:
-                self._require_readable(wanted.name)
-                with self._refusal_told(wanted.name):
-                    return self._add(Standing(wanted), range(wanted.replicas)).result(), True
-            if standing.deployment == wanted and not standing.missing():
-                return standing.result(), False
-            with self._refusal_told(wanted.name):
-                return self._change(standing, wanted).result(), False
+        async def begin() -> PlacementResult:
+            async with self._queues.turn(wanted.name):
+                return await self._in(self._changes, self._controller.apply, wanted, atomic, owner)
 
-    def apply_all(self, deployments: Sequence[DeploymentLike]) -> list[PlacementResult]:
-        """Applies several deployments. If one fits nowhere, nothing is changed at all.
+        return await self._outcomes.share(("apply", wanted.model_dump_json(), atomic, owner_key(owner)), begin)
+
+    async def apply_all(
+        self, deployments: Sequence[DeploymentLike], atomic: bool = False, caller: Caller = None
+    ) -> list[PlacementResult]:
+        """Applies several deployments; the trouble of one does not stop the others.
 
         In order, if that works; one that is to be near another, or apart from it, may come after it.
-        If one cannot be reserved although it was planned, since others take GPUs meanwhile, those that this call
-        placed anew are released again; changes to what stood before remain. So does what was placed by a call that
-        died with the service halfway: sent again by Ray, it finds that standing.
+
+        Args:
+            deployments: what is declared.
+            atomic: if one fits nowhere, nothing is changed at all. If one cannot be reserved although it was planned,
+                since others take GPUs meanwhile, those that this call placed anew are released again; changes to what
+                stood before remain. So does what was placed by a call that died with the service halfway: sent again by
+                Ray, it finds that standing.
+            caller: who asks; :class:`placement.Client` fills it in.
 
         Raises:
-            Same as :meth:`apply`.
+            PartlyApplied: some could not be applied, the others were.
+            InvalidDeployment: one is refused; nothing is changed.
+            UnknownNode, Unplaceable, ReservationFailed, UnreadableRecord: as :meth:`apply`, if it is atomic.
         """
-        wanted = [self._parse(one, None) for one in deployments]
-        results: dict[int, PlacementResult] = {}
-        fresh: list[str] = []
-        try:
-            for position, _ in self._plan_in_order(wanted):
-                results[position], is_new = self._apply(wanted[position])
-                if is_new:
-                    fresh.append(wanted[position].name)
-        except Exception:
-            for name in fresh:
-                try:
-                    self.release(name)
-                except Exception:
-                    logger.exception("%r, which was placed just now, could not be released again", name)
-            raise
-        return [result for _, result in sorted(results.items())]
+        wanted = [parse(one, None) for one in deployments]
+        owners = {one.name: self._owner(one, caller) for one in wanted}
+        return await self._in(self._changes, self._controller.apply_all, wanted, atomic, owners)
 
-    @ray.method(concurrency_group="read")
-    def plan(
-        self, deployment: DeploymentLike, constraints: PlacementConstraints | Mapping[str, Any] | None = None
-    ) -> PlacementPlan:
-        """What applying would do now. Reserves nothing.
-
-        Raises:
-            Same as :meth:`apply`, but never ``ReservationFailed``.
-        """
-        return self.plan_all([self._parse(deployment, constraints)])[0]
-
-    @ray.method(concurrency_group="read")
-    def plan_all(self, deployments: Sequence[DeploymentLike]) -> list[PlacementPlan]:
-        """What :meth:`apply_all` would do now, each deployment planned on top of the ones before."""
-        wanted = [self._parse(one, None) for one in deployments]
-        return [plan for _, plan in sorted(self._plan_in_order(wanted), key=itemgetter(0))]
-
-    @ray.method(concurrency_group="read")
-    def explain_all(self, deployments: Sequence[DeploymentLike]) -> list[ExplainedPlan]:
-        """:meth:`plan_all`, with what became of every node; a refusal is an answer here, and ends the list.
-
-        With one look: for a moment after a change, Ray's books may show less room than there is.
-        """
-        wanted = [self._parse(one, None) for one in deployments]
-        return explain_deployments(*self._look(self._nodes.now()), wanted)
-
-    @ray.method(concurrency_group="read")
-    def snapshot(self) -> dict[str, Any]:
-        """The cluster as the planner sees it now; JSON-ready, for ``placement plan --file``."""
-        snapshot, held = self._look(self._nodes.now())
-        return ClusterFile.of(snapshot, held.values()).model_dump(mode="json", exclude_none=True)
-
-    def release(self, name: str) -> int:
+    async def release(self, name: str) -> int:
         """Gives back everything that a deployment holds, and ends the workers in its groups.
 
         Returns:
@@ -241,508 +202,293 @@ class DeploymentPlacementActor(Recovery):
             UnreadableRecord: a later version of the service wrote its record. (If it is just broken, it is removed
                 with all groups of that name, which are counted then.)
         """
-        with self._sole(name):
-            return self._release(name)
+        return await self._in(self._releases, self._controller.release, name)
 
-    @ray.method(concurrency_group="read")
-    def get(self, name: str) -> PlacementResult:
-        """Where a deployment's replicas are.
-
-        Raises:
-            UnknownDeployment: no deployment of that name stands.
-        """
-        standing = self._books.standing.get(name)
-        if standing is None:
-            raise UnknownDeployment(name, self._books.names())
-        return standing.result()
-
-    @ray.method(concurrency_group="read")
-    def status(self) -> dict[str, Any]:
-        """Nodes with their GPUs and who sits where, and deployments with their replicas; JSON-ready."""
-        nodes = self._nodes.now()
-        self.fleet.machines.meet(nodes, patience_seconds=STATUS_SECONDS)
-        with self._lock:
-            available = groups.available_resources()
-            for node_id in self.fleet.settling():
-                available.pop(node_id, None)
-            return status_report(nodes, self._books, self.fleet, available)
-
-    @ray.method(concurrency_group="read")
-    def events(self, name: str, since: int = 0) -> list[dict[str, Any]]:
-        """What happened to a deployment's replicas, the last 200 at most, since the service last started; JSON-ready.
-
-        Of one that stands there is one at least. Of those that are gone, the 2,000 that changed last are known.
-
-        Args:
-            name: the deployment, which may be gone by now.
-            since: the ``number`` of the last one already known.
-
-        Raises:
-            UnknownDeployment: nothing is known of that name.
-        """
-        if not self._events.known(name) and name not in self._books.standing:
-            raise UnknownDeployment(name, self._books.names())
-        return [one.to_dict() for one in self._events.since(name, since)]
-
-    @ray.method(concurrency_group="watch")
-    def watch(self, name: str, since: int = 0, timeout_seconds: float = 30.0) -> list[dict[str, Any]]:
-        """The same, as soon as something has happened; empty if nothing did within the time.
-
-        ``watch(name, seen)``, where ``seen`` is the ``number`` of the last one known, waits for the next change; with
-        ``seen = 0`` all that is known comes at once. The name need not be known yet.
-        """
-        return [one.to_dict() for one in self._events.wait(name, since, min(timeout_seconds, 3600.0))]
-
-    @ray.method(concurrency_group="read")
-    def topology(self, node: str | None = None) -> list[dict[str, Any]]:
-        """What each GPU node's GPUs report, read anew; JSON-ready.
-
-        Raises:
-            UnknownNode: ``node`` is given and no GPU node has that id, name or address.
-        """
-        nodes = [info for info in self._nodes.now() if info.gpu_count]
-        if node is not None:
-            chosen = [info for info in nodes if node in (info.id, info.name, info.address)]
-            if not chosen:
-                raise UnknownNode("--node", node, tuple(info.name for info in nodes))
-            nodes = chosen
-        self.fleet.machines.meet(nodes, again=True)
-        return [topology_report(info, self.fleet.machines.facts.get(info.id)) for info in nodes]
-
-    def release_all(self) -> list[str]:
+    async def release_all(self) -> list[str]:
         """Releases every deployment.
 
         Returns:
             Their names.
         """
-        released = []
-        for name in self._books.names():
-            with contextlib.suppress(UnknownDeployment):  # somebody else was quicker
-                self.release(name)
-                released.append(name)
-        return released
 
-    def stop_agents(self) -> None:
-        """Ends the node actors. Placement groups stay as they are."""
-        self.fleet.agents.stop()
+        async def one(name: str) -> str | None:
+            try:
+                await self.release(name)
+            except UnknownDeployment:  # somebody else was quicker
+                return None
+            return name
 
-    # -- planning ----------------------------------------------------------------------------------
+        released = await asyncio.gather(*map(one, self._controller.state.names()))
+        return [name for name in released if name is not None]
 
-    def _parse(self, deployment: DeploymentLike, constraints: Any) -> Deployment:
-        source = f"deployment {deployment.get('name')!r}" if isinstance(deployment, Mapping) else "deployment"
-        wanted = parse_model(Deployment, deployment, source)
-        if constraints is not None:
-            limits = parse_model(
-                PlacementConstraints, constraints, f"deployment {wanted.name!r}: constraints"
-            )
-            # Read anew, as a whole: constraints can contradict the rest.
-            wanted = parse_model(Deployment, wanted.model_copy(update={"constraints": limits}), source)
-        return wanted
+    async def renew(self, name: str) -> float | None:
+        """Has a deployment with ``ttl_seconds`` stand for so long from now on.
 
-    def _plan_in_order(self, wanted: Sequence[Deployment]) -> list[tuple[int, PlacementPlan]]:
-        """What applying these would do, in the order in which to apply them; each with its position."""
-        return self._patiently(lambda nodes, _: plan_in_order(*self._look(nodes), wanted))
+        Returns:
+            Until when, in seconds since 1970; ``None`` if it has no such limit.
 
-    def _snapshot(
+        Raises:
+            UnknownDeployment: no deployment of that name stands.
+        """
+        return await self._in(self._releases, self._controller.renew, name)
+
+    # -- leases: the caller creates the groups -------------------------------------------------------
+
+    async def lend(
         self,
-        nodes: list[NodeInfo],
-        available: Mapping[str, Mapping[str, float]],
-        sought: _Sought | None = None,
-        avoided: Collection[str] = (),
-        lag_seconds: float = VIEW_LAG_SECONDS,
-    ) -> Snapshot:
-        """The cluster as the planner sees it.
+        deployment: DeploymentLike,
+        constraints: Limits = None,
+        wait_seconds: float = 0.0,
+        caller: Caller = None,
+    ) -> Loan | PlacementResult:
+        """Begins a placement whose groups the caller creates itself, so that Ray ends them with it.
+
+        Returns:
+            What the caller is to create at once, and :meth:`confirm`; or the result, if it stands already.
+
+        Raises:
+            Same as :meth:`place`.
+        """
+        wanted = parse(deployment, constraints).model_copy(update={"owner": "caller"})
+        lending = Lending(wanted.name)
+        owner = owner_of(wanted, caller)
+        ticket = Ticket(wanted.name, lambda: self._controller.place(wanted, owner, lending))
+        outcome: Future[PlacementResult] = Future()
+        task = asyncio.ensure_future(self._wait_for(ticket, wait_seconds))
+        task.add_done_callback(lambda done: _hand_on(done, outcome))
+        lending.begin(outcome)
+        return await self._next(lending)
+
+    async def confirm(self, loan_id: str, group_id: str) -> Loan | PlacementResult:
+        """Says that the group of a loan is there, by its id in hex; empty if it could not be had.
+
+        Returns:
+            What is to be created next, or the result.
+
+        Raises:
+            LeaseExpired: it is too late.
+            Unplaceable, ReservationFailed: as :meth:`place`; the caller removes what it created.
+        """
+        lending = self._lendings.get(loan_id)
+        if lending is None:
+            raise LeaseExpired("?", "nothing is lent under that id; the service may have started anew")
+        return await self._next(lending, group_id)
+
+    async def cancel(self, loan_id: str) -> None:
+        """The caller wants no more of it. Harmless if it is over already."""
+        lending = self._lendings.pop(loan_id, None)
+        if lending is not None:
+            lending.end()
+
+    async def _next(self, lending: Lending, group_id: str | None = None) -> Loan | PlacementResult:
+        self._lendings[lending.id] = lending
+        try:
+            step = await lending.step(group_id)
+        except BaseException:
+            self._lendings.pop(lending.id, None)
+            lending.end()
+            raise
+        if not isinstance(step, Loan):
+            self._lendings.pop(lending.id, None)
+        return step
+
+    # -- what only looks -----------------------------------------------------------------------------
+
+    async def plan(
+        self, deployment: DeploymentLike, constraints: Limits = None, atomic: bool = False
+    ) -> PlacementPlan:
+        """What :meth:`apply` would do now. Reserves nothing.
+
+        Raises:
+            Same as :meth:`apply`, but never ``ReservationFailed``.
+        """
+        return (await self.plan_all([parse(deployment, constraints)], atomic))[0]
+
+    async def plan_all(
+        self, deployments: Sequence[DeploymentLike], atomic: bool = False
+    ) -> list[PlacementPlan]:
+        """What :meth:`apply_all` would do now, each deployment planned on top of the ones before."""
+        wanted = [parse(one, None) for one in deployments]
+        return await self._in(self._reads, self._controller.plan_all, wanted, atomic)
+
+    async def explain_all(self, deployments: Sequence[DeploymentLike]) -> list[ExplainedPlan]:
+        """:meth:`plan_all`, with what became of every node; a refusal is an answer here, and ends the list.
+
+        With one look: for a moment after a change, Ray's books may show less room than there is.
+        """
+        wanted = [parse(one, None) for one in deployments]
+        return await self._in(self._reads, self._controller.explain_all, wanted)
+
+    async def snapshot(self) -> dict[str, Any]:
+        """The cluster as the planner sees it now; JSON-ready, for ``placement plan --file``."""
+        found = await self._in(self._reads, self._controller.snapshot)
+        return found.model_dump(mode="json", exclude_none=True)
+
+    async def get(self, name: str) -> PlacementResult:
+        """Where a deployment's replicas are.
+
+        Raises:
+            UnknownDeployment: no deployment of that name stands.
+        """
+        return self._controller.get(name).result()
+
+    async def describe(self, name: str) -> dict[str, Any]:
+        """A deployment as it is declared, and what is there of it; JSON-ready.
+
+        Raises:
+            UnknownDeployment: no deployment of that name stands.
+        """
+        one = self._controller.get(name)
+        return {
+            "deployment": one.deployment.model_dump(mode="json", exclude_none=True, exclude_defaults=True),
+            "result": one.result().to_dict(),
+            "generation": one.generation,
+            "outdated": one.outdated,
+            "state": "releasing" if one.releasing else "pending" if one.unfinished() else "placed",
+            "age_seconds": max(0.0, time.time() - one.declared_at),
+            "owner": None if one.owner is None else dict(one.owner),
+            "expires_at": one.expires_at,
+        }
+
+    async def wait(self, name: str, timeout_seconds: float = MOST_SECONDS) -> PlacementResult:
+        """Where a deployment's replicas are, once none is pending any more; as they are when the time is over.
+
+        Raises:
+            UnknownDeployment: no deployment of that name stands, or does any more.
+        """
+        end = time.monotonic() + min(max(timeout_seconds, 0.0), MOST_SECONDS)
+        while True:
+            seen = self._controller.feed.last
+            one = self._controller.get(name)
+            left = end - time.monotonic()
+            if not one.unfinished() or left <= 0:
+                return one.result()
+            await self._controller.feed.wait(seen, (name,), left)
+
+    async def status(
+        self, node: str | None = None, deployment: str | None = None, state: str | None = None
+    ) -> dict[str, Any]:
+        """Nodes with their GPUs and who sits where, and deployments with their replicas; JSON-ready.
 
         Args:
-            nodes: what is alive.
-            available: node id -> resource -> free amount in Ray's books.
-            sought: what it is for.
-            avoided: nodes that are not to be planned on.
-            lag_seconds: for how long after a change of ours the books are not believed.
+            node: only this node, by id, name or address, and what is on it.
+            deployment: only this deployment, and the nodes that it is on.
+            state: only deployments in this state: ``placed``, ``pending``, ``lost`` or ``releasing``.
         """
-        full, refused = (sought.full, sought.refused) if sought else ({}, set())
-        settling, tallies = self.fleet.settling(lag_seconds) - refused, self._books.tallies()
-        states = []
-        for info in nodes:
-            state = node_state(
-                info,
-                self.fleet.machines.machine(info),
-                None if info.id in settling else available.get(info.id, {}),
-                tallies.get(info.id, Tally()),
-                self.fleet.foreign.get(info.id, frozenset()),
-                info.id in self.draining,
-            )
-            if info.id in full:
-                room = full[info.id]
-                some = dict(sorted(state.instances.items())[:room])
-                state = replace(state, free=frozenset(sorted(state.free)[:room]), instances=some, rests={})
-            if info.id in avoided:
-                state = replace(state, problem=state.problem or "is avoided")
-            states.append(state)
-        return Snapshot(states, self._near)
+        return await self._in(self._reads, self._status, node, deployment, state)
 
-    def _patiently(self, decide: Callable[[list[NodeInfo], float], T], fresh: bool = False) -> T:
-        """Decides; before a refusal stands, looks again at all nodes, and at books that show our own last change.
-
-        Three times in all: others' changes, which keep coming, are no reason to wait. The last time with what we
-        know ourselves, since on an overrun machine the books lag by more.
-
-        Args:
-            decide: what to do with the nodes that are alive, and books that may lag by so many seconds.
-            fresh: begin with the nodes as they are now.
-        """
-        nodes = self._nodes.now() if fresh else self._nodes.lately()
-        for looks_left in (1, 0):
-            changed_at = self.fleet.changed_at
-            try:
-                return decide(nodes, VIEW_LAG_SECONDS)
-            except (Unplaceable, UnknownNode) as error:
-                refusal = error
-                if not self.fleet.catch_up(changed_at) and fresh:
-                    break
-                if looks_left:
-                    nodes, fresh = self._nodes.now(), True
-        with contextlib.suppress(Unplaceable, UnknownNode):
-            return decide(nodes, MOST_LAG_SECONDS)
-        raise refusal
-
-    def _look(self, nodes: list[NodeInfo]) -> tuple[Snapshot, dict[str, HeldDeployment]]:
-        """The cluster as it is now, and what stands on it."""
-        self.fleet.machines.meet(nodes)
-        with self._lock:
-            return self._snapshot(nodes, groups.available_resources()), self._books.held()
-
-    # -- reserving ---------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _sole(self, name: str, wait: bool = True) -> Iterator[bool]:
-        """One change of a deployment at a time; different deployments change side by side.
-
-        Yields:
-            Whether it is ours to change; always, if we ``wait`` for it.
-        """
-        with self._lock:
-            turn = self._turns.setdefault(name, _Turn())
-            turn.users += 1
-        mine = turn.lock.acquire(blocking=wait)
-        try:
-            yield mine
-        finally:
-            if mine:
-                turn.lock.release()
-            with self._lock:
-                turn.users -= 1
-                if not turn.users:
-                    del self._turns[name]
-
-    def _what_stands(self, name: str) -> Standing | None:
-        """What is to be changed; a release that was cut off comes first."""
-        standing = self._books.standing.get(name)
-        if standing is not None and standing.releasing:
-            self._release(name)
-            return None
-        return standing
-
-    def _add(self, standing: Standing, indices: Iterable[int]) -> Standing:
-        """Reserves more replicas of a deployment, all or none, and keeps it."""
-        added = tuple(indices)
-        self._reserve(standing, added)
-        faults.point("service.reserved")
-        self._keep_added(standing, added)
-        faults.point("service.kept")
-        self._tell_places(standing, added)
-        return standing
-
-    def _keep(self, standing: Standing) -> None:
-        """Has the ledger and the books say what a deployment is, or neither of them."""
-        try:
-            standing.save()
-        except BaseException:  # whether it was written is not known
-            self._write_back(standing.deployment.name)
-            raise
-        self._enter(standing)
-
-    def _keep_added(self, standing: Standing, added: Iterable[int]) -> None:
-        """Keeps replicas that were just reserved; what no record can tell of does not stay reserved."""
-        try:
-            self._keep(standing)
-        except BaseException:
-            self._give_back(standing, added)
-            self.fleet.tell(standing.deployment.name)
-            self._settle(standing.claims)
-            raise
-
-    def _note(self, standing: Standing) -> None:
-        """Has the books say what a deployment is now that something of it is gone; the ledger, as soon as it can."""
-        self._enter(standing)
-        self._write_back(standing.deployment.name)
-
-    def _enter(self, standing: Standing) -> None:
-        with self._lock:
-            self._books.standing[standing.deployment.name] = standing
-            self._books.settle(standing.claims)
-            standing.claims.clear()
-        self.fleet.tell(standing.deployment.name)
-
-    def _write_back(self, name: str) -> None:
-        """Has the ledger say what the books say; later, if it cannot be reached."""
-        standing = self._books.standing.get(name)
-        try:
-            standing.save() if standing else ledger.delete(name)
-        except Exception:
-            logger.exception("what stands of %r could not be written; trying again", name)
-            self._unwritten.add(name)
-        else:
-            self._unwritten.discard(name)
-
-    def _settle(self, claims: Sequence[Claim]) -> None:
-        with self._lock:
-            self._books.settle(claims)
-
-    @contextlib.contextmanager
-    def _refusal_told(self, name: str) -> Iterator[None]:
-        """Has those who watch a deployment hear of a refusal, once nothing is left to try."""
-        try:
-            yield
-        except Exception as refusal:
-            self._events.add(name, None, "refused", str(refusal))
-            raise
-
-    def _change(self, old: Standing, wanted: Deployment) -> Standing:
-        """Has what stands be as declared; what satisfies the declaration stays.
-
-        The rest is placed anew: beside what it replaces, or in its place, and then that is given back. What was
-        pending before may go on waiting.
-        """
-        name = wanted.name
-        announced = Claim(wanted, ())  # from here on others keep away from it, if it wants that
-        with self._lock:
-            self._books.claim(announced)
-        try:
-            todo = self._difference(old, wanted)
-            new = old.only([*todo.keep, *todo.may], wanted)
-            going = [index for index in old.states if index not in new.states]
-            try:
-                if todo.must:
-                    self._reserve(new, todo.must)
-                    faults.point("service.reserved")
-            except Unplaceable:
-                if not todo.leaving:
-                    raise
-                new = self._change_in_place(old, wanted, todo)
-            else:
-                if todo.must:
-                    self._keep_added(new, todo.must)  # first: what a record tells of is never given back
-                    faults.point("service.kept")
-                elif old.deployment != wanted:
-                    self._keep(new)
-                self._give_back(old, going)
-                self.fleet.tell(name)
-                self._tell_places(new, todo.must)
-        finally:
-            self._settle([announced])
-        if old.deployment != wanted:
-            changed = ", ".join(_differences(old.deployment, wanted))
-            self._events.add(name, None, "changed", changed)
-        if new.missing():
-            self._mend(name)
-        return self._books.standing[name]
-
-    def _difference(self, standing: Standing, wanted: Deployment) -> Difference:
-        """What is to be done for a deployment that is declared anew."""
-        nodes = self._nodes.now()
-        if standing.deployment.shape() != wanted.shape():
-            self.fleet.machines.meet(nodes)
-        with self._lock:
-            snapshot = self._snapshot(nodes, groups.available_resources())
-        return difference(snapshot, standing.held(), wanted)
-
-    def _change_in_place(self, old: Standing, wanted: Deployment, todo: Difference) -> Standing:
-        """Gives back what leaves first, if that makes room for what is to be placed."""
-        name, kept = wanted.name, [*todo.keep, *todo.may]
-        leaving = [part for parts in todo.leaving.values() for part in parts]
-        stays = old.only(todo.keep, wanted)
-        nodes = self._nodes.now()
-        with self._lock:
-            snapshot = self._snapshot(nodes, groups.available_resources())
-            snapshot = planner.vacate(snapshot, leaving, name, old.deployment.calls)
-            outcome = self._decide(snapshot, _Sought(wanted, todo.must, stays.nodes(), mending=False))
-        if isinstance(outcome, Unplaceable):
-            raise outcome from None
-        rest = old.copy()
-        going = [index for index in old.states if index not in kept]
-        self._give_back(rest, going)
-        rest.states |= dict.fromkeys(going, State.PENDING)
-        rest.reasons |= dict.fromkeys(going, "its room was given back for what replaces it")
-        self._note(rest)
-        try:
-            return self._add(rest.only(kept, wanted), todo.must)
-        except Exception:  # what stood stands again, or as soon as there is room for it
-            self._mend(name)
-            raise
-
-    def _reserve(self, standing: Standing, indices: tuple[int, ...], mending: bool = False) -> None:
-        """Plans and reserves replicas, all or none, and adds them to ``standing``.
-
-        A node may refuse, since the plan is made with books that lag and other users act meanwhile. Then
-        the plan is made anew, a bounded number of times.
-        """
-        for index in indices:
-            standing.happen(index, Event.RESERVE)
-        try:
-            self._reserve_all(standing, indices, mending)
-        except BaseException:
-            for index in indices:
-                standing.happen(index, Event.REFUSED)
-            raise
-        for index in indices:
-            standing.happen(index, Event.RESERVED)
-            standing.reasons.pop(index, None)
-
-    def _reserve_all(self, standing: Standing, indices: tuple[int, ...], mending: bool) -> None:
-        wanted = standing.deployment
-        sought = _Sought(wanted, indices, standing.nodes(), mending)
-        where, attempts, reason = "", 0, ""
-        for replan in range(MAX_REPLANS):
-            nodes, claim = self._patiently(
-                lambda nodes, lag_seconds: (nodes, self._claim(nodes, lag_seconds, sought)), fresh=replan > 0
-            )
-            faults.point("service.planned")
-            try:
-                reserved, refusals = self.fleet.reserve(claim, nodes)
-                if refusals:
-                    self.fleet.give_back(reserved)
-                    self.fleet.tell(wanted.name)
-            except BaseException:
-                self._settle([claim])
-                raise
-            if not refusals:
-                for order, assignment in reserved:
-                    standing.add(order, assignment)
-                taken = tuple(held_replica(assignment).planned() for _, assignment in reserved)
-                with self._lock:  # until it stands in the books; what is really held may not be as planned
-                    standing.claims.append(self._books.claim(replace(claim, replicas=taken)))
-                    self._books.settle([claim])
-                return
-            self._settle([claim])
-            for refusal in refusals:
-                where, attempts, reason = refusal.node_name, attempts + refusal.attempts, refusal.reason
-                sought.learn(refusal)
-        raise ReservationFailed(wanted.name, where, attempts, reason)
-
-    def _claim(self, nodes: list[NodeInfo], lag_seconds: float, sought: _Sought) -> Claim:
-        """Plans, and claims what was planned.
-
-        First without the nodes that refused, on which actors failed lately, or that have not said yet what they
-        have; if there is no room on the others, with them.
-        """
-        machines = self.fleet.machines
-        avoided = sought.refused | self.fleet.agents.ailing()
-        if not sought.deployment.remote:
-            if sought.deployment.needs.free_memory_bytes:
-                machines.meet(nodes, again=True, max_age_seconds=FRESH_SECONDS)
-            else:
-                machines.meet(nodes, patience_seconds=0.0)
-            avoided |= machines.strangers(nodes)
-        if avoided:
-            with contextlib.suppress(Unplaceable):
-                return self._claim_without(avoided, nodes, lag_seconds, sought)
-            if not sought.deployment.remote:
-                machines.meet(nodes)
-        return self._claim_without((), nodes, lag_seconds, sought)
-
-    def _claim_without(
-        self, avoided: Collection[str], nodes: list[NodeInfo], lag_seconds: float, sought: _Sought
-    ) -> Claim:
-        with self._lock:
-            snapshot = self._snapshot(nodes, groups.available_resources(), sought, avoided, lag_seconds)
-            outcome = self._decide(snapshot, sought)
-            if isinstance(outcome, Unplaceable):
-                raise outcome
-            return self._books.claim(Claim(sought.deployment, outcome.replicas, outcome.set_size))
-
-    def _decide(self, snapshot: Snapshot, sought: _Sought) -> Plan | Unplaceable:
-        """Plans beside all that stands and is under way. Under the lock."""
-        wanted = sought.deployment
-        request = request_of(
-            wanted, sought.indices, sought.standing, snapshot, sought.mending, self._books.declared()
+    def _status(self, node: str | None, deployment: str | None, state: str | None) -> dict[str, Any]:
+        controller = self._controller
+        nodes = controller.cluster.nodes()
+        controller.fleet.machines.meet(nodes, patience_seconds=STATUS_SECONDS)
+        available = groups.available_resources()
+        for node_id in controller.fleet.settling():
+            available.pop(node_id, None)
+        return status_report(
+            nodes, controller.state, controller.fleet, available, node=node, deployment=deployment, state=state
         )
-        if wanted.policy is Policy.FRAGMENTATION:
-            others = [one.deployment for one in self._books.standing.values()]
-            snapshot = snapshot.changed((), mix_of(snapshot, others))
-        return planner.plan(snapshot, request)
 
-    def _give_back(self, standing: Standing, indices: Iterable[int]) -> None:
-        """Removes the groups of some replicas, and the replicas from ``standing``."""
-        leaving = tuple(indices)
-        for index in leaving:
-            if standing.states[index] is not State.RELEASING:
-                standing.happen(index, Event.RELEASE)
-        held = [index for index in leaving if index in standing.replicas]
-        self.fleet.give_back([(standing.orders[i], part) for i in held for part in standing.replicas[i]])
-        faults.point("service.given_back")
-        for index in held:
-            del standing.orders[index], standing.replicas[index]
-        for index in leaving:
-            standing.happen(index, Event.RELEASED)
-            standing.reasons.pop(index, None)
-            self._events.add(standing.deployment.name, index, "released")
+    async def events(self, name: str | None = None, since: int = 0) -> list[dict[str, Any]]:
+        """What happened to a deployment's replicas, the last 200 at most, since the service last started; JSON-ready.
 
-    def _tell_places(self, standing: Standing, indices: Iterable[int]) -> None:
-        for index in indices:
-            where = ", ".join(
-                f"{part.node_name} GPUs {part.gpus}" if part.gpus else part.node_name
-                for part in standing.replicas[index]
+        Of one that stands there is one at least. Of those that are gone, the 2,000 that changed last are known.
+
+        Args:
+            name: the deployment, which may be gone by now; all of them, if it is left out.
+            since: the ``number`` of the last one already known.
+
+        Raises:
+            UnknownDeployment: nothing is known of that name.
+        """
+        state, feed = self._controller.state, self._controller.feed
+        if name is not None and not feed.known(name) and state.get(name) is None:
+            raise UnknownDeployment(name, state.names())
+        return [one.to_dict() for one in feed.since(since, None if name is None else (name,))]
+
+    async def watch(
+        self,
+        since: int | str = 0,
+        names: Collection[str] | int | None = None,
+        timeout_seconds: float = 30.0,
+    ) -> list[dict[str, Any]]:
+        """The same, as soon as something has happened; empty if nothing did within the time.
+
+        ``watch(seen, ["llama"])``, where ``seen`` is the ``number`` of the last one known, waits for the next change; with
+        ``seen = 0`` all that is known comes at once. The names need not be known yet; without any, it is about all.
+
+        Raises:
+            Busy: too many watch already.
+        """
+        if isinstance(since, str):
+            warnings.warn("watch(name, since) is now watch(since, [name])", DeprecationWarning, stacklevel=2)
+            since, names = (names if isinstance(names, int) else 0), (since,)
+        assert not isinstance(names, int)
+        found = await self._controller.feed.wait(since, names, min(timeout_seconds, 3600.0))
+        return [one.to_dict() for one in found]
+
+    async def topology(self, node: str | None = None) -> list[dict[str, Any]]:
+        """What each GPU node's GPUs report, read anew; JSON-ready.
+
+        Raises:
+            UnknownNode: ``node`` is given and no GPU node has that id, name or address.
+        """
+        return await self._in(self._reads, self._topology, node)
+
+    def _topology(self, node: str | None) -> list[dict[str, Any]]:
+        machines = self._controller.fleet.machines
+        nodes = [info for info in self._controller.cluster.nodes() if info.gpu_count]
+        if node is not None:
+            chosen = [info for info in nodes if node in (info.id, info.name, info.address)]
+            if not chosen:
+                raise UnknownNode("--node", node, tuple(info.name for info in nodes))
+            nodes = chosen
+        machines.meet(nodes, again=True)
+        return [topology_report(info, machines.facts.get(info.id)) for info in nodes]
+
+    async def stop_agents(self) -> None:
+        """Ends the node actors. Placement groups stay as they are."""
+        await self._in(self._reads, self._controller.fleet.agents.stop)
+
+    # -- helpers -------------------------------------------------------------------------------------
+
+    async def _in(self, pool: ThreadPoolExecutor, do: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool, do, *args)
+
+    def _owner(self, wanted: Deployment, caller: Caller) -> Owner | None:
+        if wanted.owner == "caller":
+            problem = (
+                "owner: caller: its own process creates the placement groups, which `placement.Client().place` does; "
+                "use that, or say owner: detached"
             )
-            self._events.add(standing.deployment.name, index, standing.states[index], f"on {where}")
-
-    def _require_readable(self, name: str) -> None:
-        record = self._books.unreadable.get(name)
-        if record is not None:
-            raise UnreadableRecord(name, record.problem, record.newer)
+            raise InvalidDeployment(f"deployment {wanted.name!r}", (problem,))
+        return owner_of(wanted, caller)
 
 
-@dataclass
-class _Sought:
-    """Replicas to be reserved, and what was learned of nodes that refused.
+def parse(deployment: DeploymentLike, constraints: Any) -> Deployment:
+    """What a caller declares.
 
-    Attributes:
-        standing: node id -> replicas of the deployment that begin there already.
-        mending: they are placed anew after a death.
-        full: node id -> most whole GPUs or instances that may be planned there.
-        refused: nodes that refused, for whatever reason; of these Ray's books are believed.
+    Raises:
+        InvalidDeployment: a field is refused.
     """
-
-    deployment: Deployment
-    indices: tuple[int, ...]
-    standing: Mapping[str, int]
-    mending: bool
-    full: dict[str, int] = field(default_factory=dict)
-    refused: set[str] = field(default_factory=set)
-
-    def learn(self, refusal: Refusal) -> None:
-        """Notes why a node refused."""
-        self.refused.add(refusal.node_id)
-        if refusal.full:
-            fewer = self.deployment.gpus_per_replica - 1
-            self.full[refusal.node_id] = fewer if refusal.room is None else refusal.room
+    source = f"deployment {deployment.get('name')!r}" if isinstance(deployment, Mapping) else "deployment"
+    wanted = parse_model(Deployment, deployment, source)
+    if constraints is not None:
+        limits = parse_model(PlacementConstraints, constraints, f"deployment {wanted.name!r}: constraints")
+        # Read anew, as a whole: constraints can contradict the rest.
+        wanted = parse_model(Deployment, wanted.model_copy(update={"constraints": limits}), source)
+    return wanted
 
 
-@dataclass
-class _Turn:
-    """Whose turn it is to change a deployment, and how many are there or wait for it."""
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    users: int = 0
+def owner_key(owner: Owner | None) -> tuple[tuple[str, str], ...]:
+    """An owner, so that it can be compared."""
+    return tuple(sorted((owner or {}).items()))
 
 
-def _differences(old: Deployment, new: Deployment) -> dict[str, tuple[str, str]]:
-    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
-    # Nested fields may name endpoints and key references: say only that they differ.
-    return {
-        field: ("", "")
-        if isinstance(after[field] or before[field], dict)
-        else (str(before[field]), str(after[field]))
-        for field in after
-        if before[field] != after[field]
-    }
+def _hand_on(done: Awaitable[Any], outcome: Future[PlacementResult]) -> None:
+    assert isinstance(done, asyncio.Future)
+    if done.cancelled():
+        outcome.set_exception(LeaseExpired("?", "it was cut off"))
+    elif error := done.exception():
+        outcome.set_exception(error)
+    else:
+        outcome.set_result(done.result())

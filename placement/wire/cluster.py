@@ -48,10 +48,11 @@ class HeldReplica(Model):
     egress_resource: str | None = None
     egress_units: int = 0
     set_size: int = Field(default=0, description="GPUs of each set that it is made of; 0 if they are one")
+    generation: int = Field(default=0, description="of the declaration it was placed under; 0 is the present one")
 
     def planned(self) -> PlannedReplica:
         """The same in the planner's terms."""
-        fields = self.model_dump(exclude={"node"})
+        fields = self.model_dump(exclude={"node", "generation"})
         return PlannedReplica(node_id=self.node, **fields)
 
     @classmethod
@@ -67,6 +68,9 @@ class HeldDeployment(Model):
     deployment: Deployment
     replicas: tuple[HeldReplica, ...]
     releasing: bool = Field(default=False, description="all of it is about to go")
+    earlier: dict[int, Deployment] = Field(
+        default_factory=dict, description="generation -> declaration that some replicas were placed under"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -21,15 +21,16 @@ from placement.core.lifecycle import HOLDING, State
 from placement.core.score import WHOLE
 from placement.core.topology import Topology
 from placement.errors import DeploymentConflict, ReservationFailed, UnknownDeployment, Unplaceable
-from placement.runtime import discovery, faults, fleet, groups, keeper, ledger, recovery, service
-from placement.runtime.books import Claim
+from placement.runtime import controller, discovery, faults, fleet, groups, keeper, ledger, observed
+from placement.runtime.controller import Controller
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.groups import LiveGroup
 from placement.runtime.keeper import Keeper
 from placement.runtime.orders import Holding, Machine, Refusal, order_of_group
 from placement.runtime.results import NodeAssignment, PlacementResult
-from placement.runtime.service import DeploymentPlacementActor
-from placement.wire.plans import PlacementPlan
+from placement.runtime.service import parse
+from placement.runtime.state import Claim
+from placement.wire.plans import ExplainedPlan, PlacementPlan
 from tests.rules import CALLS, NAMES, SHAPES, Call, Rules
 
 GPUS = 4
@@ -206,7 +207,7 @@ class Fleet(fleet.Fleet):
         return doubt
 
     def reserve(
-        self, claim: Claim, known: Sequence[NodeInfo]
+        self, claim: Claim, known: Iterable[NodeInfo], create: Any = None
     ) -> tuple[list[tuple[str, NodeAssignment]], list[Refusal]]:
         undisturbed = not self._ray.meanwhile and not self._ray.under_way
         self._ray.under_way += 1
@@ -293,6 +294,37 @@ def nothing(*args: Any, **more: Any) -> None:
     """Takes no time and changes nothing."""
 
 
+class DirectService(Controller):
+    """The controller, called as the service calls it, one call after the other."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda info: None)
+
+    def place(self, deployment: Any, constraints: Any = None) -> PlacementResult:  # type: ignore[override]
+        return super().place(parse(deployment, constraints))
+
+    def apply(self, deployment: Any, constraints: Any = None, atomic: bool = False) -> PlacementResult:  # type: ignore[override]
+        return super().apply(parse(deployment, constraints), atomic)
+
+    def apply_all(self, deployments: Sequence[Any], atomic: bool = False) -> list[PlacementResult]:  # type: ignore[override]
+        return super().apply_all([parse(one, None) for one in deployments], atomic)
+
+    def plan(self, deployment: Any, constraints: Any = None, atomic: bool = False) -> PlacementPlan:
+        return super().plan_all([parse(deployment, constraints)], atomic)[0]
+
+    def plan_all(self, deployments: Sequence[Any], atomic: bool = False) -> list[PlacementPlan]:
+        return super().plan_all([parse(one, None) for one in deployments], atomic)
+
+    def explain_all(self, deployments: Sequence[Any]) -> list[ExplainedPlan]:
+        return super().explain_all([parse(one, None) for one in deployments])
+
+    def get(self, name: str) -> PlacementResult:  # type: ignore[override]
+        return super().get(name).result()
+
+    def events(self, name: str, since: int = 0) -> list[dict[str, Any]]:
+        return [one.to_dict() for one in self.feed.since(since, (name,))]
+
+
 class AtOnce(Executor):
     """Does what it is given before it returns."""
 
@@ -320,8 +352,8 @@ def make_believe(ray: Ray) -> Iterator[None]:
             (ledger, "internal_kv", kv),
             (faults, "point", ray.point),
             (discovery, "live_nodes", ray.infos),
-            (service, "Fleet", lambda make, holdings, prefix: Fleet(ray, prefix, holdings)),
-            (service, "Keeper", lambda one: SimpleNamespace(start=lambda: None)),
+            (controller, "Fleet", lambda make, holdings, prefix: Fleet(ray, prefix, holdings)),
+            (observed, "BOOKS_SECONDS", -1.0),
             (keeper, "live_node_ids", lambda: frozenset(ray.nodes)),
             (keeper, "draining_nodes", frozenset),
             (groups, "available_resources", ray.available),
@@ -357,7 +389,7 @@ class Service(Rules):
             self.ray.nodes |= {f"spare{i}" for i in range(12)}
             for _ in range(2):
                 self.time_passes()
-            for name, standing in self.service._books.standing.items():
+            for name, standing in self.service.state.deployments.items():
                 limits = standing.deployment.constraints
                 if limits and limits.near_to:  # who is to be near another may wait for it for ever
                     continue
@@ -367,9 +399,9 @@ class Service(Rules):
             while self.others:
                 self.another_user_ends()
             assert list(self.ray.groups.values()) == [self.foreign]
-            with mock.patch.object(recovery, "ENDED_SECONDS", -1.0):
+            with mock.patch.object(controller, "ENDED_SECONDS", -1.0):
                 self.service.rest()
-            assert sorted(self.ray.store) == [b"event numbers", b"token"] and not self.service._unwritten
+            assert sorted(self.ray.store) == [b"event numbers", b"token"] and not self.service.actions.unwritten
         finally:
             self.patched.__exit__(None, None, None)
 
@@ -381,7 +413,7 @@ class Service(Rules):
         """An answer, an honest refusal, or a death; the dead service is started anew and asked again, as Ray does."""
         if call.name in self.service._turns:
             return  # it would wait for its turn, and here nothing goes on beside it
-        before = self.service._books.standing.get(call.name)
+        before = self.service.state.deployments.get(call.name)
         held = None if before is None else len(before.replicas)
         for _ in range(3):
             try:
@@ -415,9 +447,9 @@ class Service(Rules):
 
     def kill_the_service(self) -> None:
         try:
-            self.service = DeploymentPlacementActor(lambda info: None)
+            self.service = DirectService()
         except StoreFailed:  # it is started anew, until it can take up what stood
-            self.service = DeploymentPlacementActor(lambda info: None)
+            self.service = DirectService()
         self.keeper = Keeper(self.service, AtOnce())
 
     def a_node_ends(self, pick: int) -> bool:
@@ -519,8 +551,8 @@ class Service(Rules):
     def nothing_else_happens(self) -> bool:
         """Whether the service knows all there is, and nothing will go wrong."""
         ray = self.ray
-        self.service._nodes.now()  # its list of nodes may be a second old
-        known = [a for one in self.service._books.standing.values() for a in one.assignments()]
+        self.service.cluster.nodes()  # its list of nodes may be a second old
+        known = [a for one in self.service.state.deployments.values() for a in one.assignments()]
         ours = {a.placement_group.id.hex() for a in known}
         return (
             not (ray.meanwhile or ray.refusals or ray.lates or ray.kill_at or ray.store_fails)
@@ -545,10 +577,10 @@ class Service(Rules):
         if not hasattr(self, "service"):
             return
         recorded = {record.name: record.content for record in ledger.records()}
-        standing = self.service._books.standing
-        unwritten = self.service._unwritten
+        standing = self.service.state.deployments
+        unwritten = self.service.actions.unwritten
         assert set(recorded) ^ set(standing) <= unwritten
-        assert not self.service._books.claims and not self.service._turns
+        assert not self.service.state.claims and not self.service._turns
         assert not self.service.fleet._under_way and not self.service.fleet._gone
         known = set()
         for name, one in standing.items():
@@ -569,7 +601,7 @@ class Service(Rules):
             assert set(self.ray.groups) - {"f", *self.others} <= known, "a group that nobody knows of"
         for node, held in self.ray.actors.items():
             if node in self.ray.nodes:
-                assert held == set(self.service._books.holdings(node)), "a node actor has other books"
+                assert held == set(self.service.state.holdings(node)), "a node actor has other books"
         for node in self.ray.nodes:
             assert min(self.ray.rests(node).values()) >= 0 and self.ray.egress_left(node) >= 0
 
@@ -582,31 +614,31 @@ def test_an_apply_that_was_cut_off_with_its_caller_leaves_no_replica_too_many() 
     """It adds a lost replica and takes away one; the service dies in between."""
     ray = Ray(nodes={"n"})
     with make_believe(ray):
-        DeploymentPlacementActor(lambda info: None).apply({"name": "a", "model": "m", "replicas": 3})
+        DirectService().apply({"name": "a", "model": "m", "replicas": 3})
         del ray.groups[min(ray.groups)]
         ray.kill_at = "service.kept"
         with pytest.raises(Killed):
-            DeploymentPlacementActor(lambda info: None).apply({"name": "a", "model": "m", "replicas": 2})
-        standing = DeploymentPlacementActor(lambda info: None)._books.standing["a"]
+            DirectService().apply({"name": "a", "model": "m", "replicas": 2})
+        standing = DirectService().state.deployments["a"]
         assert (sorted(standing.replicas), len(ray.groups)) == ([0, 1], 2)
 
 
 def test_what_is_asked_for_again_while_its_release_is_cut_off_is_placed_anew() -> None:
     ray = Ray(nodes={"n"})
     with make_believe(ray):
-        one = DeploymentPlacementActor(lambda info: None)
+        one = DirectService()
         one.place({"name": "a", "model": "m"})
         with mock.patch.object(ledger, "note_ended", side_effect=StoreFailed), pytest.raises(StoreFailed):
             one.release("a")
         assert one.place({"name": "a", "model": "m"}).assignments[0].gpus == [0]
         assert one.release("a") == 1
-        assert (ray.groups, one._books.standing) == ({}, {})
+        assert (ray.groups, one.state.deployments) == ({}, {})
 
 
 def test_what_is_given_back_may_be_the_room_for_what_is_pending() -> None:
     ray = Ray(nodes={"n"})
     with make_believe(ray):
-        one = DeploymentPlacementActor(lambda info: None)
+        one = DirectService()
         one.place({"name": "a", "model": "m", "gpus": 2, "replicas": 2})
         ray.nodes.add("m")
         one.apply({"name": "a", "model": "m", "gpus": 2, "replicas": 3})
@@ -616,9 +648,7 @@ def test_what_is_given_back_may_be_the_room_for_what_is_pending() -> None:
         Keeper(one, AtOnce()).look()
         assert list(one.get("a").pending) == [2]
         del ray.groups[one.get("a").assignments[0].placement_group.id.hex()]
-        one = DeploymentPlacementActor(
-            lambda info: None
-        )  # now 0 and 2 are pending, and another takes the room
+        one = DirectService()  # now 0 and 2 are pending, and another takes the room
         assert ray.take(Group("", next(ray.numbers)), "n", range(2), WHOLE, 0)
         assert sorted(one.get("a").pending) == [0, 2]
         shrunk = one.apply({"name": "a", "model": "m", "gpus": 2, "replicas": 1})

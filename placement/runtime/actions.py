@@ -1,0 +1,155 @@
+"""What the controller does to one deployment, step by step. Every step may be taken again at any time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
+
+from placement.core.lifecycle import State
+from placement.runtime import faults, groups, ledger
+from placement.runtime.discovery import NodeInfo
+from placement.runtime.feed import Feed
+from placement.runtime.fleet import Creator, Fleet
+from placement.runtime.orders import Refusal
+from placement.runtime.results import NodeAssignment
+from placement.runtime.state import Claim, DeploymentState, ServiceState, held_replica
+
+logger = logging.getLogger(__name__)
+
+
+class Actions:
+    """Changes what is there, and has the ledger and the state say so.
+
+    Args:
+        state: what is declared and what is there.
+        fleet: the nodes.
+        feed: who wants to know of it.
+
+    Attributes:
+        unwritten: deployments of which the ledger could not be told the last change.
+    """
+
+    def __init__(self, state: ServiceState, fleet: Fleet, feed: Feed) -> None:
+        self._state, self._fleet, self._feed = state, fleet, feed
+        self.unwritten: set[str] = set()
+
+    def commit(self, one: DeploymentState, closing: Iterable[Claim] = ()) -> None:
+        """Has the ledger and the state say what a deployment is, or neither of them; and closes claims with it."""
+        try:
+            one.save()
+        except BaseException:  # whether it was written is not known
+            self.write_back(one.name)
+            raise
+        self._put(one, closing)
+
+    def note(self, one: DeploymentState) -> None:
+        """Has the state say what a deployment is now that something of it is gone; the ledger, as soon as it can."""
+        self._put(one)
+        self.write_back(one.name)
+
+    def _put(self, one: DeploymentState, closing: Iterable[Claim] = ()) -> None:
+        with self._state.lock:
+            self._state.put(one)
+            self._state.close(closing)
+        self._fleet.tell(one.name)
+
+    def write_back(self, name: str) -> None:
+        """Has the ledger say what the state says; later, if it cannot be reached."""
+        known = self._state.get(name)
+        try:
+            known.save() if known else ledger.delete(name)
+        except Exception:
+            logger.exception("what is there of %r could not be written; trying again", name)
+            self.unwritten.add(name)
+        else:
+            self.unwritten.discard(name)
+
+    def release(self, one: DeploymentState, indices: Collection[int]) -> DeploymentState:
+        """Gives back what some replicas hold; what is left. The state is not told yet."""
+        held = [index for index in indices if index in one.replicas]
+        self._fleet.give_back([(one.replicas[i].order, part) for i in held for part in one.replicas[i].parts])
+        faults.point("service.given_back")
+        for index in indices:
+            self._feed.add(one.name, index, "released")
+        return one.without([index for index in indices if index in one.states])
+
+    def drop(self, one: DeploymentState, index: int, alive: Collection[str]) -> tuple[bool, str]:
+        """Gives back what is left of a replica that has lost a node, or its group.
+
+        Returns:
+            Whether anything was left of it, and what happened.
+        """
+        replica = one.replicas[index]
+        dead = sorted({part.node_name for part in replica.parts if part.node not in alive})
+        rest = [part for part in replica.parts if part.node in alive] if dead else []
+        if dead:
+            groups.remove_group(replica.parts[0].placement_group)
+            self._fleet.give_back([(replica.order, part) for part in rest])
+            reason = f"node {', '.join(dead)} died"
+        else:
+            self._fleet.note_removed(replica.order, [part.node for part in replica.parts])
+            reason = "its placement group is gone"
+        faults.point("service.given_back")
+        self._feed.add(one.name, index, str(State.LOST), reason)
+        return bool(rest), reason
+
+    def reserve(
+        self, one: DeploymentState, claim: Claim, nodes: Sequence[NodeInfo], create: Creator | None
+    ) -> tuple[DeploymentState, Claim] | list[Refusal]:
+        """Reserves what is claimed, all or none of it; with it, and a claim of what was really got.
+
+        Returns:
+            Why not, if not: then nothing of it is held, and the claim is closed.
+        """
+        try:
+            reserved, refusals = self._fleet.reserve(claim, nodes, create)
+            if refusals:
+                self._fleet.give_back(reserved)
+                self._fleet.tell(one.name)
+        except BaseException:
+            self._state.close([claim])
+            raise
+        if refusals:
+            self._state.close([claim])
+            return refusals
+        parts: dict[int, list[NodeAssignment]] = {}
+        orders: dict[int, str] = {}
+        for order, assignment in reserved:
+            parts.setdefault(assignment.replica_index, []).append(assignment)
+            orders[assignment.replica_index] = order
+        for index, of in parts.items():
+            one = one.with_replica(index, orders[index], of)
+        taken = tuple(held_replica(assignment).planned() for _, assignment in reserved)
+        with self._state.lock:  # until it is in the state; what is really held may not be as planned
+            got = self._state.claim(replace(claim, replicas=taken))
+            self._state.close([claim])
+        return one, got
+
+    def undo(self, one: DeploymentState, indices: Iterable[int], claim: Claim) -> None:
+        """Gives back what was just reserved and could not be written down."""
+        held = [(one.replicas[i].order, part) for i in indices for part in one.replicas[i].parts]
+        self._fleet.give_back(held)
+        self._fleet.tell(one.name)
+        self._state.close([claim])
+
+    def wait(
+        self, one: DeploymentState, reasons: dict[int, str], now: float, keep: Callable[[DeploymentState], None]
+    ) -> DeploymentState:
+        """Notes which replicas wait, and why; ``keep`` says how durably."""
+        later = one.pending(reasons, now)
+        if later != self._state.get(one.name):
+            keep(later)
+        for index, reason in reasons.items():
+            if one.reasons.get(index) != reason:
+                self._feed.add(one.name, index, State.PENDING, reason)
+        return later
+
+    def tell_places(self, one: DeploymentState, indices: Iterable[int]) -> None:
+        """Has those who watch hear where replicas are."""
+        for index in indices:
+            where = ", ".join(
+                f"{part.node_name} GPUs {part.gpus}" if part.gpus else part.node_name
+                for part in one.replicas[index].parts
+            )
+            self._feed.add(one.name, index, one.states[index], f"on {where}")

@@ -1,0 +1,113 @@
+"""Placements whose groups their caller creates itself, so that Ray ends them with it: one protocol, step by step.
+
+The service plans, and prepares the GPUs on their nodes; the caller creates the group that gets just these; the nodes'
+actors confirm it. Here is what goes on between the thread that reserves and the calls of the caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from placement.runtime import groups
+from placement.runtime.results import PlacementResult
+
+LEND_SECONDS = 1.5
+"""How long GPUs stay prepared for a group of the caller's."""
+
+
+@dataclass(frozen=True)
+class Loan:
+    """GPUs that are prepared for a moment, for a group that the caller is to create at once.
+
+    Attributes:
+        id: to be given back with :meth:`confirm`.
+        deployment: its name.
+        group_name: what the group is to be called.
+        bundles: what each bundle takes.
+        nodes: the id of the node that each bundle is to lie on.
+        seconds: how long it is there.
+    """
+
+    id: str
+    deployment: str
+    group_name: str
+    bundles: list[dict[str, float]]
+    nodes: list[str]
+    seconds: float = LEND_SECONDS
+
+
+class Lending:
+    """One placement of this kind that is under way.
+
+    Args:
+        deployment: its name.
+
+    Attributes:
+        id: of all its loans.
+    """
+
+    def __init__(self, deployment: str) -> None:
+        self.id = secrets.token_hex(8)
+        self._deployment = deployment
+        self._lock = threading.Lock()
+        self._next: Future[Loan] = Future()
+        self._answer: Future[str] | None = None
+        self._is_over = False
+        self._outcome: Future[PlacementResult] | None = None
+
+    def create(self, name: str, bundles: list[dict[str, float]], nodes: list[str]) -> Any | None:
+        """Has the caller create a group, and waits for it; ``None`` if there is none. In the thread that reserves."""
+        answer: Future[str] = Future()
+        with self._lock:
+            if self._is_over:
+                return None
+            self._answer = answer
+            offered, self._next = self._next, Future()
+        offered.set_result(Loan(self.id, self._deployment, name, bundles, nodes))
+        try:
+            group_id = answer.result(timeout=LEND_SECONDS)
+        except TimeoutError:
+            self.end()  # who was too late once has gone, as far as we can tell
+            return None
+        if not group_id:
+            return None
+        group = groups.group_from_hex(group_id)
+        return group if groups.is_created(group) else None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its caller has gone, or wants no more of it."""
+        return self._is_over
+
+    def end(self) -> None:
+        """Nobody waits for it any more."""
+        with self._lock:
+            self._is_over = True
+            if self._answer is not None and not self._answer.done():
+                self._answer.set_result("")
+
+    def begin(self, outcome: Future[PlacementResult]) -> None:
+        """Notes what it will come to."""
+        self._outcome = outcome
+
+    async def step(self, group_id: str | None = None) -> Loan | PlacementResult:
+        """The next loan, or the outcome.
+
+        Args:
+            group_id: the group that the caller has created, hex; empty if it could not be had.
+        """
+        assert self._outcome is not None
+        with self._lock:
+            following = self._next
+            if group_id is not None and self._answer is not None and not self._answer.done():
+                self._answer.set_result(group_id)
+        loan, outcome = asyncio.wrap_future(following), asyncio.wrap_future(self._outcome)
+        await asyncio.wait({loan, outcome}, return_when=asyncio.FIRST_COMPLETED)
+        if loan.done() and not outcome.done():
+            return loan.result()
+        return await outcome

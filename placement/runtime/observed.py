@@ -1,0 +1,124 @@
+"""The cluster as it was last seen, for plans: nodes, Ray's books, and what this service knows better."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from placement.core.snapshot import Snapshot
+from placement.errors import UnknownNode, Unplaceable
+from placement.runtime import groups
+from placement.runtime.discovery import NodeInfo, NodeView
+from placement.runtime.fleet import MOST_LAG_SECONDS, VIEW_LAG_SECONDS, Fleet
+from placement.runtime.state import ServiceState
+from placement.runtime.view import ClusterView, overlaid
+from placement.wire.cluster import HeldDeployment
+
+T = TypeVar("T")
+
+BOOKS_SECONDS = 0.05
+"""How old Ray's books may be that a plan is made with; they lag by 0.1 s anyway, and a plan that they mislead is refused
+by the node and made anew."""
+
+
+class ObservedCluster:
+    """What plans are made with.
+
+    Args:
+        state: what this service holds and claims; plans are made under its lock.
+        fleet: what the nodes' actors said.
+        near: labels of which nodes near each other share the values, widest first.
+
+    Attributes:
+        draining: ids of the nodes that Ray is about to take away.
+    """
+
+    def __init__(self, state: ServiceState, fleet: Fleet, near: Sequence[str]) -> None:
+        self._state, self._fleet = state, fleet
+        self._nodes = NodeView()
+        self.draining: frozenset[str] = frozenset()
+        self._books_at = float("-inf")
+        self._view = ClusterView(
+            near,
+            machine=fleet.machines.machine,
+            tally=state.tally,
+            foreign=lambda node_id: fleet.foreign.get(node_id, frozenset()),
+            lagging=fleet.settling,
+        )
+
+    def touch(self, nodes: Iterable[str]) -> None:
+        """Notes that what is held, claimed or known on some nodes has changed. Under the lock."""
+        self._view.touch(nodes)
+
+    def nodes(self) -> list[NodeInfo]:
+        """The nodes that are alive now."""
+        return self._nodes.now()
+
+    def nodes_lately(self) -> list[NodeInfo]:
+        """The nodes that were alive less than a second ago."""
+        return self._nodes.lately()
+
+    def snapshot(
+        self,
+        nodes: list[NodeInfo],
+        lag_seconds: float = VIEW_LAG_SECONDS,
+        believed: Collection[str] = (),
+        full: Mapping[str, int] | None = None,
+        avoided: Collection[str] = (),
+        fresh: bool = True,
+    ) -> Snapshot:
+        """The cluster as the planner sees it. Under the lock.
+
+        Args:
+            nodes: what is alive.
+            lag_seconds: for how long after a change of ours Ray's books are not believed,
+            believed: but for these nodes.
+            full: node id -> most whole GPUs or instances that may be planned there.
+            avoided: nodes that are not to be planned on.
+            fresh: read Ray's books anew, however lately that was done.
+        """
+        now = time.monotonic()
+        if fresh or believed or now - self._books_at > BOOKS_SECONDS:
+            self._view.update_available(groups.available_resources())
+            self._books_at = now
+        self._view.update_nodes(nodes, self.draining)
+        return overlaid(self._view.snapshot(lag_seconds, believed), full or {}, avoided)
+
+    def look(self) -> tuple[Snapshot, dict[str, HeldDeployment]]:
+        """The cluster as it is now, and what is there; waits for nodes that have not said yet what they have."""
+        nodes = self.nodes()
+        self._fleet.machines.meet(nodes)
+        with self._state.lock:
+            return self.snapshot(nodes), self._state.held()
+
+    def patiently(self, decide: Callable[[list[NodeInfo], float, bool], T], fresh: bool = False) -> T:
+        """Decides; before a refusal stands, looks again at all nodes, and at books that show our own last change.
+
+        Three times in all: others' changes, which keep coming, are no reason to wait. The last time with what we
+        know ourselves, since on an overrun machine the books lag by more.
+
+        Args:
+            decide: what to do with the nodes that are alive, with books that may lag by so many seconds, and that are to
+                be read anew or not.
+            fresh: begin with everything as it is now.
+
+        Raises:
+            UnknownNode, Unplaceable: what ``decide`` raised last.
+        """
+        nodes = self.nodes() if fresh else self.nodes_lately()
+        is_fresh = fresh
+        for looks_left in (1, 0):
+            changed_at = self._fleet.changed_at
+            try:
+                return decide(nodes, VIEW_LAG_SECONDS, is_fresh)
+            except (Unplaceable, UnknownNode) as error:
+                refusal = error
+                if not self._fleet.catch_up(changed_at) and is_fresh:
+                    break
+                if looks_left:
+                    nodes, is_fresh = self.nodes(), True
+        with contextlib.suppress(Unplaceable, UnknownNode):
+            return decide(nodes, MOST_LAG_SECONDS, True)
+        raise refusal
