@@ -108,13 +108,12 @@ class _Sieve:
 
 def explain(snapshot: Snapshot, request: Request) -> Explanation:
     """What became of every node for the next replica of ``request``."""
-    sieve, miss, advice, _ = _sift(snapshot, request)
+    sieve, miss, advice, _ = sift(snapshot, request)
     return Explanation(len(snapshot.nodes), tuple(sieve.stages), miss, advice)
 
 
-def refuse(snapshot: Snapshot, request: Request, index: int) -> Unplaceable:
-    """Why replica ``index`` finds no place."""
-    sifted = _sift(snapshot, request)
+def refusal_of(request: Request, index: int, sifted: Sifted) -> Unplaceable:
+    """Why replica ``index`` finds no place, by what became of the nodes for it."""
     # A refusal names the stage at which no node was left, and what would help: else the planner is at fault.
     assert sifted[3] and sifted[2] and not sifted[0].stages[-1].kept, (request, sifted[0].stages)
     return (_refuse_gpus if request.provider is None else _refuse_egress)(request, index, sifted)
@@ -180,7 +179,8 @@ def _no_egress(provider: str) -> str:
     return f"has no egress resource for {provider}"
 
 
-def _sift(snapshot: Snapshot, request: Request) -> Sifted:
+def sift(snapshot: Snapshot, request: Request) -> Sifted:
+    """What became of every node for the next replica of ``request``, whatever the deployment is called."""
     return _sift_gpus(snapshot, request) if request.provider is None else _sift_egress(snapshot, request)
 
 

@@ -23,11 +23,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 from operator import or_
 
 from placement.core import gangs
-from placement.core.explanation import egress_limits, eligible, refuse, roomy, short_of
+from placement.core.explanation import Sifted, egress_limits, eligible, refusal_of, roomy, short_of, sift
 from placement.core.replicas import Crowd, Placed, Plan, PlannedReplica, take
 from placement.core.request import Request
 from placement.core.snapshot import Bits, Node, Policy, Snapshot, rank_of
@@ -134,18 +134,81 @@ def advance(snapshot: Snapshot, request: Request) -> tuple[Step, Snapshot]:
 
     Either way the request is among what is asked for then.
     """
+    found = attempt(snapshot, request)
+    if isinstance(found, Shortfall):
+        return found.step(), snapshot.changed((), snapshot.mix.plus(request))
+    return found
+
+
+class _Cause:
+    """Why there is no room for a request. Worked out when it is asked, since that costs more than a plan."""
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        request: Request,
+        planned: Sequence[PlannedReplica],
+        changed: Mapping[Bits, Node],
+    ) -> None:
+        self._snapshot, self._request = snapshot, request
+        self._planned, self._changed = planned, changed
+
+    @cached_property
+    def standing(self) -> Mapping[str, int]:
+        """Where replicas of the deployment are, those included for which there is room."""
+        first_parts = {replica.replica_index: replica.node_id for replica in reversed(self._planned)}
+        return Counter(self._request.standing) + Counter(first_parts.values())
+
+    @cached_property
+    def seen(self) -> Snapshot:
+        """The cluster as the replica finds it for which there is no room."""
+        if not self._changed:
+            return self._snapshot
+        return self._snapshot.changed(_occupied(self._request, self._planned, self._changed))
+
+    @cached_property
+    def sifted(self) -> Sifted:
+        """What became of the nodes for it."""
+        return sift(self.seen, replace(self._request, standing=self.standing))
+
+
+@dataclass(frozen=True)
+class Shortfall:
+    """No room for all replicas of a request.
+
+    Attributes:
+        request: what was asked, cut to pieces if it is larger than a node.
+        fitting: for how many replicas there is room.
+        cause: why there is none for the next.
+    """
+
+    request: Request
+    fitting: int
+    cause: _Cause
+
+    def step(self) -> Step:
+        """The refusal."""
+        refused = replace(self.request, standing=self.cause.standing)
+        why = refusal_of(refused, refused.replicas[self.fitting], self.cause.sifted)
+        return Step(refused, why, self.cause.seen)
+
+    def of(self, other: Request) -> Shortfall:
+        """The same for another deployment, which asks for the same."""
+        request = replace(self.request, deployment=other.deployment, replicas=other.replicas)
+        return Shortfall(request, self.fitting, self.cause)
+
+
+def attempt(snapshot: Snapshot, request: Request) -> tuple[Step, Snapshot] | Shortfall:
+    """Plans a request; says what is planned, with the snapshot once that is done, or that there is no room."""
     place = _place_local if request.provider is None else _place_remote
-    mix = snapshot.mix.plus(request)
+    asked = request
     request, (planned, changed) = place(snapshot, request)
-    first_parts = {replica.replica_index: replica.node_id for replica in reversed(planned)}
-    if len(first_parts) == len(request.replicas):
-        outcome = Plan(request.deployment, tuple(planned), request.needs.gpus)
-        return Step(request, outcome, snapshot), snapshot.changed(_occupied(request, planned, changed), mix)
-    standing = Counter(request.standing) + Counter(first_parts.values())
-    refused = replace(request, standing=standing)
-    seen = snapshot.changed(_occupied(request, planned, changed)) if changed else snapshot
-    why = refuse(seen, refused, request.replicas[len(first_parts)])
-    return Step(refused, why, seen), snapshot.changed((), mix)
+    fitting = len({replica.replica_index for replica in planned})
+    if fitting < len(request.replicas):
+        return Shortfall(request, fitting, _Cause(snapshot, request, planned, changed))
+    outcome = Plan(request.deployment, tuple(planned), request.needs.gpus)
+    mix = snapshot.mix.plus(asked)
+    return Step(request, outcome, snapshot), snapshot.changed(_occupied(request, planned, changed), mix)
 
 
 def _occupied(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from placement.core.score import NO_GPUS, Needs
 from placement.core.snapshot import Policy
@@ -63,3 +65,20 @@ class Request:
     def calls(self) -> tuple[str, str] | None:
         """What a remote replica calls, as (provider, key)."""
         return None if self.provider is None else (self.provider, self.key or "")
+
+    @cached_property
+    def likeness(self) -> Hashable:
+        """Equal for requests of which, for as many replicas, all have room or none has.
+
+        ``None`` where it matters who else is where.
+        """
+        if self.apart_from or self.near_to or self.kept_away_by or +Counter(self.standing):
+            return None
+        names = self.gpu_nodes if self.provider is None else self.egress_nodes
+        labels = tuple(sorted(self.labels.items()))
+        spread = self.spread_label, self.max_per_domain
+        if self.provider is not None:
+            return self.provider, self.egress, names, labels, spread
+        limits = names, labels, self.accelerators, self.compute_capability
+        sizes = self.needs, self.stages, self.parts, self.divisible, self.cpu_milli, self.memory_bytes
+        return sizes, limits, spread, self.policy

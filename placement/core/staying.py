@@ -7,7 +7,7 @@ not change is no reason to move, and neither is a fact that nobody knows.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from placement.core import gangs
 from placement.core.explanation import eligible
@@ -22,7 +22,11 @@ Replica = Sequence[PlannedReplica]
 
 
 def staying(
-    snapshot: Snapshot, replicas: Mapping[int, Replica], before: Request, after: Request
+    snapshot: Snapshot,
+    replicas: Mapping[int, Replica],
+    before: Request,
+    after: Request,
+    others: Iterable[Replica] = (),
 ) -> list[int]:
     """Of the replicas that stand, those that stay.
 
@@ -31,10 +35,11 @@ def staying(
         replicas: index -> its parts.
         before: what was asked for when they were placed, whichever replicas it names.
         after: what is asked for now.
+        others: replicas of the deployment that stay in any case; where it is to spread, these count first.
     """
     stay = [index for index, parts in sorted(replicas.items()) if _stays(snapshot, parts, before, after)]
     asks_anew = (before.spread_label, before.max_per_domain) != (after.spread_label, after.max_per_domain)
-    return _spread(snapshot, replicas, stay, after) if asks_anew and after.spread_label else stay
+    return _spread(snapshot, replicas, stay, after, others) if asks_anew and after.spread_label else stay
 
 
 def _stays(snapshot: Snapshot, parts: Replica, before: Request, after: Request) -> bool:
@@ -146,13 +151,23 @@ def _meets_floor(node: Node, piece: Sequence[tuple[str, int]], request: Request)
 
 
 def _spread(
-    snapshot: Snapshot, replicas: Mapping[int, Replica], stay: Sequence[int], after: Request
+    snapshot: Snapshot,
+    replicas: Mapping[int, Replica],
+    stay: Sequence[int],
+    after: Request,
+    others: Iterable[Replica],
 ) -> list[int]:
     """Of these, those of which there are not too many in one domain: the first by index."""
     label, in_domain, kept = after.spread_label or "", Counter[str](), []
+
+    def domains_of(parts: Replica) -> set[str | None]:
+        nodes = [snapshot.node(part.node_id) for part in parts if snapshot.bit(part.node_id)]
+        return {node.labels.get(label) for node in nodes}
+
+    for parts in others:
+        in_domain.update(domain for domain in domains_of(parts) if domain is not None)
     for index in stay:
-        nodes = [snapshot.node(part.node_id) for part in replicas[index] if snapshot.bit(part.node_id)]
-        domains = {node.labels.get(label) for node in nodes}
+        domains = domains_of(replicas[index])
         if not domains:
             kept.append(index)
             continue
