@@ -8,8 +8,8 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
-from itertools import groupby
-from operator import itemgetter
+from itertools import compress, groupby
+from operator import is_not, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from placement.core.mix import Kind, Mix
@@ -47,6 +47,9 @@ _PLENTY = 1 << 62
 
 _SHARED_ALREADY = (-1,) * len(LEFTOVER_SIZES)
 """What a share of a GPU that is shared already costs others: less than a whole GPU ever does."""
+
+MOST_KINDS = 256
+"""Of so many kinds of requests it is remembered which nodes are how welcome to them."""
 
 Bits = int
 """A set of nodes: bit *i* is the *i*-th node by name and id. Thousands of nodes are met in one operation."""
@@ -376,6 +379,8 @@ class Snapshot:
     Attributes:
         room: what there is room for, once it has been worked out; handed on to what it changes into.
         open_to: kind of request -> the nodes that it may go to, as far as somebody asked.
+
+    One that is kept and shared by threads is planned with in copies (:meth:`copy`), and followed (:meth:`followed`).
     """
 
     def __init__(
@@ -387,15 +392,19 @@ class Snapshot:
         self.open_to: dict[Kind, Bits] = {}
         self.nodes: tuple[Node, ...] = tuple(sorted(nodes, key=lambda node: (node.name, node.id)))
         self._offers: dict[tuple[Needs, Policy], Offers] = {}
+        self._earlier: dict[tuple[Needs, Policy], tuple[Offers, tuple[Node, ...]]] = {}
+        self._origin: Snapshot | None = None
 
     @cached_property
     def _position(self) -> dict[str, int]:
+        if self._origin is not None:
+            return self._origin._position
         return {node.id: i for i, node in enumerate(self.nodes)}
 
     @cached_property
     def usable(self) -> Bits:
         """The nodes that have GPUs, and no problem."""
-        return self.select(node for node in self.nodes if len(node.topology) and node.problem is None)
+        return self.select(filter(_is_usable, self.nodes))
 
     def domains(self, label: str) -> dict[str, Bits]:
         """The nodes by their value of a label; those without it are left out."""
@@ -411,6 +420,8 @@ class Snapshot:
 
         The last one is the whole cluster.
         """
+        if self._origin is not None:
+            return self._origin.regions
         found: dict[Bits, int] = {self.select(self.nodes): len(self.near)}
         for labels in range(1, len(self.near) + 1):
             named = self.near[:labels]
@@ -424,6 +435,8 @@ class Snapshot:
 
     @cached_property
     def _by_name(self) -> dict[str, Bits]:
+        if self._origin is not None:
+            return self._origin._by_name
         found: dict[str, Bits] = {}
         for i, node in enumerate(self.nodes):
             for name in {node.id, node.name, node.address}:
@@ -463,41 +476,127 @@ class Snapshot:
         return found
 
     def offers(self, needs: Needs, policy: Policy) -> Offers:
-        """How welcome every usable node is to a request. Not to be changed."""
+        """How welcome every usable node is to a request. Not to be changed.
+
+        What is known of the snapshot that this one comes from is brought up to date, rather than asked of every node.
+        """
         key = (needs, policy)
-        if key not in self._offers:
-            groups: dict[Rank, list[Node]] = {}
-            for node in self.nodes:
-                rank = _usable_rank(node, needs, policy)
-                if rank is not None:
-                    groups.setdefault(rank, []).append(node)
-            self._offers[key] = Offers({rank: self.select(nodes) for rank, nodes in groups.items()})
-        return self._offers[key]
+        known = self._offers.get(key)
+        if known is None:
+            if self._origin is not None:
+                known = self._since(key, self._origin.offers(needs, policy), self._origin.nodes)
+            elif key in self._earlier:
+                known = self._since(key, *self._earlier[key])
+            else:
+                groups: dict[Rank, list[Node]] = {}
+                for node in self.nodes:
+                    rank = _usable_rank(node, needs, policy)
+                    if rank is not None:
+                        groups.setdefault(rank, []).append(node)
+                known = Offers({rank: self.select(nodes) for rank, nodes in groups.items()})
+            self._offers[key] = known
+        return known
+
+    def _since(self, key: tuple[Needs, Policy], known: Offers, nodes: tuple[Node, ...]) -> Offers:
+        """Offers of when the nodes were these, as they are now."""
+        if nodes is self.nodes:
+            return known
+        found = known.copy()
+        for i in compress(range(len(nodes)), map(is_not, nodes, self.nodes)):
+            found.move(1 << i, _usable_rank(nodes[i], *key), _usable_rank(self.nodes[i], *key))
+        return found
 
     def changed(self, nodes: Iterable[Node], mix: Mix | None = None) -> Snapshot:
-        """The same cluster with some nodes replaced, by others that differ only in what is free.
+        """The same cluster with some nodes replaced, by others of the same id, name, address and labels.
 
         What was worked out of the cluster is carried over, so that this takes next to no time.
         """
-        listed = list(self.nodes)
-        offers = {key: known.copy() for key, known in self._offers.items()}
-        for node in nodes:
-            position = self._position[node.id]
-            old, listed[position] = listed[position], node
+        offers = {key: known.copy() for key, known in self._offers.copy().items()}
+        later, positions = self._replaced(nodes, mix)
+        for position in positions:
+            old, node = self.nodes[position], later.nodes[position]
             for (needs, policy), known in offers.items():
                 before, after = _usable_rank(old, needs, policy), _usable_rank(node, needs, policy)
                 known.move(1 << position, before, after)
-            if self.room is not None:
-                self.room.update(1 << position, node)
+        later._offers, later._origin, later._earlier = offers, self._origin, self._earlier
+        return later
+
+    def followed(self, nodes: Iterable[Node]) -> Snapshot:
+        """The same as :meth:`changed`, for one cluster that is followed for long, through all kinds of requests.
+
+        Offers are brought up to date when they are next asked for; those that were not for longest are forgotten.
+        """
+        later, _ = self._replaced(nodes, None)
+        earlier = {
+            **self._earlier,
+            **{key: (known, self.nodes) for key, known in self._offers.copy().items()},
+        }
+        for key in [*earlier][: max(0, len(earlier) - MOST_KINDS)]:
+            del earlier[key]
+        later._earlier = earlier
+        if len(later.open_to) > MOST_KINDS:
+            later.open_to = {}
+        return later
+
+    def copy(self) -> Snapshot:
+        """The same, for one who plans with it: what that works out of the nodes is known to this one, too.
+
+        The room is not shared, since planning changes it.
+        """
+        later = Snapshot((), self.near, self.mix)
+        later.nodes, later.open_to, later._origin = self.nodes, self.open_to, self
+        later.__dict__["usable"] = self.usable
+        return later
+
+    def _replaced(self, nodes: Iterable[Node], mix: Mix | None) -> tuple[Snapshot, list[int]]:
+        """The same with some nodes replaced, and their positions; no offers are known yet."""
+        listed, positions = list(self.nodes), []
         later = Snapshot((), self.near, mix or self.mix)
-        later.open_to = self.open_to
-        later.room, self.room = self.room, None
+        lasting, closed = True, 0
+        for node in nodes:
+            position = self._position[node.id]
+            old, listed[position] = listed[position], node
+            positions.append(position)
+            if not _is_same_machine(old, node):
+                lasting = lasting and not _is_usable(node)
+                closed |= 1 << position
         later.nodes = tuple(listed)
-        later._offers = offers
-        for name in ("_position", "_by_name", "usable", "regions"):
+        for name in _OF_ALL:
             if name in self.__dict__:
                 later.__dict__[name] = self.__dict__[name]
-        return later
+        later.open_to = self.open_to
+        if closed:
+            usable = later.select(later.nodes[i] for i in positions if _is_usable(later.nodes[i]))
+            later.__dict__["usable"] = self.usable & ~closed | usable & closed
+            later.open_to = {}
+            if lasting:
+                later.open_to = {kind: bits & ~closed for kind, bits in self.open_to.copy().items()}
+        elif self.room is not None:
+            later.room, self.room = self.room, None
+            for position in positions:
+                later.room.update(1 << position, later.nodes[position])
+        return later, positions
+
+
+_OF_ALL = ("_position", "_by_name", "usable", "regions")
+"""What is worked out of the nodes as such, whatever is free on them."""
+
+
+def _is_same_machine(old: Node, new: Node) -> bool:
+    """Whether nodes differ in nothing but what is free, and in what is placed there."""
+    return (
+        old.problem == new.problem
+        and (old.topology is new.topology or old.topology == new.topology)
+        and (old.accelerators is new.accelerators or old.accelerators == new.accelerators)
+        and old.compute_capability == new.compute_capability
+        and (old.slots is new.slots or old.slots == new.slots)
+        and old.gpu_memory_bytes == new.gpu_memory_bytes
+    )
+
+
+def _is_usable(node: Node) -> bool:
+    """Whether anything may be placed on its GPUs."""
+    return node.problem is None and len(node.topology) > 0
 
 
 def rank_of(node: Node, needs: Needs, policy: Policy) -> Rank | None:
@@ -511,4 +610,4 @@ def rank_of(node: Node, needs: Needs, policy: Policy) -> Rank | None:
 
 def _usable_rank(node: Node, needs: Needs, policy: Policy) -> Rank | None:
     """The same; ``None`` too if nothing may be placed there."""
-    return rank_of(node, needs, policy) if node.problem is None and len(node.topology) else None
+    return rank_of(node, needs, policy) if _is_usable(node) else None

@@ -1,0 +1,144 @@
+"""The planner's snapshot of the cluster, kept up to date: a plan pays for what has changed, not for every node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from placement.core.snapshot import Node, Snapshot
+from placement.runtime.books import Tally
+from placement.runtime.discovery import NodeInfo, node_state
+from placement.runtime.fleet import VIEW_LAG_SECONDS
+from placement.runtime.orders import Machine
+
+_Read = tuple[float | None, ...]
+"""What of Ray's free resources of a node counts here: GPUs, CPUs, memory, and its egress resources."""
+
+
+class ClusterView:
+    """The nodes as the planner sees them. Not thread-safe: the caller holds a lock.
+
+    What is handed out is immutable, and may be used without the lock.
+
+    Args:
+        near: labels of which nodes that are near each other share the values, widest first.
+        machine: what a node's GPUs are; the same object until they report something else.
+        tally: node id -> what we hold and claim there.
+        foreign: node id -> GPUs that other Ray users held when the node's actor last looked.
+        lagging: seconds -> nodes of which Ray's free resources may not yet show our own last change, if they lag by so
+            much; what we know of them is newer.
+    """
+
+    def __init__(
+        self,
+        near: Sequence[str],
+        machine: Callable[[NodeInfo], Machine],
+        tally: Callable[[str], Tally],
+        foreign: Callable[[str], frozenset[int]],
+        lagging: Callable[[float], frozenset[str]],
+    ) -> None:
+        self._near = tuple(near)
+        self._machine, self._tally, self._foreign, self._lagging = machine, tally, foreign, lagging
+        self._nodes: Sequence[NodeInfo] = ()
+        self._infos: dict[str, NodeInfo] = {}
+        self._draining: frozenset[str] = frozenset()
+        self._available: Mapping[str, Mapping[str, float]] = {}
+        self._read: dict[str, _Read] = {}
+        self._dirty: set[str] = set()
+        self._shown_without: frozenset[str] = frozenset()
+        self._states: dict[str, Node] = {}
+        self._snapshot: Snapshot | None = None
+
+    def update_nodes(self, nodes: Sequence[NodeInfo], draining: frozenset[str]) -> None:
+        """Notes which nodes are alive, and which of them Ray is about to take away.
+
+        Next to nothing is done if ``nodes`` is the same object as last time; it is not to be changed afterwards.
+        """
+        self._dirty |= (draining ^ self._draining) & self._infos.keys()
+        self._draining = draining
+        if nodes is self._nodes:
+            return
+        self._nodes = nodes
+        before, self._infos = self._infos, {info.id: info for info in nodes}
+        for gone in before.keys() - self._infos.keys():
+            self._states.pop(gone, None)
+            self._read.pop(gone, None)
+            self._snapshot = None
+        for node_id, info in self._infos.items():
+            known = before.get(node_id)
+            if known is not info and known != info:
+                self._dirty.add(node_id)
+                self._snapshot = None  # its name or a label may have changed, or it is new
+        self._dirty &= self._infos.keys()
+
+    def update_available(self, available: Mapping[str, Mapping[str, float]]) -> None:
+        """Notes what Ray says is free: node id -> resource -> amount. Only where that changed, anything follows."""
+        self._available = available
+        for node_id, info in self._infos.items():
+            free = available.get(node_id, _NOTHING)
+            read: _Read = (free.get("GPU"), free.get("CPU"), free.get("memory"))
+            if info.egress:
+                read += tuple(map(free.get, info.egress))
+            if self._read.get(node_id) != read:
+                self._read[node_id] = read
+                self._dirty.add(node_id)
+
+    def touch(self, node_ids: Iterable[str]) -> None:
+        """Notes that what we hold or claim on these nodes, what others hold there, or what their GPUs are, changed."""
+        self._dirty.update(self._infos.keys() & set(node_ids))
+
+    def snapshot(self, lag_seconds: float = VIEW_LAG_SECONDS, believed: Collection[str] = ()) -> Snapshot:
+        """The cluster as it is now.
+
+        Args:
+            lag_seconds: for how long after a change of ours what Ray says of a node is not believed.
+            believed: nodes of which it is believed in any case.
+        """
+        lagging = (self._lagging(lag_seconds) - frozenset(believed)) & self._infos.keys()
+        dirty = self._dirty | (lagging ^ self._shown_without) & self._infos.keys()
+        changed = [self._state(node_id, node_id in lagging) for node_id in dirty]
+        self._states.update((node.id, node) for node in changed)
+        if self._snapshot is None:
+            self._snapshot = Snapshot(self._states.values(), self._near)
+        elif changed:
+            self._snapshot = self._snapshot.followed(changed)
+        self._shown_without = lagging
+        self._dirty.clear()
+        return self._snapshot.copy()
+
+    def _state(self, node_id: str, lags: bool) -> Node:
+        info = self._infos[node_id]
+        return node_state(
+            info,
+            self._machine(info),
+            None if lags else self._available.get(node_id, _NOTHING),
+            self._tally(node_id),
+            self._foreign(node_id),
+            node_id in self._draining,
+        )
+
+
+_NOTHING: Mapping[str, float] = {}
+
+
+def overlaid(snapshot: Snapshot, full: Mapping[str, int], avoided: Collection[str]) -> Snapshot:
+    """The snapshot for one request, with what it was told by nodes that refused.
+
+    Args:
+        snapshot: the cluster.
+        full: node id -> most whole GPUs, or MIG instances, that may be planned there; no share at all.
+        avoided: nodes that are not to be planned on.
+    """
+    changed = []
+    for node_id in {*full, *avoided}:
+        if not snapshot.bit(node_id):
+            continue
+        node = snapshot.node(node_id)
+        if node_id in full:
+            most = full[node_id]
+            some = dict(sorted(node.instances.items())[:most])
+            node = replace(node, free=frozenset(sorted(node.free)[:most]), instances=some, rests={})
+        if node_id in avoided:
+            node = replace(node, problem=node.problem or "is avoided")
+        changed.append(node)
+    return snapshot.changed(changed) if changed else snapshot
