@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from operator import is_
 
 import ray
 
@@ -67,14 +68,23 @@ class NodeInfo:
 
 
 class NodeView:
-    """The nodes that are alive, read anew at most once a second; for those who will find out if one is gone."""
+    """The nodes that are alive, read anew at most once a second; for those who will find out if one is gone.
+
+    A list that was handed out is not to be changed. It is the same object as long as nothing has changed, and so is
+    each node in it: who was given it before has nothing to compare.
+    """
 
     def __init__(self) -> None:
         self._read: tuple[float, list[NodeInfo]] = (float("-inf"), [])
 
     def now(self) -> list[NodeInfo]:
         """As they are now."""
-        at, nodes = time.monotonic(), live_nodes()
+        at, found = time.monotonic(), live_nodes()
+        before = self._read[1]
+        known = {info.id: info for info in before}
+        nodes = [old if (old := known.get(info.id)) == info else info for info in found]
+        if len(nodes) == len(before) and all(map(is_, nodes, before)):
+            nodes = before
         self._read = (at, nodes)
         return nodes
 

@@ -1,4 +1,4 @@
-"""What the nodes' GPUs are, as their actors said: asked once, noted in the ledger, asked again if nobody knew."""
+"""What the nodes' GPUs are, as their actors said: asked once, kept in the ledger, asked again if nobody knew."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ class _Asked:
 class Machines:
     """What is known of each node. Thread-safe.
 
+    A call costs what is open: nodes that answered once are not looked at again as long as it is given the same list.
+
     Args:
         agents: the actors to ask.
         facts: node id -> what it said last; filled in here.
@@ -50,7 +52,10 @@ class Machines:
         self._machines: dict[str, Machine] = {}
         self._asked: dict[str, _Asked] = {}
         self._silent = Backoff(ASK_AGAIN_SECONDS, MOST_SECONDS)
-        self._noted: dict[str, Machine] = {}
+        self._saved: dict[str, Machine] = {}
+        self._changed: set[str] = set()
+        self._nodes: Sequence[NodeInfo] | None = None
+        self._open: dict[str, NodeInfo] = {}
 
     def machine(self, info: NodeInfo) -> Machine:
         """What a node's GPUs are, as far as is known. The same object until it reports something else."""
@@ -60,17 +65,19 @@ class Machines:
                 known = self._machines[info.id] = machine_of(self.facts.get(info.id), info.gpu_count)
         return known
 
-    def strangers(self, nodes: Sequence[NodeInfo]) -> frozenset[str]:
+    def take_changed(self) -> frozenset[str]:
+        """The nodes of which :meth:`machine` is another one than when this was last called."""
+        with self._lock:
+            changed, self._changed = frozenset(self._changed), set()
+            return changed
+
+    def unknown_nodes(self, nodes: Sequence[NodeInfo]) -> frozenset[str]:
         """GPU nodes that have not answered yet what their GPUs are, and are still worth waiting for."""
         now = time.monotonic()
         with self._lock:
-            return frozenset(
-                info.id
-                for info in nodes
-                if self._is_strange(info.id, now) and info.gpu_count and info.label_problem() is None
-            )
+            return frozenset(node_id for node_id in self._open_of(nodes) if self._is_awaited(node_id, now))
 
-    def meet(
+    def refresh(
         self,
         nodes: Sequence[NodeInfo],
         again: bool = False,
@@ -79,18 +86,26 @@ class Machines:
     ) -> None:
         """Makes sure that every GPU node was asked what its GPUs are, all side by side.
 
-        Waits for :meth:`strangers`, or for all that are asked ``again``; for one that hangs no longer than once.
+        Waits for the :meth:`unknown_nodes`, or for all that are asked ``again``; for one that hangs only once.
+
+        Args:
+            nodes: what is alive. Not to be changed afterwards.
+            again: also those that have answered.
+            max_age_seconds: how old a reading may be that they answer with; any, by default.
+            patience_seconds: how long to wait at most.
         """
         now = time.monotonic()
         asked: dict[str, _Asked] = {}
         awaited: dict[Any, float] = {}
         with self._lock:
-            waiting = self._silent.waiting()
-            for info in nodes:
-                is_due = again or self._is_due(info.id, waiting)
-                if is_due and info.gpu_count and info.label_problem() is None:
+            candidates = self._open_of(nodes)
+            if again:
+                candidates = {info.id: info for info in nodes if _can_say(info)}
+            waiting = self._silent.waiting() if candidates else frozenset()
+            for info in candidates.values():
+                if again or self._is_due(info.id, waiting):
                     one = asked[info.id] = self._ask(info, again, max_age_seconds, now)
-                    if again or self._is_strange(info.id, now):
+                    if again or self._is_awaited(info.id, now):
                         awaited[one.call] = one.until - now
         if not asked:
             return
@@ -99,10 +114,24 @@ class Machines:
             if awaited:
                 ray.wait([*awaited], num_returns=len(awaited), timeout=max(awaited.values()))
             done, _ = ray.wait([one.call for one in asked.values()], num_returns=len(asked), timeout=0)
+        answered = set(done)
         for node_id, one in asked.items():
-            self._take(node_id, one, one.call in done)
+            self._record(node_id, one, one.call in answered)
 
-    def _is_strange(self, node_id: str, now: float) -> bool:
+    def _open_of(self, nodes: Sequence[NodeInfo]) -> dict[str, NodeInfo]:
+        """Those of the nodes that can say what their GPUs are and have not, or are asked again."""
+        if nodes is not self._nodes:
+            self._nodes = nodes
+            self._open = {info.id: info for info in nodes if not self._is_known(info.id) and _can_say(info)}
+        return self._open
+
+    def _is_known(self, node_id: str) -> bool:
+        """Whether a node has said what its GPUs are, and is not asked again."""
+        facts = self.facts.get(node_id)
+        is_open = node_id in self._asked or node_id in self._silent
+        return facts is not None and facts.source != "none" and not is_open
+
+    def _is_awaited(self, node_id: str, now: float) -> bool:
         says_nothing = node_id not in self.facts or self.facts[node_id].source == "none"
         open_since = self._asked.get(node_id)
         return says_nothing and node_id not in self._silent and (open_since is None or now < open_since.until)
@@ -119,9 +148,11 @@ class Machines:
             call = self._agents.agent(info).facts.remote(max_age_seconds)
             until = now + DEADLINE_SECONDS if open_since is None else open_since.until
             self._asked[info.id] = _Asked(call, until)
+            if info.id not in self._open:
+                self._nodes = None  # of a node that is known already a question is open again
         return self._asked[info.id]
 
-    def _take(self, node_id: str, asked: _Asked, done: bool) -> None:
+    def _record(self, node_id: str, asked: _Asked, done: bool) -> None:
         problem = "the node actor does not answer"
         facts = NodeFacts(source="none", problem=problem)
         if done:
@@ -143,27 +174,34 @@ class Machines:
             if known is None or not says_nothing or (done and known.source == "none"):
                 self.facts[node_id] = facts
                 self._machines.pop(node_id, None)
+                self._changed.add(node_id)
+            if self._is_known(node_id):
+                self._open.pop(node_id, None)
         if not says_nothing:
-            self._note(node_id, facts)
+            self._save(node_id, facts)
 
-    def _note(self, node_id: str, facts: NodeFacts) -> None:
+    def _save(self, node_id: str, facts: NodeFacts) -> None:
         """Has the ledger say what a node's GPUs are, if that is news; how full their memory is now, is none."""
         lasting = replace(machine_of(facts, 0), free_memory={})
-        if self._noted.get(node_id) == lasting:
+        if self._saved.get(node_id) == lasting:
             return
         try:
             ledger.save_facts(node_id, facts)
-            self._noted[node_id] = lasting
+            self._saved[node_id] = lasting
         except Exception:  # it is only there to spare a later service the question
-            logger.exception("what the GPUs of node %s are could not be noted", node_id)
+            logger.exception("what the GPUs of node %s are could not be saved", node_id)
 
-    def recall(self, alive: Collection[str]) -> None:
-        """Takes up what an earlier service knew, and forgets what is no more."""
+    def restore(self, alive: Collection[str]) -> None:
+        """Takes over what an earlier service knew, and forgets what is no more."""
         for node_id, facts in ledger.facts().items():
             if node_id not in alive:
                 ledger.forget_facts(node_id)
             elif facts is not None:
-                self.facts[node_id] = facts
+                with self._lock:
+                    self.facts[node_id] = facts
+                    self._machines.pop(node_id, None)
+                    self._changed.add(node_id)
+                    self._nodes = None
 
     def forget_all_but(self, alive: Collection[str]) -> None:
         """Forgets nodes that are no more."""
@@ -171,7 +209,17 @@ class Machines:
             gone = self.facts.keys() - set(alive)
             for node_id in gone:
                 del self.facts[node_id]
-                for known in (self._machines, self._asked, self._silent, self._noted):
+                for known in (self._machines, self._asked, self._silent, self._saved):
                     known.pop(node_id, None)
+            self._changed |= gone
+            self._nodes = None
         for node_id in gone:
             ledger.forget_facts(node_id)
+
+    # The names until the service and the fleet call them by the new ones.
+    meet, strangers, recall = refresh, unknown_nodes, restore
+
+
+def _can_say(info: NodeInfo) -> bool:
+    """Whether a node has GPUs that its actor can tell of."""
+    return info.gpu_count > 0 and info.label_problem() is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
 from ray.util.accelerators import accelerators
@@ -189,3 +191,17 @@ def test_ray_names_every_type_of_its_own_as_we_do() -> None:
             product = f"NVIDIA {kind.replace('-', ' ')}"
             of_ray = NvidiaGPUAcceleratorManager._gpu_name_to_accelerator_type(product)
             assert (kind, kind) == (accelerator_type(product), of_ray)
+
+
+def test_nodes_that_have_not_changed_are_the_same_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = [NodeInfo("a", "a", "", 4, {"rack": "r"}), NodeInfo("b", "b", "", 4)]
+    monkeypatch.setattr(discovery, "live_nodes", lambda: [replace(info) for info in read])
+    nodes = discovery.NodeView()
+    first = nodes.now()
+    assert nodes.now() is first and nodes.lately() is first
+    read[0] = NodeInfo("a", "a", "", 4, {"rack": "s"})
+    read.append(NodeInfo("c", "c", "", 4))
+    second = nodes.now()
+    assert second == read and second[1] is first[1] and len(first) == 2
+    del read[0]
+    assert nodes.now() == read

@@ -1,4 +1,4 @@
-"""What nodes say of their GPUs is asked once, noted, and asked again where nobody knew."""
+"""What nodes say of their GPUs is asked once, saved, and asked again where nobody knew."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Ray:
         self.says: dict[str, NodeFacts] = {}
         self.asked: list[str] = []
         self.waited: list[float] = []
-        self.noted: list[str] = []
+        self.saved: list[str] = []
 
     def agent(self, info: NodeInfo) -> Any:
         def ask(max_age_seconds: float | None) -> str:
@@ -53,8 +53,8 @@ def ray() -> Iterator[Ray]:
     with (
         mock.patch.multiple(machines.ray, get=lambda call, timeout: ray.says[call[0]], wait=ray.wait),
         mock.patch.object(machines.time, "monotonic", lambda: ray.now),
-        mock.patch.object(machines.ledger, "save_facts", lambda node, facts: ray.noted.append(node)),
-        mock.patch.object(machines.ledger, "forget_facts", lambda node: ray.noted.remove(node)),
+        mock.patch.object(machines.ledger, "save_facts", lambda node, facts: ray.saved.append(node)),
+        mock.patch.object(machines.ledger, "forget_facts", lambda node: ray.saved.remove(node)),
     ):
         yield ray
 
@@ -65,49 +65,100 @@ def known(ray: Ray) -> Machines:
     return Machines(agents, {})
 
 
-def test_each_is_asked_once_and_noted_once(ray: Ray, known: Machines) -> None:
+def test_each_is_asked_once_and_saved_once(ray: Ray, known: Machines) -> None:
     ray.says = {"a": KNOWN, "b": KNOWN}
-    assert known.strangers(NODES) == {"a", "b"}
+    assert known.unknown_nodes(NODES) == {"a", "b"}
     for _ in range(3):
-        known.meet(NODES)
-    assert (ray.asked, ray.noted, known.strangers(NODES)) == (["a", "b"], ["a", "b"], frozenset())
-    known.meet(NODES, again=True)
-    assert (len(ray.asked), ray.noted) == (4, ["a", "b"]), "how full its memory is, is no news"
+        known.refresh(NODES)
+    assert (ray.asked, ray.saved, known.unknown_nodes(NODES)) == (["a", "b"], ["a", "b"], frozenset())
+    known.refresh(NODES, again=True)
+    assert (len(ray.asked), ray.saved) == (4, ["a", "b"]), "how full its memory is, is no news"
     assert known.machine(NODES[0]).topology.known
     known.forget_all_but({"b"})
-    assert known.strangers(NODES) == {"a"} and ray.noted == ["b"]
+    assert known.unknown_nodes(NODES) == {"a"} and ray.saved == ["b"]
 
 
 def test_one_that_does_not_answer_is_waited_for_once(ray: Ray, known: Machines) -> None:
     ray.says = {"b": KNOWN}
-    known.meet(NODES, patience_seconds=5.0)
-    assert known.strangers(NODES) == {"a"} and not known.machine(NODES[0]).topology.known
-    known.meet(NODES)
+    known.refresh(NODES, patience_seconds=5.0)
+    assert known.unknown_nodes(NODES) == {"a"} and not known.machine(NODES[0]).topology.known
+    known.refresh(NODES)
     assert ray.waited == [5.0, DEADLINE_SECONDS - 5.0]
-    assert known.strangers(NODES) == frozenset()
+    assert known.unknown_nodes(NODES) == frozenset()
     began = ray.now
     for _ in range(3):
-        known.meet(NODES, again=True)
+        known.refresh(NODES, again=True)
     assert (ray.now, ray.asked.count("a"), ray.asked.count("b")) == (began, 1, 4)
     ray.says["a"] = KNOWN  # at last
-    known.meet(NODES)
-    assert known.machine(NODES[0]).topology.known and ray.noted == ["b", "a"]
+    known.refresh(NODES)
+    assert known.machine(NODES[0]).topology.known and ray.saved == ["b", "a"]
 
 
-def test_one_that_can_say_nothing_is_asked_again_less_and_less_often_and_not_noted(
+def test_one_that_can_say_nothing_is_asked_again_less_and_less_often_and_not_saved(
     ray: Ray, known: Machines
 ) -> None:
     ray.says = {"a": NOTHING}
     for wait in (ASK_AGAIN_SECONDS, 2 * ASK_AGAIN_SECONDS, 4 * ASK_AGAIN_SECONDS):
         before = len(ray.asked)
         for _ in range(2):
-            known.meet(NODES[:1])
+            known.refresh(NODES[:1])
         assert len(ray.asked) == before + 1
-        assert known.strangers(NODES[:1]) == frozenset()
+        assert known.unknown_nodes(NODES[:1]) == frozenset()
         ray.now += wait + 1
-    assert not ray.noted
+    assert not ray.saved
     ray.says["a"] = KNOWN
-    known.meet(NODES[:1])
+    known.refresh(NODES[:1])
     ray.says["a"] = NOTHING  # later: what was known is worth more
-    known.meet(NODES[:1], again=True)
-    assert known.machine(NODES[0]).topology.known and ray.noted == ["a"]
+    known.refresh(NODES[:1], again=True)
+    assert known.machine(NODES[0]).topology.known and ray.saved == ["a"]
+
+
+class Counted(list[NodeInfo]):
+    """Says how often somebody went through all of it."""
+
+    times = 0
+
+    def __iter__(self) -> Iterator[NodeInfo]:
+        self.times += 1
+        return super().__iter__()
+
+
+def test_nodes_that_have_answered_are_not_looked_at_again(ray: Ray, known: Machines) -> None:
+    nodes = Counted(NODES)
+    ray.says = {"a": KNOWN}
+    known.refresh(nodes, patience_seconds=5.0)
+    looked = nodes.times
+    for _ in range(3):
+        known.refresh(nodes, patience_seconds=0.0)
+        assert known.unknown_nodes(nodes) == {"b"}
+    ray.says["b"] = KNOWN
+    known.refresh(nodes)
+    assert known.unknown_nodes(nodes) == frozenset() and known.machine(NODES[1]).topology.known
+    assert nodes.times == looked
+
+    more = Counted([*NODES, NodeInfo("c", "c", "c", 4)])
+    assert known.unknown_nodes(more) == {"c"}
+    known.forget_all_but({"b"})
+    assert known.unknown_nodes(more) == {"a", "c"}
+
+
+def test_a_question_that_stays_open_is_looked_after(ray: Ray, known: Machines) -> None:
+    """It was asked of a node that is known already."""
+    ray.says = {"a": KNOWN, "b": KNOWN}
+    known.refresh(NODES)
+    known.take_changed()
+    ray.says = {"b": KNOWN}
+    known.refresh(NODES, again=True, patience_seconds=1.0)
+    assert known.take_changed() == {"b"} and known.unknown_nodes(NODES) == frozenset()
+    ray.says["a"] = topologies.facts("t4-4x")
+    known.refresh(NODES)
+    assert known.machine(NODES[0]).topology.model == "Tesla T4"
+    assert (known.take_changed(), known.take_changed()) == ({"a"}, frozenset())
+
+
+def test_what_an_earlier_service_knew_is_not_asked_again(ray: Ray, known: Machines) -> None:
+    assert known.unknown_nodes(NODES) == {"a", "b"}
+    with mock.patch.object(machines.ledger, "facts", lambda: {"a": KNOWN, "b": None, "gone": KNOWN}):
+        ray.saved.append("gone")
+        known.restore({"a", "b"})
+    assert (known.unknown_nodes(NODES), known.take_changed(), ray.saved) == ({"b"}, {"a"}, [])
