@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import ray
@@ -20,7 +20,15 @@ from placement.runtime.orders import Holding, Refused
 from placement.wire.facts import NodeFacts
 
 DEADLINE_SECONDS = 60.0
-"""How long an actor may take for what it is asked; one that hangs is done without."""
+"""How long actors may take for what they are asked, all together; one that hangs is done without."""
+SUSPECT_SECONDS = 2.0
+"""An actor that has answered before takes 20 to 200 ms. From here on others are preferred to its node."""
+COLD_SECONDS = 10.0
+"""The same for one that is new: its process, and that of its first probe, start within 3 to 5 s."""
+UNREACHABLE_SECONDS = 10.0
+"""One that has answered before, and by then shows no sign of life beside its work, is not waited for any longer."""
+POLL_SECONDS = 0.25
+"""How often those who wait for an actor, or for a node's turn, look up; an answer is taken up at once."""
 HOLDS_SECONDS = 2.0
 """How long the holds of an actor stay after its death, at most; 0.3 to 1.5 s were measured."""
 SETTLE_DEADLINE_SECONDS = 20.0
@@ -32,6 +40,22 @@ AILING_SECONDS, MOST_AILING_SECONDS = 10.0, 3600.0
 """How long other nodes are preferred to one on which an actor failed: at first, and at most."""
 
 logger = logging.getLogger(__name__)
+
+
+class Unanswered(Exception):
+    """A node's turn does not come: somebody has it and waits for an actor that does not answer.
+
+    Args:
+        node_id: the node.
+        problem: what keeps it, for the sentence of a refusal.
+    """
+
+    def __init__(self, node_id: str, problem: str) -> None:
+        super().__init__(node_id, problem)
+        self.node_id, self.problem = node_id, problem
+
+    def __str__(self) -> str:
+        return self.problem
 
 
 class Agents:
@@ -56,7 +80,9 @@ class Agents:
         self._busy: Counter[str] = Counter()
         self._used: dict[str, float] = {}
         self._late: list[Any] = []
-        self._hung: dict[str, Any] = {}
+        self._hung: dict[str, tuple[Any, float]] = {}
+        self._awaited: dict[str, list[float]] = {}
+        self._answered: set[str] = set()
         self._ailing = Backoff(AILING_SECONDS, MOST_AILING_SECONDS)
         self._in_doubt = False
         self._died: dict[str, float] = {}
@@ -68,6 +94,7 @@ class Agents:
             agent = self._agents.get(info.id)
             if agent is None:
                 agent = self._agents[info.id] = self._make_agent(info)
+                self._answered.discard(info.id)
                 self._adopt(info.id)
             return agent
 
@@ -86,15 +113,73 @@ class Agents:
         return self._agents[node_id].adopt.remote(self._holdings(node_id), self._facts(node_id))
 
     @contextlib.contextmanager
-    def sole(self, node_ids: Iterable[str]) -> Iterator[None]:
-        """One reservation at a time on each of these nodes. Always taken in the same order: no deadlock."""
+    def sole(self, node_ids: Iterable[str]) -> Iterator[Callable[[str], None]]:
+        """One reservation at a time on each of these nodes. Always taken in the same order: no deadlock.
+
+        Yields:
+            What gives one node's turn up before the others'.
+
+        Raises:
+            Unanswered: who has a node's turn waits for an actor that hangs, or one of these is known to.
+        """
         chosen = sorted(set(node_ids))
-        with self.working(chosen), contextlib.ExitStack() as turns:
-            for node_id in chosen:
-                with self._lock:
-                    turn = self._turns.setdefault(node_id, threading.Lock())
-                turns.enter_context(turn)
-            yield
+        began = time.monotonic()
+        taken: dict[str, threading.Lock] = {}
+
+        def leave(node_id: str) -> None:
+            if (turn := taken.pop(node_id, None)) is not None:
+                turn.release()
+
+        with self.working(chosen):
+            try:
+                while len(taken) < len(chosen):
+                    while self._is_kept_from(chosen, began):  # no turn is kept from others meanwhile
+                        time.sleep(POLL_SECONDS)
+                    for node_id in chosen:
+                        with self._lock:
+                            turn = self._turns.setdefault(node_id, threading.Lock())
+                        while not turn.acquire(timeout=POLL_SECONDS):
+                            self._is_kept_from([node_id], began)
+                        taken[node_id] = turn
+                    if self._is_kept_from(chosen, began):  # who had the turn has given up
+                        for node_id in chosen:
+                            leave(node_id)
+                yield leave
+            finally:
+                for node_id in list(taken):
+                    leave(node_id)
+
+    def _is_kept_from(self, node_ids: Iterable[str], began: float) -> bool:
+        """Whether the actor of one of these nodes does not answer, as far as is known.
+
+        Raises:
+            Unanswered: it has not, and who waits since ``began`` has waited for long enough.
+        """
+        waited = time.monotonic() - began
+        with self._lock:
+            silent = self._silent()
+        for node_id in node_ids:
+            if node_id in silent and waited > SUSPECT_SECONDS:
+                problem = f"its node actor has not answered for {silent[node_id]:.0f} s"
+                raise Unanswered(node_id, problem)
+            if waited > DEADLINE_SECONDS:
+                raise Unanswered(node_id, f"other reservations there have taken {waited:.0f} s")
+        return any(node_id in silent for node_id in node_ids)
+
+    def _silent(self) -> dict[str, float]:
+        """Node id -> seconds that its actor has not answered, of those where that is not normal. Under the lock."""
+        now = time.monotonic()
+        found = {}
+        for node_id, since in self._awaited.items():
+            normal = SUSPECT_SECONDS if node_id in self._answered else COLD_SECONDS
+            if since and now - min(since) > normal:
+                found[node_id] = now - min(since)
+        if self._hung:
+            done, _ = ray.wait(
+                [call for call, _ in self._hung.values()], num_returns=len(self._hung), timeout=0
+            )
+            self._hung = {node: one for node, one in self._hung.items() if one[0] not in done}
+        return found | {node_id: now - since for node_id, (_, since) in self._hung.items()}
 
     @contextlib.contextmanager
     def working(self, node_ids: Iterable[str]) -> Iterator[None]:
@@ -111,47 +196,138 @@ class Agents:
 
     def answer(self, node_id: str, call: Any) -> Any:
         """What an actor answers; :class:`~placement.runtime.orders.Refused`, if it fails or is too late."""
+        return self.answers({node_id: call})[node_id]
+
+    def answers(
+        self,
+        calls: Mapping[str, Any],
+        deadline: float | None = None,
+        answered: Callable[[str], None] = lambda node_id: None,
+    ) -> dict[str, Any]:
+        """What several actors answer, waited for side by side.
+
+        Args:
+            calls: node id -> what its actor was asked.
+            deadline: when all of them are too late, on the monotonic clock; in a minute, if not given. One that hung
+                before, or shows no sign of life, is given less time.
+            answered: told of each node when it has answered, or is waited for no longer.
+
+        Returns:
+            Node id -> the answer; :class:`~placement.runtime.orders.Refused`, if it fails or is too late.
+        """
+        began = time.monotonic()
+        end = began + DEADLINE_SECONDS if deadline is None else deadline
+        said: dict[str, Any] = {}
+        left = dict(calls)
+        signs: dict[str, Any] | None = None
         with self._lock:
-            before = self._hung.get(node_id)
-        hangs = before is not None and not ray.wait([before], timeout=0)[0]
+            silent = self._silent()
+            for node_id in calls:
+                self._awaited.setdefault(node_id, []).append(began)
+        ends = {node_id: min(end, began + HUNG_SECONDS) if node_id in silent else end for node_id in calls}
         try:
-            said = ray.get(call, timeout=HUNG_SECONDS if hangs else DEADLINE_SECONDS)
+            while left:
+                soonest = min(ends[node_id] for node_id in left) - time.monotonic()
+                patience = max(0.0, min(soonest, POLL_SECONDS))
+                done, _ = ray.wait([*left.values()], num_returns=len(left), timeout=patience)
+                ready, now = set(done), time.monotonic()
+                for node_id, call in list(left.items()):
+                    if call in ready or now >= ends[node_id]:
+                        said[node_id] = self._said(node_id, call, call in ready, began)
+                        del left[node_id]
+                        answered(node_id)
+                if left and signs is None and now - began > SUSPECT_SECONDS:
+                    signs = self._signs_of_life(left)
+                if left and signs and now - began > UNREACHABLE_SECONDS:
+                    alive, _ = ray.wait([*signs.values()], num_returns=len(signs), timeout=0)
+                    ends |= {node_id: now for node_id, sign in signs.items() if sign not in alive}
+                    signs = {}
+        finally:
             with self._lock:
-                self._hung.pop(node_id, None)
-                self._ailing.pop(node_id, None)
-            return said
+                for node_id in calls:
+                    self._awaited[node_id].remove(began)
+                    if not self._awaited[node_id]:
+                        del self._awaited[node_id]
+        return said
+
+    def _signs_of_life(self, node_ids: Iterable[str]) -> dict[str, Any]:
+        """Asks the actors of these nodes what is answered beside their work, those that are not just starting."""
+        with self._lock:
+            known = {node_id: self._agents.get(node_id) for node_id in node_ids if node_id in self._answered}
+        return {node_id: agent.facts.remote() for node_id, agent in known.items() if agent is not None}
+
+    def _said(self, node_id: str, call: Any, done: bool, began: float) -> Any:
+        """One answer, or why there is none."""
+        try:
+            if not done:
+                raise ray.exceptions.GetTimeoutError
+            said = ray.get(call, timeout=HUNG_SECONDS)
         except ray.exceptions.RayError as error:
-            lives = self.failed(node_id, error)
+            lives = self.failed(node_id, error, began)
+            if not done:
+                reason = f"its node actor has not answered for {time.monotonic() - began:.0f} s"
+                return Refused(reason, 1, full=True, room=0)
             cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else None
             what = type(error).__name__ if cause is None else f"{type(cause).__name__}: {cause}"
             return Refused(f"its node actor failed: {what}", 1, full=lives, room=0 if lives else None)
+        with self._lock:
+            self._answered.add(node_id)
+            self._hung.pop(node_id, None)
+            self._ailing.pop(node_id, None)
+        return said
 
-    def failed(self, node_id: str, error: Exception) -> bool:
+    def failed(self, node_id: str, error: Exception, since: float | None = None) -> bool:
         """Takes note of a call that failed. What it did or may still do is looked after (:meth:`in_doubt`).
+
+        Args:
+            node_id: of the actor.
+            error: what became of the call.
+            since: when it was made, on the monotonic clock.
 
         Returns:
             Whether the actor may live on and still be at it.
         """
-        logger.error("the node actor of %s failed: %s", node_id, error)
-        lives = isinstance(error, (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError))
+        logger.error("the node actor of %s failed: %s", node_id, str(error) or type(error).__name__)
+        raised = isinstance(error, ray.exceptions.RayTaskError)  # whatever it is that it raised
+        lives = not raised and isinstance(
+            error, (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError)
+        )
         with self._lock:
             self._ailing.fail(node_id)
             if not lives:
                 agent = self._agents.pop(node_id, None)
-                if isinstance(error, ray.exceptions.RayTaskError) and agent is not None:
+                self._answered.discard(node_id)
+                if raised and agent is not None:
                     ray.kill(agent)  # it may not have tidied up: what it held for a moment goes with it
                 self._died[node_id] = time.monotonic()
                 self._in_doubt = True
             elif node_id in self._agents:
                 # It does one thing after the other: once it answers this, what it was at is over.
-                self._hung[node_id] = self._adopt(node_id)
-                self._late.append(self._hung[node_id])
+                told = self._adopt(node_id)
+                self._hung[node_id] = told, time.monotonic() if since is None else since
+                self._late.append(told)
         return lives
 
-    def ailing(self) -> frozenset[str]:
-        """Nodes on which an actor failed lately, longer if again and again: others are to be preferred."""
+    def suspect(self) -> frozenset[str]:
+        """Nodes to which others are to be preferred: their actors have not answered for longer than is normal.
+
+        And for a while those on which one failed, longer if again and again.
+        """
         with self._lock:
-            return self._ailing.waiting()
+            return self._ailing.waiting() | self._silent().keys()
+
+    def silent(self) -> frozenset[str]:
+        """Nodes whose actors have not answered for longer than is normal, and are still asked."""
+        with self._lock:
+            return frozenset(self._silent())
+
+    ailing = suspect
+
+    def are_cold(self, node_ids: Iterable[str]) -> bool:
+        """Whether the actor of one of these nodes has yet to answer for the first time, or does not any more."""
+        with self._lock:
+            silent = self._silent()
+            return any(node_id in silent or node_id not in self._answered for node_id in node_ids)
 
     def doubt(self, calls: Iterable[Any] = (), now: bool = True) -> None:
         """Groups may be left over that nobody knows of: now, and once these calls have ended."""
@@ -227,6 +403,7 @@ class Agents:
             everything: tuple[MutableMapping[str, Any], ...] = (
                 self._agents, self._turns, self._busy, self._used, self._hung, self._ailing, self._died,
             )  # fmt: skip
+            self._answered &= set(alive) | {node_id for node_id, users in self._busy.items() if users > 0}
             # One that has something to do may have joined since these were read.
             for node_id in {node for known in everything for node in known} - set(alive):
                 if self._busy[node_id] <= 0:

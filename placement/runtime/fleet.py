@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from placement.core.replicas import PlannedReplica
 from placement.core.score import WHOLE
 from placement.runtime import faults, groups
-from placement.runtime.agents import Agents
+from placement.runtime.agents import Agents, Unanswered
 from placement.runtime.books import Claim, holding_of
 from placement.runtime.discovery import NodeInfo
-from placement.runtime.gang import Gang
+from placement.runtime.group_reservation import Creator, GroupReservation
 from placement.runtime.machines import Machines
 from placement.runtime.node_agent import Reply
 from placement.runtime.orders import Holding, Refusal, Refused, deployment_of, order_name, order_of
@@ -25,6 +26,9 @@ VIEW_LAG_SECONDS = 0.25
 
 MOST_LAG_SECONDS = 2.0
 """On a machine that is overrun they take longer; for so long a node is asked itself before its GPUs count as taken."""
+
+RELEASE_SECONDS = 10.0
+"""How long node actors may take to give groups back, all together; after that these are removed without them."""
 
 logger = logging.getLogger(__name__)
 
@@ -120,14 +124,26 @@ class Fleet:
         self._gone[order] = self._gone.get(order, frozenset()) | set(nodes)
         self.note_change(nodes)
 
+    def forget_gone(self, order: str, nodes: Collection[str]) -> None:
+        """Has these nodes look anew at what is free: an order's group was removed by its owner, or ended with it.
+
+        While the books still show it, :meth:`tell` is to follow once they do not.
+        """
+        self.note_removed(order, nodes)
+        self.agents.forget(order, nodes)
+        if not any(order in self._in_books(node) for node in nodes):
+            self._gone.pop(order, None)
+
     def tell(self, name: str) -> None:
         """Tells the node actors of such orders of a deployment, once the books show what has become of it."""
-        for order in self._under_way.copy():
+        for order in self._under_way.copy() | self._gone.copy():
             if deployment_of(order) == name:
-                self._under_way.pop(order, None)
-        for order in self._gone.copy():
-            if deployment_of(order) == name and (nodes := self._gone.pop(order, None)):
-                self.agents.forget(order, nodes)
+                self._forget(order)
+
+    def _forget(self, order: str) -> None:
+        self._under_way.pop(order, None)
+        if nodes := self._gone.pop(order, None):
+            self.agents.forget(order, nodes)
 
     def _holdings(self, node_id: str) -> dict[str, Holding]:
         """Order -> what stands on a node, also where the books do not show it yet, or still do.
@@ -141,12 +157,18 @@ class Fleet:
                     held[order] = holding_of(deployment_of(order), a)
         return {order: holding for order, holding in held.items() if order not in self._gone}
 
-    def reserve(self, claim: Claim, known: Iterable[NodeInfo]) -> tuple[list[Reserved], list[Refusal]]:
+    def reserve(
+        self, claim: Claim, known: Iterable[NodeInfo], create: Creator | None = None
+    ) -> tuple[list[Reserved], list[Refusal]]:
         """Reserves a claim on all its nodes side by side; what some refuse, others may have reserved.
 
         Args:
             claim: what was planned.
             known: the nodes that it was planned with.
+            create: who creates the groups, one after the other, if not the service: the caller, with whom they end.
+
+        Raises:
+            Whatever ``create`` does; what was reserved before that for the same claim is given back.
         """
         nodes = {info.id: info for info in known}
         by_node: dict[str, list[PlannedReplica]] = {}
@@ -160,52 +182,82 @@ class Fleet:
         refusals: list[Refusal] = []
         calls: dict[str, Any] = {}
         try:
-            if gangs := _gangs(claim.replicas):
-                self._reserve_gangs(nodes, claim, gangs, names, reserved, refusals)
-            elif claim.deployment.remote:
+            if claim.deployment.remote:
                 for node_id, replicas in by_node.items():
-                    self._reserve_egress(nodes[node_id], claim, replicas, names, reserved, refusals)
+                    self._reserve_egress(nodes[node_id], claim, replicas, names, reserved, refusals, create)
+            elif create is not None or any(replica.ranks for replica in claim.replicas):
+                self._reserve_groups(nodes, claim, names, reserved, refusals, create)
             else:
-                with self.agents.sole(by_node):
-                    for node_id, replicas in by_node.items():
-                        orders = [
-                            order_of(names[r.replica_index], claim.deployment, planned=r) for r in replicas
-                        ]
-                        calls[node_id] = self.agents.agent(nodes[node_id]).reserve.remote(orders)
-                    faults.point("service.ordered")
-                    for node_id, call in calls.items():
-                        self._collect(nodes[node_id], call, by_node[node_id], reserved, refusals)
+                self._reserve_on_nodes(nodes, claim, by_node, names, calls, reserved, refusals)
         except BaseException:  # what was reserved by now, or will be, is not known any more
             self.agents.doubt(calls.values())
+            if create is not None:
+                self._drop(reserved)
             raise
         finally:
             self.note_change(by_node)
         return reserved, refusals
 
+    def _drop(self, reserved: Sequence[Reserved]) -> None:
+        """Gives back what the books will not show."""
+        try:
+            self.give_back(reserved)
+        except Exception:
+            logger.exception("what was reserved for a caller could not be given back; trying again")
+        for order, _ in reserved:
+            self._forget(order)
+
+    def _reserve_on_nodes(
+        self,
+        nodes: Mapping[str, NodeInfo],
+        claim: Claim,
+        by_node: Mapping[str, Sequence[PlannedReplica]],
+        names: Mapping[int, str],
+        calls: dict[str, Any],
+        reserved: list[Reserved],
+        refusals: list[Refusal],
+    ) -> None:
+        """Has the nodes' actors create the groups, which is quickest."""
+        try:
+            with self.agents.sole(by_node) as leave:
+                for node_id, replicas in by_node.items():
+                    orders = [order_of(names[r.replica_index], claim.deployment, planned=r) for r in replicas]
+                    calls[node_id] = self.agents.agent(nodes[node_id]).reserve.remote(orders)
+                faults.point("service.ordered")
+                answers = self.agents.answers(calls, answered=leave)
+        except Unanswered as error:
+            refusals.append(Refusal(error.node_id, nodes[error.node_id].name, 1, str(error)))
+            return
+        for node_id, answer in answers.items():
+            self._collect(nodes[node_id], answer, by_node[node_id], reserved, refusals)
+
     def give_back(self, reserved: Sequence[Reserved]) -> None:
         """Removes groups, by their nodes' actors so that no steering is disturbed, and ends the workers in them.
 
-        What cannot be removed now is in doubt, and no reason to fail: no record will tell of it.
+        On nodes that do not answer they are removed without the actors. What cannot be removed now is in doubt, and no
+        reason to fail: no record will tell of it.
         """
         for order, _ in reserved:
             self._gone.setdefault(order, frozenset())
         self._give_back(reserved)
 
     def _give_back(self, reserved: Sequence[Reserved]) -> None:
-        agents = self.agents.known()
+        silent = self.agents.silent()
+        agents = {node: agent for node, agent in self.agents.known().items() if node not in silent}
         by_node: dict[str, list[tuple[str, Any]]] = {}
+        directly: list[Reserved] = []
         for order, assignment in reserved:
             if assignment.gpus and assignment.node in agents:
                 by_node.setdefault(assignment.node, []).append((order, assignment.placement_group))
             else:
-                self._remove(order, assignment, ready=True)
+                directly.append((order, assignment))
         with self.agents.working(by_node):
             calls = {node: agents[node].release.remote(orders) for node, orders in by_node.items()}
-            failed = {
-                node for node, call in calls.items() if isinstance(self.agents.answer(node, call), Refused)
-            }
+            for order, assignment in directly:
+                self._remove(order, assignment, ready=True)
+            answers = self.agents.answers(calls, time.monotonic() + RELEASE_SECONDS)
         for order, assignment in reserved:
-            if assignment.node in failed:
+            if isinstance(answers.get(assignment.node), Refused) and assignment.gpus:
                 self._remove(order, assignment)
         self.note_change(by_node)
 
@@ -217,17 +269,26 @@ class Fleet:
             logger.exception("a group could not be removed; trying again")
             self.agents.doubt()
 
-    def _reserve_gangs(
+    def _reserve_groups(
         self,
         nodes: Mapping[str, NodeInfo],
         claim: Claim,
-        gangs: Mapping[int, Sequence[PlannedReplica]],
         names: Mapping[int, str],
         reserved: list[Reserved],
         refusals: list[Refusal],
+        create: Creator | None,
     ) -> None:
-        for index, parts in gangs.items():
-            outcome = Gang(self.agents, self.foreign, nodes, claim, names[index], parts).reserve()
+        """Reserves replicas of which the service or the caller creates the groups, one after the other."""
+        replicas: dict[int, list[PlannedReplica]] = {}
+        for part in claim.replicas:
+            replicas.setdefault(part.replica_index, []).append(part)
+        to_follow = Counter(part.node_id for part in claim.replicas)
+        for index, parts in replicas.items():
+            to_follow.subtract(part.node_id for part in parts)
+            more = 0 if parts[0].ranks else to_follow[parts[0].node_id]
+            outcome = GroupReservation(
+                self.agents, self.foreign, nodes, claim, names[index], parts, create, more
+            ).reserve()
             if isinstance(outcome, Refusal):
                 refusals.append(outcome)
                 return
@@ -236,12 +297,11 @@ class Fleet:
     def _collect(
         self,
         info: NodeInfo,
-        call: Any,
+        answer: Reply | Refused,
         replicas: Sequence[PlannedReplica],
         reserved: list[Reserved],
         refusals: list[Refusal],
     ) -> None:
-        answer: Reply | Refused = self.agents.answer(info.id, call)
         if isinstance(answer, Refused):
             refusals.append(answer.at(info.id, info.name))
             return
@@ -277,22 +337,23 @@ class Fleet:
         names: Mapping[int, str],
         reserved: list[Reserved],
         refusals: list[Refusal],
+        create: Creator | None,
     ) -> None:
         """Reserves egress capacity. There are no slots to steer, so that Ray's own table verifies it."""
         units = claim.deployment.egress_per_replica
-        made = [
-            (
-                replica,
-                groups.create_group(
-                    names[replica.replica_index], [{replica.egress_resource or "": units}], [info.id]
-                ),
-            )
-            for replica in replicas
-        ]
+        made = []
+        for replica in replicas:
+            name, bundle = names[replica.replica_index], {replica.egress_resource or "": float(units)}
+            if create is not None:
+                faults.point("service.lent")
+                made.append((replica, create(name, [bundle], [info.id])))
+            else:
+                made.append((replica, groups.create_group(name, [bundle], [info.id])))
         faults.point("service.egress_created")
         for replica, group in made:
-            if not groups.ready_or_removed(group) or groups.node_of_group(group) != info.id:
-                groups.remove_group(group)
+            if group is None or not groups.ready_or_removed(group) or groups.node_of_group(group) != info.id:
+                if group is not None:
+                    groups.remove_group(group)
                 reason = "another Ray user took egress capacity meanwhile"
                 refusals.append(Refusal(info.id, info.name, 1, reason))
                 continue
@@ -307,12 +368,3 @@ class Fleet:
                 egress_units=units,
             )
             reserved.append((names[replica.replica_index], assignment))
-
-
-def _gangs(replicas: Iterable[PlannedReplica]) -> dict[int, list[PlannedReplica]]:
-    """Replica index -> its parts, of replicas that are made of several sets of GPUs."""
-    found: dict[int, list[PlannedReplica]] = {}
-    for replica in replicas:
-        if replica.ranks:
-            found.setdefault(replica.replica_index, []).append(replica)
-    return found

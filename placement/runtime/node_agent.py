@@ -13,7 +13,7 @@ import ray.util
 from ray.util.placement_group import PlacementGroup
 
 from placement import topologies
-from placement.core.score import Score, score
+from placement.core.score import WHOLE, Score, score
 from placement.nvml import Reader
 from placement.runtime.groups import NodeGroups, visible_devices
 from placement.runtime.orders import Holding, Machine, Order, Prepared, Refused, Reserved, machine_of
@@ -46,19 +46,23 @@ class Reply:
 
 @dataclass(frozen=True)
 class Part:
-    """A node's part of a replica over several nodes, reserved and verified.
+    """What a node holds of a replica that was prepared there, reserved and verified.
 
     Attributes:
         sets: one set of GPUs for each tensor-parallel group, or part of one, that is here.
         bundle_of: GPU -> bundle.
         score: that of the slowest set.
         ray_gpus: what Ray alone would have given.
+        ray_score: that of ``ray_gpus``, if they were for one set.
+        share: thousandths of each GPU.
     """
 
     sets: tuple[tuple[int, ...], ...]
     bundle_of: dict[int, int]
     score: Score
     ray_gpus: tuple[int, ...]
+    ray_score: Score
+    share: int = WHOLE
 
 
 NAMESPACE = "placement"
@@ -155,19 +159,29 @@ class NodePlacementActor:
         return Reply(tuple(filled), None, tuple(sorted(self._reserver.foreign)))
 
     def warm(self, gpus: int) -> None:
-        """Answers once everything is there that :meth:`prepare` of so many and :meth:`confirm` need to be quick."""
+        """Answers once everything is there that :meth:`prepare` of so many and :meth:`confirm` need to be quick.
+
+        With 0, only the processes: no GPU is touched.
+        """
         self._last_facts()
         self._groups.warm()
-        self._reserver.look_ahead(gpus)
+        if gpus:
+            self._reserver.look_ahead(gpus)
 
-    def prepare(self, order: Order, sets: int) -> Prepared | Refused:
-        """Makes the best GPUs the lowest free ones, for a replica over several nodes.
+    def prepare(self, order: Order, sets: int, more: int = 0) -> Prepared | Refused:
+        """Makes the best GPUs those that Ray gives next, for a group that somebody else creates.
 
-        :meth:`confirm` or :meth:`cancel` follows at once; if it does not, the GPUs are let go by themselves.
+        :meth:`confirm` or :meth:`cancel` follows; if none has within :data:`LEASE_SECONDS`, the GPUs are let go by
+        themselves.
+
+        Args:
+            order: what is asked of this node; of a replica over several nodes, one of the ``sets``.
+            sets: how many disjoint sets of GPUs of this node it needs.
+            more: how many such orders will follow, and should find room.
         """
         self.cancel()
         machine = self._machine([order])
-        outcome = self._reserver.prepare(order, machine, sets)
+        outcome = self._reserver.prepare(order, machine, sets, more)
         if isinstance(outcome, Prepared):
             self._prepared = outcome
             self._lease = lease = threading.Timer(LEASE_SECONDS, self._run_out)
@@ -197,7 +211,8 @@ class NodePlacementActor:
             return None
         topology = machine_of(self._last_facts(), self._gpu_count).topology
         slowest = min(score(topology, gpus) for gpus in prepared.sets)
-        return Part(prepared.sets, bundle_of, slowest, prepared.ray_gpus)
+        rays = score(topology, prepared.ray_gpus)
+        return Part(prepared.sets, bundle_of, slowest, prepared.ray_gpus, rays, prepared.share)
 
     def release(self, orders: Sequence[tuple[str, PlacementGroup]]) -> None:
         """Gives groups back. Harmless if they are gone already."""
@@ -209,8 +224,8 @@ class NodePlacementActor:
             prepared, self._prepared = self._prepared, None
             if self._lease is not None:
                 self._lease.cancel()
-        if prepared is not None:
-            self._reserver.settle(prepared, used)
+            if prepared is not None:
+                self._reserver.settle(prepared, used)
         return prepared
 
     def _machine(self, orders: Sequence[Order]) -> Machine:

@@ -114,7 +114,7 @@ class Reserved:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Disjoint sets of GPUs that are the lowest free ones for as long as the ``fillers`` stay.
+    """Disjoint sets of GPUs that Ray gives next, for as long as the ``fillers`` stay: ``share`` thousandths of each.
 
     And what Ray alone would have given, and the GPUs that other Ray users held.
     """
@@ -124,6 +124,11 @@ class Prepared:
     fillers: tuple[Any, ...]
     attempts: int
     foreign_gpus: tuple[int, ...] = ()
+    share: int = WHOLE
+
+    def bundle(self, beside: Mapping[str, float]) -> dict[str, float]:
+        """What each bundle takes: one GPU, as vLLM needs it, or the share of it, and what is ``beside``."""
+        return {"GPU": self.share / WHOLE if self.share < WHOLE else 1.0, **beside}
 
 
 @dataclass(frozen=True)

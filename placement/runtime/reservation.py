@@ -25,11 +25,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 from placement.core.score import WHOLE, Needs, choose, ray_set, score
 from placement.core.snapshot import Node
+from placement.core.topology import Topology
 from placement.runtime import faults
 from placement.runtime.orders import Holding, Machine, Order, Prepared, Refused, Reserved
 
@@ -50,6 +51,9 @@ RETURN_SECONDS = 2.0
 """How long GPUs that were given back may take to come free; a few milliseconds, but on a machine that is overrun."""
 MAX_LOOKS = 3
 """How often a node is looked at before it refuses since too few of its GPUs are free."""
+TOO_LITTLE_MEMORY = "its GPUs have too little memory, or nobody knows how much"
+
+T = TypeVar("T")
 
 
 class Groups(Protocol):
@@ -93,6 +97,7 @@ class NodeReserver:
         self._changed_at = float("-inf")
         self._freed_at = time.monotonic()  # an earlier actor of this node may have died with holds
         self._looked_at = float("-inf")
+        self._strayed = False
 
     @property
     def foreign(self) -> frozenset[int]:
@@ -123,7 +128,7 @@ class NodeReserver:
         """
         share = order.needs.share_of(machine.gpu_memory_bytes)
         if share is None:
-            return Refused("its GPUs have too little memory, or nobody knows how much", 0, True)
+            return Refused(TOO_LITTLE_MEMORY, 0, True)
         return self._reserve(order, machine, more) if share == WHOLE else self._share(order, machine, share)
 
     def _reserve(self, order: Order, machine: Machine, more: int) -> Reserved | Refused:
@@ -133,23 +138,9 @@ class NodeReserver:
         reason, full, attempt = "", False, 0
         for attempt in range(1, MAX_ATTEMPTS + 1):
             free = self._look(count, attempt >= MAX_LOOKS)
-            wanted: tuple[int, ...] | None = None
-            if free is not None:
-                node = machine.node(free, {})
-                if needs.profile:
-                    taken = node.take(needs)
-                    wanted = None if taken is None else taken.gpus
-                else:
-                    mask = node.free_mask(needs)
-                    allowed = [gpu for gpu in node.free if mask >> gpu & 1]
-                    wanted = choose(topology, allowed, needs, more)
+            wanted = None if free is None else _best(machine.node(free, {}), topology, needs, more)
             if free is None or wanted is None:
-                reason, full = (
-                    f"too few of its GPUs are free, sound and as close as demanded for {count}",
-                    True,
-                )
-                if needs.profile:
-                    reason = f"none of its MIG instances {needs.profile} is free"
+                reason, full = _none_free(needs), True
                 if attempt >= MAX_LOOKS:
                     break
                 time.sleep(BOOKS_LAG_SECONDS / 2)
@@ -176,18 +167,35 @@ class NodeReserver:
             time.sleep(0.01 * attempt)
         return Refused(reason, attempt, full)
 
-    def prepare(self, order: Order, machine: Machine, sets: int) -> Prepared | Refused:
-        """Makes the best ``sets`` disjoint sets the lowest free GPUs, for bundles of a group over several nodes.
+    def prepare(self, order: Order, machine: Machine, sets: int, more: int = 0) -> Prepared | Refused:
+        """Makes the best GPUs those that Ray gives next, for a group that somebody else creates.
 
         What it returns is to be handed to :meth:`settle`, and soon: others go without the GPUs until then.
+
+        Args:
+            order: what is asked of this node; of a replica over several nodes, one of the ``sets``.
+            machine: what its GPUs are.
+            sets: how many disjoint sets there are to be: of whole GPUs, where it is not one.
+            more: as many such orders will follow, and should find room.
         """
         needs = order.needs
+        share = needs.share_of(machine.gpu_memory_bytes)
+        if share is None:
+            return Refused(TOO_LITTLE_MEMORY, 0, True)
+        if share < WHOLE:
+            return self._prepare_share(order, machine, share)
         reason, full, attempt = "", False, 0
         for attempt in range(1, MAX_ATTEMPTS + 1):
             free = self._look(needs.gpus * sets, attempt >= MAX_LOOKS)
-            chosen = None if free is None else _disjoint(machine.node(free, {}), needs, sets)
+            chosen: list[tuple[int, ...]] | None = None
+            if free is not None:
+                node = machine.node(free, {})
+                if sets > 1:
+                    chosen = _disjoint(node, needs, sets)
+                elif best := _best(node, machine.topology, needs, more):
+                    chosen = [best]
             if free is None or chosen is None:
-                reason, full = f"too few of its GPUs are free and as demanded for {sets} x {needs.gpus}", True
+                reason, full = _none_free(needs, sets), True
                 if attempt >= MAX_LOOKS:
                     break
                 time.sleep(BOOKS_LAG_SECONDS / 2)
@@ -202,6 +210,21 @@ class NodeReserver:
             self._foreign = None
             time.sleep(0.01 * attempt)
         return Refused(reason, attempt, full)
+
+    def _prepare_share(self, order: Order, machine: Machine, share: int) -> Prepared | Refused:
+        """The same for a share of one GPU."""
+
+        def prepare(attempt: int, free: frozenset[int], wanted: int) -> Prepared | None:
+            fillers = self._steer_share(share, free, wanted)
+            if fillers is not None and self._strayed and not self._fill_strays(fillers, share, wanted):
+                fillers = None
+            faults.point("agent.prepared")
+            if fillers is None:
+                return None
+            foreign = tuple(sorted(self.foreign))
+            return Prepared(((wanted,),), (wanted,), tuple(fillers), attempt, foreign, share)
+
+        return self._with_share(order, machine, share, prepare)
 
     def look_ahead(self, count: int) -> None:
         """Sees to it that :meth:`prepare`, which is about to follow, need neither look nor wait for the books."""
@@ -221,17 +244,39 @@ class NodeReserver:
         self, order: Order, prepared: Prepared, group: Any, bundles: Sequence[int]
     ) -> dict[int, int] | None:
         """GPU -> bundle, if these bundles of a group hold just the prepared GPUs; they are then noted as ours."""
-        slots = self._groups.gpus_of(group, bundles)
+        is_share = prepared.share < WHOLE
+        slots = self._groups.gpus_of(group, bundles, prepared.share / WHOLE if is_share else 1)
         self._changed_at = time.monotonic()
         if sorted(slots) != sorted(gpu for gpus in prepared.sets for gpu in gpus):
             self._foreign = None
+            self._strayed = is_share
             return None
+        if is_share:
+            self._strayed = False
         faults.point("agent.confirmed")
-        self._held[order.name] = Holding(order.deployment, tuple(sorted(slots)))
+        self._held[order.name] = Holding(order.deployment, tuple(sorted(slots)), prepared.share)
         return dict(zip(slots, bundles, strict=True))
 
     def _share(self, order: Order, machine: Machine, share: int) -> Reserved | Refused:
         """A share of one GPU."""
+
+        def take(attempt: int, free: frozenset[int], wanted: int) -> Reserved | None:
+            group = self._take_share(f"{order.name}:{attempt}", order.beside, share, free, wanted)
+            if group is None:
+                return None
+            self._held[order.name] = Holding(order.deployment, (wanted,), share)
+            return Reserved(group, (wanted,), (0,), (wanted,), attempt, share)
+
+        return self._with_share(order, machine, share, take)
+
+    def _with_share(
+        self,
+        order: Order,
+        machine: Machine,
+        share: int,
+        take: Callable[[int, frozenset[int], int], T | None],
+    ) -> T | Refused:
+        """Chooses a GPU for a share, until ``take(attempt, wholly free GPUs, GPU)`` succeeds with one."""
         reason, full, attempt = "", False, 0
         crowded = {
             gpu for held in self._held.values() if held.deployment == order.deployment for gpu in held.gpus
@@ -252,10 +297,9 @@ class NodeReserver:
                 unsure.clear()
                 time.sleep(BOOKS_LAG_SECONDS / 2)
                 continue
-            group = self._take_share(f"{order.name}:{attempt}", order.beside, share, free, wanted)
-            if group is not None:
-                self._held[order.name] = Holding(order.deployment, (wanted,), share)
-                return Reserved(group, (wanted,), (0,), (wanted,), attempt, share)
+            outcome = take(attempt, free, wanted)
+            if outcome is not None:
+                return outcome
             reason, full = f"another Ray user has some of GPU {wanted}, or CPUs or memory are short", False
             if wanted in rests:
                 unsure.add(wanted)
@@ -408,21 +452,11 @@ class NodeReserver:
             The group, or ``None``. Nothing else is left held.
         """
         groups = self._groups
-        rests = self._rests()
-        self._catch_up(free)
-        before = sorted((rest, gpu) for gpu, rest in rests.items() if rest >= share and gpu != wanted)
-        if wanted in rests:
-            before = [one for one in before if one < (rests[wanted], wanted)]
-        fillers: list[Any] = []
+        fillers = self._steer_share(share, free, wanted)
+        if fillers is None:
+            return None
         kept: Any = None
         try:
-            for rest, _ in before:
-                fillers.append(groups.hold(rest / WHOLE))
-            lower = sum(1 for gpu in free if gpu < wanted)
-            if lower and wanted not in rests:
-                fillers.append(groups.hold(lower))
-            if not all(groups.ready_or_removed(group, READY_DEADLINE_SECONDS) for group in fillers):
-                return None
             faults.point("agent.steered")
             for again in range(MAX_STRAY_SHARES):
                 group = groups.reserve(f"{name}:{again}", {"GPU": share / WHOLE, **beside}, 1)
@@ -439,6 +473,74 @@ class NodeReserver:
             for group in fillers:
                 if group is not kept:
                     groups.remove(group)
+
+    def _steer_share(self, share: int, free: frozenset[int], wanted: int) -> list[Any] | None:
+        """Fills every rest that Ray would prefer for a share.
+
+        Returns:
+            The fillers; ``None``, and nothing held, if others were in the way.
+        """
+        groups = self._groups
+        rests = self._rests()
+        self._catch_up(free)
+        before = sorted((rest, gpu) for gpu, rest in rests.items() if rest >= share and gpu != wanted)
+        if wanted in rests:
+            before = [one for one in before if one < (rests[wanted], wanted)]
+        fillers: list[Any] = []
+        done = False
+        try:
+            for rest, _ in before:
+                fillers.append(groups.hold(rest / WHOLE))
+            lower = sum(1 for gpu in free if gpu < wanted)
+            if lower and wanted not in rests:
+                fillers.append(groups.hold(lower))
+            done = all(groups.ready_or_removed(group, READY_DEADLINE_SECONDS) for group in fillers)
+            return fillers if done else None
+        finally:
+            self._changed_at = time.monotonic()
+            for group in [] if done else fillers:
+                groups.remove(group)
+
+    def _fill_strays(self, fillers: list[Any], share: int, wanted: int) -> bool:
+        """Adds fillers for rests that nobody knew of, until Ray gives a share where it is wanted.
+
+        Returns:
+            Whether it does; if not, no filler is left.
+        """
+        groups = self._groups
+        done = False
+        try:
+            for _ in range(MAX_STRAY_SHARES):
+                fillers.append(groups.hold(share / WHOLE))
+                if not groups.ready_or_removed(fillers[-1], READY_DEADLINE_SECONDS):
+                    return False
+                if groups.gpus_of(fillers[-1], [0], share / WHOLE) == [wanted]:
+                    groups.remove(fillers.pop())
+                    time.sleep(BOOKS_LAG_SECONDS)  # a worker ran in it
+                    done = True
+                    return True
+            return False
+        finally:
+            while fillers and not done:
+                groups.remove(fillers.pop())
+
+
+def _best(node: Node, topology: Topology, needs: Needs, more: int) -> tuple[int, ...] | None:
+    """The best of a node's free GPUs for one replica, or its MIG instance; ``None`` if there is none."""
+    if needs.profile:
+        taken = node.take(needs)
+        return None if taken is None else taken.gpus
+    mask = node.free_mask(needs)
+    return choose(topology, [gpu for gpu in node.free if mask >> gpu & 1], needs, more)
+
+
+def _none_free(needs: Needs, sets: int = 1) -> str:
+    """Why there are no GPUs for it."""
+    if needs.profile:
+        return f"none of its MIG instances {needs.profile} is free"
+    if sets > 1:
+        return f"too few of its GPUs are free and as demanded for {sets} x {needs.gpus}"
+    return f"too few of its GPUs are free, sound and as close as demanded for {needs.gpus}"
 
 
 def _disjoint(node: Node, needs: Needs, count: int) -> list[tuple[int, ...]] | None:

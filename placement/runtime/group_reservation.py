@@ -1,0 +1,238 @@
+"""One replica of which somebody other than a node's actor creates the group: the service, or the caller himself.
+
+1. Prepare: the actor of each node makes the best GPUs those that Ray gives next.
+2. Create: one placement group, in the service for a replica over several nodes, or in the caller's own process,
+   whose end is then that of the group.
+3. Confirm: each actor verifies from inside that its bundles hold just what it prepared; or cancel.
+
+A bounded number of times, under the nodes' turns. What is prepared is let go by itself if nobody comes in time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from ray.util.placement_group import PlacementGroup
+
+from placement.core.replicas import PlannedReplica
+from placement.core.score import WHOLE
+from placement.runtime import faults, groups
+from placement.runtime.agents import DEADLINE_SECONDS, Agents, Unanswered
+from placement.runtime.books import Claim
+from placement.runtime.discovery import NodeInfo
+from placement.runtime.node_agent import LEASE_SECONDS, Part
+from placement.runtime.orders import Order, Prepared, Refusal, Refused, order_of
+from placement.runtime.results import NodeAssignment
+
+GROUP_DEADLINE_SECONDS = 0.3
+"""Long enough for Ray to try twice; see :func:`~placement.runtime.groups.ready_or_removed`."""
+MAX_ATTEMPTS = 6
+
+
+class Creator(Protocol):
+    """Who creates a group for which the GPUs are prepared."""
+
+    def __call__(self, name: str, bundles: list[dict[str, float]], nodes: list[str]) -> PlacementGroup | None:
+        """Creates a group of that name, of which each bundle lies on the node given for it.
+
+        It may take up to :data:`~placement.runtime.node_agent.LEASE_SECONDS`. Whatever it raises ends the reservation,
+        and nothing is held then.
+
+        Returns:
+            The group, ready; ``None``, and nothing left, if it could not be had.
+        """
+
+
+def create_detached(name: str, bundles: list[dict[str, float]], nodes: list[str]) -> PlacementGroup | None:
+    """The service is the creator: the group stays until it is released."""
+    group = groups.create_group(name, bundles, nodes)
+    return group if groups.ready_or_removed(group, GROUP_DEADLINE_SECONDS) else None
+
+
+class GroupReservation:
+    """One replica to be reserved, on one node or several.
+
+    Args:
+        agents: the node actors.
+        foreign: node id -> GPUs that other Ray users hold; brought along here.
+        nodes: the nodes by id.
+        claim: what the replica belongs to.
+        name: of its order; begins the group's name.
+        parts: the replica, by node.
+        create: who creates the group; the service itself, if not given.
+        more: how many replicas like it will follow on its node.
+    """
+
+    def __init__(
+        self,
+        agents: Agents,
+        foreign: dict[str, frozenset[int]],
+        nodes: Mapping[str, NodeInfo],
+        claim: Claim,
+        name: str,
+        parts: Sequence[PlannedReplica],
+        create: Creator | None = None,
+        more: int = 0,
+    ) -> None:
+        self._all, self._foreign, self._nodes = agents, foreign, nodes
+        self._name, self._parts, self._create, self._more = name, parts, create, more
+        self._over_nodes = bool(parts[0].ranks)
+        # The bundles of each part: its ranks, or all that there are.
+        self._bundles = {part.node_id: sorted(part.ranks or range(len(part.gpus))) for part in parts}
+        self._set_size = claim.set_size if self._over_nodes else len(parts[0].gpus)
+        planned = None if self._over_nodes else parts[0]
+        set_size = claim.set_size if self._over_nodes else None
+        self._order = order_of(name, claim.deployment, set_size, planned)
+        self._agents: dict[str, Any] = {}
+        self._deadline = float("inf")
+
+    def reserve(self) -> list[NodeAssignment] | Refusal:
+        """One assignment for each part; or why there is none, and nothing is held then.
+
+        Raises:
+            Whatever the creator does.
+        """
+        self._deadline = time.monotonic() + DEADLINE_SECONDS
+        node_ids = [part.node_id for part in self._parts]
+        with self._all.working(node_ids):
+            self._find_agents()
+            # Not under the nodes' turns: one that hangs, or has yet to start, keeps nobody from the others.
+            if self._over_nodes and self._all.are_cold(node_ids) and (refusal := self._warm(gpus=False)):
+                return refusal
+            try:
+                with self._all.sole(node_ids):
+                    return self._reserve()
+            except Unanswered as error:
+                return Refusal(error.node_id, self._nodes[error.node_id].name, 1, str(error))
+
+    def _find_agents(self) -> None:
+        self._agents = {part.node_id: self._all.agent(self._nodes[part.node_id]) for part in self._parts}
+
+    def _reserve(self) -> list[NodeAssignment] | Refusal:
+        self._find_agents()  # one may have died since
+        if self._over_nodes and (refusal := self._warm()):
+            return refusal
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            began = time.monotonic()
+            outcome = self._attempt(attempt)
+            too_slow = self._create is not None and time.monotonic() - began > LEASE_SECONDS
+            if isinstance(outcome, list) or outcome.full or too_slow or self._lost_one():
+                break
+            time.sleep(0.02 * attempt)
+        return outcome
+
+    def _lost_one(self) -> bool:
+        """Whether an actor has failed: another is made for the next plan, and waited for before anything is held."""
+        known = self._all.known()
+        return any(known.get(node) is not agent for node, agent in self._agents.items())
+
+    def _warm(self, gpus: bool = True) -> Refusal | None:
+        """Waits for all: no node's GPUs are kept from others while another's processes start, or it looks."""
+        starting = {
+            part.node_id: self._agents[part.node_id].warm.remote(len(part.ranks) if gpus else 0)
+            for part in self._parts
+        }
+        for node, outcome in self._all.answers(starting, self._deadline).items():
+            if isinstance(outcome, Refused):
+                return outcome.at(node, self._nodes[node].name)
+        return None
+
+    def _attempt(self, attempt: int) -> list[NodeAssignment] | Refusal:
+        group = None
+        done = False
+        try:
+            prepared = self._prepare()
+            if isinstance(prepared, Refusal):
+                return prepared
+            faults.point("service.prepared")
+            began = time.monotonic()
+            group = self._created(attempt, prepared)
+            faults.point("service.group_created")
+            if group is None:
+                reason = "another Ray user took GPUs meanwhile, or CPUs or memory are short"
+                if time.monotonic() - began > LEASE_SECONDS:
+                    reason = f"no placement group was made within {LEASE_SECONDS:g} s"
+                return self._interfered(attempt, reason)
+            found = self._confirm(group)
+            faults.point("service.confirmed")
+            if found is None:
+                return self._interfered(attempt, "another Ray user took or freed GPUs meanwhile")
+            done = True
+            return [
+                _assignment(self._nodes[part.node_id], part, found[part.node_id], group, self._order)
+                for part in self._parts
+            ]
+        finally:
+            if not done:
+                for agent in self._agents.values():
+                    if group is not None:
+                        agent.release.remote([(self._name, group)])
+                    agent.cancel.remote()
+                if group is not None:
+                    groups.remove_group(group)
+
+    def _prepare(self) -> dict[str, Prepared] | Refusal:
+        asked = {}
+        for part in self._parts:
+            sets = len(part.ranks) // self._set_size if self._over_nodes else 1
+            asked[part.node_id] = self._agents[part.node_id].prepare.remote(self._order, sets, self._more)
+        prepared: dict[str, Prepared] = {}
+        refusal = None
+        for node, outcome in self._all.answers(asked, self._deadline).items():
+            if isinstance(outcome, Refused):
+                room = len(self._bundles[node]) - 1
+                refusal = outcome.at(node, self._nodes[node].name, room=room)
+            else:
+                prepared[node] = outcome
+                self._foreign[node] = frozenset(outcome.foreign_gpus)
+        return refusal or prepared
+
+    def _created(self, attempt: int, prepared: Mapping[str, Prepared]) -> PlacementGroup | None:
+        at = {bundle: node for node, bundles in self._bundles.items() for bundle in bundles}
+        nodes = [at[bundle] for bundle in sorted(at)]
+        bundles = [prepared[node].bundle(self._order.beside) for node in nodes]
+        if self._create is None:
+            return create_detached(f"{self._name}:{attempt}", bundles, nodes)
+        faults.point("service.lent")
+        return self._create(f"{self._name}:{attempt}", bundles, nodes)
+
+    def _confirm(self, group: PlacementGroup) -> dict[str, Part] | None:
+        """Node -> its part; ``None`` if any does not hold just what it prepared."""
+        asked = {
+            node: self._agents[node].confirm.remote(self._order, group, bundles)
+            for node, bundles in self._bundles.items()
+        }
+        found = self._all.answers(asked, self._deadline)
+        return found if all(isinstance(part, Part) for part in found.values()) else None
+
+    def _interfered(self, attempts: int, reason: str) -> Refusal:
+        names = ", ".join(self._nodes[part.node_id].name for part in self._parts)
+        return Refusal(self._parts[0].node_id, names, attempts, reason)
+
+
+def _assignment(
+    info: NodeInfo, part: PlannedReplica, found: Part, group: PlacementGroup, order: Order
+) -> NodeAssignment:
+    gpus = [gpu for gpus in found.sets for gpu in gpus]
+    alone = found.ray_score if not part.ranks else None  # of several nodes, Ray's own choice is not known
+    return NodeAssignment(
+        replica_index=part.replica_index,
+        node=info.id,
+        gpus=gpus,
+        ranks=list(part.ranks),
+        set_size=part.set_size,
+        placement_group=group,
+        bundle_indices=[found.bundle_of[gpu] for gpu in gpus],
+        node_name=info.name,
+        share=found.share / WHOLE,
+        mig=order.needs.profile,
+        cpus_per_gpu=order.beside.get("CPU", 0.0),
+        memory_bytes_per_gpu=int(order.beside.get("memory", 0)),
+        ray_gpus=list(found.ray_gpus),
+        bandwidth_gb_per_s=found.score.known_gb_per_s,
+        weakest_link=found.score.link_name,
+        ray_bandwidth_gb_per_s=None if alone is None else alone.known_gb_per_s,
+        ray_weakest_link=None if alone is None else alone.link_name,
+    )
