@@ -13,7 +13,7 @@ from placement import topologies
 from placement.core.score import WHOLE
 from placement.core.snapshot import Node
 from placement.errors import UnknownTopology
-from placement.runtime.books import Tally
+from placement.runtime.state import Tally
 from placement.runtime.orders import Machine
 from placement.wire.accelerators import accelerators_of
 

@@ -12,7 +12,7 @@ from placement.core.replicas import PlannedReplica
 from placement.core.score import WHOLE
 from placement.runtime import faults, groups
 from placement.runtime.agents import Agents, Unanswered
-from placement.runtime.books import Claim, holding_of
+from placement.runtime.state import Claim, holding_of
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.group_reservation import Creator, GroupReservation
 from placement.runtime.machines import Machines

@@ -20,7 +20,7 @@ from placement.core.replicas import PlannedReplica
 from placement.core.score import WHOLE
 from placement.runtime import faults, groups
 from placement.runtime.agents import DEADLINE_SECONDS, Agents, Unanswered
-from placement.runtime.books import Claim
+from placement.runtime.state import Claim
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.node_agent import LEASE_SECONDS, Part
 from placement.runtime.orders import Order, Prepared, Refusal, Refused, order_of

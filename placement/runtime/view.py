@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from placement.core.snapshot import Node, Snapshot
-from placement.runtime.books import Tally
+from placement.runtime.state import Tally
 from placement.runtime.discovery import NodeInfo, node_state
 from placement.runtime.fleet import VIEW_LAG_SECONDS
 from placement.runtime.orders import Machine

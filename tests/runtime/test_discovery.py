@@ -17,7 +17,7 @@ from placement.core.score import WHOLE, Needs
 from placement.core.snapshot import Snapshot, Take
 from placement.core.topology import Topology
 from placement.runtime import discovery
-from placement.runtime.books import Tally
+from placement.runtime.state import Tally
 from placement.runtime.discovery import ACCELERATOR_LABEL, TOPOLOGY_LABEL, NodeInfo, node_state
 from placement.runtime.orders import Machine, machine_of
 from placement.wire.accelerators import accelerator_type

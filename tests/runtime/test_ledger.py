@@ -9,7 +9,7 @@ import pytest
 from placement import Deployment
 from placement.core.lifecycle import State
 from placement.runtime import ledger
-from placement.runtime.books import Standing
+from placement.runtime.state import Standing
 from placement.runtime.ledger import VERSION, read
 
 REPLICA = {

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from placement import Deployment, topologies
-from placement.runtime.books import Books, Standing
+from placement.runtime.state import Books, Standing
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.report import status_report, topology_report
 from placement.runtime.results import NodeAssignment

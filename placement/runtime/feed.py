@@ -1,0 +1,290 @@
+"""What happened to each deployment, for those who want to know, and those who wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from placement.errors import Busy
+
+KEPT_PER_DEPLOYMENT = 200
+KEPT_DEPLOYMENTS = 2000
+NUMBERS = 10_000_000
+"""So many numbers are set aside at a time; a service that starts anew goes on after them."""
+RETRY_SECONDS = 1.0
+"""So long after setting numbers aside failed it is not tried again."""
+WATCHERS = 4096
+"""So many wait at once."""
+
+K = TypeVar("K")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happened.
+
+    Attributes:
+        number: later ones have higher numbers, also across restarts of the service, and whatever the clock says.
+        at: seconds since 1970.
+        deployment: its name.
+        replica: its index; ``None`` for the deployment as a whole.
+        state: the replica's state from then on; ``released`` once it is no more. Of a deployment as a whole
+            ``refused``, ``changed`` (it is declared anew; the text names the fields) or ``restarted`` (the service).
+        text: where it is, or why.
+    """
+
+    number: int
+    at: float
+    deployment: str
+    replica: int | None
+    state: str
+    text: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The event as JSON-ready values; ``time`` is ``at`` in words, in UTC."""
+        when = datetime.fromtimestamp(self.at, UTC).isoformat(timespec="milliseconds")
+        return {**vars(self), "time": when}
+
+
+@dataclass(eq=False, slots=True)
+class _Watcher:
+    """One who waits: the future belongs to the loop, and is touched nowhere else."""
+
+    loop: asyncio.AbstractEventLoop
+    names: frozenset[str] | None
+    woken: asyncio.Future[None]
+
+
+def _in_a_thread(work: Callable[[], None]) -> None:
+    threading.Thread(target=work, name="event-numbers", daemon=True).start()
+
+
+class Feed:
+    """The last events of each deployment, in memory: a restart of the service begins anew.
+
+    Of a deployment that stands at least the last one is kept, however many others there are. Every method may be
+    called from any thread, and from any event loop; none blocks on more than a short lock.
+
+    Args:
+        begin: no number below was given out by now.
+        set_aside: keeps, for a later feed, where the numbers that this one may give out end. Called once before the
+            feed exists, and later with no lock held.
+        stands: whether a deployment stands. Called under the feed's lock: it must take none, nor wait.
+        run: has the later calls of ``set_aside`` done, in a thread of their own.
+    """
+
+    def __init__(
+        self,
+        begin: int = 0,
+        set_aside: Callable[[int], None] = lambda end: None,
+        stands: Callable[[str], bool] = lambda name: False,
+        run: Callable[[Callable[[], None]], object] = _in_a_thread,
+    ) -> None:
+        # Reentrant: the garbage collector may close the coroutine of one who waits while its thread is in here.
+        self._lock = threading.RLock()
+        # Both in the order of their last events, and all of the second before those of the first.
+        self._by_name: dict[str, deque[Event]] = {}
+        self._lasts: dict[str, Event] = {}
+        self._set_aside, self._stands, self._run = set_aside, stands, run
+        self._last = max(begin, int(time.time() * 1000)) - 1
+        self._end = self._last + NUMBERS
+        self._is_setting_aside = False
+        self._not_before = 0.0
+        set_aside(self._end)
+        self._watchers: dict[asyncio.AbstractEventLoop, set[_Watcher]] = {}
+        self._by_watched: dict[str | None, set[_Watcher]] = {}
+        self._to_wake: dict[asyncio.AbstractEventLoop, list[_Watcher]] = {}
+
+    # -- events ------------------------------------------------------------------------------------
+
+    def add(self, name: str, replica: int | None, state: str, text: str = "") -> None:
+        """Notes one and wakes those who wait for it."""
+        with self._lock:
+            log = self._by_name.pop(name, None) or deque(self._kept_last(name), maxlen=KEPT_PER_DEPLOYMENT)
+            self._lasts.pop(name, None)
+            now = time.time()
+            log.append(Event(self._next_number(now), now, name, replica, str(state), text))
+            self._by_name[name] = log  # the one that changed last comes last
+            if len(self._by_name) > KEPT_DEPLOYMENTS:
+                oldest = next(iter(self._by_name))
+                last = self._by_name.pop(oldest)[-1]
+                if self._stands(oldest):
+                    self._lasts[oldest] = last
+            self._wake(name)
+            need_more = self._needs_more()
+        if need_more:
+            try:
+                self._run(self._set_more_aside)
+            except RuntimeError:  # no thread to be had
+                logger.exception("how far the numbers of events go could not be noted")
+                self._set_aside_later()
+
+    def since(self, number: int, names: Collection[str] | None = None) -> list[Event]:
+        """Those after ``number``, in order: of these deployments, or of all."""
+        with self._lock:
+            return self._since(number, names)
+
+    def known(self, name: str) -> bool:
+        """Whether anything is known of a deployment."""
+        with self._lock:
+            return name in self._by_name or name in self._lasts
+
+    def _since(self, number: int, names: Collection[str] | None) -> list[Event]:
+        found: list[Event] = []
+        for log in self._newest_first() if names is None else map(self._log, set(names)):
+            before = len(found)
+            for event in reversed(log):
+                if event.number <= number:
+                    break
+                found.append(event)
+            if names is None and len(found) == before:
+                break  # those that follow changed earlier still
+        found.sort(key=lambda event: event.number)
+        return found
+
+    def _log(self, name: str) -> deque[Event] | list[Event]:
+        return self._by_name.get(name) or self._kept_last(name)
+
+    def _kept_last(self, name: str) -> list[Event]:
+        return [self._lasts[name]] if name in self._lasts else []
+
+    def _newest_first(self) -> Iterable[deque[Event] | list[Event]]:
+        yield from reversed(self._by_name.values())
+        for event in reversed(self._lasts.values()):
+            yield [event]
+
+    # -- numbers -----------------------------------------------------------------------------------
+
+    def _next_number(self, now: float) -> int:
+        """Follows the clock, so that numbers rise even if the ledger is lost, as far as numbers are set aside."""
+        following, clock = self._last + 1, int(now * 1000)
+        self._last = clock if following < clock < self._end else following
+        return self._last
+
+    def _needs_more(self) -> bool:
+        """Whether more numbers must be set aside, now, by who asks."""
+        if self._is_setting_aside or time.monotonic() < self._not_before:
+            return False
+        self._is_setting_aside = max(self._last, int(time.time() * 1000)) >= self._end - NUMBERS // 2
+        return self._is_setting_aside
+
+    def _set_more_aside(self) -> None:
+        with self._lock:
+            end = max(self._last, int(time.time() * 1000)) + NUMBERS
+        try:
+            self._set_aside(end)
+        except Exception:  # tried again with an event that comes later
+            logger.exception("how far the numbers of events go could not be noted")
+            self._set_aside_later()
+        else:
+            with self._lock:
+                self._end, self._is_setting_aside = max(self._end, end), False
+
+    def _set_aside_later(self) -> None:
+        with self._lock:
+            self._not_before, self._is_setting_aside = time.monotonic() + RETRY_SECONDS, False
+
+    # -- those who wait ----------------------------------------------------------------------------
+
+    async def wait(
+        self, number: int, names: Collection[str] | None = None, timeout_seconds: float = 30.0
+    ) -> list[Event]:
+        """Those after ``number``, in order, as soon as there is one; none if the time runs out. Costs no thread.
+
+        Args:
+            number: that of the last event already known.
+            names: of these deployments only, which need not be known yet; of all if ``None``.
+            timeout_seconds: at most so long.
+
+        Raises:
+            Busy: 4,096 wait already.
+        """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + timeout_seconds
+        wanted = None if names is None else frozenset(names)
+        while True:
+            with self._lock:
+                found = self._since(number, wanted)
+                if found or not loop.time() < end:
+                    return found
+                watcher = self._enter(loop, wanted)
+            # Not asyncio.wait_for: before Python 3.12 that may swallow a cancellation.
+            timer = loop.call_at(end, _finish, watcher.woken)
+            try:
+                await watcher.woken
+            finally:
+                timer.cancel()
+                with self._lock:
+                    self._leave(watcher)
+
+    def waiting(self) -> int:
+        """How many wait."""
+        with self._lock:
+            return sum(map(len, self._watchers.values()))
+
+    def _enter(self, loop: asyncio.AbstractEventLoop, names: frozenset[str] | None) -> _Watcher:
+        for closed in [one for one in self._watchers if one.is_closed()]:
+            self._forget(closed)
+        if sum(map(len, self._watchers.values())) >= WATCHERS:
+            raise Busy("watchers", WATCHERS)
+        watcher = _Watcher(loop, names, loop.create_future())
+        self._watchers.setdefault(loop, set()).add(watcher)
+        for name in _keys(watcher):
+            self._by_watched.setdefault(name, set()).add(watcher)
+        return watcher
+
+    def _leave(self, watcher: _Watcher) -> None:
+        _discard(self._watchers, watcher.loop, watcher)
+        for name in _keys(watcher):
+            _discard(self._by_watched, name, watcher)
+
+    def _wake(self, name: str) -> None:
+        """Wakes who waits for this name: one call of each loop, until that loop comes to it, however many they are."""
+        for key in (name, None):
+            for watcher in list(self._by_watched.get(key, ())):
+                self._leave(watcher)
+                batch = self._to_wake.setdefault(watcher.loop, [])
+                batch.append(watcher)
+                if len(batch) > 1:
+                    continue
+                try:
+                    watcher.loop.call_soon_threadsafe(self._finish_batch, watcher.loop)
+                except RuntimeError:  # the loop is closed
+                    self._forget(watcher.loop)
+
+    def _finish_batch(self, loop: asyncio.AbstractEventLoop) -> None:
+        with self._lock:
+            batch = self._to_wake.pop(loop, [])
+        for watcher in batch:
+            _finish(watcher.woken)
+
+    def _forget(self, loop: asyncio.AbstractEventLoop) -> None:
+        for watcher in list(self._watchers.get(loop, ())):
+            self._leave(watcher)
+        self._to_wake.pop(loop, None)
+
+
+def _finish(woken: asyncio.Future[None]) -> None:
+    if not woken.done():
+        woken.set_result(None)
+
+
+def _keys(watcher: _Watcher) -> Collection[str | None]:
+    return (None,) if watcher.names is None else watcher.names
+
+
+def _discard(index: dict[K, set[_Watcher]], key: K, watcher: _Watcher) -> None:
+    watchers = index.get(key)
+    if watchers is not None:
+        watchers.discard(watcher)
+        if not watchers:
+            del index[key]

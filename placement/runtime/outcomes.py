@@ -1,0 +1,176 @@
+"""Waiting for what others do, at the cost of no thread: for the outcome of the same call, and for one's turn."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from placement.errors import Busy
+
+WAITING = 4096
+"""So many wait for their turn at once, over all names."""
+
+T = TypeVar("T")
+
+
+class Outcomes:
+    """Identical calls share one outcome. Of use from any number of event loops; nothing is kept of what is done."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # Any: each key's outcome has a type of its own.
+        self._running: dict[Hashable, Future[Any]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def share(self, key: Hashable, start: Callable[[], Awaitable[T]]) -> T:
+        """What ``start`` returns or raises; if a call with an equal key runs, that one's outcome instead.
+
+        What was started goes on to its end, in the event loop of who came first, even if all who wait for it are
+        cancelled.
+
+        Args:
+            key: calls with equal keys must be the same call.
+            start: begins the call.
+
+        Raises:
+            RuntimeError: the call was cancelled before it had an outcome, as its event loop ended.
+        """
+        with self._lock:
+            outcome: Future[T] | None = self._running.get(key)
+            if outcome is None:
+                outcome = self._running[key] = Future()
+                outcome.set_running_or_notify_cancel()  # who is cancelled cannot cancel it any more
+                task = asyncio.get_running_loop().create_task(self._carry_out(key, outcome, start))
+                self._tasks.add(task)  # a loop keeps weak references only
+                task.add_done_callback(self._drop)
+        return await asyncio.wrap_future(outcome)
+
+    def running(self) -> int:
+        """How many calls have no outcome yet."""
+        with self._lock:
+            return len(self._running)
+
+    async def _carry_out(self, key: Hashable, outcome: Future[T], start: Callable[[], Awaitable[T]]) -> None:
+        try:
+            result = await start()
+        except asyncio.CancelledError:
+            self._end(key)
+            outcome.set_exception(RuntimeError("the call that this one shares was cancelled"))
+            raise
+        except BaseException as error:
+            self._end(key)
+            outcome.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            self._end(key)
+            outcome.set_result(result)
+
+    def _end(self, key: Hashable) -> None:
+        with self._lock:
+            del self._running[key]
+
+    def _drop(self, task: asyncio.Task[None]) -> None:
+        with self._lock:
+            self._tasks.discard(task)
+
+
+@dataclass(eq=False, slots=True)
+class _Place:
+    """A place in a queue; ``begin`` says, from any thread, that it is the first, or raises RuntimeError."""
+
+    begin: Callable[[], object]
+
+
+class Queues:
+    """One at a time by name, first come, first served; for event loops and threads alike.
+
+    No name is kept once nobody has or awaits its turn.
+    """
+
+    def __init__(self) -> None:
+        # Reentrant: the garbage collector may close the coroutine of one who waits while its thread is in here.
+        self._lock = threading.RLock()
+        self._by_name: dict[str, deque[_Place]] = {}
+        self._count = 0
+
+    @asynccontextmanager
+    async def turn(self, name: str) -> AsyncIterator[None]:
+        """Within, the caller alone has this name. Waiting costs no thread.
+
+        Raises:
+            Busy: 4,096 wait already.
+        """
+        loop = asyncio.get_running_loop()
+        begun = loop.create_future()
+        place = _Place(lambda: loop.call_soon_threadsafe(_finish, begun))
+        try:
+            if not self._enter(name, place):
+                await begun
+            yield
+        finally:
+            self._leave(name, place)
+
+    @contextmanager
+    def thread_turn(self, name: str) -> Iterator[None]:
+        """The same for a thread, which waits.
+
+        Raises:
+            Busy: 4,096 wait already.
+        """
+        begun = threading.Event()
+        place = _Place(begun.set)
+        try:
+            if not self._enter(name, place):
+                begun.wait()
+            yield
+        finally:
+            self._leave(name, place)
+
+    def names(self) -> list[str]:
+        """Whose turn somebody has or awaits."""
+        with self._lock:
+            return list(self._by_name)
+
+    def _enter(self, name: str, place: _Place) -> bool:
+        """Whether it is this one's turn at once."""
+        with self._lock:
+            queue = self._by_name.get(name)
+            if queue is None:
+                self._by_name[name] = deque([place])
+            elif self._count - len(self._by_name) >= WAITING:
+                raise Busy("changes that wait", WAITING)
+            else:
+                queue.append(place)
+            self._count += 1
+            return queue is None
+
+    def _leave(self, name: str, place: _Place) -> None:
+        """Gives up the turn, or the place in the queue; of no effect if there is none."""
+        with self._lock:
+            queue = self._by_name.get(name, deque())
+            had_turn = bool(queue) and queue[0] is place
+            if place not in queue:
+                return
+            queue.remove(place)
+            self._count -= 1
+            while had_turn and queue:
+                try:
+                    queue[0].begin()
+                    return
+                except RuntimeError:  # its loop is closed: it will never go on
+                    queue.popleft()
+                    self._count -= 1
+            if not queue:
+                del self._by_name[name]
+
+
+def _finish(begun: asyncio.Future[None]) -> None:
+    if not begun.done():
+        begun.set_result(None)
