@@ -271,7 +271,7 @@ def test_the_numbers_of_events_go_on_after_a_restart_though_the_clock_goes_back(
     service.place(one())
     seen = service.events("a")[-1]["number"]
     for _ in range(3):
-        monkeypatch.setattr("placement.runtime.events.time.time", lambda: 1.0)
+        monkeypatch.setattr("placement.runtime.feed.time.time", lambda: 1.0)
         service = DeploymentPlacementActor(lambda info: None)
         [event] = service.events("a", seen)
         assert (event["state"], event["time"]) == ("restarted", "1970-01-01T00:00:01.000+00:00")
