@@ -10,7 +10,8 @@ from placement.core.lifecycle import State
 from placement.runtime import faults, groups, ledger
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.feed import Feed
-from placement.runtime.fleet import Creator, Fleet
+from placement.runtime.fleet import Fleet
+from placement.runtime.group_reservation import Creator
 from placement.runtime.orders import Refusal
 from placement.runtime.results import NodeAssignment
 from placement.runtime.state import Claim, DeploymentState, ServiceState, held_replica
@@ -86,11 +87,11 @@ class Actions:
         if dead:
             groups.remove_group(replica.parts[0].placement_group)
             self._fleet.give_back([(replica.order, part) for part in rest])
+            faults.point("service.given_back")
             reason = f"node {', '.join(dead)} died"
         else:
             self._fleet.note_removed(replica.order, [part.node for part in replica.parts])
             reason = "its placement group is gone"
-        faults.point("service.given_back")
         self._feed.add(one.name, index, str(State.LOST), reason)
         return bool(rest), reason
 

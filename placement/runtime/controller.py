@@ -394,24 +394,26 @@ class Controller:
             nodes: list[NodeInfo], lag_seconds: float, fresh: bool, accept: bool = False
         ) -> tuple[list[NodeInfo], Decision, Claim | None]:
             machines, deployment = self.fleet.machines, work.wanted.deployment
-            avoided = work.refused | self.fleet.agents.ailing()
+            avoided = work.refused | self.fleet.agents.suspect()
             if not deployment.remote:
                 if deployment.needs.free_memory_bytes:
-                    machines.meet(nodes, again=True, max_age_seconds=FRESH_SECONDS)
+                    machines.refresh(nodes, again=True, max_age_seconds=FRESH_SECONDS)
                 else:
-                    machines.meet(nodes, patience_seconds=0.0)
-                avoided |= machines.strangers(nodes)
+                    machines.refresh(nodes, patience_seconds=0.0)
+                avoided |= machines.unknown_nodes(nodes)
             if avoided:
                 with contextlib.suppress(Unplaceable):
                     return nodes, *self._decide_with(work, nodes, lag_seconds, fresh, avoided)
                 if not deployment.remote:
-                    machines.meet(nodes)
+                    machines.refresh(nodes)
             return nodes, *self._decide_with(work, nodes, lag_seconds, fresh, accept=accept)
 
         if not work.patient:
             return decide(self.cluster.nodes(), VIEW_LAG_SECONDS, True, accept=True)
         try:
-            return self.cluster.patiently(decide, fresh=work.replans > 0)
+            # A replica that is there may have lost its node since the nodes were last read.
+            fresh = work.replans > 0 or work.known is not None
+            return self.cluster.patiently(decide, fresh)
         except Unplaceable:
             if work.atomic:
                 raise
@@ -660,7 +662,7 @@ class Controller:
         if not names:
             return []
         nodes = self.cluster.nodes()
-        self.fleet.machines.meet(nodes, patience_seconds=0.0)
+        self.fleet.machines.refresh(nodes, patience_seconds=0.0)
         with self.state.lock:
             snapshot = self.cluster.snapshot(nodes)
             known = [one for name in names if (one := self.state.get(name)) is not None]

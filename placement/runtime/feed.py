@@ -133,6 +133,11 @@ class Feed:
         with self._lock:
             return self._since(number, names)
 
+    @property
+    def last_number(self) -> int:
+        """The number of the last event."""
+        return self._last
+
     def known(self, name: str) -> bool:
         """Whether anything is known of a deployment."""
         with self._lock:

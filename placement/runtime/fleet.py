@@ -97,7 +97,7 @@ class Fleet:
 
         Waits until the node actors that it left have ended what they were doing, and know what stands on their nodes.
         """
-        self.machines.recall({info.id for info in nodes})
+        self.machines.restore({info.id for info in nodes})
         self.agents.settle(nodes)
 
     def forget_all_but(self, alive: Collection[str]) -> None:

@@ -107,7 +107,8 @@ class Lending:
             if group_id is not None and self._answer is not None and not self._answer.done():
                 self._answer.set_result(group_id)
         loan, outcome = asyncio.wrap_future(following), asyncio.wrap_future(self._outcome)
-        await asyncio.wait({loan, outcome}, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {loan, outcome}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if loan.done() and not outcome.done():
             return loan.result()
         return await outcome

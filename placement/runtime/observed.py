@@ -84,12 +84,13 @@ class ObservedCluster:
             self._view.update_available(groups.available_resources())
             self._books_at = now
         self._view.update_nodes(nodes, self.draining)
+        self._view.touch(self._fleet.machines.take_changed())
         return overlaid(self._view.snapshot(lag_seconds, believed), full or {}, avoided)
 
     def look(self) -> tuple[Snapshot, dict[str, HeldDeployment]]:
         """The cluster as it is now, and what is there; waits for nodes that have not said yet what they have."""
         nodes = self.nodes()
-        self._fleet.machines.meet(nodes)
+        self._fleet.machines.refresh(nodes)
         with self._state.lock:
             return self.snapshot(nodes), self._state.held()
 

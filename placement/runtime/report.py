@@ -9,7 +9,7 @@ from typing import Any
 from placement.core.matrix import render_matrix
 from placement.core.topology import Topology, ordinals
 from placement.errors import UnreadableRecord
-from placement.runtime.state import Books
+from placement.runtime.state import ServiceState as Books
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.fleet import Fleet
 from placement.wire.facts import NodeFacts

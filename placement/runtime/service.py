@@ -7,9 +7,10 @@ blocks (Ray's own calls) runs in threads, of which reads, releases and placement
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 import warnings
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -36,6 +37,8 @@ STATUS_SECONDS = 5.0
 """How long ``status`` waits for nodes that have not said yet what their GPUs are."""
 READERS, RELEASERS, CHANGERS = 16, 64, 512
 """How many threads look something up, give something back, and place, at most; all are made when needed."""
+WATCH_SECONDS = 60.0
+"""The longest that one watcher waits: one that has died is not noticed before."""
 MOST_SECONDS = 24 * 3600.0
 """The longest that one call waits."""
 
@@ -60,6 +63,8 @@ class DeploymentPlacementActor:
         near: Sequence[str] = NEAR_LABELS,
         idle_seconds: float = IDLE_SECONDS,
     ) -> None:
+        # The threads below may block, and do nothing else.
+        os.environ["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"] = "0"
         self._controller = Controller(make_agent, near, idle_seconds)
         self._reads = ThreadPoolExecutor(READERS, "read")
         self._releases = ThreadPoolExecutor(RELEASERS, "release")
@@ -358,7 +363,7 @@ class DeploymentPlacementActor:
         """
         end = time.monotonic() + min(max(timeout_seconds, 0.0), MOST_SECONDS)
         while True:
-            seen = self._controller.feed.last
+            seen = self._controller.feed.last_number
             one = self._controller.get(name)
             left = end - time.monotonic()
             if not one.unfinished() or left <= 0:
@@ -380,7 +385,7 @@ class DeploymentPlacementActor:
     def _status(self, node: str | None, deployment: str | None, state: str | None) -> dict[str, Any]:
         controller = self._controller
         nodes = controller.cluster.nodes()
-        controller.fleet.machines.meet(nodes, patience_seconds=STATUS_SECONDS)
+        controller.fleet.machines.refresh(nodes, patience_seconds=STATUS_SECONDS)
         available = groups.available_resources()
         for node_id in controller.fleet.settling():
             available.pop(node_id, None)
@@ -408,7 +413,7 @@ class DeploymentPlacementActor:
     async def watch(
         self,
         since: int | str = 0,
-        names: Collection[str] | int | None = None,
+        names: list[str] | int | None = None,
         timeout_seconds: float = 30.0,
     ) -> list[dict[str, Any]]:
         """The same, as soon as something has happened; empty if nothing did within the time.
@@ -421,9 +426,9 @@ class DeploymentPlacementActor:
         """
         if isinstance(since, str):
             warnings.warn("watch(name, since) is now watch(since, [name])", DeprecationWarning, stacklevel=2)
-            since, names = (names if isinstance(names, int) else 0), (since,)
+            since, names = (names if isinstance(names, int) else 0), [since]
         assert not isinstance(names, int)
-        found = await self._controller.feed.wait(since, names, min(timeout_seconds, 3600.0))
+        found = await self._controller.feed.wait(since, names, min(timeout_seconds, WATCH_SECONDS))
         return [one.to_dict() for one in found]
 
     async def topology(self, node: str | None = None) -> list[dict[str, Any]]:
@@ -442,7 +447,7 @@ class DeploymentPlacementActor:
             if not chosen:
                 raise UnknownNode("--node", node, tuple(info.name for info in nodes))
             nodes = chosen
-        machines.meet(nodes, again=True)
+        machines.refresh(nodes, again=True)
         return [topology_report(info, machines.facts.get(info.id)) for info in nodes]
 
     async def stop_agents(self) -> None:

@@ -170,10 +170,18 @@ class DeploymentState:
         earlier = {**self.earlier, self.generation: self.deployment}
         states = dict.fromkeys(range(wanted.replicas), State.PENDING)
         states |= {i: state for i, state in self.states.items() if i in self.replicas or i in states}
+        generation, replicas = self.generation + 1, dict(self.replicas)
+        if wanted.shape() == self.deployment.shape():  # the replicas are not concerned
+            replicas |= {
+                i: replace(one, generation=generation)
+                for i, one in replicas.items()
+                if one.generation == self.generation
+            }
         return replace(
             self,
             deployment=wanted,
-            generation=self.generation + 1,
+            generation=generation,
+            replicas=replicas,
             earlier=earlier,
             states=states,
             reasons={i: reason for i, reason in self.reasons.items() if i in states},

@@ -129,7 +129,7 @@ def plan_deployments(
 
 
 def plan_in_order(
-    snapshot: Snapshot, held: Mapping[str, HeldDeployment], wanted: Sequence[Deployment]
+    snapshot: Snapshot, held: Mapping[str, HeldDeployment], wanted: Sequence[Deployment], atomic: bool = True
 ) -> list[tuple[int, PlacementPlan]]:
     """The same, in the order in which to apply them; each with its position in ``wanted``."""
     done = _planned(snapshot, held, wanted)
@@ -179,10 +179,10 @@ def request_of(
             if not snapshot.named([name]) and not (mending and snapshot.named(names)):
                 known = tuple(node.name for node in snapshot.nodes)
                 raise UnknownNode(f"constraints.{limit}", name, known)
-    return _request(wanted, missing, standing, others)
+    return request_unchecked(wanted, missing, standing, others)
 
 
-def _request(
+def request_unchecked(
     wanted: Deployment,
     missing: Iterable[int],
     standing: Mapping[str, int],
@@ -263,7 +263,7 @@ def difference(snapshot: Snapshot, stands: HeldDeployment | None, wanted: Deploy
         return Difference({}, {}, tuple(range(wanted.replicas)), ())
     held, before = stands.by_index(), stands.deployment
     same = before.shape() == wanted.shape()
-    stay = held if same else staying(snapshot, held, _request(before, (), {}), _request(wanted, (), {}))
+    stay = held if same else staying(snapshot, held, request_unchecked(before, (), {}), request_unchecked(wanted, (), {}))
     keep = {index: held[index] for index in sorted(stay) if index < wanted.replicas}
     may = tuple(i for i in range(min(before.replicas, wanted.replicas)) if i not in held)
     must = tuple(i for i in range(wanted.replicas) if i not in keep and i not in may)
@@ -358,7 +358,7 @@ def _carry_out(
         todo = difference(snapshot, stands, one)
         leaving = tuple(part for parts in todo.leaving.values() for part in parts)
         replicas = [part for parts in todo.keep.values() for part in parts]
-        request = _request(one, todo.must, _begin(replicas), standing.apart.values())
+        request = request_unchecked(one, todo.must, _begin(replicas), standing.apart.values())
         # What is surplus is given back if there is no room beside it, as what is replaced is.
         change = Change(request, leaving, in_place=bool(leaving), called=called)
         step, snapshot = carry_out(standing.with_mix(snapshot, one), change)

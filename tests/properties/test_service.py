@@ -174,15 +174,16 @@ class Fleet(fleet.Fleet):
         super().__init__(nothing, holdings, prefix)
         self._ray = ray
         self.machines: Any = SimpleNamespace(
-            facts={}, meet=nothing, machine=lambda info: Machine(SHAPE), strangers=lambda nodes: frozenset()
+            facts={}, refresh=nothing, machine=lambda info: Machine(SHAPE),
+            unknown_nodes=lambda nodes: frozenset(), take_changed=frozenset,
         )
         self.agents: Any = SimpleNamespace(
             in_doubt=self._in_doubt,
             doubt=nothing,
             take_up=lambda nodes: [],
             idle=lambda seconds: [],
-            ailing=frozenset,
-            forget=self._forget,
+            suspect=frozenset,
+            forget=self._forgotten,
         )
 
     def settling(self, lag_seconds: float = 0.0) -> frozenset[str]:
@@ -198,7 +199,7 @@ class Fleet(fleet.Fleet):
     def forget_all_but(self, alive: frozenset[str]) -> None:
         self._ray.actors = {node: held for node, held in self._ray.actors.items() if node in alive}
 
-    def _forget(self, order: str, nodes: Iterable[str]) -> None:
+    def _forgotten(self, order: str, nodes: Iterable[str]) -> None:
         for node in nodes & self._ray.actors.keys():
             self._ray.actors[node].discard(order)
 
@@ -393,7 +394,7 @@ class Service(Rules):
                 limits = standing.deployment.constraints
                 if limits and limits.near_to:  # who is to be near another may wait for it for ever
                     continue
-                assert not standing.missing(), (name, standing.reasons)
+                assert not standing.unfinished(), (name, standing.reasons)
                 assert set(standing.states.values()) <= {State.PLACED}
             self.service.release_all()
             while self.others:
@@ -530,11 +531,11 @@ class Service(Rules):
         """What a dry run says just before is what happens, if nothing else does."""
         quiet = self.nothing_else_happens()
         try:
-            planned = self.service.plan_all(declared)
+            planned = self.service.plan_all(declared, True)
         except Unplaceable:
             planned = None
         try:
-            results = self.service.apply_all(declared)
+            results = self.service.apply_all(declared, True)
         except (Unplaceable, ReservationFailed):
             assert not quiet or planned is None, "a dry run promised what cannot be"
         except StoreFailed:
@@ -591,7 +592,7 @@ class Service(Rules):
                 assert content["deployment"]["name"] == name
                 assert {replica["replica_index"] for replica in content["replicas"]} == set(one.replicas)
             assert set(one.states) <= set(range(one.deployment.replicas))
-            assert set(one.missing()) == set(one.reasons)
+            assert set(one.unfinished()) == set(one.reasons)
             known |= {part.placement_group.id.hex() for part in one.assignments()}
             limits = one.deployment.constraints
             for other in limits.apart_from if limits else ():

@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,15 +19,14 @@ from hypothesis.stateful import initialize, precondition, rule
 
 from placement.errors import DeploymentConflict, ReservationFailed, UnknownDeployment, Unplaceable
 from placement.runtime import keeper
-from placement.runtime.books import Claim
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.groups import LiveGroup
 from placement.runtime.keeper import Keeper
 from placement.runtime.orders import Refusal
 from placement.runtime.results import NodeAssignment
-from placement.runtime.service import DeploymentPlacementActor
+from placement.runtime.state import Claim
 from tests.properties import test_service
-from tests.properties.test_service import AtOnce, Fleet, Group, Killed, Ray, Service, StoreFailed
+from tests.properties.test_service import AtOnce, DirectService, Fleet, Group, Killed, Ray, Service, StoreFailed
 from tests.rules import CALLS, NAMES
 
 EXAMPLES = int(os.environ.get("ORACLE_EXAMPLES", "0"))
@@ -60,12 +59,12 @@ class Watchful(Fleet):
     """Node actors that know of no reason to be asked for anything on a node that drains."""
 
     def reserve(
-        self, claim: Claim, known: Sequence[NodeInfo]
+        self, claim: Claim, known: Iterable[NodeInfo], create: Any = None
     ) -> tuple[list[tuple[str, NodeAssignment]], list[Refusal]]:
         assert isinstance(self._ray, Weak)
         for part in claim.replicas:
             assert part.node_id not in self._ray.known(), "placed on a node that drains"
-        return super().reserve(claim, known)
+        return super().reserve(claim, known, create)
 
 
 class Trouble(Service):
@@ -84,7 +83,7 @@ class Trouble(Service):
             patch.__enter__()
         super().begin(nodes)
         self.patches[2].__enter__()  # over the one that begin() has put there
-        self.ray.known = lambda: self.service.draining
+        self.ray.known = lambda: self.service.cluster.draining
 
     def teardown(self) -> None:
         if not hasattr(self, "patched"):
@@ -101,7 +100,7 @@ class Trouble(Service):
     def kill_the_service(self) -> None:
         while True:
             try:
-                self.service = DeploymentPlacementActor(lambda info: None)
+                self.service = DirectService()
                 break
             except (StoreFailed, Killed):
                 continue  # it is started anew, until it can take up what stood
@@ -112,7 +111,7 @@ class Trouble(Service):
             super().time_passes()
 
     def nothing_else_happens(self) -> bool:
-        known = self.service.draining == self.ray.draining
+        known = self.service.cluster.draining == self.ray.draining
         return super().nothing_else_happens() and not self.ray.failures and known
 
     @rule(failures=st.lists(WHEN, min_size=2, max_size=6))
@@ -213,7 +212,7 @@ ACTS: st.SearchStrategy[Act] = st.one_of(
 SCRIPTS = st.lists(st.lists(ACTS, min_size=3, max_size=10), min_size=2, max_size=3)
 
 
-def act(service: DeploymentPlacementActor, own: Keeper, what: str, about: Any) -> None:
+def act(service: DirectService, own: Keeper, what: str, about: Any) -> None:
     """One call, answered or honestly refused."""
     try:
         if what == "look":

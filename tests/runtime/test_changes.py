@@ -9,8 +9,7 @@ import pytest
 
 from placement.errors import NotEnoughGpus, ReservationFailed, Unplaceable
 from placement.runtime.keeper import Keeper
-from placement.runtime.service import DeploymentPlacementActor
-from tests.properties.test_service import AtOnce, Ray, make_believe
+from tests.properties.test_service import AtOnce, DirectService, Ray, make_believe
 
 
 @pytest.fixture
@@ -22,8 +21,8 @@ def outside() -> Iterator[Ray]:
 
 
 @pytest.fixture
-def service(outside: Ray) -> DeploymentPlacementActor:
-    return DeploymentPlacementActor(lambda info: None)
+def service(outside: Ray) -> DirectService:
+    return DirectService()
 
 
 def one(name: str = "a", **fields: Any) -> dict[str, Any]:
@@ -34,11 +33,11 @@ def remote(name: str = "a", **fields: Any) -> dict[str, Any]:
     return one(name, runtime="openai", **fields)
 
 
-def told(service: DeploymentPlacementActor, name: str = "a") -> list[tuple[int | None, str]]:
+def told(service: DirectService, name: str = "a") -> list[tuple[int | None, str]]:
     return [(event["replica"], event["state"]) for event in service.events(name)]
 
 
-def node_dies(outside: Ray, service: DeploymentPlacementActor, name: str) -> None:
+def node_dies(outside: Ray, service: DirectService, name: str) -> None:
     outside.nodes.remove(name)
     for group_id, group in list(outside.groups.items()):
         if name in group.held:
@@ -61,7 +60,7 @@ def node_dies(outside: Ray, service: DeploymentPlacementActor, name: str) -> Non
     ],
 )
 def test_what_satisfies_the_declaration_stays_and_the_declaration_is_kept(
-    outside: Ray, service: DeploymentPlacementActor, change: dict[str, Any]
+    outside: Ray, service: DirectService, change: dict[str, Any]
 ) -> None:
     service.apply(one(gpus=2, replicas=2))
     before = set(outside.groups)
@@ -70,12 +69,12 @@ def test_what_satisfies_the_declaration_stays_and_the_declaration_is_kept(
     result = service.apply(wanted)
     assert set(outside.groups) == before
     assert [a.replica_index for a in result.assignments] == [0, 1]
-    again = DeploymentPlacementActor(lambda info: None)
+    again = DirectService()
     assert again.place(wanted).to_dict() == result.to_dict(), "it stands as declared, also after a restart"
 
 
 def test_only_replicas_that_do_not_satisfy_the_declaration_are_replaced(
-    outside: Ray, service: DeploymentPlacementActor
+    outside: Ray, service: DirectService
 ) -> None:
     old = service.apply(one(replicas=4))
     kept = {a.replica_index: a.placement_group.id.hex() for a in old.assignments if a.node == "x"}
@@ -90,7 +89,7 @@ def test_only_replicas_that_do_not_satisfy_the_declaration_are_replaced(
 
 
 def test_without_room_beside_it_only_what_is_replaced_is_released(
-    outside: Ray, service: DeploymentPlacementActor
+    outside: Ray, service: DirectService
 ) -> None:
     outside.nodes = {"x"}
     kept, replaced = service.apply(one(gpus=2, replicas=2)).assignments
@@ -99,19 +98,19 @@ def test_without_room_beside_it_only_what_is_replaced_is_released(
     assert replaced.placement_group.id.hex() not in outside.groups
     service.apply(one("b"))
     with pytest.raises(NotEnoughGpus):
-        service.apply(one(gpus=4))
+        service.apply(one(gpus=4), atomic=True)
     assert service.get("a").assignments == shrunk.assignments
     assert {a.node for a in service.apply(one(gpus=3)).assignments} == {"x"}
 
 
 def test_what_could_not_be_placed_anew_after_all_is_pending_with_its_old_declaration(
-    outside: Ray, service: DeploymentPlacementActor
+    outside: Ray, service: DirectService
 ) -> None:
     outside.nodes = {"x"}
     service.apply(one(gpus=3))
     outside.refusals = 99
     with pytest.raises(ReservationFailed):
-        service.apply(one(gpus=2))
+        service.apply(one(gpus=2), atomic=True)
     assert (service.get("a").assignments, list(service.get("a").pending)) == ([], [0])
     outside.refusals = 0
     Keeper(service, AtOnce()).look()
@@ -119,7 +118,7 @@ def test_what_could_not_be_placed_anew_after_all_is_pending_with_its_old_declara
 
 
 def test_with_one_replica_pending_a_budget_is_changed_and_a_file_applied(
-    outside: Ray, service: DeploymentPlacementActor
+    outside: Ray, service: DirectService
 ) -> None:
     service.apply_all([one(gpus=4, replicas=2), one("r", runtime="openai", replicas=2)])
     node_dies(outside, service, "y")
@@ -134,7 +133,7 @@ def test_with_one_replica_pending_a_budget_is_changed_and_a_file_applied(
     assert [list(one.pending) for one in planned] == [list(one.pending) for one in applied] == [[1], []]
     assert [len(one.assignments) for one in applied] == [1, 1]
     with pytest.raises(NotEnoughGpus):
-        service.apply_all([{**wanted, "replicas": 3}])
+        service.apply_all([{**wanted, "replicas": 3}], atomic=True)
     shrunk = service.apply({**wanted, "replicas": 1})
     assert (len(shrunk.assignments), shrunk.pending) == (1, {})
     outside.nodes.add("z")
@@ -142,7 +141,7 @@ def test_with_one_replica_pending_a_budget_is_changed_and_a_file_applied(
 
 
 def test_a_deployment_all_of_which_is_pending_takes_a_declaration_that_fits(
-    outside: Ray, service: DeploymentPlacementActor
+    outside: Ray, service: DirectService
 ) -> None:
     outside.nodes = {"x"}
     service.apply(one(gpus=4))
@@ -155,7 +154,7 @@ def test_a_deployment_all_of_which_is_pending_takes_a_declaration_that_fits(
 
 
 def test_a_named_node_that_died_is_no_reason_to_refuse_the_file(
-    outside: Ray, service: DeploymentPlacementActor
+    outside: Ray, service: DirectService
 ) -> None:
     wanted = one(gpus=4, replicas=2, constraints={"gpu_nodes": ["x", "y"]})
     service.apply_all([wanted])
@@ -166,7 +165,7 @@ def test_a_named_node_that_died_is_no_reason_to_refuse_the_file(
 
 
 def test_what_is_replaced_in_its_place_is_not_called_refused(
-    outside: Ray, service: DeploymentPlacementActor
+    outside: Ray, service: DirectService
 ) -> None:
     service.apply(remote(replicas=2, serving={"max_concurrent": 5}))
     service.apply(remote(replicas=2, serving={"max_concurrent": 6}))
@@ -175,13 +174,13 @@ def test_what_is_replaced_in_its_place_is_not_called_refused(
         (None, "changed"),
     ]
     with pytest.raises(Unplaceable):
-        service.apply(remote(replicas=2, serving={"max_concurrent": 9}))
+        service.apply(remote(replicas=2, serving={"max_concurrent": 9}), atomic=True)
     assert told(service)[-1] == (None, "refused")
     assert len(told(service)) == 8
 
 
 def test_a_change_that_moves_nothing_is_an_event_that_names_fields_and_no_values(
-    service: DeploymentPlacementActor,
+    service: DirectService,
 ) -> None:
     service.apply(remote())
     service.apply(remote(budget={"usd_per_day": 4321}, runtime_config={"base_url": "http://inner.example"}))
@@ -193,7 +192,7 @@ def test_a_change_that_moves_nothing_is_an_event_that_names_fields_and_no_values
 
 
 def test_a_result_carries_what_workers_need_but_its_json_no_endpoint(
-    service: DeploymentPlacementActor,
+    service: DirectService,
 ) -> None:
     config = {"base_url": "http://inner.example", "api_key": {"from_env": "A_KEY"}}
     result = service.apply(
@@ -218,7 +217,7 @@ def apart(name: str, *others: str, **fields: Any) -> dict[str, Any]:
 
 
 def test_a_later_deployment_keeps_away_from_one_that_is_to_be_apart_from_it(
-    outside: Ray, service: DeploymentPlacementActor
+    outside: Ray, service: DirectService
 ) -> None:
     [first] = service.place(apart("b", "a", "r")).assignments
     placed = service.place(one("a", replicas=3)).assignments
@@ -232,7 +231,7 @@ def test_a_later_deployment_keeps_away_from_one_that_is_to_be_apart_from_it(
     assert [a.node for a in service.get("c").assignments] == ["z"]
 
 
-def test_mending_keeps_away_as_well(outside: Ray, service: DeploymentPlacementActor) -> None:
+def test_mending_keeps_away_as_well(outside: Ray, service: DirectService) -> None:
     service.place(one("b", constraints={"apart_from": ["a"], "gpu_nodes": ["x"]}))
     service.place(one("a"))
     node_dies(outside, service, "y")
@@ -243,7 +242,7 @@ def test_mending_keeps_away_as_well(outside: Ray, service: DeploymentPlacementAc
 
 
 def test_others_keep_away_while_a_declaration_that_asks_for_it_is_being_applied(
-    outside: Ray, service: DeploymentPlacementActor
+    outside: Ray, service: DirectService
 ) -> None:
     service.place(one("b", constraints={"gpu_nodes": ["x"]}))
     outside.meanwhile.append(lambda: service.place(one("a", constraints={"gpu_nodes": ["y", "x"]})))
@@ -252,7 +251,7 @@ def test_others_keep_away_while_a_declaration_that_asks_for_it_is_being_applied(
 
 
 def test_a_file_is_applied_whatever_its_order_and_answers_in_it(
-    outside: Ray, service: DeploymentPlacementActor
+    outside: Ray, service: DirectService
 ) -> None:
     service.place(one("a", constraints={"gpu_nodes": ["x"]}))
     file = [
@@ -266,13 +265,13 @@ def test_a_file_is_applied_whatever_its_order_and_answers_in_it(
 
 
 def test_the_numbers_of_events_go_on_after_a_restart_though_the_clock_goes_back(
-    outside: Ray, service: DeploymentPlacementActor, monkeypatch: pytest.MonkeyPatch
+    outside: Ray, service: DirectService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service.place(one())
     seen = service.events("a")[-1]["number"]
     for _ in range(3):
         monkeypatch.setattr("placement.runtime.feed.time.time", lambda: 1.0)
-        service = DeploymentPlacementActor(lambda info: None)
+        service = DirectService()
         [event] = service.events("a", seen)
         assert (event["state"], event["time"]) == ("restarted", "1970-01-01T00:00:01.000+00:00")
         seen = event["number"]
