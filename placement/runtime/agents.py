@@ -91,12 +91,15 @@ class Agents:
         """The actor of a node, made if there is none."""
         with self._lock:
             self._used[info.id] = time.monotonic()
-            agent = self._agents.get(info.id)
-            if agent is None:
-                agent = self._agents[info.id] = self._make_agent(info)
+            if info.id in self._agents:
+                return self._agents[info.id]
+        made = self._make_agent(info)  # not under the lock: Ray may take its time; two get the same one
+        with self._lock:
+            if info.id not in self._agents:
+                self._agents[info.id] = made
                 self._answered.discard(info.id)
                 self._adopt(info.id)
-            return agent
+            return self._agents[info.id]
 
     def known(self) -> dict[str, Any]:
         """Node id -> its actor, of those that were made or found by now."""
@@ -350,18 +353,25 @@ class Agents:
         Returns:
             Calls that are answered once these have ended what they were doing and know what stands on their nodes.
         """
-        strange = living_agents() - self.known().keys()
+        return list(self._take_up(nodes).values())
+
+    def _take_up(self, nodes: Sequence[NodeInfo]) -> dict[str, Any]:
+        unknown = living_agents() - self.known().keys()
         # What was prepared was so for a group that nobody will make.
-        return [self.agent(info).cancel.remote() for info in nodes if info.id in strange]
+        return {info.id: self.agent(info).cancel.remote() for info in nodes if info.id in unknown}
 
     def settle(self, nodes: Sequence[NodeInfo]) -> None:
         """Takes up what an earlier service left, and waits until it has ended what it was doing."""
         with self._lock:  # some may have died with it
             self._died |= dict.fromkeys((info.id for info in nodes if info.gpu_count), time.monotonic())
-        told = self.take_up(nodes)
+        told = self._take_up(nodes)
         if told:
-            _, late = ray.wait(told, num_returns=len(told), timeout=SETTLE_DEADLINE_SECONDS)
+            began = time.monotonic()
+            _, late = ray.wait([*told.values()], num_returns=len(told), timeout=SETTLE_DEADLINE_SECONDS)
             self.doubt(late, now=False)
+            with self._lock:
+                self._hung |= {node_id: (call, began) for node_id, call in told.items() if call in late}
+                self._answered |= {node_id for node_id, call in told.items() if call not in late}
 
     def bury(self) -> list[str]:
         """Waits until the holds of actors that died are gone: Ray ends them, within two seconds.

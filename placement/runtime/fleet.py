@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+from ray.util.placement_group import PlacementGroup
 
 from placement.core.replicas import PlannedReplica
 from placement.core.score import WHOLE
@@ -138,9 +140,9 @@ class Fleet:
         """Tells the node actors of such orders of a deployment, once the books show what has become of it."""
         for order in self._under_way.copy() | self._gone.copy():
             if deployment_of(order) == name:
-                self._forget(order)
+                self._acknowledge(order)
 
-    def _forget(self, order: str) -> None:
+    def _acknowledge(self, order: str) -> None:
         self._under_way.pop(order, None)
         if nodes := self._gone.pop(order, None):
             self.agents.forget(order, nodes)
@@ -205,7 +207,7 @@ class Fleet:
         except Exception:
             logger.exception("what was reserved for a caller could not be given back; trying again")
         for order, _ in reserved:
-            self._forget(order)
+            self._acknowledge(order)
 
     def _reserve_on_nodes(
         self,
@@ -341,16 +343,20 @@ class Fleet:
     ) -> None:
         """Reserves egress capacity. There are no slots to steer, so that Ray's own table verifies it."""
         units = claim.deployment.egress_per_replica
-        made = []
-        for replica in replicas:
-            name, bundle = names[replica.replica_index], {replica.egress_resource or "": float(units)}
-            if create is not None:
-                faults.point("service.lent")
-                made.append((replica, create(name, [bundle], [info.id])))
-            else:
-                made.append((replica, groups.create_group(name, [bundle], [info.id])))
+
+        def made() -> Iterator[tuple[PlannedReplica, PlacementGroup | None]]:
+            for replica in replicas:
+                name, bundle = names[replica.replica_index], {replica.egress_resource or "": float(units)}
+                if create is not None:
+                    faults.point("service.lent")
+                    yield replica, create(name, [bundle], [info.id])
+                else:
+                    yield replica, groups.create_group(name, [bundle], [info.id])
+
+        # Our own all at once; a caller's one after the other, since he may fail before the next.
+        all_made = made() if create is not None else list(made())
         faults.point("service.egress_created")
-        for replica, group in made:
+        for replica, group in all_made:
             if group is None or not groups.ready_or_removed(group) or groups.node_of_group(group) != info.id:
                 if group is not None:
                     groups.remove_group(group)

@@ -87,6 +87,7 @@ class GroupReservation:
         self._order = order_of(name, claim.deployment, set_size, planned)
         self._agents: dict[str, Any] = {}
         self._deadline = float("inf")
+        self._too_slow = False
 
     def reserve(self) -> list[NodeAssignment] | Refusal:
         """One assignment for each part; or why there is none, and nothing is held then.
@@ -115,10 +116,8 @@ class GroupReservation:
         if self._over_nodes and (refusal := self._warm()):
             return refusal
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            began = time.monotonic()
             outcome = self._attempt(attempt)
-            too_slow = self._create is not None and time.monotonic() - began > LEASE_SECONDS
-            if isinstance(outcome, list) or outcome.full or too_slow or self._lost_one():
+            if isinstance(outcome, list) or outcome.full or self._too_slow or self._lost_one():
                 break
             time.sleep(0.02 * attempt)
         return outcome
@@ -149,10 +148,11 @@ class GroupReservation:
             faults.point("service.prepared")
             began = time.monotonic()
             group = self._created(attempt, prepared)
+            self._too_slow = time.monotonic() - began > LEASE_SECONDS
             faults.point("service.group_created")
             if group is None:
                 reason = "another Ray user took GPUs meanwhile, or CPUs or memory are short"
-                if time.monotonic() - began > LEASE_SECONDS:
+                if self._too_slow:
                     reason = f"no placement group was made within {LEASE_SECONDS:g} s"
                 return self._interfered(attempt, reason)
             found = self._confirm(group)

@@ -88,7 +88,9 @@ FRESH_SECONDS = 2.0
 """An older reading does not tell how much GPU memory is in use."""
 
 LEASE_SECONDS = 1.5
-"""How long GPUs stay prepared for a group that does not come."""
+"""How long whoever is to create a group may take."""
+GRACE_SECONDS = 0.5
+"""How much longer GPUs stay prepared: the message that the group is there takes its time, too."""
 
 
 class NodePlacementActor:
@@ -171,7 +173,7 @@ class NodePlacementActor:
     def prepare(self, order: Order, sets: int, more: int = 0) -> Prepared | Refused:
         """Makes the best GPUs those that Ray gives next, for a group that somebody else creates.
 
-        :meth:`confirm` or :meth:`cancel` follows; if none has within :data:`LEASE_SECONDS`, the GPUs are let go by
+        :meth:`confirm` or :meth:`cancel` follows; if none has in time, the GPUs are let go by
         themselves.
 
         Args:
@@ -184,7 +186,7 @@ class NodePlacementActor:
         outcome = self._reserver.prepare(order, machine, sets, more)
         if isinstance(outcome, Prepared):
             self._prepared = outcome
-            self._lease = lease = threading.Timer(LEASE_SECONDS, self._run_out)
+            self._lease = lease = threading.Timer(LEASE_SECONDS + GRACE_SECONDS, self._run_out)
             lease.daemon = True
             lease.start()
             return replace(outcome, fillers=())

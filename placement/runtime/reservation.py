@@ -138,7 +138,9 @@ class NodeReserver:
         reason, full, attempt = "", False, 0
         for attempt in range(1, MAX_ATTEMPTS + 1):
             free = self._look(count, attempt >= MAX_LOOKS)
-            wanted = None if free is None else _best(machine.node(free, {}), topology, needs, more)
+            wanted = None
+            if free is not None:
+                wanted = _best(machine.node(free - self._ours(), {}), topology, needs, more)
             if free is None or wanted is None:
                 reason, full = _none_free(needs), True
                 if attempt >= MAX_LOOKS:
@@ -189,7 +191,7 @@ class NodeReserver:
             free = self._look(needs.gpus * sets, attempt >= MAX_LOOKS)
             chosen: list[tuple[int, ...]] | None = None
             if free is not None:
-                node = machine.node(free, {})
+                node = machine.node(free - self._ours(), {})
                 if sets > 1:
                     chosen = _disjoint(node, needs, sets)
                 elif best := _best(node, machine.topology, needs, more):
@@ -320,7 +322,7 @@ class NodeReserver:
         taken, free = machine.node((), rests).take(order.needs, crowded), frozenset[int]()
         if taken is None:
             free = self._look(1, to_be_sure) or frozenset()
-            taken = machine.node(free, {}).take(order.needs)
+            taken = machine.node(free - self._ours(), {}).take(order.needs)
         return (None if taken is None else taken.gpus[0]), free
 
     def _ours(self) -> frozenset[int]:
@@ -338,6 +340,8 @@ class NodeReserver:
     def _look(self, count: int, to_be_sure: bool = False) -> frozenset[int] | None:
         """The wholly free GPUs, or ``None`` if there are fewer than ``count``.
 
+        Among them may be some that we hold, as far as we have heard: these are steered past, and given to nobody.
+
         Args:
             count: how many there must be.
             to_be_sure: try it all the same where the cluster's books say that there are fewer, since on a busy
@@ -345,6 +349,7 @@ class NodeReserver:
         """
         not_ours = frozenset(range(self._gpu_count)) - self._ours()
         expected = len(not_ours) - len(self.foreign)
+        is_lost = False
         quiet = time.monotonic() - self._changed_at
         if self._foreign is None and quiet < BOOKS_LAG_SECONDS:
             time.sleep(BOOKS_LAG_SECONDS - quiet)
@@ -353,9 +358,13 @@ class NodeReserver:
             whole = self._groups.available() - sum(rests.values()) / WHOLE
             # Others may use the rest of a GPU that we share: then it is not what is short.
             expected = min(len(not_ours), math.ceil(whole - 1e-6) if rests else math.floor(whole + 1e-6))
-            if expected == len(not_ours):
+            # What we took for held is free: its owner has ended, and we have not heard of it yet.
+            is_lost = math.floor(whole + 1e-6) > len(not_ours)
+            if expected == len(not_ours) and not is_lost:
                 self._foreign = frozenset()
-        if expected == len(not_ours) and self._foreign is not None:
+        if is_lost:
+            expected, self._foreign = math.floor(whole + 1e-6), None
+        elif expected == len(not_ours) and self._foreign is not None:
             return not_ours if len(not_ours) >= count else None
         free = not_ours - self.foreign
         is_recent = self._foreign is not None and time.monotonic() - self._looked_at < TRUST_SECONDS

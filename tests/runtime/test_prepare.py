@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from placement import topologies
-from placement.core.score import Needs
+from placement.core.score import WHOLE, Needs, Within
 from placement.core.topology import Topology
 from placement.runtime import reservation
 from placement.runtime.orders import Machine, Order, Prepared, Refused, Reserved
@@ -164,3 +166,150 @@ def test_whoever_interferes_nothing_but_the_fillers_is_held_and_nothing_afterwar
             assert set(slots.groups) == set(outcome.fillers)
             reserver.settle(outcome, used=chance.random() < 0.5)
         assert slots.groups == {}
+
+
+def share(name: str, thousandths: int) -> Order:
+    return Order(name, Needs(1, share=thousandths), "d")
+
+
+FLAT = Machine(Topology.unknown(4))
+CUT = replace(FLAT, instances={0: "a", 1: "a", 2: "b"})
+
+
+def create(slots: Slots, prepared: Prepared, beside: dict[str, float] | None = None) -> int:
+    """What a caller does between prepare and confirm."""
+    gpus = [gpu for gpus in prepared.sets for gpu in gpus]
+    return slots.reserve("r", prepared.bundle(beside or {}), len(gpus))
+
+
+def test_a_bundle_is_one_gpu_or_the_share_of_it_and_what_is_beside() -> None:
+    whole = Prepared(((2, 3),), (0, 1), (), 1)
+    assert whole.bundle({"CPU": 4.0}) == {"GPU": 1.0, "CPU": 4.0}
+    assert replace(whole, share=250).bundle({}) == {"GPU": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("case", "machine", "others", "asked", "expected"),
+    [
+        ("the pair that is whole", PAIRS, {0}, Needs(2), (2, 3)),
+        ("the instance of that profile", CUT, set(), Needs(1, profile="b"), (2,)),
+        ("a GPU that is no instance", CUT, set(), Needs(1), (3,)),
+        ("a share, on the GPU that others miss least", PAIRS, {3}, Needs(1, share=250), (2,)),
+        ("a share by memory", replace(FLAT, gpu_memory_bytes=80 << 30), {0}, Needs(1, memory_bytes=20 << 30), (1,)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_what_a_caller_creates_is_what_the_node_would_have_reserved(
+    case: str, machine: Machine, others: set[int], asked: Needs, expected: tuple[int, ...]
+) -> None:
+    wanted = Order("r", asked, "d")
+    theirs = NodeReserver(Slots(4, others=set(others)), 4).reserve(wanted, machine)
+    assert isinstance(theirs, Reserved) and theirs.gpus == expected
+    slots = Slots(4, others=set(others))
+    reserver = NodeReserver(slots, 4)
+    prepared = reserver.prepare(wanted, machine, 1)
+    assert isinstance(prepared, Prepared)
+    assert (prepared.sets, prepared.share, prepared.ray_gpus) == ((expected,), theirs.share, theirs.ray_gpus)
+    group = create(slots, prepared)
+    reserver.settle(prepared, used=True)
+    assert reserver.confirm(wanted, prepared, group, range(len(expected))) == {
+        gpu: bundle for bundle, gpu in enumerate(expected)
+    }
+    assert slots.groups == {group: dict.fromkeys(expected, theirs.share)}
+
+
+@pytest.mark.parametrize(
+    "asked", [Needs(2), Needs(1, profile="none"), Needs(1, share=900), Needs(1, memory_bytes=1)]
+)
+def test_a_caller_hears_the_same_refusal_as_the_node_would_give(asked: Needs) -> None:
+    others, shares = {0, 1, 2}, {3: 200}
+    wanted = Order("r", asked, "d")
+    refused = NodeReserver(Slots(4, others, shares), 4).reserve(wanted, FLAT)
+    slots = Slots(4, others, shares)
+    outcome = NodeReserver(slots, 4).prepare(wanted, FLAT, 1)
+    assert isinstance(outcome, Refused) and outcome == refused
+    assert slots.groups == {}
+
+
+def test_room_is_left_for_those_that_follow() -> None:
+    """The best pair of these would leave none for another."""
+    machine = Machine(topologies.load("dgx-1v"))
+    floor = Needs(2, within=Within.NVLINK)
+    for others in itertools.combinations(range(8), 4):
+        slots = Slots(8, others=set(others))
+        reserver = NodeReserver(slots, 8)
+        expected = NodeReserver(Slots(8, others=set(others)), 8).reserve(Order("r", floor), machine, 1)
+        prepared = reserver.prepare(Order("r", floor), machine, 1, 1)
+        if isinstance(prepared, Refused):
+            assert isinstance(expected, Refused)
+        else:
+            assert isinstance(expected, Reserved) and prepared.sets == (expected.gpus,)
+
+
+def test_shares_are_packed_and_steered_past_the_rests_that_ray_would_prefer() -> None:
+    slots = Slots(4)
+    reserver = NodeReserver(slots, 4)
+    for name, thousandths in [("a", 600), ("b", 700)]:
+        reserver.reserve(share(name, thousandths), FLAT)
+    before = dict(slots.groups)
+    assert slots.rests() == {0: 400, 1: 300, 2: 1000, 3: 1000}
+    planned = replace(share("c", 200), planned=0)  # Ray would give it on GPU 1
+    prepared = reserver.prepare(planned, FLAT, 1)
+    assert isinstance(prepared, Prepared) and prepared.sets == ((0,),)
+    group = create(slots, prepared)
+    reserver.settle(prepared, used=True)
+    assert reserver.confirm(planned, prepared, group, [0]) == {0: 0}
+    assert slots.groups == before | {group: {0: 200}}
+    reserver.forget("c")
+    slots.remove(group)
+    again = reserver.reserve(share("e", 400), FLAT)
+    assert isinstance(again, Reserved) and again.gpus == (0,), "it is known that the share is free again"
+
+
+def test_a_share_that_lands_on_a_rest_that_nobody_knew_of_is_steered_past_it_the_next_time() -> None:
+    slots = Slots(4, others_shares={0: 500, 2: 200})
+    reserver = NodeReserver(slots, 4)
+    wanted = share("r", 250)
+    attempts = 0
+    while True:
+        attempts += 1
+        prepared = reserver.prepare(wanted, FLAT, 1)
+        assert isinstance(prepared, Prepared)
+        group = create(slots, prepared)
+        reserver.settle(prepared, used=True)
+        if reserver.confirm(wanted, prepared, group, [0]) is not None:
+            break
+        slots.remove(group)
+        assert slots.groups == {}
+    assert attempts == 2
+    assert slots.groups == {group: {prepared.sets[0][0]: 250}}
+    assert prepared.sets[0][0] in (1, 3)
+
+
+@given(seed=st.integers(0, 10_000))
+def test_whoever_interferes_a_share_is_exact_or_nothing_of_it_is_held(seed: int) -> None:
+    chance = random.Random(seed)
+
+    def churn(slots: Slots) -> None:
+        gpu = chance.randrange(4)
+        if chance.random() < 0.2 and gpu in slots.others:
+            slots.others.remove(gpu)
+        elif chance.random() < 0.2 and slots.rests()[gpu] == WHOLE:
+            slots.others.add(gpu)
+
+    slots = Slots(4, disturb=churn, others_shares={chance.randrange(4): 300})
+    reserver = NodeReserver(slots, 4)
+    standing: dict[int, dict[int, int]] = {}
+    for step in range(6):
+        wanted = share(f"r{step}", chance.choice([100, 250, 500]))
+        prepared = reserver.prepare(wanted, FLAT, 1)
+        if isinstance(prepared, Prepared):
+            assert set(slots.groups) == set(prepared.fillers) | set(standing)
+            group = create(slots, prepared)
+            used = chance.random() < 0.8
+            reserver.settle(prepared, used)
+            if used and group in slots.groups and reserver.confirm(wanted, prepared, group, [0]):
+                standing[group] = {prepared.sets[0][0]: wanted.needs.share}
+            else:
+                slots.remove(group)
+        assert slots.groups == standing

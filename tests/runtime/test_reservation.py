@@ -417,3 +417,24 @@ def test_one_look_serves_those_that_follow_and_a_change_since_is_found_out(clock
     reserver.remove("third", max(slots.groups))
     clock.now += reservation.TRUST_SECONDS
     assert (reserve("fourth"), looks) == (third, [7, 5])
+
+
+@pytest.mark.parametrize("others", [set(), {7}])
+def test_gpus_of_an_owner_that_has_ended_are_steered_past_until_that_is_known(
+    clock: Clock, others: set[int]
+) -> None:
+    slots = Slots(8, others=others)
+    reserver = NodeReserver(slots, 8)
+    first = reserver.reserve(Order("lease", Needs(2)), Machine(DGX1))
+    assert isinstance(first, Reserved)
+    slots.remove(first.group)  # Ray has, with its creator
+    for size, name in ((2, "second"), (1, "third")):
+        clock.now += reservation.TRUST_SECONDS
+        outcome = reserver.reserve(Order(name, Needs(size)), Machine(DGX1))
+        assert isinstance(outcome, Reserved) and not set(outcome.gpus) & {*first.gpus, *others}
+        assert (list(slots.groups[outcome.group]), outcome.attempts) == (list(outcome.gpus), 1)
+    reserver.forget("lease")
+    clock.now += reservation.TRUST_SECONDS
+    rest = set(slots.free())
+    outcome = reserver.reserve(Order("all", Needs(len(rest))), Machine(DGX1))
+    assert isinstance(outcome, Reserved) and set(first.gpus) < rest == set(outcome.gpus)
