@@ -20,10 +20,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from placement.core.snapshot import NEAR_LABELS
 from placement.errors import ServiceNotRunning
+from placement.runtime.controller import IDLE_SECONDS
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.groups import my_gpu_ids
 from placement.runtime.node_agent import NAMESPACE, NodePlacementActor, agent_name
-from placement.runtime.controller import IDLE_SECONDS
 from placement.runtime.service import DeploymentPlacementActor as Service
 
 NAME = "placement"

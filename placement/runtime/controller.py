@@ -35,7 +35,6 @@ from placement.errors import (
     PlacementError,
     ReservationFailed,
     UnknownDeployment,
-    UnknownNode,
     Unplaceable,
     UnreadableRecord,
 )

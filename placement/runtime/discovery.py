@@ -13,8 +13,8 @@ from placement import topologies
 from placement.core.score import WHOLE
 from placement.core.snapshot import Node
 from placement.errors import UnknownTopology
-from placement.runtime.state import Tally
 from placement.runtime.orders import Machine
+from placement.runtime.state import Tally
 from placement.wire.accelerators import accelerators_of
 
 TOPOLOGY_LABEL = "placement/topology"
@@ -26,6 +26,12 @@ _ACCELERATOR = "accelerator_type:"
 
 VIEW_SECONDS = 1.0
 """Reading all nodes takes about 0.1 ms for each, which a plan need not pay every time."""
+
+
+DEAD_SECONDS = 300.0
+"""How long a node that died is shown."""
+MOST_DEAD = 100
+"""So many of them, at most."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,14 @@ class NodeInfo:
         return None
 
 
+@dataclass(frozen=True)
+class DeadNode:
+    """A node that is no more; ``at``: when that was noticed, in seconds since the epoch."""
+
+    info: NodeInfo
+    at: float
+
+
 class NodeView:
     """The nodes that are alive, read anew at most once a second; for those who will find out if one is gone.
 
@@ -76,6 +90,7 @@ class NodeView:
 
     def __init__(self) -> None:
         self._read: tuple[float, list[NodeInfo]] = (float("-inf"), [])
+        self._dead: dict[str, DeadNode] = {}
 
     def now(self) -> list[NodeInfo]:
         """As they are now."""
@@ -85,8 +100,21 @@ class NodeView:
         nodes = [old if (old := known.get(info.id)) == info else info for info in found]
         if len(nodes) == len(before) and all(map(is_, nodes, before)):
             nodes = before
+        else:
+            self._note_dead({info.id: info for info in nodes}, known)
         self._read = (at, nodes)
         return nodes
+
+    def dead(self) -> list[DeadNode]:
+        """The nodes that died in the last minutes, as far as this view has had them; the last one to die first."""
+        now = time.time()
+        return [one for one in reversed(self._dead.values()) if now - one.at < DEAD_SECONDS]
+
+    def _note_dead(self, alive: Mapping[str, NodeInfo], before: Mapping[str, NodeInfo]) -> None:
+        now = time.time()
+        kept = {node_id: one for node_id, one in self._dead.items() if now - one.at < DEAD_SECONDS}
+        kept |= {node_id: DeadNode(before[node_id], now) for node_id in before if node_id not in alive}
+        self._dead = dict([*kept.items()][-MOST_DEAD:])
 
     def lately(self) -> list[NodeInfo]:
         """As they were less than a second ago."""

@@ -10,7 +10,7 @@ from typing import TypeVar
 from placement.core.snapshot import Snapshot
 from placement.errors import UnknownNode, Unplaceable
 from placement.runtime import groups
-from placement.runtime.discovery import NodeInfo, NodeView
+from placement.runtime.discovery import DeadNode, NodeInfo, NodeView
 from placement.runtime.fleet import MOST_LAG_SECONDS, VIEW_LAG_SECONDS, Fleet
 from placement.runtime.state import ServiceState
 from placement.runtime.view import ClusterView, overlaid
@@ -55,6 +55,10 @@ class ObservedCluster:
     def nodes(self) -> list[NodeInfo]:
         """The nodes that are alive now."""
         return self._nodes.now()
+
+    def dead(self) -> list[DeadNode]:
+        """The nodes that died in the last minutes."""
+        return self._nodes.dead()
 
     def nodes_lately(self) -> list[NodeInfo]:
         """The nodes that were alive less than a second ago."""

@@ -3,91 +3,278 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+from placement.core.lifecycle import State
 from placement.core.matrix import render_matrix
 from placement.core.topology import Topology, ordinals
-from placement.errors import UnreadableRecord
-from placement.runtime.state import ServiceState as Books
-from placement.runtime.discovery import NodeInfo
-from placement.runtime.fleet import Fleet
+from placement.errors import UnknownDeployment, UnknownNode, UnreadableRecord
+from placement.runtime.discovery import DeadNode, NodeInfo
+from placement.runtime.ledger import Record
+from placement.runtime.orders import Machine
+from placement.runtime.results import NodeAssignment
+from placement.wire.deployment import Deployment
 from placement.wire.facts import NodeFacts
 
+SHOWN_STATES = ("placed", "pending", "lost", "releasing")
+"""What a replica is shown as: it holds its GPUs, waits for room, lost its node, or is being given back."""
 
-def status_report(
-    nodes: Iterable[NodeInfo],
-    books: Books,
-    fleet: Fleet,
-    available: Mapping[str, Mapping[str, float]],
+
+class DeploymentState(Protocol):
+    """What is known of one deployment. Nothing in it is changed afterwards."""
+
+    @property
+    def deployment(self) -> Deployment:
+        """Its declaration."""
+
+    @property
+    def generation(self) -> int:
+        """How often it was declared, with a change each time."""
+
+    @property
+    def states(self) -> Mapping[int, State]:
+        """Replica -> where it is in its life."""
+
+    @property
+    def reasons(self) -> Mapping[int, str]:
+        """Replica that waits -> why."""
+
+    @property
+    def outdated(self) -> Collection[int]:
+        """The replicas that stand as an earlier generation declared them."""
+
+    @property
+    def releasing(self) -> bool:
+        """All of it is to go, whatever happens."""
+
+    @property
+    def declared_at(self) -> float:
+        """When it was first declared, in seconds since the epoch."""
+
+    @property
+    def owner(self) -> Mapping[str, Any] | None:
+        """With whom it ends; JSON-ready."""
+
+    def assignments(self) -> Sequence[NodeAssignment]:
+        """What it holds, by replica and rank."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """All that ``status`` tells, at one moment. It is read without a lock: nothing in it is changed afterwards.
+
+    Attributes:
+        nodes: what is alive.
+        deployments: name -> what is known of it.
+        machine: what a node's GPUs are.
+        facts: node id -> what it said of them; of this and ``foreign`` only single entries are read.
+        foreign: node id -> GPUs that other Ray users held when its actor last looked.
+        available: node id -> resource -> what Ray says is free; without nodes of which that may not yet show our own
+            last change.
+        unreadable: name -> a record that this version cannot read.
+        draining: nodes that Ray is about to take away.
+        dead: nodes that died lately.
+        queue: the deployments that wait for room, next first.
+        demand: what was asked of the autoscaler; JSON-ready.
+        at: when that was, in seconds since the epoch.
+    """
+
+    nodes: Sequence[NodeInfo]
+    deployments: Mapping[str, DeploymentState]
+    machine: Callable[[NodeInfo], Machine]
+    facts: Mapping[str, NodeFacts]
+    foreign: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    available: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    unreadable: Mapping[str, Record] = field(default_factory=dict)
+    draining: frozenset[str] = frozenset()
+    dead: Sequence[DeadNode] = ()
+    queue: Sequence[str] = ()
+    demand: Sequence[Mapping[str, Any]] = ()
+    at: float = field(default_factory=time.time)
+
+
+def cluster_status(
+    seen: Observed, node: str | None = None, deployment: str | None = None, state: str | None = None
 ) -> dict[str, Any]:
-    """Nodes with their GPUs and who sits where, and deployments with their replicas.
+    """Totals of the cluster, nodes with their GPUs and who sits where, and deployments with their replicas.
+
+    Deployments of which something waits come first, in the order of the queue. A filter leaves the deployments with
+    a replica that matches all of them, and the nodes on which these replicas are; ``node`` leaves just that node.
 
     Args:
-        nodes: what is alive.
-        books: what stands.
-        fleet: what is known of the GPUs.
-        available: node id -> resource -> free amount in Ray's books; without nodes of which these lag behind our own
-            last change.
+        seen: what is the case.
+        node: id, name or address of a node.
+        deployment: name of a deployment.
+        state: what a replica is shown as, one of :data:`SHOWN_STATES`.
+
+    Raises:
+        UnknownNode: no node goes by that, alive or dead.
+        UnknownDeployment: there is none of that name, not even a record that cannot be read.
+        ValueError: a replica is never in such a state.
     """
-    listed = list(nodes)
-    alive = {info.id for info in listed}
-    deployments = []
-    for name in books.names():
-        standing = books.standing.get(name)
-        if standing is None:
-            continue
-        deployment = standing.deployment
-        assignments = standing.result().assignments
-        deployments.append(
-            {
-                "name": name,
-                "model": deployment.model,
-                "runtime": deployment.runtime_name,
-                "runtime_from": deployment.runtime_from,
-                "transport": deployment.transport,
-                "replicas": deployment.replicas,
-                "state": _state(
-                    deployment.replicas,
-                    [all(a.node in alive for a in parts) for parts in list(standing.replicas.values())],
-                ),
-                "pending": {str(index): reason for index, reason in sorted(standing.reasons.items())},
-                "assignments": [a.to_dict() for a in assignments],
-            }
-        )
+    if state is not None and state not in SHOWN_STATES:
+        raise ValueError(f"no replica is ever {state!r}: choose one of {', '.join(SHOWN_STATES)}")
+    names = {*seen.deployments, *seen.unreadable}
+    if deployment is not None and deployment not in names:
+        raise UnknownDeployment(deployment, tuple(sorted(names)))
+    everywhere = [*seen.nodes, *(one.info for one in seen.dead)]
+    at = (
+        None
+        if node is None
+        else {info.id for info in everywhere if node in (info.id, info.name, info.address)}
+    )
+    if node is not None and not at:
+        raise UnknownNode("--node", node, tuple(info.name for info in everywhere))
+
+    alive = {info.id for info in seen.nodes}
+    places = {name: place for place, name in enumerate(seen.queue, start=1)}
+    deployments, pending, replicas, used = [], 0, 0, set[str]()
+    held: dict[str, _Held] = {}
+    for name, one in sorted(seen.deployments.items()):
+        assignments = one.assignments()
+        for a in assignments:
+            held.setdefault(a.node, _Held()).add(name, a)
+        shown = _deployment(name, one, assignments, alive, places.get(name), seen.at)
+        matching, nodes = _matching(shown, at, state)
+        pending += sum(each["state"] == "pending" for each in shown["replica_states"])
+        replicas += shown["replicas"]
+        if deployment in (None, name) and (matching or (at is None and state is None)):
+            used |= nodes
+            deployments.append(shown)
+    last = len(places) + 1
+    deployments.sort(key=lambda shown: (shown["state"] != "pending", shown["queue_position"] or last))
+
+    totals = Counter[str]()
+    listed = []
+    for info in seen.nodes:
+        told = _node(info, seen, held.get(info.id, _Held()))
+        states = Counter(gpu["state"] for gpu in told["gpus"])
+        unlocated = min(told["others_unlocated"], states["free"])
+        totals.update(states)
+        totals.update(free=-unlocated, other=unlocated, gpus=info.gpu_count)
+        listed.append(told)
+    listed += [
+        _dead_node(one, held.get(one.info.id, _Held()), seen.at)
+        for one in seen.dead
+        if one.info.id not in alive
+    ]
+    if at is None and (deployment is not None or state is not None):
+        at = used
     return {
-        "nodes": [_node(info, books, fleet, available.get(info.id)) for info in listed],
+        "totals": {
+            **{key: totals[key] for key in ("gpus", "free", "held", "other", "unknown")},
+            "nodes": len(seen.nodes),
+            "deployments": len(seen.deployments),
+            "replicas": replicas,
+            "pending": pending,
+        },
+        "demand": list(seen.demand),
+        "nodes": [told for told in listed if at is None or told["id"] in at],
         "deployments": deployments,
         "unreadable": [
             {"name": name, "problem": str(UnreadableRecord(name, record.problem, record.newer))}
-            for name, record in sorted(books.unreadable.items())
+            for name, record in sorted(seen.unreadable.items())
+            if deployment in (None, name)
         ],
     }
 
 
-def _state(wanted: int, alive: list[bool]) -> str:
-    if not all(alive):
-        return "lost"
-    return "placed" if len(alive) == wanted else "pending"
+class _Held:
+    """What is held on one node.
+
+    Attributes:
+        occupants: GPU -> who is on it.
+        units: egress resource -> units.
+    """
+
+    def __init__(self) -> None:
+        self.occupants: dict[int, list[dict[str, Any]]] = {}
+        self.units: Counter[str] = Counter()
+
+    def add(self, name: str, a: NodeAssignment) -> None:
+        for gpu in a.gpus:
+            who = {"deployment": name, "replica": a.replica_index, "share": a.share}
+            self.occupants.setdefault(gpu, []).append(who)
+        if a.egress_resource is not None:
+            self.units[a.egress_resource] += a.egress_units
 
 
-def _node(
-    info: NodeInfo, books: Books, fleet: Fleet, available: Mapping[str, float] | None
+def _deployment(
+    name: str,
+    one: DeploymentState,
+    assignments: Sequence[NodeAssignment],
+    alive: Collection[str],
+    place: int | None,
+    at: float,
 ) -> dict[str, Any]:
-    facts = fleet.machines.facts.get(info.id)
-    topology = facts.topology() if facts is not None and facts.gpus else Topology.unknown(info.gpu_count)
-    occupants: dict[int, list[dict[str, Any]]] = {}
-    for standing, a in books.assignments():
-        for gpu in a.gpus if a.node == info.id else ():
-            who = {"deployment": standing.deployment.name, "replica": a.replica_index, "share": a.share}
-            occupants.setdefault(gpu, []).append(who)
-    units: dict[str, int] = {}
-    for _, a in books.assignments():
-        if a.node == info.id and a.egress_resource is not None:
-            units[a.egress_resource] = units.get(a.egress_resource, 0) + a.egress_units
+    deployment = one.deployment
+    lives: dict[int, bool] = {}
+    for a in assignments:
+        lives[a.replica_index] = lives.get(a.replica_index, True) and a.node in alive
+    indices = sorted({*range(deployment.replicas), *one.states, *lives})
+    states = [_shown(one.states.get(index), lives.get(index), one.releasing) for index in indices]
+    if one.releasing:
+        state = "releasing"
+    elif "lost" in states:
+        state = "lost"
+    else:
+        state = "pending" if "pending" in states or one.outdated else "placed"
+    return {
+        "name": name,
+        "model": deployment.model,
+        "runtime": deployment.runtime_name,
+        "runtime_from": deployment.runtime_from,
+        "transport": deployment.transport,
+        "replicas": deployment.replicas,
+        "state": state,
+        "generation": one.generation,
+        "age_seconds": max(0.0, at - one.declared_at),
+        "owner": None if one.owner is None else dict(one.owner),
+        "queue_position": place,
+        "pending": {str(index): reason for index, reason in sorted(one.reasons.items())},
+        "outdated": sorted(one.outdated),
+        "replica_states": [
+            {"index": index, "state": state, "reason": one.reasons.get(index)}
+            for index, state in zip(indices, states, strict=True)
+        ],
+        "assignments": [a.to_dict() for a in assignments],
+    }
+
+
+def _shown(state: State | None, lives: bool | None, releasing: bool) -> str:
+    """What a replica is shown as; ``lives``: whether all nodes are alive on which it holds something, if it does."""
+    if releasing or state is State.RELEASING:
+        return "releasing"
+    if lives is not None:
+        return "placed" if lives else "lost"
+    return "lost" if state is State.LOST else "pending"
+
+
+def _matching(
+    shown: Mapping[str, Any], at: Collection[str] | None, state: str | None
+) -> tuple[set[int], set[str]]:
+    """The replicas of a deployment that are in such a state, on one of these nodes; and the nodes that they are on."""
+    of_state = {one["index"] for one in shown["replica_states"] if state in (None, one["state"])}
+    held = [
+        (a["replica_index"], a["node"])
+        for a in shown["assignments"]
+        if a["replica_index"] in of_state and (at is None or a["node"] in at)
+    ]
+    return (of_state if at is None else {index for index, _ in held}), {node for _, node in held}
+
+
+def _node(info: NodeInfo, seen: Observed, held: _Held) -> dict[str, Any]:
+    facts = seen.facts.get(info.id)
+    topology = seen.machine(info).topology
+    occupants = held.occupants
     ours = sum(who["share"] for together in occupants.values() for who in together)
-    located = sorted(fleet.foreign.get(info.id, frozenset()) - occupants.keys())
+    located = sorted(seen.foreign.get(info.id, frozenset()) - occupants.keys())
     others = len(located)
+    available = seen.available.get(info.id)
     if available is not None:
         others = max(0, math.ceil(info.gpu_count - available.get("GPU", 0.0) - ours - 1e-6))
         located = located[:others]
@@ -96,23 +283,15 @@ def _node(
     gpus = []
     for ordinal in range(info.gpu_count):
         here = occupants.get(ordinal, [])
-        first = here[0] if here else {"deployment": None, "replica": None}
         unused = "unknown" if ordinal in lost else "free"
-        gpus.append(
-            {
-                "ordinal": ordinal,
-                "state": "held" if here else "other" if ordinal in located else unused,
-                "deployment": first["deployment"],
-                "replica": first["replica"],
-                "occupants": here,
-                "mig": instances.get(ordinal),
-                "problem": lost.get(ordinal),
-            }
-        )
+        state = "held" if here else "other" if ordinal in located else unused
+        gpus.append(_gpu(ordinal, state, here, instances.get(ordinal), lost.get(ordinal)))
     return {
         "id": info.id,
         "name": info.name,
         "address": info.address,
+        "state": "draining" if info.id in seen.draining else "alive",
+        "dead_seconds": None,
         "gpu_count": info.gpu_count,
         "gpu_model": topology.model,
         "topology": info.topology_name or (facts.source if facts is not None else None),
@@ -122,10 +301,47 @@ def _node(
         "gpus": gpus,
         "others_unlocated": others - len(located),
         "egress": [
-            {"resource": name, "total": total, "held": units.get(name, 0)}
+            {"resource": name, "total": total, "held": held.units[name]}
             for name, total in info.egress.items()
         ],
         "problem": info.label_problem() or "; ".join(filter(None, _problems(facts))) or None,
+    }
+
+
+def _dead_node(dead: DeadNode, held: _Held, at: float) -> dict[str, Any]:
+    """A node that is no more, with what has not found another place yet."""
+    info = dead.info
+    return {
+        "id": info.id,
+        "name": info.name,
+        "address": info.address,
+        "state": "dead",
+        "dead_seconds": max(0.0, at - dead.at),
+        "gpu_count": info.gpu_count,
+        "gpu_model": None,
+        "topology": info.topology_name,
+        "topology_known": False,
+        "nvswitch": False,
+        "islands": [],
+        "gpus": [_gpu(gpu, "dead", held.occupants.get(gpu, []), None, None) for gpu in range(info.gpu_count)],
+        "others_unlocated": 0,
+        "egress": [],
+        "problem": "the node died",
+    }
+
+
+def _gpu(
+    ordinal: int, state: str, occupants: list[dict[str, Any]], mig: str | None, problem: str | None
+) -> dict[str, Any]:
+    first = occupants[0] if occupants else {"deployment": None, "replica": None}
+    return {
+        "ordinal": ordinal,
+        "state": state,
+        "deployment": first["deployment"],
+        "replica": first["replica"],
+        "occupants": occupants,
+        "mig": mig,
+        "problem": problem,
     }
 
 

@@ -15,7 +15,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from placement.core.snapshot import NEAR_LABELS
-from placement.errors import InvalidDeployment, LeaseExpired, ReservationFailed, UnknownDeployment, UnknownNode, Unplaceable
+from placement.errors import (
+    InvalidDeployment,
+    LeaseExpired,
+    ReservationFailed,
+    UnknownDeployment,
+    UnknownNode,
+    Unplaceable,
+)
 from placement.runtime import groups
 from placement.runtime.controller import IDLE_SECONDS, Controller
 from placement.runtime.discovery import NodeInfo
@@ -24,7 +31,7 @@ from placement.runtime.leases import Lending, Loan
 from placement.runtime.outcomes import Outcomes, Queues
 from placement.runtime.owners import owner_of
 from placement.runtime.queue import Ticket
-from placement.runtime.report import status_report, topology_report
+from placement.runtime.report import Observed, cluster_status, topology_report
 from placement.runtime.results import PlacementResult
 from placement.runtime.state import Owner
 from placement.wire.deployment import Deployment, PlacementConstraints
@@ -389,9 +396,20 @@ class DeploymentPlacementActor:
         available = groups.available_resources()
         for node_id in controller.fleet.settling():
             available.pop(node_id, None)
-        return status_report(
-            nodes, controller.state, controller.fleet, available, node=node, deployment=deployment, state=state
+        queue = [name for name in controller.state.queue() if not controller.get(name).releasing]
+        seen = Observed(
+            nodes,
+            controller.state.deployments.copy(),
+            controller.fleet.machines.machine,
+            controller.fleet.machines.facts,
+            controller.fleet.foreign,
+            available,
+            controller.state.unreadable.copy(),
+            controller.cluster.draining,
+            controller.cluster.dead(),
+            queue,
         )
+        return cluster_status(seen, node, deployment, state)
 
     async def events(self, name: str | None = None, since: int = 0) -> list[dict[str, Any]]:
         """What happened to a deployment's replicas, the last 200 at most, since the service last started; JSON-ready.

@@ -205,3 +205,22 @@ def test_nodes_that_have_not_changed_are_the_same_objects(monkeypatch: pytest.Mo
     assert second == read and second[1] is first[1] and len(first) == 2
     del read[0]
     assert nodes.now() == read
+
+
+def test_nodes_that_died_are_known_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    alive = [NodeInfo(name, name, "", 4) for name in "abc"]
+    monkeypatch.setattr(discovery, "live_nodes", lambda: list(alive))
+    monkeypatch.setattr(discovery.time, "time", lambda: now)
+    nodes = discovery.NodeView()
+    nodes.now()
+    gone = alive.pop(0)
+    nodes.now()
+    now += discovery.DEAD_SECONDS - 1
+    assert nodes.dead() == [discovery.DeadNode(gone, 1000.0)]
+    other = alive.pop(0)
+    nodes.now()
+    nodes.now()
+    assert [one.info for one in nodes.dead()] == [other, gone]
+    now += 1
+    assert [one.info for one in nodes.dead()] == [other]

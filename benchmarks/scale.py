@@ -1,0 +1,408 @@
+"""What the service itself takes, by the size of the cluster: ``python -m benchmarks.scale``.
+
+The real service on a make-believe Ray: nodes of 8 GPUs, of which deployments of one GPU hold up to five, 5,000 in
+all at most. What the make-believe Ray takes (the nodes' answers, reading what is free) is measured and left out; the
+store is a dictionary. All times are CPU time of the whole process, so that a busy machine does not count.
+
+What is measured: ``place`` of 1, 2 and 3 GPUs in turn, and its release; ``status``; one look of the service's clock
+at deployments that wait and find no room; and a start with deployments, and the facts of all nodes, in the ledger.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.util
+import inspect
+import itertools
+import json
+import os
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+from placement import topologies
+from placement.core.score import WHOLE
+from placement.runtime import discovery, faults, fleet, groups, keeper, ledger, service
+from placement.runtime.discovery import NodeInfo
+from placement.runtime.groups import LiveGroup
+from placement.runtime.machines import Machines
+from placement.runtime.orders import order_name
+from placement.runtime.results import NodeAssignment
+
+GPUS = 8
+MACHINE = "dgx-a100"
+TOKEN = "scale"
+HELD_EACH = 5
+"""How many GPUs of a node deployments hold at first."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A placement group: what it holds on each node; ``id.hex()`` as Ray's has it."""
+
+    name: str
+    number: int
+    held: dict[str, float]
+
+    @property
+    def id(self) -> Any:
+        return SimpleNamespace(hex=lambda: f"{self.number:036x}")
+
+
+@dataclass
+class Cluster:
+    """What is outside of the service. Keeps its own books up to date rather than adding up.
+
+    Attributes:
+        infos: the nodes.
+        rows: node -> resource -> what is free, as Ray says it; a row is replaced when it changes.
+        groups: id -> placement group.
+        store: the key-value store.
+        seconds: CPU time that all this took.
+    """
+
+    nodes: int
+    infos: list[NodeInfo] = field(init=False)
+    rows: dict[str, dict[str, float]] = field(init=False)
+    groups: dict[str, Group] = field(default_factory=dict)
+    store: dict[bytes, bytes] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self.infos = [
+            NodeInfo(
+                id=f"{number:056x}",
+                name=f"node-{number:05}",
+                address=f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}",
+                gpu_count=GPUS,
+                labels={"ray.io/accelerator-type": "A100", "rack": f"rack-{number // 16:04}"},
+                cpu_milli=128_000,
+                memory_bytes=1 << 40,
+                accelerators=frozenset({"A100"}),
+            )
+            for number in range(self.nodes)
+        ]
+        self.rows = {
+            info.id: {
+                "GPU": float(GPUS),
+                "CPU": 128.0,
+                "memory": float(1 << 40),
+                "object_store_memory": float(1 << 37),
+                f"node:{info.address}": 1.0,
+                "accelerator_type:A100": 1.0,
+            }
+            for info in self.infos
+        }
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """What is done here is not the service's."""
+        began = time.thread_time()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.seconds += time.thread_time() - began
+
+    def available(self) -> dict[str, dict[str, float]]:
+        with self.outside():
+            return dict(self.rows)
+
+    def begin(self, name: str, held: dict[str, float]) -> Group:
+        """Makes a group that holds so many GPUs on these nodes."""
+        group = Group(name, next(self._numbers), held)
+        self.groups[group.id.hex()] = group
+        self.take(held, 1)
+        return group
+
+    def end(self, group: Group) -> None:
+        if self.groups.pop(group.id.hex(), None) is not None:
+            self.take(group.held, -1)
+
+    def take(self, held: dict[str, float], sign: int) -> None:
+        for node, gpus in held.items():
+            self.rows[node] = {**self.rows[node], "GPU": self.rows[node]["GPU"] - sign * gpus}
+
+    def fill(self, deployments: int) -> None:
+        """Writes what an earlier service had placed: deployments of one replica of one GPU, spread over all nodes."""
+        for number in range(deployments):
+            info, gpu = self.infos[number % self.nodes], number // self.nodes
+            name = f"held-{number:05}"
+            order = f"placement:{TOKEN}:{name}:0:00000000"
+            replica = {
+                "order": order,
+                "group": self.begin(f"{order}:1", {info.id: 1.0}).id.hex(),
+                "replica_index": 0, "node": info.id, "node_name": info.name, "gpus": [gpu],
+                "bundle_indices": [0], "ranks": [0], "share": 1.0, "mig": "", "cpus_per_gpu": 0.0,
+                "memory_bytes_per_gpu": 0, "ray_gpus": [gpu], "bandwidth_gb_per_s": None, "weakest_link": None,
+                "ray_bandwidth_gb_per_s": None, "ray_weakest_link": None, "egress_resource": None,
+                "egress_units": 0, "set_size": 0,
+            }  # fmt: skip
+            self.record(name, [replica])
+
+    def record(self, name: str, replicas: Sequence[dict[str, Any]], **declared: Any) -> None:
+        """Writes a record as version 2 of the ledger has it, which later ones read."""
+        content = {
+            "version": 2,
+            "deployment": {"name": name, "model": "m", "replicas": 1, "gpus": 1, **declared},
+            "runtime": "vllm",
+            "replicas": replicas,
+            "releasing": False,
+        }
+        self.store[f"deployment/{name}".encode()] = json.dumps(content).encode()
+
+    def occupy(self) -> None:
+        """Others take all that is free."""
+        for info in self.infos:
+            self.begin("somebody else's", {info.id: self.rows[info.id]["GPU"]})
+
+
+class Nobody:
+    """Node actors that are never needed: nothing fails, and nothing is in doubt."""
+
+    def in_doubt(self) -> bool:
+        return False
+
+    @contextmanager
+    def working(self, nodes: Iterable[str]) -> Iterator[None]:
+        yield
+
+    def __getattr__(self, name: str) -> Callable[..., frozenset[str]]:
+        return lambda *args, **more: frozenset()
+
+
+class Fleet(fleet.Fleet):
+    """The real one, with node actors that do at once what was planned."""
+
+    def __init__(self, cluster: Cluster, prefix: str, holdings: Any) -> None:
+        super().__init__(lambda info: None, holdings, prefix)
+        self._cluster = cluster
+        self.agents: Any = Nobody()
+        self.machines = Machines(self.agents, {})
+
+    def catch_up(self, since: float) -> bool:
+        return False
+
+    def recall(self, nodes: Sequence[NodeInfo]) -> None:
+        self.machines.recall({info.id for info in nodes})
+
+    def reserve(self, claim: Any, known: Any, create: Any = None) -> Any:
+        with self._cluster.outside():
+            reserved = []
+            for part in claim.replicas:
+                order = order_name(self._prefix, claim.deployment.name, part.replica_index)
+                gpus = len(part.gpus) * part.share / WHOLE
+                assignment = NodeAssignment(
+                    part.replica_index,
+                    part.node_id,
+                    list(part.gpus),
+                    self._cluster.begin(f"{order}:1", {part.node_id: gpus}),
+                    list(range(len(part.gpus))),
+                    node_name=part.node_id,
+                    share=part.share / WHOLE,
+                )
+                reserved.append(self._taken(order, assignment))
+            self.note_change({part.node_id for part in claim.replicas})
+            return reserved, []
+
+    def _give_back(self, reserved: Any) -> None:
+        with self._cluster.outside():
+            for _, assignment in reserved:
+                self._cluster.end(assignment.placement_group)
+            self.note_change({assignment.node for _, assignment in reserved})
+
+
+class AtOnce(Executor):
+    """Does what it is given before it returns."""
+
+    def submit(self, do: Callable[..., Any], /, *args: Any, **more: Any) -> Future[Any]:
+        do(*args, **more)
+        done: Future[Any] = Future()
+        done.set_result(None)
+        return done
+
+
+@contextmanager
+def make_believe(cluster: Cluster) -> Iterator[None]:
+    """Puts ``cluster`` in the place of Ray."""
+
+    def listed(prefix: bytes, namespace: bytes) -> list[bytes]:
+        return [key for key in cluster.store if key.startswith(prefix)]
+
+    def put(key: bytes, value: bytes, overwrite: bool, namespace: bytes) -> None:
+        cluster.store[key] = value
+
+    def live(wanted: Callable[[str], bool]) -> dict[str, LiveGroup]:
+        with cluster.outside():
+            return {
+                text: LiveGroup(group.name, frozenset(group.held))
+                for text, group in cluster.groups.items()
+                if wanted(group.name)
+            }
+
+    kv = SimpleNamespace(
+        _internal_kv_get=lambda key, namespace: cluster.store.get(key),
+        _internal_kv_put=put,
+        _internal_kv_del=lambda key, namespace: cluster.store.pop(key, None),
+        _internal_kv_list=listed,
+        internal_kv_get_gcs_client=lambda: SimpleNamespace(
+            internal_kv_multi_get=lambda keys, namespace: {key: cluster.store[key] for key in keys}
+        ),
+    )
+    cluster.store.setdefault(b"token", TOKEN.encode())
+    nodes = frozenset(info.id for info in cluster.infos)
+    instead: list[tuple[Any, str, Any]] = [
+        (ledger, "internal_kv", kv),
+        (faults, "point", lambda name: None),
+        (discovery, "live_nodes", lambda: list(cluster.infos)),
+        (service, "Keeper", lambda *args: SimpleNamespace(start=lambda: None)),
+        (keeper, "live_node_ids", lambda: nodes),
+        (keeper, "draining_nodes", frozenset),
+        (groups, "available_resources", cluster.available),
+        (groups, "group_from_hex", lambda text: cluster.groups.get(text) or Group("gone", int(text, 16), {})),
+        (groups, "remove_group", lambda group, ready=False: cluster.end(group)),
+        (groups, "live_groups", live),
+    ]
+    for name in ("service", "controller"):  # whichever makes it
+        with_fleet = importlib.import_module(f"placement.runtime.{name}") if name in _MODULES else None
+        if with_fleet is not None and hasattr(with_fleet, "Fleet"):
+            instead.append(
+                (with_fleet, "Fleet", lambda make, holdings, prefix: Fleet(cluster, prefix, holdings))
+            )
+    with ExitStack() as stack:
+        for where, name, what in instead:
+            stack.enter_context(mock.patch.object(where, name, what))
+        yield
+
+
+_MODULES = {
+    name for name in ("service", "controller") if importlib.util.find_spec(f"placement.runtime.{name}")
+}
+
+
+class Service:
+    """The service under test; its methods may be coroutines or not."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._loop = asyncio.new_event_loop()
+        self._one: Any = None
+        self.start_seconds = self.timed(self._start)[0]
+
+    def _start(self) -> None:
+        self._one = service.DeploymentPlacementActor(lambda info: None)
+
+    def timed(self, do: Callable[..., Any], *args: Any) -> tuple[float, Any]:
+        """CPU seconds that something took, without what is outside of the service; and what it returned."""
+        outside, began = self._cluster.seconds, time.process_time()
+        found = do(*args)
+        if inspect.isawaitable(found):
+            found = self._loop.run_until_complete(_awaited(found))
+        return time.process_time() - began - (self._cluster.seconds - outside), found
+
+    def ask(self, method: str, *args: Any) -> tuple[float, Any]:
+        """The same of a public method."""
+        return self.timed(getattr(self._one, method), *args)
+
+    def look(self) -> tuple[float, Any]:
+        """One look of its clock."""
+        clock = keeper.Keeper(getattr(self._one, "_controller", self._one), AtOnce())
+        return self.timed(clock.look)
+
+    def close(self) -> None:
+        self._loop.close()
+
+
+async def _awaited(found: Any) -> Any:
+    return await found
+
+
+@contextmanager
+def started(nodes: int, deployments: int, waiting: int = 0) -> Iterator[tuple[Cluster, Service]]:
+    """A service that has just started with so many deployments of one GPU, and with some that find no room."""
+    cluster = Cluster(nodes)
+    cluster.fill(deployments)
+    if waiting:
+        cluster.occupy()
+    for number in range(waiting):
+        cluster.record(f"waits-{number:05}", [], gpus=1 + number % 4)
+    facts = topologies.facts(MACHINE).model_dump_json(exclude_none=True).encode()
+    cluster.store |= {f"facts/{info.id}".encode(): facts for info in cluster.infos}
+    with make_believe(cluster):
+        one = Service(cluster)
+        try:
+            yield cluster, one
+        finally:
+            one.close()
+
+
+def placing(nodes: int, deployments: int, rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds of each ``place``, and of each release."""
+    placed, released = [], []
+    with started(nodes, deployments) as (_, one):
+        for number in range(-3, rounds):
+            name = f"bench{number}"
+            took, result = one.ask("place", {"name": name, "model": "m", "gpus": (1, 2, 3)[number % 3]})
+            assert len(result.assignments) == 1
+            placed.append(took)
+            took, count = one.ask("release", name)
+            assert count == 1
+            released.append(took)
+    return placed[3:], released[3:]
+
+
+def milliseconds(seconds: Sequence[float]) -> tuple[float, float]:
+    """The median, and the mean."""
+    return statistics.median(seconds) * 1e3, statistics.fmean(seconds) * 1e3
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures and prints the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--nodes", type=int, nargs="+", default=[10, 100, 1000, 5000])
+    parser.add_argument("--most", type=int, default=5000, help="most replicas, and deployments of a restart")
+    parser.add_argument("--pending", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=30)
+    options = parser.parse_args(arguments)
+    print(f"python -m benchmarks.scale   {os.cpu_count()} cores, Python {platform.python_version()}")
+    print("CPU time of the service alone, median (mean)\n")
+    print(f"{'8-GPU nodes':>12}{'replicas':>10}{'place':>22}{'growth':>9}{'release':>22}{'growth':>9}")
+    first: list[float] = []
+    for nodes in options.nodes:
+        deployments = min(options.most, HELD_EACH * nodes)
+        line = f"{nodes:>12}{deployments:>10}"
+        times = [milliseconds(seconds) for seconds in placing(nodes, deployments, options.rounds)]
+        first = first or [median for median, _ in times]
+        for (median, mean), base in zip(times, first, strict=True):
+            line += f"{median:>10.2f} ({mean:.2f}) ms".rjust(22) + f"{median / base:>8.1f}x"
+        print(line, flush=True)
+
+    nodes = max((one for one in options.nodes if one <= 1000), default=options.nodes[0])
+    deployments = min(options.most, HELD_EACH * nodes)
+    print()
+    with started(nodes, deployments) as (_, one):
+        restart = one.start_seconds
+        statuses = [one.ask("status") for _ in range(5)]
+        _, report = statuses[0]
+        assert len(report["nodes"]) == nodes and len(report["deployments"]) == deployments
+        median, mean = milliseconds([took for took, _ in statuses])
+    print(f"status, {nodes} nodes, {deployments} replicas: {median:.0f} ({mean:.0f}) ms")
+    print(f"restart, {nodes} nodes, {deployments} deployments: {restart:.2f} s")
+    with started(nodes, deployments, options.pending) as (_, one):
+        took, _ = one.look()
+    print(f"a look at {options.pending} deployments that find no room: {took:.2f} s")
+
+
+if __name__ == "__main__":
+    main()
