@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from placement.core import gangs
 from placement.core.labels import meets
@@ -87,6 +88,11 @@ class _Sieve:
         self.dropped: list[Node] = []
         self.stages: list[Stage] = []
 
+    @cached_property
+    def largest(self) -> int:
+        """GPUs of the largest of the nodes that were dropped last. Asked once all stages are put."""
+        return max((node.whole_gpus for node in self.dropped), default=0)
+
     def put(self, name: str, objection: Objection) -> bool:
         """Drops the nodes with an objection; says whether any is left."""
         if not self.left and self.stages:
@@ -124,7 +130,7 @@ def _refuse_gpus(request: Request, index: int, sifted: Sifted) -> Unplaceable:
     sieve, miss, advice, stage = sifted
     excluded = Explanation(0, tuple(sieve.stages)).excluded
     excluded.pop(_NO_GPUS, None)
-    largest = max((node.whole_gpus for node in sieve.dropped), default=0)
+    largest = sieve.largest
     sets = request.stages * request.parts
     count, what = needs.gpus * sets, describe(needs) if sets == 1 else _sets(sets, needs)
     if stage == "size":

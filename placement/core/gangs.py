@@ -64,10 +64,10 @@ def splits(snapshot: Snapshot, request: Request, nodes: Bits) -> Iterator[Reques
     there is no such cut then, unless an NVLink domain keeps them on NVLink.
     """
     needs = request.needs
+    if not needs.whole or any(node.whole_gpus >= needs.gpus for node in _members(snapshot, nodes)):
+        return
     members = list(_members(snapshot, nodes))
     largest = max((node.whole_gpus for node in members), default=0)
-    if not needs.whole or needs.gpus <= largest:
-        return
     least = 1 if largest == 1 else 2
     pieces = [size for size in range(largest, least - 1, -1) if needs.gpus % size == 0]
     if any(GPU_DOMAIN_LABEL in node.labels for node in members):

@@ -154,10 +154,10 @@ class _Cause:
         self._planned, self._changed = planned, changed
 
     @cached_property
-    def standing(self) -> Mapping[str, int]:
-        """Where replicas of the deployment are, those included for which there is room."""
+    def fitting(self) -> Counter[str]:
+        """Where the replicas would be for which there is room."""
         first_parts = {replica.replica_index: replica.node_id for replica in reversed(self._planned)}
-        return Counter(self._request.standing) + Counter(first_parts.values())
+        return Counter(first_parts.values())
 
     @cached_property
     def seen(self) -> Snapshot:
@@ -169,7 +169,11 @@ class _Cause:
     @cached_property
     def sifted(self) -> Sifted:
         """What became of the nodes for it."""
-        return sift(self.seen, replace(self._request, standing=self.standing))
+        return sift(self.seen, self.asked(self._request))
+
+    def asked(self, request: Request) -> Request:
+        """A request, once what fits of it is there."""
+        return replace(request, standing=Counter(request.standing) + self.fitting)
 
 
 @dataclass(frozen=True)
@@ -188,13 +192,15 @@ class Shortfall:
 
     def step(self) -> Step:
         """The refusal."""
-        refused = replace(self.request, standing=self.cause.standing)
+        refused = self.cause.asked(self.request)
         why = refusal_of(refused, refused.replicas[self.fitting], self.cause.sifted)
         return Step(refused, why, self.cause.seen)
 
     def of(self, other: Request) -> Shortfall:
         """The same for another deployment, which asks for the same."""
-        request = replace(self.request, deployment=other.deployment, replicas=other.replicas)
+        request = replace(
+            self.request, deployment=other.deployment, replicas=other.replicas, standing=other.standing
+        )
         return Shortfall(request, self.fitting, self.cause)
 
 

@@ -241,9 +241,9 @@ class _Round:
             may, must = [], self.missing
         self.missing = must
         if must or self.outdated:
-            short = self.place_jointly()
-            if short is not None:
-                step = short.step()
+            refused = self.place_jointly()
+            if refused is not None:
+                step = refused[1].step()
                 assert isinstance(step.outcome, Unplaceable)
                 return Decision((), self.start, step.outcome, step)
         self.release_surplus()
@@ -254,24 +254,25 @@ class _Round:
 
     def sort(self) -> None:
         """Tells apart what is lost, what stays, what is outdated and what is not wanted."""
-        request = self.desired.request
-        wanted, current = set(request.replicas), self.stays
+        request, snapshot, stays = self.desired.request, self.snapshot, self.stays
         earlier: list[tuple[Request, dict[int, Observed]]] = []
         for index, one in sorted(self.observed.items()):
-            lost = {part.node_id for part in one.parts if not self.snapshot.bit(part.node_id)}
+            lost = [part.node_id for part in one.parts if not snapshot.bit(part.node_id)]
             if lost or one.gone:
-                self.actions.append(Drop(index, tuple(sorted(lost))))
+                self.actions.append(Drop(index, tuple(sorted({*lost}))))
                 self.dropped.append(index)
-            elif index not in wanted:
+            elif index >= len(request.replicas):
                 self.surplus[index] = one
             elif _ask_the_same(one.request, request):
-                current[index] = one.parts
+                stays[index] = one.parts
             else:
                 alike = next((found for asked, found in earlier if _ask_the_same(asked, one.request)), None)
                 if alike is None:
                     earlier.append((one.request, {index: one}))
                 else:
                     alike[index] = one
+        if len(stays) == len(self.observed) == len(request.replicas):
+            return
         self.vacate(self.dropped)
         kept: list[int] = []
         for asked, found in earlier:
@@ -288,7 +289,8 @@ class _Round:
         """Places what is missing or outdated, as far as there is room; says why not for the rest."""
         short: Shortfall | None = None
         while self.missing or self.outdated:
-            short = self.place_jointly()
+            refused = self.place_jointly()
+            short = refused and refused[0]
             outdated, left = len(self.outdated), len(self.missing) + len(self.outdated)
             if short is None or left == 1 or self.desired.gang:
                 break
@@ -300,20 +302,20 @@ class _Round:
         self.release_surplus()
         return None if short is None else short.step()
 
-    def place_jointly(self) -> Shortfall | None:
-        """Places all at once: beside what leaves, or in its place."""
+    def place_jointly(self) -> tuple[Shortfall, Shortfall] | None:
+        """Places all at once: beside what leaves, or in its place; if there is no room, says why not for both."""
         leaving = {**self.outdated, **self.surplus}
         indices = tuple(sorted([*self.missing, *self.outdated]))
         request = self.asking(indices, self.stays)
-        found = self.refused.attempt(self.snapshot, request)
-        beside = not isinstance(found, Shortfall)
-        if isinstance(found, Shortfall) and leaving:
-            found = attempt(self.without(leaving, self.snapshot), request)
-        if isinstance(found, Shortfall):
-            return found
-        if not beside:
-            self.release(leaving)
-        self.reserve(*found, leaving if beside else ())
+        beside = self.refused.attempt(self.snapshot, request)
+        if not isinstance(beside, Shortfall):
+            self.reserve(*beside, leaving)
+            return None
+        instead = attempt(self.without(leaving, self.snapshot), request) if leaving else beside
+        if isinstance(instead, Shortfall):
+            return beside, instead
+        self.release(leaving)
+        self.reserve(*instead)
         return None
 
     def place_singly(self) -> Shortfall | None:
@@ -336,18 +338,18 @@ class _Round:
         return refused or holds
 
     def replace(self, index: int) -> Shortfall | None:
-        """Replaces one: beside it, or in its place; returns why not, if there is no room."""
+        """Replaces one: beside it, or in its place; if there is no room, says why not beside it."""
         others = {other: one for other, one in self.outdated.items() if other != index}
         request = self.asking((index,), self.stays, others)
-        found = self.refused.attempt(self.snapshot, request)
-        if not isinstance(found, Shortfall):
-            self.reserve(*found, (index,))
+        beside = self.refused.attempt(self.snapshot, request)
+        if not isinstance(beside, Shortfall):
+            self.reserve(*beside, (index,))
             return None
-        found = attempt(self.without((index,), self.snapshot), request)
-        if isinstance(found, Shortfall):
-            return found
+        instead = attempt(self.without((index,), self.snapshot), request)
+        if isinstance(instead, Shortfall):
+            return beside
         self.release((index,))
-        self.reserve(*found)
+        self.reserve(*instead)
         return None
 
     def wait(self, step: Step | None) -> Decision:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -68,17 +67,16 @@ class Request:
 
     @cached_property
     def likeness(self) -> Hashable:
-        """Equal for requests of which, for as many replicas, all have room or none has.
+        """Equal for requests of which, for as many replicas, all have room or none has, and for the same reasons.
 
-        ``None`` where it matters who else is where.
+        ``None`` where it matters who is where.
         """
-        if self.apart_from or self.near_to or self.kept_away_by or +Counter(self.standing):
+        stand = any(self.standing.values())
+        if self.apart_from or self.near_to or self.kept_away_by or (stand and self.max_per_domain):
             return None
         names = self.gpu_nodes if self.provider is None else self.egress_nodes
-        labels = tuple(sorted(self.labels.items()))
-        spread = self.spread_label, self.max_per_domain
+        limits = names, tuple(sorted(self.labels.items())), self.spread_label, self.max_per_domain, stand
         if self.provider is not None:
-            return self.provider, self.egress, names, labels, spread
-        limits = names, labels, self.accelerators, self.compute_capability
+            return self.provider, self.egress, limits
         sizes = self.needs, self.stages, self.parts, self.divisible, self.cpu_milli, self.memory_bytes
-        return sizes, limits, spread, self.policy
+        return sizes, limits, self.accelerators, self.compute_capability, self.policy
