@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         UnreadableRecord,
     )
     from placement.runtime.bootstrap import connect, start
+    from placement.runtime.client import AsyncClient, Client
     from placement.runtime.results import NodeAssignment, PlacementResult
     from placement.wire.deployment import (
         ApiKey,
@@ -56,6 +57,7 @@ _HOME = {
         "UnknownDeployment", "UnknownNode", "UnknownTopology", "Unplaceable", "UnreadableRecord",
     ),
     "placement.runtime.bootstrap": ("connect", "start"),
+    "placement.runtime.client": ("AsyncClient", "Client"),
     "placement.runtime.results": ("NodeAssignment", "PlacementResult"),
     "placement.wire.deployment": (
         "ApiKey", "Budget", "Deployment", "PlacementConstraints", "RuntimeConfig", "Serving",
@@ -67,9 +69,11 @@ _WHERE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "ApiKey",
+    "AsyncClient",
     "BelowFloor",
     "Budget",
     "Busy",
+    "Client",
     "ClusterUnreachable",
     "Deployment",
     "DeploymentConflict",

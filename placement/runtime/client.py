@@ -1,96 +1,501 @@
-"""A driver's connection to a cluster and its service, for the command line and the examples."""
+"""The service, typed: for editors, type checkers, and callers who own what they place.
+
+Each method asks the service's method of the same name, and hands its answer and its errors back as they are.
+"""
 
 from __future__ import annotations
 
-import logging
-import os
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from typing import Any, ParamSpec, TypedDict, TypeVar
 
-import ray
+from ray.actor import ActorHandle
 
-from placement.errors import ClusterUnreachable, PlacementError, ServiceNotRunning
+from placement.core.snapshot import NEAR_LABELS
+from placement.errors import InvalidDeployment
+from placement.runtime import bootstrap
+from placement.runtime.borrowing import Borrower, OwnGroups
+from placement.runtime.connection import abandoning, ask, caller, cluster, own_errors
+from placement.runtime.leases import Loan
+from placement.runtime.results import PlacementResult
+from placement.runtime.service import IDLE_SECONDS
+from placement.wire.deployment import Deployment, PlacementConstraints
+from placement.wire.plans import PlacementPlan
 
-CONNECT_DEADLINE_SECONDS = 5.0
+__all__ = ["AsyncClient", "Client", "Event", "Status", "ask", "cluster"]
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+DeploymentLike = Deployment | Mapping[str, Any]
+Constraints = PlacementConstraints | Mapping[str, Any] | None
+
+WATCH_SECONDS = 30.0
+"""How long one call of ``watch`` waits for something to happen."""
+WAIT_SECONDS = 600.0
+"""How long one call of ``wait`` waits where the caller would wait for ever."""
+CANCEL_SECONDS = 1.0
+"""How long a request that failed waits for the service to hear of it; a loan ends by itself soon after."""
 
 
-@contextmanager
-def cluster(address: str | None = None) -> Iterator[str]:
-    """Connects this process to a running Ray cluster, quietly, and disconnects at the end.
+class Event(TypedDict):
+    """One thing that happened to a deployment.
+
+    ``number`` grows from event to event, also across restarts of the service; ``at`` is in seconds since 1970, and
+    ``time`` the same in words, in UTC; ``replica`` is ``None`` for the deployment as a whole.
+    """
+
+    number: int
+    at: float
+    time: str
+    deployment: str
+    replica: int | None
+    state: str
+    text: str
+
+
+class Status(TypedDict):
+    """What is there: nodes with their GPUs and who is on them, deployments with their replicas."""
+
+    nodes: list[dict[str, Any]]
+    deployments: list[dict[str, Any]]
+    unreadable: list[dict[str, Any]]
+    totals: dict[str, int | float]
+    demand: list[dict[str, Any]]
+
+
+class _Connected:
+    """What both clients are."""
+
+    def __init__(self, service: ActorHandle | None = None) -> None:
+        self._handle = bootstrap.connect() if service is None else service
+        self._groups = OwnGroups()
+
+    @property
+    def handle(self) -> ActorHandle:
+        """The bare actor handle, for ``client.handle.place.remote(...)``: its answers are awaited, or got by Ray."""
+        return self._handle
+
+    def _cancel(self, loan_id: str) -> None:
+        ask(self._handle.cancel.remote(loan_id), CANCEL_SECONDS)
+
+
+class Client(_Connected):
+    """The placement service of the connected cluster, for code that may block.
 
     Args:
-        address: ``host:port`` of the head; ``None`` or ``"auto"`` takes RAY_ADDRESS, else the cluster
-            that was started on this machine.
-
-    Yields:
-        The address it connected to.
+        service: the service's actor handle; the running service if left out.
 
     Raises:
-        ClusterUnreachable: nothing answers there, or it is no head's address. Said within seconds, where Ray would
-            retry for minutes.
+        RuntimeError: Ray is not connected; call ``ray.init(address="auto")`` first.
+        ServiceNotRunning: nobody started it; :meth:`start` does. Every method raises it once the service is stopped.
     """
-    wanted = address or os.environ.get("RAY_ADDRESS") or "auto"
-    found = wanted if wanted != "auto" else _local_address()
-    if found is None:
-        raise ClusterUnreachable("auto", "RAY_ADDRESS is not set and no cluster was started on this machine")
-    if not found.startswith("ray://"):
-        _require_listener(found)
-    try:
-        ray.init(
-            address=found,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=True,
-            **_loopback_options(found),
+
+    @classmethod
+    def start(cls, near: Sequence[str] = NEAR_LABELS, idle_seconds: float = IDLE_SECONDS) -> Client:
+        """The same, with the service started if need be; see :func:`placement.start`."""
+        return cls(bootstrap.start(near, idle_seconds))
+
+    def place(
+        self,
+        deployment: DeploymentLike,
+        constraints: Constraints = None,
+        wait_seconds: float = 0.0,
+        *,
+        owner: ActorHandle | None = None,
+    ) -> PlacementResult:
+        """Places all replicas of a deployment, or none. Placing an identical deployment again returns what stands.
+
+        With ``owner: caller`` in the deployment this process creates the placement groups, and Ray removes them when
+        it ends, however it ends. (If this process is a normal actor, when its driver has ended, too.) On Ctrl-C, what
+        was asked for is given up.
+
+        Args:
+            deployment: a :class:`~placement.Deployment`, or a mapping of its fields.
+            constraints: limits the choice of nodes; replaces ``deployment.constraints``.
+            wait_seconds: how long it may wait for room.
+            owner: an actor whose end ends the deployment.
+
+        Raises:
+            InvalidDeployment: a field is refused.
+            UnknownNode: the constraints name a node that the cluster lacks.
+            UnreadableRecord: the ledger has a record of that name that the service cannot read.
+            DeploymentConflict: the name stands with another declaration.
+            Unplaceable: it fits nowhere in time: ``NoGpuNodes``, ``NotEnoughGpus``, ``NoEgressNodes``,
+                ``NotEnoughEgress`` or ``BelowFloor``.
+            ReservationFailed: others kept taking the GPUs.
+            LeaseExpired: this process was too slow to create a group. In every case nothing of it stays reserved.
+            Busy: the service has too much to do.
+        """
+        who = caller(owner)
+        if _is_lease(deployment, owner):
+            return self._borrow(deployment, constraints, wait_seconds, who)
+        place = self._handle.place
+        return self._ask_or_abandon(place.remote(deployment, constraints, wait_seconds, caller=who))
+
+    def apply(
+        self,
+        deployment: DeploymentLike,
+        constraints: Constraints = None,
+        *,
+        atomic: bool = False,
+        owner: ActorHandle | None = None,
+    ) -> PlacementResult:
+        """Stores the declaration, and makes what stands be like it. Replicas that find no room are ``pending``.
+
+        With ``owner: caller`` in the deployment it is all or nothing: nobody could create the groups later.
+
+        Args:
+            deployment: a :class:`~placement.Deployment`, or a mapping of its fields.
+            constraints: limits the choice of nodes; replaces ``deployment.constraints``.
+            atomic: all of the change or nothing.
+            owner: an actor whose end ends the deployment.
+
+        Raises:
+            InvalidDeployment, UnknownNode, UnreadableRecord, Busy: as :meth:`place`; nothing is changed.
+            Unplaceable, ReservationFailed: only with ``atomic``, or with ``owner: caller``.
+        """
+        who = caller(owner)
+        if _is_lease(deployment, owner):
+            return self._borrow(deployment, constraints, 0.0, who)
+        return self._ask(self._handle.apply.remote(deployment, constraints, atomic, caller=who))
+
+    def apply_all(
+        self, deployments: Sequence[DeploymentLike], *, atomic: bool = False
+    ) -> list[PlacementResult]:
+        """Applies several deployments; with ``atomic`` all of them, or none if one does not fit.
+
+        Raises:
+            PartlyApplied: some could not be applied, the others were.
+            Unplaceable, ReservationFailed: only with ``atomic``.
+        """
+        return self._ask(self._handle.apply_all.remote(deployments, atomic, caller=caller()))
+
+    def plan(
+        self, deployment: DeploymentLike, constraints: Constraints = None, *, atomic: bool = False
+    ) -> PlacementPlan:
+        """What :meth:`apply` would do now. Reserves nothing.
+
+        Raises:
+            Same as :meth:`apply`, but never ``ReservationFailed``.
+        """
+        return self._ask(self._handle.plan.remote(deployment, constraints, atomic))
+
+    def plan_all(self, deployments: Sequence[DeploymentLike], *, atomic: bool = False) -> list[PlacementPlan]:
+        """What :meth:`apply_all` would do now, each deployment planned on top of the ones before."""
+        return self._ask(self._handle.plan_all.remote(deployments, atomic))
+
+    def get(self, name: str) -> PlacementResult:
+        """Where a deployment's replicas are.
+
+        Raises:
+            UnknownDeployment: no deployment of that name stands.
+        """
+        return self._ask(self._handle.get.remote(name))
+
+    def wait(self, name: str, timeout_seconds: float | None = None) -> PlacementResult:
+        """Where a deployment's replicas are, once none of them is pending; after the time, as it is then.
+
+        Args:
+            name: the deployment.
+            timeout_seconds: how long to wait; for ever if left out.
+
+        Raises:
+            UnknownDeployment: no deployment of that name stands, or it was released meanwhile.
+        """
+        while True:
+            reference = self._handle.wait.remote(
+                name, WAIT_SECONDS if timeout_seconds is None else timeout_seconds
+            )
+            result: PlacementResult = self._ask_or_abandon(reference)
+            if timeout_seconds is not None or not result.pending:
+                return result
+
+    def renew(self, name: str) -> None:
+        """Has the ``ttl_seconds`` of a deployment begin anew.
+
+        Raises:
+            UnknownDeployment: no deployment of that name stands.
+        """
+        self._ask(self._handle.renew.remote(name))
+
+    def release(self, name: str) -> int:
+        """Gives back everything that a deployment holds, and ends the workers in its groups.
+
+        Returns:
+            How many replicas were released.
+
+        Raises:
+            UnknownDeployment: no deployment of that name stands.
+            UnreadableRecord: a later version of the service wrote its record.
+        """
+        return self._ask(self._handle.release.remote(name))
+
+    def release_all(self) -> list[str]:
+        """Releases every deployment.
+
+        Returns:
+            Their names.
+        """
+        return self._ask(self._handle.release_all.remote())
+
+    def status(
+        self, node: str | None = None, deployment: str | None = None, state: str | None = None
+    ) -> Status:
+        """Nodes with their GPUs and who is on them, and deployments with their replicas; JSON-ready.
+
+        Args:
+            node: only this node, by its name, id or address.
+            deployment: only this deployment.
+            state: only deployments with a replica that is ``placed``, ``pending``, ``lost`` or ``releasing``.
+        """
+        return self._ask(self._handle.status.remote(node, deployment, state))
+
+    def events(self, name: str | None = None, since: int = 0) -> list[Event]:
+        """What happened lately, to one deployment or to all, oldest first.
+
+        Args:
+            name: the deployment, which may be gone by now.
+            since: the ``number`` of the last event already known.
+
+        Raises:
+            UnknownDeployment: nothing is known of that name.
+        """
+        return self._ask(self._handle.events.remote(name, since))
+
+    def watch(
+        self, since: int = 0, names: Sequence[str] | None = None, timeout_seconds: float = WATCH_SECONDS
+    ) -> list[Event]:
+        """Events after ``since``, as soon as there is one; none if nothing happened within the time.
+
+        Args:
+            since: the ``number`` of the last event already known; with 0 all that are known come at once.
+            names: only those of these deployments, which need not be known yet.
+            timeout_seconds: how long to wait.
+        """
+        watch = self._handle.watch
+        return self._ask_or_abandon(watch.remote(since=since, names=names, timeout_seconds=timeout_seconds))
+
+    def follow(self, names: Sequence[str] | None = None, since: int = 0) -> Iterator[Event]:
+        """Events as they happen, without end; see :meth:`watch`."""
+        while True:
+            for event in self.watch(since, names):
+                since = event["number"]
+                yield event
+
+    def topology(self, node: str | None = None) -> list[dict[str, Any]]:
+        """What each GPU node's GPUs report, read anew; JSON-ready.
+
+        Raises:
+            UnknownNode: no GPU node has that id, name or address.
+        """
+        return self._ask(self._handle.topology.remote(node))
+
+    def snapshot(self) -> dict[str, Any]:
+        """The cluster as the planner sees it now; JSON-ready, for ``placement plan --file``."""
+        return self._ask(self._handle.snapshot.remote())
+
+    def ping(self) -> str:
+        """The version of the package that the service runs."""
+        return self._ask(self._handle.ping.remote())
+
+    def _borrow(
+        self, deployment: DeploymentLike, constraints: Constraints, wait_seconds: float, who: dict[str, str]
+    ) -> PlacementResult:
+        borrower = Borrower(self._groups, self._cancel)
+        try:
+            self._groups.warm()
+            lend = self._handle.lend.remote(deployment, constraints, wait_seconds, caller=who)
+            answer: Loan | PlacementResult = self._ask_or_abandon(lend)
+            while isinstance(answer, Loan):
+                group_id = borrower.make(answer)
+                answer = self._ask(self._handle.confirm.remote(answer.id, group_id))
+            return borrower.keep(answer)
+        except BaseException as error:
+            borrower.give_back(error)
+            raise
+
+    def _ask(self, reference: Any) -> Any:
+        return ask(reference)
+
+    def _ask_or_abandon(self, reference: Any) -> Any:
+        with abandoning(reference):
+            return ask(reference)
+
+
+class AsyncClient(_Connected):
+    """The placement service of the connected cluster, for ``async`` code: nothing blocks the event loop.
+
+    Args:
+        service: the service's actor handle; the running service if left out.
+
+    Raises:
+        Same as :class:`Client`.
+    """
+
+    @classmethod
+    async def start(
+        cls, near: Sequence[str] = NEAR_LABELS, idle_seconds: float = IDLE_SECONDS
+    ) -> AsyncClient:
+        """The same, with the service started if need be; see :func:`placement.start`."""
+        return cls(await asyncio.to_thread(bootstrap.start, near, idle_seconds))
+
+    async def place(
+        self,
+        deployment: DeploymentLike,
+        constraints: Constraints = None,
+        wait_seconds: float = 0.0,
+        *,
+        owner: ActorHandle | None = None,
+    ) -> PlacementResult:
+        """See :meth:`Client.place`. If it is cancelled while it waits for room, it no longer waits."""
+        who = caller(owner)
+        if _is_lease(deployment, owner):
+            return await self._borrow(deployment, constraints, wait_seconds, who)
+        place = self._handle.place
+        return await self._ask_or_abandon(place.remote(deployment, constraints, wait_seconds, caller=who))
+
+    async def apply(
+        self,
+        deployment: DeploymentLike,
+        constraints: Constraints = None,
+        *,
+        atomic: bool = False,
+        owner: ActorHandle | None = None,
+    ) -> PlacementResult:
+        """See :meth:`Client.apply`."""
+        who = caller(owner)
+        if _is_lease(deployment, owner):
+            return await self._borrow(deployment, constraints, 0.0, who)
+        return await self._ask(self._handle.apply.remote(deployment, constraints, atomic, caller=who))
+
+    async def apply_all(
+        self, deployments: Sequence[DeploymentLike], *, atomic: bool = False
+    ) -> list[PlacementResult]:
+        """See :meth:`Client.apply_all`."""
+        return await self._ask(self._handle.apply_all.remote(deployments, atomic, caller=caller()))
+
+    async def plan(
+        self, deployment: DeploymentLike, constraints: Constraints = None, *, atomic: bool = False
+    ) -> PlacementPlan:
+        """See :meth:`Client.plan`."""
+        return await self._ask(self._handle.plan.remote(deployment, constraints, atomic))
+
+    async def plan_all(
+        self, deployments: Sequence[DeploymentLike], *, atomic: bool = False
+    ) -> list[PlacementPlan]:
+        """See :meth:`Client.plan_all`."""
+        return await self._ask(self._handle.plan_all.remote(deployments, atomic))
+
+    async def get(self, name: str) -> PlacementResult:
+        """See :meth:`Client.get`."""
+        return await self._ask(self._handle.get.remote(name))
+
+    async def wait(self, name: str, timeout_seconds: float | None = None) -> PlacementResult:
+        """See :meth:`Client.wait`."""
+        while True:
+            reference = self._handle.wait.remote(
+                name, WAIT_SECONDS if timeout_seconds is None else timeout_seconds
+            )
+            result: PlacementResult = await self._ask_or_abandon(reference)
+            if timeout_seconds is not None or not result.pending:
+                return result
+
+    async def renew(self, name: str) -> None:
+        """See :meth:`Client.renew`."""
+        await self._ask(self._handle.renew.remote(name))
+
+    async def release(self, name: str) -> int:
+        """See :meth:`Client.release`."""
+        return await self._ask(self._handle.release.remote(name))
+
+    async def release_all(self) -> list[str]:
+        """See :meth:`Client.release_all`."""
+        return await self._ask(self._handle.release_all.remote())
+
+    async def status(
+        self, node: str | None = None, deployment: str | None = None, state: str | None = None
+    ) -> Status:
+        """See :meth:`Client.status`."""
+        return await self._ask(self._handle.status.remote(node, deployment, state))
+
+    async def events(self, name: str | None = None, since: int = 0) -> list[Event]:
+        """See :meth:`Client.events`."""
+        return await self._ask(self._handle.events.remote(name, since))
+
+    async def watch(
+        self, since: int = 0, names: Sequence[str] | None = None, timeout_seconds: float = WATCH_SECONDS
+    ) -> list[Event]:
+        """See :meth:`Client.watch`."""
+        watch = self._handle.watch
+        return await self._ask_or_abandon(
+            watch.remote(since=since, names=names, timeout_seconds=timeout_seconds)
         )
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError, OSError) as error:
-        raise ClusterUnreachable(found, str(error).strip().splitlines()[0][:200]) from None
+
+    async def follow(self, names: Sequence[str] | None = None, since: int = 0) -> AsyncIterator[Event]:
+        """See :meth:`Client.follow`; for ``async for``."""
+        while True:
+            for event in await self.watch(since, names):
+                since = event["number"]
+                yield event
+
+    async def topology(self, node: str | None = None) -> list[dict[str, Any]]:
+        """See :meth:`Client.topology`."""
+        return await self._ask(self._handle.topology.remote(node))
+
+    async def snapshot(self) -> dict[str, Any]:
+        """See :meth:`Client.snapshot`."""
+        return await self._ask(self._handle.snapshot.remote())
+
+    async def ping(self) -> str:
+        """See :meth:`Client.ping`."""
+        return await self._ask(self._handle.ping.remote())
+
+    async def _borrow(
+        self, deployment: DeploymentLike, constraints: Constraints, wait_seconds: float, who: dict[str, str]
+    ) -> PlacementResult:
+        borrower = Borrower(self._groups, self._cancel)
+        try:
+            await _in_thread(self._groups.warm)
+            lend = self._handle.lend.remote(deployment, constraints, wait_seconds, caller=who)
+            answer: Loan | PlacementResult = await self._ask_or_abandon(lend)
+            while isinstance(answer, Loan):
+                group_id = await _in_thread(borrower.make, answer)
+                answer = await self._ask(self._handle.confirm.remote(answer.id, group_id))
+            return await _in_thread(borrower.keep, answer)
+        except BaseException as error:
+            await _in_thread(borrower.give_back, error)
+            raise
+
+    async def _ask(self, reference: Any) -> Any:
+        with own_errors():
+            return await reference
+
+    async def _ask_or_abandon(self, reference: Any) -> Any:
+        with abandoning(reference):
+            return await self._ask(reference)
+
+
+async def _in_thread(function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    """What a function returns that blocks. If this is cancelled, the function still comes to its end before."""
+    running = asyncio.ensure_future(asyncio.to_thread(function, *arguments, **named))
     try:
-        yield found
-    finally:
-        ray.shutdown()
-
-
-def ask(reference: Any) -> Any:
-    """The answer of an actor call; the service's own errors as themselves, without Ray's traceback around them.
-
-    Raises:
-        ServiceNotRunning: somebody stopped it meanwhile.
-    """
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, PlacementError):
-            raise error.cause from None
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        while not running.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([running])
+        running.exception()
         raise
-    except ray.exceptions.ActorDiedError:
-        raise ServiceNotRunning(ray.get_runtime_context().gcs_address) from None
 
 
-def _local_address() -> str | None:
-    from ray._private.services import canonicalize_bootstrap_address
-
-    try:
-        return str(canonicalize_bootstrap_address("auto") or "") or None
-    except ConnectionError:
-        return None
-
-
-def _require_listener(address: str) -> None:
-    if address.startswith(("http://", "https://")):
-        raise ClusterUnreachable(address, "that is the job server, which only `ray job submit` talks to")
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise ClusterUnreachable(address, "not of the form HOST:PORT")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_DEADLINE_SECONDS).close()
-    except OSError as error:
-        raise ClusterUnreachable(address, error.strerror or str(error)) from None
-
-
-def _loopback_options(address: str) -> dict[str, str]:
-    """Where the head has a loopback address of its own (simulated nodes), this driver must use the same."""
-    host = address.rpartition(":")[0]
-    return {"_node_ip_address": host} if host.startswith("127.") and host != "127.0.0.1" else {}
+def _is_lease(deployment: DeploymentLike, owner: ActorHandle | None) -> bool:
+    """Whether the caller creates the groups itself."""
+    declared = (
+        deployment.get("owner") if isinstance(deployment, Mapping) else getattr(deployment, "owner", None)
+    )
+    if declared == "caller" and owner is not None:
+        problem = "owner: caller is declared, and an actor is named as the owner; leave one of them out"
+        raise InvalidDeployment("deployment", (problem,))
+    return declared == "caller"

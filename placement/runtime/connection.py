@@ -1,0 +1,157 @@
+"""A process and its cluster: how it connects, how it asks the service, and how the service may call it."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import ray.util.client
+
+from placement.errors import ClusterUnreachable, PlacementError, ServiceNotRunning
+
+CONNECT_DEADLINE_SECONDS = 5.0
+
+
+@contextmanager
+def cluster(address: str | None = None) -> Iterator[str]:
+    """Connects this process to a running Ray cluster, quietly, and disconnects at the end.
+
+    Args:
+        address: ``host:port`` of the head; ``None`` or ``"auto"`` takes RAY_ADDRESS, else the cluster
+            that was started on this machine.
+
+    Yields:
+        The address it connected to.
+
+    Raises:
+        ClusterUnreachable: nothing answers there, or it is no head's address. Said within seconds, where Ray would
+            retry for minutes.
+    """
+    wanted = address or os.environ.get("RAY_ADDRESS") or "auto"
+    found = wanted if wanted != "auto" else _local_address()
+    if found is None:
+        raise ClusterUnreachable("auto", "RAY_ADDRESS is not set and no cluster was started on this machine")
+    if not found.startswith("ray://"):
+        _require_listener(found)
+    try:
+        ray.init(
+            address=found,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=True,
+            **_loopback_options(found),
+        )
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError, OSError) as error:
+        raise ClusterUnreachable(found, str(error).strip().splitlines()[0][:200]) from None
+    try:
+        yield found
+    finally:
+        ray.shutdown()
+
+
+def ask(reference: Any, timeout_seconds: float | None = None) -> Any:
+    """The answer of an actor call; the service's own errors as themselves, without Ray's traceback around them.
+
+    Args:
+        reference: what the call returned.
+        timeout_seconds: how long to wait for it; without limit if left out.
+
+    Raises:
+        ServiceNotRunning: somebody stopped it meanwhile.
+        ray.exceptions.GetTimeoutError: there was no answer in time.
+    """
+    with own_errors():
+        return ray.get(reference, timeout=timeout_seconds)
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Errors of the service as themselves, where a call of it is waited for.
+
+    Raises:
+        ServiceNotRunning: somebody stopped it meanwhile.
+    """
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, PlacementError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.ActorDiedError:
+        raise ServiceNotRunning(ray.get_runtime_context().gcs_address) from None
+
+
+@contextmanager
+def abandoning(reference: Any) -> Iterator[None]:
+    """Has the service stop a call as well if the caller no longer waits for it: on Ctrl-C, or if it is cancelled."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        with contextlib.suppress(Exception):
+            ray.cancel(reference)
+        raise
+
+
+def is_ray_client() -> bool:
+    """Whether this process is connected through ``ray://``: then it is no process of the cluster."""
+    return bool(ray.util.client.ray.is_connected())
+
+
+def caller(owner: Any = None) -> dict[str, str]:
+    """Who asks, for the service: it ends what this process owns when this process has ended.
+
+    Args:
+        owner: the handle of an actor that is to own what is asked for, instead.
+
+    Returns:
+        ``job`` and ``node``: ids, hex; of the proxy in the cluster that stands for a ``ray://`` client. ``actor``: the
+        id of the actor that this process is. ``pid``, not of a ``ray://`` client. ``submission``: the submission id of
+        the job, if it was submitted. ``user``: the name of who runs this process. ``owner_actor``: the id of the
+        actor ``owner``. What is not known is left out.
+    """
+    context = ray.get_runtime_context()
+    said = {"job": context.get_job_id(), "node": context.get_node_id(), "actor": context.get_actor_id()}
+    if not is_ray_client():
+        config = ray._private.worker.global_worker.core_worker.get_job_config()
+        said |= {"pid": str(os.getpid()), "submission": config.metadata.get("job_submission_id")}
+    with contextlib.suppress(KeyError, OSError, ImportError):  # a container's user may have no name
+        said["user"] = getpass.getuser()
+    if owner is not None:
+        said["owner_actor"] = owner._actor_id.hex()
+    return {name: value for name, value in said.items() if value}
+
+
+def _local_address() -> str | None:
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        return str(canonicalize_bootstrap_address("auto") or "") or None
+    except ConnectionError:
+        return None
+
+
+def _require_listener(address: str) -> None:
+    if address.startswith(("http://", "https://")):
+        raise ClusterUnreachable(address, "that is the job server, which only `ray job submit` talks to")
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ClusterUnreachable(address, "not of the form HOST:PORT")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_DEADLINE_SECONDS).close()
+    except OSError as error:
+        raise ClusterUnreachable(address, error.strerror or str(error)) from None
+
+
+def _loopback_options(address: str) -> dict[str, str]:
+    """Where the head has a loopback address of its own (simulated nodes), this driver must use the same."""
+    host = address.rpartition(":")[0]
+    return {"_node_ip_address": host} if host.startswith("127.") and host != "127.0.0.1" else {}

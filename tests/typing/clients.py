@@ -1,0 +1,73 @@
+"""What a type checker sees of the two clients. Never run: tests/test_types.py has mypy read it."""
+
+from typing import Any, assert_type
+
+from placement import (
+    AsyncClient,
+    Client,
+    Deployment,
+    NodeAssignment,
+    PlacementConstraints,
+    PlacementPlan,
+    PlacementResult,
+)
+from placement.runtime.client import Event, Status
+
+
+def blocking(wanted: Deployment) -> None:
+    client = Client.start(near=("zone", "rack"), idle_seconds=60)
+    assert_type(client, Client)
+    result = client.place(wanted, PlacementConstraints(gpu_nodes=("a",)), wait_seconds=30)
+    assert_type(result, PlacementResult)
+    assert_type(result.assignments, list[NodeAssignment])
+    assert_type(result.assignments[0].gpus, list[int])
+    assert_type(client.place({"name": "d", "model": "m"}, {"gpu_nodes": ["a"]}), PlacementResult)
+    assert_type(client.apply(wanted, atomic=True), PlacementResult)
+    assert_type(client.apply_all([wanted, {"name": "d"}]), list[PlacementResult])
+    assert_type(client.plan(wanted), PlacementPlan)
+    assert_type(client.plan_all([wanted]), list[PlacementPlan])
+    assert_type(client.get("d"), PlacementResult)
+    assert_type(client.wait("d", 30), PlacementResult)
+    assert_type(client.release("d"), int)
+    assert_type(client.release_all(), list[str])
+    assert_type(client.status(state="pending"), Status)
+    assert_type(client.status()["nodes"], list[dict[str, Any]])
+    assert_type(client.events("d"), list[Event])
+    assert_type(client.watch(names=["d"]), list[Event])
+    for event in client.follow():
+        assert_type(event["number"], int)
+    assert_type(client.topology(), list[dict[str, Any]])
+    assert_type(client.snapshot(), dict[str, Any])
+    assert_type(client.ping(), str)
+
+
+async def awaited(wanted: Deployment) -> None:
+    client = await AsyncClient.start()
+    assert_type(client, AsyncClient)
+    assert_type(await client.place(wanted, wait_seconds=30), PlacementResult)
+    assert_type(await client.apply(wanted), PlacementResult)
+    assert_type(await client.apply_all([wanted]), list[PlacementResult])
+    assert_type(await client.plan(wanted), PlacementPlan)
+    assert_type(await client.get("d"), PlacementResult)
+    assert_type(await client.wait("d"), PlacementResult)
+    assert_type(await client.release("d"), int)
+    assert_type(await client.status(), Status)
+    assert_type(await client.events(), list[Event])
+    async for event in client.follow(["d"]):
+        assert_type(event["replica"], int | None)
+
+
+def refused(client: Client, wanted: Deployment) -> None:
+    client.place("d")  # type: ignore[arg-type]
+    client.place(wanted, wait="long")  # type: ignore[call-arg]
+    client.apply(wanted, None, True)  # type: ignore[call-arg]
+    client.get(name=1)  # type: ignore[arg-type]
+    client.release("d").upper()  # type: ignore[attr-defined]
+    print(client.get("d").gpus)  # type: ignore[attr-defined]
+    print(client.watch()[0]["nummer"])  # type: ignore[typeddict-item]
+    print(client.renew("d").gpus)  # type: ignore[attr-defined, func-returns-value]
+
+
+async def refused_to_async(client: AsyncClient) -> None:
+    print(client.get("d").assignments)  # type: ignore[attr-defined]
+    await client.follow()  # type: ignore[misc]
