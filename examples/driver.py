@@ -9,8 +9,7 @@ import argparse
 
 import ray
 
-import placement
-from placement import Deployment
+from placement import Client, Deployment
 
 
 @ray.remote
@@ -25,13 +24,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpus", type=int, default=2, help="GPUs per replica")
     parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument(
+        "--owned", action="store_true", help="all of it ends with this process, even if that is killed"
+    )
     args = parser.parse_args()
 
     ray.init(address="auto", log_to_driver=False)
-    service = placement.start()
-    result = ray.get(
-        service.place.remote(
-            Deployment(name="driver-example", model="my/model", gpus=args.gpus, replicas=args.replicas)
+    client = Client.start()
+    result = client.place(
+        Deployment(
+            name="driver-example",
+            model="my/model",
+            gpus=args.gpus,
+            replicas=args.replicas,
+            owner="caller" if args.owned else "detached",
         )
     )
     try:
@@ -43,7 +49,7 @@ def main() -> None:
             print(f"{where}: placed on {assignment.gpus}, workers on {got}")
             assert got == assignment.gpus
     finally:
-        ray.get(service.release.remote("driver-example"))
+        client.release("driver-example")
     print("released")
 
 

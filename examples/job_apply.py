@@ -14,9 +14,9 @@ def main() -> int:
     try:
         deployments = placement.load_deployments(sys.argv[1])
         ray.init(address="auto", log_to_driver=False)
-        results = ray.get(placement.start().apply_all.remote(deployments))
+        results = placement.Client.start().apply_all(deployments, atomic=True)
     except placement.PlacementError as error:
-        print(f"not placed: {getattr(error, 'cause', None) or error}", file=sys.stderr)
+        print(f"not placed: {error}", file=sys.stderr)
         return 1
     for result in results:
         for a in result.assignments:

@@ -23,8 +23,7 @@ class Worker:
 
 def main() -> int:
     ray.init(address="auto", log_to_driver=False)
-    service = placement.connect()
-    result = ray.get(service.get.remote(sys.argv[1]))
+    result = placement.Client().get(sys.argv[1])
     wrong = 0
     for a in result.assignments:
         workers = [Worker.options(**a.actor_options(rank)).remote() for rank in range(len(a.gpus))]
