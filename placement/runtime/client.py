@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, TypedDict, TypeVar
 
@@ -33,10 +35,8 @@ Constraints = PlacementConstraints | Mapping[str, Any] | None
 
 WATCH_SECONDS = 30.0
 """How long one call of ``watch`` waits for something to happen."""
-WAIT_SECONDS = 600.0
-"""How long one call of ``wait`` waits where the caller would wait for ever."""
-CANCEL_SECONDS = 1.0
-"""How long a request that failed waits for the service to hear of it; a loan ends by itself soon after."""
+WAIT_SECONDS = 60.0
+"""How long one call of ``wait`` waits at most: the service does not notice that who waits has died."""
 
 
 class Event(TypedDict):
@@ -78,7 +78,7 @@ class _Connected:
         return self._handle
 
     def _cancel(self, loan_id: str) -> None:
-        ask(self._handle.cancel.remote(loan_id), CANCEL_SECONDS)
+        self._handle.cancel.remote(loan_id)  # not waited for: if it is lost, the loan ends by itself
 
 
 class Client(_Connected):
@@ -194,6 +194,14 @@ class Client(_Connected):
         """
         return self._ask(self._handle.get.remote(name))
 
+    def describe(self, name: str) -> dict[str, Any]:
+        """A deployment as it is declared, what is there of it, its owner and age; JSON-ready.
+
+        Raises:
+            UnknownDeployment: no deployment of that name stands.
+        """
+        return self._ask(self._handle.describe.remote(name))
+
     def wait(self, name: str, timeout_seconds: float | None = None) -> PlacementResult:
         """Where a deployment's replicas are, once none of them is pending; after the time, as it is then.
 
@@ -204,21 +212,22 @@ class Client(_Connected):
         Raises:
             UnknownDeployment: no deployment of that name stands, or it was released meanwhile.
         """
+        waiting = _Waiting(timeout_seconds)
         while True:
-            reference = self._handle.wait.remote(
-                name, WAIT_SECONDS if timeout_seconds is None else timeout_seconds
-            )
-            result: PlacementResult = self._ask_or_abandon(reference)
-            if timeout_seconds is not None or not result.pending:
+            result = self._ask_or_abandon(self._handle.wait.remote(name, waiting.next_seconds()))
+            if waiting.is_over():
                 return result
 
-    def renew(self, name: str) -> None:
-        """Has the ``ttl_seconds`` of a deployment begin anew.
+    def renew(self, name: str) -> float | None:
+        """Has a deployment with ``ttl_seconds`` stand for so long from now on.
+
+        Returns:
+            Until when, in seconds since 1970; ``None`` if it has no such limit.
 
         Raises:
             UnknownDeployment: no deployment of that name stands.
         """
-        self._ask(self._handle.renew.remote(name))
+        return self._ask(self._handle.renew.remote(name))
 
     def release(self, name: str) -> int:
         """Gives back everything that a deployment holds, and ends the workers in its groups.
@@ -392,19 +401,21 @@ class AsyncClient(_Connected):
         """See :meth:`Client.get`."""
         return await self._ask(self._handle.get.remote(name))
 
+    async def describe(self, name: str) -> dict[str, Any]:
+        """See :meth:`Client.describe`."""
+        return await self._ask(self._handle.describe.remote(name))
+
     async def wait(self, name: str, timeout_seconds: float | None = None) -> PlacementResult:
         """See :meth:`Client.wait`."""
+        waiting = _Waiting(timeout_seconds)
         while True:
-            reference = self._handle.wait.remote(
-                name, WAIT_SECONDS if timeout_seconds is None else timeout_seconds
-            )
-            result: PlacementResult = await self._ask_or_abandon(reference)
-            if timeout_seconds is not None or not result.pending:
+            result = await self._ask_or_abandon(self._handle.wait.remote(name, waiting.next_seconds()))
+            if waiting.is_over():
                 return result
 
-    async def renew(self, name: str) -> None:
+    async def renew(self, name: str) -> float | None:
         """See :meth:`Client.renew`."""
-        await self._ask(self._handle.renew.remote(name))
+        return await self._ask(self._handle.renew.remote(name))
 
     async def release(self, name: str) -> int:
         """See :meth:`Client.release`."""
@@ -475,6 +486,29 @@ class AsyncClient(_Connected):
     async def _ask_or_abandon(self, reference: Any) -> Any:
         with abandoning(reference):
             return await self._ask(reference)
+
+
+class _Waiting:
+    """The time that somebody waits, in parts.
+
+    Args:
+        seconds: all of it; ``None`` for ever.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self._end = math.inf if seconds is None else time.monotonic() + seconds
+        self._until = 0.0
+
+    def next_seconds(self) -> float:
+        """How long to wait next."""
+        now = time.monotonic()
+        self._until = min(self._end, now + WAIT_SECONDS)
+        return max(0.0, self._until - now)
+
+    def is_over(self) -> bool:
+        """Whether what was waited for came before that time was over, or no more is left."""
+        now = time.monotonic()
+        return now < self._until or now >= self._end
 
 
 async def _in_thread(function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:

@@ -56,19 +56,14 @@ def cluster(address: str | None = None) -> Iterator[str]:
         ray.shutdown()
 
 
-def ask(reference: Any, timeout_seconds: float | None = None) -> Any:
+def ask(reference: Any) -> Any:
     """The answer of an actor call; the service's own errors as themselves, without Ray's traceback around them.
-
-    Args:
-        reference: what the call returned.
-        timeout_seconds: how long to wait for it; without limit if left out.
 
     Raises:
         ServiceNotRunning: somebody stopped it meanwhile.
-        ray.exceptions.GetTimeoutError: there was no answer in time.
     """
     with own_errors():
-        return ray.get(reference, timeout=timeout_seconds)
+        return ray.get(reference)
 
 
 @contextmanager

@@ -127,7 +127,7 @@ def place(kind: type[Client] | type[AsyncClient], service: Service, groups: Grou
 
 @pytest.fixture(autouse=True)
 def seams(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "ask", lambda reference, timeout_seconds=None: reference.get())
+    monkeypatch.setattr(client_module, "ask", Reference.get)
     monkeypatch.setattr(client_module, "caller", lambda owner=None: CALLER)
 
 
@@ -276,14 +276,51 @@ def test_who_asks_is_said_where_somebody_may_own_it_and_only_the_callers_own_is_
     ]
 
 
-def test_waiting_for_ever_asks_again_while_something_is_pending() -> None:
-    pending = PlacementResult("mine", [], {0: "no room"})
-    service = Service(pending, pending, result())
-    assert Client(service).wait("mine") == result()
-    assert service.calls == [("wait", "mine", client_module.WAIT_SECONDS)] * 3
-    service = Service(pending)
-    assert Client(service).wait("mine", 0.0) == pending
-    assert service.calls == [("wait", "mine", 0.0)]
+class Waited(Service):
+    """Its deployment is placed at a time; meanwhile the clock goes on."""
+
+    def __init__(self, placed_at: float) -> None:
+        super().__init__()
+        self.now, self.placed_at = 100.0, placed_at
+
+    def monotonic(self) -> float:
+        return self.now
+
+    @property
+    def wait(self) -> Any:
+        service = self
+
+        class Wait:
+            def remote(self, name: str, seconds: float) -> Reference:
+                service.calls.append((name, seconds))
+                service.now = min(service.now + seconds, max(service.now, service.placed_at))
+                pending = {} if service.now >= service.placed_at else {0: "no room"}
+                return Reference(PlacementResult(name, [], pending))
+
+        return Wait()
+
+
+@both
+@pytest.mark.parametrize(
+    ("placed_after", "timeout", "asked", "found"),
+    [
+        (0.0, None, [60.0], True),
+        (130.0, None, [60.0, 60.0, 60.0], True),
+        (130.0, 80.0, [60.0, 20.0], False),
+        (70.0, 80.0, [60.0, 20.0], True),
+        (70.0, 0.0, [0.0], False),
+        (70.0, -1.0, [0.0], False),
+    ],
+)
+def test_waiting_is_asked_for_in_parts_until_it_is_placed_or_the_time_is_over(
+    kind: Any, placed_after: float, timeout: float | None, asked: list[float], found: bool, monkeypatch: Any
+) -> None:
+    service = Waited(100.0 + placed_after)
+    monkeypatch.setattr(client_module, "time", service)
+    answer = kind(service).wait("mine", timeout)
+    result = answer if kind is Client else asyncio.run(answer)
+    assert service.calls == [("mine", seconds) for seconds in asked]
+    assert found is not bool(result.pending)
 
 
 def test_following_asks_for_what_came_after_the_last() -> None:

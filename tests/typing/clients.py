@@ -28,6 +28,8 @@ def blocking(wanted: Deployment) -> None:
     assert_type(client.plan_all([wanted]), list[PlacementPlan])
     assert_type(client.get("d"), PlacementResult)
     assert_type(client.wait("d", 30), PlacementResult)
+    assert_type(client.describe("d"), dict[str, Any])
+    assert_type(client.renew("d"), float | None)
     assert_type(client.release("d"), int)
     assert_type(client.release_all(), list[str])
     assert_type(client.status(state="pending"), Status)
@@ -65,7 +67,6 @@ def refused(client: Client, wanted: Deployment) -> None:
     client.release("d").upper()  # type: ignore[attr-defined]
     print(client.get("d").gpus)  # type: ignore[attr-defined]
     print(client.watch()[0]["nummer"])  # type: ignore[typeddict-item]
-    print(client.renew("d").gpus)  # type: ignore[attr-defined, func-returns-value]
 
 
 async def refused_to_async(client: AsyncClient) -> None:
