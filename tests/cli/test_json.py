@@ -139,7 +139,8 @@ def test_what_nobody_foresaw_is_told_in_json_with_its_traceback() -> None:
 
 NOISY = """
 import os, subprocess, sys, click
-from placement.cli import main, streams
+from placement import errors
+from placement.cli import common, main, streams
 
 @main.main.command()
 @click.option("--json", is_flag=True)
@@ -147,10 +148,10 @@ def noisy(json):
     print("(raylet) printed")
     os.write(1, b"written by a library\\n")
     subprocess.run(["echo", "said by a child"])
-    main._dump({"answer": 42})
+    common.dump({"answer": 42})
     print("(raylet) printed again")
     if sys.argv[2:] == ["refused"]:
-        raise main.errors.ServiceNotRunning("here")
+        raise errors.ServiceNotRunning("here")
 
 sys.argv[1] == "noisy" or sys.exit("?")
 main.main(["noisy", "--json"])

@@ -1,0 +1,121 @@
+"""What commands share: options, the connection to the service, questions, and what is printed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from placement.cli import streams
+
+GOES_ON = (
+    "the placement service goes on; `placement status` shows what stands, `placement release` gives it back"
+)
+
+
+def with_address(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds ``--address``."""
+    text = "HOST:PORT of the head; without it RAY_ADDRESS, else the cluster on this machine."
+    return click.option("--address", metavar="HOST:PORT", help=text)(command)
+
+
+def with_json(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds ``--json``."""
+    text = "Print JSON to stdout and nothing else; an error is the last line of stderr, as JSON."
+    return click.option("--json", "as_json", is_flag=True, help=text)(command)
+
+
+@contextmanager
+def cluster(address: str | None) -> Iterator[str]:
+    """A connection to a Ray cluster; yields its address.
+
+    Raises:
+        ClusterUnreachable: nothing answers there.
+    """
+    from placement.runtime import client
+
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    with client.cluster(address) as found:
+        # Connecting, Ray sets a handler of its own, which exits with 15 and says nothing.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
+        yield found
+
+
+@contextmanager
+def service(address: str | None) -> Iterator[Any]:
+    """The handle of the placement service.
+
+    Raises:
+        ClusterUnreachable, ServiceNotRunning: there is none.
+    """
+    from placement.runtime import bootstrap
+
+    with cluster(address):
+        yield bootstrap.connect()
+
+
+def ask(reference: Any) -> Any:
+    """The answer of a call to the service.
+
+    Raises:
+        PlacementError: what the service raised.
+    """
+    from placement.runtime import client
+
+    return client.ask(reference)
+
+
+@contextmanager
+def noted(kind: type[BaseException], note: str) -> Iterator[None]:
+    """Has what ends the block say one thing more."""
+    try:
+        yield
+    except kind as error:
+        error.add_note(note)
+        raise
+
+
+def agreed(what: str, instead: str, as_json: bool) -> bool:
+    """Whether something may be done; asked on a terminal.
+
+    Args:
+        what: ``"release 2 deployments"``.
+        instead: what to add where nobody can be asked: ``"add --yes"``.
+        as_json: JSON is asked for, so that nobody is asked.
+
+    Raises:
+        click.UsageError: nobody can be asked.
+    """
+    if as_json or not sys.stdin.isatty():
+        raise click.UsageError(f"this would {what}, and nobody can be asked; {instead}")
+    return click.confirm(f"{what[:1].upper()}{what[1:]}?", err=True)
+
+
+def note(text: str) -> None:
+    """One line on stderr."""
+    click.echo(text, err=True)
+
+
+def say(text: str) -> None:
+    """One line on stdout."""
+    click.echo(text, file=streams.out())
+
+
+def dump(value: Any) -> None:
+    """A JSON document on stdout."""
+    say(json.dumps(value, indent=2, allow_nan=False))
+
+
+def show(*renderables: Any) -> None:
+    """What rich draws, on stdout."""
+    from placement.cli.render import console
+
+    for renderable in renderables:
+        console().print(renderable)

@@ -1,0 +1,137 @@
+"""``placement up`` and ``placement down``: the service itself."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import click
+
+from placement import __version__, errors
+from placement.cli import common
+from placement.cli.group import REFUSED, Command
+from placement.errors import counted
+
+
+@click.command(cls=Command, epilog="\b\nExample:\n  placement up --address 127.0.0.1:6379")
+@common.with_address
+@click.option(
+    "--near",
+    metavar="LABELS",
+    help="Node labels that make nodes near each other, widest first: zone,block,rack.",
+)
+@click.option(
+    "--idle-seconds",
+    metavar="SECONDS",
+    type=click.FloatRange(min=1),
+    help="A node that has held nothing for so long has its node actor ended, so that an autoscaler can remove it: "
+    "60 unless told; inf keeps it, and the next placement there quick.",
+)
+@common.with_json
+def up(address: str | None, near: str | None, idle_seconds: float | None, as_json: bool) -> None:
+    """Starts the service, or finds it running. It stays when this command ends.
+
+    A service that runs is left as it is; if it is of another version, or has other settings than those given here,
+    this is refused.
+    """
+    from placement.runtime import bootstrap
+
+    if idle_seconds is not None and math.isnan(idle_seconds):
+        raise click.UsageError("--idle-seconds: nan is no number of seconds; use at least 1, or inf")
+    options: dict[str, Any] = {}
+    if near:
+        options["near"] = [label.strip() for label in near.split(",") if label.strip()]
+    if idle_seconds is not None:
+        options["idle_seconds"] = idle_seconds
+    with (
+        common.cluster(address) as found,
+        common.noted(KeyboardInterrupt, "`placement up` again finds what it started"),
+    ):
+        try:
+            bootstrap.connect()
+            said = "runs already"
+        except errors.ServiceNotRunning:
+            said = "is started"
+            if not as_json:
+                common.note("starting the placement service ...")
+        # Also where it was found: it may be restarting, and this waits until it answers.
+        service = bootstrap.start(**options)
+        _require_same(service, found, options)
+        status = common.ask(service.status.remote())
+    if as_json:
+        common.dump(status)
+        return
+    nodes = status["nodes"]
+    gpus = sum(node["gpu_count"] for node in nodes)
+    with_gpus = sum(1 for node in nodes if node["gpu_count"])
+    egress = sum(1 for node in nodes if node["egress"])
+    there = f"{counted(gpus, 'GPU')} on {counted(with_gpus, 'node')}, {counted(egress, 'egress node')}"
+    common.say(f"the placement service {said}: {there}")
+    for node in nodes:
+        if node["problem"]:
+            common.note(f"note: {node['name']}: {node['problem']}")
+
+
+def _require_same(service: Any, address: str, options: dict[str, Any]) -> None:
+    """That what runs is what was asked for."""
+    # First the version: another one may have no settings to tell.
+    asked: dict[str, Any] = {"version": __version__}
+    runs = {"version": common.ask(service.ping.remote())}
+    if asked == runs and options:
+        asked, runs = options, common.ask(service.settings.remote())
+
+    differences = {
+        name: (_setting(runs[name]), _setting(wanted))
+        for name, wanted in asked.items()
+        if runs[name] != wanted
+    }
+    if differences:
+        raise errors.ServiceDiffers(address, differences)
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(value) or "(none)"
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+@click.command(
+    cls=Command,
+    epilog="\b\nExample:\n  placement down\n  placement down --yes\n  placement down --keep-placements",
+)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option(
+    "--keep-placements", is_flag=True, help="Leave everything placed; the next `placement up` finds it."
+)
+@common.with_address
+@common.with_json
+def down(yes: bool, keep_placements: bool, address: str | None, as_json: bool) -> None:
+    """Releases everything and stops the service.
+
+    Asks before it releases, since the workers of all deployments end. Where nobody can be asked, and with --json, say
+    --yes.
+    """
+    from placement.runtime import bootstrap
+
+    with common.cluster(address) as found:
+        if not yes and not keep_placements:
+            ends = _what_ends(common.ask(bootstrap.connect().status.remote()))
+            what = f"{ends}, and stop the placement service on the Ray cluster at {found}"
+            if not common.agreed(what, "add --yes, or --keep-placements to leave them", as_json):
+                common.note("nothing is changed")
+                sys.exit(REFUSED)
+        with common.noted(KeyboardInterrupt, "what was begun goes on; `placement down` again does the rest"):
+            released = bootstrap.stop(keep_placements)
+    if as_json:
+        common.dump({"released": released})
+    else:
+        what = f"; released {', '.join(released)}" if released else ""
+        common.say(f"the placement service is stopped{what}")
+
+
+def _what_ends(report: dict[str, Any]) -> str:
+    """What releasing everything would do."""
+    placed = report["deployments"]
+    replicas = sum(len({a["replica_index"] for a in one["assignments"]}) for one in placed)
+    return f"release {counted(len(placed), 'deployment')} with {counted(replicas, 'replica')}, ending their workers"
