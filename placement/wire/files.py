@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from placement.core.pasted import shortened
 from placement.errors import InvalidDeployment
 from placement.wire.deployment import Deployment
-from placement.wire.text import printable, read_text
+from placement.wire.text import decoded, printable, read_text
 from placement.wire.unknown import unknown_field
 
 M = TypeVar("M", bound=BaseModel)
@@ -36,6 +38,85 @@ def load_deployments(path: str | Path) -> list[Deployment]:
     """
     path = Path(path)
     return parse_deployments(read_text(path), suffix=path.suffix, source=str(path))
+
+
+def load_all(paths: Iterable[str | Path], recursive: bool = False) -> list[Deployment]:
+    """Reads several deployment files as if they were one.
+
+    Args:
+        paths: files; folders, of which each file that ends in .toml, .yaml or .yml is read, in the order of their
+            names; ``-`` for standard input, TOML or YAML. A file that is named twice is read once.
+        recursive: also folders in folders.
+
+    Raises:
+        InvalidDeployment: as :func:`load_deployments`, of all files at once; or two files use one name, a folder
+            holds no such file, or there is nothing to read.
+    """
+    deployments: list[Deployment] = []
+    refused: list[InvalidDeployment] = []
+    used: dict[str, str] = {}
+    for path in _files(paths, recursive, refused):
+        try:
+            found = _read_stdin() if path == _STDIN else load_deployments(path)
+        except InvalidDeployment as error:
+            refused.append(error)
+            continue
+        source = _source(path)
+        twice = [one.name for one in found if one.name in used]
+        if twice:
+            problems = (f"name {name!r} is already used in {used[name]}; rename one" for name in twice)
+            refused.append(InvalidDeployment(source, tuple(problems)))
+        used.update({one.name: source for one in found if one.name not in used})
+        deployments += found
+    if len(refused) == 1:
+        raise refused[0]
+    if refused:
+        each = tuple(f"{error.source}: {problem}" for error in refused for problem in error.problems)
+        raise InvalidDeployment(f"{len(refused)} files", each)
+    if not deployments:
+        raise InvalidDeployment("no file", ("nothing is declared; name at least one file",))
+    return deployments
+
+
+_STDIN = Path("-")
+
+
+def _source(path: Path) -> str:
+    """What errors call a file."""
+    return "standard input" if path == _STDIN else str(path)
+
+
+def _files(paths: Iterable[str | Path], recursive: bool, refused: list[InvalidDeployment]) -> list[Path]:
+    """The files that are meant, each once; folders that hold none are noted in ``refused``."""
+    found: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        if path == _STDIN or not path.is_dir():
+            found.setdefault(path if path == _STDIN else path.resolve(), path)
+            continue
+        try:
+            inner = sorted(path.rglob("*") if recursive else path.iterdir())
+        except OSError as error:
+            refused.append(InvalidDeployment(str(path), (f"cannot be read: {error.strerror}",)))
+            continue
+        files = [one for one in inner if one.suffix.lower() in _ENDINGS and one.is_file()]
+        if not files:
+            further = "" if recursive else ", or add --recursive if they are in folders of it"
+            problem = f"holds no file that ends in .toml, .yaml or .yml; name another folder{further}"
+            refused.append(InvalidDeployment(str(path), (problem,)))
+        for one in files:
+            found.setdefault(one.resolve(), one)
+    return list(found.values())
+
+
+def _read_stdin() -> list[Deployment]:
+    source = _source(_STDIN)
+    text = decoded(sys.stdin.buffer.read(), source)
+    return parse_deployments(text, ".toml" if _LIKE_TOML.search(text) else ".yaml", source)
+
+
+_ENDINGS = (".toml", ".yaml", ".yml")
+_LIKE_TOML = re.compile(r"^\s*(\[\[?\s*deployments\b|deployments\s*=)", re.MULTILINE)
+"""How TOML names the deployments; no YAML can hold such a line at its top."""
 
 
 def load_model(model: type[M], path: Path) -> M:

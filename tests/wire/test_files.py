@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import io
 from pathlib import Path
 
 import pytest
 
 from placement.errors import InvalidDeployment
-from placement.wire.files import load_deployments, load_model
+from placement.wire.deployment import Deployment
+from placement.wire.files import load_all, load_deployments, load_model
 from placement.wire.workload import MixFile
 
 TOML = '[[deployments]]\nname = "a"\nmodel = "m"\n'
@@ -141,3 +143,78 @@ def test_a_number_that_yaml_takes_for_another_is_refused(tmp_path: Path, value: 
         load_deployments(path)
     path.write_text(f"deployments:\n- {{name: a, model: '{value}'}}\n")
     assert value == load_deployments(path)[0].model
+
+
+def declare(path: Path, *names: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("deployments:\n" + "".join(f"- {{name: {name}, model: m}}\n" for name in names))
+    return path
+
+
+def names(found: list[Deployment]) -> list[str]:
+    return [one.name for one in found]
+
+
+def test_folders_are_read_in_order_and_files_once(tmp_path: Path) -> None:
+    declare(tmp_path / "b.yml", "b")
+    declare(tmp_path / "a.yaml", "a2", "a1")
+    (tmp_path / "c.TOML").write_text('[[deployments]]\nname = "c"\nmodel = "m"\n')
+    (tmp_path / "README.md").write_text("not read")
+    declare(tmp_path / "inner" / "deep" / "d.yaml", "d")
+    assert ["a2", "a1", "b", "c"] == names(load_all([tmp_path]))
+    assert ["a2", "a1", "b", "c", "d"] == names(load_all([tmp_path], recursive=True))
+    assert ["b", "a2", "a1", "c"] == names(
+        load_all([tmp_path / "b.yml", tmp_path, tmp_path / "inner" / ".." / "b.yml"])
+    )
+
+
+def test_a_name_in_two_files_is_one_error_that_names_both(tmp_path: Path) -> None:
+    first, second = declare(tmp_path / "a.yaml", "x", "same"), declare(tmp_path / "b.yaml", "same", "y")
+    with pytest.raises(InvalidDeployment) as raised:
+        load_all([first, second])
+    assert (str(second), (f"name 'same' is already used in {first}; rename one",)) == raised.value.args
+
+
+def test_what_is_wrong_in_several_files_is_told_at_once(tmp_path: Path) -> None:
+    bad, empty = tmp_path / "bad.yaml", tmp_path / "empty"
+    bad.write_text("deployments: [{name: a, model: m, gpus: 0}]")
+    empty.mkdir()
+    with pytest.raises(InvalidDeployment) as raised:
+        load_all([bad, tmp_path / "none.toml", empty, declare(tmp_path / "good.yaml", "good")])
+    source, problems = raised.value.args
+    assert "3 files" == source
+    further = "name another folder, or add --recursive if they are in folders of it"
+    first, second, third = problems
+    assert f"{empty}: holds no file that ends in .toml, .yaml or .yml; {further}" == first
+    assert second.startswith(f"{bad}: deployment 1 (a): gpus: 0 is too small; use at least 1")
+    assert f"{tmp_path / 'none.toml'}: cannot be read: No such file or directory; check the path" == third
+    with pytest.raises(InvalidDeployment, match="cannot be read: No such file"):
+        load_all([tmp_path / "none.toml"])
+    with pytest.raises(InvalidDeployment, match="name at least one file"):
+        load_all([])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        TOML,
+        YAML,
+        TOML.replace("[[deployments]]", "  [[ deployments ]]  # a"),
+        'deployments = [{ name = "a", model = "m" }]\n',
+        "{deployments: [{name: a, model: m}]}",
+    ],
+)
+def test_standard_input_is_toml_or_yaml(content: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+    assert ["a"] == names(load_all(["-"]))
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"), [("", "is empty"), ("[[deployments]]\nname =", "is not valid TOML")]
+)
+def test_what_is_wrong_with_standard_input_is_said_of_it(
+    content: str, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+    with pytest.raises(InvalidDeployment, match=f"standard input: {problem}"):
+        load_all(["-"])
