@@ -1,37 +1,179 @@
-"""``placement apply``."""
+"""``placement apply``: makes what stands be as files declare."""
 
 from __future__ import annotations
 
+import contextlib
+import math
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
-from placement.cli import common
-from placement.cli.group import Command
+from placement import errors
+from placement.cli import common, waiting
+from placement.cli.group import REFUSED, Command, OptionalNumber
+from placement.cli.plan import planned, unmanaged
 from placement.errors import counted
 
+AFTER_PRUNE_SECONDS = 5.0
+"""So long what waits may take to get the room of what was released."""
 
-@click.command(cls=Command, epilog="\b\nExample:\n  placement apply deployments.toml")
-@click.argument("file", type=click.Path(path_type=Path))
+
+@click.command(
+    cls=Command,
+    epilog="\b\nExample:\n  placement apply deployments.toml\n  placement apply deployments/ --prune\n"
+    "  placement apply deployments.toml --wait 600",
+)
+@common.with_files
+@click.option(
+    "--atomic",
+    is_flag=True,
+    help="All of it, now, or nothing is changed; without it, what finds no room waits.",
+)
+@click.option("--prune", is_flag=True, help="Release what stands and is in none of the files. Asks first.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option(
+    "--wait",
+    cls=OptionalNumber,
+    unsaid=math.inf,
+    type=common.Seconds(min=0),
+    metavar="[SECONDS]",
+    help="Wait until all replicas are placed, so long at most; exits with 1 if they are not.",
+)
 @common.with_address
 @common.with_json
-def apply(file: Path, address: str | None, as_json: bool) -> None:
-    """Makes what stands be as FILE (TOML or YAML) declares: all of it, or nothing is changed.
+def apply(
+    files: tuple[Path, ...],
+    recursive: bool,
+    atomic: bool,
+    prune: bool,
+    yes: bool,
+    wait: float | None,
+    address: str | None,
+    as_json: bool,
+) -> None:
+    """Makes what stands be as each FILE (TOML or YAML, a folder of them, or - for stdin) declares.
 
-    Deployments that FILE does not name are left alone.
+    What finds no room waits for it: that is said, and is no error. Where one deployment cannot be applied, the others
+    are. Deployments that no FILE names are left alone.
     """
-    from placement.wire.files import load_deployments
+    from placement.wire.files import load_all
 
-    deployments = load_deployments(file)
+    wanted = load_all(files, recursive)
+    names = [one.name for one in wanted]
     with common.service(address) as service:
+        standing = common.ask(service.status.remote())["deployments"]
+        others = unmanaged(standing, names)
+        pruned = others if prune else []
         if not as_json:
-            common.note(f"placing {counted(len(deployments), 'deployment')} ...")
-        with common.noted(KeyboardInterrupt, common.GOES_ON):
-            results = common.ask(service.apply_all.remote(deployments))
-        report = {"deployments": [result.to_dict() for result in results]}
+            _show_difference(service, wanted, atomic, standing, pruned)
+        if pruned and not yes and not _agreed(pruned, standing, as_json):
+            common.note("nothing is changed")
+            sys.exit(REFUSED)
+        if not as_json:
+            common.note(f"placing {counted(len(wanted), 'deployment')} ...")
+        results, partly = _apply(service, wanted, atomic)
+        released = [] if partly else _release(service, pruned)
+        waits = [name for name, one in results.items() if one["pending"]]
+        if waits and (wait or released):
+            seconds = wait if wait is not None else AFTER_PRUNE_SECONDS
+            results |= waiting.until_placed(service, waits, seconds, wait is not None and not as_json)
+        places = _places(service, results)
+    left = [name for name in others if name not in released]
+    listed = [{**one, "queue_position": places.get(name)} for name, one in results.items()]
     if as_json:
-        common.dump(report)
+        failures = dict(partly.failures) if partly else {}
+        common.dump({"deployments": listed, "failures": failures, "released": released, "unmanaged": left})
     else:
-        from placement.cli.render import assignments_table
+        _show_results(listed, places, released, left, prune)
+    if partly is not None:
+        raise partly
+    if wait is not None:
+        waiting.require_placed(names, results, wait)
 
-        common.show(assignments_table(report["deployments"], title="placed"))
+
+def _show_difference(
+    service: Any,
+    wanted: Sequence[Any],
+    atomic: bool,
+    standing: Sequence[Mapping[str, Any]],
+    pruned: Sequence[str],
+) -> None:
+    from placement.cli.views.difference import difference_lines, workers_of
+
+    plans, failures = planned(service, wanted, atomic)
+    told = {name: error.to_dict() for name, error in failures.items()}
+    common.show(*difference_lines([one.to_dict() for one in plans], workers_of(standing), pruned, told))
+
+
+def _agreed(pruned: Sequence[str], standing: Sequence[Mapping[str, Any]], as_json: bool) -> bool:
+    """Whether those that no file names may be released."""
+    replicas = sum(
+        len({a["replica_index"] for a in one["assignments"]}) for one in standing if one["name"] in pruned
+    )
+    what = f"release {', '.join(pruned)} with {counted(replicas, 'replica')}, ending their workers"
+    return common.agreed(what, "add --yes", as_json)
+
+
+def _apply(
+    service: Any, wanted: Sequence[Any], atomic: bool
+) -> tuple[waiting.Results, errors.PartlyApplied | None]:
+    """The results of those that could be applied, in order, and what became of the others."""
+    options = {"atomic": True} if atomic else {}
+    with common.noted(KeyboardInterrupt, common.GOES_ON):
+        try:
+            results = common.ask(service.apply_all.remote(wanted, **options))
+        except errors.PartlyApplied as error:
+            found: waiting.Results = {}
+            for name in error.applied:
+                with contextlib.suppress(errors.UnknownDeployment):  # somebody released it meanwhile
+                    found[name] = common.ask(service.get.remote(name)).to_dict()
+            return found, error
+    return {one.deployment: one.to_dict() for one in results}, None
+
+
+def _release(service: Any, names: Sequence[str]) -> list[str]:
+    released = []
+    for name in names:
+        with (
+            common.noted(KeyboardInterrupt, f"the placement service goes on releasing {name}"),
+            contextlib.suppress(errors.UnknownDeployment),  # somebody else was quicker
+        ):
+            common.ask(service.release.remote(name))
+            released.append(name)
+    return released
+
+
+def _places(service: Any, results: waiting.Results) -> dict[str, int]:
+    """Where in the queue what waits is."""
+    if not any(one["pending"] for one in results.values()):
+        return {}
+    report = common.ask(service.status.remote())
+    return {one["name"]: one["queue_position"] for one in report["deployments"] if one.get("queue_position")}
+
+
+def _show_results(
+    results: Sequence[Mapping[str, Any]],
+    places: Mapping[str, int],
+    released: Sequence[str],
+    left: Sequence[str],
+    prune: bool,
+) -> None:
+    from placement.cli.views.difference import unmanaged_line
+    from placement.cli.views.tables import assignments_table
+
+    common.show(assignments_table(results, title="placed", places=places))
+    pending = sum(len(one["pending"]) for one in results)
+    if pending:
+        verb = "waits" if pending == 1 else "wait"
+        common.note(
+            f"{counted(pending, 'replica')} {verb} for room; `placement wait NAME` waits for a deployment"
+        )
+    if released:
+        common.say(f"released {', '.join(released)}")
+    if prune and left:
+        common.note(f"not released, as not all could be applied: {', '.join(left)}")
+    elif left:
+        common.note(unmanaged_line(left))

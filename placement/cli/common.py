@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import shlex
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import click
@@ -29,6 +34,27 @@ def with_json(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds ``--json``."""
     text = "Print JSON to stdout and nothing else; an error is the last line of stderr, as JSON."
     return click.option("--json", "as_json", is_flag=True, help=text)(command)
+
+
+def with_files(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the files of deployments, and how folders among them are read."""
+    text = "Of a folder, also the files of folders in it."
+    command = click.option("-R", "--recursive", is_flag=True, help=text)(command)
+    path = click.Path(path_type=Path, allow_dash=True)
+    return click.argument("files", nargs=-1, required=True, metavar="FILE...", type=path)(command)
+
+
+class Seconds(click.FloatRange):
+    """A number of seconds, at least ``min``; ``inf`` for no limit."""
+
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Reads it."""
+        seconds: float = super().convert(value, param, ctx)
+        if math.isnan(seconds):
+            self.fail("nan is no number of seconds", param, ctx)
+        return seconds
 
 
 @contextmanager
@@ -115,7 +141,45 @@ def dump(value: Any) -> None:
 
 def show(*renderables: Any) -> None:
     """What rich draws, on stdout."""
-    from placement.cli.render import console
+    from placement.cli.views.console import console
 
     for renderable in renderables:
         console().print(renderable)
+
+
+def page(*renderables: Any) -> None:
+    """The same, a screen at a time where stdout is a terminal and that is more than one: with ``PAGER``, else less."""
+    from placement.cli.views.console import console
+
+    screen = console()
+    if not (screen.is_terminal and sys.stdin.isatty()) or screen.is_dumb_terminal:
+        show(*renderables)
+        return
+    with screen.capture() as captured:
+        for renderable in renderables:
+            screen.print(renderable)
+    text = captured.get()
+    if text.count("\n") < screen.height or not _paged(text):
+        click.echo(text, file=streams.out(), nl=False)
+
+
+def _paged(text: str) -> bool:
+    """Whether a pager showed it."""
+    command = shlex.split(os.environ.get("PAGER", "less"))
+    if not command:
+        return False
+    # Of less: colours, no paging of what fits, and what was shown stays.
+    env = {"LESS": "FRX", **os.environ}
+    try:
+        pager = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=streams.out(), env=env, encoding="utf-8"
+        )
+    except OSError:
+        return False
+    assert pager.stdin is not None
+    with suppress(BrokenPipeError), pager.stdin:  # it may be left before all is written
+        pager.stdin.write(text)
+    while True:
+        with suppress(KeyboardInterrupt):  # which is meant for the pager
+            pager.wait()
+            return True

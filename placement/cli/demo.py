@@ -16,7 +16,9 @@ from rich import box
 from rich.table import Table
 
 from placement.cli import streams
-from placement.cli.render import bandwidth_text, cluster_map, console, slowdown
+from placement.cli.views.console import console
+from placement.cli.views.nodes import cluster_map
+from placement.cli.views.tables import bandwidth_text, slowdown
 from placement.core.topology import ordinals
 from placement.runtime import bootstrap, client
 from placement.runtime.embedded import SimulatedNode, embedded_cluster

@@ -8,8 +8,9 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import click
@@ -35,8 +36,55 @@ def exit_code(kind: type[errors.PlacementError]) -> int:
     return next(code for base, code in _EXIT_CODES if issubclass(kind, base))
 
 
+class NotDone(Exception):
+    """What was asked for was not reached, though nothing was refused.
+
+    Args:
+        code: what programs tell it by, as docs/errors.md lists it.
+        message: what was not reached, and what to do next.
+        fields: what else programs find in it.
+    """
+
+    def __init__(self, code: str, message: str, fields: Mapping[str, Any]) -> None:
+        super().__init__(code, message, dict(fields))
+        self.code, self.message, self.fields = code, message, dict(fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As :meth:`placement.errors.PlacementError.to_dict`."""
+        return {"code": self.code, "type": type(self).__name__, "message": self.message, **self.fields}
+
+
+class OptionalNumber(click.Option):
+    """An option whose value may be left out: ``--wait``, ``--wait 30``.
+
+    Args:
+        unsaid: the value that it has then.
+    """
+
+    def __init__(self, *args: Any, unsaid: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.unsaid = unsaid
+
+
 class Command(click.Command):
     """A command that alone prints to stdout; SIGTERM ends it as Ctrl-C does."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Gives each option whose number is left out the one that it has then."""
+        unsaid = {
+            name: option.unsaid
+            for option in self.params
+            if isinstance(option, OptionalNumber)
+            for name in option.opts
+        }
+        given = []
+        for number, arg in enumerate(args):
+            if arg == "--":
+                given += args[number:]
+                break
+            left_out = arg in unsaid and not _is_number(args[number + 1 : number + 2])
+            given.append(f"{arg}={unsaid[arg]}" if left_out else arg)
+        return super().parse_args(ctx, given)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs it."""
@@ -45,7 +93,7 @@ class Command(click.Command):
 
 
 class Commands(click.Group):
-    """Turns errors into one line on stderr, or JSON where ``--json`` was given, and an exit code."""
+    """Turns errors into one line on stderr, or JSON where that was asked for, and an exit code."""
 
     command_class = Command
 
@@ -60,12 +108,12 @@ class Commands(click.Group):
             streams.give_up()
             what = f"cannot write the output: {error.strerror}; make room, or write it elsewhere"
             told = {"code": "output", "type": type(error).__name__, "message": what}
-            _tell_error("--json" in (kwargs.get("args") or sys.argv), told)
+            _tell_error(_asks_json(kwargs.get("args") or sys.argv), told)
             sys.exit(REFUSED)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Notes whether JSON is asked for, since a command that fails to parse cannot say so."""
-        ctx.meta[_AS_JSON] = "--json" in args
+        ctx.meta[_AS_JSON] = _asks_json(args)
         try:
             return super().parse_args(ctx, args)
         except click.UsageError as error:
@@ -82,6 +130,9 @@ class Commands(click.Group):
         except errors.PlacementError as error:
             _tell_error(as_json, error.to_dict(), error)
             ctx.exit(exit_code(type(error)))
+        except NotDone as error:
+            _tell_error(as_json, error.to_dict(), error)
+            ctx.exit(REFUSED)
         except click.UsageError as error:
             if not as_json:
                 raise
@@ -98,6 +149,22 @@ class Commands(click.Group):
             told = {"code": "unexpected", "type": type(error).__name__, "message": str(error)}
             _tell_error(as_json, {**told, "traceback": traceback.format_exc()}, error)
             ctx.exit(REFUSED)
+
+
+def _is_number(args: Sequence[str]) -> bool:
+    try:
+        return bool(args) and float(args[0]) is not None
+    except ValueError:
+        return False
+
+
+def _asks_json(args: Sequence[str]) -> bool:
+    """Whether the arguments ask for JSON, however the command will read them."""
+    short = {"-ojson", "--output=json", "--json"}
+    return not short.isdisjoint(args) or any(pair in _PAIRS for pair in pairwise(args))
+
+
+_PAIRS = {("-o", "json"), ("--output", "json")}
 
 
 def _usage(error: click.UsageError) -> dict[str, Any]:

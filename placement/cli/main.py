@@ -8,7 +8,7 @@ from __future__ import annotations
 import click
 
 from placement import __version__
-from placement.cli import apply, offline, plan, release, service, show, topology
+from placement.cli import apply, offline, plan, release, service, show, topology, waiting
 from placement.cli.group import Commands, exit_code
 from placement.cli.offline import POLICIES
 
@@ -16,9 +16,10 @@ __all__ = ["POLICIES", "Commands", "exit_code", "main"]
 
 EPILOG = """\b
 Exit codes:
-  0    done
+  0    done; also where something waits for room
   1    refused: it does not fit, others were in the way, the name is not known, or the
-       service runs with other settings or in another version
+       service runs with other settings or in another version; not all could be applied,
+       or placed in the time given; or, of `placement diff`, something differs
   2    bad input: a file, a field or an option
   3    no Ray cluster at the address, or no placement service on it
   130  interrupted
@@ -42,13 +43,18 @@ for _command in (
     offline.demo,
     service.up,
     apply.apply,
+    waiting.wait,
     plan.plan,
+    plan.diff,
     plan.snapshot,
     offline.simulate,
     show.status,
+    show.list_,
+    show.get,
     show.events,
     topology.topology,
     release.release,
+    release.renew,
     service.down,
 ):
     main.add_command(_command)

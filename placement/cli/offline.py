@@ -77,7 +77,7 @@ def simulate(
             {"simulations": [{"policy": name, **report.to_dict()} for name, report in reports.items()]}
         )
         return
-    from placement.cli.render import simulation_view
+    from placement.cli.views.simulation import simulation_view
 
     common.show(*simulation_view({name: report.to_dict() for name, report in reports.items()}))
     if picture is not None:

@@ -1,13 +1,23 @@
-"""``placement plan`` and ``placement snapshot``."""
+"""``placement plan``, ``placement diff`` and ``placement snapshot``: what would become of declarations."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
+from placement import errors
 from placement.cli import common
 from placement.cli.group import Command
+
+DIFFERENT = 1
+"""What ``placement diff`` exits with where applying would change something, as ``diff`` and ``kubectl diff`` do."""
+
+Failures = dict[str, errors.PlacementError]
+"""Deployment -> why it could not be applied."""
 
 
 @click.command(
@@ -15,7 +25,7 @@ from placement.cli.group import Command
     epilog="\b\nExample:\n  placement plan deployments.toml\n"
     "  placement snapshot > cluster.json\n  placement plan --file cluster.json --explain deployments.toml",
 )
-@click.argument("deployments", metavar="FILE", type=click.Path(path_type=Path))
+@common.with_files
 @click.option(
     "--file",
     "cluster",
@@ -23,43 +33,109 @@ from placement.cli.group import Command
     help="Plan for the cluster that `placement snapshot` wrote here. Needs no Ray and no cluster.",
 )
 @click.option("--explain", is_flag=True, help="Also say, stage by stage, what excluded how many nodes.")
+@click.option(
+    "--atomic", is_flag=True, help="All of it, or it is refused; without it, what finds no room waits."
+)
+@click.option(
+    "--prune", is_flag=True, help="As if what stands and is in none of the files were released after."
+)
 @common.with_address
 @common.with_json
-def plan(deployments: Path, cluster: Path | None, explain: bool, address: str | None, as_json: bool) -> None:
-    """Shows what applying FILE would do now. Reserves nothing."""
-    from placement.wire.files import load_deployments
+def plan(
+    files: tuple[Path, ...],
+    recursive: bool,
+    cluster: Path | None,
+    explain: bool,
+    atomic: bool,
+    prune: bool,
+    address: str | None,
+    as_json: bool,
+) -> None:
+    """Shows what applying each FILE would do now. Reserves nothing.
+
+    With --explain, it ends with the first deployment that finds no room, and exits with 1.
+    """
+    from placement.wire.files import load_all
 
     if cluster is not None and address is not None:
         raise click.UsageError("--file and --address exclude each other; give one of them")
-    wanted = load_deployments(deployments)
+    wanted = load_all(files, recursive)
+    plans: list[Any] = []
+    explained: list[Any] = []
+    failures: Failures = {}
     if cluster is not None:
         from placement.wire.cluster import load_cluster
         from placement.wire.plans import explain_deployments, plan_deployments
 
         known = load_cluster(cluster)
         snapshot, held = known.snapshot(), known.held()
-        explained = explain_deployments(snapshot, held, wanted) if explain else []
-        plans = [] if explain else plan_deployments(snapshot, held, wanted)
+        if explain:
+            explained = explain_deployments(snapshot, held, wanted)
+        else:
+            plans = plan_deployments(snapshot, held, wanted, **_if_atomic(atomic))
+        standing = [_held(name, one) for name, one in held.items()]
     else:
         with common.service(address) as service:
-            explained = common.ask(service.explain_all.remote(wanted)) if explain else []
-            plans = [] if explain else common.ask(service.plan_all.remote(wanted))
-
+            standing = [] if as_json else common.ask(service.status.remote())["deployments"]
+            if explain:
+                explained = common.ask(service.explain_all.remote(wanted))
+            else:
+                plans, failures = planned(service, wanted, atomic)
     refusal = explained[-1].error if explained else None
     plans = plans or [one.plan for one in explained if one.plan is not None]
+    if failures and not plans:
+        raise _first(failures)
     if as_json:
         listed = explained if explain else plans
         common.dump({"deployments": [one.to_dict() for one in listed]})
     else:
-        from placement.cli.render import assignments_table, explanation_view, runtimes_note
+        from placement.cli.views.tables import explanation_view
 
         for one in explained:
             common.show(*explanation_view(one.to_dict()))
-        if plans:
-            rows = [one.to_dict() for one in plans]
-            common.show(assignments_table(rows, title="planned, nothing is reserved"), runtimes_note(rows))
+        pruned = unmanaged(standing, [one.name for one in wanted]) if prune else []
+        _show(plans, standing, pruned, failures)
+    if failures:
+        raise _first(failures)
     if refusal is not None:
         raise refusal
+
+
+@click.command(
+    cls=Command,
+    epilog="\b\nExample:\n  placement diff deployments.toml || placement apply deployments.toml",
+)
+@common.with_files
+@click.option("--prune", is_flag=True, help="What stands and is in none of the files is a difference, too.")
+@common.with_address
+@common.with_json
+def diff(files: tuple[Path, ...], recursive: bool, prune: bool, address: str | None, as_json: bool) -> None:
+    """Shows how what stands differs from what each FILE declares: + new, = unchanged, ~ changed, -/+ replaced.
+
+    Exits with 0 where nothing differs, and with 1 where something does.
+    """
+    from placement.cli.views.difference import difference_lines, differs, unmanaged_line, workers_of
+    from placement.wire.files import load_all
+
+    wanted = load_all(files, recursive)
+    with common.service(address) as service:
+        standing = common.ask(service.status.remote())["deployments"]
+        plans, failures = planned(service, wanted)
+    if failures and not plans:
+        raise _first(failures)
+    others = unmanaged(standing, [one.name for one in wanted])
+    workers, listed = workers_of(standing), [one.to_dict() for one in plans]
+    different = differs(listed, workers) or bool(prune and others)
+    if as_json:
+        common.dump({"differs": different, "deployments": listed, "unmanaged": others})
+    else:
+        told = {name: error.to_dict() for name, error in failures.items()}
+        common.show(*difference_lines(listed, workers, others if prune else [], told))
+        if others and not prune:
+            common.note(unmanaged_line(others))
+    if failures:
+        raise _first(failures)
+    sys.exit(DIFFERENT if different else 0)
 
 
 @click.command(cls=Command, epilog="\b\nExample:\n  placement snapshot > cluster.json")
@@ -69,3 +145,79 @@ def snapshot(address: str | None, as_json: bool) -> None:
     """Prints the cluster as the planner sees it, as JSON for `placement plan --file`. Holds no secret."""
     with common.service(address) as service:
         common.dump(common.ask(service.snapshot.remote()))
+
+
+def planned(service: Any, wanted: Sequence[Any], atomic: bool = False) -> tuple[list[Any], Failures]:
+    """What applying would do; where one cannot be applied, what each alone would do.
+
+    Returns:
+        The plans, and why others cannot be applied.
+
+    Raises:
+        PlacementError: with ``atomic``, what would be refused.
+    """
+    try:
+        return common.ask(service.plan_all.remote(wanted, **_if_atomic(atomic))), {}
+    except errors.PlacementError:
+        if atomic:
+            raise
+    plans, failures = [], {}
+    for one in wanted:
+        try:
+            plans.append(common.ask(service.plan.remote(one)))
+        except errors.PlacementError as error:
+            failures[one.name] = error
+    return plans, failures
+
+
+def unmanaged(standing: Iterable[Mapping[str, Any]], names: Iterable[str]) -> list[str]:
+    """What stands and is not among the names; without what ends with its owner, and what is released already."""
+    known = set(names)
+    return sorted(
+        one["name"]
+        for one in standing
+        if one["name"] not in known
+        and _kind(one.get("owner")) == "detached"
+        and one.get("state") != "releasing"
+    )
+
+
+def _kind(owner: Any) -> str:
+    """What kind of owner a deployment has."""
+    return str((owner.get("kind") if isinstance(owner, Mapping) else owner) or "detached")
+
+
+def _if_atomic(atomic: bool) -> dict[str, Any]:
+    return {"atomic": True} if atomic else {}
+
+
+def _first(failures: Failures) -> errors.PlacementError:
+    """The first of several errors, with the others as its notes."""
+    first, *others = failures.values()
+    for error in others:
+        first.add_note(str(error))
+    return first
+
+
+def _held(name: str, one: Any) -> dict[str, Any]:
+    """A deployment of a file of ``placement snapshot``, as a status report has it."""
+    assignments = [
+        {"replica_index": index, "gpus": list(part.gpus)}
+        for index, parts in one.by_index().items()
+        for part in parts
+    ]
+    return {"name": name, "assignments": assignments}
+
+
+def _show(
+    plans: Sequence[Any], standing: Sequence[Mapping[str, Any]], pruned: Sequence[str], failures: Failures
+) -> None:
+    from placement.cli.views.difference import difference_lines, workers_of
+    from placement.cli.views.tables import assignments_table, runtimes_note
+
+    told = {name: error.to_dict() for name, error in failures.items()}
+    rows = [one.to_dict() for one in plans]
+    common.show(*difference_lines(rows, workers_of(standing), pruned, told))
+    placed = [{**row, "pending": {}} for row in rows]
+    if plans:
+        common.show(assignments_table(placed, title="planned, nothing is reserved"), runtimes_note(rows))

@@ -1,44 +1,104 @@
-"""``placement release``: gives back what deployments hold."""
+"""``placement release`` and ``placement renew``: deployments given back, or kept for longer."""
 
 from __future__ import annotations
+
+import sys
+from typing import Any
 
 import click
 
 from placement import errors
 from placement.cli import common
-from placement.cli.group import Command
+from placement.cli.group import REFUSED, Command
 from placement.errors import counted
 
 
-@click.command(cls=Command, epilog="\b\nExample:\n  placement release llama-70b whisper")
+@click.command(
+    cls=Command, epilog="\b\nExample:\n  placement release llama-70b whisper\n  placement release --all --yes"
+)
+@click.argument("names", nargs=-1, metavar="NAME...")
+@click.option("--all", "everything", is_flag=True, help="Release every deployment. Asks first.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@common.with_address
+@common.with_json
+def release(names: tuple[str, ...], everything: bool, yes: bool, address: str | None, as_json: bool) -> None:
+    """Gives back all that deployments hold, and ends the workers in their placement groups.
+
+    If one of the names is not known, nothing is released. With --all, say --yes where nobody can be asked.
+    """
+    if everything == bool(names):
+        raise click.UsageError("give the names of deployments, or --all" + " and no names" * everything)
+    with common.service(address) as service:
+        report = common.ask(service.status.remote())
+        if everything:
+            released = _release_all(service, report, yes, as_json)
+        else:
+            released = _release(service, report, names, as_json)
+    if as_json:
+        common.dump({"released": released})
+
+
+def _release(service: Any, report: dict[str, Any], names: tuple[str, ...], as_json: bool) -> dict[str, int]:
+    released: dict[str, int] = {}
+    placed = [one["name"] for one in report["deployments"]]
+    known = {*placed, *(one["name"] for one in report["unreadable"])}
+    wanted = dict.fromkeys(names)
+    if missing := [name for name in wanted if name not in known]:
+        error = errors.UnknownDeployment(missing[0], tuple(placed))
+        for name in missing[1:]:
+            error.add_note(f"nor is {name!r}")
+        error.add_note("nothing was released")
+        raise error
+    for name in wanted:
+        before = f"released before: {', '.join(released)}" if released else "nothing was released"
+        with (
+            common.noted(KeyboardInterrupt, f"the placement service goes on releasing {name}"),
+            common.noted(errors.PlacementError, before),
+        ):
+            released[name] = common.ask(service.release.remote(name))
+        if not as_json:
+            common.say(f"released {name}: {counted(released[name], 'replica')}")
+    return released
+
+
+def _release_all(service: Any, report: dict[str, Any], yes: bool, as_json: bool) -> dict[str, int]:
+    """Releases everything; how many replicas each deployment had."""
+    replicas = {one["name"]: _replicas(one) for one in report["deployments"]}
+    if replicas and not yes and not common.agreed(what_ends(report), "add --yes", as_json):
+        common.note("nothing is changed")
+        sys.exit(REFUSED)
+    with common.noted(KeyboardInterrupt, "the placement service goes on releasing"):
+        names = common.ask(service.release_all.remote())
+    if not as_json:
+        common.say(f"released {', '.join(names)}" if names else "nothing is placed")
+    return {name: replicas.get(name, 0) for name in names}
+
+
+def what_ends(report: dict[str, Any]) -> str:
+    """What releasing everything would do."""
+    placed = report["deployments"]
+    replicas = sum(map(_replicas, placed))
+    return f"release {counted(len(placed), 'deployment')} with {counted(replicas, 'replica')}, ending their workers"
+
+
+def _replicas(one: dict[str, Any]) -> int:
+    return len({a["replica_index"] for a in one["assignments"]})
+
+
+@click.command(cls=Command, epilog="\b\nExample:\n  placement renew llama-70b")
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @common.with_address
 @common.with_json
-def release(names: tuple[str, ...], address: str | None, as_json: bool) -> None:
-    """Gives back all that deployments hold, and ends the workers in their placement groups.
-
-    If one of the names is not known, nothing is released.
-    """
-    released: dict[str, int] = {}
+def renew(names: tuple[str, ...], address: str | None, as_json: bool) -> None:
+    """Has deployments with ttl_seconds stand for as long again from now on."""
+    renewed: list[str] = []
     with common.service(address) as service:
-        report = common.ask(service.status.remote())
-        placed = [one["name"] for one in report["deployments"]]
-        known = {*placed, *(one["name"] for one in report["unreadable"])}
-        wanted = dict.fromkeys(names)
-        if missing := [name for name in wanted if name not in known]:
-            error = errors.UnknownDeployment(missing[0], tuple(placed))
-            for name in missing[1:]:
-                error.add_note(f"nor is {name!r}")
-            error.add_note("nothing was released")
-            raise error
-        for name in wanted:
-            before = f"released before: {', '.join(released)}" if released else "nothing was released"
-            with (
-                common.noted(KeyboardInterrupt, f"the placement service goes on releasing {name}"),
-                common.noted(errors.PlacementError, before),
-            ):
-                released[name] = common.ask(service.release.remote(name))
+        for name in dict.fromkeys(names):
+            before = f"renewed before: {', '.join(renewed)}" if renewed else "nothing was renewed"
+            with common.noted(errors.PlacementError, before):
+                common.ask(service.renew.remote(name))
+            renewed.append(name)
             if not as_json:
-                common.say(f"released {name}: {counted(released[name], 'replica')}")
+                common.say(f"renewed {name}")
     if as_json:
-        common.dump({"released": released})
+        common.dump({"renewed": renewed})

@@ -11,6 +11,7 @@ import click
 from placement import __version__, errors
 from placement.cli import common
 from placement.cli.group import REFUSED, Command
+from placement.cli.release import what_ends
 from placement.errors import counted
 
 
@@ -116,7 +117,7 @@ def down(yes: bool, keep_placements: bool, address: str | None, as_json: bool) -
 
     with common.cluster(address) as found:
         if not yes and not keep_placements:
-            ends = _what_ends(common.ask(bootstrap.connect().status.remote()))
+            ends = what_ends(common.ask(bootstrap.connect().status.remote()))
             what = f"{ends}, and stop the placement service on the Ray cluster at {found}"
             if not common.agreed(what, "add --yes, or --keep-placements to leave them", as_json):
                 common.note("nothing is changed")
@@ -128,10 +129,3 @@ def down(yes: bool, keep_placements: bool, address: str | None, as_json: bool) -
     else:
         what = f"; released {', '.join(released)}" if released else ""
         common.say(f"the placement service is stopped{what}")
-
-
-def _what_ends(report: dict[str, Any]) -> str:
-    """What releasing everything would do."""
-    placed = report["deployments"]
-    replicas = sum(len({a["replica_index"] for a in one["assignments"]}) for one in placed)
-    return f"release {counted(len(placed), 'deployment')} with {counted(replicas, 'replica')}, ending their workers"

@@ -1,60 +1,187 @@
-"""``placement status`` and ``placement events``."""
+"""``placement status``, ``list``, ``get`` and ``events``: what stands, and what happened."""
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from typing import Any
 
 import click
 
-from placement.cli import common
-from placement.cli.group import Command
+from placement.cli import common, streams
+from placement.cli.group import Command, OptionalNumber
+
+STATES = ("placed", "pending", "lost", "releasing")
+EVERY_SECONDS = 2.0
 
 
-@click.command(cls=Command, epilog="\b\nExample:\n  placement status --json")
+def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds ``--node`` and ``--state``."""
+    command = click.option("--state", type=click.Choice(STATES), help="Only deployments in this state.")(
+        command
+    )
+    return click.option("--node", help="Only this node, and what is on it: its id, name or address.")(command)
+
+
+@click.command(
+    cls=Command,
+    epilog="\b\nExample:\n  placement status\n  placement status --deployment llama-70b --watch\n"
+    "  placement status --json",
+)
+@_filters
+@click.option("--deployment", metavar="NAME", help="Only this deployment, and the nodes that it is on.")
+@click.option(
+    "--watch",
+    cls=OptionalNumber,
+    unsaid=EVERY_SECONDS,
+    type=common.Seconds(min=0.1),
+    metavar="[SECONDS]",
+    help=f"Go on until interrupted, and show it again each {EVERY_SECONDS:g} s, or as often as is said.",
+)
 @common.with_address
 @common.with_json
-def status(address: str | None, as_json: bool) -> None:
-    """Shows each node with its GPUs and who sits where, and each deployment."""
+def status(
+    node: str | None,
+    state: str | None,
+    deployment: str | None,
+    watch: float | None,
+    address: str | None,
+    as_json: bool,
+) -> None:
+    """Shows how many GPUs are free, what waits, each node with who sits where, and each deployment.
+
+    On a terminal it is shown with PAGER, else less. With --watch, --json prints one report a line.
+    """
     with common.service(address) as service:
-        report = common.ask(service.status.remote())
+
+        def look() -> dict[str, Any]:
+            return _report(service, node=node, state=state, deployment=deployment)
+
+        if watch is not None:
+            _watch(look, watch, deployment is not None, as_json)
+        report = look()
     if as_json:
         common.dump(report)
     else:
-        from placement.cli.render import status_view
+        from placement.cli.views.status import status_view
 
-        common.show(*status_view(report))
+        common.page(*status_view(report, of_one=deployment is not None))
 
 
-@click.command(cls=Command, epilog="\b\nExample:\n  placement events llama-70b --follow")
-@click.argument("name")
+def _report(service: Any, **filters: str | None) -> dict[str, Any]:
+    """What the service says of what the filters leave."""
+    given = {name: value for name, value in filters.items() if value is not None}
+    report: dict[str, Any] = common.ask(service.status.remote(**given))
+    return report
+
+
+def _watch(look: Callable[[], dict[str, Any]], seconds: float, of_one: bool, as_json: bool) -> None:
+    """Shows a report again and again, until interrupted."""
+    from rich.console import Group
+    from rich.live import Live
+
+    from placement.cli.views.console import console
+    from placement.cli.views.status import status_view
+
+    if as_json or not streams.out().isatty():
+        while True:
+            report = look()
+            if as_json:
+                common.say(json.dumps(report, allow_nan=False))
+            else:
+                common.show(*status_view(report, of_one))
+            time.sleep(seconds)
+    with Live(console=console(), screen=True, auto_refresh=False) as live:
+        while True:
+            live.update(Group(*status_view(look(), of_one)), refresh=True)
+            time.sleep(seconds)
+
+
+@click.command("list", cls=Command, epilog="\b\nExample:\n  placement list --state pending")
+@_filters
+@click.option("-o", "--output", type=click.Choice(["json"]), help="Same as --json.")
+@common.with_address
+@common.with_json
+def list_(
+    node: str | None, state: str | None, output: str | None, address: str | None, as_json: bool
+) -> None:
+    """Lists deployments, a line for each: how many replicas are placed of how many, GPUs, state, age and owner."""
+    from placement.cli.views.status import deployments_table, summary
+
+    with common.service(address) as service:
+        report = _report(service, node=node, state=state)
+    if as_json or output:
+        common.dump({"deployments": [summary(one) for one in report["deployments"]]})
+    elif report["deployments"]:
+        common.page(deployments_table(report["deployments"]))
+    else:
+        common.say("no deployments" + (" like that" if node or state else ""))
+
+
+@click.command(
+    cls=Command,
+    epilog="\b\nExample:\n  placement get llama-70b\n  placement get llama-70b whisper -o yaml > deployments.yaml",
+)
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["yaml", "json"]),
+    help="As YAML that can be applied again, with the places as comments; or as --json.",
+)
+@common.with_address
+@common.with_json
+def get(names: tuple[str, ...], output: str | None, address: str | None, as_json: bool) -> None:
+    """Shows what is declared of deployments, and where their replicas are."""
+    from placement.cli.views.declared import declared_view, declared_yaml
+
+    with common.service(address) as service:
+        found = [common.ask(service.describe.remote(name)) for name in dict.fromkeys(names)]
+    if as_json or output == "json":
+        common.dump({"deployments": found})
+    elif output == "yaml":
+        common.say(declared_yaml(found).rstrip())
+    else:
+        for one in found:
+            common.show(*declared_view(one))
+
+
+@click.command(
+    cls=Command,
+    epilog="\b\nExample:\n  placement events llama-70b --follow\n  placement events --since 1764144000000",
+)
+@click.argument("name", required=False)
+@click.option(
+    "--since", type=click.IntRange(min=0), default=0, metavar="NUMBER", help="Only those after this one."
+)
 @click.option("--follow", is_flag=True, help="Go on until interrupted, and show what happens as it does.")
 @common.with_address
 @common.with_json
-def events(name: str, follow: bool, address: str | None, as_json: bool) -> None:
-    """Shows what happened to the replicas of a deployment: where they are, which were lost, why some are pending.
+def events(name: str | None, since: int, follow: bool, address: str | None, as_json: bool) -> None:
+    """Shows what happened to replicas: where they are, which were lost, why some are pending. Of all, or of one NAME.
 
     With --follow, --json prints one object a line.
     """
-    from placement.cli.render import event_line
+    from placement.cli.views.tables import event_line
 
     def show(one: dict[str, Any]) -> None:
         if as_json:
             common.say(json.dumps(one, allow_nan=False))
         else:
-            common.show(event_line(one))
+            common.show(event_line(one, of_all=name is None))
 
     with common.service(address) as service:
-        found = common.ask(service.events.remote(name))
+        found = common.ask(service.events.remote(name, since))
         if as_json and not follow:
             common.dump({"deployment": name, "events": found})
             return
+        if not follow:
+            common.page(*(event_line(one, of_all=name is None) for one in found))
+            return
+        names = None if name is None else [name]
         while True:
             for one in found:
                 show(one)
-            if not follow:
-                return
-            since = found[-1]["number"] if found else 0
-            found = []
-            while not found:
-                found = common.ask(service.watch.remote(name, since))
+            since = found[-1]["number"] if found else since
+            found = common.ask(service.watch.remote(since=since, names=names))

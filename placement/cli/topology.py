@@ -44,7 +44,7 @@ def topology(
         raise click.UsageError("--name and --file ask no cluster; leave out --address")
     if gpu is not None and file is None:
         raise click.UsageError("--gpu goes with --file; elsewhere the product name is known")
-    from placement.cli.render import topology_view
+    from placement.cli.views.machine import topology_view
 
     if recorded:
         reports = [_recorded(name, file, gpu)]

@@ -43,7 +43,13 @@ FAILING = [
     (["up", *NOBODY], 3, "cluster_unreachable"),
     (["up", "--idle-seconds", "nan"], 2, "usage"),
     (["apply", "no.toml"], 2, "invalid_deployment"),
+    (["apply", "no.toml", "--wait"], 2, "invalid_deployment"),
+    (["apply", "--wait", "nan", "no.toml"], 2, "usage"),
+    (["apply", "no-such-folder", "-R"], 2, "invalid_deployment"),
+    (["wait", "a", *NOBODY], 3, "cluster_unreachable"),
+    (["wait", "a", "--timeout", "soon"], 2, "usage"),
     (["plan", "no.toml"], 2, "invalid_deployment"),
+    (["diff", "no.toml"], 2, "invalid_deployment"),
     (["plan", "no.toml", "--explain"], 2, "invalid_deployment"),
     (["plan", "no.toml", "--file", "no.json", *NOBODY], 2, "usage"),
     (["snapshot", *NOBODY], 3, "cluster_unreachable"),
@@ -52,6 +58,12 @@ FAILING = [
     (["simulate", "no.toml", "--cluster", "no.json"], 2, "invalid_cluster_file"),
     (["simulate", "no.toml", "--cluster", "dgx-h100=1", "--picture", "a.gif"], 2, "usage"),
     (["status", "--address", "nonsense"], 3, "cluster_unreachable"),
+    (["status", "--watch", *NOBODY], 3, "cluster_unreachable"),
+    (["status", "--state", "gone"], 2, "usage"),
+    (["list", *NOBODY], 3, "cluster_unreachable"),
+    (["get", "a", *NOBODY], 3, "cluster_unreachable"),
+    (["get"], 2, "usage"),
+    (["events", *NOBODY], 3, "cluster_unreachable"),
     (["events", "llama", *NOBODY], 3, "cluster_unreachable"),
     (["events", "llama", "--follow", *NOBODY], 3, "cluster_unreachable"),
     (["topology", *NOBODY], 3, "cluster_unreachable"),
@@ -59,6 +71,9 @@ FAILING = [
     (["topology", "--file", "pyproject.toml"], 2, "invalid_matrix"),
     (["release", "a", *NOBODY], 3, "cluster_unreachable"),
     (["release"], 2, "usage"),
+    (["release", "--all", "a"], 2, "usage"),
+    (["release", "--all", "--yes", *NOBODY], 3, "cluster_unreachable"),
+    (["renew", "a", *NOBODY], 3, "cluster_unreachable"),
     (["down", *NOBODY], 3, "cluster_unreachable"),
     (["down", "--yes", *NOBODY], 3, "cluster_unreachable"),
     (["nothing"], 2, "usage"),
@@ -78,6 +93,14 @@ def test_a_command_that_fails_says_so_in_json_with_a_code(
     error = told(result)
     assert (exits, code) == (result.exit_code, error["code"])
     assert error["message"] and error["type"]
+
+
+@pytest.mark.parametrize("how", [["-o", "json"], ["--output", "json"], ["-ojson"], ["--output=json"]])
+def test_output_as_json_is_asked_for_in_other_ways_too(how: list[str]) -> None:
+    for command in (["get", "a"], ["list"]):
+        result = run(*command, *how, *NOBODY)
+        assert (3, "cluster_unreachable") == (result.exit_code, told(result)["code"])
+    assert "error: no Ray cluster" in run("get", "a", "-o", "yaml", *NOBODY).stderr
 
 
 def test_every_command_is_failed_above_and_with_an_option_that_it_lacks() -> None:
@@ -218,6 +241,6 @@ def test_every_example_in_the_help_can_be_typed_so(example: str) -> None:
 
 def test_the_errors_of_the_command_line_are_in_the_table_too() -> None:
     table = (Path(__file__).parents[2] / "docs" / "errors.md").read_text()
-    for code, exits in (("usage", "2"), ("interrupted", "130, 143"), ("unexpected", "1")):
+    for code, exits in (("usage", "2"), ("interrupted", "130, 143"), ("unexpected", "1"), ("pending", "1")):
         [row] = [line for line in table.splitlines() if line.startswith(f"| `{code}` |")]
         assert exits == row.split("|")[3].strip()

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from placement import topologies
-from placement.cli import render
+from placement.cli.views import machine, nodes, tables
 from placement.core.matrix import render_matrix
 
 
@@ -55,7 +55,7 @@ def test_a_node_is_drawn_island_by_island_with_who_sits_where() -> None:
         "nodes": [node(gpu_count=4, gpu_model="A100", islands=[[0, 1], [2, 3]], gpus=gpus)],
         "deployments": [{"name": "qwen", "assignments": []}],
     }
-    assert text(render.cluster_map(report)).splitlines() == [
+    assert text(nodes.cluster_map(report)).splitlines() == [
         " a   4 x A100, NVLink islands of 2 + 2",
         "     [ 0 (another Ray user)   1 free ]",
         "     [ 2-3 qwen/0 ]",
@@ -67,7 +67,7 @@ def test_lone_gpus_share_a_line_and_what_is_unknown_is_said() -> None:
     unknown = node(
         gpu_count=2, topology_known=False, gpus=[gpu(0), gpu(1)], others_unlocated=1, problem="no driver"
     )
-    shown = text(render.cluster_map({"nodes": [pcie, unknown], "deployments": []}))
+    shown = text(nodes.cluster_map({"nodes": [pcie, unknown], "deployments": []}))
     assert "2 x GPU, PCIe only" in shown
     assert "[ 0-1 free ]" in shown
     assert "topology unknown, other Ray users hold 1 more" in shown
@@ -80,7 +80,7 @@ def test_a_shared_gpu_names_all_who_share_it_and_what_is_left() -> None:
         gpu(1, "held", ("embed", 2, 0.5), ("embed", 3, 0.5)),
     ]
     names = [{"name": name, "assignments": []} for name in ("embed", "rank")]
-    shown = text(render.cluster_map({"nodes": [node(gpu_count=2, gpus=gpus)], "deployments": names}))
+    shown = text(nodes.cluster_map({"nodes": [node(gpu_count=2, gpus=gpus)], "deployments": names}))
     assert "[ 0 embed/0 0.25, embed/1 0.25, rank/0 0.4, 0.1 left   1 embed/2 0.5, embed/3 0.5 ]" in shown
 
 
@@ -98,7 +98,7 @@ def test_instances_stand_by_profile_beside_the_whole_gpus() -> None:
         "nodes": [node(gpu_count=6, gpu_model="A100", islands=islands, gpus=gpus)],
         "deployments": [{"name": "small", "assignments": []}],
     }
-    assert text(render.cluster_map(report)).splitlines() == [
+    assert text(nodes.cluster_map(report)).splitlines() == [
         " a   2 x A100, one NVLink island, MIG 3 x 1g.10gb, 1 x 3g.40gb",
         "     [ 0,4 free ]",
         "     [ 1g.10gb: 1 free   2 small/0   5 free ]",
@@ -109,7 +109,7 @@ def test_instances_stand_by_profile_beside_the_whole_gpus() -> None:
 def test_a_node_of_instances_only_says_so() -> None:
     gpus = [gpu(0, mig="1g.10gb"), gpu(1, mig="1g.10gb")]
     one = node(gpu_count=2, gpu_model="A100", topology_known=False, gpus=gpus)
-    assert text(render.cluster_map({"nodes": [one], "deployments": []})).splitlines() == [
+    assert text(nodes.cluster_map({"nodes": [one], "deployments": []})).splitlines() == [
         " a   MIG 2 x 1g.10gb of A100",
         "     [ 1g.10gb: 0-1 free ]",
     ]
@@ -123,7 +123,7 @@ def test_gpus_that_nobody_can_tell_stand_apart() -> None:
         "nodes": [node(gpu_count=4, gpu_model="A100", islands=[[0, 1], [2], [3]], gpus=gpus)],
         "deployments": [{"name": "old", "assignments": []}],
     }
-    assert text(render.cluster_map(report)).splitlines() == [
+    assert text(nodes.cluster_map(report)).splitlines() == [
         " a   2 x A100, one NVLink island, 2 x ?",
         "     [ 0-1 free ]",
         "     [ 2 ?   3 old/0 ]",
@@ -135,7 +135,7 @@ def test_a_node_of_which_no_gpu_can_be_told_is_drawn() -> None:
     for one in gpus:
         one["problem"] = "NVML does not show it"
     one = node(gpu_count=2, topology_known=False, gpus=gpus)
-    assert text(render.cluster_map({"nodes": [one], "deployments": []})).splitlines() == [
+    assert text(nodes.cluster_map({"nodes": [one], "deployments": []})).splitlines() == [
         " a   2 x ?",
         "     [ 0-1 ? ]",
     ]
@@ -151,7 +151,7 @@ def test_a_machine_lists_the_slots_that_nobody_can_tell() -> None:
         "islands": [list(island) for island in shape.islands], "matrix": render_matrix(shape),
         "problem": "nothing is placed on GPU 3", "facts": facts.model_dump(mode="json"),
     }  # fmt: skip
-    lines = text(*render.topology_view(report)).splitlines()
+    lines = text(*machine.topology_view(report)).splitlines()
     assert lines[0] == "a  3 x NVIDIA A100 80GB PCIe and 1 x ?, catalogue"
     assert lines[-2:] == ["?: slot 3", "nothing is placed on GPU 3"]
 
@@ -167,7 +167,7 @@ def test_a_machine_lists_the_slots_that_nobody_can_tell() -> None:
 )
 def test_a_replica_says_what_it_holds(fields: dict[str, Any], holds: str) -> None:
     row = {"deployment": "d", "assignments": [assignment(**fields)]}
-    assert holds in text(render.assignments_table([row], title="placed"))
+    assert holds in text(tables.assignments_table([row], title="placed"))
 
 
 def test_a_machine_with_instances_lists_them_and_links_only_the_whole_gpus() -> None:
@@ -178,7 +178,7 @@ def test_a_machine_with_instances_lists_them_and_links_only_the_whole_gpus() -> 
         "islands": [list(island) for island in shape.islands], "matrix": render_matrix(shape), "problem": None,
         "facts": facts,
     }  # fmt: skip
-    lines = text(*render.topology_view(report)).splitlines()
+    lines = text(*machine.topology_view(report)).splitlines()
     assert lines[:2] == [
         "a100-mig-4x  2 x NVIDIA A100 80GB PCIe and 11 MIG instances, catalogue",
         "NVLink islands: [11-12]",
@@ -193,7 +193,7 @@ def test_an_egress_node_shows_who_takes_how_much() -> None:
         "nodes": [node(egress=[{"resource": "egress", "total": 10, "held": 4}])],
         "deployments": [{"name": "gpt", "assignments": [held]}],
     }
-    assert text(render.cluster_map(report)).splitlines() == [
+    assert text(nodes.cluster_map(report)).splitlines() == [
         " a   egress node",
         "     egress: 4 of 10 requests  gpt/0 (4)",
     ]
@@ -207,11 +207,11 @@ def test_rays_own_choice_stands_beside_ours() -> None:
         bandwidth_gb_per_s=230.4,
         ray_bandwidth_gb_per_s=19.92,
     )
-    assert render.ray_alone(ours) == "GPU 1-2, 19.9 GB/s: 12x slower"
-    assert render.ray_alone(ours | {"gpus": [1, 2]}) == "the same"
-    assert render.ray_alone(assignment()) == ""
-    assert render.bandwidth_text(230.4, "NV12") == "230 GB/s, NV12"
-    assert (render.bandwidth_text(None, "?"), render.bandwidth_text(None, None)) == ("unknown", "")
+    assert tables.ray_alone(ours) == "GPU 1-2, 19.9 GB/s: 12x slower"
+    assert tables.ray_alone(ours | {"gpus": [1, 2]}) == "the same"
+    assert tables.ray_alone(assignment()) == ""
+    assert tables.bandwidth_text(230.4, "NV12") == "230 GB/s, NV12"
+    assert (tables.bandwidth_text(None, "?"), tables.bandwidth_text(None, None)) == ("unknown", "")
 
 
 def test_a_replica_over_several_nodes_has_a_line_for_each_with_its_ranks() -> None:
@@ -220,7 +220,7 @@ def test_a_replica_over_several_nodes_has_a_line_for_each_with_its_ranks() -> No
         assignment(node_name="b", gpus=[2, 3], ranks=[2, 3]),
         assignment(replica_index=1, node_name="c", gpus=[0, 1, 2, 3], ranks=[0, 1, 2, 3]),
     ]
-    shown = text(render.assignments_table([{"deployment": "big", "assignments": parts}], "placed"))
+    shown = text(tables.assignments_table([{"deployment": "big", "assignments": parts}], "placed"))
     assert [line.split(maxsplit=3)[3].strip() for line in shown.splitlines() if " big " in line] == [
         "GPU 0-1, ranks 0-1",
         "GPU 2-3, ranks 2-3",
@@ -230,11 +230,11 @@ def test_a_replica_over_several_nodes_has_a_line_for_each_with_its_ranks() -> No
 
 def test_what_waits_for_a_place_is_told_below_the_table() -> None:
     waiting = {"deployment": "d", "assignments": [assignment()], "pending": {"1": "node a died"}}
-    *_, last = text(render.assignments_table([waiting], "placed")).splitlines()
+    *_, last = text(tables.assignments_table([waiting], "placed")).splitlines()
     assert last.strip() == "d: replica 1 is pending: node a died"
 
 
 def test_an_event_has_a_date() -> None:
     event = {"at": 1_700_000_000.0, "replica": 0, "state": "released", "text": ""}
     date = datetime.fromtimestamp(1_700_000_000.0).strftime("%Y-%m-%d %H:%M:%S")
-    assert str(render.event_line(event)) == f"{date}  replica 0    released"
+    assert str(tables.event_line(event)) == f"{date}  replica 0    released"

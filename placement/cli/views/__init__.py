@@ -1,0 +1,1 @@
+"""Reports as people want to see them. Pure: JSON-ready values in, rich renderables out."""

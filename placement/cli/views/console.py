@@ -1,0 +1,92 @@
+"""Where everything is drawn, in which colours, and how what is too long is told in less."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from placement.cli import streams
+from placement.core.topology import ordinals
+
+COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "bright_red", "bright_cyan", "bright_green")
+WIDTH = 100
+"""Columns where it is not a terminal."""
+
+
+def console() -> Console:
+    """Where everything is printed."""
+    out = streams.out()
+    return Console(file=out, width=None if out.isatty() else WIDTH, highlight=False)
+
+
+def colours(names: Iterable[str]) -> dict[str, str]:
+    """Name -> a colour that stays with a deployment throughout a report."""
+    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(sorted(set(names)))}
+
+
+def shortened(name: str, width: int) -> str:
+    """A name in so many columns: the middle is left out, as names differ at their ends."""
+    if len(name) <= width:
+        return name
+    head = max(width // 2, 1)
+    tail = max(width - head - 1, 0)
+    return f"{name[:head]}…{name[len(name) - tail :]}"
+
+
+def few(names: Sequence[str], most: int = 12) -> str:
+    """Names side by side; of many the first, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
+
+
+def replicas_text(indices: Sequence[int]) -> str:
+    """``replica 3``, ``replicas 0-2,5``."""
+    return f"{'replica' if len(indices) == 1 else 'replicas'} {ordinals(indices)}"
+
+
+def host_list(names: Sequence[str], width: int) -> str:
+    """Names of nodes as Slurm writes them: ``gpu-[001-019,024]``; those for which there is no room by number."""
+    numbered: dict[tuple[str, int, str], list[int]] = {}
+    for name in names:
+        match = _NUMBERED.fullmatch(name)
+        if match is None:
+            numbered[name, 0, ""] = []
+        else:
+            numbered.setdefault((match[1], len(match[2]), match[3]), []).append(int(match[2]))
+    parts: list[tuple[str, int]] = []
+    for (prefix, digits, suffix), found in numbered.items():
+        if not digits:
+            parts.append((prefix, 1))
+            continue
+        ranges = re.sub(r"\d+", lambda one, digits=digits: one[0].zfill(digits), ordinals(found))  # type: ignore[misc]
+        parts.append((f"{prefix}{ranges if len(found) == 1 else f'[{ranges}]'}{suffix}", len(found)))
+    text = ", ".join(part for part, _ in parts)
+    if len(text) <= width:
+        return text
+    total = sum(count for _, count in parts)
+    return f"{shortened(names[0], max(width - 15, 8))} and {total - 1} more"
+
+
+_NUMBERED = re.compile(r"(.*?)(\d{1,9})(\D*)")
+
+
+def age_text(seconds: float | None) -> str:
+    """``45s``, ``12m``, ``5h``, ``3d``; empty where unknown."""
+    if seconds is None:
+        return ""
+    for unit, size in (("d", 86_400), ("h", 3600), ("m", 60)):
+        if seconds >= size:
+            return f"{int(seconds // size)}{unit}"
+    return f"{int(max(seconds, 0))}s"
+
+
+def owner_text(owner: Any) -> str:
+    """``detached``, ``job 01000000``: whose end ends a deployment."""
+    if not isinstance(owner, Mapping):
+        return str(owner or "detached")
+    kind = str(owner.get("kind", ""))
+    who = owner.get("actor") or owner.get("job") or ""
+    return f"{kind} {shortened(str(who), 12)}".strip()

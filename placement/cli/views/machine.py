@@ -1,0 +1,109 @@
+"""One machine: what it is, its islands, its links, what is near, and what each GPU says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from placement.cli.views.nodes import by_profile
+from placement.core.matrix import parse_matrix
+from placement.core.topology import Topology, ordinals
+
+
+def topology_view(report: Mapping[str, Any]) -> list[Any]:
+    """One machine: what it is, its islands, its links, what is near, and what each GPU says of itself."""
+    facts = report["facts"] or {}
+    heading = Text(report["name"], style="bold")
+    source = {"nvml": "read with NVML", "catalogue": "catalogue", "none": "nothing could be read"}
+    said = source.get(facts.get("source", ""), "")
+    if facts.get("age_seconds") is not None:
+        said += f", {facts['age_seconds']:.0f} s ago"
+    gpus = facts.get("gpus", ())
+    lost = [gpu["ordinal"] for gpu in gpus if gpu["uuid"] is None and gpu["errors"]]
+    instances = {gpu["ordinal"]: _instance(gpu) for gpu in gpus if gpu["ordinal"] not in lost}
+    profiles = by_profile(instances if gpus else dict.fromkeys(range(report["gpu_count"])))
+    whole = profiles.pop(None, [])
+    heading.append(f"  {_how_many(report, len(whole), len(lost))}{', ' + said if said else ''}", style="dim")
+    parts: list[Any] = [heading]
+    if report["known"]:
+        islands = "  ".join(f"[{ordinals(island)}]" for island in report["islands"] if island[0] in whole)
+        parts.append(f"{'NVSwitch' if report['nvswitch'] else 'NVLink islands'}: {islands}")
+    if report["known"] or (report["gpu_count"] == 1 and whole):
+        parts.append(_links(parse_matrix(report["matrix"]), whole))
+    for profile, slots in profiles.items():
+        parts.append(f"MIG {profile}: {'slot' if len(slots) == 1 else 'slots'} {ordinals(slots)}")
+    if lost:
+        parts.append(f"?: {'slot' if len(lost) == 1 else 'slots'} {ordinals(lost)}")
+    for problem in dict.fromkeys((report["problem"], facts.get("problem"))):
+        if problem:
+            parts.append(Text(problem, style="red"))
+    if facts.get("gpus") and facts.get("source") == "nvml":
+        parts.append(_gpus(facts["gpus"]))
+    return parts
+
+
+def _instance(gpu: Mapping[str, Any]) -> str | None:
+    """The profile of the MIG instance that a slot is, ``?`` if unknown; ``None`` for a whole GPU."""
+    profile: str | None = gpu["mig_profile"]
+    return profile or ("?" if gpu["mig_enabled"] else None)
+
+
+def _how_many(report: Mapping[str, Any], whole: int, lost: int) -> str:
+    """``4 x NVIDIA L40S``, ``1 GPU``, ``2 x NVIDIA A100 80GB PCIe and 11 MIG instances``."""
+    parts = []
+    if whole:
+        model = report.get("gpu_model")
+        parts.append(f"{whole} x {model}" if model else "1 GPU" if whole == 1 else f"{whole} GPUs")
+    if cut := report["gpu_count"] - whole - lost:
+        parts.append("1 MIG instance" if cut == 1 else f"{cut} MIG instances")
+    if lost:
+        parts.append(f"{lost} x ?")
+    return " and ".join(parts)
+
+
+def _links(shape: Topology, gpus: Sequence[int]) -> Table:
+    """One row for each GPU. Network cards would be a dozen columns more, so only the nearest are named."""
+    # Sixteen GPUs fit into 100 columns, just.
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1 if len(gpus) <= 8 else 0, 0, 0))
+    table.add_column("GPU", no_wrap=True)
+    for gpu in gpus:
+        table.add_column(str(gpu), no_wrap=True)
+    for heading in ("NUMA", "CPUs", *(["nearest NIC"] if shape.nics else [])):
+        table.add_column(heading, overflow="fold")
+    for gpu in gpus:
+        links = ["X" if other == gpu else str(shape.link(gpu, other)) for other in gpus]
+        near = [ordinals(shape.numa[gpu]) or "?", ordinals(shape.cpus[gpu]) or "?"]
+        table.add_row(str(gpu), *links, *near, *([_nearest_nic(shape, gpu)] if shape.nics else []))
+    return table
+
+
+def _nearest_nic(shape: Topology, gpu: int) -> str:
+    """``PIX mlx5_0``, ``PXB NIC0 and 3 more``."""
+    path = shape.nearest_nic[gpu]
+    first, *more = [nic.name for nic in shape.nics if nic.paths[gpu] is path]
+    return f"{path} {first}" + (f" and {len(more)} more" if more else "")
+
+
+def _gpus(gpus: Iterable[Mapping[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("GPU", "name", "PCI", "memory used", "compute", "MIG", "UUID"):
+        table.add_column(heading, no_wrap=True)
+    for gpu in gpus:
+        used, total = gpu["memory_used_bytes"], gpu["memory_total_bytes"]
+        memory = "?" if used is None or total is None else f"{used / 2**30:.1f} of {total / 2**30:.0f} GiB"
+        capability = gpu["compute_capability"]
+        mig = gpu["mig_profile"] or {True: "on", False: "off", None: "?"}[gpu["mig_enabled"]]
+        table.add_row(
+            str(gpu["ordinal"]),
+            gpu["name"] or "?",
+            gpu["pci_bus_id"] or "?",
+            memory,
+            f"{capability[0]}.{capability[1]}" if capability else "?",
+            mig,
+            gpu["uuid"] or ("lost" if gpu["errors"] else "?"),
+        )
+    return table

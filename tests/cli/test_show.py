@@ -1,0 +1,211 @@
+"""``status``, ``list``, ``get``, ``events``, ``release`` and ``renew``: what is asked, what is shown, how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from placement import errors
+from placement.cli import common
+from placement.wire.files import parse_deployments
+from tests.cli.fake_service import FakeService, assignment, report, result, run, standing, use
+from tests.cli.test_apply import lines, told
+
+
+def test_filters_are_asked_of_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = FakeService()
+    use(monkeypatch, service)
+    for args, asked in (
+        (["status"], {}),
+        (["status", "--node", "a", "--state", "lost"], {"node": "a", "state": "lost"}),
+        (["status", "--deployment", "d"], {"deployment": "d"}),
+        (["list", "--state", "pending"], {"state": "pending"}),
+    ):
+        service.calls.clear()
+        assert 0 == run(*args).exit_code
+        assert [((), asked)] == service.asked("status")
+    assert 2 == run("status", "--state", "gone").exit_code
+
+
+def test_status_again_and_again_is_a_report_a_line_in_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: waited.append(seconds))
+    waited: list[float] = []
+    for args, seconds in ((["--watch"], 2.0), (["--watch", "0.5"], 0.5)):
+        looks = iter([report(standing("a", 0)), report(), KeyboardInterrupt()])
+        use(monkeypatch, FakeService(status=looks))
+        done = run("status", "--json", *args)
+        assert 130 == done.exit_code
+        assert [["a"], []] == [
+            [one["name"] for one in json.loads(line)["deployments"]] for line in done.stdout.splitlines()
+        ]
+        assert [seconds] * 2 == waited
+        waited.clear()
+
+
+def test_a_list_has_a_line_for_each_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = standing(
+        "b", 0, replicas=3, state="pending", pending={"1": "x", "2": "x"}, queue_position=2, age_seconds=7300
+    )
+    remote = standing("c", 0, owner="caller")
+    remote["assignments"] = [assignment(gpus=[], egress_resource="egress", egress_units=4)]
+    use(monkeypatch, FakeService(status=report(standing("a", 0, 1), waits, remote)))
+    head, *rows = lines(run("list").stdout)
+    assert ["deployment", "placed", "GPUs", "state", "age", "owner"] == head.split()
+    assert [
+        ["a", "2/2", "2", "placed", "1m", "detached"],
+        ["b", "1/3", "1", "pending", "#2", "2h", "detached"],
+        ["c", "1/1", "-", "placed", "1m", "caller"],
+    ] == [row.split() for row in rows]
+    as_json = json.loads(run("list", "-o", "json").stdout)["deployments"]
+    assert [("a", 2, 2, None), ("b", 1, 3, 2), ("c", 1, 1, None)] == [
+        (one["name"], one["placed"], one["replicas"], one["queue_position"]) for one in as_json
+    ]
+    assert as_json == json.loads(run("list", "--json").stdout)["deployments"]
+    use(monkeypatch, FakeService())
+    assert "no deployments like that\n" == run("list", "--state", "lost").stdout
+
+
+DESCRIBED = {
+    "deployment": {"name": "b", "model": "org/m: large", "replicas": 2, "constraints": {"gpu_nodes": ["a"]}},
+    "result": result("b", 0, pending={1: "no\nroom"}).to_dict(),
+    "generation": 4,
+    "state": "pending",
+    "age_seconds": 300.0,
+    "owner": "detached",
+}
+
+
+def test_what_get_prints_as_yaml_can_be_applied_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    other: dict[str, Any] = {
+        **DESCRIBED,
+        "deployment": {"name": "a", "model": "m"},
+        "result": result("a", 0).to_dict(),
+    }
+    service = FakeService(describe=lambda name: DESCRIBED if name == "b" else other)
+    use(monkeypatch, service)
+    text = run("get", "b", "a", "b", "-o", "yaml").stdout
+    assert ["b", "a"] == [one.name for one in parse_deployments(text, ".yaml", "stdout")]
+    assert DESCRIBED["deployment"] == yaml.safe_load(text)["deployments"][0]
+    assert text.splitlines()[1:4] == [
+        "# b: pending, 1 of 2 replicas, generation 4, 5m old, owner detached",
+        "# replica 0 on a: GPU 0",
+        "# replica 1 is pending: no room",
+    ]
+    assert {"deployments": [DESCRIBED]} == json.loads(run("get", "b", "-o", "json").stdout)
+    shown = lines(run("get", "b").stdout)
+    assert "b: pending, 1 of 2 replicas, generation 4, 5m old, owner detached" == shown[0]
+    assert "  model: 'org/m: large'" in shown
+
+
+def test_get_of_what_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, FakeService(describe=errors.UnknownDeployment("x", ("a",))))
+    refused = run("get", "x", "--json")
+    assert (1, "", "unknown_deployment") == (refused.exit_code, refused.stdout, told(refused.stderr)["code"])
+
+
+EVENTS = [
+    {"number": 5, "at": 0.0, "time": "", "deployment": "a", "replica": 0, "state": "placed", "text": "on a"},
+    {
+        "number": 8,
+        "at": 0.0,
+        "time": "",
+        "deployment": "b",
+        "replica": None,
+        "state": "changed",
+        "text": "model",
+    },
+]
+
+
+def test_events_of_all_say_whose_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = FakeService(events=EVENTS)
+    use(monkeypatch, service)
+    first, second = lines(run("events", "--since", "4").stdout)
+    assert ["a", "replica", "0", "placed", "on", "a"] == first.split()[2:]
+    assert ["b", "changed", "model"] == second.split()[2:]
+    assert [((None, 4), {})] == service.asked("events")
+    assert {"deployment": None, "events": EVENTS} == json.loads(run("events", "--json").stdout)
+    assert " a " not in lines(run("events", "a").stdout)[0][:-2]
+
+
+def test_who_follows_hears_of_what_comes_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = FakeService(events=EVENTS[:1], watch=iter([[], EVENTS[1:], KeyboardInterrupt()]))
+    use(monkeypatch, service)
+    done = run("events", "--follow", "--json")
+    assert 130 == done.exit_code
+    assert EVENTS == [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(5, None), (5, None), (8, None)] == [
+        (one["since"], one["names"]) for _, one in service.asked("watch")
+    ]
+
+
+def test_release_all_asks_and_says_what_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = FakeService(status=report(standing("a", 0, 1), standing("b", 0)), release_all=["a", "b"])
+    use(monkeypatch, service)
+    unasked = run("release", "--all")
+    assert 2 == unasked.exit_code
+    said = "this would release 2 deployments with 3 replicas, ending their workers, and nobody can be asked; add --yes"
+    assert said in unasked.stderr
+    monkeypatch.setattr(common, "agreed", lambda *_: False)
+    assert (1, "") == ((no := run("release", "--all")).exit_code, no.stdout)
+    assert not service.asked("release_all")
+    assert "released a, b\n" == run("release", "--all", "--yes").stdout
+    assert {"released": {"a": 2, "b": 1}} == json.loads(run("release", "--all", "--yes", "--json").stdout)
+    for wrong in (["release"], ["release", "--all", "a"]):
+        assert 2 == run(*wrong).exit_code
+
+
+def test_renew_renews_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = FakeService(renew=None)
+    use(monkeypatch, service)
+    assert {"renewed": ["a", "b"]} == json.loads(run("renew", "a", "b", "a", "--json").stdout)
+    assert [(("a",), {}), (("b",), {})] == service.asked("renew")
+    service.answers["renew"] = iter([None, errors.UnknownDeployment("x", ())])
+    refused = run("renew", "a", "x")
+    assert (1, "renewed a\n") == (refused.exit_code, refused.stdout)
+    assert refused.stderr.endswith("; renewed before: a\n")
+
+
+PAGED = """
+import sys
+from tests.cli.fake_service import FakeService, report, standing
+from placement.cli import common
+from placement.cli.main import main
+from contextlib import contextmanager
+service = FakeService(status=report(*(standing(f"d-{i:03}", 0) for i in range(200))))
+common.service = contextmanager(lambda address: iter([service]))
+common.ask = lambda answer: answer
+main(["list", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize(("args", "paged"), [([], True), (["--json"], False)])
+def test_a_terminal_is_shown_a_screen_at_a_time(args: list[str], paged: bool, tmp_path: Path) -> None:
+    pager = tmp_path / "pager"
+    pager.write_text("#!/bin/sh\nread line\necho PAGER STARTED\ncat > /dev/null\n")
+    pager.chmod(0o755)
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-c", PAGED, *args]
+    env = {**os.environ, "PAGER": str(pager), "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+    child = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=subprocess.PIPE, env=env)
+    os.close(follower)
+    shown = b""
+    while select.select([leader], [], [], 60)[0]:
+        try:
+            shown += os.read(leader, 65536)
+        except OSError:  # the other end is closed
+            break
+    os.close(leader)
+    assert child.stderr is not None
+    assert 0 == child.wait(timeout=60), child.stderr.read()
+    assert paged is (b"PAGER STARTED" in shown)
+    assert paged is not (b"d-199" in shown)
