@@ -76,10 +76,13 @@ def apply(
             common.note(f"placing {counted(len(wanted), 'deployment')} ...")
         results, partly = _apply(service, wanted, atomic)
         released = [] if partly else _release(service, pruned)
-        waits = [name for name, one in results.items() if one["pending"]]
-        if waits and (wait or released):
-            seconds = wait if wait is not None else AFTER_PRUNE_SECONDS
-            results |= waiting.until_placed(service, waits, seconds, wait is not None and not as_json)
+        waited = None
+        if wait is not None:
+            waited = waiting.until_placed(service, results, wait, tells=not as_json)
+            results |= waited.results
+        elif released:
+            waits = [name for name, one in results.items() if one["pending"]]
+            results |= waiting.until_placed(service, waits, AFTER_PRUNE_SECONDS, tells=False).results
         places = _places(service, results)
     left = [name for name in others if name not in released]
     listed = [{**one, "queue_position": places.get(name)} for name, one in results.items()]
@@ -90,8 +93,8 @@ def apply(
         _show_results(listed, places, released, left, prune)
     if partly is not None:
         raise partly
-    if wait is not None:
-        waiting.require_placed(names, results, wait)
+    if waited is not None and wait is not None:
+        waiting.require_placed(waited, wait)
 
 
 def _show_difference(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from datetime import datetime
 from typing import Any
 
 import click
@@ -91,14 +92,16 @@ def _replicas(one: dict[str, Any]) -> int:
 @common.with_json
 def renew(names: tuple[str, ...], address: str | None, as_json: bool) -> None:
     """Has deployments with ttl_seconds stand for as long again from now on."""
-    renewed: list[str] = []
+    renewed: dict[str, float | None] = {}
     with common.service(address) as service:
         for name in dict.fromkeys(names):
             before = f"renewed before: {', '.join(renewed)}" if renewed else "nothing was renewed"
             with common.noted(errors.PlacementError, before):
-                common.ask(service.renew.remote(name))
-            renewed.append(name)
+                until = renewed[name] = common.ask(service.renew.remote(name))
             if not as_json:
-                common.say(f"renewed {name}")
+                when = None if until is None else datetime.fromtimestamp(until).strftime("%Y-%m-%d %H:%M:%S")
+                common.say(
+                    f"{name} stands {f'until {when}' if when else 'without limit: it has no ttl_seconds'}"
+                )
     if as_json:
         common.dump({"renewed": renewed})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import click
@@ -25,6 +27,23 @@ Results = dict[str, dict[str, Any]]
 """Deployment -> its result as JSON has it."""
 
 
+@dataclass
+class Waited:
+    """What became of deployments that were waited for.
+
+    Attributes:
+        results: of those that stand.
+        pending: deployment -> replica -> why, of those that wait on.
+        given_up: the same of those whose deadline is over.
+        gone: those that are no more: released, or given up before any of them was placed.
+    """
+
+    results: Results = field(default_factory=dict)
+    pending: dict[str, dict[str, str]] = field(default_factory=dict)
+    given_up: dict[str, dict[str, str]] = field(default_factory=dict)
+    gone: list[str] = field(default_factory=list)
+
+
 @click.command(cls=Command, epilog="\b\nExample:\n  placement wait llama-70b --timeout 600")
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @click.option(
@@ -37,49 +56,44 @@ Results = dict[str, dict[str, Any]]
 @common.with_address
 @common.with_json
 def wait(names: tuple[str, ...], timeout: float, address: str | None, as_json: bool) -> None:
-    """Waits until all replicas of deployments are placed. Exits with 1 if they are not in time."""
+    """Waits until all replicas of deployments are placed as they are declared. Exits with 1 if they are not in time."""
     with common.service(address) as service:
         for name in dict.fromkeys(names):
-            common.ask(service.get.remote(name))  # which must be known, or it would be waited for in vain
-        results = until_placed(service, names, timeout, not as_json)
+            common.ask(
+                service.describe.remote(name)
+            )  # one that is not known is refused before any is waited for
+        waited = until_placed(service, names, timeout, not as_json)
     if as_json:
-        common.dump({"deployments": [*results.values()]})
+        common.dump({"deployments": [*waited.results.values()]})
     else:
         from placement.cli.views.tables import assignments_table
 
-        common.show(assignments_table(results.values(), title="placed"))
-    require_placed(names, results, timeout)
+        common.show(assignments_table(waited.results.values(), title="placed"))
+    require_placed(waited, timeout)
 
 
-def until_placed(service: Any, names: Iterable[str], seconds: float, tells: bool) -> Results:
-    """Waits until nothing of some deployments is pending, or the time is over.
+def until_placed(service: Any, names: Iterable[str], seconds: float, tells: bool) -> Waited:
+    """Waits until nothing of some deployments is pending, or to be replaced, or the time is over.
 
     Args:
         service: the handle.
         names: of the deployments.
         seconds: how long at most.
         tells: shows on stderr how it goes.
-
-    Returns:
-        The results of those that stand by then.
     """
     with common.noted(KeyboardInterrupt, WAITS_ON), _Progress(tells) as progress:
         end = time.monotonic() + seconds
         waiting = list(dict.fromkeys(names))
-        results: Results = {}
+        waited = Waited()
         changed, seen = set(waiting), 0
         while True:
             for name in [name for name in waiting if name in changed]:
-                try:
-                    results[name] = common.ask(service.get.remote(name)).to_dict()
-                except errors.UnknownDeployment:
-                    results.pop(name, None)
-                if name not in results or not results[name]["pending"]:
+                if _look(service, name, waited):
                     waiting.remove(name)
             left = end - time.monotonic()
             if not waiting or left <= 0:
-                return results
-            progress.say(results)
+                return waited
+            progress.say(waited)
             timeout = min(left, WATCH_SECONDS)
             happened = common.ask(service.watch.remote(since=seen, names=[*waiting], timeout_seconds=timeout))
             for event in happened if seen else ():
@@ -88,24 +102,50 @@ def until_placed(service: Any, names: Iterable[str], seconds: float, tells: bool
             changed = {event["deployment"] for event in happened} or set(waiting)
 
 
-def require_placed(names: Iterable[str], results: Results, seconds: float) -> None:
-    """That all replicas of all of them are placed.
+def _look(service: Any, name: str, waited: Waited) -> bool:
+    """Notes how a deployment is; whether there is nothing more to wait for."""
+    waited.pending.pop(name, None)
+    try:
+        described = common.ask(service.describe.remote(name))
+    except errors.UnknownDeployment:
+        waited.results.pop(name, None)
+        waited.gone.append(name)
+        return True
+    result = waited.results[name] = described["result"]
+    if described["state"] not in ("pending", "releasing"):
+        return True
+    if described.get("given_up"):
+        waited.given_up[name] = result["pending"]
+        return True
+    waited.pending[name] = result["pending"]
+    return False
+
+
+def require_placed(waited: Waited, seconds: float) -> None:
+    """That all replicas of all of them are placed as they are declared.
 
     Raises:
         NotDone: they are not.
     """
-    pending = {name: one["pending"] for name, one in results.items() if one["pending"]}
-    gone = [name for name in dict.fromkeys(names) if name not in results]
-    if not pending and not gone:
-        return
     said = []
-    if pending:
-        each = ", ".join(f"{counted(len(one), 'replica')} of {name}" for name, one in pending.items())
+    if waited.pending:
         within = "" if math.isinf(seconds) else f" after {seconds:g} s"
-        said.append(f"still pending{within}: {each}; {WAITS_ON}")
-    if gone:
-        said.append(f"released, or given up, meanwhile: {', '.join(gone)}; `placement events NAME` says why")
-    raise NotDone("pending", "; ".join(said), {"pending": pending, "gone": gone})
+        said.append(f"still pending{within}: {_each(waited.pending)}; {WAITS_ON}")
+    if waited.given_up:
+        said.append(f"given up, as the deadline is over: {_each(waited.given_up)}")
+    if waited.gone:
+        said.append(f"released, or given up: {', '.join(waited.gone)}; `placement events NAME` says why")
+    if said:
+        fields = {"pending": waited.pending, "given_up": waited.given_up, "gone": waited.gone}
+        raise NotDone("pending", "; ".join(said), fields)
+
+
+def _each(pending: Mapping[str, Mapping[str, str]]) -> str:
+    """``2 replicas of a, b to be replaced``."""
+    return ", ".join(
+        f"{counted(len(one), 'replica')} of {name}" if one else f"{name}, which is to be replaced"
+        for name, one in pending.items()
+    )
 
 
 class _Progress:
@@ -129,14 +169,13 @@ class _Progress:
             who = "" if event["replica"] is None else f" replica {event['replica']}"
             common.note(f"{event['deployment']}{who} {event['state']}: {event['text']}".rstrip(": "))
 
-    def say(self, results: Results) -> None:
+    def say(self, waited: Waited) -> None:
         """Tells what is pending."""
         if not self._anew:
             return
-        import shutil
-
-        pending = [(name, *one) for name, result in results.items() for one in result["pending"].items()]
-        waited = time.monotonic() - self._since
-        text = f"{counted(len(pending), 'replica')} pending, {waited:.0f} s; "
-        text += f"{pending[0][0]}/{pending[0][1]}: {pending[0][2]}" if pending else ""
+        pending = [(name, *one) for name, replicas in waited.pending.items() for one in replicas.items()]
+        text = f"{counted(len(pending), 'replica')} pending, {time.monotonic() - self._since:.0f} s"
+        if pending:
+            name, replica, why = pending[0]
+            text += f"; {name}/{replica}: {why}"
         click.echo(f"\r\033[K{text[: shutil.get_terminal_size().columns - 1]}", err=True, nl=False)

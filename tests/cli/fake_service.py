@@ -92,6 +92,15 @@ def result(name: str, *replicas: int, pending: Mapping[int, str] | None = None) 
     return Answer(name, {"assignments": [assignment(replica_index=i) for i in replicas], "pending": told})
 
 
+def described(
+    name: str, *replicas: int, pending: Mapping[int, str] | None = None, **fields: Any
+) -> dict[str, Any]:
+    """What ``describe`` answers of it."""
+    state = "pending" if pending else "placed"
+    found = result(name, *replicas, pending=pending).to_dict()
+    return {"deployment": {"name": name}, "result": found, "state": state, "owner": None, **fields}
+
+
 def plan(name: str, *replicas: int, pending: Mapping[int, str] | None = None, **fields: Any) -> Answer:
     """What ``plan_all`` answers."""
     told = result(name, *replicas, pending=pending).told

@@ -12,7 +12,7 @@ import pytest
 
 from placement import errors
 from placement.cli import common
-from tests.cli.fake_service import FakeService, no_room, plan, report, result, run, standing, use
+from tests.cli.fake_service import FakeService, described, no_room, plan, report, result, run, standing, use
 
 
 @pytest.fixture
@@ -35,6 +35,13 @@ PLANS = [
     plan("a", 0, change="unchanged", unchanged=[0], placed=[], replaced=[], removed=[], differs=[]),
     plan("b", 0, pending={1: "no room"}, change="new", placed=[0], unchanged=[], replaced=[], removed=[]),
 ]
+PENDING = described("b", 0, pending={1: "no room"})
+
+
+def look(name: str) -> Any:
+    return described("a", 0) if name == "a" else PENDING
+
+
 APPLIED = [result("a", 0), result("b", 0, pending={1: "no room"})]
 
 
@@ -154,7 +161,11 @@ def test_what_pruning_makes_room_for_is_placed_before_the_results_are_shown(
     file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = FakeService(
-        status=report(standing("old", 0)), apply_all=APPLIED, release=1, get=result("b", 0, 1), watch=[]
+        status=report(standing("old", 0)),
+        apply_all=APPLIED,
+        release=1,
+        describe=described("b", 0, 1),
+        watch=[],
     )
     use(monkeypatch, service)
     done = run("apply", file, "--prune", "--yes", "--json")
@@ -178,7 +189,7 @@ def test_apply_waits_and_tells_each_change(file: str, monkeypatch: pytest.Monkey
     service = FakeService(
         plan_all=PLANS,
         apply_all=APPLIED,
-        get=iter([APPLIED[1], APPLIED[1], result("b", 0, 1)]),
+        describe=iter([described("a", 0), PENDING, PENDING, described("b", 0, 1)]),
         watch=iter([[event(7, "b", "pending")], [event(9, "b")]]),
     )
     use(monkeypatch, service)
@@ -195,7 +206,7 @@ def test_apply_waits_and_tells_each_change(file: str, monkeypatch: pytest.Monkey
 def test_a_wait_that_is_not_enough_exits_with_1_and_leaves_the_declaration(
     args: list[str], seconds: float, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    service = FakeService(plan_all=PLANS, apply_all=APPLIED, get=APPLIED[1], watch=[])
+    service = FakeService(plan_all=PLANS, apply_all=APPLIED, describe=look, watch=[])
     use(monkeypatch, service)
     done = run("apply", file, *args)
     assert 1 == done.exit_code
@@ -210,7 +221,7 @@ def test_a_wait_that_is_not_enough_exits_with_1_and_leaves_the_declaration(
 def test_a_wait_that_is_stopped_says_that_what_is_declared_stays(
     file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    service = FakeService(plan_all=PLANS, apply_all=APPLIED, get=APPLIED[1], watch=KeyboardInterrupt())
+    service = FakeService(plan_all=PLANS, apply_all=APPLIED, describe=look, watch=KeyboardInterrupt())
     use(monkeypatch, service)
     done = run("apply", file, "--wait")
     assert 130 == done.exit_code
@@ -219,34 +230,62 @@ def test_a_wait_that_is_stopped_says_that_what_is_declared_stays(
     )
 
 
-def test_wait_ends_when_nothing_is_pending_and_tells_what_was_given_up(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    pending = result("b", pending={0: "no room"})
+def test_wait_ends_when_nothing_is_pending_and_tells_what_is_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    pending = described("b", pending={0: "no room"})
     gone = errors.UnknownDeployment("b", ())
-    service = FakeService(get=iter([pending, pending, gone]), watch=repeat([event(3, "b", "given up", None)]))
+    service = FakeService(
+        describe=iter([pending, pending, gone]), watch=repeat([event(3, "b", "ended", None)])
+    )
     use(monkeypatch, service)
     done = run("wait", "b", "--json")
     assert (1, {"deployments": []}) == (done.exit_code, json.loads(done.stdout))
     assert (["b"], {}) == tuple(told(done.stderr)[key] for key in ("gone", "pending"))
-    service.answers["get"] = result("b", 0)
+    service.answers["describe"] = described("b", 0)
     assert 0 == run("wait", "b").exit_code
-    service.answers["get"] = gone
+    service.answers["describe"] = gone
     unknown = run("wait", "b", "--json")
     assert (1, "unknown_deployment", "") == (unknown.exit_code, told(unknown.stderr)["code"], unknown.stdout)
+
+
+def test_what_is_given_up_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    given_up = described("b", 0, pending={1: "given up: there was no room for 5 s"}, given_up=True)
+    use(monkeypatch, FakeService(describe=given_up))
+    done = run("wait", "b")
+    assert (1, "error: given up, as the deadline is over: 1 replica of b") == (
+        done.exit_code,
+        lines(done.stderr)[-1],
+    )
+    assert {"b": {"1": "given up: there was no room for 5 s"}} == told(run("wait", "b", "--json").stderr)[
+        "given_up"
+    ]
+
+
+def test_what_is_to_be_replaced_is_waited_for_though_nothing_of_it_is_pending(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    outdated = described("b", 0, state="pending", outdated=[0])
+    use(monkeypatch, FakeService(describe=outdated, watch=[]))
+    done = run("wait", "b", "--timeout", "0")
+    said = "error: still pending after 0 s: b, which is to be replaced; "
+    assert (1, said) == (done.exit_code, lines(done.stderr)[-1][: len(said)])
+    use(
+        monkeypatch,
+        FakeService(describe=iter([outdated, outdated, described("b", 0)]), watch=[event(2, "b")]),
+    )
+    assert 0 == run("wait", "b").exit_code
 
 
 def test_waiting_asks_only_after_those_of_which_something_was_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = count()
 
-    def get(name: str) -> Any:
-        return result(name, 0) if next(rounds) > 6 else result(name, pending={0: "no room"})
+    def describe(name: str) -> Any:
+        return described(name, 0) if next(rounds) > 6 else described(name, pending={0: "no room"})
 
     heard = iter([[event(1, "a"), event(2, "b")], [event(3, "a")], [event(4, "a")], [event(5, "b")]])
-    service = FakeService(get=get, watch=heard)
+    service = FakeService(describe=describe, watch=heard)
     use(monkeypatch, service)
     assert 0 == run("wait", "a", "b").exit_code
-    looked = [args[0] for args, _ in service.asked("get")]
+    looked = [args[0] for args, _ in service.asked("describe")]
     assert ["a", "b", "a", "b", "a", "b", "a", "a", "b"] == looked
 
 

@@ -165,13 +165,13 @@ def test_release_all_asks_and_says_what_it_ends(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_renew_renews_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    service = FakeService(renew=None)
+    service = FakeService(renew=lambda name: 0.0 if name == "a" else None)
     use(monkeypatch, service)
-    assert {"renewed": ["a", "b"]} == json.loads(run("renew", "a", "b", "a", "--json").stdout)
+    assert {"renewed": {"a": 0.0, "b": None}} == json.loads(run("renew", "a", "b", "a", "--json").stdout)
     assert [(("a",), {}), (("b",), {})] == service.asked("renew")
     service.answers["renew"] = iter([None, errors.UnknownDeployment("x", ())])
     refused = run("renew", "a", "x")
-    assert (1, "renewed a\n") == (refused.exit_code, refused.stdout)
+    assert (1, "a stands without limit: it has no ttl_seconds\n") == (refused.exit_code, refused.stdout)
     assert refused.stderr.endswith("; renewed before: a\n")
 
 
