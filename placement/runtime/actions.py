@@ -135,7 +135,11 @@ class Actions:
         self._state.close([claim])
 
     def wait(
-        self, one: DeploymentState, reasons: dict[int, str], now: float, keep: Callable[[DeploymentState], None]
+        self,
+        one: DeploymentState,
+        reasons: dict[int, str],
+        now: float,
+        keep: Callable[[DeploymentState], None],
     ) -> DeploymentState:
         """Notes which replicas wait, and why; ``keep`` says how durably."""
         later = one.pending(reasons, now)

@@ -19,9 +19,9 @@ from placement.errors import InvalidDeployment
 from placement.runtime import bootstrap
 from placement.runtime.borrowing import Borrower, OwnGroups
 from placement.runtime.connection import abandoning, ask, caller, cluster, own_errors
+from placement.runtime.controller import IDLE_SECONDS
 from placement.runtime.leases import Loan
 from placement.runtime.results import PlacementResult
-from placement.runtime.service import IDLE_SECONDS
 from placement.wire.deployment import Deployment, PlacementConstraints
 from placement.wire.plans import PlacementPlan
 

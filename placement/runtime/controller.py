@@ -1,7 +1,7 @@
 """The controller: brings each deployment from what is there to what is declared, and is the only one to change it.
 
-Whatever happens (a call, a node that died, a kill, a while that passed) ends in :meth:`Controller.reconcile`. What to do
-is decided by :func:`placement.core.reconcile.reconcile`; what a death left behind is dealt with in the same way.
+Whatever happens (a call, a node that died, a kill, a while that passed) ends in the same loop: look, ask
+:func:`placement.core.reconcile.reconcile` what to do, do it. What a death left behind is dealt with in this way, too.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ class Controller:
         self.state = ServiceState(lambda nodes: self.cluster.touch(nodes))
         self.fleet = Fleet(make_agent, self.state.holdings, self.prefix)
         self.cluster = ObservedCluster(self.state, self.fleet, self.near)
-        self.feed = Feed(ledger.event_numbers(), ledger.save_event_numbers, self.state.deployments.__contains__)
+        self.feed = Feed(
+            ledger.event_numbers(), ledger.save_event_numbers, self.state.deployments.__contains__
+        )
         self.actions = Actions(self.state, self.fleet, self.feed)
         self._turns: dict[str, _Turn] = {}
         self._turns_lock = threading.Lock()
@@ -135,9 +137,7 @@ class Controller:
         """Declares a deployment, and does what can be done for it now; see the service."""
         return self._apply(wanted, atomic, owner)[0]
 
-    def _apply(
-        self, wanted: Deployment, atomic: bool, owner: Owner | None
-    ) -> tuple[PlacementResult, bool]:
+    def _apply(self, wanted: Deployment, atomic: bool, owner: Owner | None) -> tuple[PlacementResult, bool]:
         """The same, and whether nothing of that name was there before."""
         with self.sole(wanted.name):
             known = self._known(wanted.name)
@@ -473,9 +473,7 @@ class Controller:
         if strict:
             request_of(deployment, (), {}, snapshot)
         request = request_unchecked(deployment, indices, {}, self.state.keeping_apart(name))
-        before = {
-            generation: request_unchecked(one, (), {}) for generation, one in wanted.earlier.items()
-        }
+        before = {generation: request_unchecked(one, (), {}) for generation, one in wanted.earlier.items()}
         observed = {
             index: Observed(one.planned(), before.get(one.generation, request), (name, index) in self._gone)
             for index, one in wanted.replicas.items()
@@ -514,9 +512,7 @@ class Controller:
         work.wanted = work.durable = self.actions.release(work.wanted, indices)
         self.actions.note(work.wanted)
 
-    def _reserve(
-        self, work: _Work, action: Reserve, claim: Claim, nodes: Sequence[NodeInfo]
-    ) -> bool:
+    def _reserve(self, work: _Work, action: Reserve, claim: Claim, nodes: Sequence[NodeInfo]) -> bool:
         """Reserves what was planned, and gives back what it replaces; whether it could be had."""
         faults.point("service.planned")
         before = work.wanted
@@ -880,9 +876,7 @@ class _Turn:
 def _new(wanted: Deployment, owner: Owner | None) -> DeploymentState:
     """A deployment that was not there before."""
     ttl = wanted.ttl_seconds
-    return DeploymentState(
-        wanted, owner=owner, expires_at=None if ttl is None else time.time() + ttl
-    )
+    return DeploymentState(wanted, owner=owner, expires_at=None if ttl is None else time.time() + ttl)
 
 
 def differences(old: Deployment, new: Deployment) -> dict[str, tuple[str, str]]:

@@ -1,12 +1,13 @@
 """What was asked for, durable in Ray's GCS key-value store. The rest is rebuilt from what lives.
 
-One record for each deployment: its declaration, since when it waits, whose end ends it, and for each replica the name and
-id of its group and what it holds; of a replica that is to be replaced also the declaration it was placed under. No secret is in it: a declaration holds references to API keys only. Beside them, for a while, a
-note for each deployment that was released, for a caller whose answer was lost with the service; for each
-node what its GPUs are, so that a service that starts anew need not wake the nodes that hold nothing; and which
-numbers no event has had yet.
+One record for each deployment: its declaration, since when it waits, whose end ends it, and for each replica the name
+and id of its group and what it holds; of a replica that is to be replaced also the declaration it was placed under. No
+secret is in it: a declaration holds references to API keys only. Beside them, for a while, a note for each deployment
+that was released, for a caller whose answer was lost with the service; for each node what its GPUs are, so that a
+service that starts anew need not wake the nodes that hold nothing; and which numbers no event has had yet.
 
-Version 1 had no ``releasing``, version 2 no generations, owners or queue. A record that this version cannot read is left byte for byte as it is.
+Version 1 had no ``releasing``, version 2 no generations, owners or queue. A record that this version cannot read is left
+byte for byte as it is.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from placement.wire.cluster import HeldDeployment
 T = TypeVar("T")
 
 BOOKS_SECONDS = 0.05
-"""How old Ray's books may be that a plan is made with; they lag by 0.1 s anyway, and a plan that they mislead is refused
-by the node and made anew."""
+"""How old Ray's books may be that a plan is made with; they lag by 0.1 s anyway, and a plan that they mislead is
+refused by the node and made anew."""
 
 
 class ObservedCluster:
@@ -105,8 +105,8 @@ class ObservedCluster:
         know ourselves, since on an overrun machine the books lag by more.
 
         Args:
-            decide: what to do with the nodes that are alive, with books that may lag by so many seconds, and that are to
-                be read anew or not.
+            decide: what to do with the nodes that are alive, with books that may lag by so many seconds, and that are
+                to be read anew or not.
             fresh: begin with everything as it is now.
 
         Raises:

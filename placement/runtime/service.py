@@ -126,7 +126,9 @@ class DeploymentPlacementActor:
             ticket = Ticket(wanted.name, lambda: self._controller.place(wanted, owner))
             return await self._wait_for(ticket, wait_seconds)
 
-        return await self._outcomes.share(("place", wanted.model_dump_json(), wait_seconds, owner_key(owner)), begin)
+        return await self._outcomes.share(
+            ("place", wanted.model_dump_json(), wait_seconds, owner_key(owner)), begin
+        )
 
     async def _wait_for(self, ticket: Ticket[PlacementResult], wait_seconds: float) -> PlacementResult:
         """Tries it now, and again in its turn for as long as there is time."""
@@ -167,8 +169,8 @@ class DeploymentPlacementActor:
 
         Raises:
             InvalidDeployment, UnknownNode, UnreadableRecord, Busy: as :meth:`place`.
-            Unplaceable, ReservationFailed: it is atomic, and does not fit. What stood before still stands then; where it
-                had to be released first, it is placed anew, or waits as ``pending``.
+            Unplaceable, ReservationFailed: it is atomic, and does not fit. What stood before still stands then; where
+                it had to be released first, it is placed anew, or waits as ``pending``.
         """
         wanted = parse(deployment, constraints)
         owner = self._owner(wanted, caller)
@@ -177,7 +179,9 @@ class DeploymentPlacementActor:
             async with self._queues.turn(wanted.name):
                 return await self._in(self._changes, self._controller.apply, wanted, atomic, owner)
 
-        return await self._outcomes.share(("apply", wanted.model_dump_json(), atomic, owner_key(owner)), begin)
+        return await self._outcomes.share(
+            ("apply", wanted.model_dump_json(), atomic, owner_key(owner)), begin
+        )
 
     async def apply_all(
         self, deployments: Sequence[DeploymentLike], atomic: bool = False, caller: Caller = None
@@ -436,15 +440,16 @@ class DeploymentPlacementActor:
     ) -> list[dict[str, Any]]:
         """The same, as soon as something has happened; empty if nothing did within the time.
 
-        ``watch(seen, ["llama"])``, where ``seen`` is the ``number`` of the last one known, waits for the next change; with
-        ``seen = 0`` all that is known comes at once. The names need not be known yet; without any, it is about all.
+        ``watch(seen, ["llama"])``, where ``seen`` is the ``number`` of the last one known, waits for the next change;
+        with ``seen = 0`` all that is known comes at once. The names need not be known yet; without any, it is about all.
 
         Raises:
             Busy: too many watch already.
         """
         if isinstance(since, str):
             warnings.warn("watch(name, since) is now watch(since, [name])", DeprecationWarning, stacklevel=2)
-            since, names = (names if isinstance(names, int) else 0), [since]
+            named, since = since, names if isinstance(names, int) else 0
+            names = [named]
         assert not isinstance(names, int)
         found = await self._controller.feed.wait(since, names, min(timeout_seconds, WATCH_SECONDS))
         return [one.to_dict() for one in found]

@@ -48,7 +48,9 @@ class HeldReplica(Model):
     egress_resource: str | None = None
     egress_units: int = 0
     set_size: int = Field(default=0, description="GPUs of each set that it is made of; 0 if they are one")
-    generation: int = Field(default=0, description="of the declaration it was placed under; 0 is the present one")
+    generation: int = Field(
+        default=0, description="of the declaration it was placed under; 0 is the present one"
+    )
 
     def planned(self) -> PlannedReplica:
         """The same in the planner's terms."""

@@ -263,7 +263,11 @@ def difference(snapshot: Snapshot, stands: HeldDeployment | None, wanted: Deploy
         return Difference({}, {}, tuple(range(wanted.replicas)), ())
     held, before = stands.by_index(), stands.deployment
     same = before.shape() == wanted.shape()
-    stay = held if same else staying(snapshot, held, request_unchecked(before, (), {}), request_unchecked(wanted, (), {}))
+    stay = (
+        held
+        if same
+        else staying(snapshot, held, request_unchecked(before, (), {}), request_unchecked(wanted, (), {}))
+    )
     keep = {index: held[index] for index in sorted(stay) if index < wanted.replicas}
     may = tuple(i for i in range(min(before.replicas, wanted.replicas)) if i not in held)
     must = tuple(i for i in range(wanted.replicas) if i not in keep and i not in may)

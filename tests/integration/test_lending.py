@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import ray
+from placement.runtime.books import Claim, holding_of
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from placement import Deployment, NodeAssignment
 from placement.core.replicas import PlannedReplica
 from placement.core.score import WHOLE
 from placement.runtime import groups
-from placement.runtime.books import Claim, holding_of
 from placement.runtime.bootstrap import make_agent
 from placement.runtime.discovery import live_nodes
 from placement.runtime.embedded import SimulatedNode

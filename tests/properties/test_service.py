@@ -174,8 +174,11 @@ class Fleet(fleet.Fleet):
         super().__init__(nothing, holdings, prefix)
         self._ray = ray
         self.machines: Any = SimpleNamespace(
-            facts={}, refresh=nothing, machine=lambda info: Machine(SHAPE),
-            unknown_nodes=lambda nodes: frozenset(), take_changed=frozenset,
+            facts={},
+            refresh=nothing,
+            machine=lambda info: Machine(SHAPE),
+            unknown_nodes=lambda nodes: frozenset(),
+            take_changed=frozenset,
         )
         self.agents: Any = SimpleNamespace(
             in_doubt=self._in_doubt,
@@ -402,7 +405,9 @@ class Service(Rules):
             assert list(self.ray.groups.values()) == [self.foreign]
             with mock.patch.object(controller, "ENDED_SECONDS", -1.0):
                 self.service.rest()
-            assert sorted(self.ray.store) == [b"event numbers", b"token"] and not self.service.actions.unwritten
+            assert (
+                sorted(self.ray.store) == [b"event numbers", b"token"] and not self.service.actions.unwritten
+            )
         finally:
             self.patched.__exit__(None, None, None)
 

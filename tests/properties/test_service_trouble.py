@@ -26,7 +26,16 @@ from placement.runtime.orders import Refusal
 from placement.runtime.results import NodeAssignment
 from placement.runtime.state import Claim
 from tests.properties import test_service
-from tests.properties.test_service import AtOnce, DirectService, Fleet, Group, Killed, Ray, Service, StoreFailed
+from tests.properties.test_service import (
+    AtOnce,
+    DirectService,
+    Fleet,
+    Group,
+    Killed,
+    Ray,
+    Service,
+    StoreFailed,
+)
 from tests.rules import CALLS, NAMES
 
 EXAMPLES = int(os.environ.get("ORACLE_EXAMPLES", "0"))

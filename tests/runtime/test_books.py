@@ -12,9 +12,9 @@ from placement.core.lifecycle import Event, IllegalTransition, State
 from placement.core.replicas import PlannedReplica
 from placement.core.score import WHOLE
 from placement.runtime import groups, ledger
-from placement.runtime.state import Books, Claim, Standing, held_replica, holding_of
 from placement.runtime.orders import Holding
 from placement.runtime.results import NodeAssignment
+from placement.runtime.state import Books, Claim, Standing, held_replica, holding_of
 
 
 def group(number: int) -> Any:

@@ -153,9 +153,7 @@ def test_a_deployment_all_of_which_is_pending_takes_a_declaration_that_fits(
     assert ([len(a.gpus) for a in result.assignments], result.pending) == ([3], {})
 
 
-def test_a_named_node_that_died_is_no_reason_to_refuse_the_file(
-    outside: Ray, service: DirectService
-) -> None:
+def test_a_named_node_that_died_is_no_reason_to_refuse_the_file(outside: Ray, service: DirectService) -> None:
     wanted = one(gpus=4, replicas=2, constraints={"gpu_nodes": ["x", "y"]})
     service.apply_all([wanted])
     node_dies(outside, service, "y")
@@ -164,9 +162,7 @@ def test_a_named_node_that_died_is_no_reason_to_refuse_the_file(
     assert (len(result.assignments), list(result.pending)) == (1, [1])
 
 
-def test_what_is_replaced_in_its_place_is_not_called_refused(
-    outside: Ray, service: DirectService
-) -> None:
+def test_what_is_replaced_in_its_place_is_not_called_refused(outside: Ray, service: DirectService) -> None:
     service.apply(remote(replicas=2, serving={"max_concurrent": 5}))
     service.apply(remote(replicas=2, serving={"max_concurrent": 6}))
     assert told(service) == [
@@ -250,9 +246,7 @@ def test_others_keep_away_while_a_declaration_that_asks_for_it_is_being_applied(
     assert {a.node for a in service.get("a").assignments} == {"y"}
 
 
-def test_a_file_is_applied_whatever_its_order_and_answers_in_it(
-    outside: Ray, service: DirectService
-) -> None:
+def test_a_file_is_applied_whatever_its_order_and_answers_in_it(outside: Ray, service: DirectService) -> None:
     service.place(one("a", constraints={"gpu_nodes": ["x"]}))
     file = [
         one("c", constraints={"near_to": ["b"]}),

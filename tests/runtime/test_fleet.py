@@ -8,11 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from placement.runtime.books import Claim
 
 from placement.core.replicas import PlannedReplica
 from placement.runtime import fleet
 from placement.runtime.agents import Unanswered
-from placement.runtime.books import Claim
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.fleet import Fleet
 from placement.runtime.orders import Holding, Refusal, Refused, order_name

@@ -9,8 +9,8 @@ import pytest
 from placement import Deployment
 from placement.core.lifecycle import State
 from placement.runtime import ledger
-from placement.runtime.state import Standing
 from placement.runtime.ledger import VERSION, read
+from placement.runtime.state import Standing
 
 REPLICA = {
     "order": "placement:t:d:0:x",

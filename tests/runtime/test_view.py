@@ -19,9 +19,9 @@ from placement.core.request import Request
 from placement.core.score import Needs
 from placement.core.snapshot import Node, Policy, Snapshot
 from placement.runtime import view
-from placement.runtime.state import Tally
 from placement.runtime.discovery import NodeInfo, node_state
 from placement.runtime.orders import Machine, machine_of
+from placement.runtime.state import Tally
 from placement.runtime.view import ClusterView, overlaid
 
 NEAR = ("zone", "rack")
