@@ -48,6 +48,8 @@ from placement.runtime.node_agent import FRESH_SECONDS
 from placement.runtime.observed import ObservedCluster
 from placement.runtime.orders import Refusal, deployment_of, order_of_group
 from placement.runtime.queue import Ticket, Tickets
+from placement.runtime.report import Observed as Seen
+from placement.runtime.report import cluster_status, topology_report
 from placement.runtime.results import PlacementResult
 from placement.runtime.state import Claim, DeploymentState, Owner, ServiceState
 from placement.wire.cluster import ClusterFile
@@ -67,6 +69,8 @@ MAX_REPLANS = 5
 IDLE_SECONDS = 60.0
 """How long a node's actor stays where nothing is held: to Ray's autoscaler, which removes nodes that were idle for
 minutes, a node with an actor is busy."""
+STATUS_SECONDS = 5.0
+"""How long ``status`` waits for nodes that have not said yet what their GPUs are."""
 ENDED_SECONDS = 60.0
 """How long it is remembered what a release gave back; Ray sends a call again within seconds of a restart."""
 
@@ -217,6 +221,39 @@ class Controller:
         """The cluster as the planner sees it now."""
         snapshot, held = self.cluster.look()
         return ClusterFile.of(snapshot, held.values())
+
+    def status(self, node: str | None, deployment: str | None, state: str | None) -> dict[str, Any]:
+        """What there is and who holds it; see the service."""
+        nodes = self.cluster.nodes()
+        self.fleet.machines.refresh(nodes, patience_seconds=STATUS_SECONDS)
+        available = groups.available_resources()
+        for node_id in self.fleet.settling():
+            available.pop(node_id, None)
+        deployments = self.state.deployments.copy()
+        seen = Seen(
+            nodes,
+            deployments,
+            self.fleet.machines.machine,
+            self.fleet.machines.facts,
+            self.fleet.foreign,
+            available,
+            self.state.unreadable.copy(),
+            self.cluster.draining,
+            self.cluster.dead(),
+            [name for name in self.state.queue() if name in deployments and not deployments[name].releasing],
+        )
+        return cluster_status(seen, node, deployment, state)
+
+    def topology(self, node: str | None) -> list[dict[str, Any]]:
+        """What the GPUs of each node report, read anew; see the service."""
+        nodes = [info for info in self.cluster.nodes() if info.gpu_count]
+        if node is not None:
+            chosen = [info for info in nodes if node in (info.id, info.name, info.address)]
+            if not chosen:
+                raise UnknownNode("--node", node, tuple(info.name for info in nodes))
+            nodes = chosen
+        self.fleet.machines.refresh(nodes, again=True)
+        return [topology_report(info, self.fleet.machines.facts.get(info.id)) for info in nodes]
 
     def release(self, name: str) -> int:
         """Gives back everything that a deployment holds; how many replicas that were."""

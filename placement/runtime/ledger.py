@@ -6,8 +6,8 @@ secret is in it: a declaration holds references to API keys only. Beside them, f
 that was released, for a caller whose answer was lost with the service; for each node what its GPUs are, so that a
 service that starts anew need not wake the nodes that hold nothing; and which numbers no event has had yet.
 
-Version 1 had no ``releasing``, version 2 no generations, owners or queue. A record that this version cannot read is left
-byte for byte as it is.
+Version 1 had no ``releasing``, version 2 no generations, owners or queue. A record that this version cannot read is
+left byte for byte as it is.
 """
 
 from __future__ import annotations

@@ -20,10 +20,8 @@ from placement.errors import (
     LeaseExpired,
     ReservationFailed,
     UnknownDeployment,
-    UnknownNode,
     Unplaceable,
 )
-from placement.runtime import groups
 from placement.runtime.controller import IDLE_SECONDS, Controller
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.keeper import Keeper
@@ -31,7 +29,6 @@ from placement.runtime.leases import Lending, Loan
 from placement.runtime.outcomes import Outcomes, Queues
 from placement.runtime.owners import owner_of
 from placement.runtime.queue import Ticket
-from placement.runtime.report import Observed, cluster_status, topology_report
 from placement.runtime.results import PlacementResult
 from placement.runtime.state import Owner
 from placement.wire.deployment import Deployment, PlacementConstraints
@@ -40,8 +37,6 @@ from placement.wire.plans import ExplainedPlan, PlacementPlan
 
 T = TypeVar("T")
 
-STATUS_SECONDS = 5.0
-"""How long ``status`` waits for nodes that have not said yet what their GPUs are."""
 READERS, RELEASERS, CHANGERS = 16, 64, 512
 """How many threads look something up, give something back, and place, at most; all are made when needed."""
 WATCH_SECONDS = 60.0
@@ -391,29 +386,7 @@ class DeploymentPlacementActor:
             deployment: only this deployment, and the nodes that it is on.
             state: only deployments in this state: ``placed``, ``pending``, ``lost`` or ``releasing``.
         """
-        return await self._in(self._reads, self._status, node, deployment, state)
-
-    def _status(self, node: str | None, deployment: str | None, state: str | None) -> dict[str, Any]:
-        controller = self._controller
-        nodes = controller.cluster.nodes()
-        controller.fleet.machines.refresh(nodes, patience_seconds=STATUS_SECONDS)
-        available = groups.available_resources()
-        for node_id in controller.fleet.settling():
-            available.pop(node_id, None)
-        queue = [name for name in controller.state.queue() if not controller.get(name).releasing]
-        seen = Observed(
-            nodes,
-            controller.state.deployments.copy(),
-            controller.fleet.machines.machine,
-            controller.fleet.machines.facts,
-            controller.fleet.foreign,
-            available,
-            controller.state.unreadable.copy(),
-            controller.cluster.draining,
-            controller.cluster.dead(),
-            queue,
-        )
-        return cluster_status(seen, node, deployment, state)
+        return await self._in(self._reads, self._controller.status, node, deployment, state)
 
     async def events(self, name: str | None = None, since: int = 0) -> list[dict[str, Any]]:
         """What happened to a deployment's replicas, the last 200 at most, since the service last started; JSON-ready.
@@ -441,7 +414,8 @@ class DeploymentPlacementActor:
         """The same, as soon as something has happened; empty if nothing did within the time.
 
         ``watch(seen, ["llama"])``, where ``seen`` is the ``number`` of the last one known, waits for the next change;
-        with ``seen = 0`` all that is known comes at once. The names need not be known yet; without any, it is about all.
+        with ``seen = 0`` all that is known comes at once. The names need not be known yet; without any, all
+        are meant.
 
         Raises:
             Busy: too many watch already.
@@ -460,18 +434,7 @@ class DeploymentPlacementActor:
         Raises:
             UnknownNode: ``node`` is given and no GPU node has that id, name or address.
         """
-        return await self._in(self._reads, self._topology, node)
-
-    def _topology(self, node: str | None) -> list[dict[str, Any]]:
-        machines = self._controller.fleet.machines
-        nodes = [info for info in self._controller.cluster.nodes() if info.gpu_count]
-        if node is not None:
-            chosen = [info for info in nodes if node in (info.id, info.name, info.address)]
-            if not chosen:
-                raise UnknownNode("--node", node, tuple(info.name for info in nodes))
-            nodes = chosen
-        machines.refresh(nodes, again=True)
-        return [topology_report(info, machines.facts.get(info.id)) for info in nodes]
+        return await self._in(self._reads, self._controller.topology, node)
 
     async def stop_agents(self) -> None:
         """Ends the node actors. Placement groups stay as they are."""

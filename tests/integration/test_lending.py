@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import ray
-from placement.runtime.books import Claim, holding_of
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from placement import Deployment, NodeAssignment
@@ -26,6 +25,7 @@ from placement.runtime.embedded import SimulatedNode
 from placement.runtime.fleet import Fleet
 from placement.runtime.node_agent import LEASE_SECONDS
 from placement.runtime.orders import Holding, Refusal, deployment_of
+from placement.runtime.state import Claim, holding_of
 from tests.chaos import recovered
 from tests.integration.conftest import left_over, settled
 from tests.integration.test_place import another_user, node_id, ranks_gpus

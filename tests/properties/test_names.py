@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from placement import topologies
-from placement.cli import render
+from placement.cli.views.status import status_view
 from placement.errors import InvalidDeployment, UnknownDeployment, UnknownNode
 from placement.runtime import discovery
 from placement.runtime.discovery import TOPOLOGY_LABEL, NodeInfo
-from placement.runtime.service import DeploymentPlacementActor
 from placement.wire.deployment import Deployment
 from placement.wire.files import parse_model
 from tests.properties.test_service import FOREIGN, Group, Ray, make_believe
@@ -101,14 +100,14 @@ def test_a_terminal_shows_what_was_written_and_obeys_none_of_it(model: str, node
         [info] = discovery.live_nodes()
     ray = Ray(nodes={"n"})
     with make_believe(ray):
-        service = DeploymentPlacementActor(lambda one: None)
+        service = DirectService()
         if accepted(model=model, runtime="vllm"):
             service.place({"name": "d", "model": model, "runtime": "vllm"})
         ray.infos = lambda: [info]  # type: ignore[method-assign]
-        report = service.status()
+        report = service.status(None, None, None)
     shown = io.StringIO()
     terminal = Console(width=100, file=shown)
-    for part in render.status_view(report):
+    for part in status_view(report):
         terminal.print(part)
     assert all(character.isprintable() or character == "\n" for character in shown.getvalue())
 

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from placement.runtime.books import Claim
 
 from placement.core.replicas import PlannedReplica
 from placement.runtime import fleet
@@ -17,6 +16,7 @@ from placement.runtime.discovery import NodeInfo
 from placement.runtime.fleet import Fleet
 from placement.runtime.orders import Holding, Refusal, Refused, order_name
 from placement.runtime.results import NodeAssignment
+from placement.runtime.state import Claim
 from placement.wire.deployment import Deployment
 
 NODES = [NodeInfo(name, name, name, 4, egress={"egress": 8}) for name in "ab"]
