@@ -38,7 +38,7 @@ def status_view(report: Mapping[str, Any], of_one: bool = False) -> list[Rendera
         parts.append(deployments_table(deployments, title="deployments", owners=False))
         if of_one or sum(len(one["assignments"]) for one in deployments) <= MOST_REPLICAS:
             rows = [{"deployment": one["name"], "assignments": one["assignments"]} for one in deployments]
-            parts.append(assignments_table(rows, title="\nreplicas"))
+            parts += ["", assignments_table(rows, title="replicas")]
         else:
             parts.append(Text("`placement status --deployment NAME` shows its replicas", style="dim"))
         parts.append(runtimes_note(deployments))

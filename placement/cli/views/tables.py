@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -51,27 +52,42 @@ class AssignmentsTable:
             ]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Draws it."""
-        table = Table(title=self._title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        headings = [*HEADINGS, "Ray alone"] if self._beside_ray else HEADINGS
-        widths = [max(map(len, column)) for column in zip(headings, *self._rows, strict=True)]
-        over = sum(widths) + 3 * len(widths) - options.max_width
-        if self._beside_ray and over > 0:  # which is broken between words
-            over -= widths[-1] - min(widths[-1], NARROW)
-        while over > 0 and max(widths[0], widths[2]) > NARROW:
-            widths[0 if widths[0] >= widths[2] else 2] -= 1
-            over -= 1
-        for heading in HEADINGS:
-            table.add_column(heading, no_wrap=True)
-        if self._beside_ray:
-            table.add_column("Ray alone")
-        for deployment, replica, node, *more in self._rows:
-            table.add_row(shortened(deployment, widths[0]), replica, shortened(node, widths[2]), *more)
-        yield table
+        """Draws it. By hand, as rich's table takes seconds for thousands of replicas."""
+        if self._rows:
+            yield Text(self._title, style="italic")
+            yield Text()
+            yield from self._lines(options.max_width)
+            yield Text()
         for line in self._waiting:
             yield Padding(Text(line), (0, 0, 0, 1))
 
+    def _lines(self, width: int) -> Iterator[Text]:
+        headings = [*HEADINGS, "Ray alone"] if self._beside_ray else HEADINGS
+        widths = [max(map(len, column)) for column in zip(headings, *self._rows, strict=True)]
+        over = sum(widths) + len(GAP) * (len(widths) - 1) + 2 - width
+        if self._beside_ray and over > 0:  # it is broken between words
+            cut = min(over, widths[-1] - min(widths[-1], NARROW))
+            widths[-1], over = widths[-1] - cut, over - cut
+        while over > 0 and max(widths[0], widths[2]) > NARROW:
+            widths[0 if widths[0] >= widths[2] else 2] -= 1
+            over -= 1
 
+        def line(cells: Sequence[str], style: str = "") -> Text:
+            text = GAP.join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+            return Text(f" {text.rstrip()}", style=style, no_wrap=True, overflow="ellipsis")
+
+        yield line(headings, "bold")
+        yield Text(" " + "─" * (sum(widths) + len(GAP) * (len(widths) - 1)), no_wrap=True, overflow="crop")
+        for row in self._rows:
+            cells = [shortened(row[0], widths[0]), row[1], shortened(row[2], widths[2]), *row[3:]]
+            if not self._beside_ray:
+                yield line(cells)
+                continue
+            for number, part in enumerate(textwrap.wrap(cells[-1], widths[-1]) or [""]):
+                yield line([*([""] * (len(cells) - 1) if number else cells[:-1]), part])
+
+
+GAP = "   "
 HEADINGS = ["deployment", "replica", "node", "holds", "all-reduce"]
 NARROW = 12
 """Columns that names and what Ray would give have at least, where a table is too wide."""
