@@ -35,6 +35,7 @@ from placement.errors import (
     PlacementError,
     ReservationFailed,
     UnknownDeployment,
+    UnknownNode,
     Unplaceable,
     UnreadableRecord,
 )

@@ -20,7 +20,7 @@ from placement.runtime import discovery
 from placement.runtime.discovery import TOPOLOGY_LABEL, NodeInfo
 from placement.wire.deployment import Deployment
 from placement.wire.files import parse_model
-from tests.properties.test_service import FOREIGN, Group, Ray, make_believe
+from tests.properties.test_service import FOREIGN, DirectService, Group, Ray, make_believe
 
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,3}", fullmatch=True)
 NASTY = st.one_of(
@@ -61,7 +61,7 @@ def test_no_name_reaches_into_the_groups_of_another(one: str, other: str) -> Non
 def test_names_that_were_never_placed_change_nothing(method: str, text: str) -> None:
     ray = Ray(nodes={"n"}, groups={"f": Group(FOREIGN, 0)})
     with make_believe(ray):
-        service = DeploymentPlacementActor(lambda info: None)
+        service = DirectService()
         before = dict(ray.store), dict(ray.groups)
         with pytest.raises(UnknownDeployment):
             getattr(service, method)(text)
@@ -72,7 +72,7 @@ def test_names_that_were_never_placed_change_nothing(method: str, text: str) -> 
 def test_what_names_a_node_is_compared_and_nothing_else(text: str) -> None:
     ray = Ray(nodes={"n"})
     with make_believe(ray):
-        service = DeploymentPlacementActor(lambda info: None)
+        service = DirectService()
         wanted = {"name": "d", "model": "m", "constraints": {"gpu_nodes": [text]}}
         if text == "n":
             service.place(wanted)
