@@ -42,7 +42,7 @@ from placement.errors import (
 from placement.runtime import faults, groups, ledger
 from placement.runtime.actions import Actions
 from placement.runtime.discovery import NodeInfo
-from placement.runtime.feed import Feed
+from placement.runtime.feed import Event, Feed
 from placement.runtime.fleet import VIEW_LAG_SECONDS, Fleet
 from placement.runtime.leases import Lending
 from placement.runtime.node_agent import FRESH_SECONDS
@@ -281,6 +281,12 @@ class Controller:
             raise UnknownDeployment(name, self.state.names())
         return known
 
+    def events(self, name: str | None, since: int) -> list[Event]:
+        """What happened to a deployment, or to all; see the service."""
+        if name is not None and not self.feed.known(name) and self.state.get(name) is None:
+            raise UnknownDeployment(name, self.state.names())
+        return self.feed.since(since, None if name is None else (name,))
+
     def renew(self, name: str) -> float | None:
         """Has a deployment stand for its ``ttl_seconds`` from now on; until when, in seconds since 1970."""
         with self.sole(name):
@@ -452,7 +458,7 @@ class Controller:
             fresh = work.replans > 0 or work.known is not None
             return self.cluster.patiently(decide, fresh)
         except Unplaceable:
-            if work.atomic:
+            if work.is_refused:
                 raise
         return decide(self.cluster.nodes(), VIEW_LAG_SECONDS, True, accept=True)
 
@@ -474,6 +480,7 @@ class Controller:
             snapshot = self.cluster.snapshot(nodes, lag_seconds, work.refused, work.full, avoided, fresh)
             decision = self._decision(work, snapshot)
             refusals = [action.refusal for action in decision.actions if isinstance(action, Wait)]
+            work.is_refused = decision.refusal is not None
             if decision.refusal is not None:
                 raise decision.refusal
             if refusals and not accept:
@@ -877,6 +884,7 @@ class _Work:
         lending: the caller creates the groups.
         patient: look again before anything is refused.
         durable: what the ledger and the state say, if that is ``wanted``.
+        is_refused: nothing of the change is done, as it was planned last.
         vacated: what was there was released for what is to replace it.
         refused: nodes that refused, for whatever reason; of these Ray's books are believed.
         full: node id -> most whole GPUs or instances that may be planned there.
@@ -891,6 +899,7 @@ class _Work:
     lending: Lending | None = None
     patient: bool = True
     durable: DeploymentState | None = None
+    is_refused: bool = False
     vacated: bool = False
     refused: set[str] = field(default_factory=set)
     full: dict[str, int] = field(default_factory=dict)

@@ -400,10 +400,7 @@ class DeploymentPlacementActor:
         Raises:
             UnknownDeployment: nothing is known of that name.
         """
-        state, feed = self._controller.state, self._controller.feed
-        if name is not None and not feed.known(name) and state.get(name) is None:
-            raise UnknownDeployment(name, state.names())
-        return [one.to_dict() for one in feed.since(since, None if name is None else (name,))]
+        return [one.to_dict() for one in self._controller.events(name, since)]
 
     async def watch(
         self,

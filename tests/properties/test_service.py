@@ -325,8 +325,8 @@ class DirectService(Controller):
     def get(self, name: str) -> PlacementResult:  # type: ignore[override]
         return super().get(name).result()
 
-    def events(self, name: str, since: int = 0) -> list[dict[str, Any]]:
-        return [one.to_dict() for one in self.feed.since(since, (name,))]
+    def events(self, name: str, since: int = 0) -> list[dict[str, Any]]:  # type: ignore[override]
+        return [one.to_dict() for one in super().events(name, since)]
 
 
 class AtOnce(Executor):
