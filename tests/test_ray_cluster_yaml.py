@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
 from ray._private.label_utils import validate_label_key, validate_label_value
 from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -61,6 +62,21 @@ def test_gpu_nodes_advertise_the_gpus_their_machines_have(prepared: Config) -> N
     }
     # AWS instance type pages: P4 (8 A100), G5 (4 A10G).
     assert {"p4d.24xlarge": 8, "g5.12xlarge": 4} == machines
+
+
+def test_gpu_nodes_promise_the_accelerator_that_ray_will_find_on_them(prepared: Config) -> None:
+    """A label that no type promises brings no node; one that the nodes then lack brings one after the other."""
+    promised = {
+        kind["node_config"]["InstanceType"]: kind["labels"]["ray.io/accelerator-type"]
+        for kind in node_types(prepared, "GPU").values()
+    }
+    # What NVML calls the GPUs of these machines, as Ray abbreviates it.
+    products = {"p4d.24xlarge": "NVIDIA A100-SXM4-40GB", "g5.12xlarge": "NVIDIA A10G"}
+    found = {
+        machine: NvidiaGPUAcceleratorManager._gpu_name_to_accelerator_type(name)
+        for machine, name in products.items()
+    }
+    assert found == promised
 
 
 def test_gpu_nodes_have_their_topology_read_and_not_assumed(prepared: Config) -> None:
