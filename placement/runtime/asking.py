@@ -1,0 +1,404 @@
+"""Decides what is asked of the autoscaler, one step after another: what waits -> groups to create and to remove.
+
+Each set that waits is one *ask*: a pending placement group that takes nothing on the nodes that are there. Its life:
+
+    open ──> held ──> freeing ──> arrived
+     │         a new node has it; its GPUs are given back once that node is known
+     └──> infeasible: no node type can hold it now
+
+No need brings node after node. What arrived and waits all the same, since the planner does not want that node, is not
+asked for again for minutes, nor is anything of the same shape; nor is a shape for which nodes come that lack the labels
+which their type promises. A shape that failed is tried again with one ask, and with all of them after that one arrived.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from placement.core.labels import parse_condition
+from placement.errors import counted
+from placement.runtime.autoscaler import Cluster, Heard
+from placement.runtime.backoff import Backoff
+from placement.runtime.needs import NODE_ID_LABEL, Need, Way
+
+INFEASIBLE_SECONDS = 30.0, 3600.0
+"""The first and the longest wait before what no node type could hold is asked for again."""
+
+REFUSED_SECONDS = 300.0, 3600.0
+"""The same for a shape for which nodes came that would not do."""
+
+FICKLE_SECONDS = 5.0, 3600.0
+"""The same for what was withdrawn while it was asked for, and waits again: its node may be on its way."""
+
+FORGOTTEN_SECONDS = 60.0
+"""After how long that is forgotten."""
+
+HOLD_SECONDS = 15.0
+"""How long a new node is held for whoever waits while its GPUs are not known yet; reading them takes 3 s."""
+
+BOOKS_SECONDS = 0.25
+"""By when Ray's books show what a group took. They follow by up to 0.1 s."""
+
+FREE_SECONDS = 1.0
+"""Longest wait for them to show it free again; 43 to 95 ms have been seen."""
+
+PLACED_SECONDS = 30.0
+"""By when what arrived is placed, or else is not wanted on that node."""
+
+STATUS_SECONDS = 2.0
+"""How often the autoscaler is heard while something is asked; its own round takes 5 s unless configured otherwise."""
+
+QUIET_SECONDS = 10.0
+"""The same while nothing is."""
+
+LEAVE_SECONDS = 2.0
+"""Longest wait for a moment at which a group can be removed; Ray tries to reserve a pending one each second."""
+
+
+class State(StrEnum):
+    """What became of a need."""
+
+    ASKED = "asked"
+    ARRIVED = "arrived"
+    INFEASIBLE = "infeasible"
+    NOT_ASKED = "not asked"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What became of one need.
+
+    Attributes:
+        state: see :class:`State`.
+        reason: why, or what is waited for.
+        nodes: ids of the new nodes that hold it, or held it until now.
+        since: when that state began, of :func:`time.monotonic`; ``None`` if it is not known.
+        again: when it is asked for again, likewise; ``None`` if that depends on something else.
+    """
+
+    state: State
+    reason: str = ""
+    nodes: tuple[str, ...] = ()
+    since: float | None = None
+    again: float | None = None
+
+
+@dataclass
+class _Ask:
+    """A group that is there for one need."""
+
+    need: Need
+    way: Way
+    group: str
+    since: float
+    there: frozenset[str]
+    held: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    held_since: float = 0.0
+    freeing_since: float = 0.0
+    free_before: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+@dataclass
+class _Arrival:
+    """What arrived, until it is clear whether it was placed."""
+
+    need: Need
+    nodes: tuple[str, ...]
+    at: float
+    gone_since: float | None = None
+
+
+@dataclass
+class _Leaving:
+    """A group to be removed."""
+
+    group: str
+    since: float
+    attempt: int | None = None
+
+
+class Asks:
+    """All asks of one service. Not thread-safe; Ray's errors pass through :meth:`step`, after which it can go on.
+
+    Args:
+        prefix: begins the name of every group.
+        max_open: the most asks at a time.
+        cluster: Ray.
+    """
+
+    def __init__(self, prefix: str, max_open: int, cluster: Cluster) -> None:
+        self._prefix, self._max_open, self._cluster = prefix, max_open, cluster
+        self._asks: dict[str, _Ask] = {}
+        self._arrivals: dict[str, _Arrival] = {}
+        self._leaving: list[_Leaving] = []
+        self._infeasible = Backoff(*INFEASIBLE_SECONDS)
+        self._refused = Backoff(*REFUSED_SECONDS)
+        self._fickle = Backoff(*FICKLE_SECONDS)
+        self._absent: dict[str, float] = {}
+        self._why: dict[str, str] = {}
+        self._way: dict[Need, int] = {}
+        self._heard: Heard | None = None
+        self._heard_at = -QUIET_SECONDS
+        self._told: dict[str, Asked] = {}
+
+    @property
+    def told(self) -> Mapping[str, Asked]:
+        """What became of each need, as of the last step. Never changed, only replaced."""
+        return self._told
+
+    @property
+    def empty(self) -> bool:
+        """Whether no group is left."""
+        return not self._asks and not self._leaving
+
+    def step(self, wanted: Mapping[str, Need | str], known: Collection[str]) -> float | None:
+        """Looks at what is asked, and changes it to what is wanted.
+
+        Args:
+            wanted: key -> need, oldest first; or why nothing is asked for it.
+            known: ids of nodes whose GPUs are known.
+
+        Returns:
+            After how many seconds to look again; ``None``: not before something else is wanted.
+        """
+        now, known = time.monotonic(), frozenset(known)
+        for key, ask in list(self._asks.items()):
+            if wanted.get(key) != ask.need:
+                self._leave(key, now)
+                if key not in wanted:
+                    self._fickle.fail(key)
+            else:
+                self._follow(key, ask, known, now)
+        self._judge(wanted, now)
+        self._hear(wanted, now)
+        self._remove(now)
+        self._ask(wanted, known, now)
+        waits = (
+            (State.NOT_ASKED, self._refused, self._refused.waiting()),
+            (State.INFEASIBLE, self._infeasible, self._infeasible.waiting()),
+        )
+        self._told = {key: self._tell(key, need, waits) for key, need in wanted.items()}
+        if self._leaving or any(ask.freeing_since for ask in self._asks.values()):
+            return 0.02
+        if any(ask.held for ask in self._asks.values()):
+            return 0.1
+        return 0.5 if self._asks else 2.0 if wanted else None
+
+    # -- one ask -----------------------------------------------------------------------------------
+
+    def _follow(self, key: str, ask: _Ask, known: frozenset[str], now: float) -> None:
+        """Takes an ask one step on."""
+        if ask.freeing_since:
+            if now - ask.freeing_since < FREE_SECONDS and not self._freed(ask):
+                return
+            del self._asks[key]
+            self._arrivals[key] = _Arrival(ask.need, tuple(ask.held), now)
+            failed = self._infeasible.get(str(ask.need))
+            if failed and ask.since >= failed[1] - failed[0]:
+                del self._infeasible[str(ask.need)]
+            return
+        seen = self._cluster.look(ask.group)
+        if seen.state == "CREATED":
+            if not ask.held:
+                ask.held, ask.held_since = seen.nodes, now
+            waited = now - ask.held_since
+            if waited >= HOLD_SECONDS or (waited >= BOOKS_SECONDS and ask.held.keys() <= known):
+                ask.free_before = self._cluster.free()
+                self._cluster.remove(ask.group)
+                ask.freeing_since = now
+        elif seen.state in ("RESCHEDULING", "REMOVED"):  # its node died, or somebody removed it
+            self._leave(key, now)
+
+    def _freed(self, ask: _Ask) -> bool:
+        """Whether the books show what the group took as free again."""
+        free = self._cluster.free()
+        for node, amounts in ask.held.items():
+            before, after = ask.free_before.get(node, {}), free.get(node, {})
+            short = (
+                after.get(name, 0.0) - before.get(name, 0.0) < held - 1e-6 for name, held in amounts.items()
+            )
+            if any(short):
+                return False
+        return True
+
+    def _leave(self, key: str, now: float) -> None:
+        """Withdraws an ask."""
+        ask = self._asks.pop(key)
+        if not ask.freeing_since:
+            self._leaving.append(_Leaving(ask.group, now))
+
+    def _remove(self, now: float) -> None:
+        """Removes what is to be removed and can be: what is removed while Ray reserves it leaks its GPUs."""
+        for one in list(self._leaving):
+            seen = self._cluster.look(one.group)
+            one.attempt = seen.attempt if one.attempt is None else one.attempt
+            failed = seen.state == "PENDING" and seen.idle and seen.attempt > one.attempt
+            late = seen.state == "PENDING" and now - one.since > LEAVE_SECONDS
+            if seen.state in ("CREATED", "RESCHEDULING") or seen.hopeless or failed or late:
+                self._cluster.remove(one.group)
+            elif seen.state != "REMOVED":
+                continue
+            self._leaving.remove(one)
+
+    # -- shapes that fail --------------------------------------------------------------------------
+
+    def _judge(self, wanted: Mapping[str, Need | str], now: float) -> None:
+        """Tells which arrivals were placed, and which the planner did not want."""
+        for key, arrival in list(self._arrivals.items()):
+            gone = arrival.gone_since
+            if gone is not None and now - gone >= PLACED_SECONDS:
+                # It was placed, and may be wanted anew by now.
+                del self._arrivals[key]
+                self._refused.pop(str(arrival.need), None)
+            elif wanted.get(key) != arrival.need:
+                arrival.gone_since = now if gone is None else gone
+            elif now - arrival.at >= PLACED_SECONDS:
+                del self._arrivals[key]
+                came = counted(len(arrival.nodes), "node")
+                self._refuse(arrival.need, f"{came} came for it, on which it was not placed", now)
+            else:
+                arrival.gone_since = None
+        for key, since in list(self._absent.items()):
+            if now - since >= FORGOTTEN_SECONDS:
+                del self._absent[key]
+                self._fickle.pop(key, None)
+            elif key in wanted:
+                del self._absent[key]
+        for key in self._fickle.keys() - self._absent.keys() - wanted.keys():
+            self._absent[key] = now
+
+    def _refuse(self, need: Need, why: str, now: float) -> None:
+        """Nothing of this shape is asked for again for minutes."""
+        shape = str(need)
+        if shape not in self._refused.waiting():
+            self._refused.fail(shape)
+            self._why[shape] = why
+        for key in [key for key, ask in self._asks.items() if ask.need == need and not ask.held]:
+            self._leave(key, now)
+
+    def _hear(self, wanted: Mapping[str, Need | str], now: float) -> None:
+        """Hears the autoscaler when it is time to, and withdraws what it cannot bring."""
+        if now - self._heard_at < (STATUS_SECONDS if self._asks else QUIET_SECONDS):
+            return
+        if not self._asks and not any(isinstance(need, Need) for need in wanted.values()):
+            return
+        self._heard = heard = self._cluster.hear()
+        self._heard_at = now
+        if heard.problem:
+            for key in list(self._asks):
+                self._leave(key, now)
+            return
+        for key, ask in list(self._asks.items()):
+            if ask.group in heard.infeasible and not ask.held:
+                self._leave(key, now)
+                self._next_way(ask, heard)
+        for need in {ask.need for ask in self._asks.values()}:
+            asks = [ask for ask in self._asks.values() if ask.need == need]
+            strays = {node for ask in asks for node in self._strays(ask, heard)}
+            if len(strays) > len(asks):  # each brought one, and one more shows that there is no end to it
+                came = counted(len(strays), "node")
+                self._refuse(need, f"{came} came without the labels that it asks for", now)
+
+    def _next_way(self, ask: _Ask, heard: Heard) -> None:
+        """What no node type can hold is asked for in another way, or later."""
+        ways = ask.need.ways
+        largest = max((node.total.get("GPU", 0.0) for node in heard.nodes.values()), default=0.0)
+        after = ways.index(ask.way) + 1
+        if after < len(ways) and (not ways[after].smaller_than or largest < ways[after].smaller_than):
+            self._way[ask.need] = after
+        else:
+            self._way.pop(ask.need, None)
+            self._fail(
+                ask.need, f"no node type of this cluster can hold {ask.need}, or its maximum is reached"
+            )
+
+    def _fail(self, need: Need, why: str) -> None:
+        """This shape is asked for again after a while."""
+        if str(need) not in self._infeasible.waiting():
+            self._infeasible.fail(str(need))
+            self._why[str(need)] = why
+
+    def _strays(self, ask: _Ask, heard: Heard) -> set[str]:
+        """Nodes that came after it was asked for, large enough for it but for their labels."""
+        total = ask.way.total
+        return {
+            node_id
+            for node_id, node in heard.nodes.items()
+            if node_id not in ask.there
+            and not ask.need.met_by(node.labels)
+            and all(node.total.get(resource, 0.0) >= amount for resource, amount in total.items())
+        }
+
+    # -- new asks ----------------------------------------------------------------------------------
+
+    def _ask(self, wanted: Mapping[str, Need | str], known: frozenset[str], now: float) -> None:
+        """Asks for what is wanted and may be asked for, oldest first."""
+        if self._heard is None or self._heard.problem:
+            return
+        there = known | self._heard.nodes.keys()
+        asked = {str(ask.need) for ask in self._asks.values()}
+        waiting, fickle = self._infeasible.waiting() | self._refused.waiting(), self._fickle.waiting()
+        for key, need in wanted.items():
+            shape = str(need)
+            if isinstance(need, str) or key in self._asks or key in fickle or shape in waiting:
+                continue
+            if key in self._arrivals and self._arrivals[key].need == need:
+                continue
+            if shape in asked and (shape in self._infeasible or shape in self._refused):
+                continue  # one ask shows whether it is better now
+            if len(self._asks) >= self._max_open:
+                return
+            way = need.ways[self._way.get(need, 0)]
+            try:
+                group = self._cluster.create(self._prefix + secrets.token_hex(6), way, _beyond(need, there))
+            except Exception as error:  # what one asks for must not keep others from asking
+                self._fail(need, f"it could not be asked for: {error}")
+                waiting |= {shape}
+                continue
+            self._asks[key] = _Ask(need, way, group, now, there)
+            asked.add(shape)
+
+    def _tell(
+        self, key: str, need: Need | str, waits: Iterable[tuple[State, Backoff, frozenset[str]]]
+    ) -> Asked:
+        """What became of one need."""
+        if isinstance(need, str):
+            return Asked(State.NOT_ASKED, need)
+        if ask := self._asks.get(key):
+            if ask.held:
+                return Asked(State.ASKED, "a node has come for it", tuple(ask.held), ask.since)
+            refused = self._heard.refused if self._heard else ()
+            reason = f"asked for {need}"
+            if refused:
+                reason += f"; the cloud refuses node type {', '.join(refused)}"
+            return Asked(State.ASKED, reason, (), ask.since)
+        if arrival := self._arrivals.get(key):
+            return Asked(State.ARRIVED, "a node has come for it", arrival.nodes, arrival.at)
+        if self._heard is None:
+            return Asked(State.NOT_ASKED, "the autoscaler has not been heard yet")
+        if self._heard.problem:
+            return Asked(State.NOT_ASKED, self._heard.problem)
+        shape = str(need)
+        for state, backoff, waiting in waits:
+            if shape in waiting:
+                wait, until = backoff[shape]
+                return Asked(state, self._why[shape], (), until - wait, until)
+        if key in self._fickle.waiting():
+            wait, until = self._fickle[key]
+            return Asked(State.NOT_ASKED, "it was withdrawn a moment ago", (), until - wait, until)
+        if len(self._asks) >= self._max_open:
+            return Asked(State.NOT_ASKED, f"{counted(self._max_open, 'other')} are asked for first")
+        return Asked(State.NOT_ASKED, "one like it is asked for first, since the last one failed")
+
+
+def _beyond(need: Need, there: frozenset[str]) -> dict[str, str]:
+    """The conditions of a need, and that it be on none of the nodes that are there."""
+    labels = dict(need.labels)
+    but = there | (parse_condition(labels[NODE_ID_LABEL])[1] if NODE_ID_LABEL in labels else frozenset())
+    if but:
+        labels[NODE_ID_LABEL] = f"!in({', '.join(sorted(but))})"
+    return labels

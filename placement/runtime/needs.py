@@ -1,0 +1,179 @@
+"""What a set of GPUs, or a remote replica's capacity, that waits asks of a node that is not there yet. Pure.
+
+A new node is known by what its type promises: resources and labels. What depends on more (the links between its
+GPUs, how much of their memory is free) shows only once it is there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from placement.core.explanation import describe
+from placement.core.labels import meets, parse_condition
+from placement.core.request import Request
+from placement.core.score import GIB, WHOLE
+from placement.wire.accelerators import accelerator_type
+
+ACCELERATOR_LABEL = "ray.io/accelerator-type"
+
+NODE_ID_LABEL = "ray.io/node-id"
+
+_LABEL_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
+
+Amounts = tuple[tuple[str, float], ...]
+"""Resource -> amount, sorted and hashable."""
+
+Conditions = dict[str, tuple[bool, frozenset[str]]]
+"""Label -> (is it to have one of the values?, the values)."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One shape in which a need can be asked for.
+
+    Attributes:
+        bundles: of the placement group. One on its own lies on one node.
+        smaller_than: asked for only while no node has so many GPUs; 0 is always.
+    """
+
+    bundles: tuple[Amounts, ...]
+    smaller_than: int = 0
+
+    @property
+    def total(self) -> dict[str, float]:
+        """Resource -> amount, of all bundles."""
+        total: dict[str, float] = {}
+        for bundle in self.bundles:
+            for resource, amount in bundle:
+                total[resource] = total.get(resource, 0.0) + amount
+        return total
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one waiting set asks of a new node.
+
+    Attributes:
+        what: the resources, in words, as refusals say them.
+        ways: the shapes to ask for, the next one where no node type can hold the one before.
+        labels: label -> condition, in Ray's syntax, sorted.
+    """
+
+    what: str
+    ways: tuple[Way, ...]
+    labels: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        on = ", ".join(f"{key} {condition}" for key, condition in self.labels)
+        return f"a node with {self.what}" + (f" and {on}" if on else "")
+
+    def met_by(self, labels: Mapping[str, str]) -> bool:
+        """Whether a node's labels meet the conditions."""
+        return all(meets(labels, key, condition) for key, condition in self.labels)
+
+
+def needs_of(
+    request: Request, indices: Iterable[int], full_domains: Collection[str] = ()
+) -> dict[str, Need] | str:
+    """What the sets of some replicas ask for, by ``deployment:replica:set``; or why nothing is asked.
+
+    Args:
+        request: what they are replicas of.
+        indices: which of them wait.
+        full_domains: values of the request's spread label under which no more replicas may go.
+    """
+    if why := _untold(request):
+        return why
+    conditions = _conditions(request, full_domains)
+    if isinstance(conditions, str):
+        return conditions
+    labels = tuple(sorted((key, _condition(*condition)) for key, condition in conditions.items()))
+    need = _remote(request, labels) if request.provider is not None else _local(request, labels)
+    sets = 1 if request.provider is not None else request.stages * request.parts
+    return {f"{request.deployment}:{index}:{part}": need for index in indices for part in range(sets)}
+
+
+def _untold(request: Request) -> str:
+    """Which constraint cannot be told to the autoscaler, if there is one."""
+    remote = request.provider is not None
+    named = "egress_nodes" if remote else "gpu_nodes"
+    if (request.egress_nodes if remote else request.gpu_nodes) is not None:
+        return f"constraints.{named} names nodes that are there"
+    if request.near_to:
+        return "constraints.near_to asks for a node on which another deployment is"
+    if remote:
+        return ""
+    if request.needs.free_memory_bytes:
+        return "constraints.min_free_gpu_memory_gib is not known of a node before it is there"
+    if request.compute_capability is not None and not request.accelerators:
+        return "node types do not tell their compute capability; name constraints.accelerators as well"
+    return ""
+
+
+def _conditions(request: Request, full_domains: Collection[str]) -> Conditions | str:
+    """The hard constraints that labels express; or why they cannot."""
+    conditions: Conditions = {}
+    for key, text in request.labels.items():
+        conditions[key] = parse_condition(text)
+    if request.provider is None and request.accelerators:
+        names = {
+            name for asked in request.accelerators for name in (asked, accelerator_type(f"NVIDIA {asked}"))
+        }
+        known = frozenset(name for name in names if name and _LABEL_VALUE.fullmatch(name))
+        if not known:
+            return f"Ray has no accelerator type for {', '.join(request.accelerators)}"
+        _narrow(conditions, ACCELERATOR_LABEL, True, known)
+    if request.spread_label is not None and full_domains:
+        _narrow(conditions, request.spread_label, False, frozenset(full_domains))
+    for key, (wanted, values) in conditions.items():
+        if wanted and not values:
+            return f"no node can meet all that is asked of its label {key}"
+    if conditions.get(NODE_ID_LABEL, (False, frozenset()))[0]:
+        return f"the label {NODE_ID_LABEL} names nodes that are there"
+    return conditions
+
+
+def _narrow(conditions: Conditions, key: str, wanted: bool, values: frozenset[str]) -> None:
+    """Adds a condition to what is asked of a label already."""
+    if key not in conditions:
+        conditions[key] = wanted, values
+        return
+    before, have = conditions[key]
+    if before and wanted:
+        conditions[key] = True, have & values
+    elif before or wanted:
+        conditions[key] = True, have - values if before else values - have
+    else:
+        conditions[key] = False, have | values
+
+
+def _condition(wanted: bool, values: frozenset[str]) -> str:
+    """A condition in Ray's syntax."""
+    text = next(iter(values)) if len(values) == 1 else f"in({', '.join(sorted(values))})"
+    return text if wanted else f"!{text}"
+
+
+def _local(request: Request, labels: tuple[tuple[str, str], ...]) -> Need:
+    needs = request.needs
+    # How much memory a new node's GPUs have is not known: of one of them, a whole one.
+    gpus = needs.share / WHOLE if needs.share < WHOLE and not needs.memory_bytes else float(needs.gpus)
+    ways = [Way((_amounts(gpus, request.cpu_milli, request.memory_bytes),))]
+    if request.divisible and request.stages * request.parts == 1 and needs.whole and needs.gpus > 1:
+        each = _amounts(1.0, request.cpu_milli / needs.gpus, request.memory_bytes // needs.gpus)
+        ways.append(Way((each,) * needs.gpus, smaller_than=needs.gpus))
+    beside = f", {request.cpu_milli / 1000:g} CPUs" if request.cpu_milli else ""
+    beside += f", {request.memory_bytes / GIB:.3g} GiB of memory" if request.memory_bytes else ""
+    return Need(describe(needs) + beside, tuple(ways), labels)
+
+
+def _amounts(gpus: float, cpu_milli: float, memory_bytes: int) -> Amounts:
+    amounts = {"GPU": gpus, "CPU": cpu_milli / 1000, "memory": float(memory_bytes)}
+    return tuple((resource, amount) for resource, amount in amounts.items() if amount)
+
+
+def _remote(request: Request, labels: tuple[tuple[str, str], ...]) -> Need:
+    resources = (f"egress_{request.provider}", "egress")
+    ways = tuple(Way((((resource, float(request.egress)),),)) for resource in resources)
+    return Need(f"{request.egress} of {resources[0]} or egress", ways, labels)

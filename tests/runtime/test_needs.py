@@ -1,0 +1,141 @@
+"""What a waiting set asks of a node that is not there yet, and what it cannot ask."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from placement.core.request import Request
+from placement.core.score import GIB, Needs, Within
+from placement.runtime.needs import Need, Way, needs_of
+
+
+def request(gpus: int = 4, **what: Any) -> Request:
+    return Request("d", (0, 1), Needs(gpus), **what)
+
+
+def the_need(wanted: Request, **more: Any) -> Need:
+    needs = needs_of(wanted, (0,), **more)
+    assert not isinstance(needs, str), needs
+    (need,) = set(needs.values())
+    return need
+
+
+def test_a_replica_asks_for_each_of_its_sets_and_only_those_that_wait_ask() -> None:
+    assert ["d:0:0", "d:1:0"] == list(needs_of(request(), (0, 1)))
+    assert ["d:1:0", "d:1:1"] == list(needs_of(request(stages=2), (1,)))
+    assert ["d:1:0", "d:1:1", "d:1:2", "d:1:3"] == list(needs_of(request(stages=2, parts=2), (1,)))
+
+
+def test_a_set_is_one_bundle_since_a_bundle_lies_on_one_node() -> None:
+    wanted = request(8, cpu_milli=16_000, memory_bytes=64 * GIB)
+    assert (Way(((("GPU", 8.0), ("CPU", 16.0), ("memory", 64.0 * GIB)),)),) == the_need(wanted).ways
+    assert {"GPU": 8.0, "CPU": 16.0, "memory": 64.0 * GIB} == the_need(wanted).ways[0].total
+    assert "a node with 8 GPUs, 16 CPUs, 64 GiB of memory" == str(the_need(wanted))
+
+
+def test_what_may_be_cut_is_asked_for_in_pieces_next_but_only_where_no_node_is_large_enough() -> None:
+    wanted = request(8, divisible=True, cpu_milli=16_000, memory_bytes=64 * GIB)
+    whole, pieces = the_need(wanted).ways
+    assert (1, 0) == (len(whole.bundles), whole.smaller_than)
+    assert (((("GPU", 1.0), ("CPU", 2.0), ("memory", 8.0 * GIB)),) * 8, 8) == (
+        pieces.bundles,
+        pieces.smaller_than,
+    )
+    assert whole.total == pieces.total
+    assert 1 == len(the_need(request(1, divisible=True)).ways)
+
+
+@pytest.mark.parametrize(
+    ("needs", "gpus", "what"),
+    [
+        (Needs(1, share=250), 0.25, "0.25 of a GPU"),
+        (Needs(1, memory_bytes=20 * GIB), 1.0, "20 GiB of a GPU"),  # how large a share that is, nobody knows
+        (Needs(1, profile="1g.10gb"), 1.0, "a MIG instance 1g.10gb"),
+        (Needs(8, within=Within.NVLINK, min_bandwidth_gb_per_s=300), 8.0, "8 GPUs"),
+    ],
+)
+def test_shares_and_instances_and_sets_with_a_floor_ask_for_gpus(
+    needs: Needs, gpus: float, what: str
+) -> None:
+    need = the_need(replace(request(), needs=needs))
+    assert ({"GPU": gpus}, f"a node with {what}") == (need.ways[0].total, str(need))
+
+
+def test_labels_and_accelerators_are_conditions_in_rays_syntax() -> None:
+    wanted = request(
+        labels={"zone": "!in(b,a)", "disk": "nvme", "tier": "!slow", "rack": "in(r1)"},
+        accelerators=("A100-SXM4-80GB", "H100"),
+    )
+    assert {
+        "zone": "!in(a, b)",
+        "disk": "nvme",
+        "tier": "!slow",
+        "rack": "r1",
+        # Ray's name for the product that was named, and what was written.
+        "ray.io/accelerator-type": "in(A100, A100-SXM4-80GB, H100)",
+    } == dict(the_need(wanted).labels)
+
+
+@pytest.mark.parametrize(
+    ("condition", "together"),
+    [
+        ("H100", "H100"),
+        ("in(H100, B200)", "H100"),
+        ("!A100", "H100"),
+        ("!in(T4, L4)", "in(A100, H100)"),
+    ],
+)
+def test_two_conditions_on_one_label_become_one(condition: str, together: str) -> None:
+    wanted = request(labels={"ray.io/accelerator-type": condition}, accelerators=("A100", "H100"))
+    assert (("ray.io/accelerator-type", together),) == the_need(wanted).labels
+
+
+def test_a_domain_that_has_its_share_is_not_asked_for() -> None:
+    wanted = request(spread_label="zone", max_per_domain=1, labels={"zone": "!c"})
+    assert (("zone", "!in(a, b, c)"),) == the_need(wanted, full_domains=("a", "b")).labels
+    assert (("zone", "!c"),) == the_need(wanted).labels
+    assert (("zone", "!a"),) == the_need(request(spread_label="zone"), full_domains=("a",)).labels
+
+
+def test_a_remote_replica_asks_for_its_providers_resource_and_then_for_the_general_one() -> None:
+    wanted = Request("r", (0,), provider="openai", egress=16, accelerators=("H100",), labels={"zone": "a"})
+    need = the_need(wanted)
+    assert [{"egress_openai": 16.0}, {"egress": 16.0}] == [way.total for way in need.ways]
+    assert (("zone", "a"),) == need.labels, "accelerators are no concern of an egress node"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "why"),
+    [
+        (request(gpu_nodes=("a",)), "constraints.gpu_nodes names nodes"),
+        (request(near_to=("other",)), "constraints.near_to"),
+        (replace(request(), needs=Needs(1, free_memory_bytes=GIB)), "constraints.min_free_gpu_memory_gib"),
+        (request(compute_capability=(9, 0)), "name constraints.accelerators as well"),
+        (request(labels={"ray.io/node-id": "ab12"}), "ray.io/node-id names nodes"),
+        (request(labels={"ray.io/accelerator-type": "T4"}, accelerators=("H100",)), "no node can meet"),
+        (request(accelerators=("@",)), "no accelerator type for @"),
+        (
+            Request("r", (0,), provider="p", egress=1, egress_nodes=("a",)),
+            "constraints.egress_nodes names nodes",
+        ),
+    ],
+)
+def test_what_cannot_be_asked_is_told(wanted: Request, why: str) -> None:
+    told = needs_of(wanted, (0,))
+    assert isinstance(told, str)
+    assert why in told
+
+
+def test_a_capability_is_no_hindrance_where_the_accelerators_are_named() -> None:
+    wanted = request(compute_capability=(9, 0), accelerators=("H100",))
+    assert (("ray.io/accelerator-type", "H100"),) == the_need(wanted).labels
+
+
+def test_a_need_knows_which_nodes_meet_its_conditions() -> None:
+    need = the_need(request(labels={"zone": "in(a, b)", "tier": "!slow"}))
+    assert need.met_by({"zone": "a"})
+    assert not need.met_by({"zone": "a", "tier": "slow"})
+    assert not need.met_by({})
