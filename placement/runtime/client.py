@@ -108,8 +108,9 @@ class Client(_Connected):
         """Places all replicas of a deployment, or none. Placing an identical deployment again returns what stands.
 
         With ``owner: caller`` in the deployment this process creates the placement groups, and Ray removes them when
-        it ends, however it ends. (If this process is a normal actor, when its driver has ended, too.) On Ctrl-C, what
-        was asked for is given up.
+        it ends, however it ends. (If this process is a normal actor, when its driver has ended, too; if it is connected
+        through ``ray://``, once Ray no longer expects it to come back, which is 30 s after it was killed.) On Ctrl-C,
+        what was asked for is given up.
 
         Args:
             deployment: a :class:`~placement.Deployment`, or a mapping of its fields.

@@ -303,7 +303,10 @@ time.sleep(600)
 
 def placing(address: str, how: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", PLACER, address, how]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    env = os.environ | {
+        "RAY_CLIENT_RECONNECT_GRACE_PERIOD": "1"
+    }  # seconds; by default it may come back for 30
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
 
 
 def client_server(_: str) -> str:
