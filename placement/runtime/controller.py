@@ -27,6 +27,7 @@ from placement.core.reconcile import (
     admit,
     reconcile,
 )
+from placement.core.request import Request
 from placement.core.snapshot import NEAR_LABELS, Policy, Snapshot
 from placement.errors import (
     DeploymentConflict,
@@ -41,6 +42,7 @@ from placement.errors import (
 )
 from placement.runtime import faults, groups, ledger
 from placement.runtime.actions import Actions
+from placement.runtime.demand import Asked, Demand, Need, needs_of
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.feed import Event, Feed
 from placement.runtime.fleet import VIEW_LAG_SECONDS, Fleet
@@ -92,6 +94,7 @@ class Controller:
         fleet: the nodes' actors.
         feed: what happened.
         tickets: calls that wait for room.
+        demand: what is asked of Ray's autoscaler.
     """
 
     def __init__(
@@ -116,6 +119,8 @@ class Controller:
         self._undecided: dict[str, groups.LiveGroup] = {}
         self._gone: set[tuple[str, int]] = set()
         self.tickets = Tickets()
+        self.demand = Demand(f"placement-demand:{self.prefix.split(':')[1]}:")
+        self._needs: dict[str, Need | str] = {}
         self._restore()
 
     # -- what callers want ---------------------------------------------------------------------------
@@ -242,6 +247,7 @@ class Controller:
             self.cluster.draining,
             self.cluster.dead(),
             [name for name in self.state.queue() if name in deployments and not deployments[name].releasing],
+            self.demand.report(),
         )
         return cluster_status(seen, node, deployment, state)
 
@@ -697,9 +703,13 @@ class Controller:
                 ticket.attempt()
 
     def _promising(self) -> list[str]:
-        """Of what waits in the state, that of which something can be done now; the rest is told why not."""
-        names = self.state.queue()
-        if not names:
+        """Of what waits in the state, that of which something can be done now; the rest is told why not.
+
+        What finds no room is what the autoscaler is asked for.
+        """
+        names, tickets = self.state.queue(), self.tickets.all()
+        if not names and not tickets:
+            self._needs = {}
             return []
         nodes = self.cluster.nodes()
         self.fleet.machines.refresh(nodes, patience_seconds=0.0)
@@ -708,22 +718,51 @@ class Controller:
             known = [one for name in names if (one := self.state.get(name)) is not None]
             waiting = [(one, *self._seen(one, snapshot)) for one in known if not one.releasing]
         found = [one.name for one in known if one.releasing]
+        needs: dict[str, Need | str] = {}
+        requests = {one.name: desired.request for one, desired, _ in waiting}
         for one, decision in admit(waiting, snapshot):
             waits = [action for action in decision.actions if isinstance(action, Wait)]
+            for wait in waits:
+                needs |= _needs_of(requests[one.name], wait.indices)
             if len(waits) < len(decision.actions):
                 found.append(one.name)
             else:
                 self._reasons_changed(one, waits)
+        for ticket in tickets:
+            request = request_unchecked(ticket.wanted, range(ticket.wanted.replicas), {})
+            needs |= _needs_of(request, request.replicas)
+        self._needs = needs
         return found
 
     def _reasons_changed(self, one: DeploymentState, waits: Sequence[Wait]) -> None:
         """Has those who look know why replicas wait, as it is now."""
-        reasons = {index: str(wait.refusal) for wait in waits for index in wait.indices}
+        asked = self.demand.poll()
+        reasons = {}
+        for wait in waits:
+            for index in wait.indices:
+                told = asked.get(f"{one.name}:{index}:0")
+                reasons[index] = f"{wait.refusal}{_told(told)}"
         if reasons == one.reasons:
             return
         with self.sole(one.name, wait=False) as mine:
             if mine and self.state.get(one.name) is one:
                 self.actions.wait(one, reasons, time.time(), self.actions.note)
+
+    def ask_for_nodes(self) -> None:
+        """Has the autoscaler know what waits, and no more than that."""
+        needs = self._needs
+        if not needs:
+            self.demand.want({}, ())
+            return
+        nodes = self.cluster.nodes_lately()
+        unknown = self.fleet.machines.unknown_nodes(nodes)
+        self.demand.want(needs, [info.id for info in nodes if info.id not in unknown])
+
+    def queue_depends_on(self) -> object:
+        """What what waits depends on: once this is another, it is worth trying it again."""
+        asked = tuple((key, one.state) for key, one in self.demand.poll().items())
+        unknown = self.fleet.machines.unknown_nodes(self.cluster.nodes_lately())
+        return self.fleet.changed_at, self.state.queue_version, len(self.tickets.all()), asked, unknown
 
     def sweep(self) -> None:
         """Removes groups that carry our token and that no deployment knows of, and finds node actors that live on."""
@@ -918,6 +957,25 @@ class _Turn:
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     users: int = 0
+
+
+def _needs_of(request: Request, indices: Sequence[int]) -> dict[str, Need | str]:
+    """What the sets of some replicas ask of a new node, by ``deployment:replica:set``; or why nothing is asked."""
+    needs = needs_of(request, indices)
+    if isinstance(needs, str):
+        return {f"{request.deployment}:{index}:0": needs for index in indices}
+    return dict(needs)
+
+
+def _told(asked: Asked | None) -> str:
+    """What became of a need, as the end of a reason."""
+    if asked is None or not asked.reason:
+        return ""
+    return (
+        f"; autoscaler: {asked.state.value}, {asked.reason}"
+        if asked.state != "asked"
+        else f"; {asked.reason}"
+    )
 
 
 def _new(wanted: Deployment, owner: Owner | None) -> DeploymentState:

@@ -67,9 +67,10 @@ class Keeper:
             if name not in self._reconciling:
                 self._reconciling[name] = self._reconcilers.submit(self._reconcile, name)
         if self._trying is None or self._trying.done():
-            now = alive, controller.cluster.draining, controller.fleet.changed_at
+            now = alive, controller.cluster.draining, controller.queue_depends_on()
             if now != self._tried_with or time.monotonic() - self._tried_at > RETRY_SECONDS:
-                self._trying = self._reconcilers.submit(self._try_again, alive)
+                self._trying = self._reconcilers.submit(self._try_again, now)
+        controller.ask_for_nodes()
         controller.write_again()
         if controller.fleet.agents.in_doubt():
             controller.sweep()
@@ -78,14 +79,14 @@ class Keeper:
         controller.end_what_is_over(has_ended, time.time())
         controller.rest()
 
-    def _try_again(self, alive: frozenset[str]) -> None:
+    def _try_again(self, with_: object) -> None:
         """Tries what waits, one after the other."""
         controller = self._controller
         try:
             controller.try_queue(self._reconcile)
         except Exception:
             logger.exception("what waits could not be tried; trying again")
-        self._tried_with = alive, controller.cluster.draining, controller.fleet.changed_at
+        self._tried_with = with_
         self._tried_at = time.monotonic()
 
     def _reconcile(self, name: str) -> None:

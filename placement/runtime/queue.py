@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 from placement.errors import ReservationFailed, Unplaceable
+from placement.wire.deployment import Deployment
 
 T = TypeVar("T")
 
@@ -17,7 +18,7 @@ class Ticket(Generic[T]):
     """One call that waits.
 
     Args:
-        name: the deployment that it is about.
+        wanted: the deployment that it is about.
         do: what it waits to do; raises ``Unplaceable`` or ``ReservationFailed`` while there is no room.
 
     Attributes:
@@ -25,8 +26,8 @@ class Ticket(Generic[T]):
         outcome: what it came to, once it is over.
     """
 
-    def __init__(self, name: str, do: Callable[[], T]) -> None:
-        self.name, self.since = name, time.time()
+    def __init__(self, wanted: Deployment, do: Callable[[], T]) -> None:
+        self.wanted, self.name, self.since = wanted, wanted.name, time.time()
         self.outcome: Future[T] = Future()
         self._do = do
         self._lock = threading.Lock()

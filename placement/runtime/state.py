@@ -400,7 +400,7 @@ class ServiceState:
         lock: guards claims, what is put in or dropped, and planning, so that two plans never use the same room.
         deployments: name -> state; read it without the lock, put in by :meth:`put`.
         unreadable: name -> record of the ledger that this version cannot read.
-        leaving: order -> (deployment, replica) that is being given back and is in no state any more.
+        queue_version: grows with each change of something that waits.
     """
 
     def __init__(self, changed: Callable[[Iterable[str]], None] = lambda nodes: None) -> None:
@@ -413,6 +413,7 @@ class ServiceState:
         self._claims_on: dict[str, list[tuple[Claim, PlannedReplica]]] = {}
         self._keeping_apart: dict[str, Deployment] = {}
         self._queue: set[str] = set()
+        self.queue_version = 0
         self._temporary: set[str] = set()
 
     def put(self, state: DeploymentState) -> None:
@@ -425,6 +426,7 @@ class ServiceState:
                 self._keeping_apart[state.name] = state.deployment
             if state.releasing or (state.unfinished() and not state.given_up and not state.is_lease):
                 self._queue.add(state.name)
+                self.queue_version += 1
             if state.ends_by_itself:
                 self._temporary.add(state.name)
             for index, one in state.replicas.items():
@@ -441,7 +443,9 @@ class ServiceState:
 
     def _unindex(self, name: str) -> None:
         self._keeping_apart.pop(name, None)
-        self._queue.discard(name)
+        if name in self._queue:
+            self._queue.discard(name)
+            self.queue_version += 1
         self._temporary.discard(name)
         known = self.deployments.get(name)
         if known is None:

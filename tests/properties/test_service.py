@@ -357,6 +357,7 @@ def make_believe(ray: Ray) -> Iterator[None]:
             (faults, "point", ray.point),
             (discovery, "live_nodes", ray.infos),
             (controller, "Fleet", lambda make, holdings, prefix: Fleet(ray, prefix, holdings)),
+            (controller, "Demand", lambda prefix: SimpleNamespace(want=nothing, poll=dict, report=list)),
             (observed, "BOOKS_SECONDS", -1.0),
             (keeper, "live_node_ids", lambda: frozenset(ray.nodes)),
             (keeper, "draining_nodes", frozenset),

@@ -13,7 +13,7 @@ from placement.runtime import keeper
 from placement.runtime.keeper import RETRY_SECONDS, Keeper
 
 
-class Service:
+class Controller:
     """What the keeper asks for and sees."""
 
     def __init__(self) -> None:
@@ -21,11 +21,12 @@ class Service:
         self.alive = {"n", "m"}
         self.lost: list[str] = []
         self.pending: list[str] = []
-        self.mended: list[str] = []
+        self.reconciled: list[str] = []
         self.forgot: list[frozenset[str]] = []
-        self.draining: frozenset[str] = frozenset()
+        self.changed_at = 0.0
+        self.asked = 0
+        self.cluster = SimpleNamespace(draining=frozenset())
         self.fleet = SimpleNamespace(
-            changed_at=0.0,
             agents=SimpleNamespace(in_doubt=lambda: False),
             forget_all_but=self.forgot.append,
         )
@@ -33,13 +34,22 @@ class Service:
     def stranded(self, alive: frozenset[str]) -> list[str]:
         return list(self.lost)
 
-    def waiting(self) -> list[str]:
-        return list(self.pending)
+    def queue_depends_on(self) -> object:
+        return self.changed_at
 
-    def mend(self, name: str) -> None:
-        self.mended.append(name)
+    def try_queue(self, attempt: Callable[[str], None]) -> None:
+        for name in self.pending:
+            attempt(name)
+
+    def reconcile(self, name: str) -> None:
+        self.reconciled.append(name)
         if name == "broken":
             raise ConnectionError
+
+    def ask_for_nodes(self) -> None:
+        self.asked += 1
+
+    def end_what_is_over(self, has_ended: object, now: float) -> None: ...
 
     def write_again(self) -> None: ...
 
@@ -66,74 +76,77 @@ class Later(Executor):
 
 
 @pytest.fixture
-def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
-    service = Service()
-    monkeypatch.setattr(keeper, "time", SimpleNamespace(monotonic=lambda: service.now))
-    monkeypatch.setattr(keeper, "live_node_ids", lambda: frozenset(service.alive))
+def controller(monkeypatch: pytest.MonkeyPatch) -> Iterator[Controller]:
+    controller = Controller()
+    monkeypatch.setattr(keeper, "time", SimpleNamespace(monotonic=lambda: controller.now, time=float))
+    monkeypatch.setattr(keeper, "live_node_ids", lambda: frozenset(controller.alive))
     monkeypatch.setattr(keeper, "draining_nodes", frozenset)
-    return service
+    return controller
 
 
-def test_a_death_is_noticed_while_what_is_pending_is_still_being_tried(service: Service) -> None:
-    menders = Later()
-    looks = Keeper(service, menders)  # type: ignore[arg-type]
-    service.pending = ["p1", "p2"]
+def test_a_death_is_noticed_while_what_is_pending_is_still_being_tried(controller: Controller) -> None:
+    reconcilers = Later()
+    looks = Keeper(controller, reconcilers)  # type: ignore[arg-type]
+    controller.pending = ["p1", "p2"]
     looks.look()
-    service.lost = ["lost"]
+    controller.lost = ["lost"]
     for _ in range(3):  # looks go on, and nothing is begun twice
         looks.look()
-    assert len(menders.waiting) == 2
-    menders.go()
-    assert service.mended == ["p1", "p2", "lost"]
+    assert len(reconcilers.waiting) == 2
+    reconcilers.go()
+    assert controller.reconciled == ["p1", "p2", "lost"]
 
 
-def test_what_is_pending_is_tried_again_when_something_changed_or_after_a_while(service: Service) -> None:
-    menders = Later()
-    looks = Keeper(service, menders)  # type: ignore[arg-type]
-    service.pending = ["p"]
+def test_what_is_pending_is_tried_again_when_something_changed_or_after_a_while(
+    controller: Controller,
+) -> None:
+    reconcilers = Later()
+    looks = Keeper(controller, reconcilers)  # type: ignore[arg-type]
+    controller.pending = ["p"]
 
     def look() -> int:
         looks.look()
-        menders.go()
-        return len(service.mended)
+        reconcilers.go()
+        return len(controller.reconciled)
 
     assert look() == 1
     assert look() == 1, "nothing has changed"
-    service.fleet.changed_at = 1.0  # somebody gave something back
+    assert controller.asked == 2, "the autoscaler hears of it with each look"
+    controller.changed_at = 1.0  # somebody gave something back
     assert look() == 2
-    service.now += RETRY_SECONDS + 1  # or another Ray user did
+    controller.now += RETRY_SECONDS + 1  # or another Ray user did
     assert look() == 3
-    service.alive.add("new")
+    controller.alive.add("new")
     assert look() == 4
 
 
-def test_what_cannot_be_mended_keeps_nobody_else_waiting(service: Service) -> None:
-    menders = Later()
-    looks = Keeper(service, menders)  # type: ignore[arg-type]
-    service.lost = ["broken", "lost"]
-    service.pending = ["broken", "p"]
+def test_what_cannot_be_reconciled_keeps_nobody_else_waiting(controller: Controller) -> None:
+    reconcilers = Later()
+    looks = Keeper(controller, reconcilers)  # type: ignore[arg-type]
+    controller.lost = ["broken", "lost"]
+    controller.pending = ["broken", "p"]
     looks.look()
-    menders.go()
-    assert service.mended == ["broken", "lost", "broken", "p"]
+    reconcilers.go()
+    assert controller.reconciled == ["broken", "lost", "broken", "p"]
     looks.look()
-    menders.go()
-    assert service.mended[4:] == ["broken", "lost"]
+    reconcilers.go()
+    assert controller.reconciled[4:] == ["broken", "lost"]
 
 
-def test_what_is_known_of_a_node_goes_with_it(service: Service) -> None:
-    looks = Keeper(service, Later())  # type: ignore[arg-type]
+def test_what_is_known_of_a_node_goes_with_it(controller: Controller) -> None:
+    looks = Keeper(controller, Later())  # type: ignore[arg-type]
     looks.look()
     looks.look()
-    service.alive.remove("m")
+    controller.alive.remove("m")
     looks.look()
-    assert service.forgot == [{"n", "m"}, {"n"}]
+    assert controller.forgot == [{"n", "m"}, {"n"}]
 
 
 def test_which_nodes_drain_is_known_before_the_first_look(
-    service: Service, monkeypatch: pytest.MonkeyPatch
+    controller: Controller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A service that starts anew would otherwise place on them for a second."""
+    """A controller that starts anew would otherwise place on them for a second."""
     monkeypatch.setattr(keeper, "draining_nodes", lambda: frozenset({"a"}))
     monkeypatch.setattr(keeper, "threading", SimpleNamespace(Thread=lambda **_: SimpleNamespace(start=int)))
-    Keeper(service, Later()).start()  # type: ignore[arg-type]
-    assert service.draining == {"a"}
+    Keeper(controller, Later()).start()  # type: ignore[arg-type]
+    assert controller.cluster.draining == {"a"}
