@@ -170,13 +170,13 @@ class DeploymentState:
         earlier = {**self.earlier, self.generation: self.deployment}
         states = dict.fromkeys(range(wanted.replicas), State.PENDING)
         states |= {i: state for i, state in self.states.items() if i in self.replicas or i in states}
-        generation, replicas = self.generation + 1, dict(self.replicas)
-        if wanted.shape() == self.deployment.shape():  # the replicas are not concerned
-            replicas |= {
-                i: replace(one, generation=generation)
-                for i, one in replicas.items()
-                if one.generation == self.generation
-            }
+        generation, shape = self.generation + 1, wanted.shape()
+        alike = {g for g, one in earlier.items() if one.shape() == shape}  # replicas of these are not concerned
+        replicas = {
+            index: replace(one, generation=generation) if one.generation in alike else one
+            for index, one in self.replicas.items()
+        }
+        waits = {i for i in states if i not in replicas or replicas[i].generation != generation}
         return replace(
             self,
             deployment=wanted,
@@ -184,7 +184,7 @@ class DeploymentState:
             replicas=replicas,
             earlier=earlier,
             states=states,
-            reasons={i: reason for i, reason in self.reasons.items() if i in states},
+            reasons={i: reason for i, reason in self.reasons.items() if i in waits},
             given_up=False,
         )._tidied()
 
