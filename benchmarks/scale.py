@@ -35,7 +35,7 @@ from placement.runtime import discovery, faults, fleet, groups, keeper, ledger, 
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.groups import LiveGroup
 from placement.runtime.machines import Machines
-from placement.runtime.orders import order_name
+from placement.runtime.orders import Refusal, order_name
 from placement.runtime.results import NodeAssignment
 
 GPUS = 8
@@ -203,6 +203,8 @@ class Fleet(fleet.Fleet):
             for part in claim.replicas:
                 order = order_name(self._prefix, claim.deployment.name, part.replica_index)
                 gpus = len(part.gpus) * part.share / WHOLE
+                if self._cluster.rows[part.node_id]["GPU"] < gpus:
+                    return reserved, [Refusal(part.node_id, part.node_id, 1, "too few", full=True, room=0)]
                 assignment = NodeAssignment(
                     part.replica_index,
                     part.node_id,
@@ -275,20 +277,16 @@ def make_believe(cluster: Cluster) -> Iterator[None]:
         (groups, "live_groups", live),
     ]
     for name in ("service", "controller"):  # whichever makes it
-        with_fleet = importlib.import_module(f"placement.runtime.{name}") if name in _MODULES else None
-        if with_fleet is not None and hasattr(with_fleet, "Fleet"):
-            instead.append(
-                (with_fleet, "Fleet", lambda make, holdings, prefix: Fleet(cluster, prefix, holdings))
-            )
+        if importlib.util.find_spec(f"placement.runtime.{name}"):
+            maker = importlib.import_module(f"placement.runtime.{name}")
+            if hasattr(maker, "Fleet"):
+                instead.append(
+                    (maker, "Fleet", lambda make, holdings, prefix: Fleet(cluster, prefix, holdings))
+                )
     with ExitStack() as stack:
         for where, name, what in instead:
             stack.enter_context(mock.patch.object(where, name, what))
         yield
-
-
-_MODULES = {
-    name for name in ("service", "controller") if importlib.util.find_spec(f"placement.runtime.{name}")
-}
 
 
 class Service:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from benchmarks import choice, partition
+from benchmarks import choice, partition, scale
 from placement import topologies
 from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
 
@@ -107,3 +107,35 @@ def test_the_tables_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "2027025" in printed
     assert 2 == printed.count("\n            dgx-1v ")
     assert 2 == printed.count("none refused: dgx-2, t4-4x\n")
+
+
+def test_the_service_is_measured_at_every_size(capsys: pytest.CaptureFixture[str]) -> None:
+    scale.main(["--nodes", "2", "4", "--most", "15", "--pending", "3", "--rounds", "3"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("python -m benchmarks.scale ")
+    sizes = [line.split()[:2] for line in printed.splitlines() if line.count("x") == 2]
+    assert [["2", "10"], ["4", "15"]] == sizes
+    for measured in (
+        "status, 4 nodes, 15 replicas: ",
+        "restart, 4 nodes, 15 deployments: ",
+        "a look at 3 deployments that find no room: ",
+    ):
+        assert measured in printed
+
+
+def test_the_make_believe_ray_of_the_benchmark_has_what_the_service_placed() -> None:
+    with scale.started(nodes=3, deployments=6, waiting=2) as (cluster, service):
+        assert [0.0] * 3 == [row["GPU"] for row in cluster.rows.values()]
+        service.look()
+        _, report = service.ask("status")
+        assert {"held-00000", "waits-00001"} <= {one["name"] for one in report["deployments"]}
+        assert all(
+            gpu["state"] in ("held", "other", "free") for node in report["nodes"] for gpu in node["gpus"]
+        )
+        assert 2 == sum(bool(one["pending"]) for one in report["deployments"])
+        service.ask("release", "held-00000")
+        assert 1.0 == sum(row["GPU"] for row in cluster.rows.values())
+        service.look()
+        placed = [one for one in service.ask("status")[1]["deployments"] if one["name"] == "waits-00000"]
+        assert "placed" == placed[0]["state"], "what waits gets the room"
+        assert 0.0 == sum(row["GPU"] for row in cluster.rows.values())

@@ -72,13 +72,23 @@ class ClusterView:
         self._dirty &= self._infos.keys()
 
     def update_available(self, available: Mapping[str, Mapping[str, float]]) -> None:
-        """Notes what Ray says is free: node id -> resource -> amount. Only where that changed, anything follows."""
-        self._available = available
-        for node_id, info in self._infos.items():
+        """Notes what Ray says is free: node id -> resource -> amount. Only where that changed, anything follows.
+
+        What is said of one node is not to be changed afterwards.
+        """
+        before, self._available = self._available, dict(available)
+        changed = [
+            node_id
+            for node_id, free in available.items()
+            if free is not (earlier := before.get(node_id)) and free != earlier
+        ]
+        changed += before.keys() - available.keys()
+        for node_id in changed:
+            info = self._infos.get(node_id)
+            if info is None:
+                continue
             free = available.get(node_id, _NOTHING)
-            read: _Read = (free.get("GPU"), free.get("CPU"), free.get("memory"))
-            if info.egress:
-                read += tuple(map(free.get, info.egress))
+            read = (free.get("GPU"), free.get("CPU"), free.get("memory"), *map(free.get, info.egress))
             if self._read.get(node_id) != read:
                 self._read[node_id] = read
                 self._dirty.add(node_id)
