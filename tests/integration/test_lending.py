@@ -93,12 +93,21 @@ def module_leases(address: str) -> Iterator[Leases]:
 
 @pytest.fixture
 def leases(module_leases: Leases) -> Iterator[Leases]:
-    """With nothing held, neither before a test nor after it."""
+    """With nothing held, neither before a test nor after it. What else the test has must come after it."""
     yield module_leases
     for assignment in module_leases.held.values():
         remove_placement_group(assignment.placement_group)
     module_leases.gone()
     assert settled(lambda: not left_over()), left_over()
+
+
+@pytest.fixture
+def neighbours() -> Iterator[list[Any]]:
+    """Other Ray users, who are ended after the test."""
+    users: list[Any] = []
+    yield users
+    for user in users:
+        ray.kill(user)
 
 
 def here(name: str, bundles: list[dict[str, float]], nodes: list[str]) -> PlacementGroup | None:
@@ -112,11 +121,11 @@ def on(node: str, *gpus: int, index: int = 0, share: int = WHOLE) -> PlannedRepl
 
 
 def test_whole_gpus_beside_another_user_are_the_best_ones_and_free_once_the_caller_removes_the_group(
-    leases: Leases,
+    leases: Leases, neighbours: list[Any]
 ) -> None:
-    other = another_user("pcie")
+    neighbours.append(another_user("pcie"))
     for _ in range(2):
-        taken = leases.take(here, on("pcie", 2, 3), model="m", gpus=2, cpus_per_gpu=0.5)
+        taken = leases.take(here, on("pcie", 2, 3), model="m", gpus=2, constraints={"cpus_per_gpu": 0.5})
         assert isinstance(taken, list)
         [lent] = taken
         assert (lent.gpus, lent.ray_gpus, lent.weakest_link, lent.cpus_per_gpu) == (
@@ -128,7 +137,6 @@ def test_whole_gpus_beside_another_user_are_the_best_ones_and_free_once_the_call
         assert ranks_gpus(lent) == [2, 3]
         remove_placement_group(lent.placement_group)
         leases.gone()
-    ray.kill(other)
 
 
 def test_replicas_get_their_groups_one_after_the_other_and_shares_share(leases: Leases) -> None:
@@ -181,8 +189,8 @@ def raises(name: str, bundles: list[dict[str, float]], nodes: list[str]) -> Plac
     return here(name, bundles, nodes)
 
 
-def test_a_caller_that_does_not_come_leaves_nothing_behind(leases: Leases) -> None:
-    other = another_user("pcie")
+def test_a_caller_that_does_not_come_leaves_nothing_behind(leases: Leases, neighbours: list[Any]) -> None:
+    neighbours.append(another_user("pcie"))
     pair = on("pcie", 2, 3)
     refused = leases.take(late, pair, model="m", gpus=2)
     assert isinstance(refused, Refusal)
@@ -192,25 +200,25 @@ def test_a_caller_that_does_not_come_leaves_nothing_behind(leases: Leases) -> No
     )
     with pytest.raises(ConnectionError):
         leases.take(raises, on("pcie", 1), on("pcie", 2, index=1), model="m", gpus=1)
-    ray.kill(other)
+    ray.kill(neighbours.pop())
     assert settled(lambda: not left_over()), left_over()
     taken = leases.take(here, on("pcie", 0, 1, 2, 3), model="m", gpus=4)
     assert isinstance(taken, list), "the node knows that all of it is free"
 
 
-def test_a_group_with_other_gpus_than_those_prepared_does_not_stay(leases: Leases) -> None:
+def test_a_group_with_other_gpus_than_those_prepared_does_not_stay(
+    leases: Leases, neighbours: list[Any]
+) -> None:
     """Another user is quicker than the caller, the first time."""
-    others: list[Any] = []
 
     def second(name: str, bundles: list[dict[str, float]], nodes: list[str]) -> PlacementGroup | None:
-        if not others:
-            others.append(another_user("pcie", 1))
+        if not neighbours:
+            neighbours.append(another_user("pcie"))
         return here(name, bundles, nodes)
 
     taken = leases.take(second, on("pcie", 0, 1), model="m", gpus=2)
     assert isinstance(taken, list)
     assert [a.gpus for a in taken] == [[2, 3]] and ranks_gpus(taken[0]) == [2, 3]
-    ray.kill(others[0])
 
 
 @pytest.fixture
@@ -241,9 +249,9 @@ def creates(caller: subprocess.Popen[str]) -> Callable[..., PlacementGroup | Non
 
 
 def test_what_a_killed_driver_held_is_free_and_can_be_had_again(
-    leases: Leases, caller: subprocess.Popen[str]
+    leases: Leases, caller: subprocess.Popen[str], neighbours: list[Any]
 ) -> None:
-    other = another_user("pcie")
+    neighbours.append(another_user("pcie"))
     replicas = [on("pcie", 2, 3), on("pcie-b", 0, 1, index=1)]
     taken = leases.take(creates(caller), *replicas, model="m", gpus=2)
     assert isinstance(taken, list)
@@ -257,4 +265,3 @@ def test_what_a_killed_driver_held_is_free_and_can_be_had_again(
     taken = leases.take(here, *replicas, model="m", gpus=2)
     assert isinstance(taken, list)
     assert [a.gpus for a in taken] == [[2, 3], [0, 1]]
-    ray.kill(other)
