@@ -255,13 +255,14 @@ class _Round:
     def sort(self) -> None:
         """Tells apart what is lost, what stays, what is outdated and what is not wanted."""
         request, snapshot, stays = self.desired.request, self.snapshot, self.stays
+        wanted = frozenset(request.replicas)
         earlier: list[tuple[Request, dict[int, Observed]]] = []
         for index, one in sorted(self.observed.items()):
             lost = [part.node_id for part in one.parts if not snapshot.bit(part.node_id)]
             if lost or one.gone:
                 self.actions.append(Drop(index, tuple(sorted({*lost}))))
                 self.dropped.append(index)
-            elif index >= len(request.replicas):
+            elif index not in wanted:
                 self.surplus[index] = one
             elif _ask_the_same(one.request, request):
                 stays[index] = one.parts

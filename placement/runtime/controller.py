@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import Any
 
+from placement.core.lifecycle import State
 from placement.core.reconcile import (
     Decision,
     Desired,
@@ -614,6 +615,8 @@ class Controller:
             failure = ReservationFailed(name, work.where, work.attempts, work.reason)
             if work.atomic:
                 raise failure
+            if surplus := [i for i in work.wanted.replicas if i >= work.wanted.deployment.replicas]:
+                self._release_some(work, surplus, in_place=False)
             self._wait(work, dict.fromkeys(work.wanted.unfinished(), str(failure)))
 
     def _wait(self, work: _Work, reasons: dict[int, str]) -> None:
@@ -981,7 +984,10 @@ def _told(asked: Asked | None) -> str:
 def _new(wanted: Deployment, owner: Owner | None) -> DeploymentState:
     """A deployment that was not there before."""
     ttl = wanted.ttl_seconds
-    return DeploymentState(wanted, owner=owner, expires_at=None if ttl is None else time.time() + ttl)
+    states = dict.fromkeys(range(wanted.replicas), State.PENDING)
+    return DeploymentState(
+        wanted, states=states, owner=owner, expires_at=None if ttl is None else time.time() + ttl
+    )
 
 
 def differences(old: Deployment, new: Deployment) -> dict[str, tuple[str, str]]:

@@ -171,7 +171,9 @@ class DeploymentState:
         states = dict.fromkeys(range(wanted.replicas), State.PENDING)
         states |= {i: state for i, state in self.states.items() if i in self.replicas or i in states}
         generation, shape = self.generation + 1, wanted.shape()
-        alike = {g for g, one in earlier.items() if one.shape() == shape}  # replicas of these are not concerned
+        alike = {
+            g for g, one in earlier.items() if one.shape() == shape
+        }  # replicas of these are not concerned
         replicas = {
             index: replace(one, generation=generation) if one.generation in alike else one
             for index, one in self.replicas.items()

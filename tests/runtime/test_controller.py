@@ -1,0 +1,271 @@
+"""Declarations that wait, owners and times: the real controller on a make-believe Ray."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from placement.core.lifecycle import State
+from placement.core.score import WHOLE
+from placement.errors import DeploymentConflict, NotEnoughGpus, PartlyApplied, UnknownDeployment, UnknownNode
+from placement.runtime import groups
+from placement.runtime.keeper import Keeper
+from placement.runtime.queue import Ticket
+from placement.runtime.service import parse
+from placement.runtime.state import Owner
+from tests.properties.test_service import AtOnce, DirectService, Group, Ray, make_believe
+
+
+@pytest.fixture
+def outside() -> Iterator[Ray]:
+    """One node of four GPUs and eight egress units."""
+    ray = Ray(nodes={"x"})
+    with make_believe(ray):
+        yield ray
+
+
+@pytest.fixture
+def service(outside: Ray) -> DirectService:
+    return DirectService()
+
+
+def one(name: str = "a", **fields: Any) -> dict[str, Any]:
+    return {"name": name, "model": "m", **fields}
+
+
+def placed(service: DirectService, name: str = "a") -> dict[int, int]:
+    """Replica -> how many GPUs it has."""
+    return {a.replica_index: len(a.gpus) for a in service.get(name).assignments}
+
+
+def a_while_passes(service: DirectService) -> None:
+    Keeper(service, AtOnce()).look()
+
+
+def told(service: DirectService, name: str = "a") -> list[tuple[int | None, str]]:
+    return [(event["replica"], event["state"]) for event in service.events(name)]
+
+
+def test_what_finds_no_room_waits_with_its_declaration_and_gets_room_when_there_is_some(
+    outside: Ray, service: DirectService
+) -> None:
+    result = service.apply(one(gpus=2, replicas=3))
+    assert (placed(service), list(result.pending)) == ({0: 2, 1: 2}, [2])
+    assert "needs 2 GPUs free on one node" in result.pending[2]
+    recorded = json.loads(outside.store[b"deployment/a"])
+    assert recorded["deployment"]["replicas"] == 3
+    assert recorded["waiting_since"] > 0
+    outside.nodes.add("y")
+    a_while_passes(service)
+    assert (placed(service), service.get("a").pending) == ({0: 2, 1: 2, 2: 2}, {})
+    assert json.loads(outside.store[b"deployment/a"])["waiting_since"] is None
+
+
+def test_a_declaration_that_waits_survives_the_service_and_keeps_its_place_in_the_queue(
+    outside: Ray, service: DirectService
+) -> None:
+    service.place(one("holds", gpus=4))
+    service.apply(one("first", gpus=3))
+    service.apply(one("second", gpus=1))
+    service = DirectService()
+    assert service.state.queue() == ["first", "second"]
+    assert [list(service.get(name).pending) for name in ("first", "second")] == [[0], [0]]
+    service.release("holds")
+    a_while_passes(service)
+    assert (placed(service, "first"), placed(service, "second")) == ({0: 3}, {0: 1})
+    assert service.state.queue() == []
+
+
+def test_who_waits_longest_gets_room_first_and_the_small_pass_by_the_large_only_where_these_do_not_fit(
+    outside: Ray, service: DirectService
+) -> None:
+    service.place(one("holds", gpus=2))
+    service.place(one("also", gpus=2))
+    service.apply(one("large", gpus=4))
+    service.apply(one("small", gpus=2))
+    service.release("also")
+    a_while_passes(service)
+    assert (list(service.get("large").pending), placed(service, "small")) == ([0], {0: 2})
+    service.release("small")
+    service.release("holds")
+    a_while_passes(service)
+    assert placed(service, "large") == {0: 4}
+
+
+def test_a_gang_gets_all_its_places_at_once_or_waits(outside: Ray, service: DirectService) -> None:
+    result = service.apply(one(gpus=2, replicas=3, gang=True))
+    assert (placed(service), list(result.pending)) == ({}, [0, 1, 2])
+    assert not outside.groups
+    outside.nodes.add("y")
+    a_while_passes(service)
+    assert placed(service) == {0: 2, 1: 2, 2: 2}
+
+
+def test_a_replacement_that_finds_no_room_waits_and_what_is_there_stays(
+    outside: Ray, service: DirectService
+) -> None:
+    service.place(one("other"))
+    before = service.place(one(gpus=2)).assignments
+    result = service.apply(one(gpus=4))
+    assert ([a.placement_group for a in result.assignments], list(result.pending)) == (
+        [a.placement_group for a in before], [0],
+    )  # fmt: skip
+    known = service.state.deployments["a"]
+    assert (known.generation, known.outdated, known.deployment.gpus) == (2, [0], 4)
+    service = DirectService()
+    assert service.state.deployments["a"].outdated == [0], "also after a restart"
+    outside.nodes.add("y")
+    a_while_passes(service)
+    assert (placed(service), service.state.deployments["a"].earlier) == ({0: 4}, {})
+    assert len(outside.groups) == 2, "what was replaced is given back"
+
+
+def test_of_several_that_are_to_be_replaced_each_is_as_soon_as_it_can_be(
+    outside: Ray, service: DirectService
+) -> None:
+    service.apply(one(gpus=1, replicas=2))
+    outside.take(Group("", 900), "x", range(1), WHOLE, 0)
+    result = service.apply(one(gpus=2, replicas=2))
+    assert (placed(service), list(result.pending)) == ({0: 2, 1: 1}, [1])
+    outside.nodes.add("y")
+    a_while_passes(service)
+    assert placed(service) == {0: 2, 1: 2}
+
+
+def test_what_does_not_fit_changes_nothing_if_it_is_atomic(outside: Ray, service: DirectService) -> None:
+    with pytest.raises(NotEnoughGpus):
+        service.apply(one(gpus=2, replicas=3), atomic=True)
+    with pytest.raises(NotEnoughGpus):
+        service.apply_all([one("b"), one(gpus=2, replicas=3)], atomic=True)
+    assert not outside.groups and not service.state.deployments
+    assert b"deployment/a" not in outside.store
+
+
+def test_the_trouble_of_one_deployment_does_not_stop_the_others(outside: Ray, service: DirectService) -> None:
+    unknown = one("b", constraints={"gpu_nodes": ["nowhere"]})
+    with pytest.raises(PartlyApplied) as caught:
+        service.apply_all([one("a", gpus=4), unknown, one("c", gpus=2)])
+    assert caught.value.applied == ("a", "c")
+    assert caught.value.failures["b"]["code"] == UnknownNode.code
+    assert (placed(service, "a"), list(service.get("c").pending)) == ({0: 4}, [0])
+
+
+def test_a_deadline_ends_what_has_no_place_and_gives_up_what_has_some(
+    outside: Ray, service: DirectService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.apply(one("none", gpus=8, deadline_seconds=60))
+    service.apply(one("some", gpus=3, replicas=2, deadline_seconds=60))
+    service.end_what_is_over(lambda owner: False, service.state.deployments["none"].declared_at + 30)
+    assert service.state.queue() == ["none", "some"]
+    service.end_what_is_over(lambda owner: False, service.state.deployments["some"].declared_at + 61)
+    with pytest.raises(UnknownDeployment):
+        service.get("none")
+    assert told(service, "none")[-2:] == [(None, "ended"), (0, "released")]
+    assert "no room for 60 s" in service.get("some").pending[1]
+    assert service.state.queue() == []
+    outside.nodes.add("y")
+    a_while_passes(service)
+    assert placed(service, "some") == {0: 3}, "it is not tried any more"
+    assert placed_after_applying_again(service) == {0: 3, 1: 3}
+
+
+def placed_after_applying_again(service: DirectService) -> dict[int, int]:
+    service.apply(one("some", gpus=3, replicas=2, deadline_seconds=60))
+    return placed(service, "some")
+
+
+def test_what_outlives_its_owner_or_its_time_is_released(outside: Ray, service: DirectService) -> None:
+    job: Owner = {"kind": "job", "job": "01000000"}
+    DirectService.__mro__[1].place(service, parse(one("owned"), None), job)  # type: ignore[attr-defined]
+    service.place(one("brief", ttl_seconds=100))
+    began = service.state.deployments["brief"].declared_at
+    a_while_passes_at(service, began + 50, set())
+    assert set(service.state.names()) == {"owned", "brief"}
+    service = DirectService()
+    a_while_passes_at(service, began + 50, {"01000000"})
+    assert service.state.names() == ("brief",)
+    expires = service.state.deployments["brief"].expires_at
+    assert expires is not None
+    renewed = service.renew("brief")
+    assert renewed is not None and renewed >= expires
+    a_while_passes_at(service, renewed + 1, set())
+    assert service.state.names() == () and not outside.groups
+
+
+def a_while_passes_at(service: DirectService, now: float, ended: set[str]) -> None:
+    service.end_what_is_over(lambda owner: owner["job"] in ended, now)
+
+
+def test_a_lease_whose_group_its_owner_removed_is_forgotten_and_not_placed_anew(
+    outside: Ray, service: DirectService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "is_gone", lambda group_id: group_id not in outside.groups)
+    caller: Owner = {"kind": "caller", "job": "01000000"}
+    DirectService.__mro__[1].place(service, parse(one(gpus=2, replicas=2), None), caller)  # type: ignore[attr-defined]
+    first, second = sorted(outside.groups)
+    del outside.groups[first]
+    a_while_passes_at(service, 0.0, set())
+    known = service.state.deployments["a"]
+    assert (list(known.replicas), known.states[0]) == ([1], State.LOST)
+    a_while_passes(service)
+    assert list(outside.groups) == [second], "nothing is placed in its stead"
+    assert service.state.queue() == []
+    del outside.groups[second]
+    a_while_passes_at(service, 0.0, set())
+    assert service.state.names() == ()
+    assert b"deployment/a" not in outside.store
+
+
+def test_a_lease_that_ended_while_the_service_was_dead_is_forgotten_when_it_starts(
+    outside: Ray, service: DirectService
+) -> None:
+    caller: Owner = {"kind": "caller", "job": "01000000"}
+    DirectService.__mro__[1].place(service, parse(one(gpus=2), None), caller)  # type: ignore[attr-defined]
+    outside.groups.clear()
+    service = DirectService()
+    assert service.state.names() == () and not outside.groups
+    with pytest.raises(UnknownDeployment):
+        service.get("a")
+
+
+def test_somebody_elses_lease_is_a_conflict(service: DirectService) -> None:
+    place = DirectService.__mro__[1].place  # type: ignore[attr-defined]
+    wanted = parse(one(gpus=2), None)
+    place(service, wanted, {"kind": "caller", "job": "01000000"})
+    assert place(service, wanted, {"kind": "caller", "job": "01000000"}).assignments
+    with pytest.raises(DeploymentConflict, match="owner"):
+        place(service, wanted, {"kind": "caller", "job": "02000000"})
+
+
+def test_calls_that_wait_are_tried_in_their_turn_among_the_declarations(
+    outside: Ray, service: DirectService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count(1000.0)
+    monkeypatch.setattr("placement.runtime.queue.time.time", lambda: next(clock))
+    monkeypatch.setattr("placement.runtime.controller.time.time", lambda: next(clock))
+    service.place(one("holds", gpus=4))
+    tickets = []
+    for name in ("early", "late"):
+        ticket = Ticket(parse(one(name, gpus=3), None), lambda name=name: service.place(one(name, gpus=3)))
+        with pytest.raises(NotEnoughGpus):
+            ticket.attempt()
+        service.tickets.add(ticket)
+        tickets.append(ticket)
+        if name == "early":
+            service.apply(one("between", gpus=1))
+    service.release("holds")
+    a_while_passes(service)
+    early, late = tickets
+    assert early.outcome.result().assignments[0].node == "x"
+    assert placed(service, "between") == {0: 1}
+    assert not late.outcome.done()
+    with pytest.raises(NotEnoughGpus):
+        late.result()
+    service.tickets.remove(late)
+    service.release("early")
+    a_while_passes(service)
+    assert service.state.names() == ("between",), "a call that gave up is not tried any more"
