@@ -67,15 +67,15 @@ class Keeper:
             if name not in self._reconciling:
                 self._reconciling[name] = self._reconcilers.submit(self._reconcile, name)
         if self._trying is None or self._trying.done():
-            now = alive, controller.cluster.draining, controller.queue_depends_on()
+            now = alive, controller.cluster.draining, controller.queue.depends_on()
             if now != self._tried_with or time.monotonic() - self._tried_at > RETRY_SECONDS:
                 self._trying = self._reconcilers.submit(self._try_again, now)
-        controller.ask_for_nodes()
+        controller.queue.ask_for_nodes()
         controller.write_again()
         if controller.fleet.agents.in_doubt():
-            controller.sweep()
+            controller.sweeper.sweep()
         else:
-            controller.sweep_again()
+            controller.sweeper.sweep_again()
         controller.end_what_is_over(has_ended, time.time())
         controller.rest()
 
@@ -83,7 +83,7 @@ class Keeper:
         """Tries what waits, one after the other."""
         controller = self._controller
         try:
-            controller.try_queue(self._reconcile)
+            controller.queue.try_all(self._reconcile)
         except Exception:
             logger.exception("what waits could not be tried; trying again")
         self._tried_with = with_

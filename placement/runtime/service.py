@@ -134,12 +134,12 @@ class DeploymentPlacementActor:
         except (Unplaceable, ReservationFailed):
             if time.monotonic() >= end:
                 raise
-        self._controller.tickets.add(ticket)
+        self._controller.queue.tickets.add(ticket)
         try:
             left = max(0.0, end - time.monotonic())
             await asyncio.wait([asyncio.wrap_future(ticket.outcome)], timeout=left)
         finally:
-            self._controller.tickets.remove(ticket)
+            self._controller.queue.tickets.remove(ticket)
         return await self._in(self._reads, ticket.result)
 
     async def apply(

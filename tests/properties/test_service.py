@@ -418,7 +418,7 @@ class Service(Rules):
 
     def send(self, call: Call, in_the_middle: bool = False) -> None:
         """An answer, an honest refusal, or a death; the dead service is started anew and asked again, as Ray does."""
-        if call.name in self.service._turns:
+        if call.name in self.service.turns.names():
             return  # it would wait for its turn, and here nothing goes on beside it
         before = self.service.state.deployments.get(call.name)
         held = None if before is None else len(before.replicas)
@@ -587,7 +587,7 @@ class Service(Rules):
         standing = self.service.state.deployments
         unwritten = self.service.actions.unwritten
         assert set(recorded) ^ set(standing) <= unwritten
-        assert not self.service.state.claims and not self.service._turns
+        assert not self.service.state.claims and not self.service.turns.names()
         assert not self.service.fleet._under_way and not self.service.fleet._gone
         known = set()
         for name, one in standing.items():

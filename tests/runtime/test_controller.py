@@ -246,14 +246,14 @@ def test_calls_that_wait_are_tried_in_their_turn_among_the_declarations(
 ) -> None:
     clock = itertools.count(1000.0)
     monkeypatch.setattr("placement.runtime.queue.time.time", lambda: next(clock))
-    monkeypatch.setattr("placement.runtime.controller.time.time", lambda: next(clock))
+    monkeypatch.setattr("placement.runtime.reconciler.time.time", lambda: next(clock))
     service.place(one("holds", gpus=4))
     tickets = []
     for name in ("early", "late"):
         ticket = Ticket(parse(one(name, gpus=3), None), lambda name=name: service.place(one(name, gpus=3)))
         with pytest.raises(NotEnoughGpus):
             ticket.attempt()
-        service.tickets.add(ticket)
+        service.queue.tickets.add(ticket)
         tickets.append(ticket)
         if name == "early":
             service.apply(one("between", gpus=1))
@@ -265,7 +265,7 @@ def test_calls_that_wait_are_tried_in_their_turn_among_the_declarations(
     assert not late.outcome.done()
     with pytest.raises(NotEnoughGpus):
         late.result()
-    service.tickets.remove(late)
+    service.queue.tickets.remove(late)
     service.release("early")
     a_while_passes(service)
     assert service.state.names() == ("between",), "a call that gave up is not tried any more"

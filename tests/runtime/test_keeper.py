@@ -31,13 +31,15 @@ class Controller:
             forget_all_but=self.forgot.append,
         )
 
+        self.queue, self.sweeper = self, SimpleNamespace(sweep_again=int)
+
     def stranded(self, alive: frozenset[str]) -> list[str]:
         return list(self.lost)
 
-    def queue_depends_on(self) -> object:
+    def depends_on(self) -> object:
         return self.changed_at
 
-    def try_queue(self, attempt: Callable[[str], None]) -> None:
+    def try_all(self, attempt: Callable[[str], None]) -> None:
         for name in self.pending:
             attempt(name)
 
@@ -52,8 +54,6 @@ class Controller:
     def end_what_is_over(self, has_ended: object, now: float) -> None: ...
 
     def write_again(self) -> None: ...
-
-    def sweep_again(self) -> None: ...
 
     def rest(self) -> None: ...
 

@@ -1,0 +1,375 @@
+"""One deployment, from what is there to what is declared: decide, act, and look again, until nothing is left to do.
+
+What to do is decided by :func:`placement.core.reconcile.reconcile`; here it is made with the cluster as it is, claimed,
+executed by :class:`~placement.runtime.actions.Actions`, and decided anew where a node refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from placement.core.reconcile import (
+    Decision,
+    Desired,
+    Drop,
+    Keep,
+    Observed,
+    Release,
+    Reserve,
+    Wait,
+    reconcile,
+)
+from placement.core.snapshot import Policy, Snapshot
+from placement.errors import LeaseExpired, ReservationFailed, Unplaceable
+from placement.runtime import faults
+from placement.runtime.actions import Actions
+from placement.runtime.discovery import NodeInfo
+from placement.runtime.feed import Feed
+from placement.runtime.fleet import VIEW_LAG_SECONDS, Fleet
+from placement.runtime.leases import Lending
+from placement.runtime.node_agent import FRESH_SECONDS
+from placement.runtime.observed import ObservedCluster
+from placement.runtime.orders import Refusal
+from placement.runtime.state import Claim, DeploymentState, ServiceState
+from placement.wire.deployment import Deployment
+from placement.wire.plans import mix_of, request_of, request_unchecked
+
+MAX_REPLANS = 5
+"""How often a plan is made anew that nodes refused, since others act meanwhile."""
+
+
+@dataclass
+class Work:
+    """A deployment that is being brought about.
+
+    Attributes:
+        known: what was there before, under its own declaration; ``None`` if nothing was.
+        wanted: what it is to be; what is there already is the same.
+        atomic: all of it, or nothing is changed.
+        strict: nodes that its constraints name must be there.
+        may_wait: replicas that may go on waiting, even so.
+        lending: the caller creates the groups.
+        patient: look again before anything is refused.
+        durable: what the ledger and the state say, if that is ``wanted``.
+        is_refused: nothing of the change is done, as it was planned last.
+        vacated: what was there was released for what is to replace it.
+        refused: nodes that refused, for whatever reason; of these Ray's books are believed.
+        full: node id -> most whole GPUs or instances that may be planned there.
+        replans, attempts, where, reason: how often, and why the last time.
+    """
+
+    known: DeploymentState | None
+    wanted: DeploymentState
+    atomic: bool = False
+    strict: bool = False
+    may_wait: frozenset[int] = frozenset()
+    lending: Lending | None = None
+    patient: bool = True
+    durable: DeploymentState | None = None
+    is_refused: bool = False
+    vacated: bool = False
+    refused: set[str] = field(default_factory=set)
+    full: dict[str, int] = field(default_factory=dict)
+    replans: int = 0
+    attempts: int = 0
+    where: str = ""
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        self.durable = self.known
+
+
+class Reconciler:
+    """Brings deployments about. The caller sees to it that it is one change of a deployment at a time.
+
+    Args:
+        state: what is declared and what is there.
+        cluster: the nodes as they were last seen.
+        fleet: the nodes' actors.
+        actions: what changes things.
+        feed: who wants to know of it.
+
+    Attributes:
+        gone: (deployment, replica) of those whose placement group is not there any more.
+    """
+
+    def __init__(
+        self, state: ServiceState, cluster: ObservedCluster, fleet: Fleet, actions: Actions, feed: Feed
+    ) -> None:
+        self.state, self.cluster, self.fleet, self.actions, self.feed = state, cluster, fleet, actions, feed
+        self.gone: set[tuple[str, int]] = set()
+
+    def bring_about(self, work: Work) -> DeploymentState:
+        """Decides and acts until nothing is left to do; what is there then.
+
+        Raises:
+            UnknownNode: its constraints name a node that is not there, and are new.
+            Unplaceable, ReservationFailed: it does not fit, and the change is atomic. What was there before still is;
+                where it had to be released first, it is placed anew, or waits.
+            LeaseExpired: its caller has gone.
+        """
+        before, name = work.known, work.wanted.name
+        announced = []  # from here on others keep away from it, if it wants that
+        if before is None or before.deployment is not work.wanted.deployment:
+            announced.append(self.state.claim(Claim(work.wanted.deployment, ())))
+        try:
+            while self._advance(work):
+                pass
+            if work.wanted is not work.durable:
+                self.actions.commit(work.wanted)
+                self._surplus_told(work)
+        except Exception:
+            if work.vacated:  # what was there is there again, or as soon as there is room for it
+                self._bring_back(name)
+            raise
+        finally:
+            self.state.close(announced)
+        if before is not None and before.deployment != work.wanted.deployment:
+            changed = ", ".join(differences(before.deployment, work.wanted.deployment))
+            self.feed.add(name, None, "changed", changed)
+        return work.wanted
+
+    def _advance(self, work: Work) -> bool:
+        """Decides, and acts until something was reserved; whether to decide once more."""
+        nodes, decision, claim = self._decide(work)
+        reserves = any(isinstance(action, Reserve) for action in decision.actions)
+        try:
+            if dropped := [action.index for action in decision.actions if isinstance(action, Drop)]:
+                self._drop(work, dropped, {info.id for info in nodes})
+            for position, action in enumerate(decision.actions, 1):
+                if isinstance(action, Keep):
+                    work.wanted = work.wanted.kept(action.indices)
+                elif isinstance(action, Release):
+                    self._release_some(work, action.indices, in_place=reserves)
+                elif isinstance(action, Wait):
+                    self._wait(work, dict.fromkeys(action.indices, str(action.refusal)))
+                elif isinstance(action, Reserve):
+                    assert claim is not None
+                    open_claim, claim = claim, None
+                    if self._reserve(work, action, open_claim, nodes):
+                        return position < len(decision.actions)
+                    return work.replans < MAX_REPLANS
+        finally:
+            if claim is not None:
+                self.state.close([claim])
+        return False
+
+    def _decide(self, work: Work) -> tuple[list[NodeInfo], Decision, Claim | None]:
+        """What to do now. What is to be reserved first is claimed."""
+
+        def decide(
+            nodes: list[NodeInfo], lag_seconds: float, fresh: bool, accept: bool = False
+        ) -> tuple[list[NodeInfo], Decision, Claim | None]:
+            machines, deployment = self.fleet.machines, work.wanted.deployment
+            avoided = work.refused | self.fleet.agents.suspect()
+            if not deployment.remote:
+                if deployment.needs.free_memory_bytes:
+                    machines.refresh(nodes, again=True, max_age_seconds=FRESH_SECONDS)
+                else:
+                    machines.refresh(nodes, patience_seconds=0.0)
+                avoided |= machines.unknown_nodes(nodes)
+            if avoided:
+                with contextlib.suppress(Unplaceable):
+                    return nodes, *self._decide_with(work, nodes, lag_seconds, fresh, avoided)
+                if not deployment.remote:
+                    machines.refresh(nodes)
+            return nodes, *self._decide_with(work, nodes, lag_seconds, fresh, accept=accept)
+
+        if not work.patient:
+            return decide(self.cluster.nodes(), VIEW_LAG_SECONDS, True, accept=True)
+        try:
+            # A replica that is there may have lost its node since the nodes were last read.
+            fresh = work.replans > 0 or work.known is not None
+            return self.cluster.patiently(decide, fresh)
+        except Unplaceable:
+            if work.is_refused:
+                raise
+        return decide(self.cluster.nodes(), VIEW_LAG_SECONDS, True, accept=True)
+
+    def _decide_with(
+        self,
+        work: Work,
+        nodes: list[NodeInfo],
+        lag_seconds: float,
+        fresh: bool,
+        avoided: Collection[str] = (),
+        accept: bool = False,
+    ) -> tuple[Decision, Claim | None]:
+        """The same, without some nodes.
+
+        Raises:
+            Unplaceable: there is no room for all of it, and nobody said that this will do.
+        """
+        with self.state.lock:
+            snapshot = self.cluster.snapshot(nodes, lag_seconds, work.refused, work.full, avoided, fresh)
+            decision = self._decision(work, snapshot)
+            refusals = [action.refusal for action in decision.actions if isinstance(action, Wait)]
+            work.is_refused = decision.refusal is not None
+            if decision.refusal is not None:
+                raise decision.refusal
+            if refusals and not accept:
+                raise refusals[0]
+            for action in decision.actions:
+                if isinstance(action, Reserve):
+                    plan = action.plan
+                    claim = Claim(work.wanted.deployment, plan.replicas, plan.set_size)
+                    return decision, self.state.claim(claim)
+            return decision, None
+
+    def _decision(self, work: Work, snapshot: Snapshot) -> Decision:
+        """Under the lock.
+
+        Raises:
+            UnknownNode: its constraints name a node that is not there, and are new.
+        """
+        desired, observed = self.seen(work.wanted, snapshot, work.strict)
+        if work.wanted.deployment.policy is Policy.FRAGMENTATION:
+            snapshot = snapshot.changed((), mix_of(snapshot, [one.deployment for one in self.state.all()]))
+        return reconcile(desired, observed, snapshot, atomic=work.atomic, may_wait=work.may_wait)
+
+    def seen(
+        self, wanted: DeploymentState, snapshot: Snapshot, strict: bool = False
+    ) -> tuple[Desired, dict[int, Observed]]:
+        """A deployment in the terms of :mod:`placement.core.reconcile`. Under the lock."""
+        deployment, name = wanted.deployment, wanted.name
+        indices: Sequence[int] = range(deployment.replicas)
+        if wanted.given_up or (wanted.is_lease and wanted.replicas):  # what is lost of it is not placed anew
+            indices = [
+                index
+                for index, one in sorted(wanted.replicas.items())
+                if (name, index) not in self.gone and all(snapshot.bit(part.node) for part in one.parts)
+            ]
+        if strict:
+            request_of(deployment, (), {}, snapshot)
+        request = request_unchecked(deployment, indices, {}, self.state.keeping_apart(name))
+        before = {generation: request_unchecked(one, (), {}) for generation, one in wanted.earlier.items()}
+        observed = {
+            index: Observed(one.planned(), before.get(one.generation, request), (name, index) in self.gone)
+            for index, one in wanted.replicas.items()
+        }
+        return Desired(request, gang=deployment.gang), observed
+
+    def _drop(self, work: Work, indices: Sequence[int], alive: Collection[str]) -> None:
+        """Gives back what is left of replicas that lost a node, or their group."""
+        declared_anew = work.known is not None and work.known is not work.wanted
+        for index in indices:
+            partly, reason = self.actions.drop(work.wanted, index, alive)
+            work.wanted = work.wanted.lost(index, partly, reason)
+            if declared_anew and work.known is not None:
+                work.known = work.known.lost(index, partly, reason)
+            self.gone.discard((work.wanted.name, index))
+        if not declared_anew:
+            work.known = work.durable = work.wanted
+        if work.known is not None:
+            self.actions.note(work.known)
+
+    def _release_some(self, work: Work, indices: Collection[int], in_place: bool) -> None:
+        """Gives back what some replicas hold, for the sake of others or since they are too many."""
+        if in_place and work.atomic and work.known is not None:
+            # Until the others are there, what stood is declared as before.
+            why = dict.fromkeys(indices, "its room was given back for what replaces it")
+            rest = self.actions.release(work.known, indices)
+            reasons = {**rest.reasons, **{i: reason for i, reason in why.items() if i in rest.states}}
+            work.known = rest.pending(reasons, time.time())
+            work.wanted = work.wanted.without([i for i in indices if i in work.wanted.states])
+            work.vacated = True
+            self.actions.note(work.known)
+            return
+        if work.wanted is not work.durable:
+            self.actions.commit(work.wanted)
+            self._surplus_told(work)
+        work.wanted = work.durable = self.actions.release(work.wanted, indices)
+        self.actions.note(work.wanted)
+
+    def _reserve(self, work: Work, action: Reserve, claim: Claim, nodes: Sequence[NodeInfo]) -> bool:
+        """Reserves what was planned, and gives back what it replaces; whether it could be had."""
+        faults.point("service.planned")
+        before = work.wanted
+        create = None if work.lending is None else work.lending.create
+        outcome = self.actions.reserve(before, claim, nodes, create)
+        if isinstance(outcome, list):
+            self._learn(work, outcome)
+            return False
+        later, got = outcome
+        placed = sorted({replica.replica_index for replica in action.plan.replicas})
+        faults.point("service.reserved")
+        surplus = [index for index in action.replaces if index not in placed]
+        kept = later.without(surplus)
+        try:
+            self.actions.commit(kept, [got])  # first: what a record tells of is never given back
+        except BaseException:
+            self.actions.undo(later, placed, got)
+            raise
+        work.wanted = work.durable = kept
+        work.vacated = False
+        faults.point("service.kept")
+        self._surplus_told(work)
+        self.actions.release(before, action.replaces)
+        if action.replaces:
+            self.fleet.tell(kept.name)
+        self.actions.tell_places(kept, placed)
+        return True
+
+    def _learn(self, work: Work, refusals: Sequence[Refusal]) -> None:
+        """Notes why nodes refused; gives up when that has been often enough.
+
+        Raises:
+            ReservationFailed: it is, and the change is atomic.
+            LeaseExpired: the caller has gone.
+        """
+        name = work.wanted.name
+        for refusal in refusals:
+            work.refused.add(refusal.node_id)
+            if refusal.full:
+                fewer = work.wanted.deployment.gpus_per_replica - 1
+                work.full[refusal.node_id] = fewer if refusal.room is None else refusal.room
+            work.attempts += refusal.attempts
+            work.where, work.reason = refusal.node_name, refusal.reason
+        if work.lending is not None and work.lending.is_over:
+            raise LeaseExpired(name, "its placement group did not come in time")
+        work.replans += 1
+        if work.replans >= MAX_REPLANS:
+            failure = ReservationFailed(name, work.where, work.attempts, work.reason)
+            if work.atomic:
+                raise failure
+            if surplus := [i for i in work.wanted.replicas if i >= work.wanted.deployment.replicas]:
+                self._release_some(work, surplus, in_place=False)
+            self._wait(work, dict.fromkeys(work.wanted.unfinished(), str(failure)))
+
+    def _wait(self, work: Work, reasons: dict[int, str]) -> None:
+        """Has replicas wait for room; their declaration is durable from here on."""
+        before = work.wanted
+        durable = work.wanted is work.durable and before.waiting_since is not None
+        if work.wanted is not work.durable:
+            self._surplus_told(work)
+        keep = self.actions.note if durable else self.actions.commit
+        work.wanted = work.durable = self.actions.wait(before, reasons, time.time(), keep)
+
+    def _surplus_told(self, work: Work) -> None:
+        """Has those who watch hear of replicas that waited and are not declared any more."""
+        if work.known is not None:
+            for index in work.known.states.keys() - work.wanted.states.keys() - work.known.replicas.keys():
+                self.feed.add(work.wanted.name, index, "released")
+            work.known = work.wanted
+
+    def _bring_back(self, name: str) -> None:
+        """Has what was there before be there again, as far as there is room."""
+        known = self.state.get(name)
+        if known is not None:
+            self.bring_about(Work(known, known))
+
+
+def differences(old: Deployment, new: Deployment) -> dict[str, tuple[str, str]]:
+    """Field -> (what is declared, what was asked for), as text, of those that differ."""
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    # Nested fields may name endpoints and key references: say only that they differ.
+    return {
+        field: ("", "")
+        if isinstance(after[field] or before[field], dict)
+        else (str(before[field]), str(after[field]))
+        for field in after
+        if before[field] != after[field]
+    }

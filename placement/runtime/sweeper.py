@@ -1,0 +1,82 @@
+"""Placement groups of ours that no deployment knows of: what was cut off leaves them behind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from placement.runtime import groups
+from placement.runtime.fleet import Fleet
+from placement.runtime.observed import ObservedCluster
+from placement.runtime.orders import deployment_of, order_of_group
+from placement.runtime.state import ServiceState
+from placement.runtime.turns import Turns
+
+
+class Sweeper:
+    """Finds and removes them.
+
+    Args:
+        prefix: begins the name of every group of ours.
+        state: what deployments hold.
+        cluster: the nodes as they were last seen.
+        fleet: the nodes' actors.
+        turns: one change of a deployment at a time.
+    """
+
+    def __init__(
+        self, prefix: str, state: ServiceState, cluster: ObservedCluster, fleet: Fleet, turns: Turns
+    ) -> None:
+        self._prefix, self._state, self._cluster, self._fleet, self._turns = (
+            prefix,
+            state,
+            cluster,
+            fleet,
+            turns,
+        )
+        self._undecided: dict[str, groups.LiveGroup] = {}
+
+    def begin(self, live: Mapping[str, groups.LiveGroup]) -> None:
+        """The first sweep, with the groups that were found when the service started."""
+        self._undecided = self.remove_unknown(live)
+
+    def sweep(self) -> None:
+        """Removes groups that carry our token and that no deployment knows of, and finds node actors that live on."""
+        try:
+            self._fleet.agents.doubt(self._fleet.agents.take_up(self._cluster.nodes_lately()), now=False)
+            self._undecided = self.remove_unknown(self.live())
+        except BaseException:
+            self._fleet.agents.doubt()
+            raise
+
+    def sweep_again(self) -> None:
+        """The same with the groups of which it could not be told yet whether a deployment will know of them."""
+        if self._undecided:
+            self._undecided = self.remove_unknown(self._undecided)
+
+    def live(self) -> dict[str, groups.LiveGroup]:
+        """Our groups that are there."""
+        return groups.live_groups(lambda name: name.startswith(self._prefix))
+
+    def remove_unknown(self, live: Mapping[str, groups.LiveGroup]) -> dict[str, groups.LiveGroup]:
+        """Removes those of which no deployment knows; returns those of which that cannot be told yet."""
+        undecided = {}
+        for group_id, group in live.items():
+            name = deployment_of(order_of_group(group.name))
+            if name in self._state.unreadable or self._knows(name, group_id):
+                continue
+            with self._turns.sole(name, wait=False) as mine:
+                if not mine:  # something is being reserved, and this may be it
+                    undecided[group_id] = group
+                elif not self._knows(name, group_id):
+                    self.remove(group_id, group)
+                    self._fleet.tell(name)
+        return undecided
+
+    def remove(self, group_id: str, group: groups.LiveGroup) -> None:
+        """Removes a group that is in no record."""
+        self._fleet.note_removed(order_of_group(group.name), group.nodes)
+        groups.remove_group(groups.group_from_hex(group_id))
+
+    def _knows(self, name: str, group_id: str) -> bool:
+        known = self._state.get(name)
+        return known is not None and any(one.group_id == group_id for one in known.replicas.values())

@@ -1,0 +1,49 @@
+"""One change of a deployment at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+
+class Turns:
+    """Whose turn it is, by deployment. Thread-safe; different deployments change side by side."""
+
+    def __init__(self) -> None:
+        self._turns: dict[str, _Turn] = {}
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def sole(self, name: str, wait: bool = True) -> Iterator[bool]:
+        """Keeps others from changing a deployment.
+
+        Yields:
+            Whether it is ours to change; always, if we ``wait`` for it.
+        """
+        with self._lock:
+            turn = self._turns.setdefault(name, _Turn())
+            turn.users += 1
+        mine = turn.lock.acquire(blocking=wait)
+        try:
+            yield mine
+        finally:
+            if mine:
+                turn.lock.release()
+            with self._lock:
+                turn.users -= 1
+                if not turn.users:
+                    del self._turns[name]
+
+    def names(self) -> frozenset[str]:
+        """The deployments that are being changed."""
+        return frozenset(self._turns.copy())
+
+
+@dataclass
+class _Turn:
+    """Who changes a deployment, and how many do or wait for it."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    users: int = 0
