@@ -212,7 +212,9 @@ class Controller:
         snapshot, held = self.cluster.look()
         return ClusterFile.of(snapshot, held.values())
 
-    def status(self, node: str | None, deployment: str | None, state: str | None) -> dict[str, Any]:
+    def status(
+        self, node: str | None = None, deployment: str | None = None, state: str | None = None
+    ) -> dict[str, Any]:
         """What there is and who holds it; see the service."""
         nodes = self.cluster.nodes()
         self.fleet.machines.refresh(nodes, patience_seconds=STATUS_SECONDS)
