@@ -137,10 +137,38 @@ def reconcile(
         observed: index -> replica, of all that are there.
         snapshot: the cluster; what is observed is held on it.
         atomic: if there is no room for all that is missing, nothing is done.
-        may_wait: indices that were waiting before. If ``atomic``, there need be no room for them, nor for those that
-            were lost with a node.
+        may_wait: indices that were waiting before, there or not. If ``atomic``, there need be no room for them, nor
+            for those that were lost with a node.
     """
     return _Round(desired, observed, snapshot, _Refused()).decide(atomic, may_wait)
+
+
+def outcome(
+    desired: Desired, observed: Mapping[int, Observed], actions: Iterable[Action]
+) -> dict[int, Observed]:
+    """What is there once actions are carried out."""
+    there = dict(observed)
+    for action in actions:
+        if isinstance(action, Drop):
+            del there[action.index]
+        elif isinstance(action, Keep):
+            there |= {index: replace(there[index], request=desired.request) for index in action.indices}
+        elif isinstance(action, Release | Reserve):
+            for index in action.indices if isinstance(action, Release) else action.replaces:
+                del there[index]
+        if isinstance(action, Reserve):
+            there |= {
+                index: Observed(parts, desired.request) for index, parts in _by_index(action.plan).items()
+            }
+    return dict(sorted(there.items()))
+
+
+def _by_index(plan: Plan) -> dict[int, tuple[PlannedReplica, ...]]:
+    """Replica -> its parts, by ranks."""
+    found: dict[int, tuple[PlannedReplica, ...]] = {}
+    for part in sorted(plan.replicas, key=attrgetter("replica_index", "ranks")):
+        found[part.replica_index] = (*found.get(part.replica_index, ()), part)
+    return found
 
 
 def admit(
@@ -206,6 +234,7 @@ class _Round:
         surplus: those that are not wanted any more.
         missing: the indices of those that are not there.
         dropped: those of them that were lost.
+        holding: those that are to be replaced, too, but not now.
     """
 
     def __init__(
@@ -220,6 +249,7 @@ class _Round:
         self.surplus: dict[int, Observed] = {}
         self.missing: list[int] = []
         self.dropped: list[int] = []
+        self.holding: dict[int, Observed] = {}
         self.planned: Step | None = None
 
     def decide(self, atomic: bool = False, may_wait: Collection[int] = ()) -> Decision:
@@ -236,11 +266,14 @@ class _Round:
     def decide_atomic(self, may_wait: Collection[int]) -> Decision:
         """Places all that must be placed, or does nothing; then what may wait."""
         may = [index for index in self.missing if index in may_wait]
-        must = [index for index in self.missing if index not in may_wait]
-        if self.desired.gang and (must or self.outdated):
-            may, must = [], self.missing
-        self.missing = must
-        if must or self.outdated:
+        self.holding = {index: one for index, one in self.outdated.items() if index in may_wait}
+        if self.holding and self.place_jointly() is None:
+            return self.wait(None)
+        if self.desired.gang and len(may) + len(self.holding) < len(self.missing) + len(self.outdated):
+            may, self.holding = [], {}
+        self.missing = [index for index in self.missing if index not in may]
+        self.outdated = {i: one for i, one in self.outdated.items() if i not in self.holding}
+        if self.missing or self.outdated:
             refused = self.place_jointly()
             if refused is not None:
                 step = refused[1].step()
@@ -248,7 +281,7 @@ class _Round:
                 return Decision((), self.start, step.outcome, step)
         self.release_surplus()
         planned = self.planned
-        self.missing = may
+        self.missing, self.outdated, self.holding = may, self.holding, {}
         decision = self.wait(self.place())
         return decision if planned is None else replace(decision, step=planned)
 
@@ -307,7 +340,7 @@ class _Round:
         """Places all at once: beside what leaves, or in its place; if there is no room, says why not for both."""
         leaving = {**self.outdated, **self.surplus}
         indices = tuple(sorted([*self.missing, *self.outdated]))
-        request = self.asking(indices, self.stays)
+        request = self.asking(indices, self.holding)
         beside = self.refused.attempt(self.snapshot, request)
         if not isinstance(beside, Shortfall):
             self.reserve(*beside, leaving)
@@ -330,7 +363,7 @@ class _Round:
             if index in self.outdated:
                 holds = self.replace(index) or holds
             elif refused is None:
-                request = self.asking((index,), self.stays, self.outdated)
+                request = self.asking((index,), self.outdated)
                 found = self.refused.attempt(self.snapshot, request)
                 if isinstance(found, Shortfall):
                     refused = found  # the others ask for the same
@@ -341,7 +374,7 @@ class _Round:
     def replace(self, index: int) -> Shortfall | None:
         """Replaces one: beside it, or in its place; if there is no room, says why not beside it."""
         others = {other: one for other, one in self.outdated.items() if other != index}
-        request = self.asking((index,), self.stays, others)
+        request = self.asking((index,), others)
         beside = self.refused.attempt(self.snapshot, request)
         if not isinstance(beside, Shortfall):
             self.reserve(*beside, (index,))
@@ -363,15 +396,10 @@ class _Round:
 
     # -- what the actions do -----------------------------------------------------------------------
 
-    def asking(
-        self,
-        indices: tuple[int, ...],
-        stays: Mapping[int, tuple[PlannedReplica, ...]],
-        outdated: Mapping[int, Observed] | None = None,
-    ) -> Request:
-        """The request for some replicas, beside others that begin on their nodes."""
-        begin = [parts[0].node_id for parts in stays.values()]
-        begin += [one.parts[0].node_id for one in (outdated or {}).values()]
+    def asking(self, indices: tuple[int, ...], others: Mapping[int, Observed]) -> Request:
+        """The request for some replicas, beside those that stay and others that are there as yet."""
+        begin = [parts[0].node_id for parts in self.stays.values()]
+        begin += [one.parts[0].node_id for one in others.values()]
         return replace(self.desired.request, replicas=indices, standing=Counter(begin))
 
     def release(self, indices: Iterable[int]) -> None:
@@ -393,9 +421,7 @@ class _Round:
         self.snapshot = later
         self.vacate(leaving)
         self.planned = self.planned or step
-        for replica in sorted(step.outcome.replicas, key=attrgetter("replica_index", "ranks")):
-            parts = self.stays.get(replica.replica_index, ())
-            self.stays[replica.replica_index] = (*parts, replica)
+        self.stays |= _by_index(step.outcome)
         self.outdated = {i: one for i, one in self.outdated.items() if i not in self.stays}
         self.missing = [i for i in self.missing if i not in self.stays]
 

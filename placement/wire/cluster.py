@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -49,7 +49,7 @@ class HeldReplica(Model):
     egress_units: int = 0
     set_size: int = Field(default=0, description="GPUs of each set that it is made of; 0 if they are one")
     generation: int = Field(
-        default=0, description="of the declaration it was placed under; 0 is the present one"
+        default=0, description="the key under `earlier` by which it was placed; 0: as declared now"
     )
 
     def planned(self) -> PlannedReplica:
@@ -71,7 +71,8 @@ class HeldDeployment(Model):
     replicas: tuple[HeldReplica, ...]
     releasing: bool = Field(default=False, description="all of it is about to go")
     earlier: dict[int, Deployment] = Field(
-        default_factory=dict, description="generation -> declaration that some replicas were placed under"
+        default_factory=dict,
+        description="what was declared when replicas were placed that wait to be replaced",
     )
 
     @model_validator(mode="before")
@@ -83,19 +84,49 @@ class HeldDeployment(Model):
         declared, replicas = value.get("deployment"), value.get("replicas")
         if not isinstance(declared, Mapping) or not isinstance(replicas, list | tuple):
             return value
-        remote = {"egress_resource" in one for one in replicas if isinstance(one, Mapping)}
-        placed_as = None
-        with contextlib.suppress(ValueError):
-            means = infer_runtime(str(declared.get("model")))
-            if remote <= {means in REMOTE_RUNTIMES}:
-                placed_as = means
-        return {**value, "deployment": with_runtime(declared, placed_as)}
+        held = [one for one in replicas if isinstance(one, Mapping)]
+        found = {**value, "deployment": _as_placed(declared, held, 0)}
+        earlier = value.get("earlier")
+        if isinstance(earlier, Mapping):
+            found["earlier"] = {
+                key: _as_placed(one, held, key) if isinstance(one, Mapping) else one
+                for key, one in earlier.items()
+            }
+        return found
+
+    @model_validator(mode="after")
+    def _knows_all_generations(self) -> Self:
+        for number in {one.generation for one in self.replicas}:
+            if number and number not in self.earlier:
+                raise ValueError(f"a replica is of generation {number}, which earlier does not have")
+        return self
 
     @classmethod
     def of(cls, deployment: Deployment, replicas: Iterable[PlannedReplica]) -> HeldDeployment:
         """What a plan makes of a deployment, once it is carried out."""
         held = tuple(map(HeldReplica.of, replicas))
-        return cls.model_construct(deployment=deployment, replicas=held, releasing=False)
+        return cls.model_construct(deployment=deployment, replicas=held, releasing=False, earlier={})
+
+    def declared(self, replica: HeldReplica) -> Deployment:
+        """What was declared when a replica was placed."""
+        return self.earlier[replica.generation] if replica.generation else self.deployment
+
+    def becomes(
+        self, deployment: Deployment, replicas: Iterable[PlannedReplica], outdated: Collection[int]
+    ) -> HeldDeployment:
+        """The same once it is declared anew.
+
+        Args:
+            deployment: what is declared.
+            replicas: those that are there, but for the outdated ones.
+            outdated: the indices of those that stay as they are until they can be replaced.
+        """
+        this = max(self.earlier, default=0) + 1
+        old = [one for one in self.replicas if one.replica_index in outdated]
+        kept = [one.model_copy(update={"generation": one.generation or this}) for one in old]
+        declared = {one.generation: self.declared(before) for one, before in zip(kept, old, strict=True)}
+        held = (*map(HeldReplica.of, replicas), *kept)
+        return self.model_construct(deployment=deployment, replicas=held, releasing=False, earlier=declared)
 
     def by_index(self) -> dict[int, tuple[PlannedReplica, ...]]:
         """Replica -> its parts, in the planner's terms."""
@@ -103,6 +134,21 @@ class HeldDeployment(Model):
         for replica in self.replicas:
             found[replica.replica_index] = (*found.get(replica.replica_index, ()), replica.planned())
         return found
+
+
+def _as_placed(
+    declared: Mapping[str, Any], replicas: Iterable[Mapping[str, Any]], generation: object
+) -> dict[str, Any]:
+    """The fields of a declaration, with the runtime that replicas of that generation have been placed as."""
+    remote = {
+        "egress_resource" in one for one in replicas if str(one.get("generation", 0)) == str(generation)
+    }
+    placed_as = None
+    with contextlib.suppress(ValueError):
+        means = infer_runtime(str(declared.get("model")))
+        if remote <= {means in REMOTE_RUNTIMES}:
+            placed_as = means
+    return with_runtime(declared, placed_as)
 
 
 class Machine(Model):
@@ -189,8 +235,8 @@ class ClusterFile(Model):
         deployments: Counter[tuple[str, str]] = Counter()
         serving: Counter[tuple[str, tuple[str, str]]] = Counter()
         for held in self.deployments:
-            calls = held.deployment.calls
             for replica in held.replicas:
+                calls = held.declared(replica).calls
                 deployments[replica.node, held.deployment.name] += 1
                 if calls is not None:
                     serving[replica.node, calls] += 1
@@ -229,8 +275,8 @@ class ClusterFile(Model):
                 raise InvalidClusterFile(f"deployment {name!r} is there twice; keep one")
             seen.add(name)
             try:
-                _ = standing.deployment.needs, standing.deployment.cpu_milli_per_gpu
-                _ = standing.deployment.memory_bytes_per_gpu
+                for declared in (standing.deployment, *standing.earlier.values()):
+                    _ = declared.needs, declared.cpu_milli_per_gpu, declared.memory_bytes_per_gpu
             except OverflowError:  # what stands is not held to the limits of what is asked for
                 raise InvalidClusterFile(
                     f"deployment {name!r}: an amount of CPUs, memory or bandwidth is too large; correct it"

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter, itemgetter
-from typing import Any
+from typing import Any, Literal
 
 from placement.core.explanation import Explanation, explain
 from placement.core.mix import Mix
-from placement.core.planner import Change, Step, advance, carry_out, vacate
-from placement.core.replicas import PlannedReplica
+from placement.core.planner import Step
+from placement.core.reconcile import Decision, Desired, Drop, Observed, Reserve, Wait, outcome, reconcile
+from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
 from placement.core.score import WHOLE, Score, score
 from placement.core.snapshot import Node, Policy, Snapshot
@@ -60,11 +61,17 @@ class PlacementPlan:
 
     Attributes:
         deployment: its name.
-        assignments: one for each replica and node, by replica index.
+        assignments: one for each replica and node, by replica index; also of those that wait to be replaced.
         standing: whether the deployment is placed already, just so.
-        pending: replicas that wait for a place already, and would go on waiting -> why.
+        pending: replicas that would wait for a place -> why.
         runtime: what it runs on.
         runtime_from: who says so: ``declared``, ``runtime_config`` or ``by the model's name``.
+        change: ``new``: nothing of that name stands; ``unchanged``: nothing would happen; else ``changed``.
+        placed: replicas that would get a place and have none.
+        unchanged: those that would stay as they are.
+        replaced: those that would get another place, which ends the workers in the one they have.
+        removed: those that are there and not wanted any more.
+        differs: names of the declared fields that differ from what is declared now.
     """
 
     deployment: str
@@ -73,12 +80,24 @@ class PlacementPlan:
     pending: dict[int, str] = field(default_factory=dict)
     runtime: str = ""
     runtime_from: str = ""
+    change: Literal["new", "unchanged", "changed"] = "new"
+    placed: list[int] = field(default_factory=list)
+    unchanged: list[int] = field(default_factory=list)
+    replaced: list[int] = field(default_factory=list)
+    removed: list[int] = field(default_factory=list)
+    differs: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready values."""
         return {
             "deployment": self.deployment,
             "standing": self.standing,
+            "change": self.change,
+            "placed": self.placed,
+            "unchanged": self.unchanged,
+            "replaced": self.replaced,
+            "removed": self.removed,
+            "differs": self.differs,
             "runtime": self.runtime,
             "runtime_from": self.runtime_from,
             "assignments": [a.to_dict() for a in self.assignments],
@@ -117,37 +136,53 @@ class ExplainedPlan:
 
 
 def plan_deployments(
-    snapshot: Snapshot, held: Mapping[str, HeldDeployment], wanted: Sequence[Deployment]
+    snapshot: Snapshot,
+    held: Mapping[str, HeldDeployment],
+    wanted: Sequence[Deployment],
+    atomic: bool = False,
 ) -> list[PlacementPlan]:
     """What applying ``wanted`` would do to a cluster on which ``held`` stand.
 
+    Args:
+        snapshot: the cluster.
+        held: what stands, by name.
+        wanted: what is declared anew.
+        atomic: all of it, or nothing; else replicas that find no place are ``pending``.
+
     Raises:
-        Unplaceable: one of them does not fit on top of those before it.
+        Unplaceable: if ``atomic``: one of them does not fit on top of those before it.
         UnknownNode: its constraints name a node that is not there.
     """
-    return [plan for _, plan in sorted(plan_in_order(snapshot, held, wanted), key=itemgetter(0))]
+    plans = plan_in_order(snapshot, held, wanted, atomic)
+    return [plan for _, plan in sorted(plans, key=itemgetter(0))]
 
 
 def plan_in_order(
-    snapshot: Snapshot, held: Mapping[str, HeldDeployment], wanted: Sequence[Deployment], atomic: bool = True
+    snapshot: Snapshot,
+    held: Mapping[str, HeldDeployment],
+    wanted: Sequence[Deployment],
+    atomic: bool = False,
 ) -> list[tuple[int, PlacementPlan]]:
     """The same, in the order in which to apply them; each with its position in ``wanted``."""
-    done = _planned(snapshot, held, wanted)
+    done = _planned(snapshot, held, wanted, atomic)
     if done and done[-1].refusal:
         raise done[-1].refusal
     return [(one.position, _preview(snapshot, one)) for one in done]
 
 
 def explain_deployments(
-    snapshot: Snapshot, held: Mapping[str, HeldDeployment], wanted: Sequence[Deployment]
+    snapshot: Snapshot,
+    held: Mapping[str, HeldDeployment],
+    wanted: Sequence[Deployment],
+    atomic: bool = False,
 ) -> list[ExplainedPlan]:
-    """The same, explained; ends with the first deployment that does not fit.
+    """The same, explained; if ``atomic``, ends with the first deployment that does not fit.
 
     Raises:
         UnknownNode: as :func:`plan_deployments`.
     """
     explained = []
-    for done in _planned(snapshot, held, wanted):
+    for done in _planned(snapshot, held, wanted, atomic):
         step, name = done.step, done.deployment.name
         why = explain(step.seen, step.request)
         if done.refusal is not None:
@@ -156,6 +191,32 @@ def explain_deployments(
         else:
             explained.append((done.position, ExplainedPlan(name, _preview(snapshot, done), None, why)))
     return [one for _, one in sorted(explained, key=itemgetter(0))]
+
+
+def desired_of(wanted: Deployment, others: Iterable[Deployment] = (), releasing: bool = False) -> Desired:
+    """A declaration in the planner's terms; of ``others``, some may keep away from it.
+
+    Nodes that its constraints name need not be there: :func:`request_of` says whether they are.
+    """
+    return Desired(request_unchecked(wanted, range(wanted.replicas), {}, others), wanted.gang, releasing)
+
+
+def observed_of(held: HeldDeployment) -> dict[int, Observed]:
+    """The replicas of a deployment in the planner's terms, each with what was declared when it was placed."""
+    requests = {number: request_unchecked(one, (), {}) for number, one in held.earlier.items()}
+    requests[0] = request_unchecked(held.deployment, (), {})
+    found: dict[int, Observed] = {}
+    for one in sorted(held.replicas, key=attrgetter("replica_index", "ranks")):
+        before = found.get(one.replica_index)
+        parts = (*(before.parts if before else ()), one.planned())
+        found[one.replica_index] = Observed(parts, requests[one.generation])
+    return found
+
+
+def differing(before: Deployment, after: Deployment) -> list[str]:
+    """Names of the declared fields in which two declarations differ."""
+    was, is_now = before.model_dump(mode="json"), after.model_dump(mode="json")
+    return [name for name in is_now if was[name] != is_now[name]]
 
 
 def request_of(
@@ -282,45 +343,64 @@ class _Done:
 
     Attributes:
         position: its place among them.
-        step: what was planned of it: its outcome is a refusal where nothing is done.
-        replicas: what stands then.
-        fresh: whether any of it is new.
-        pending: those that wait -> why.
+        before: what stands of it.
+        observed, there: its replicas as they are, and as they are then.
+        step: what was planned of it, or refused.
     """
 
     position: int
     deployment: Deployment
+    before: HeldDeployment | None
+    observed: Mapping[int, Observed]
+    there: Mapping[int, Observed]
+    decision: Decision
     step: Step
-    replicas: Sequence[PlannedReplica] = ()
-    fresh: bool = False
-    pending: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def refusal(self) -> Unplaceable | None:
         """Why nothing is done, if so."""
-        return self.step.outcome if isinstance(self.step.outcome, Unplaceable) and not self.pending else None
+        return self.decision.refusal
+
+    @property
+    def pending(self) -> dict[int, str]:
+        """The replicas that wait -> why."""
+        waits = [action for action in self.decision.actions if isinstance(action, Wait)]
+        return {index: str(action.refusal) for action in waits for index in action.indices}
+
+    def held(self) -> HeldDeployment:
+        """What stands then."""
+        outdated = self.pending.keys() & self.there.keys()
+        new = [part for i, one in self.there.items() if i not in outdated for part in one.parts]
+        if self.before is None:
+            return HeldDeployment.of(self.deployment, new)
+        return self.before.becomes(self.deployment, new, outdated)
 
 
 def _planned(
-    snapshot: Snapshot, held: Mapping[str, HeldDeployment], wanted: Sequence[Deployment]
+    snapshot: Snapshot, held: Mapping[str, HeldDeployment], wanted: Sequence[Deployment], atomic: bool
 ) -> list[_Done]:
     """What becomes of each, in the order in which to apply them; a refusal is the last.
 
-    One that is to be near another comes after it. If that ends in a refusal, one that is to be apart from another comes
-    after it, too, as the other may make room; and if that does, they are taken as they are given.
+    One that is to be near another comes after it. If not all find room so, one that is to be apart from another comes
+    after it, too, as the other may make room; and if it is no better then, they are taken as they are given.
     """
     first = _order(wanted, apart=False)
-    done = list(_carry_out(snapshot, held, wanted, first))
+    done = list(_carry_out(snapshot, held, wanted, first, atomic))
     tried = [first]
     for order in (_order(wanted, apart=True), list(range(len(wanted)))):
-        if not done or not done[-1].refusal:
+        if not any(_without_room(done)):
             break
         if order not in tried:
             tried.append(order)
             with contextlib.suppress(UnknownNode):
-                again = list(_carry_out(snapshot, held, wanted, order))
-                done = done if again[-1].refusal else again
+                again = list(_carry_out(snapshot, held, wanted, order, atomic))
+                done = again if _without_room(again) < _without_room(done) else done
     return done
+
+
+def _without_room(done: Sequence[_Done]) -> tuple[bool, int]:
+    """How much has found no place: whether one is refused, and how many replicas wait."""
+    return bool(done and done[-1].refusal), sum(len(one.pending) for one in done)
 
 
 def _order(wanted: Sequence[Deployment], apart: bool) -> list[int]:
@@ -347,48 +427,50 @@ def _named(one: Deployment, apart: bool) -> set[str]:
 
 
 def _carry_out(
-    snapshot: Snapshot, held: Mapping[str, HeldDeployment], wanted: Sequence[Deployment], order: Iterable[int]
+    snapshot: Snapshot,
+    held: Mapping[str, HeldDeployment],
+    wanted: Sequence[Deployment],
+    order: Iterable[int],
+    atomic: bool,
 ) -> Iterator[_Done]:
     """Each on top of the ones before; ends with the first refusal."""
     standing = _Standing(snapshot, held)
     for position in order:
         one = wanted[position]
-        stands = standing.held.get(one.name)
-        called = stands.deployment.calls if stands else None
-        if stands is not None and stands.releasing:
-            gone = [part.planned() for part in stands.replicas]
-            snapshot, stands = vacate(snapshot, gone, one.name, called), None
+        before = standing.held.get(one.name)
+        observed = observed_of(before) if before else {}
+        if before is not None and before.releasing:
+            gone = desired_of(before.deployment, releasing=True)
+            snapshot, before, observed = reconcile(gone, observed, snapshot).snapshot, None, {}
             standing.drop(one.name)
-        todo = difference(snapshot, stands, one)
-        leaving = tuple(part for parts in todo.leaving.values() for part in parts)
-        replicas = [part for parts in todo.keep.values() for part in parts]
-        request = request_unchecked(one, todo.must, _begin(replicas), standing.apart.values())
-        # What is surplus is given back if there is no room beside it, as what is replaced is.
-        change = Change(request, leaving, in_place=bool(leaving), called=called)
-        step, snapshot = carry_out(standing.with_mix(snapshot, one), change)
-        if isinstance(step.outcome, Unplaceable):
-            yield _Done(position, one, step)
+        same = before is not None and before.deployment.shape() == one.shape()
+        if before is None or not same or one.replicas > before.deployment.replicas:
+            request_of(one, (), {}, snapshot)
+        desired = desired_of(one, standing.apart.values())
+        decision = reconcile(
+            desired,
+            observed,
+            standing.with_mix(snapshot, one),
+            atomic=atomic,
+            may_wait=_waiting(before, one, same) if before and atomic else (),
+        )
+        there = outcome(desired, observed, decision.actions)
+        step = decision.step
+        if step is None:
+            none = replace(desired.request, replicas=(), standing=_begin(there))
+            step = Step(none, Plan(one.name, ()), snapshot)
+        done = _Done(position, one, before, observed, there, decision, step)
+        yield done
+        if decision.refusal is not None:
             return
-        replicas += step.outcome.replicas
-        pending: dict[int, str] = {}
-        if todo.may:
-            standing.enter(HeldDeployment.of(one, replicas))
-        for index in todo.may:
-            try:
-                request = request_of(
-                    one, (index,), _begin(replicas), snapshot, mending=True, others=standing.apart.values()
-                )
-            except UnknownNode as error:
-                pending = _from(todo.may, index, error)
-                break
-            tried, snapshot = advance(standing.with_mix(snapshot, one), request)
-            step = step if todo.must else tried
-            if isinstance(tried.outcome, Unplaceable):
-                pending = _from(todo.may, index, tried.outcome)
-                break
-            replicas += tried.outcome.replicas
-        standing.enter(HeldDeployment.of(one, replicas))
-        yield _Done(position, one, step, replicas, len(replicas) > sum(map(len, todo.keep.values())), pending)
+        snapshot = decision.snapshot
+        standing.enter(done.held())
+
+
+def _waiting(before: HeldDeployment, wanted: Deployment, same: bool) -> set[int]:
+    """The replicas that wait already: for a place, or, if the same is asked for as before, to be replaced."""
+    placed = {one.replica_index for one in before.replicas if not (same and one.generation)}
+    return set(range(min(before.deployment.replicas, wanted.replicas))) - placed
 
 
 class _Standing:
@@ -431,52 +513,58 @@ class _Standing:
         return snapshot.changed((), self._mix)
 
 
-def _from(indices: Sequence[int], first: int, error: Exception) -> dict[int, str]:
-    """The replicas from one on, none of which finds a place: they all ask for the same."""
-    return {index: str(error) for index in indices if index >= first}
-
-
-def _begin(replicas: Iterable[PlannedReplica]) -> Counter[str]:
+def _begin(replicas: Mapping[int, Observed]) -> Counter[str]:
     """Node id -> replicas that begin there."""
-    firsts: dict[int, PlannedReplica] = {}
-    for part in sorted(replicas, key=attrgetter("ranks")):
-        firsts.setdefault(part.replica_index, part)
-    return Counter(part.node_id for part in firsts.values())
+    return Counter(one.parts[0].node_id for one in replicas.values())
 
 
 def _preview(snapshot: Snapshot, done: _Done) -> PlacementPlan:
-    assignments = []
-    for replica in sorted(done.replicas, key=attrgetter("replica_index", "ranks")):
-        if not snapshot.bit(replica.node_id):  # it stands on a node that is no more
-            assignments.append(
-                PlannedAssignment(
-                    replica.replica_index, replica.node_id, replica.node_id[:12], list(replica.gpus)
-                )
-            )
-            continue
-        node = snapshot.node(replica.node_id)
-        # What stood before there was a record of its sets may have been cut in another way than is asked for.
-        value = _slowest_set(node, replica, replica.set_size or done.step.request.needs.gpus)
-        assignments.append(
-            PlannedAssignment(
-                replica.replica_index,
-                node.id,
-                node.name,
-                list(replica.gpus),
-                value.known_gb_per_s,
-                value.link_name,
-                replica.share / WHOLE,
-                replica.profile,
-                list(replica.ranks),
-                replica.egress_resource,
-                replica.egress_units,
-                replica.set_size,
-            )
-        )
-    standing = not done.fresh and not done.pending
-    wanted = done.deployment
+    wanted, before, pending = done.deployment, done.before, done.pending
+    lost = {action.index for action in done.decision.actions if isinstance(action, Drop)}
+    new = {
+        part.replica_index
+        for action in done.decision.actions
+        if isinstance(action, Reserve)
+        for part in action.plan.replicas
+    }
+    stood = done.observed.keys() - lost
+    placed, replaced = sorted(new - stood), sorted(new & stood)
+    removed = sorted(stood - done.there.keys())
+    differs = differing(before.deployment, wanted) if before else []
+    happens = bool(differs or placed or replaced or removed)
     return PlacementPlan(
-        wanted.name, assignments, standing, dict(done.pending), wanted.runtime_name, wanted.runtime_from
+        wanted.name,
+        [_assignment(snapshot, part, one) for one in done.there.values() for part in one.parts],
+        standing=not placed and not replaced and not pending,
+        pending=pending,
+        runtime=wanted.runtime_name,
+        runtime_from=wanted.runtime_from,
+        change="new" if before is None else "changed" if happens else "unchanged",
+        placed=placed,
+        unchanged=sorted(done.there.keys() - new - pending.keys()),
+        replaced=replaced,
+        removed=removed,
+        differs=differs,
+    )
+
+
+def _assignment(snapshot: Snapshot, part: PlannedReplica, of: Observed) -> PlannedAssignment:
+    node = snapshot.node(part.node_id)
+    # What stood before there was a record of its sets may have been cut in another way than is asked for.
+    value = _slowest_set(node, part, part.set_size or of.request.needs.gpus)
+    return PlannedAssignment(
+        part.replica_index,
+        node.id,
+        node.name,
+        list(part.gpus),
+        value.known_gb_per_s,
+        value.link_name,
+        part.share / WHOLE,
+        part.profile,
+        list(part.ranks),
+        part.egress_resource,
+        part.egress_units,
+        part.set_size,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -158,7 +158,7 @@ def cases(sizes: Sequence[int], replicas: int) -> Iterator[World]:
                 yield World(nodes, observed)
 
 
-def room(world: World, gpus: int, without: Sequence[int] = ()) -> int:
+def room(world: World, gpus: int, without: Collection[int] = ()) -> int:
     """For how many replicas there is room once some have gone."""
     left = {node.id: len(node.free) for node in world.nodes}
     for index in without:
@@ -183,6 +183,7 @@ def test_every_small_case(sizes: Sequence[int], replicas: int, every: int) -> No
             assert_atomic(start, request, ())
             absent = [index for index in range(wanted) if index not in start.observed]
             assert_atomic(start, request, absent)
+            assert_atomic(start, request, [index for index in range(wanted) if index % 2])
         checked(start, Desired(ask(), releasing=True))
 
 
@@ -212,11 +213,16 @@ def assert_atomic(start: World, request: Request, may_wait: Sequence[int]) -> No
     assert waiting(decision) <= may
     missing = to_be_placed(start, request)
     must = missing - may
-    leaving = [index for index in start.observed if index >= len(request.replicas) or index in missing]
+    leaving = [index for index in start.observed if index >= len(request.replicas) or index in must]
     enough = room(start, request.needs.gpus, {*leaving, *lost(start)}) >= len(must)
+    if (
+        may & start.observed.keys() & missing
+    ):  # what waits already and holds something may make room for the rest
+        leaving += [index for index in may if index in start.observed]
+        enough |= room(start, request.needs.gpus, {*leaving, *lost(start)}) >= len(missing)
     assert (decision.refusal is None) == enough
-    if enough:
-        assert not waiting(decision) or not room(after, request.needs.gpus)
+    for index in waiting(decision):
+        assert not room(after, request.needs.gpus, [index] if index in after.observed else [])
 
 
 def to_be_placed(start: World, request: Request) -> set[int]:

@@ -265,8 +265,10 @@ def offered(snapshot: Snapshot) -> object:
     return nodes, dict(snapshot.mix.kinds)
 
 
-def held_as(deployment: Deployment, planned: PlacementPlan) -> HeldDeployment:
-    """What stands once a plan has been carried out."""
+def held_as(
+    deployment: Deployment, planned: PlacementPlan, before: HeldDeployment | None = None
+) -> HeldDeployment:
+    """What stands once a plan has been carried out, of which some stood ``before``."""
     replicas = tuple(
         HeldReplica(
             replica_index=one.replica_index,
@@ -282,5 +284,8 @@ def held_as(deployment: Deployment, planned: PlacementPlan) -> HeldDeployment:
             set_size=one.set_size,
         )
         for one in planned.assignments
+        if one.replica_index not in planned.pending
     )
-    return HeldDeployment(deployment=deployment, replicas=replicas)
+    if before is None:
+        return HeldDeployment(deployment=deployment, replicas=replicas)
+    return before.becomes(deployment, [one.planned() for one in replicas], planned.pending)

@@ -16,6 +16,7 @@ from placement.core.reconcile import (
     Release,
     Reserve,
     Wait,
+    outcome,
     reconcile,
 )
 from placement.core.replicas import PlannedReplica
@@ -81,6 +82,7 @@ def checked(
     after = world.execute(desired, decision.actions)
     assert same(decision.snapshot, after.nodes), "it becomes other than decided"
     assert same(start, world.nodes), "the snapshot was changed"
+    assert outcome(desired, world.observed, decision.actions) == after.observed
     assert not any(
         isinstance(action, Wait) and later
         for action, later in zip(decision.actions, decision.actions[1:], strict=False)

@@ -265,8 +265,9 @@ class Model:
 
     def apply(self, deployment: Deployment, planned: PlacementPlan) -> None:
         """Has what stands of a deployment be as planned."""
+        before = self.held.get(deployment.name)
         self.release(deployment.name)
-        held = self.held[deployment.name] = held_as(deployment, planned)
+        held = self.held[deployment.name] = held_as(deployment, planned, before)
         self._carry_out(held, 1)
 
     def release(self, name: str) -> None:
@@ -275,13 +276,13 @@ class Model:
             self._carry_out(self.held.pop(name), -1)
 
     def _carry_out(self, held: HeldDeployment, times: int) -> None:
-        replicas = [replica.planned() for replica in held.replicas]
-        one = held.deployment
-        self.nodes = carried_out(self.nodes, replicas, one.name, one.calls, times)
+        for one in held.replicas:
+            calls = held.declared(one).calls
+            self.nodes = carried_out(self.nodes, [one.planned()], held.deployment.name, calls, times)
 
-    def plan(self, wanted: Sequence[Deployment]) -> list[PlacementPlan] | Unplaceable:
+    def plan(self, wanted: Sequence[Deployment], atomic: bool = True) -> list[PlacementPlan] | Unplaceable:
         try:
-            return plan_deployments(self.snapshot, self.held, wanted)
+            return plan_deployments(self.snapshot, self.held, wanted, atomic)
         except Unplaceable as refusal:
             return refusal
 
@@ -291,7 +292,7 @@ class Model:
 def test_applying_one_by_one_is_what_a_dry_run_of_all_says(seed: int) -> None:
     chance = Random(f"declared {seed}")
     start = cluster(chance, EVERYTHING)
-    model = Model(start)
+    model, atomic = Model(start), chance.random() < 0.5
     for _ in range(chance.randint(1, 3)):
         if chance.random() < 0.2:
             model.nodes = with_draining(chance, model.nodes)
@@ -304,30 +305,36 @@ def test_applying_one_by_one_is_what_a_dry_run_of_all_says(seed: int) -> None:
         for one in wanted:
             note(str(one.model_dump(mode="json", exclude_defaults=True)))
         before = model.snapshot
-        together = model.plan(wanted)
+        together = model.plan(wanted, atomic)
         if isinstance(together, Unplaceable):
+            assert atomic
             assert together.advice
             assert not one_by_one(model, wanted), "refused together, though one by one it works"
             continue
         assert [one.deployment for one in together] == names
-        for position, promised in plan_in_order(before, model.held, wanted):
+        for position, promised in plan_in_order(before, model.held, wanted, atomic):
             assert promised == together[position]
-            alone = model.plan([wanted[position]])
+            alone = model.plan([wanted[position]], atomic)
             assert alone == [promised], "one by one it is otherwise"
             if satisfies(model, wanted[position]):
                 stood = model.held[wanted[position].name]
                 stay = [where(one) for one in stood.replicas if one.replica_index < wanted[position].replicas]
                 now = [where(one) for one in held_as(wanted[position], promised).replicas]
                 assert all(one in now for one in stay), "needlessly replaced"
+            assert_counted(promised, wanted[position], model.held.get(wanted[position].name))
             model.apply(wanted[position], promised)
             assert_in_order(model)
-        again = model.plan(wanted)
+        again = model.plan(wanted, atomic)
         assert not isinstance(again, Unplaceable), again
-        assert all(one.standing for one in again), "the same again changes something"
-        assert [one.assignments for one in again] == [one.assignments for one in together]
+        if not any(
+            one.pending for one in together
+        ):  # else what came later may be what one of them waited for
+            assert all(one.standing for one in again), "the same again changes something"
+            assert all(one.change == "unchanged" for one in again)
+            assert [one.assignments for one in again] == [one.assignments for one in together]
         file = ClusterFile.of(model.snapshot, model.held.values())
         read = ClusterFile.model_validate_json(file.model_dump_json())
-        assert plan_deployments(read.snapshot(), read.held(), wanted) == again
+        assert plan_deployments(read.snapshot(), read.held(), wanted, atomic) == again
         if chance.random() < 0.5:
             model.release(chance.choice(names))
     for name in list(model.held):
@@ -407,15 +414,30 @@ def one_by_one(model: Model, wanted: Sequence[Deployment]) -> bool:
     return True
 
 
+def assert_counted(planned: PlacementPlan, wanted: Deployment, before: HeldDeployment | None) -> None:
+    """That each replica is in the list of what becomes of it, and in no other."""
+    stood = {one.replica_index for one in before.replicas} if before else set()
+    there = {one.replica_index for one in planned.assignments}
+    lists = [planned.placed, planned.unchanged, planned.replaced, [*planned.pending]]
+    assert sorted(index for indices in lists for index in indices) == list(range(wanted.replicas))
+    assert there == set(range(wanted.replicas)) - (planned.pending.keys() - stood)
+    assert stood.isdisjoint(planned.placed)
+    assert stood.issuperset([*planned.unchanged, *planned.replaced])
+    assert set(planned.removed) == {index for index in stood if index >= wanted.replicas}
+    assert (planned.change == "new") == (before is None)
+    assert bool(planned.differs) == (before is not None and before.deployment != wanted)
+
+
 def assert_in_order(model: Model) -> None:
-    """That every replica is there, and nobody is beside whom it is to be apart from."""
+    """That no replica is beside whom it is to be apart from, unless it waits to be replaced."""
     where = {name: {replica.node for replica in held.replicas} for name, held in model.held.items()}
     for name, held in model.held.items():
         indices = {replica.replica_index for replica in held.replicas}
-        assert indices == set(range(held.deployment.replicas))
+        assert indices <= set(range(held.deployment.replicas))
         limits = held.deployment.constraints
+        here = {replica.node for replica in held.replicas if not replica.generation}
         for other in limits.apart_from if limits else ():
-            assert not where[name] & where.get(other, set()), f"{name} beside {other}"
+            assert not here & where.get(other, set()), f"{name} beside {other}"
 
 
 def test_a_dry_run_of_what_stands_shows_its_own_bandwidth() -> None:
@@ -427,7 +449,7 @@ def test_a_dry_run_of_what_stands_shows_its_own_bandwidth() -> None:
     model.apply(deployment, first)
     [again] = plan_deployments(model.snapshot, model.held, [deployment])
     assert [one.bandwidth_gb_per_s for one in first.assignments] == [230.4, 230.4]
-    assert again == replace(first, standing=True)
+    assert again == replace(first, standing=True, change="unchanged", placed=[], unchanged=[0])
 
 
 def test_what_leaves_a_node_that_drains_does_not_end_a_dry_run() -> None:

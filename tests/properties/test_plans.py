@@ -37,7 +37,7 @@ class World:
     def node(self, number: int) -> Node:
         name, machine = f"n{number}", MACHINES[number % len(MACHINES)]
         here = [
-            (held.deployment, replica)
+            (held.declared(replica), replica)
             for held in self.held.values()
             for replica in held.replicas
             if replica.node == name
@@ -64,10 +64,10 @@ class World:
             serving=Counter(deployment.calls or ("", "") for deployment, _ in remote),
         )
 
-    def apply(self, wanted: Deployment) -> PlacementPlan:
+    def apply(self, wanted: Deployment, atomic: bool) -> PlacementPlan:
         """Carries out what is planned for one."""
-        [plan] = plan_deployments(self.snapshot(), self.held, [wanted])
-        self.held[wanted.name] = held_as(wanted, plan)
+        [plan] = plan_deployments(self.snapshot(), self.held, [wanted], atomic)
+        self.held[wanted.name] = held_as(wanted, plan, self.held.get(wanted.name))
         return plan
 
 
@@ -123,38 +123,46 @@ def text(plan: PlacementPlan) -> dict[str, Any]:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(3, 4), st.lists(declared(), max_size=5), st.lists(declared(), min_size=1, max_size=4))
+@given(
+    st.integers(3, 4),
+    st.lists(declared(), max_size=5),
+    st.lists(declared(), min_size=1, max_size=4),
+    st.booleans(),
+)
 def test_together_or_one_by_one_is_the_same(
-    size: int, before: list[Deployment], wanted: list[Deployment]
+    size: int, before: list[Deployment], wanted: list[Deployment], atomic: bool
 ) -> None:
     world = World(size)
     for one in before:
         try:
-            world.apply(one)
+            world.apply(one, atomic)
         except Unplaceable:
             continue
     file = ClusterFile.model_validate_json(
         ClusterFile.of(world.snapshot(), world.held.values()).model_dump_json()
     )
     try:
-        together = plan_in_order(world.snapshot(), world.held, wanted)
+        together = plan_in_order(world.snapshot(), world.held, wanted, atomic)
     except Unplaceable as refusal:
+        assert atomic
         try:
             for one in wanted:
-                world.apply(one)
+                world.apply(one, atomic)
         except Unplaceable as other:
             assert str(other) == str(refusal) or any(one.constraints for one in wanted)
             return
         raise AssertionError("one by one it works") from refusal
-    from_file = plan_in_order(file.snapshot(), file.held(), wanted)
+    from_file = plan_in_order(file.snapshot(), file.held(), wanted, atomic)
     assert [(position, text(plan)) for position, plan in from_file] == [
         (position, text(plan)) for position, plan in together
     ]
     assert sorted(position for position, _ in together) == list(range(len(wanted)))
     for position, plan in together:
-        assert text(world.apply(wanted[position])) == text(plan)
+        assert text(world.apply(wanted[position], atomic)) == text(plan)
     for held in world.held.values():
-        limits, here = held.deployment.constraints, {replica.node for replica in held.replicas}
+        # What waits to be replaced stays where it was placed.
+        current = [replica for replica in held.replicas if not replica.generation]
+        limits, here = held.deployment.constraints, {replica.node for replica in current}
         for other in limits.apart_from if limits else ():
             there = world.held[other].replicas if other in world.held else ()
             assert not here & {replica.node for replica in there}, (held.deployment.name, other)

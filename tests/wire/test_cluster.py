@@ -235,7 +235,9 @@ def test_what_stands_stays_and_what_shrinks_makes_room() -> None:
     assert [(a.node_name, a.gpus) for a in grown.assignments] == [("a", [2, 3]), ("b", [2, 3])]
     # another shape takes the room of what it replaces, where there is none beside it
     with pytest.raises(NotEnoughGpus):
-        plan_deployments(CLUSTER, {}, [deployment("old", gpus=3, constraints={"gpu_nodes": ["a"]})])
+        plan_deployments(
+            CLUSTER, {}, [deployment("old", gpus=3, constraints={"gpu_nodes": ["a"]})], atomic=True
+        )
     [replaced] = plan_deployments(
         CLUSTER, held, [deployment("old", gpus=3, constraints={"gpu_nodes": ["a"]})]
     )
@@ -254,7 +256,7 @@ def test_the_plan_says_how_fast_it_is() -> None:
 
 def test_an_explanation_ends_with_the_refusal() -> None:
     wanted = [deployment("fits", gpus=2), deployment("does-not", gpus=2), deployment("never-asked", gpus=1)]
-    first, second = explain_deployments(CLUSTER, {}, wanted)
+    first, second = explain_deployments(CLUSTER, {}, wanted, atomic=True)
     assert (first.deployment, first.refusal) == ("fits", None)
     assert second.plan is None
     assert second.refusal is not None and "needs 2 GPUs free on one node" in second.refusal

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from placement import topologies
 from placement.core.planner import plan
@@ -16,7 +18,7 @@ from placement.core.topology import Topology
 from placement.errors import NotEnoughGpus, UnknownNode, Unplaceable
 from placement.wire.cluster import ClusterFile, HeldDeployment, HeldReplica
 from placement.wire.deployment import Deployment
-from placement.wire.plans import difference, explain_deployments, plan_deployments, plan_in_order, request_of
+from placement.wire.plans import explain_deployments, plan_deployments, plan_in_order, request_of
 
 
 def one(name: str, replicas: int = 1, **fields: Any) -> Deployment:
@@ -55,7 +57,7 @@ class Cluster:
 
     def plan(self, *wanted: Deployment) -> dict[str, list[tuple[str, int]]]:
         file = self.file()
-        plans = plan_deployments(file.snapshot(), file.held(), wanted)
+        plans = plan_deployments(file.snapshot(), file.held(), wanted, atomic=True)
         assert [plan.deployment for plan in plans] == [one.name for one in wanted]
         return {
             plan.deployment: [(a.node, gpu) for a in plan.assignments for gpu in a.gpus] for plan in plans
@@ -130,8 +132,9 @@ def pending() -> Cluster:
 
 def test_what_is_pending_and_does_not_fit_is_no_reason_to_refuse_the_rest() -> None:
     file = pending().file()
-    for wanted in (one("a", 3), one("a", 3, budget={"usd_per_day": 1})):
-        [plan] = plan_deployments(file.snapshot(), file.held(), [wanted])
+    changed = one("a", 3, budget={"usd_per_day": 1})
+    for wanted, atomic in itertools.product((one("a", 3), changed), (False, True)):
+        [plan] = plan_deployments(file.snapshot(), file.held(), [wanted], atomic)
         assert [a.replica_index for a in plan.assignments] == [0, 1]
         assert (list(plan.pending), plan.standing) == ([2], False)
         assert "cannot place 'a'" in plan.pending[2]
@@ -140,7 +143,9 @@ def test_what_is_pending_and_does_not_fit_is_no_reason_to_refuse_the_rest() -> N
     assert explained.refusal is None
     assert explained.explanation.excluded == {"has no GPU free": 1}
     with pytest.raises(NotEnoughGpus):
-        plan_deployments(file.snapshot(), file.held(), [one("a", 4)])
+        plan_deployments(file.snapshot(), file.held(), [one("a", 4)], atomic=True)
+    [plan] = plan_deployments(file.snapshot(), file.held(), [one("a", 4)])
+    assert (plan.unchanged, list(plan.pending), plan.change) == ([0, 1], [2, 3], "changed")
 
 
 def test_what_is_pending_takes_the_room_that_others_of_the_file_leave() -> None:
@@ -202,13 +207,14 @@ def test_what_satisfies_the_new_declaration_is_kept(change: dict[str, Any], stay
         deployment=before, replicas=(HeldReplica(replica_index=0, node="h", gpus=(0, 1, 2, 3)),)
     )
     after = Deployment(**{"name": "llama", "model": "m", "gpus": 4, **change})
-    found = difference(Snapshot((H100,)), held, after)
-    assert (list(found.keep), found.must, found.may) == (([0], (), ()) if stays else ([], (0,), ()))
+    wide = replace(H100, cpu_milli=64_000)
+    [plan] = plan_deployments(Snapshot((wide,)), {"llama": held}, [after], atomic=True)
+    assert (plan.unchanged, plan.replaced, plan.change) == (([0], []) if stays else ([], [0])) + ("changed",)
     if stays:
-        [plan] = plan_deployments(Snapshot((H100,)), {"llama": held}, [after])
         assert (plan.standing, plan.assignments[0].gpus) == (True, [0, 1, 2, 3])
         back = HeldDeployment(deployment=after, replicas=held.replicas)
-        assert list(difference(Snapshot((H100,)), back, before).keep) == [0]
+        [plan] = plan_deployments(Snapshot((wide,)), {"llama": back}, [before], atomic=True)
+        assert plan.unchanged == [0]
 
 
 def test_only_those_are_replaced_that_do_not_satisfy_it() -> None:
@@ -238,3 +244,108 @@ def test_what_stands_is_shown_as_fast_as_it_was_planned_however_it_was_cut() -> 
         [shown] = plan_deployments(snapshot, stands, [wanted])
         assert shown.standing is bool(stands)
         assert [round(a.bandwidth_gb_per_s or 0) for a in shown.assignments] == [230, 230]
+
+
+# -- what waits ----------------------------------------------------------------------------------------
+
+
+def test_what_finds_no_room_is_pending_and_the_others_are_placed() -> None:
+    file = Cluster("x", "y").file()
+    plans = plan_deployments(file.snapshot(), {}, [one("a", 3), one("b", 2), one("c", 2, gang=True)])
+    assert [(plan.placed, list(plan.pending)) for plan in plans] == [
+        ([0, 1, 2], []),
+        ([0], [1]),
+        ([], [0, 1]),
+    ]
+    assert "cannot place 'b': replica 1 needs 1 GPU free" in plans[1].pending[1]
+    assert all(plan.change == "new" and not plan.standing for plan in plans)
+    explained = explain_deployments(file.snapshot(), {}, [one("a", 3), one("b", 2)])
+    assert [(each.refusal, each.plan) for each in explained] == [(None, plans[0]), (None, plans[1])]
+    assert explained[1].explanation.excluded == {"has no GPU free": 2}
+
+
+def test_who_is_near_to_another_is_planned_after_it_where_that_leaves_fewer_pending() -> None:
+    file = Cluster("x", "y", gpus=1).file()
+    for order in itertools.permutations((apart("b", "a"), only("a", "y"))):
+        plans = plan_in_order(file.snapshot(), {}, order)
+        assert not any(plan.pending for _, plan in plans)
+    waits = plan_in_order(file.snapshot(), {}, [near("c", "d"), near("d", "c")])
+    assert [list(plan.pending) for _, plan in waits] == [[0], [0]]
+
+
+def outdated() -> tuple[Cluster, Deployment]:
+    """Two replicas of one GPU, declared anew with two: there is room for one of them, in place of the old."""
+    cluster = Cluster("x", "y")
+    cluster.place(one("a", 2), ("x", 0), ("y", 0))
+    cluster.nodes["y"].clear()
+    return cluster, one("a", 2, gpus=2)
+
+
+def test_a_replica_that_cannot_be_replaced_stays_and_is_pending() -> None:
+    cluster, wanted = outdated()
+    file = cluster.file()
+    [plan] = plan_deployments(file.snapshot(), file.held(), [wanted])
+    assert (plan.replaced, list(plan.pending), plan.unchanged) == ([0], [1], [])
+    assert [(a.replica_index, a.node, a.gpus) for a in plan.assignments] == [(0, "x", [0, 1]), (1, "y", [0])]
+    assert (plan.change, plan.differs, plan.standing) == ("changed", ["gpus"], False)
+    with pytest.raises(NotEnoughGpus):
+        plan_deployments(file.snapshot(), file.held(), [wanted], atomic=True)
+
+
+def test_what_waits_to_be_replaced_is_of_an_earlier_generation_also_in_a_file() -> None:
+    cluster, wanted = outdated()
+    before = cluster.held["a"]
+    new = [replica.planned() for replica in before.replicas[:1]]
+    cluster.held["a"] = before.becomes(wanted, [replace(new[0], gpus=(0, 1))], {1})
+    cluster.nodes["x"].clear()
+    file = ClusterFile.model_validate_json(cluster.file().model_dump_json())
+    held = file.held()["a"]
+    assert [(replica.replica_index, replica.generation) for replica in held.replicas] == [(0, 0), (1, 1)]
+    assert [held.declared(replica).needs.gpus for replica in held.replicas] == [2, 1]
+    for atomic in (False, True):  # it waited before, and may go on waiting
+        [plan] = plan_deployments(file.snapshot(), file.held(), [wanted], atomic)
+        assert (plan.unchanged, list(plan.pending), plan.change, plan.differs) == ([0], [1], "unchanged", [])
+    # Declared as it was at first, it is the other one that is to be replaced, and that makes room.
+    [back] = plan_deployments(file.snapshot(), file.held(), [before.deployment])
+    assert (back.unchanged, back.replaced, back.pending) == ([1], [0], {})
+    again = held.becomes(one("a", 2, gpus=4), [], {0, 1})
+    assert [(replica.replica_index, replica.generation) for replica in again.replicas] == [(0, 2), (1, 1)]
+    assert {number: declared.needs.gpus for number, declared in again.earlier.items()} == {2: 2, 1: 1}
+
+
+def test_a_file_must_know_what_was_declared_when_a_replica_was_placed() -> None:
+    held = {
+        "deployment": {"name": "a", "model": "m"},
+        "replicas": [{"replica_index": 0, "node": "x", "gpus": [0], "generation": 3}],
+    }
+    with pytest.raises(ValidationError, match="a replica is of generation 3, which earlier does not have"):
+        HeldDeployment.model_validate(held)
+
+
+def test_what_was_lost_with_its_node_is_placed_anew_or_waits() -> None:
+    cluster = Cluster("x")
+    cluster.place(one("a", 3), ("x", 0))
+    dead = HeldReplica(replica_index=1, node="dead", gpus=(0,))
+    cluster.held["a"] = cluster.held["a"].model_copy(update={"replicas": (*cluster.held["a"].replicas, dead)})
+    file = cluster.file()
+    for atomic in (False, True):
+        [plan] = plan_deployments(file.snapshot(), file.held(), [one("a", 3)], atomic)
+        assert (plan.unchanged, plan.placed, list(plan.pending)) == ([0], [1], [2])
+        assert [a.node for a in plan.assignments] == ["x", "x"]
+        assert plan.replaced == plan.removed == []
+
+
+def test_a_plan_says_what_differs_and_what_becomes_of_each_replica() -> None:
+    cluster = Cluster("x", "y", "z")
+    cluster.place(one("a", 3), ("x", 0), ("y", 0), ("y", 1))
+    file = cluster.file()
+    [plan] = plan_deployments(file.snapshot(), file.held(), [only("a", "x", "z", replicas=2)])
+    assert (plan.unchanged, plan.replaced, plan.removed, plan.placed) == ([0], [1], [2], [])
+    assert (plan.change, plan.differs) == ("changed", ["replicas", "constraints"])
+    [same] = plan_deployments(file.snapshot(), file.held(), [one("a", 3)])
+    assert (same.change, same.unchanged, same.differs, same.standing) == ("unchanged", [0, 1, 2], [], True)
+    shown = plan.to_dict()
+    assert {key: shown[key] for key in ("change", "placed", "unchanged", "replaced", "removed", "differs")} == {
+        "change": "changed", "placed": [], "unchanged": [0], "replaced": [1], "removed": [2],
+        "differs": ["replicas", "constraints"],
+    }  # fmt: skip
