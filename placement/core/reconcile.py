@@ -266,13 +266,14 @@ class _Round:
     def decide_atomic(self, may_wait: Collection[int]) -> Decision:
         """Places all that must be placed, or does nothing; then what may wait."""
         may = [index for index in self.missing if index in may_wait]
-        self.holding = {index: one for index, one in self.outdated.items() if index in may_wait}
-        if self.holding and self.place_jointly() is None:
+        holding = {index: one for index, one in self.outdated.items() if index in may_wait}
+        if holding and self.place_jointly() is None:  # what waits to be replaced may make room for the others
             return self.wait(None)
-        if self.desired.gang and len(may) + len(self.holding) < len(self.missing) + len(self.outdated):
-            may, self.holding = [], {}
+        if self.desired.gang and len(may) + len(holding) < len(self.missing) + len(self.outdated):
+            may, holding = [], {}
         self.missing = [index for index in self.missing if index not in may]
-        self.outdated = {i: one for i, one in self.outdated.items() if i not in self.holding}
+        self.outdated = {i: one for i, one in self.outdated.items() if i not in holding}
+        self.holding = holding
         if self.missing or self.outdated:
             refused = self.place_jointly()
             if refused is not None:
@@ -281,7 +282,7 @@ class _Round:
                 return Decision((), self.start, step.outcome, step)
         self.release_surplus()
         planned = self.planned
-        self.missing, self.outdated, self.holding = may, self.holding, {}
+        self.missing, self.outdated, self.holding = may, holding, {}
         decision = self.wait(self.place())
         return decision if planned is None else replace(decision, step=planned)
 
@@ -361,7 +362,7 @@ class _Round:
         holds: Shortfall | None = None
         for index in sorted([*self.missing, *self.outdated]):
             if index in self.outdated:
-                holds = self.replace(index) or holds
+                holds = self.replace_one(index) or holds
             elif refused is None:
                 request = self.asking((index,), self.outdated)
                 found = self.refused.attempt(self.snapshot, request)
@@ -371,7 +372,7 @@ class _Round:
                     self.reserve(*found)
         return refused or holds
 
-    def replace(self, index: int) -> Shortfall | None:
+    def replace_one(self, index: int) -> Shortfall | None:
         """Replaces one: beside it, or in its place; if there is no room, says why not beside it."""
         others = {other: one for other, one in self.outdated.items() if other != index}
         request = self.asking((index,), others)
