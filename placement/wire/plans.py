@@ -17,7 +17,6 @@ from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
 from placement.core.score import WHOLE, Score, score
 from placement.core.snapshot import Node, Policy, Snapshot
-from placement.core.staying import staying
 from placement.errors import UnknownNode, Unplaceable
 from placement.wire.cluster import HeldDeployment
 from placement.wire.deployment import Deployment, PlacementConstraints
@@ -294,47 +293,6 @@ def mix_of(snapshot: Snapshot, deployments: Iterable[Deployment], mix: Mix | Non
         with contextlib.suppress(UnknownNode):
             mix = mix.plus(request_of(one, range(one.replicas), {}, snapshot))
     return mix
-
-
-@dataclass(frozen=True)
-class Difference:
-    """What is to be done with the replicas of a deployment that is declared anew.
-
-    Attributes:
-        keep: index -> parts of those that stay as they are.
-        leaving: the same of those that are given back, once the others have their place or for their sake.
-        must: indices of those to be placed; if they fit nowhere, the declaration is refused.
-        may: those that are pending already; they may go on waiting.
-    """
-
-    keep: Mapping[int, tuple[PlannedReplica, ...]]
-    leaving: Mapping[int, tuple[PlannedReplica, ...]]
-    must: tuple[int, ...]
-    may: tuple[int, ...]
-
-
-def difference(snapshot: Snapshot, stands: HeldDeployment | None, wanted: Deployment) -> Difference:
-    """What is to be done to have ``wanted`` instead of what stands.
-
-    Raises:
-        UnknownNode: its constraints name a node that is not there, and are new, or needed now.
-    """
-    if stands is None:
-        request_of(wanted, (), {}, snapshot)
-        return Difference({}, {}, tuple(range(wanted.replicas)), ())
-    held, before = stands.by_index(), stands.deployment
-    same = before.shape() == wanted.shape()
-    stay = (
-        held
-        if same
-        else staying(snapshot, held, request_unchecked(before, (), {}), request_unchecked(wanted, (), {}))
-    )
-    keep = {index: held[index] for index in sorted(stay) if index < wanted.replicas}
-    may = tuple(i for i in range(min(before.replicas, wanted.replicas)) if i not in held)
-    must = tuple(i for i in range(wanted.replicas) if i not in keep and i not in may)
-    if must or not same:
-        request_of(wanted, (), {}, snapshot)
-    return Difference(keep, {i: parts for i, parts in held.items() if i not in keep}, must, may)
 
 
 @dataclass(frozen=True)
