@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 
 from placement import topologies
-from placement.core.planner import Change, plan, steps
+from placement.core.planner import plan, steps
 from placement.core.replicas import Plan
 from placement.core.request import Request
 from placement.core.score import Needs
@@ -50,10 +50,8 @@ def one_deployment(snapshot: Snapshot) -> int:
 def many_deployments(snapshot: Snapshot) -> int:
     """Places deployments of four replicas of 1, 2 or 4 GPUs until there are many, or one does not fit."""
     dice = random.Random(1)
-    changes = [
-        Change(Request(f"d{i}", (0, 1, 2, 3), Needs(dice.choice((1, 2, 4))))) for i in range(REPLICAS // 4)
-    ]
-    done = [step.outcome for step in steps(snapshot, changes)]
+    requests = [Request(f"d{i}", (0, 1, 2, 3), Needs(dice.choice((1, 2, 4)))) for i in range(REPLICAS // 4)]
+    done = [step.outcome for step in steps(snapshot, requests)]
     return sum(len(outcome.replicas) for outcome in done if isinstance(outcome, Plan))
 
 

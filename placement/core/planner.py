@@ -34,23 +34,6 @@ from placement.core.snapshot import Bits, Node, Policy, Snapshot, rank_of
 from placement.errors import Unplaceable
 
 
-@dataclass(frozen=True)
-class Change:
-    """A deployment to be brought about.
-
-    Attributes:
-        request: what is missing.
-        leaving: what it holds already and gives up.
-        in_place: whether the new may take the room of what leaves, if there is none beside it.
-        called: what the leaving ones call, as (provider, key), if they are remote.
-    """
-
-    request: Request
-    leaving: tuple[PlannedReplica, ...] = ()
-    in_place: bool = False
-    called: tuple[str, str] | None = None
-
-
 def plan(snapshot: Snapshot, request: Request) -> Plan | Unplaceable:
     """Chooses a node for each replica of ``request``.
 
@@ -62,7 +45,7 @@ def plan(snapshot: Snapshot, request: Request) -> Plan | Unplaceable:
 
 @dataclass(frozen=True)
 class Step:
-    """What became of one change.
+    """What became of one request.
 
     Attributes:
         request: what was asked; for a refusal with what had been planned until then as standing.
@@ -75,24 +58,13 @@ class Step:
     seen: Snapshot
 
 
-def steps(snapshot: Snapshot, changes: Iterable[Change]) -> Iterator[Step]:
+def steps(snapshot: Snapshot, requests: Iterable[Request]) -> Iterator[Step]:
     """Plans several deployments, each on top of the ones before. Ends after the first refusal."""
-    for change in changes:
-        step, snapshot = carry_out(snapshot, change)
+    for request in requests:
+        step, snapshot = advance(snapshot, request)
         yield step
         if isinstance(step.outcome, Unplaceable):
             return
-
-
-def carry_out(snapshot: Snapshot, change: Change) -> tuple[Step, Snapshot]:
-    """What becomes of one change, and the snapshot once that is done."""
-    step, later = advance(snapshot, change.request)
-    name, called = change.request.deployment, change.called
-    if isinstance(step.outcome, Plan):
-        return step, vacate(later, change.leaving, name, called)
-    if change.in_place:
-        return advance(vacate(snapshot, change.leaving, name, called), change.request)
-    return step, later
 
 
 def vacate(

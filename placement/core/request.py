@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from placement.core.score import NO_GPUS, Needs
 from placement.core.snapshot import Policy
@@ -65,7 +64,7 @@ class Request:
         """What a remote replica calls, as (provider, key)."""
         return None if self.provider is None else (self.provider, self.key or "")
 
-    @cached_property
+    @property
     def likeness(self) -> Hashable:
         """Equal for requests of which, for as many replicas, all have room or none has, and for the same reasons.
 

@@ -142,7 +142,8 @@ class _Simulation:
         if self.apart:
             keep_away = (name for name, other in +self.apart if other == request.deployment)
             request = replace(request, kept_away_by=tuple(keep_away))
-        key = _alike(request)
+        alike = request.likeness
+        key = None if alike is None else (alike, len(request.replicas))
         # Between two departures room only shrinks: what was refused stays refused.
         if key is not None and key in self.hopeless:
             self.refuse(self.hopeless[key])
@@ -254,16 +255,3 @@ def fragmentation(snapshot: Snapshot) -> tuple[float, float]:
 
 def _gpus(replica: PlannedReplica) -> float:
     return 0.0 if replica.profile else len(replica.gpus) * replica.share / WHOLE
-
-
-def _alike(request: Request) -> Hashable:
-    """Equal for requests that fit together or not at all; ``None`` where it matters who else is there."""
-    if request.apart_from or request.near_to or request.kept_away_by or request.provider is not None:
-        return None
-    return (
-        Kind.of(request),
-        len(request.replicas),
-        (request.stages, request.parts, request.divisible, request.policy),
-        (request.cpu_milli, request.memory_bytes),
-        (request.spread_label, request.max_per_domain),
-    )

@@ -8,7 +8,7 @@ import pytest
 
 from placement import topologies
 from placement.core.explanation import explain
-from placement.core.planner import Change, advance, plan, steps, vacate
+from placement.core.planner import advance, plan, steps, vacate
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
 from placement.core.score import GIB, Needs, Within
@@ -454,20 +454,9 @@ def test_the_stages_of_an_explanation() -> None:
 def test_several_deployments_are_planned_on_top_of_each_other() -> None:
     one_machine = Snapshot((gpu_node("a", "a100-pcie-4x"),))
     first, second, third = (replace(local(2), deployment=name) for name in "fst")
-    outcomes = [step.outcome for step in steps(one_machine, [Change(first), Change(second), Change(third)])]
+    outcomes = [step.outcome for step in steps(one_machine, [first, second, third])]
     assert [where(outcome)[0][1] for outcome in outcomes[:2]] == [(0, 1), (2, 3)]
     assert isinstance(outcomes[2], NotEnoughGpus)
-
-
-def test_what_leaves_makes_room_for_what_comes_after_and_in_place_for_itself() -> None:
-    full_machine = Snapshot((gpu_node("a", "a100-pcie-4x", busy=(0, 1, 2, 3)),))
-    old = PlannedReplica(0, "id-a", (2, 3))
-    after = steps(full_machine, [Change(local(0, replicas=0), leaving=(old,)), Change(local(2))])
-    assert [where(step.outcome) for step in after] == [[], [("a", (2, 3))]]
-    [beside] = steps(full_machine, [Change(local(2), leaving=(old,))])
-    assert isinstance(beside.outcome, NotEnoughGpus)
-    [instead] = steps(full_machine, [Change(local(2), leaving=(old,), in_place=True)])
-    assert where(instead.outcome) == [("a", (2, 3))]
 
 
 def test_vacating_gives_back_gpus_and_egress_and_passes_over_nodes_that_are_gone() -> None:

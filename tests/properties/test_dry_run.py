@@ -15,7 +15,7 @@ from typing import Any
 from hypothesis import given, note
 
 from placement import topologies
-from placement.core.planner import Change, advance, plan, steps, vacate
+from placement.core.planner import advance, plan, steps, vacate
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
 from placement.core.score import WHOLE, Within
@@ -186,7 +186,7 @@ def test_steps_are_plans_one_after_the_other(seed: int) -> None:
             requests.append(request)
     nodes, mix = list(start.nodes), start.mix
     before = offered(start)
-    for request, step in zip(requests, steps(start, map(Change, requests)), strict=False):
+    for request, step in zip(requests, steps(start, requests), strict=False):
         alone = plan(Snapshot(nodes, start.near, mix), request)
         assert str(step.outcome) == str(alone)
         if isinstance(alone, Unplaceable):

@@ -14,7 +14,7 @@ from hypothesis import given
 
 from placement import topologies
 from placement.core.explanation import explain
-from placement.core.planner import Change, plan, steps, vacate
+from placement.core.planner import plan, steps, vacate
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
 from placement.core.room import Room, room_of
@@ -221,7 +221,7 @@ def check_refusal(snapshot: Snapshot, request: Request, refusal: Unplaceable) ->
     assert refusal.advice
     assert refusal.summary
     assert all(count > 0 for count in refusal.excluded.values())
-    [step] = steps(snapshot, [Change(request)])
+    [step] = steps(snapshot, [request])
     assert str(step.outcome) == str(refusal)
     why = explain(step.seen, step.request)
     assert why.advice == refusal.advice
