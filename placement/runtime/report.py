@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -133,40 +133,44 @@ def cluster_status(
     alive = {info.id for info in seen.nodes}
     places = {name: place for place, name in enumerate(seen.queue, start=1)}
     deployments, pending, replicas, used = [], 0, 0, set[str]()
-    held: dict[str, _Held] = {}
+    held: dict[str, _Held] = defaultdict(_Held)
     for name, one in sorted(seen.deployments.items()):
         assignments = one.assignments()
         for a in assignments:
-            held.setdefault(a.node, _Held()).add(name, a)
+            held[a.node].add(name, a)
         shown = _deployment(name, one, assignments, alive, places.get(name), seen.at)
-        matching, nodes = _matching(shown, at, state)
         pending += sum(each["state"] == "pending" for each in shown["replica_states"])
         replicas += shown["replicas"]
-        if deployment in (None, name) and (matching or (at is None and state is None)):
+        if deployment not in (None, name):
+            continue
+        if at is None and state is None:
+            matches, nodes = True, {a.node for a in assignments} if deployment is not None else set()
+        else:
+            matches, nodes = _matching(shown, at, state)
+        if matches:
             used |= nodes
             deployments.append(shown)
     last = len(places) + 1
     deployments.sort(key=lambda shown: (shown["state"] != "pending", shown["queue_position"] or last))
 
-    totals = Counter[str]()
+    gpus = dict.fromkeys(("gpus", "free", "held", "other", "unknown"), 0)
     listed = []
     for info in seen.nodes:
-        told = _node(info, seen, held.get(info.id, _Held()))
-        states = Counter(gpu["state"] for gpu in told["gpus"])
-        unlocated = min(told["others_unlocated"], states["free"])
-        totals.update(states)
-        totals.update(free=-unlocated, other=unlocated, gpus=info.gpu_count)
+        told = _node(info, seen, held[info.id])
+        free = gpus["free"]
+        for gpu in told["gpus"]:
+            gpus[gpu["state"]] += 1
+        unlocated = min(told["others_unlocated"], gpus["free"] - free)
+        gpus["gpus"] += info.gpu_count
+        gpus["free"] -= unlocated
+        gpus["other"] += unlocated
         listed.append(told)
-    listed += [
-        _dead_node(one, held.get(one.info.id, _Held()), seen.at)
-        for one in seen.dead
-        if one.info.id not in alive
-    ]
+    listed += [_dead_node(one, held[one.info.id], seen.at) for one in seen.dead if one.info.id not in alive]
     if at is None and (deployment is not None or state is not None):
         at = used
     return {
         "totals": {
-            **{key: totals[key] for key in ("gpus", "free", "held", "other", "unknown")},
+            **gpus,
             "nodes": len(seen.nodes),
             "deployments": len(seen.deployments),
             "replicas": replicas,
@@ -193,14 +197,14 @@ class _Held:
 
     def __init__(self) -> None:
         self.occupants: dict[int, list[dict[str, Any]]] = {}
-        self.units: Counter[str] = Counter()
+        self.units: dict[str, int] = {}
 
     def add(self, name: str, a: NodeAssignment) -> None:
         for gpu in a.gpus:
             who = {"deployment": name, "replica": a.replica_index, "share": a.share}
             self.occupants.setdefault(gpu, []).append(who)
         if a.egress_resource is not None:
-            self.units[a.egress_resource] += a.egress_units
+            self.units[a.egress_resource] = self.units.get(a.egress_resource, 0) + a.egress_units
 
 
 def _deployment(
@@ -211,7 +215,7 @@ def _deployment(
     place: int | None,
     at: float,
 ) -> dict[str, Any]:
-    deployment = one.deployment
+    deployment, outdated = one.deployment, sorted(one.outdated)
     lives: dict[int, bool] = {}
     for a in assignments:
         lives[a.replica_index] = lives.get(a.replica_index, True) and a.node in alive
@@ -222,7 +226,7 @@ def _deployment(
     elif "lost" in states:
         state = "lost"
     else:
-        state = "pending" if "pending" in states or one.outdated else "placed"
+        state = "pending" if "pending" in states or outdated else "placed"
     return {
         "name": name,
         "model": deployment.model,
@@ -236,7 +240,7 @@ def _deployment(
         "owner": None if one.owner is None else dict(one.owner),
         "queue_position": place,
         "pending": {str(index): reason for index, reason in sorted(one.reasons.items())},
-        "outdated": sorted(one.outdated),
+        "outdated": outdated,
         "replica_states": [
             {"index": index, "state": state, "reason": one.reasons.get(index)}
             for index, state in zip(indices, states, strict=True)
@@ -256,15 +260,15 @@ def _shown(state: State | None, lives: bool | None, releasing: bool) -> str:
 
 def _matching(
     shown: Mapping[str, Any], at: Collection[str] | None, state: str | None
-) -> tuple[set[int], set[str]]:
-    """The replicas of a deployment that are in such a state, on one of these nodes; and the nodes that they are on."""
+) -> tuple[bool, set[str]]:
+    """Whether any replica of a deployment is in such a state, on one of these nodes; and where those are that are."""
     of_state = {one["index"] for one in shown["replica_states"] if state in (None, one["state"])}
-    held = [
-        (a["replica_index"], a["node"])
+    held = {
+        a["node"]
         for a in shown["assignments"]
         if a["replica_index"] in of_state and (at is None or a["node"] in at)
-    ]
-    return (of_state if at is None else {index for index, _ in held}), {node for _, node in held}
+    }
+    return bool(of_state if at is None else held), held
 
 
 def _node(info: NodeInfo, seen: Observed, held: _Held) -> dict[str, Any]:
@@ -301,7 +305,7 @@ def _node(info: NodeInfo, seen: Observed, held: _Held) -> dict[str, Any]:
         "gpus": gpus,
         "others_unlocated": others - len(located),
         "egress": [
-            {"resource": name, "total": total, "held": held.units[name]}
+            {"resource": name, "total": total, "held": held.units.get(name, 0)}
             for name, total in info.egress.items()
         ],
         "problem": info.label_problem() or "; ".join(filter(None, _problems(facts))) or None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal
 
 from pydantic import Field
@@ -128,16 +129,27 @@ class NodeFacts(Model):
         return min((gpu.compute_capability for gpu in self.gpus if gpu.compute_capability), default=None)
 
     def topology(self) -> Topology:
-        """The reading as a :class:`~placement.core.topology.Topology`."""
-        count = len(self.gpus)
-        matrix = [[UNKNOWN_LINK] * count for _ in range(count)]
-        for pair in self.pairs:
-            matrix[pair.a][pair.b] = matrix[pair.b][pair.a] = pair.link
-        names = {gpu.name for gpu in self.gpus if not gpu.lost}
-        return Topology(
-            links=tuple(map(tuple, matrix)),
-            numa=tuple(gpu.numa_nodes for gpu in self.gpus),
-            cpus=tuple(gpu.cpus for gpu in self.gpus),
-            nics=tuple(Nic(nic.name, nic.paths) for nic in self.nics),
-            model=names.pop() if len(names) == 1 else None,
-        )
+        """The reading as a :class:`~placement.core.topology.Topology`; the same object for machines that are alike."""
+        places = tuple((gpu.numa_nodes, gpu.cpus) for gpu in self.gpus)
+        names = frozenset(gpu.name for gpu in self.gpus if not gpu.lost)
+        return _topology(self.pairs, self.nics, places, names)
+
+
+@lru_cache(maxsize=256)
+def _topology(
+    pairs: tuple[PairFacts, ...],
+    nics: tuple[NicFacts, ...],
+    places: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...],
+    names: frozenset[str | None],
+) -> Topology:
+    matrix = [[UNKNOWN_LINK] * len(places) for _ in places]
+    for pair in pairs:
+        matrix[pair.a][pair.b] = matrix[pair.b][pair.a] = pair.link
+    [model] = names if len(names) == 1 else [None]
+    return Topology(
+        links=tuple(map(tuple, matrix)),
+        numa=tuple(numa for numa, _ in places),
+        cpus=tuple(cpus for _, cpus in places),
+        nics=tuple(Nic(nic.name, nic.paths) for nic in nics),
+        model=model,
+    )

@@ -1,0 +1,44 @@
+"""Readings of machines that are alike are one topology."""
+
+from __future__ import annotations
+
+from placement import topologies
+from placement.core.topology import UNKNOWN_LINK
+from placement.wire.facts import GpuFacts, NodeFacts
+
+
+def reading(name: str, number: int) -> NodeFacts:
+    """Of one of many machines: what differs from machine to machine is what cannot be placed by."""
+    facts = topologies.facts(name)
+    gpus = tuple(
+        gpu.model_copy(update={"uuid": f"GPU-{number}-{gpu.ordinal}", "memory_used_bytes": number})
+        for gpu in facts.gpus
+    )
+    return NodeFacts.model_validate_json(facts.model_copy(update={"gpus": gpus}).model_dump_json())
+
+
+def test_machines_that_are_alike_share_a_topology() -> None:
+    first, second = (reading("dgx-a100", number).topology() for number in (1, 2))
+    assert first is second
+    assert first == topologies.load("dgx-a100") and first.model == "NVIDIA A100-SXM4-80GB"
+    assert reading("dgx-h100", 1).topology() != first
+
+
+def test_one_of_another_model_is_another_topology() -> None:
+    facts = reading("dgx-a100", 1)
+    other = tuple(gpu.model_copy(update={"name": "another"}) for gpu in facts.gpus)
+    found = facts.model_copy(update={"gpus": other}).topology()
+    assert found == facts.topology(), "of the same shape"
+    assert found.model == "another"
+    mixed = facts.model_copy(update={"gpus": (*facts.gpus[:7], other[7])}).topology()
+    assert mixed.model is None
+
+
+def test_a_lost_gpu_has_no_links_and_no_say_in_the_model() -> None:
+    facts = reading("a100-pcie-4x", 1)
+    lost = GpuFacts(ordinal=3, errors=("GPU is lost",))
+    pairs = tuple(pair for pair in facts.pairs if 3 not in (pair.a, pair.b))
+    found = facts.model_copy(update={"gpus": (*facts.gpus[:3], lost), "pairs": pairs}).topology()
+    assert found.model == facts.topology().model
+    assert [found.link(gpu, 3) for gpu in range(3)] == [UNKNOWN_LINK] * 3
+    assert NodeFacts(source="none").topology().links == ()
