@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import ray
-from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
-from ray.util.placement_group import placement_group_table
 
 from placement.core.request import Request
 from placement.core.score import Needs
 from placement.runtime.demand import Asked, Demand, Need, State, needs_of
 from placement.runtime.groups import create_group, ready_or_removed, remove_group
 from tests.cloud.cloud import HEAD_ADDRESS, cloud
+from tests.cloud.seen import coming, demanded, machines, open_groups
 from tests.integration.conftest import settled
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
@@ -66,37 +65,6 @@ def owner(running: str) -> Iterator[Any]:
     assert settled(lambda: not open_groups()), open_groups()
     # Whatever was on its way comes, finds that nobody wants it, and goes.
     assert settled(lambda: not machines() and not coming(), 60), (machines(), coming())
-
-
-def machines() -> dict[str, str]:
-    """Node id -> node type, of what the cloud has sent."""
-    return {
-        node["NodeID"]: node["Labels"]["ray.io/node-group"]
-        for node in ray.nodes()
-        if node["Alive"] and node["Labels"].get("ray.io/node-group") != "head"
-    }
-
-
-def open_groups() -> dict[str, str]:
-    table = placement_group_table().values()
-    return {row["name"]: row["state"] for row in table if row["state"] != "REMOVED"}
-
-
-def heard() -> GetClusterStatusReply:
-    gcs = ray._private.worker.global_worker.gcs_client
-    return GetClusterStatusReply.FromString(gcs.get_cluster_status())
-
-
-def demanded() -> int:
-    """How many groups the autoscaler is asked for."""
-    return len(heard().cluster_resource_state.pending_gang_resource_requests)
-
-
-def coming() -> list[str]:
-    """Node types of which the autoscaler has asked for machines that are not there yet."""
-    state = heard().autoscaling_state
-    pending = [*state.pending_instance_requests, *state.pending_instances]
-    return [one.ray_node_type_name for one in pending]
 
 
 def needs(name: str, gpus: int, replicas: int = 1, **limits: Any) -> dict[str, Need | str]:
