@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from placement.runtime.asking import Asked, Asks, State
@@ -36,9 +36,17 @@ class Demand:
         prefix: begins the name of every group; nothing else's may begin so.
         max_open: the most groups at a time; what is asked for first waits longest.
         cluster: Ray, unless a test says otherwise.
+        on_change: called in that thread whenever :meth:`poll` says something else; must not block.
     """
 
-    def __init__(self, prefix: str, max_open: int = 32, cluster: Cluster | None = None) -> None:
+    def __init__(
+        self,
+        prefix: str,
+        max_open: int = 32,
+        cluster: Cluster | None = None,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._on_change = on_change
         self._asks = Asks(prefix, max_open, cluster or RayCluster())
         self._wanted: dict[str, Need | str] = {}
         self._known: frozenset[str] = frozenset()
@@ -106,8 +114,11 @@ class Demand:
         while True:
             with self._changed:
                 wanted, known, self._new = self._wanted, self._known, False
+            before = self._asks.told
             try:
                 pause = self._asks.step(wanted, known)
+                if self._asks.told != before:
+                    self._on_change()
             except Exception as error:
                 logger.warning("could not tell the autoscaler what waits: %s", error)
                 pause = RETRY_SECONDS

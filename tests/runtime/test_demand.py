@@ -366,15 +366,16 @@ def test_nobody_waits_for_a_ray_that_hangs() -> None:
     ray, go_on = MakeBelieve(), threading.Event()
     hear = ray.hear
     ray.hear = lambda: hear() if go_on.wait(60) else Heard()  # type: ignore[method-assign]
-    demand = Demand("ask-", cluster=ray)
+    changed = threading.Event()
+    demand = Demand("ask-", cluster=ray, on_change=changed.set)
     demand.want({"a:0:0": GPU4}, ())
     assert State.NOT_ASKED is demand.poll()["a:0:0"].state
     (row,) = demand.report()
     assert ("a", 0, 0, "a node with 4 GPUs") == (row["deployment"], row["replica"], row["set"], row["asked"])
+    assert not changed.is_set()
     go_on.set()
-    until = threading.Event()
-    while demand.poll()["a:0:0"].state is not State.ASKED:
-        until.wait(0.01)
+    assert changed.wait(60)
+    assert State.ASKED is demand.poll()["a:0:0"].state
     assert 1 == len(ray.open)
     demand.withdraw()
     assert ([], {}) == (ray.open, demand.poll())
