@@ -532,17 +532,18 @@ class Service(Rules):
     def another_call_comes_in_the_middle(self, call: Call) -> None:
         self.ray.meanwhile.append(lambda: self.send(call, in_the_middle=True))
 
-    @rule(declared=st.lists(DECLARED, min_size=1, max_size=4))
-    def several_are_applied_together(self, declared: list[dict[str, Any]]) -> None:
+    @rule(declared=st.lists(DECLARED, min_size=1, max_size=4), atomic=st.booleans())
+    def several_are_applied_together(self, declared: list[dict[str, Any]], atomic: bool) -> None:
         """What a dry run says just before is what happens, if nothing else does."""
         quiet = self.nothing_else_happens()
         try:
-            planned = self.service.plan_all(declared, True)
+            planned = self.service.plan_all(declared, atomic)
         except Unplaceable:
             planned = None
         try:
-            results = self.service.apply_all(declared, True)
+            results = self.service.apply_all(declared, atomic)
         except (Unplaceable, ReservationFailed):
+            assert atomic
             assert not quiet or planned is None, "a dry run promised what cannot be"
         except StoreFailed:
             assert not quiet
