@@ -155,7 +155,9 @@ def test_a_file_can_be_applied_when_a_node_has_died(cluster: EmbeddedCluster, se
     assert not is_dead(workers["pcie-a"])
     with pytest.raises(Exception, match="cannot place 'big'"):
         ray.get(
-            service.apply_all.remote([{**file[0], "replicas": 4, "constraints": {"gpu_nodes": ["pcie-a"]}}])
+            service.apply_all.remote(
+                [{**file[0], "replicas": 4, "constraints": {"gpu_nodes": ["pcie-a"]}}], atomic=True
+            )
         )
 
     anywhere = ray.get(service.apply.remote({**file[0], "constraints": {"gpu_nodes": ["pcie-a", "hgx"]}}))

@@ -187,14 +187,14 @@ def test_apply_with_another_shape_replaces_the_replicas(service: Any) -> None:
 def test_a_shape_that_cannot_be_had_leaves_the_old_one_standing(service: Any) -> None:
     before = ray.get(service.apply.remote({"name": "keep", "model": "m", "gpus": 4, "replicas": 2}))
     with pytest.raises(placement.NotEnoughGpus):
-        ray.get(service.apply.remote({"name": "keep", "model": "m", "gpus": 8, "replicas": 2}))
+        ray.get(service.apply.remote({"name": "keep", "model": "m", "gpus": 8, "replicas": 2}, atomic=True))
     assert ray.get(service.get.remote("keep")).to_dict() == before.to_dict()
 
 
 def test_one_deployment_that_cannot_fit_keeps_a_whole_file_from_being_applied(service: Any) -> None:
     several = [{"name": "fits", "model": "m", "gpus": 2}, {"name": "does-not", "model": "m", "gpus": 9}]
     with pytest.raises(placement.NotEnoughGpus):
-        ray.get(service.apply_all.remote(several))
+        ray.get(service.apply_all.remote(several, atomic=True))
     assert ray.get(service.status.remote())["deployments"] == []
 
 
