@@ -173,9 +173,16 @@ def explain_deployments(
     snapshot: Snapshot,
     held: Mapping[str, HeldDeployment],
     wanted: Sequence[Deployment],
-    atomic: bool = False,
+    atomic: bool = True,
 ) -> list[ExplainedPlan]:
-    """The same, explained; if ``atomic``, ends with the first deployment that does not fit.
+    """The same, explained.
+
+    Args:
+        snapshot: the cluster.
+        held: what stands, by name.
+        wanted: what is declared anew.
+        atomic: the first deployment that does not fit is refused, which is an answer here, and ends the list; else
+            it is a plan with what is ``pending``.
 
     Raises:
         UnknownNode: as :func:`plan_deployments`.

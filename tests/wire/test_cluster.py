@@ -256,7 +256,7 @@ def test_the_plan_says_how_fast_it_is() -> None:
 
 def test_an_explanation_ends_with_the_refusal() -> None:
     wanted = [deployment("fits", gpus=2), deployment("does-not", gpus=2), deployment("never-asked", gpus=1)]
-    first, second = explain_deployments(CLUSTER, {}, wanted, atomic=True)
+    first, second = explain_deployments(CLUSTER, {}, wanted)
     assert (first.deployment, first.refusal) == ("fits", None)
     assert second.plan is None
     assert second.refusal is not None and "needs 2 GPUs free on one node" in second.refusal

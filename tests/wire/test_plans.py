@@ -139,9 +139,10 @@ def test_what_is_pending_and_does_not_fit_is_no_reason_to_refuse_the_rest() -> N
         assert (list(plan.pending), plan.standing) == ([2], False)
         assert "cannot place 'a'" in plan.pending[2]
         assert plan.to_dict()["pending"] == {"2": plan.pending[2]}
-    [explained] = explain_deployments(file.snapshot(), file.held(), [one("a", 3)])
-    assert explained.refusal is None
-    assert explained.explanation.excluded == {"has no GPU free": 1}
+    for atomic in (True, False):
+        [explained] = explain_deployments(file.snapshot(), file.held(), [one("a", 3)], atomic)
+        assert explained.refusal is None
+        assert explained.explanation.excluded == {"has no GPU free": 1}
     with pytest.raises(NotEnoughGpus):
         plan_deployments(file.snapshot(), file.held(), [one("a", 4)], atomic=True)
     [plan] = plan_deployments(file.snapshot(), file.held(), [one("a", 4)])
@@ -259,7 +260,7 @@ def test_what_finds_no_room_is_pending_and_the_others_are_placed() -> None:
     ]
     assert "cannot place 'b': replica 1 needs 1 GPU free" in plans[1].pending[1]
     assert all(plan.change == "new" and not plan.standing for plan in plans)
-    explained = explain_deployments(file.snapshot(), {}, [one("a", 3), one("b", 2)])
+    explained = explain_deployments(file.snapshot(), {}, [one("a", 3), one("b", 2)], atomic=False)
     assert [(each.refusal, each.plan) for each in explained] == [(None, plans[0]), (None, plans[1])]
     assert explained[1].explanation.excluded == {"has no GPU free": 2}
 
