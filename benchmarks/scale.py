@@ -2,7 +2,7 @@
 
 The real service on a make-believe Ray: nodes of 8 GPUs, of which deployments of one GPU hold up to five, 5,000 in
 all at most. What the make-believe Ray takes (the nodes' answers, reading what is free) is measured and left out; the
-store is a dictionary. All times are CPU time of the whole process, so that a busy machine does not count.
+store is a dictionary. All times are CPU time of the whole process, so that a busy machine counts less.
 
 What is measured: ``place`` of 1, 2 and 3 GPUs in turn, and its release; ``status``; one look of the service's clock
 at deployments that wait and find no room; and a start with deployments, and the facts of all nodes, in the ledger.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import itertools
 import json
 import os
@@ -39,6 +40,8 @@ from placement.runtime.results import NodeAssignment
 GPUS = 8
 MACHINE = "dgx-a100"
 TOKEN = "scale"
+WARM_UP = 3
+"""So many rounds are not counted."""
 HELD_EACH = 5
 """How many GPUs of a node deployments hold at first."""
 
@@ -324,6 +327,7 @@ def started(nodes: int, deployments: int, waiting: int = 0) -> Iterator[tuple[Cl
     facts = topologies.facts(MACHINE).model_dump_json(exclude_none=True).encode()
     cluster.store |= {f"facts/{info.id}".encode(): facts for info in cluster.infos}
     with make_believe(cluster):
+        gc.collect()  # what was measured before
         one = Service(cluster)
         try:
             yield cluster, one
@@ -331,19 +335,27 @@ def started(nodes: int, deployments: int, waiting: int = 0) -> Iterator[tuple[Cl
             one.close()
 
 
-def placing(nodes: int, deployments: int, rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of each ``place``, and of each release."""
-    placed, released = [], []
-    with started(nodes, deployments) as (_, one):
-        for number in range(-3, rounds):
-            name = f"bench{number}"
-            took, result = one.ask("place", {"name": name, "model": "m", "gpus": (1, 2, 3)[number % 3]})
-            assert len(result.assignments) == 1
-            placed.append(took)
-            took, count = one.ask("release", name)
-            assert count == 1
-            released.append(took)
-    return placed[3:], released[3:]
+def placing(sizes: Sequence[int], most: int, rounds: int) -> dict[int, tuple[list[float], list[float]]]:
+    """Nodes -> seconds of each ``place``, and of each release. The sizes take turns, and see the same noise."""
+    found: dict[int, tuple[list[float], list[float]]] = {nodes: ([], []) for nodes in sizes}
+    with ExitStack() as stack:
+        services = {
+            nodes: stack.enter_context(started(nodes, min(most, HELD_EACH * nodes))) for nodes in sizes
+        }
+        gc.freeze()  # or a small service would pay for the large ones beside it
+        stack.callback(gc.unfreeze)
+        for number in range(-WARM_UP, rounds):
+            for nodes, (cluster, one) in services.items():
+                with make_believe(cluster):
+                    name = f"bench{number}"
+                    asked = {"name": name, "model": "m", "gpus": 1 + number % 3}
+                    placing, result = one.ask("place", asked)
+                    releasing, count = one.ask("release", name)
+                assert (len(result.assignments), count) == (1, 1)
+                if number >= 0:
+                    found[nodes][0].append(placing)
+                    found[nodes][1].append(releasing)
+    return found
 
 
 def milliseconds(seconds: Sequence[float]) -> tuple[float, float]:
@@ -362,13 +374,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"python -m benchmarks.scale   {os.cpu_count()} cores, Python {platform.python_version()}")
     print("CPU time of the service alone, median (mean)\n")
     print(f"{'8-GPU nodes':>12}{'replicas':>10}{'place':>22}{'growth':>9}{'release':>22}{'growth':>9}")
-    first: list[float] = []
-    for nodes in options.nodes:
-        deployments = min(options.most, HELD_EACH * nodes)
-        line = f"{nodes:>12}{deployments:>10}"
-        times = [milliseconds(seconds) for seconds in placing(nodes, deployments, options.rounds)]
-        first = first or [median for median, _ in times]
-        for (median, mean), base in zip(times, first, strict=True):
+    found = placing(options.nodes, options.most, options.rounds)
+    first = [milliseconds(seconds)[0] for seconds in found[options.nodes[0]]]
+    for nodes, times in found.items():
+        line = f"{nodes:>12}{min(options.most, HELD_EACH * nodes):>10}"
+        for seconds, base in zip(times, first, strict=True):
+            median, mean = milliseconds(seconds)
             line += f"{median:>10.2f} ({mean:.2f}) ms".rjust(22) + f"{median / base:>8.1f}x"
         print(line, flush=True)
 
