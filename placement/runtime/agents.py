@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
@@ -58,6 +58,17 @@ class Unanswered(Exception):
         return self.problem
 
 
+class _Hung(NamedTuple):
+    """An actor that was too late: ``call`` is answered once what it was at is over.
+
+    ``since`` it has been waited for, and after ``sign`` it has shown no sign of life.
+    """
+
+    call: Any
+    since: float
+    sign: float
+
+
 class Agents:
     """All node actors. Thread-safe.
 
@@ -80,7 +91,7 @@ class Agents:
         self._busy: Counter[str] = Counter()
         self._used: dict[str, float] = {}
         self._late: list[Any] = []
-        self._hung: dict[str, tuple[Any, float]] = {}
+        self._hung: dict[str, _Hung] = {}
         self._awaited: dict[str, list[float]] = {}
         self._answered: set[str] = set()
         self._ailing = Backoff(AILING_SECONDS, MOST_AILING_SECONDS)
@@ -161,8 +172,9 @@ class Agents:
         waited = time.monotonic() - began
         with self._lock:
             silent = self._silent()
+            given_up = self._unreachable()
         for node_id in node_ids:
-            if node_id in silent and waited > SUSPECT_SECONDS:
+            if node_id in silent and (waited > SUSPECT_SECONDS or node_id in given_up):
                 problem = f"its node actor has not answered for {silent[node_id]:.0f} s"
                 raise Unanswered(node_id, problem)
             if waited > DEADLINE_SECONDS:
@@ -179,10 +191,10 @@ class Agents:
                 found[node_id] = now - min(since)
         if self._hung:
             done, _ = ray.wait(
-                [call for call, _ in self._hung.values()], num_returns=len(self._hung), timeout=0
+                [one.call for one in self._hung.values()], num_returns=len(self._hung), timeout=0
             )
-            self._hung = {node: one for node, one in self._hung.items() if one[0] not in done}
-        return found | {node_id: now - since for node_id, (_, since) in self._hung.items()}
+            self._hung = {node: one for node, one in self._hung.items() if one.call not in done}
+        return found | {node_id: now - one.since for node_id, one in self._hung.items()}
 
     @contextlib.contextmanager
     def working(self, node_ids: Iterable[str]) -> Iterator[None]:
@@ -223,6 +235,7 @@ class Agents:
         said: dict[str, Any] = {}
         left = dict(calls)
         signs: dict[str, Any] | None = None
+        works: set[str] = set()
         with self._lock:
             silent = self._silent()
             for node_id in calls:
@@ -236,14 +249,16 @@ class Agents:
                 ready, now = set(done), time.monotonic()
                 for node_id, call in list(left.items()):
                     if call in ready or now >= ends[node_id]:
-                        said[node_id] = self._said(node_id, call, call in ready, began)
+                        sign = now if node_id in works else began
+                        said[node_id] = self._said(node_id, call, call in ready, began, sign)
                         del left[node_id]
                         answered(node_id)
                 if left and signs is None and now - began > SUSPECT_SECONDS:
                     signs = self._signs_of_life(left)
                 if left and signs and now - began > UNREACHABLE_SECONDS:
                     alive, _ = ray.wait([*signs.values()], num_returns=len(signs), timeout=0)
-                    ends |= {node_id: now for node_id, sign in signs.items() if sign not in alive}
+                    works = {node_id for node_id, sign in signs.items() if sign in alive}
+                    ends |= dict.fromkeys(signs.keys() - works, now)
                     signs = {}
         finally:
             with self._lock:
@@ -259,14 +274,14 @@ class Agents:
             known = {node_id: self._agents.get(node_id) for node_id in node_ids if node_id in self._answered}
         return {node_id: agent.facts.remote() for node_id, agent in known.items() if agent is not None}
 
-    def _said(self, node_id: str, call: Any, done: bool, began: float) -> Any:
-        """One answer, or why there is none."""
+    def _said(self, node_id: str, call: Any, done: bool, began: float, sign: float) -> Any:
+        """One answer, or why there is none; ``sign`` is when the actor last showed a sign of life."""
         try:
             if not done:
                 raise ray.exceptions.GetTimeoutError
             said = ray.get(call, timeout=HUNG_SECONDS)
         except ray.exceptions.RayError as error:
-            lives = self.failed(node_id, error, began)
+            lives = self.failed(node_id, error, began, sign)
             if not done:
                 reason = f"its node actor has not answered for {time.monotonic() - began:.0f} s"
                 return Refused(reason, 1, full=True, room=0)
@@ -279,13 +294,16 @@ class Agents:
             self._ailing.pop(node_id, None)
         return said
 
-    def failed(self, node_id: str, error: Exception, since: float | None = None) -> bool:
+    def failed(
+        self, node_id: str, error: Exception, since: float | None = None, sign: float | None = None
+    ) -> bool:
         """Takes note of a call that failed. What it did or may still do is looked after (:meth:`in_doubt`).
 
         Args:
             node_id: of the actor.
             error: what became of the call.
             since: when it was made, on the monotonic clock.
+            sign: when the actor last showed a sign of life; when the call was made, if not given.
 
         Returns:
             Whether the actor may live on and still be at it.
@@ -307,7 +325,8 @@ class Agents:
             elif node_id in self._agents:
                 # It does one thing after the other: once it answers this, what it was at is over.
                 told = self._adopt(node_id)
-                self._hung[node_id] = told, time.monotonic() if since is None else since
+                since = time.monotonic() if since is None else since
+                self._hung[node_id] = _Hung(told, since, since if sign is None else sign)
                 self._late.append(told)
         return lives
 
@@ -323,6 +342,23 @@ class Agents:
         """Nodes whose actors have not answered for longer than is normal, and are still asked."""
         with self._lock:
             return frozenset(self._silent())
+
+    def unreachable(self) -> dict[str, float]:
+        """Node id -> seconds that its actor has shown no sign of life, of those that were given up.
+
+        Nothing can be reserved there before it answers again, which is noticed by itself.
+        """
+        with self._lock:
+            self._silent()
+            return self._unreachable()
+
+    def _unreachable(self) -> dict[str, float]:
+        now = time.monotonic()
+        return {
+            node_id: now - one.sign
+            for node_id, one in self._hung.items()
+            if now - one.sign >= UNREACHABLE_SECONDS
+        }
 
     ailing = suspect
 
@@ -370,7 +406,9 @@ class Agents:
             _, late = ray.wait([*told.values()], num_returns=len(told), timeout=SETTLE_DEADLINE_SECONDS)
             self.doubt(late, now=False)
             with self._lock:
-                self._hung |= {node_id: (call, began) for node_id, call in told.items() if call in late}
+                self._hung |= {
+                    node_id: _Hung(call, began, began) for node_id, call in told.items() if call in late
+                }
                 self._answered |= {node_id for node_id, call in told.items() if call not in late}
 
     def bury(self) -> list[str]:
