@@ -1,0 +1,79 @@
+"""A node's actor between prepare and confirm: what it prepared is let go if nobody comes."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from placement.core.score import WHOLE, Needs
+from placement.runtime import node_agent
+from placement.runtime.node_agent import NodePlacementActor, Part
+from placement.runtime.orders import Order, Prepared, Refused
+from tests.runtime.test_reservation import Slots
+
+
+@pytest.fixture
+def slots(monkeypatch: pytest.MonkeyPatch) -> Slots:
+    slots = Slots(4, others={0})
+    monkeypatch.setattr(node_agent, "NodeGroups", lambda *_: slots)
+    return slots
+
+
+@pytest.fixture
+def actor(slots: Slots) -> NodePlacementActor:
+    return NodePlacementActor("n", 4, "a100-pcie-4x", None)
+
+
+PAIR, QUARTER = (
+    Order("placement:t:d:0:x", Needs(2), "d"),
+    Order("placement:t:s:0:x", Needs(1, share=250), "s"),
+)
+
+
+def create(slots: Slots, order: Order, prepared: Prepared | Refused) -> Any:
+    assert isinstance(prepared, Prepared) and not prepared.fillers, "who asks has no use for them"
+    return slots.reserve(order.name, prepared.bundle(order.beside), len(prepared.sets[0]))
+
+
+def test_what_is_confirmed_is_told_with_how_good_it_is(actor: NodePlacementActor, slots: Slots) -> None:
+    group = create(slots, PAIR, actor.prepare(PAIR, 1))
+    part = actor.confirm(PAIR, group, [0, 1])
+    assert isinstance(part, Part)
+    assert (part.sets, part.bundle_of, part.ray_gpus) == (((2, 3),), {2: 0, 3: 1}, (1, 2))
+    assert (part.score.link_name, part.ray_score.link_name, part.share) == ("NV12", "SYS", WHOLE)
+    share = create(slots, QUARTER, actor.prepare(QUARTER, 1))
+    part = actor.confirm(QUARTER, share, [0])
+    assert isinstance(part, Part) and (part.sets, part.share) == (((1,),), 250)
+    assert slots.groups == {group: {2: WHOLE, 3: WHOLE}, share: {1: 250}}
+
+
+@pytest.mark.parametrize(("order", "others"), [(PAIR, {0}), (QUARTER, {3})], ids=["whole", "share"])
+def test_what_nobody_comes_for_is_let_go(
+    actor: NodePlacementActor,
+    slots: Slots,
+    order: Order,
+    others: set[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(node_agent, "LEASE_SECONDS", 0.2)
+    monkeypatch.setattr(node_agent, "GRACE_SECONDS", 0.0)
+    slots.others = others
+    assert isinstance(actor.prepare(order, 1), Prepared) and slots.groups
+    end = time.monotonic() + 10
+    while slots.groups and time.monotonic() < end:
+        time.sleep(0.01)
+    assert slots.groups == {}
+    late = slots.reserve(order.name, {"GPU": 1.0}, 1)
+    assert actor.confirm(order, late, [0]) is None
+    actor.release([(order.name, late)])
+    assert slots.groups == {}
+
+
+def test_a_new_preparation_lets_go_of_the_one_before(actor: NodePlacementActor, slots: Slots) -> None:
+    assert isinstance(actor.prepare(PAIR, 1), Prepared)
+    held = set(slots.groups)
+    assert held, "GPU 1 is kept from Ray"
+    group = create(slots, QUARTER, actor.prepare(QUARTER, 1))
+    assert actor.confirm(QUARTER, group, [0]) and set(slots.groups) == {group}
