@@ -140,12 +140,12 @@ class Controller:
                 with self._refusal_told(wanted.name):
                     work = Work(None, _new(wanted, owner), atomic=atomic, strict=True)
                     return self.reconciler.bring_about(work).result(), True
-            if known.deployment == wanted and not known.unfinished():
+            if known.is_lease:
+                raise DeploymentConflict(wanted.name, {"owner": ("the caller that placed it", wanted.owner)})
+            if known.deployment == wanted and known.owner == owner and not known.unfinished():
                 return known.result(), False
             with self._refusal_told(wanted.name):
-                anew = replace(known, given_up=False).declared(wanted)
-                if known.deployment == wanted and not known.given_up:
-                    anew = known
+                anew = known.renewed(owner).declared(wanted)
                 may_wait = frozenset(known.missing())
                 strict = known.deployment.shape() != wanted.shape()
                 work = Work(known, anew, atomic=atomic, strict=strict, may_wait=may_wait)
@@ -287,7 +287,7 @@ class Controller:
                 raise UnknownDeployment(name, self.state.names())
             if known.deployment.ttl_seconds is None:
                 return None
-            later = replace(known, expires_at=time.time() + known.deployment.ttl_seconds)
+            later = known.renewed(known.owner)
             self.actions.commit(later)
             return later.expires_at
 
@@ -417,14 +417,14 @@ class Controller:
             now: seconds since 1970.
         """
         for one in self.state.temporary():
-            if one.is_lease:
+            expired = one.expires_at is not None and one.expires_at <= now
+            if one.is_lease and not expired:
                 gone = {i for i, replica in one.replicas.items() if groups.is_gone(replica.group_id)}
                 if gone:
                     self.reconciler.gone |= {(one.name, index) for index in gone}
                     self.reconcile(one.name, patient=False)
                 continue
-            ended = one.owner is not None and has_ended(one.owner)
-            expired = one.expires_at is not None and one.expires_at <= now
+            ended = one.owner is not None and not one.is_lease and has_ended(one.owner)
             late = (
                 one.deployment.deadline_seconds is not None
                 and one.waiting_since is not None

@@ -187,8 +187,17 @@ class DeploymentState:
             earlier=earlier,
             states=states,
             reasons={i: reason for i, reason in self.reasons.items() if i in waits},
+            expires_at=None if wanted.ttl_seconds is None else time.time() + wanted.ttl_seconds,
             given_up=False,
         )._tidied()
+
+    def renewed(self, owner: Owner | None) -> DeploymentState:
+        """The same, asked for once more: by this owner, with all its time before it, and nothing given up."""
+        ttl = self.deployment.ttl_seconds
+        expires_at = None if ttl is None else time.time() + ttl
+        if (self.owner, self.expires_at, self.given_up) == (owner, expires_at, False):
+            return self
+        return replace(self, owner=owner, expires_at=expires_at, given_up=False)
 
     def kept(self, indices: Iterable[int]) -> DeploymentState:
         """The same with replicas that satisfy the present declaration counted as its own."""

@@ -365,6 +365,7 @@ def make_believe(ray: Ray) -> Iterator[None]:
             (groups, "group_from_hex", ray.group),
             (groups, "remove_group", lambda group, ready=False: ray.groups.pop(group.id.hex(), None)),
             (groups, "live_groups", ray.live),
+            (groups, "is_gone", lambda group_id: group_id not in ray.groups),
         ):
             stack.enter_context(mock.patch.object(where, name, instead))
         yield

@@ -12,7 +12,6 @@ import pytest
 from placement.core.lifecycle import State
 from placement.core.score import WHOLE
 from placement.errors import DeploymentConflict, NotEnoughGpus, PartlyApplied, UnknownDeployment, UnknownNode
-from placement.runtime import groups
 from placement.runtime.keeper import Keeper
 from placement.runtime.queue import Ticket
 from placement.runtime.service import parse
@@ -201,9 +200,8 @@ def a_while_passes_at(service: DirectService, now: float, ended: set[str]) -> No
 
 
 def test_a_lease_whose_group_its_owner_removed_is_forgotten_and_not_placed_anew(
-    outside: Ray, service: DirectService, monkeypatch: pytest.MonkeyPatch
+    outside: Ray, service: DirectService
 ) -> None:
-    monkeypatch.setattr(groups, "is_gone", lambda group_id: group_id not in outside.groups)
     caller: Owner = {"kind": "caller", "job": "01000000"}
     DirectService.__mro__[1].place(service, parse(one(gpus=2, replicas=2), None), caller)  # type: ignore[attr-defined]
     first, second = sorted(outside.groups)
@@ -239,6 +237,29 @@ def test_somebody_elses_lease_is_a_conflict(service: DirectService) -> None:
     assert place(service, wanted, {"kind": "caller", "job": "01000000"}).assignments
     with pytest.raises(DeploymentConflict, match="owner"):
         place(service, wanted, {"kind": "caller", "job": "02000000"})
+    with pytest.raises(DeploymentConflict, match="owner"):
+        service.apply(one(gpus=4))
+
+
+def test_a_lease_with_a_time_ends_with_it(outside: Ray, service: DirectService) -> None:
+    place = DirectService.__mro__[1].place  # type: ignore[attr-defined]
+    place(service, parse(one(gpus=2, ttl_seconds=100), None), {"kind": "caller", "job": "01000000"})
+    began = service.state.deployments["a"].declared_at
+    a_while_passes_at(service, began + 101, set())
+    assert service.state.names() == () and not outside.groups
+
+
+def test_who_declares_it_last_owns_it(service: DirectService) -> None:
+    apply = DirectService.__mro__[1].apply  # type: ignore[attr-defined]
+    wanted = parse(one(owner="job"), None)
+    apply(service, wanted, False, {"kind": "job", "job": "01000000"})
+    apply(service, wanted, False, {"kind": "job", "job": "02000000"})
+    began = service.state.deployments["a"].declared_at
+    a_while_passes_at(service, began, {"01000000"})
+    assert service.state.names() == ("a",)
+    service = DirectService()
+    a_while_passes_at(service, began, {"02000000"})
+    assert service.state.names() == ()
 
 
 def test_calls_that_wait_are_tried_in_their_turn_among_the_declarations(
