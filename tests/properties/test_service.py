@@ -603,9 +603,10 @@ class Service(Rules):
             assert set(one.unfinished()) == set(one.reasons)
             known |= {part.placement_group.id.hex() for part in one.assignments()}
             limits = one.deployment.constraints
+            current = {r.parts[0].node for i, r in one.replicas.items() if i not in one.outdated}
             for other in limits.apart_from if limits else ():
                 beside = standing[other].nodes() if other in standing else {}
-                assert not one.nodes().keys() & beside.keys(), (name, other)
+                assert not current & beside.keys(), (name, other)
         if not self.ray.in_doubt:
             assert set(self.ray.groups) - {"f", *self.others} <= known, "a group that nobody knows of"
         for node, held in self.ray.actors.items():
