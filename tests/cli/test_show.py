@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -175,28 +176,25 @@ def test_renew_renews_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused.stderr.endswith("; renewed before: a\n")
 
 
-PAGED = """
+ON_A_TERMINAL = """
 import sys
+from contextlib import nullcontext
 from tests.cli.fake_service import FakeService, report, standing
 from placement.cli import common
 from placement.cli.main import main
-from contextlib import contextmanager
 service = FakeService(status=report(*(standing(f"d-{i:03}", 0) for i in range(200))))
-common.service = contextmanager(lambda address: iter([service]))
+common.service = lambda address: nullcontext(service)
 common.ask = lambda answer: answer
-main(["list", *sys.argv[1:]])
+main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize(("args", "paged"), [([], True), (["--json"], False)])
-def test_a_terminal_is_shown_a_screen_at_a_time(args: list[str], paged: bool, tmp_path: Path) -> None:
-    pager = tmp_path / "pager"
-    pager.write_text("#!/bin/sh\nread line\necho PAGER STARTED\ncat > /dev/null\n")
-    pager.chmod(0o755)
+def on_a_terminal(args: list[str], stop_at: bytes = b"", **env: str) -> tuple[int, bytes]:
+    """How a command exits, and what a terminal of 80 x 24 is shown; interrupted once it shows ``stop_at``."""
     leader, follower = pty.openpty()
-    command = [sys.executable, "-c", PAGED, *args]
-    env = {**os.environ, "PAGER": str(pager), "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
-    child = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=subprocess.PIPE, env=env)
+    command = [sys.executable, "-c", ON_A_TERMINAL, *args]
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24", **env}
+    child = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=subprocess.DEVNULL, env=env)
     os.close(follower)
     shown = b""
     while select.select([leader], [], [], 60)[0]:
@@ -204,8 +202,30 @@ def test_a_terminal_is_shown_a_screen_at_a_time(args: list[str], paged: bool, tm
             shown += os.read(leader, 65536)
         except OSError:  # the other end is closed
             break
+        if stop_at and stop_at in shown:
+            stop_at = b""
+            child.send_signal(signal.SIGINT)
     os.close(leader)
-    assert child.stderr is not None
-    assert 0 == child.wait(timeout=60), child.stderr.read()
-    assert paged is (b"PAGER STARTED" in shown)
-    assert paged is not (b"d-199" in shown)
+    return child.wait(timeout=60), shown
+
+
+@pytest.mark.parametrize(("args", "paged"), [([], True), (["--json"], False)])
+def test_a_terminal_is_shown_a_screen_at_a_time(args: list[str], paged: bool, tmp_path: Path) -> None:
+    pager = tmp_path / "pager"
+    pager.write_text("#!/bin/sh\nread line\necho PAGER STARTED\ncat > /dev/null\n")
+    pager.chmod(0o755)
+    exits, shown = on_a_terminal(["list", *args], PAGER=str(pager))
+    assert (0, paged, not paged) == (exits, b"PAGER STARTED" in shown, b"d-199" in shown)
+
+
+def test_without_a_pager_all_of_it_is_shown() -> None:
+    for pager in ("", "no-such-program"):
+        exits, shown = on_a_terminal(["list"], PAGER=pager)
+        assert (0, True) == (exits, b"d-199" in shown)
+
+
+def test_who_watches_sees_it_on_a_screen_of_its_own_which_is_left_at_the_end() -> None:
+    exits, shown = on_a_terminal(["status", "--watch", "0.1"], stop_at=b"200 replicas")
+    assert 130 == exits
+    enter, leave = b"\x1b[?1049h", b"\x1b[?1049l"
+    assert shown.index(enter) < shown.index(b"200 replicas") < shown.index(leave)

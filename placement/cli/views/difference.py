@@ -113,9 +113,9 @@ def _told(plan: Mapping[str, Any], stands: Mapping[int, int] | None) -> tuple[st
         parts.append(f"{replicas_text(added)} placed{_where(plan, added)}")
     if removed:
         parts.append(f"{replicas_text(removed)} released")
-    ended = {*replaced, *removed}
-    known = stands is not None and ended <= stands.keys()
-    ends = sum(stands[index] for index in ended) if known and stands is not None else len(ended)
+    # What waits to be replaced stays until then.
+    ended = {*replaced, *removed} - {int(index) for index in plan.get("pending", {})}
+    ends = sum((stands or {}).get(index, 0) for index in ended)
     return sign, f"{fields}{'; '.join(parts) or 'changed in place'}{_ends(ends)}"
 
 
