@@ -177,5 +177,7 @@ class _Progress:
         text = f"{counted(len(pending), 'replica')} pending, {time.monotonic() - self._since:.0f} s"
         if pending:
             name, replica, why = pending[0]
-            text += f"; {name}/{replica}: {why}"
-        click.echo(f"\r\033[K{text[: shutil.get_terminal_size().columns - 1]}", err=True, nl=False)
+            text += f"; {name}/{replica}: {' '.join(why.split())}"
+        # One line, whatever is in a node's name.
+        shown = "".join(one for one in text if one.isprintable())[: shutil.get_terminal_size().columns - 1]
+        click.echo(f"\r\033[K{shown}", err=True, nl=False)

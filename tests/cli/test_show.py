@@ -179,10 +179,14 @@ def test_renew_renews_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
 ON_A_TERMINAL = """
 import sys
 from contextlib import nullcontext
-from tests.cli.fake_service import FakeService, report, standing
+from tests.cli.fake_service import FakeService, described, report, standing
 from placement.cli import common
 from placement.cli.main import main
-service = FakeService(status=report(*(standing(f"d-{i:03}", 0) for i in range(200))))
+service = FakeService(
+    status=report(*(standing(f"d-{i:03}", 0) for i in range(200))),
+    describe=described("b", 0, pending={1: "no\\x1b[31m\\nroom " + 99 * "x"}),
+    watch=[],
+)
 common.service = lambda address: nullcontext(service)
 common.ask = lambda answer: answer
 main(sys.argv[1:])
@@ -194,7 +198,7 @@ def on_a_terminal(args: list[str], stop_at: bytes = b"", **env: str) -> tuple[in
     leader, follower = pty.openpty()
     command = [sys.executable, "-c", ON_A_TERMINAL, *args]
     env = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24", **env}
-    child = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=subprocess.DEVNULL, env=env)
+    child = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=env)
     os.close(follower)
     shown = b""
     while select.select([leader], [], [], 60)[0]:
@@ -229,3 +233,14 @@ def test_who_watches_sees_it_on_a_screen_of_its_own_which_is_left_at_the_end() -
     assert 130 == exits
     enter, leave = b"\x1b[?1049h", b"\x1b[?1049l"
     assert shown.index(enter) < shown.index(b"200 replicas") < shown.index(leave)
+
+
+def test_who_waits_sees_one_line_that_is_written_anew() -> None:
+    exits, shown = on_a_terminal(["wait", "b"], stop_at=b"; b/1: no[31m room")
+    assert 130 == exits
+    progress = shown[: shown.index(b"interrupted")]
+    assert b"\n" not in progress.replace(b"^C", b"").strip(), progress
+    lines = [line.decode() for line in progress.split(b"\r\x1b[K")]
+    assert lines[1].startswith("1 replica pending, 0 s; b/1: no[31m room xxx")
+    assert max(map(len, lines)) == 79
+    assert "" == lines[-1]

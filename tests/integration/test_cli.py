@@ -108,11 +108,11 @@ def test_topology_draws_a_node(run: Run) -> None:
     assert "--node: no node 'nowhere'; use one of: dgx, hgx" in unknown.stderr
 
 
-def test_what_does_not_fit_changes_nothing(run: Run, tmp_path: Path) -> None:
+def test_what_does_not_fit_changes_nothing_where_all_or_nothing_is_asked_for(run: Run, tmp_path: Path) -> None:
     assert run("up").returncode == 0
     file = tmp_path / "two.yaml"
     file.write_text("deployments: [{name: fits, model: m}, {name: does-not, model: m, gpus: 11}]")
-    refused = run("apply", str(file))
+    refused = run("apply", str(file), "--atomic")
     assert refused.returncode == 1
     assert "cannot place 'does-not': 11 GPUs per replica, but the largest node has 8" in refused.stderr
     assert "Traceback" not in refused.stderr
@@ -169,9 +169,9 @@ def test_a_refusal_is_the_same_in_json_from_the_command_line_and_from_python(
 ) -> None:
     assert run("up").returncode == 0
     file = deployments(tmp_path, "name: large, gpus: 17")
-    applied = refused(run("apply", file, "--json"), 1)
+    applied = refused(run("apply", file, "--atomic", "--json"), 1)
     assert ("not_enough_gpus", "large", 17) == tuple(applied[x] for x in ("code", "deployment", "requested"))
-    assert applied == refused(run("plan", file, "--json"), 1)
+    assert applied == refused(run("plan", file, "--atomic", "--json"), 1)
     explained = run("plan", file, "--json", "--explain")
     assert 1 == explained.returncode
     assert applied == json.loads(explained.stdout)["deployments"][0]["error"]
