@@ -108,7 +108,7 @@ def _show_difference(
 
     plans, failures = planned(service, wanted, atomic)
     told = {name: error.to_dict() for name, error in failures.items()}
-    common.show(*difference_lines([one.to_dict() for one in plans], workers_of(standing), pruned, told))
+    common.show(*difference_lines([one.to_dict() for one in plans], workers_of(standing), pruned, told), "")
 
 
 def _agreed(pruned: Sequence[str], standing: Sequence[Mapping[str, Any]], as_json: bool) -> bool:

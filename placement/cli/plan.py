@@ -217,7 +217,7 @@ def _show(
 
     told = {name: error.to_dict() for name, error in failures.items()}
     rows = [one.to_dict() for one in plans]
-    common.show(*difference_lines(rows, workers_of(standing), pruned, told))
+    common.show(*difference_lines(rows, workers_of(standing), pruned, told), "")
     placed = [{**row, "pending": {}} for row in rows]
     if plans:
         common.show(assignments_table(placed, title="planned, nothing is reserved"), runtimes_note(rows))

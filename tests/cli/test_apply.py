@@ -56,7 +56,8 @@ def test_what_finds_no_room_waits_and_that_is_no_error(file: str, monkeypatch: p
         "  + b: new, 2 replicas on a",
         "      replica 1 would wait: no room",
     ]
-    assert lines(done.stdout)[-1] == " b: replica 1 is pending, place 3 in the queue: no room"
+    assert done.stdout.endswith("\n b: replica 1 is pending, place 3 in the queue: no room\n")
+    assert "no room\n\nplaced\n" in done.stdout
     assert lines(done.stderr) == [
         "placing 2 deployments ...",
         "1 replica waits for room; `placement wait NAME` waits for a deployment",

@@ -140,7 +140,7 @@ def test_what_get_prints_can_be_applied_again(run: Run, tmp_path: Path) -> None:
     again.write_text(run("get", "a", "-o", "yaml").stdout)
     assert 0 == run("diff", str(again)).returncode
     [described] = data(run("get", "a", "--json"))["deployments"]
-    assert ("placed", "detached", 2) == (
+    assert ("placed", None, 2) == (
         described["state"],
         described["owner"],
         described["deployment"]["gpus"],

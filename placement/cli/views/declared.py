@@ -36,7 +36,7 @@ def declared_view(one: Described) -> list[RenderableType]:
     result = {**one["result"], "deployment": one["deployment"]["name"]}
     return [
         heading,
-        Padding(Text(_yaml(fields).rstrip()), (0, 0, 0, 2)),
+        Padding(Text(_yaml(fields).rstrip()), (0, 0, 0, 2), expand=False),
         assignments_table([result], title="placed"),
     ]
 

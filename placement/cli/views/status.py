@@ -115,7 +115,7 @@ def waiting_view(report: Mapping[str, Any]) -> list[RenderableType]:
 
 
 def _indented(text: Text) -> RenderableType:
-    return Padding(text, (0, 0, 0, 1))
+    return Padding(text, (0, 0, 0, 1), expand=False)
 
 
 def demand_lines(demand: Iterable[Mapping[str, Any]]) -> list[str]:

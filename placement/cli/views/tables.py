@@ -59,7 +59,7 @@ class AssignmentsTable:
             yield from self._lines(options.max_width)
             yield Text()
         for line in self._waiting:
-            yield Padding(Text(line), (0, 0, 0, 1))
+            yield Padding(Text(line), (0, 0, 0, 1), expand=False)
 
     def _lines(self, width: int) -> Iterator[Text]:
         headings = [*HEADINGS, "Ray alone"] if self._beside_ray else HEADINGS
