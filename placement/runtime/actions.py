@@ -16,6 +16,9 @@ from placement.runtime.orders import Refusal
 from placement.runtime.results import NodeAssignment
 from placement.runtime.state import Claim, DeploymentState, ServiceState, held_replica
 
+AUTOSCALER = "; autoscaler: "
+"""In a reason for which a replica waits, what Ray's autoscaler makes of it follows this."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -146,7 +149,8 @@ class Actions:
         if later != self._state.get(one.name):
             keep(later)
         for index, reason in reasons.items():
-            if one.reasons.get(index) != reason:
+            # What the autoscaler makes of it is shown, and no event.
+            if one.reasons.get(index, "").partition(AUTOSCALER)[0] != reason.partition(AUTOSCALER)[0]:
                 self._feed.add(one.name, index, State.PENDING, reason)
         return later
 
