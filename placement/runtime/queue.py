@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 from placement.core.reconcile import Wait, admit
 from placement.core.request import Request
 from placement.errors import ReservationFailed, Unplaceable
+from placement.runtime.actions import AUTOSCALER
 from placement.runtime.demand import Asked, Demand, Need, needs_of
 from placement.runtime.reconciler import Reconciler
 from placement.runtime.state import DeploymentState
@@ -208,8 +209,5 @@ def _told(asked: Asked | None) -> str:
     """What became of a need, as the end of a reason."""
     if asked is None or not asked.reason:
         return ""
-    return (
-        f"; autoscaler: {asked.state.value}, {asked.reason}"
-        if asked.state != "asked"
-        else f"; {asked.reason}"
-    )
+    said = asked.reason if asked.state == "asked" else f"{asked.state.value}, {asked.reason}"
+    return AUTOSCALER + said

@@ -108,7 +108,9 @@ def test_topology_draws_a_node(run: Run) -> None:
     assert "--node: no node 'nowhere'; use one of: dgx, hgx" in unknown.stderr
 
 
-def test_what_does_not_fit_changes_nothing_where_all_or_nothing_is_asked_for(run: Run, tmp_path: Path) -> None:
+def test_what_does_not_fit_changes_nothing_where_all_or_nothing_is_asked_for(
+    run: Run, tmp_path: Path
+) -> None:
     assert run("up").returncode == 0
     file = tmp_path / "two.yaml"
     file.write_text("deployments: [{name: fits, model: m}, {name: does-not, model: m, gpus: 11}]")
