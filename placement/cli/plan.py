@@ -72,7 +72,7 @@ def plan(
         if explain:
             explained = explain_deployments(snapshot, held, wanted)
         else:
-            plans = plan_deployments(snapshot, held, wanted, **_if_atomic(atomic))
+            plans = plan_deployments(snapshot, held, wanted, atomic)
         standing = [_held(name, one) for name, one in held.items()]
     else:
         with common.service(address) as service:

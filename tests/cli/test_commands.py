@@ -343,3 +343,41 @@ def test_a_matrix_may_come_from_a_file_of_windows(tmp_path: Path, encoding: str)
     left_out = "the network cards are left out, since names ran together: 1 of them for 2 columns"
     assert left_out == node["problem"]
     assert " ".join(run("topology", "--file", str(file)).stdout.split()).endswith(left_out)
+
+
+def test_a_plan_without_a_cluster_says_what_would_wait_and_what_would_end(
+    offline: list[str], tmp_path: Path
+) -> None:
+    declared = {"name": "old", "model": "m", "gpus": 2, "replicas": 2}
+    held = {
+        "deployment": declared,
+        "replicas": [
+            {"replica_index": i, "node": f"id-{i:03}", "gpus": [0, 1], "ranks": [0, 1]} for i in range(2)
+        ],
+    }
+    nodes = [{**one, "free": [2, 3] if i < 2 else [0, 1, 2, 3]} for i, one in enumerate(CLUSTER["nodes"])]
+    (tmp_path / "cluster.json").write_text(json.dumps({**CLUSTER, "nodes": nodes, "deployments": [held]}))
+
+    def declare(*deployments: dict[str, object]) -> None:
+        (tmp_path / "d.yaml").write_text(json.dumps({"deployments": deployments}))
+
+    plan = [*offline[:-1], str(tmp_path / "d.yaml")]
+    declare({**declared, "gpus": 1}, {"name": "large", "model": "m", "gpus": 4, "within": "nvlink"})
+    shown = run(*plan)
+    assert 0 == shown.exit_code, shown.stderr
+    first, second, third, *_ = shown.stdout.splitlines()
+    assert re.fullmatch(r"-/\+ old: gpus: replicas 0-1 replaced on gpu-\S+.*; ends 4 running workers", first)
+    assert "  + large: new, 1 replica" == second
+    assert third.startswith("      replica 0 would wait: ")
+    refused = run(*plan, "--atomic")
+    assert (1, "") == (refused.exit_code, refused.stdout)
+    assert "error: cannot place 'large'" in refused.stderr
+
+    declare(declared)
+    assert "  = old: unchanged" == run(*plan).stdout.splitlines()[0]
+    declare({**declared, "replicas": 1})
+    assert (
+        "  ~ old: replicas: replica 1 released; ends 2 running workers" == run(*plan).stdout.splitlines()[0]
+    )
+    declare({"name": "new", "model": "m"})
+    assert "  - old: released; ends 4 running workers" == run(*plan, "--prune").stdout.splitlines()[1]

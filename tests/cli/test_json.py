@@ -220,7 +220,7 @@ def test_a_refused_plan_is_explained_in_json_with_its_code(tmp_path: Path) -> No
     assert explained["explanation"]["stages"]
     assert {"error": explained["error"]} == json.loads(result.stderr)
     assert f"error: {explained['refusal']}" == plain.stderr.splitlines()[-1]
-    unexplained = run(*args[:-1], "--json")
+    unexplained = run(*args[:-1], "--atomic", "--json")
     assert (1, explained["error"]) == (unexplained.exit_code, told(unexplained))
 
 
