@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rich.console import RenderableType
+from rich.padding import Padding
 from rich.text import Text
 
 from placement.cli.views.console import few, replicas_text
@@ -28,7 +30,7 @@ def difference_lines(
     workers: Workers,
     pruned: Sequence[str] = (),
     failures: Mapping[str, Mapping[str, Any]] | None = None,
-) -> list[Text]:
+) -> list[RenderableType]:
     """What applying would do.
 
     Args:
@@ -37,11 +39,11 @@ def difference_lines(
         pruned: deployments that would be released.
         failures: deployment -> the error for which it could not be applied.
     """
-    lines = []
+    lines: list[RenderableType] = []
     for plan in plans:
         sign, what = _told(plan, workers.get(plan["deployment"]))
         lines.append(_line(sign, f"{plan['deployment']}: {what}"))
-        lines += [Text(f"      {line}") for line in _waits(plan)]
+        lines += [Padding(Text(line), (0, 0, 0, 6), expand=False) for line in _waits(plan)]
     for name, error in (failures or {}).items():
         lines.append(_line(REFUSED, f"{name}: {error['message']}"))
     for name in pruned:
