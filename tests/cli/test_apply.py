@@ -67,7 +67,7 @@ def test_what_finds_no_room_waits_and_that_is_no_error(file: str, monkeypatch: p
 
 
 def test_all_that_apply_did_is_one_object_of_json(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = report(standing("old", 0), standing("lent", 0, owner="caller"), standing("a", 0))
+    before = report(standing("old", 0), standing("lent", 0, owner={"kind": "caller"}), standing("a", 0))
     after = report(standing("b", 0, queue_position=1))
     service = FakeService(status=iter([before, after]), apply_all=APPLIED)
     use(monkeypatch, service)
@@ -133,7 +133,9 @@ def test_prune_asks_before_anything_is_done_and_releases_what_no_file_names(
     file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stands = report(
-        standing("old", 0, 1), standing("lent", 0, owner="job"), standing("gone", state="releasing")
+        standing("old", 0, 1, owner=None),
+        standing("lent", 0, owner={"kind": "job", "job": "01"}),
+        standing("gone", state="releasing"),
     )
     service = FakeService(
         status=stands, plan_all=PLANS, apply_all=[result("a", 0), result("b", 0, 1)], release=2

@@ -56,7 +56,7 @@ def test_a_list_has_a_line_for_each_deployment(monkeypatch: pytest.MonkeyPatch) 
     waits = standing(
         "b", 0, replicas=3, state="pending", pending={"1": "x", "2": "x"}, queue_position=2, age_seconds=7300
     )
-    remote = standing("c", 0, owner="caller")
+    remote = standing("c", 0, owner={"kind": "caller", "job": "02000000", "actor": "0123456789abcdef01"})
     remote["assignments"] = [assignment(gpus=[], egress_resource="egress", egress_units=4)]
     use(monkeypatch, FakeService(status=report(standing("a", 0, 1), waits, remote)))
     head, *rows = lines(run("list").stdout)
@@ -64,7 +64,7 @@ def test_a_list_has_a_line_for_each_deployment(monkeypatch: pytest.MonkeyPatch) 
     assert [
         ["a", "2/2", "2", "placed", "1m", "detached"],
         ["b", "1/3", "1", "pending", "#2", "2h", "detached"],
-        ["c", "1/1", "-", "placed", "1m", "caller"],
+        ["c", "1/1", "-", "placed", "1m", "caller", "012345…def01"],
     ] == [row.split() for row in rows]
     as_json = json.loads(run("list", "-o", "json").stdout)["deployments"]
     assert [("a", 2, 2, None), ("b", 1, 3, 2), ("c", 1, 1, None)] == [
