@@ -164,3 +164,13 @@ def test_status_is_filtered(run: Run, cluster: EmbeddedCluster, tmp_path: Path) 
     assert ["a"] == [one["name"] for one in data(run("status", "--node", "hgx", "--json"))["deployments"]]
     shown = run("status").stdout
     assert shown.index("waiting, next first") < shown.index("NVSwitch")
+
+
+def test_what_is_given_up_ends_the_wait(run: Run, tmp_path: Path) -> None:
+    file = declare(tmp_path, "a", gpus=8, replicas=2, deadline_seconds=2)
+    done = run("apply", file, "--wait", "60", "--json")
+    assert 1 == done.returncode
+    error = json.loads(done.stderr.splitlines()[-1])["error"]
+    assert ("pending", {}) == (error["code"], error["pending"])
+    assert error["given_up"]["a"]["1"].startswith("given up: ")
+    assert 1 == run("wait", "a").returncode
