@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -46,11 +46,18 @@ BOOKS_SECONDS = 0.25
 FREE_SECONDS = 1.0
 """Longest wait for them to show it free again; 43 to 95 ms have been seen."""
 
+KNOWN_SECONDS = 60.0
+"""By when a node that arrived has said what its GPUs are: a first NVML reading may take 30 s."""
+
 PLACED_SECONDS = 30.0
-"""By when what arrived is placed, or else is not wanted on that node."""
+"""By when what arrived is placed from then on, or else is not wanted on that node."""
 
 STATUS_SECONDS = 2.0
 """How often the autoscaler is heard while something is asked; its own round takes 5 s unless configured otherwise."""
+
+NEW_SECONDS = 10.0, 0.5
+"""For how long an ask is new, and how often the autoscaler is heard then: with each of its rounds in which it cannot
+bring it, Ray says so on the console of every driver."""
 
 QUIET_SECONDS = 10.0
 """The same while nothing is."""
@@ -109,6 +116,7 @@ class _Arrival:
     need: Need
     nodes: tuple[str, ...]
     at: float
+    known: bool = False
     gone_since: float | None = None
 
 
@@ -144,6 +152,7 @@ class Asks:
         self._heard: Heard | None = None
         self._heard_at = -QUIET_SECONDS
         self._told: dict[str, Asked] = {}
+        self._waiting: dict[str, Asked] = {}
 
     @property
     def told(self) -> Mapping[str, Asked]:
@@ -154,6 +163,22 @@ class Asks:
     def empty(self) -> bool:
         """Whether no group is left."""
         return not self._asks and not self._leaving
+
+    def listen(self) -> None:
+        """Hears the autoscaler."""
+        self._heard = self._cluster.hear()
+        self._heard_at = time.monotonic()
+
+    def outlook(self, need: Need | str) -> Asked:
+        """What becomes of a need once it is wanted, as far as is known. May be called by any thread."""
+        if isinstance(need, str):
+            return Asked(State.NOT_ASKED, need)
+        heard = self._heard
+        if heard is None:
+            return Asked(State.NOT_ASKED, "the autoscaler has not been heard yet")
+        if heard.problem:
+            return Asked(State.NOT_ASKED, heard.problem)
+        return self._waiting.get(str(need)) or Asked(State.ASKED, f"asked for {need}")
 
     def step(self, wanted: Mapping[str, Need | str], known: Collection[str]) -> float | None:
         """Looks at what is asked, and changes it to what is wanted.
@@ -173,7 +198,7 @@ class Asks:
                     self._fickle.fail(key)
             else:
                 self._follow(key, ask, known, now)
-        self._judge(wanted, now)
+        self._judge(wanted, known, now)
         self._hear(wanted, now)
         self._remove(now)
         self._ask(wanted, known, now)
@@ -181,7 +206,13 @@ class Asks:
             (State.NOT_ASKED, self._refused, self._refused.waiting()),
             (State.INFEASIBLE, self._infeasible, self._infeasible.waiting()),
         )
-        self._told = {key: self._tell(key, need, waits) for key, need in wanted.items()}
+        self._waiting = {
+            shape: Asked(state, self._why[shape], (), until - wait, until)
+            for state, backoff, waiting in reversed(waits)
+            for shape in waiting
+            for wait, until in (backoff[shape],)
+        }
+        self._told = {key: self._tell(key, need) for key, need in wanted.items()}
         if self._leaving or any(ask.freeing_since for ask in self._asks.values()):
             return 0.02
         if any(ask.held for ask in self._asks.values()):
@@ -246,9 +277,11 @@ class Asks:
 
     # -- shapes that fail --------------------------------------------------------------------------
 
-    def _judge(self, wanted: Mapping[str, Need | str], now: float) -> None:
+    def _judge(self, wanted: Mapping[str, Need | str], known: frozenset[str], now: float) -> None:
         """Tells which arrivals were placed, and which the planner did not want."""
         for key, arrival in list(self._arrivals.items()):
+            if not arrival.known and (known >= {*arrival.nodes} or now - arrival.at >= KNOWN_SECONDS):
+                arrival.known, arrival.at = True, now
             gone = arrival.gone_since
             if gone is not None and now - gone >= PLACED_SECONDS:
                 # It was placed, and may be wanted anew by now.
@@ -256,7 +289,14 @@ class Asks:
                 self._refused.pop(str(arrival.need), None)
             elif wanted.get(key) != arrival.need:
                 arrival.gone_since = now if gone is None else gone
-            elif now - arrival.at >= PLACED_SECONDS:
+            elif (
+                self._heard
+                and self._heard_at > arrival.at
+                and not self._heard.nodes.keys() & {*arrival.nodes}
+            ):
+                del self._arrivals[key]  # it is gone again; that is nothing against the next
+                self._fickle.fail(key)
+            elif arrival.known and now - arrival.at >= PLACED_SECONDS:
                 del self._arrivals[key]
                 came = counted(len(arrival.nodes), "node")
                 self._refuse(arrival.need, f"{came} came for it, on which it was not placed", now)
@@ -282,7 +322,10 @@ class Asks:
 
     def _hear(self, wanted: Mapping[str, Need | str], now: float) -> None:
         """Hears the autoscaler when it is time to, and withdraws what it cannot bring."""
-        if now - self._heard_at < (STATUS_SECONDS if self._asks else QUIET_SECONDS):
+        pause = STATUS_SECONDS if self._asks else QUIET_SECONDS
+        if any(now - ask.since < NEW_SECONDS[0] and not ask.held for ask in self._asks.values()):
+            pause = NEW_SECONDS[1]
+        if now - self._heard_at < pause:
             return
         if not self._asks and not any(isinstance(need, Need) for need in wanted.values()):
             return
@@ -362,9 +405,7 @@ class Asks:
             self._asks[key] = _Ask(need, way, group, now, there)
             asked.add(shape)
 
-    def _tell(
-        self, key: str, need: Need | str, waits: Iterable[tuple[State, Backoff, frozenset[str]]]
-    ) -> Asked:
+    def _tell(self, key: str, need: Need | str) -> Asked:
         """What became of one need."""
         if isinstance(need, str):
             return Asked(State.NOT_ASKED, need)
@@ -378,15 +419,9 @@ class Asks:
             return Asked(State.ASKED, reason, (), ask.since)
         if arrival := self._arrivals.get(key):
             return Asked(State.ARRIVED, "a node has come for it", arrival.nodes, arrival.at)
-        if self._heard is None:
-            return Asked(State.NOT_ASKED, "the autoscaler has not been heard yet")
-        if self._heard.problem:
-            return Asked(State.NOT_ASKED, self._heard.problem)
-        shape = str(need)
-        for state, backoff, waiting in waits:
-            if shape in waiting:
-                wait, until = backoff[shape]
-                return Asked(state, self._why[shape], (), until - wait, until)
+        asked = self.outlook(need)
+        if asked.state is not State.ASKED:
+            return asked
         if key in self._fickle.waiting():
             wait, until = self._fickle[key]
             return Asked(State.NOT_ASKED, "it was withdrawn a moment ago", (), until - wait, until)

@@ -6,6 +6,7 @@ The groups are of the process in which this runs and end with it. What is asked,
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -37,6 +38,9 @@ class Demand:
         max_open: the most groups at a time; what is asked for first waits longest.
         cluster: Ray, unless a test says otherwise.
         on_change: called in that thread whenever :meth:`poll` says something else; must not block.
+
+    Attributes:
+        version: grows whenever :meth:`poll` says something else.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class Demand:
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self._on_change = on_change
+        self.version = 0
         self._asks = Asks(prefix, max_open, cluster or RayCluster())
         self._wanted: dict[str, Need | str] = {}
         self._known: frozenset[str] = frozenset()
@@ -68,16 +73,23 @@ class Demand:
                 return
             self._wanted, self._known = dict(needs), frozenset(known_nodes)
             self._new = True
-            if self._thread is None and self._wanted:
-                self._thread = threading.Thread(target=self._run, name="placement-demand", daemon=True)
-                self._thread.start()
+            if self._wanted:
+                self._start()
             self._changed.notify_all()
 
     def poll(self) -> Mapping[str, Asked]:
         """What became of each need that is wanted, a second ago at most unless Ray hangs."""
         told, wanted = self._asks.told, self._wanted
-        soon = Asked(State.NOT_ASKED, "it is asked for next")
-        return {key: told.get(key, soon) for key in wanted}
+        return {key: told.get(key) or self.outlook(need) for key, need in wanted.items()}
+
+    def listen(self) -> None:
+        """Has it hear the autoscaler although nothing is wanted yet, so that :meth:`outlook` can tell."""
+        with self._changed:
+            self._start()
+
+    def outlook(self, need: Need | str) -> Asked:
+        """What becomes of a need once it is wanted, as far as is known; of one for which nothing is asked, why."""
+        return self._asks.outlook(need)
 
     def withdraw(self) -> None:
         """Withdraws all of it, and waits until that is done, or for 3 s."""
@@ -109,8 +121,15 @@ class Demand:
             )
         return rows
 
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="placement-demand", daemon=True)
+            self._thread.start()
+
     def _run(self) -> None:
         """The thread."""
+        with contextlib.suppress(Exception):  # it is heard again once something is wanted
+            self._asks.listen()
         while True:
             with self._changed:
                 wanted, known, self._new = self._wanted, self._known, False
@@ -118,6 +137,7 @@ class Demand:
             try:
                 pause = self._asks.step(wanted, known)
                 if self._asks.told != before:
+                    self.version += 1
                     self._on_change()
             except Exception as error:
                 logger.warning("could not tell the autoscaler what waits: %s", error)

@@ -9,12 +9,14 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from placement.runtime.discovery import draining_nodes, live_node_ids
-from placement.runtime.owners import has_ended
+from placement.runtime.owners import has_ended, waits_in_vain
 
 if TYPE_CHECKING:
     from placement.runtime.controller import Controller
 
 POLL_SECONDS = 1.0
+GLANCE_SECONDS = 0.1
+"""How often, between two looks, it is seen whether something came or went that waits, or for which it waits."""
 RETRY_SECONDS = 5.0
 """How often what is pending is tried while nothing that we know of has changed: others free GPUs, too."""
 
@@ -38,18 +40,26 @@ class Keeper:
         self._reconciling: dict[str, Future[None]] = {}
         self._trying: Future[None] | None = None
         self._tried_at = float("-inf")
+        self._tried_for = 0.0
         self._tried_with: object = None
+        self._tried_on: object = None
         self._alive: frozenset[str] = frozenset()
 
     def start(self) -> None:
         """Begins, in a thread of its own. Which nodes drain is known from here on."""
         self._controller.cluster.draining = draining_nodes()
+        self._controller.queue.demand.listen()
         threading.Thread(target=self._run, name="keeper", daemon=True).start()
 
     def _run(self) -> None:
+        looked_at = time.monotonic()
         while True:
-            time.sleep(POLL_SECONDS)
+            time.sleep(GLANCE_SECONDS)
             try:
+                if time.monotonic() - looked_at < POLL_SECONDS:
+                    self.glance()
+                    continue
+                looked_at = time.monotonic()
                 self.look()
             except Exception:
                 logger.exception("looking after the nodes failed; trying again")
@@ -69,7 +79,7 @@ class Keeper:
         if self._trying is None or self._trying.done():
             now = alive, controller.cluster.draining, controller.queue.depends_on()
             if now != self._tried_with or time.monotonic() - self._tried_at > RETRY_SECONDS:
-                self._trying = self._reconcilers.submit(self._try_again, now)
+                self._try_again(now)
         controller.queue.ask_for_nodes()
         controller.write_again()
         if controller.fleet.agents.in_doubt():
@@ -77,17 +87,35 @@ class Keeper:
         else:
             controller.sweeper.sweep_again()
         controller.end_what_is_over(has_ended, time.time())
+        controller.queue.end_abandoned(waits_in_vain)
         controller.rest()
 
+    def glance(self) -> None:
+        """Has what waits tried again at once where a look each second would be late: a node has come for it.
+
+        No more than a fifth of the time goes into that.
+        """
+        queue = self._controller.queue
+        queue.ask_for_nodes()
+        if self._trying is not None and not self._trying.done():
+            return
+        if queue.news() != self._tried_on and time.monotonic() - self._tried_at > 4 * self._tried_for:
+            self._try_again(self._tried_with)
+
     def _try_again(self, with_: object) -> None:
+        """Begins to try what waits."""
+        self._tried_with, self._tried_on = with_, self._controller.queue.news()
+        self._trying = self._reconcilers.submit(self._try_all)
+
+    def _try_all(self) -> None:
         """Tries what waits, one after the other."""
-        controller = self._controller
+        began = time.monotonic()
         try:
-            controller.queue.try_all(self._reconcile)
+            self._controller.queue.try_all(self._reconcile)
         except Exception:
             logger.exception("what waits could not be tried; trying again")
-        self._tried_with = with_
         self._tried_at = time.monotonic()
+        self._tried_for = self._tried_at - began
 
     def _reconcile(self, name: str) -> None:
         try:

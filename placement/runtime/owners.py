@@ -37,9 +37,20 @@ def owner_of(wanted: Deployment, caller: Mapping[str, str] | None) -> Owner | No
 
 def has_ended(owner: Owner) -> bool:
     """Whether a job or an actor is no more, as the GCS knows; one that it does not know has ended."""
-    state = ray._private.state.state
-    if owner["kind"] == "actor":
-        known = state.actor_table(owner["actor"])
-        return not known or known["State"] == "DEAD"
-    jobs = {row["JobID"]: row for row in state.job_table()}
-    return owner["job"] not in jobs or bool(jobs[owner["job"]]["IsDead"])
+    return _is_dead_actor(owner["actor"]) if owner["kind"] == "actor" else _is_dead_job(owner["job"])
+
+
+def waits_in_vain(caller: Mapping[str, str]) -> bool:
+    """Whether a call that waits is of no use to anybody: its caller is no more, or the actor for which it is."""
+    actors = [caller[name] for name in ("actor", "owner_actor") if caller.get(name)]
+    return any(map(_is_dead_actor, actors)) or ("job" in caller and _is_dead_job(caller["job"]))
+
+
+def _is_dead_actor(actor: str) -> bool:
+    known = ray._private.state.state.actor_table(actor)
+    return not known or known["State"] == "DEAD"
+
+
+def _is_dead_job(job: str) -> bool:
+    jobs = {row["JobID"]: row for row in ray._private.state.state.job_table()}
+    return job not in jobs or bool(jobs[job]["IsDead"])

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
-from operator import itemgetter
+from dataclasses import replace
 from typing import Generic, TypeVar
 
-from placement.core.reconcile import Wait, admit
+from placement.core.reconcile import Decision, Desired, Observed, Wait, admit, reconcile
 from placement.core.request import Request
-from placement.errors import ReservationFailed, Unplaceable
+from placement.core.snapshot import Snapshot
+from placement.errors import LeaseExpired, ReservationFailed, Unplaceable
 from placement.runtime.actions import AUTOSCALER
-from placement.runtime.demand import Asked, Demand, Need, needs_of
+from placement.runtime.demand import Asked, Demand, Need, State, needs_of
 from placement.runtime.reconciler import Reconciler
 from placement.runtime.state import DeploymentState
 from placement.runtime.turns import Turns
@@ -23,6 +24,8 @@ from placement.wire.plans import request_unchecked
 
 T = TypeVar("T")
 
+NOT_KNOWN = "has not said yet what its GPUs are"
+
 
 class Ticket(Generic[T]):
     """One call that waits.
@@ -30,14 +33,18 @@ class Ticket(Generic[T]):
     Args:
         wanted: the deployment that it is about.
         do: what it waits to do; raises ``Unplaceable`` or ``ReservationFailed`` while there is no room.
+        caller: who waits: ids of a job and perhaps of an actor of it; nobody in particular, if it is empty.
 
     Attributes:
         since: when it came, in seconds since 1970.
         outcome: what it came to, once it is over.
     """
 
-    def __init__(self, wanted: Deployment, do: Callable[[], T]) -> None:
+    def __init__(
+        self, wanted: Deployment, do: Callable[[], T], caller: Mapping[str, str] | None = None
+    ) -> None:
         self.wanted, self.name, self.since = wanted, wanted.name, time.time()
+        self.caller = dict(caller or {})
         self.outcome: Future[T] = Future()
         self._do = do
         self._lock = threading.Lock()
@@ -63,6 +70,20 @@ class Ticket(Generic[T]):
             self.outcome.set_result(result)
             return result
 
+    def refuse(self, why: Exception) -> None:
+        """Notes why there is still no room."""
+        self._refusal = why
+
+    def give_up(self, why: Exception) -> None:
+        """It is not tried any more: nobody waits for it."""
+        if not self._lock.acquire(blocking=False):
+            return  # it is being tried; there will be another time
+        try:
+            if not self.outcome.done():
+                self.outcome.set_exception(why)
+        finally:
+            self._lock.release()
+
     def result(self) -> T:
         """What it came to; why there was no room, if it is still waiting. It is not tried any more then."""
         with self._lock:
@@ -72,26 +93,37 @@ class Ticket(Generic[T]):
 
 
 class Tickets:
-    """All calls that wait. Thread-safe."""
+    """All calls that wait. Thread-safe.
+
+    Attributes:
+        version: grows with each that comes or goes.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._waiting: dict[int, Ticket[object]] = {}
+        self.version = 0
 
     def add(self, ticket: Ticket[T]) -> None:
         """From here on it is tried in its turn."""
         with self._lock:
             self._waiting[id(ticket)] = ticket  # type: ignore[assignment]
+            self.version += 1
 
     def remove(self, ticket: Ticket[T]) -> None:
         """It is not tried any more."""
         with self._lock:
             self._waiting.pop(id(ticket), None)
+            self.version += 1
 
     def all(self) -> list[Ticket[object]]:
         """Those that wait, the oldest first."""
         with self._lock:
             return sorted(self._waiting.values(), key=lambda ticket: ticket.since)
+
+
+Waiting = DeploymentState | Ticket[object]
+"""A declaration or a call."""
 
 
 class WaitingQueue:
@@ -112,6 +144,7 @@ class WaitingQueue:
         self._fleet, self._actions = reconciler.fleet, reconciler.actions
         self.tickets = Tickets()
         self._needs: dict[str, Need | str] = {}
+        reconciler.outlook = self.outlook
 
     def try_all(self, attempt: Callable[[str], None]) -> None:
         """Tries all that waits for room, the oldest first, with one look at the cluster.
@@ -119,82 +152,150 @@ class WaitingQueue:
         Args:
             attempt: reconciles a deployment for which there seems to be room.
         """
-        promising = self._promising()
-        waiting: list[tuple[float, str, Ticket[object] | None]] = [
-            (ticket.since, ticket.name, ticket) for ticket in self.tickets.all()
-        ]
-        for name in promising:
-            known = self._state.get(name)
-            if known is not None:
-                waiting.append((known.waiting_since or 0.0, name, None))
-        for _, name, ticket in sorted(waiting, key=itemgetter(0, 1)):
-            if ticket is None:
-                attempt(name)
+        for one in self._promising():
+            if isinstance(one, DeploymentState):
+                attempt(one.name)
                 continue
             with contextlib.suppress(Exception):  # who waits for it is told
-                ticket.attempt()
+                one.attempt()
 
-    def _promising(self) -> list[str]:
-        """Of what waits in the state, that of which something can be done now; the rest is told why not.
+    def _promising(self) -> list[Waiting]:
+        """Of what waits, that of which something can be done now, oldest first; the rest is told why not.
 
         What finds no room is what the autoscaler is asked for.
         """
         names, tickets = self._state.queue(), self.tickets.all()
         if not names and not tickets:
             self._needs = {}
+            self.ask_for_nodes()
             return []
+        machines = self._fleet.machines
         nodes = self._cluster.nodes()
-        self._fleet.machines.refresh(nodes, patience_seconds=0.0)
+        machines.refresh(nodes, patience_seconds=0.0)
+        unknown = machines.unknown_nodes(nodes)
+        found: list[Waiting] = []
         with self._state.lock:
             snapshot = self._cluster.snapshot(nodes)
-            known = [one for name in names if (one := self._state.get(name)) is not None]
-            waiting = [(one, *self._reconciler.seen(one, snapshot)) for one in known if not one.releasing]
-        found = [one.name for one in known if one.releasing]
+            waiting: list[tuple[Waiting, Desired, Mapping[int, Observed]]] = []
+            for one in self._in_turn(names, tickets):
+                if isinstance(one, Ticket):
+                    request = request_unchecked(one.wanted, range(one.wanted.replicas), {})
+                    waiting.append((one, Desired(request, gang=True), {}))
+                    if (
+                        self._state.get(one.name) is not None
+                    ):  # somebody else has placed it, or another of that name
+                        found.append(one)
+                elif one.releasing:
+                    found.append(one)
+                else:
+                    waiting.append((one, *self._reconciler.seen(one, snapshot)))
+        decided = admit(waiting, snapshot)
+        # What a node has that has not said so yet is nothing to wait for, and no reason to ask for another.
+        usable = admit(waiting, _without(snapshot, unknown)) if unknown else decided
         needs: dict[str, Need | str] = {}
-        requests = {one.name: desired.request for one, desired, _ in waiting}
-        for one, decision in admit(waiting, snapshot):
-            waits = [action for action in decision.actions if isinstance(action, Wait)]
-            for wait in waits:
-                needs |= _needs_of(requests[one.name], wait.indices)
-            if len(waits) < len(decision.actions):
-                found.append(one.name)
-            else:
-                self._reasons_changed(one, waits)
-        for ticket in tickets:
-            request = request_unchecked(ticket.wanted, range(ticket.wanted.replicas), {})
-            needs |= _needs_of(request, request.replicas)
+        for (_, desired, observed), (one, decision), (_, now) in zip(waiting, decided, usable, strict=True):
+            needs |= _needs_of(desired.request, _lacking(desired, observed, decision))
+            waits = [action for action in now.actions if isinstance(action, Wait)]
+            if len(waits) < len(now.actions):
+                found.append(one)
+            elif isinstance(one, DeploymentState):
+                self._reasons_changed(one, desired.request, waits)
+            elif waits:
+                one.refuse(waits[0].refusal)
+        if any(snapshot.bit(node_id) and snapshot.node(node_id).free for node_id in unknown):
+            needs = {key: need for key, need in needs.items() if key in self._needs}
         self._needs = needs
-        return found
+        self.ask_for_nodes()
+        return sorted({id(one): one for one in found}.values(), key=_turn)
 
-    def _reasons_changed(self, one: DeploymentState, waits: Sequence[Wait]) -> None:
+    def _in_turn(self, names: Sequence[str], tickets: Sequence[Ticket[object]]) -> list[Waiting]:
+        """What waits, the oldest first."""
+        known = [one for name in names if (one := self._state.get(name)) is not None]
+        return sorted([*known, *tickets], key=_turn)
+
+    def _reasons_changed(self, one: DeploymentState, request: Request, waits: Sequence[Wait]) -> None:
         """Has those who look know why replicas wait, as it is now."""
-        asked = self.demand.poll()
-        reasons = {}
+        reasons: dict[int, str] = {}
         for wait in waits:
-            for index in wait.indices:
-                told = asked.get(f"{one.name}:{index}:0")
-                reasons[index] = f"{wait.refusal}{_told(told)}"
+            told = self.outlook(request, wait.indices)
+            reasons |= {index: f"{wait.refusal}{told[index]}" for index in wait.indices}
         if reasons == one.reasons:
             return
         with self._turns.sole(one.name, wait=False) as mine:
             if mine and self._state.get(one.name) is one:
                 self._actions.wait(one, reasons, time.time(), self._actions.note)
 
+    def outlook(self, request: Request, indices: Sequence[int]) -> dict[int, str]:
+        """What the autoscaler is asked for replicas that wait, or will be; as the end of the reason why they do."""
+        told = self.demand.poll()
+        ends: dict[int, str] = {}
+        for key, need in _needs_of(request, indices).items():
+            index = int(key.rsplit(":", 2)[1])
+            asked = told.get(key) or self.demand.outlook(need)
+            # Of several sets, one for which nothing comes says more.
+            if index not in ends or asked.state not in (State.ASKED, State.ARRIVED):
+                ends[index] = _told(asked)
+        return ends
+
     def ask_for_nodes(self) -> None:
-        """Has the autoscaler know what waits, and no more than that."""
-        needs = self._needs
+        """Has the autoscaler know what waits, and no more than that; and which nodes are known by now."""
+        calls = {ticket.name for ticket in self.tickets.all()}
+        needs = {key: need for key, need in self._needs.items() if self._still_waits(key, calls)}
         if not needs:
             self.demand.want({}, ())
             return
         nodes = self._cluster.nodes_lately()
+        self._fleet.machines.refresh(nodes, patience_seconds=0.0)
         unknown = self._fleet.machines.unknown_nodes(nodes)
         self.demand.want(needs, [info.id for info in nodes if info.id not in unknown])
 
+    def _still_waits(self, key: str, calls: Collection[str]) -> bool:
+        """Whether a replica waits by now; it may be placed, or released, since that was last looked at."""
+        name, index, _ = key.rsplit(":", 2)
+        known = self._state.get(name)
+        if known is None:
+            return name in calls
+        return int(index) in known.reasons and not known.releasing and not known.given_up
+
     def depends_on(self) -> object:
         """What what waits depends on: once this is another, it is worth trying it again."""
-        asked = tuple((key, one.state) for key, one in self.demand.poll().items())
-        unknown = self._fleet.machines.unknown_nodes(self._cluster.nodes_lately())
-        return self._fleet.changed_at, self._state.queue_version, len(self.tickets.all()), asked, unknown
+        return self._fleet.changed_at, self.news()
+
+    def news(self) -> object:
+        """The same, of what is worth more than a look each second: what came or went, and what comes for it."""
+        unknown = self._fleet.machines.unknown_nodes(self._cluster.nodes_lately()) if self._needs else None
+        return self._state.queue_version, self.tickets.version, self.demand.version, unknown
+
+    def end_abandoned(self, has_ended: Callable[[Mapping[str, str]], bool]) -> None:
+        """Gives up calls of which the caller is no more."""
+        seen: dict[frozenset[tuple[str, str]], bool] = {}
+        for ticket in self.tickets.all():
+            if ticket.caller:
+                caller = frozenset(ticket.caller.items())
+                if caller not in seen:
+                    seen[caller] = has_ended(ticket.caller)
+                if seen[caller]:
+                    ticket.give_up(LeaseExpired(ticket.name, "its caller has ended"))
+
+
+def _without(snapshot: Snapshot, unknown: Collection[str]) -> Snapshot:
+    """The cluster without nodes that have not said yet what they have."""
+    nodes = [snapshot.node(node_id) for node_id in unknown if snapshot.bit(node_id)]
+    return snapshot.changed([replace(node, problem=node.problem or NOT_KNOWN) for node in nodes])
+
+
+def _turn(one: Waiting) -> tuple[float, str]:
+    since = one.since if isinstance(one, Ticket) else one.waiting_since
+    return since or 0.0, one.name
+
+
+def _lacking(desired: Desired, observed: Mapping[int, Observed], decision: Decision) -> list[int]:
+    """The replicas for which there is no room; of those that come all at once, those for which there is none beside."""
+    waits = [index for action in decision.actions if isinstance(action, Wait) for index in action.indices]
+    if not desired.gang or len(waits) < 2:
+        return waits
+    singly = reconcile(replace(desired, gang=False), observed, decision.snapshot)
+    return [index for action in singly.actions if isinstance(action, Wait) for index in action.indices]
 
 
 def _needs_of(request: Request, indices: Sequence[int]) -> dict[str, Need | str]:
@@ -205,9 +306,7 @@ def _needs_of(request: Request, indices: Sequence[int]) -> dict[str, Need | str]
     return dict(needs)
 
 
-def _told(asked: Asked | None) -> str:
+def _told(asked: Asked) -> str:
     """What became of a need, as the end of a reason."""
-    if asked is None or not asked.reason:
-        return ""
-    said = asked.reason if asked.state == "asked" else f"{asked.state.value}, {asked.reason}"
+    said = f"no node is asked for: {asked.reason}" if asked.state is State.NOT_ASKED else asked.reason
     return AUTOSCALER + said

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from placement.core.reconcile import (
@@ -22,6 +22,7 @@ from placement.core.reconcile import (
     Wait,
     reconcile,
 )
+from placement.core.request import Request
 from placement.core.snapshot import Policy, Snapshot
 from placement.errors import LeaseExpired, ReservationFailed, Unplaceable
 from placement.runtime import faults
@@ -94,6 +95,7 @@ class Reconciler:
 
     Attributes:
         gone: (deployment, replica) of those whose placement group is not there any more.
+        outlook: what is asked of the autoscaler for replicas that wait, or why nothing is: the ends of their reasons.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Reconciler:
     ) -> None:
         self.state, self.cluster, self.fleet, self.actions, self.feed = state, cluster, fleet, actions, feed
         self.gone: set[tuple[str, int]] = set()
+        self.outlook: Callable[[Request, Sequence[int]], Mapping[int, str]] = lambda request, indices: {}
 
     def bring_about(self, work: Work) -> DeploymentState:
         """Decides and acts until nothing is left to do; what is there then.
@@ -145,7 +148,9 @@ class Reconciler:
                 elif isinstance(action, Release):
                     self._release_some(work, action.indices, in_place=reserves)
                 elif isinstance(action, Wait):
-                    self._wait(work, dict.fromkeys(action.indices, str(action.refusal)))
+                    request = request_unchecked(work.wanted.deployment, action.indices, {})
+                    ends = self.outlook(request, action.indices)
+                    self._wait(work, {i: f"{action.refusal}{ends.get(i, '')}" for i in action.indices})
                 elif isinstance(action, Reserve):
                     assert claim is not None
                     open_claim, claim = claim, None

@@ -118,7 +118,7 @@ class DeploymentPlacementActor:
         owner = self._owner(wanted, caller)
 
         async def begin() -> PlacementResult:
-            ticket = Ticket(wanted, lambda: self._controller.place(wanted, owner))
+            ticket = Ticket(wanted, lambda: self._controller.place(wanted, owner), caller)
             return await self._wait_for(ticket, wait_seconds)
 
         return await self._outcomes.share(
@@ -263,7 +263,7 @@ class DeploymentPlacementActor:
         wanted = parse(deployment, constraints).model_copy(update={"owner": "caller"})
         lending = Lending(wanted.name)
         owner = owner_of(wanted, caller)
-        ticket = Ticket(wanted, lambda: self._controller.place(wanted, owner, lending))
+        ticket = Ticket(wanted, lambda: self._controller.place(wanted, owner, lending), caller)
         outcome: Future[PlacementResult] = Future()
         task = asyncio.ensure_future(self._wait_for(ticket, wait_seconds))
         task.add_done_callback(lambda done: _hand_on(done, outcome))

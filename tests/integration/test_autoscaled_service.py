@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +23,8 @@ from tests.integration.test_place import ranks_gpus
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
 
-DGX = {"name": "dgx", "model": "m", "gpus": 8, "within": "nvlink", "constraints": {"accelerators": ["H100"]}}
+DGX = {"name": "dgx", "model": "m", "gpus": 8, "within": "nvlink", "replicas": 2}
+L40S = {"name": "l40s", "model": "m", "gpus": 4, "constraints": {"accelerators": ["L40S"]}}
 PAIR = {"name": "pair", "model": "m", "gpus": 2, "constraints": {"accelerators": ["L40S"]}}
 NEVER = {"name": "never", "model": "m", "gpus": 2, "constraints": {"accelerators": ["B200"]}}
 
@@ -30,7 +34,7 @@ def service() -> Iterator[Any]:
     with tempfile.TemporaryDirectory(prefix="placement-") as folder, cloud(Path(folder)) as address:
         ray.init(address, _node_ip_address=HEAD_ADDRESS, log_to_driver=False, logging_level="ERROR")
         try:
-            yield placement.start(idle_seconds=2.0)
+            yield placement.start(idle_seconds=1.0)
         finally:
             ray.shutdown()
 
@@ -52,43 +56,112 @@ def asked(service: Any) -> dict[str, str]:
     return {row["deployment"]: row["state"] for row in status(service)["demand"]}
 
 
-def test_two_deployments_bring_a_node_each_and_have_their_gpus(service: Any) -> None:
-    for one in (DGX, PAIR):
+def reason(service: Any, name: str, replica: int = 0) -> str:
+    """Why a replica waits."""
+    return ray.get(service.get.remote(name)).pending.get(replica, "")
+
+
+def complaints() -> int:
+    """How often the autoscaler has said on the console of every driver that nothing can hold a group."""
+    folder = Path(ray._private.worker.global_worker.node.get_session_dir_path())
+    return (folder / "logs" / "monitor.log").read_text().count("No available node types can fulfill")
+
+
+def test_from_no_gpu_node_the_right_nodes_come_and_the_exact_gpus_are_placed(service: Any) -> None:
+    """Of the first type there is one node at most."""
+    for one in (DGX, L40S):
         result = ray.get(service.apply.remote(one))
-        assert ([], [0]) == (result.assignments, list(result.pending))
-    types = {}
-    for one, gpus in ((DGX, 8), (PAIR, 2)):
-        result = ray.get(service.wait.remote(one["name"], 120.0), timeout=150)
-        (assignment,) = result.assignments
-        assert gpus == len(assignment.gpus)
+        assert [] == result.assignments
+        assert f"; asked for a node with {one['gpus']} GPUs" in result.pending[0]
+    assert "ray.io/accelerator-type" in result.pending[0]
+    placed = {}
+
+    def all_placed() -> bool:
+        found = [a for name in ("dgx", "l40s") for a in ray.get(service.get.remote(name)).assignments]
+        placed.update({a.node: a for a in found})
+        return len(placed) == 2
+
+    assert settled(all_placed, 120), status(service)["demand"]
+    for assignment in placed.values():
         assert assignment.gpus == ranks_gpus(assignment)
-        types[assignment.node] = one["name"]
-    names = {"gpu8": "dgx", "gpu4": "pair"}
-    assert types == {node: names[kind] for node, kind in machines().items()}, "nothing more has come"
-    assert {} == asked(service)
+    types = machines()
+    assert {"gpu8": 8, "gpu4": 4} == {types[node]: len(one.gpus) for node, one in placed.items()}
+    assert 2 == len(types), "nothing more has come"
+    (left,) = ray.get(service.get.remote("dgx")).pending
+    assert settled(lambda: "its maximum is reached" in reason(service, "dgx", left), 30), reason(
+        service, "dgx", left
+    )
+    (row,) = status(service)["demand"]
+    assert ("dgx", left, "infeasible", "a node with 8 GPUs") == (
+        row["deployment"], row["replica"], row["state"], row["asked"],
+    )  # fmt: skip
+    assert settled(lambda: not demanded()), "it is withdrawn"
+    assert {} == {name: state for name, state in open_groups().items() if state == "PENDING"}
+    assert complaints() <= 3
     assert [] == coming()
 
 
-def test_what_is_released_while_it_waits_is_no_longer_asked_for(service: Any) -> None:
+def test_a_call_that_waits_brings_its_node_in_the_same_way(service: Any) -> None:
+    (assignment,) = ray.get(service.place.remote(PAIR, wait_seconds=100.0), timeout=120).assignments
+    assert {assignment.node: "gpu4"} == machines()
+    assert assignment.gpus == ranks_gpus(assignment)
+    assert settled(lambda: not asked(service))
+
+
+def test_what_is_released_while_its_node_boots_is_no_longer_asked_for(service: Any) -> None:
+    ray.get(service.apply.remote(PAIR))
+    assert settled(lambda: bool(coming()), 30), status(service)["demand"]
+    ray.get(service.release.remote("pair"))
+    assert settled(lambda: demanded() == 0 and not open_groups()), open_groups()
+    assert {} == asked(service)
+
+
+DRIVER = """
+import sys, threading
+import placement, ray
+address, node_address, owned, call = sys.argv[1:]
+import json
+ray.init(address, _node_ip_address=node_address, log_to_driver=False, logging_level="ERROR")
+client = placement.Client()
+client.apply({**json.loads(owned), "owner": "job"})
+threading.Thread(target=client.place, args=(json.loads(call),), kwargs={"wait_seconds": 600.0}).start()
+"""
+
+
+def test_what_waits_for_a_job_that_dies_is_no_longer_asked_for(service: Any) -> None:
+    address = ray.get_runtime_context().gcs_address
+    call = {**NEVER, "name": "call", "gpus": 1}
+    arguments = [address, HEAD_ADDRESS, json.dumps(NEVER), json.dumps(call)]
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, *arguments])
+    try:
+        assert settled(lambda: asked(service) == {"never": "asked", "call": "asked"}, 60), status(service)
+        assert settled(lambda: demanded() == 2)
+    finally:
+        driver.kill()
+        driver.wait(30)
+    assert settled(lambda: demanded() == 0 and not open_groups()), open_groups()
+    assert ({}, []) == (asked(service), status(service)["deployments"])
+
+
+def test_what_the_cloud_refuses_is_told(service: Any) -> None:
     ray.get(service.apply.remote(NEVER))
-    assert settled(lambda: asked(service) == {"never": "asked"} and demanded() == 1, 30), status(service)[
-        "demand"
-    ]
+    assert settled(lambda: "the cloud refuses node type never" in reason(service, "never"), 60), status(
+        service
+    )["demand"]
     ray.get(service.release.remote("never"))
     assert settled(lambda: demanded() == 0 and not open_groups()), open_groups()
     assert {} == asked(service)
 
 
-def test_what_no_node_type_can_hold_is_told_as_the_reason(service: Any) -> None:
+def test_what_no_node_type_can_hold_is_told_as_the_reason_and_withdrawn(service: Any) -> None:
+    before = complaints()
     ray.get(service.apply.remote({"name": "vast", "model": "m", "gpus": 16, "tensor_parallel": 16}))
     assert settled(lambda: asked(service) == {"vast": "infeasible"}, 30), status(service)["demand"]
     assert {} == open_groups()
-
-    def reason() -> str:
-        (one,) = status(service)["deployments"]
-        return one["replicas"][0]["reason"]
-
-    assert settled(lambda: "or its maximum is reached" in reason(), 30), reason()
+    assert settled(lambda: "or its maximum is reached" in reason(service, "vast"), 30), reason(
+        service, "vast"
+    )
+    assert complaints() - before <= 2
 
 
 def test_a_service_that_is_killed_asks_for_nothing_and_asks_anew_when_it_is_back(service: Any) -> None:

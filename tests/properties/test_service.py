@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,11 +21,13 @@ from placement.core.lifecycle import HOLDING, State
 from placement.core.score import WHOLE
 from placement.core.topology import Topology
 from placement.errors import DeploymentConflict, ReservationFailed, UnknownDeployment, Unplaceable
-from placement.runtime import controller, discovery, faults, fleet, groups, keeper, ledger, observed
+from placement.runtime import asking, controller, discovery, faults, fleet, groups, keeper, ledger, observed
+from placement.runtime.asking import Asked
 from placement.runtime.controller import Controller
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.groups import LiveGroup
 from placement.runtime.keeper import Keeper
+from placement.runtime.needs import Need
 from placement.runtime.orders import Holding, Machine, Refusal, order_of_group
 from placement.runtime.results import NodeAssignment, PlacementResult
 from placement.runtime.service import parse
@@ -329,6 +331,27 @@ class DirectService(Controller):
         return [one.to_dict() for one in super().events(name, since)]
 
 
+class NoAutoscaler:
+    """Nothing is asked."""
+
+    version = 0
+
+    def __init__(self, prefix: str) -> None:
+        self.wanted: dict[str, Need | str] = {}
+
+    def want(self, needs: Mapping[str, Need | str], known_nodes: Collection[str]) -> None:
+        self.wanted = dict(needs)
+
+    def poll(self) -> dict[str, Asked]:
+        return {}
+
+    def outlook(self, need: Need | str) -> Asked:
+        return Asked(asking.State.NOT_ASKED, "the cluster has no autoscaler")
+
+    def report(self) -> list[dict[str, Any]]:
+        return []
+
+
 class AtOnce(Executor):
     """Does what it is given before it returns."""
 
@@ -357,7 +380,7 @@ def make_believe(ray: Ray) -> Iterator[None]:
             (faults, "point", ray.point),
             (discovery, "live_nodes", ray.infos),
             (controller, "Fleet", lambda make, holdings, prefix: Fleet(ray, prefix, holdings)),
-            (controller, "Demand", lambda prefix: SimpleNamespace(want=nothing, poll=dict, report=list)),
+            (controller, "Demand", NoAutoscaler),
             (observed, "BOOKS_SECONDS", -1.0),
             (keeper, "live_node_ids", lambda: frozenset(ray.nodes)),
             (keeper, "draining_nodes", frozenset),

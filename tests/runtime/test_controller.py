@@ -11,12 +11,19 @@ import pytest
 
 from placement.core.lifecycle import State
 from placement.core.score import WHOLE
-from placement.errors import DeploymentConflict, NotEnoughGpus, PartlyApplied, UnknownDeployment, UnknownNode
+from placement.errors import (
+    DeploymentConflict,
+    LeaseExpired,
+    NotEnoughGpus,
+    PartlyApplied,
+    UnknownDeployment,
+    UnknownNode,
+)
 from placement.runtime.keeper import Keeper
 from placement.runtime.queue import Ticket
 from placement.runtime.service import parse
 from placement.runtime.state import Owner
-from tests.properties.test_service import AtOnce, DirectService, Group, Ray, make_believe
+from tests.properties.test_service import AtOnce, DirectService, Group, NoAutoscaler, Ray, make_believe
 
 
 @pytest.fixture
@@ -290,3 +297,95 @@ def test_calls_that_wait_are_tried_in_their_turn_among_the_declarations(
     service.release("early")
     a_while_passes(service)
     assert service.state.names() == ("between",), "a call that gave up is not tried any more"
+
+
+def wanted(service: DirectService) -> list[str]:
+    """What the autoscaler is asked for, oldest first."""
+    demand = service.queue.demand
+    assert isinstance(demand, NoAutoscaler)
+    return [*demand.wanted]
+
+
+def ticket_for(service: DirectService, declared: dict[str, Any], **caller: str) -> Ticket[Any]:
+    """A call that waits."""
+    ticket = Ticket(parse(declared, None), lambda: service.place(declared), caller)
+    with pytest.raises(NotEnoughGpus):
+        ticket.attempt()
+    service.queue.tickets.add(ticket)
+    return ticket
+
+
+def test_the_autoscaler_is_asked_for_what_has_no_room_and_no_more(
+    outside: Ray, service: DirectService
+) -> None:
+    """Of what comes all at once, for the part that has none."""
+    result = service.apply(one("gang", gpus=3, replicas=2, gang=True))
+    assert result.pending[0].endswith("; no node is asked for: the cluster has no autoscaler")
+    service.apply(one("large", gpus=8))
+    ticket_for(service, one("call", gpus=2, replicas=3))
+    a_while_passes(service)
+    assert wanted(service) == ["gang:1:0", "large:0:0", "call:2:0"]
+    assert result.pending == service.get("gang").pending, "the reason is the same as before"
+    service.release("large")
+    service.queue.ask_for_nodes()
+    assert wanted(service) == ["gang:1:0", "call:2:0"], "before anything is tried again"
+    outside.nodes.add("y")
+    a_while_passes(service)
+    assert placed(service, "gang") == {0: 3, 1: 3}
+    service.queue.ask_for_nodes()
+    assert wanted(service) == ["call:0:0", "call:1:0", "call:2:0"], (
+        "the gang has taken what they would have had"
+    )
+
+
+def test_what_a_call_asks_for_ends_with_it_and_a_call_with_its_caller(
+    outside: Ray, service: DirectService
+) -> None:
+    patient = ticket_for(service, one("patient", gpus=8), job="02000000")
+    gone = ticket_for(service, one("gone", gpus=8), job="01000000")
+    nobody = ticket_for(service, one("nobody", gpus=8))
+    service.queue.try_all(service.reconcile)
+    assert wanted(service) == ["patient:0:0", "gone:0:0", "nobody:0:0"]
+    service.queue.end_abandoned(lambda caller: caller["job"] == "01000000")
+    assert [ticket.outcome.done() for ticket in (patient, gone, nobody)] == [False, True, False]
+    with pytest.raises(LeaseExpired, match="its caller has ended"):
+        gone.result()
+    for ticket in (gone, nobody):
+        service.queue.tickets.remove(ticket)
+    service.queue.ask_for_nodes()
+    assert wanted(service) == ["patient:0:0"]
+
+
+def test_a_node_that_has_not_said_what_it_has_is_neither_tried_nor_a_reason_to_ask_for_another(
+    outside: Ray, service: DirectService
+) -> None:
+    tried: list[str] = []
+    machines: Any = service.fleet.machines
+    service.place(one("holds", gpus=4))
+    service.apply(one("a", gpus=2))
+    outside.nodes.add("new")
+    machines.unknown_nodes = lambda nodes: frozenset({"new"})
+    service.queue.try_all(tried.append)
+    assert (tried, wanted(service)) == ([], [])
+    service.apply(one("large", gpus=8))
+    service.queue.try_all(tried.append)
+    assert (tried, wanted(service)) == ([], []), "not before it is known what it has"
+    machines.unknown_nodes = lambda nodes: frozenset()
+    service.queue.try_all(tried.append)
+    assert (tried, wanted(service)) == (["a"], ["large:0:0"])
+
+
+def test_a_call_that_waits_is_tried_only_when_there_is_room_or_its_name_is_taken(
+    outside: Ray, service: DirectService
+) -> None:
+    service.place(one("holds", gpus=4))
+    ticket = ticket_for(service, one("call", gpus=3))
+    attempts = []
+    ticket._do = lambda: attempts.append(1) or service.place(one("call", gpus=3))
+    a_while_passes(service)
+    assert not attempts
+    service.release("holds")
+    service.place(one("call", gpus=1))
+    a_while_passes(service)
+    with pytest.raises(DeploymentConflict):
+        ticket.result()

@@ -174,6 +174,47 @@ def arrived(world: World, node_id: str) -> None:
     assert [] == world.ray.open
 
 
+def test_a_node_has_its_time_to_say_what_its_gpus_are_before_it_is_one_that_will_not_do(world: World) -> None:
+    """A first reading takes 30 s where the driver's state is not kept."""
+    world.wanted = {"a:0:0": GPU4}
+    world.run()
+    world.ray.arrive(world.ray.open[0], "new")
+    assert State.ARRIVED is world.states(asking.HOLD_SECONDS + asking.KNOWN_SECONDS - 1)["a:0:0"]
+    world.known = {"new"}
+    assert State.ARRIVED is world.states(asking.PLACED_SECONDS - 5)["a:0:0"]
+    assert State.NOT_ASKED is world.states(10)["a:0:0"]
+    world.wanted["b:0:0"] = GPU4
+    assert State.NOT_ASKED is world.states(1)["b:0:0"]
+
+
+def test_a_node_that_came_and_died_at_once_is_nothing_against_the_next(world: World) -> None:
+    world.wanted = {"a:0:0": GPU4}
+    world.run()
+    arrived(world, "new")
+    del world.ray.nodes["new"]
+    told = world.run(asking.QUIET_SECONDS + 1)["a:0:0"]
+    assert (State.NOT_ASKED, "it was withdrawn a moment ago") == (told.state, told.reason)
+    assert State.ASKED is world.states(asking.FICKLE_SECONDS[0])["a:0:0"]
+    assert 1 == len(world.ray.open)
+
+
+def test_what_becomes_of_a_need_is_known_before_it_is_wanted(world: World) -> None:
+    assert "the autoscaler has not been heard yet" == world.asks.outlook(GPU8).reason
+    world.ray.problem = "there is none"
+    world.asks.listen()
+    assert Asked(State.NOT_ASKED, "there is none") == world.asks.outlook(GPU8)
+    assert Asked(State.NOT_ASKED, "names nodes") == world.asks.outlook("names nodes")
+    world.ray.problem = ""
+    world.asks.listen()
+    assert Asked(State.ASKED, "asked for a node with 8 GPUs") == world.asks.outlook(GPU8)
+    world.wanted = {"a:0:0": GPU8}
+    world.run()
+    assert world.asks.told["a:0:0"].reason == world.asks.outlook(GPU8).reason, "and no other word later"
+    world.ray.infeasible = set(world.ray.open)
+    asked = world.run(asking.STATUS_SECONDS)["a:0:0"]
+    assert (State.INFEASIBLE, asked) == (asked.state, world.asks.outlook(GPU8))
+
+
 def test_what_was_placed_may_ask_again_when_its_node_is_lost_later(world: World) -> None:
     world.wanted = {"a:0:0": GPU4}
     world.run()

@@ -25,6 +25,9 @@ class Controller:
         self.forgot: list[frozenset[str]] = []
         self.changed_at = 0.0
         self.asked = 0
+        self.came = 0
+        self.takes = 0.0
+        self.demand = SimpleNamespace(listen=int)
         self.cluster = SimpleNamespace(draining=frozenset())
         self.fleet = SimpleNamespace(
             agents=SimpleNamespace(in_doubt=lambda: False),
@@ -40,6 +43,7 @@ class Controller:
         return self.changed_at
 
     def try_all(self, attempt: Callable[[str], None]) -> None:
+        self.now += self.takes
         for name in self.pending:
             attempt(name)
 
@@ -50,6 +54,11 @@ class Controller:
 
     def ask_for_nodes(self) -> None:
         self.asked += 1
+
+    def news(self) -> object:
+        return self.came
+
+    def end_abandoned(self, has_ended: object) -> None: ...
 
     def end_what_is_over(self, has_ended: object, now: float) -> None: ...
 
@@ -150,3 +159,53 @@ def test_which_nodes_drain_is_known_before_the_first_look(
     monkeypatch.setattr(keeper, "threading", SimpleNamespace(Thread=lambda **_: SimpleNamespace(start=int)))
     Keeper(controller, Later()).start()  # type: ignore[arg-type]
     assert controller.cluster.draining == {"a"}
+
+
+def test_what_waits_is_tried_at_once_when_something_has_come_for_it(controller: Controller) -> None:
+    reconcilers = Later()
+    looks = Keeper(controller, reconcilers)  # type: ignore[arg-type]
+    controller.pending = ["p"]
+
+    def glance() -> int:
+        looks.glance()
+        reconcilers.go()
+        return len(controller.reconciled)
+
+    looks.look()
+    reconcilers.go()
+    controller.now = 0.1
+    assert glance() == 1, "nothing has come"
+    assert controller.asked == 2
+    controller.changed_at = 1.0
+    assert glance() == 1, "that is for the next look"
+    controller.came = 1
+    looks.glance()
+    looks.glance()
+    assert len(reconcilers.waiting) == 1, "it is being tried"
+    reconcilers.go()
+    assert len(controller.reconciled) == 2
+
+
+def test_no_more_than_a_fifth_of_the_time_goes_into_trying_at_once(controller: Controller) -> None:
+    looks = Keeper(controller, Takes(controller, 2.0))  # type: ignore[arg-type]
+    controller.pending = ["p"]
+    looks.look()
+    for tenth in range(100):
+        controller.now = 2.0 + tenth / 10
+        controller.came += 1
+        looks.glance()
+    assert len(controller.reconciled) == 2
+
+
+class Takes(Executor):
+    """Does what it is given, which takes a while."""
+
+    def __init__(self, controller: Controller, seconds: float) -> None:
+        self.controller, self.seconds = controller, seconds
+
+    def submit(self, do: Callable[..., Any], /, *args: Any, **more: Any) -> Future[Any]:
+        self.controller.takes = self.seconds
+        do(*args, **more)
+        done: Future[Any] = Future()
+        done.set_result(None)
+        return done
