@@ -15,6 +15,7 @@ from placement.core.request import Request
 from placement.core.snapshot import Snapshot
 from placement.errors import LeaseExpired, ReservationFailed, Unplaceable
 from placement.runtime.actions import AUTOSCALER
+from placement.runtime.autoscaler import NO_AUTOSCALER
 from placement.runtime.demand import Asked, Demand, Need, State, needs_of
 from placement.runtime.reconciler import Reconciler
 from placement.runtime.state import DeploymentState
@@ -308,5 +309,7 @@ def _needs_of(request: Request, indices: Sequence[int]) -> dict[str, Need | str]
 
 def _told(asked: Asked) -> str:
     """What became of a need, as the end of a reason."""
+    if asked.reason == NO_AUTOSCALER:
+        return ""
     said = f"no node is asked for: {asked.reason}" if asked.state is State.NOT_ASKED else asked.reason
     return AUTOSCALER + said
