@@ -37,8 +37,9 @@ FICKLE_SECONDS = 5.0, 3600.0
 FORGOTTEN_SECONDS = 60.0
 """After how long that is forgotten."""
 
-HOLD_SECONDS = 15.0
-"""How long a new node is held for whoever waits while its GPUs are not known yet; reading them takes 3 s."""
+HOLD_SECONDS = 60.0
+"""How long a new node is held for whoever waits while its GPUs are not known yet. Reading them takes 3 s, more on a
+machine that is still busy with its own start; given back earlier it is idle, and may be taken away again."""
 
 BOOKS_SECONDS = 0.25
 """By when Ray's books show what a group took. They follow by up to 0.1 s."""

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -25,19 +25,18 @@ def free_port() -> int:
 
 
 @contextmanager
-def cloud(folder: Path, version: int = 2, types: Mapping[str, object] | None = None) -> Iterator[str]:
+def cloud(folder: Path, version: int = 2, idle_seconds: float = 6.0) -> Iterator[str]:
     """A head at the address that this yields; machines come when the autoscaler wants them.
 
     Args:
         folder: for the configuration and Ray's session; its path must be short.
         version: of the autoscaler; 0 is a head to which nobody gave a configuration.
-        types: node types instead of those in ``cluster.yaml``.
+        idle_seconds: after how long a machine that nobody uses goes.
     """
     address = f"{HEAD_ADDRESS}:{free_port()}"
     config = yaml.safe_load((FOLDER / "cluster.yaml").read_text())
     config["provider"]["gcs_address"] = address
-    if types is not None:
-        config["available_node_types"] = types
+    config["idle_timeout_minutes"] = idle_seconds / 60
     (folder / "cluster.yaml").write_text(yaml.safe_dump(config))
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
         "HOME": str(folder),

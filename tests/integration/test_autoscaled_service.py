@@ -31,7 +31,11 @@ NEVER = {"name": "never", "model": "m", "gpus": 2, "constraints": {"accelerators
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Any]:
-    with tempfile.TemporaryDirectory(prefix="placement-") as folder, cloud(Path(folder)) as address:
+    # On a busy machine a placement takes some seconds, in which nobody uses the new node.
+    with (
+        tempfile.TemporaryDirectory(prefix="placement-") as folder,
+        cloud(Path(folder), idle_seconds=12.0) as address,
+    ):
         ray.init(address, _node_ip_address=HEAD_ADDRESS, log_to_driver=False, logging_level="ERROR")
         try:
             yield placement.start(idle_seconds=1.0)
