@@ -422,7 +422,7 @@ class ServiceState:
         self._changed = changed
         self._by_node: dict[str, dict[tuple[str, int], list[NodeAssignment]]] = {}
         self._claims_on: dict[str, list[tuple[Claim, PlannedReplica]]] = {}
-        self._keeping_apart: dict[str, Deployment] = {}
+        self._keeping_apart: dict[str, list[Deployment]] = {}
         self._queue: set[str] = set()
         self.queue_version = 0
         self._temporary: set[str] = set()
@@ -432,9 +432,10 @@ class ServiceState:
         with self.lock:
             self._unindex(state.name)
             self.deployments[state.name] = state
-            limits = state.deployment.constraints
-            if limits is not None and limits.apart_from:
-                self._keeping_apart[state.name] = state.deployment
+            # What is to be replaced stays under its own declaration until it is.
+            declared = (state.deployment, *state.earlier.values())
+            if apart := [one for one in declared if one.constraints and one.constraints.apart_from]:
+                self._keeping_apart[state.name] = apart
             if state.releasing or (state.unfinished() and not state.given_up and not state.is_lease):
                 self._queue.add(state.name)
                 self.queue_version += 1
@@ -551,7 +552,8 @@ class ServiceState:
     def keeping_apart(self, name: str) -> list[Deployment]:
         """What is declared, or about to be, that asks to be apart from a deployment."""
         with self.lock:
-            declared = [*self._keeping_apart.values(), *(claim.deployment for claim in self.claims)]
+            declared = [one for several in self._keeping_apart.values() for one in several]
+            declared += [claim.deployment for claim in self.claims]
         return [
             one
             for one in declared
