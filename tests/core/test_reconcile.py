@@ -85,6 +85,8 @@ TABLE = [
     ("replaced in place", {"a": "2"}, {0: ("a", "0", ask())}, Desired(ask(2)), ["release 0", "+0 on a"]),
     ("what cannot be replaced stays", {"a": "", "b": "3"}, {0: ("a", "0", ask())}, Desired(ask(2)),
      ["wait 0"]),
+    ("what is not wanted makes room for some", {"a": ""}, {2: ("a", "0", ask())}, Desired(ask(1, 2)),
+     ["release 2", "+0 on a", "wait 1"]),
     ("one replaced, one not", {"a": "23", "b": ""},
      {0: ("a", "0", ask(1)), 1: ("b", "0", ask(1)), 2: ("b", "1", ask(1))}, Desired(TWO),
      ["+0 on a -0", "wait 1 2"]),
@@ -239,13 +241,47 @@ def to_be_placed(start: World, request: Request) -> set[int]:
 # -- others ------------------------------------------------------------------------------------------
 
 
+def in_racks(world: World, *racks: str) -> World:
+    """The world with its nodes in racks: ``in_racks(world, "ab", "c")``."""
+    rack = {name: str(number) for number, names in enumerate(racks) for name in names}
+    return World([replace(node, labels={"rack": rack[node.id]}) for node in world.nodes], world.observed)
+
+
+def one_a_rack(request: Request) -> Request:
+    return replace(request, spread_label="rack", max_per_domain=1)
+
+
+def test_what_is_replaced_is_not_in_its_own_way_where_it_is_to_spread() -> None:
+    start = in_racks(world({"a": "12", "b": ""}, {0: ("a", "0", one_a_rack(ask(1, 2)))}), "a", "b")
+    decision, _ = checked(start, Desired(one_a_rack(ask(2, 2))))
+    assert shown(decision.actions) == ["+0 on a -0", "wait 1"]
+
+
+def test_what_still_holds_counts_where_it_is_to_spread() -> None:
+    there = {1: ("a", "0", one_a_rack(ask(1, 2)))}
+    start = in_racks(world({"a": "", "b": "", "c": "01"}, there), "ac", "b")
+    decision, _ = checked(start, Desired(one_a_rack(ask(2, 2))))
+    assert shown(decision.actions) == ["+1 on c -1", "wait 0"]
+
+
+def test_what_waits_to_be_replaced_counts_for_an_atomic_change_of_the_others() -> None:
+    start = in_racks(world({"a": "12", "b": ""}, {0: ("a", "0", one_a_rack(ask(1, 2)))}), "a", "b")
+    decision, _ = checked(start, Desired(one_a_rack(ask(2, 2))), atomic=True, may_wait=(0,))
+    assert decision.refusal is not None
+
+
+def test_what_waits_to_be_replaced_may_make_room_for_an_atomic_change_of_the_others() -> None:
+    start = world({"a": ""}, {0: ("a", "012", ask(3, 2))})
+    decision, _ = checked(start, Desired(ask(1, 2)), atomic=True, may_wait=(0,))
+    assert shown(decision.actions) == ["release 0", "+0 on a, +1 on a"]
+
+
 def test_replicas_of_this_declaration_count_first_where_it_is_to_spread() -> None:
     """Two stay in one rack, which is one too many: the one of the earlier declaration goes, once it has a place."""
-    rack = {"a": "1", "b": "1", "c": "2"}
-    start = world({"a": "1", "b": "", "c": ""}, {0: ("b", "0", ask(1, 2)), 1: ("a", "0", ask(1, 2))})
-    nodes = [replace(node, labels={"rack": rack[node.id]}) for node in start.nodes]
-    spread = ask(1, 2, spread_label="rack", max_per_domain=1)
-    decision, after = checked(World(nodes, start.observed), Desired(spread))
+    there = {0: ("b", "0", ask(1, 2)), 1: ("a", "0", ask(1, 2))}
+    start = in_racks(world({"a": "1", "b": "", "c": ""}, there), "ab", "c")
+    spread = one_a_rack(ask(1, 2))
+    decision, after = checked(start, Desired(spread))
     assert shown(decision.actions) == ["keep 0", "wait 1"]
     full_nodes = [replace(node, free=frozenset({3})) if node.id == "c" else node for node in after.nodes]
     decision, _ = checked(World(full_nodes, after.observed), Desired(spread))
