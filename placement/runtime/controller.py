@@ -146,8 +146,8 @@ class Controller:
                 return known.result(), False
             with self._refusal_told(wanted.name):
                 anew = known.renewed(owner).declared(wanted)
-                may_wait = frozenset(known.missing())
                 strict = known.deployment.shape() != wanted.shape()
+                may_wait = frozenset(known.missing() if strict else known.unfinished())
                 work = Work(known, anew, atomic=atomic, strict=strict, may_wait=may_wait)
                 return self.reconciler.bring_about(work).result(), False
 

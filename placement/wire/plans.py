@@ -411,7 +411,7 @@ def _carry_out(
         same = before is not None and before.deployment.shape() == one.shape()
         if before is None or not same or one.replicas > before.deployment.replicas:
             request_of(one, (), {}, snapshot)
-        desired = desired_of(one, standing.apart.values())
+        desired = desired_of(one, standing.keeping_apart())
         decision = reconcile(
             desired,
             observed,
@@ -438,17 +438,23 @@ def _waiting(before: HeldDeployment, wanted: Deployment, same: bool) -> set[int]
     return set(range(min(before.deployment.replicas, wanted.replicas))) - placed
 
 
+def _keeping_apart(held: HeldDeployment) -> list[Deployment]:
+    """The declarations of what stands that name others to be apart from."""
+    return [one for one in (held.deployment, *held.earlier.values()) if _named(one, apart=True)]
+
+
 class _Standing:
     """What stands, as one after the other is applied.
 
     Attributes:
         held: all of it, by name.
-        apart: those that others may have to keep away from.
+        apart: name -> declarations that others may have to keep away from: the present one, and those under which
+            replicas stand that are to be replaced.
     """
 
     def __init__(self, snapshot: Snapshot, held: Mapping[str, HeldDeployment]) -> None:
         self.held = dict(held)
-        self.apart = {name: one.deployment for name, one in held.items() if _named(one.deployment, True)}
+        self.apart = {name: apart for name, one in held.items() if (apart := _keeping_apart(one))}
         self._snapshot = snapshot
         self._mix: Mix | None = None
 
@@ -461,13 +467,17 @@ class _Standing:
             self._mix = None
         self.drop(name)
         self.held[name] = one
-        if _named(one.deployment, apart=True):
-            self.apart[name] = one.deployment
+        if apart := _keeping_apart(one):
+            self.apart[name] = apart
 
     def drop(self, name: str) -> None:
         """Notes one that is gone."""
         self.held.pop(name, None)
         self.apart.pop(name, None)
+
+    def keeping_apart(self) -> list[Deployment]:
+        """The declarations of all that others may have to keep away from."""
+        return [one for several in self.apart.values() for one in several]
 
     def with_mix(self, snapshot: Snapshot, one: Deployment) -> Snapshot:
         """The snapshot that knows what else is asked for, where that matters to the policy of a deployment."""
