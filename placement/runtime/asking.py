@@ -115,7 +115,7 @@ class _Arrival:
     """What arrived, until it is clear whether it was placed."""
 
     need: Need
-    nodes: tuple[str, ...]
+    held: Mapping[str, Mapping[str, float]]
     at: float
     known: bool = False
     gone_since: float | None = None
@@ -192,6 +192,7 @@ class Asks:
             After how many seconds to look again; ``None``: not before something else is wanted.
         """
         now, known = time.monotonic(), frozenset(known)
+        self._hand_over(wanted)
         for key, ask in list(self._asks.items()):
             if wanted.get(key) != ask.need:
                 self._leave(key, now)
@@ -222,13 +223,28 @@ class Asks:
 
     # -- one ask -----------------------------------------------------------------------------------
 
+    def _hand_over(self, wanted: Mapping[str, Need | str]) -> None:
+        """Has what is asked for one that no longer waits be for another that waits for the same.
+
+        Which of them gets a node that has come is the planner's to say: with the node that came for the second replica
+        the first is placed, and what is asked for the first is for the second from then on.
+        """
+        for key, ask in list(self._asks.items()):
+            if wanted.get(key) == ask.need:
+                continue
+            alike = [other for other, need in wanted.items() if need == ask.need and other not in self._asks]
+            if alike:
+                other = next((one for one in alike if one in self._arrivals), alike[0])
+                self._arrivals.pop(other, None)
+                self._asks[other] = self._asks.pop(key)
+
     def _follow(self, key: str, ask: _Ask, known: frozenset[str], now: float) -> None:
         """Takes an ask one step on."""
         if ask.freeing_since:
             if now - ask.freeing_since < FREE_SECONDS and not self._freed(ask):
                 return
             del self._asks[key]
-            self._arrivals[key] = _Arrival(ask.need, tuple(ask.held), now)
+            self._arrivals[key] = _Arrival(ask.need, ask.held, now)
             failed = self._infeasible.get(str(ask.need))
             if failed and ask.since >= failed[1] - failed[0]:
                 del self._infeasible[str(ask.need)]
@@ -281,7 +297,7 @@ class Asks:
     def _judge(self, wanted: Mapping[str, Need | str], known: frozenset[str], now: float) -> None:
         """Tells which arrivals were placed, and which the planner did not want."""
         for key, arrival in list(self._arrivals.items()):
-            if not arrival.known and (known >= {*arrival.nodes} or now - arrival.at >= KNOWN_SECONDS):
+            if not arrival.known and (known >= arrival.held.keys() or now - arrival.at >= KNOWN_SECONDS):
                 arrival.known, arrival.at = True, now
             gone = arrival.gone_since
             if gone is not None and now - gone >= PLACED_SECONDS:
@@ -290,16 +306,15 @@ class Asks:
                 self._refused.pop(str(arrival.need), None)
             elif wanted.get(key) != arrival.need:
                 arrival.gone_since = now if gone is None else gone
-            elif (
-                self._heard
-                and self._heard_at > arrival.at
-                and not self._heard.nodes.keys() & {*arrival.nodes}
-            ):
-                del self._arrivals[key]  # it is gone again; that is nothing against the next
+            elif self._is_gone(arrival):
+                del self._arrivals[key]  # which is nothing against the next
                 self._fickle.fail(key)
             elif arrival.known and now - arrival.at >= PLACED_SECONDS:
                 del self._arrivals[key]
-                came = counted(len(arrival.nodes), "node")
+                if self._is_taken(arrival):  # by what has waited for longer
+                    self._fickle.fail(key)
+                    continue
+                came = counted(len(arrival.held), "node")
                 self._refuse(arrival.need, f"{came} came for it, on which it was not placed", now)
             else:
                 arrival.gone_since = None
@@ -311,6 +326,22 @@ class Asks:
                 del self._absent[key]
         for key in self._fickle.keys() - self._absent.keys() - wanted.keys():
             self._absent[key] = now
+
+    def _is_gone(self, arrival: _Arrival) -> bool:
+        """Whether the nodes that came are no more."""
+        heard = self._heard
+        return (
+            heard is not None and self._heard_at > arrival.at and not heard.nodes.keys() & arrival.held.keys()
+        )
+
+    def _is_taken(self, arrival: _Arrival) -> bool:
+        """Whether others have by now what it was given back for."""
+        free = self._cluster.free()
+        return any(
+            free.get(node_id, {}).get(resource, 0.0) < amount - 1e-6
+            for node_id, amounts in arrival.held.items()
+            for resource, amount in amounts.items()
+        )
 
     def _refuse(self, need: Need, why: str, now: float) -> None:
         """Nothing of this shape is asked for again for minutes."""
@@ -419,7 +450,7 @@ class Asks:
                 reason += f"; the cloud refuses node type {', '.join(refused)}"
             return Asked(State.ASKED, reason, (), ask.since)
         if arrival := self._arrivals.get(key):
-            return Asked(State.ARRIVED, "a node has come for it", arrival.nodes, arrival.at)
+            return Asked(State.ARRIVED, "a node has come for it", tuple(arrival.held), arrival.at)
         asked = self.outlook(need)
         if asked.state is not State.ASKED:
             return asked

@@ -77,6 +77,12 @@ class Machines:
         with self._lock:
             return frozenset(node_id for node_id in self._open_of(nodes) if self._is_awaited(node_id, now))
 
+    def is_asked(self, node_id: str) -> bool:
+        """Whether a node's answer is waited for; its actor may not even have started."""
+        with self._lock:
+            asked = self._asked.get(node_id)
+            return asked is not None and time.monotonic() < asked.until
+
     def refresh(
         self,
         nodes: Sequence[NodeInfo],

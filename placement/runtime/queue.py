@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Generic, TypeVar
 
+from placement.core.planner import Shortfall, attempt
 from placement.core.reconcile import Decision, Desired, Observed, Wait, admit, reconcile
 from placement.core.request import Request
 from placement.core.snapshot import Snapshot
@@ -174,28 +175,15 @@ class WaitingQueue:
         nodes = self._cluster.nodes()
         machines.refresh(nodes, patience_seconds=0.0)
         unknown = machines.unknown_nodes(nodes)
-        found: list[Waiting] = []
         with self._state.lock:
             snapshot = self._cluster.snapshot(nodes)
-            waiting: list[tuple[Waiting, Desired, Mapping[int, Observed]]] = []
-            for one in self._in_turn(names, tickets):
-                if isinstance(one, Ticket):
-                    request = request_unchecked(one.wanted, range(one.wanted.replicas), {})
-                    waiting.append((one, Desired(request, gang=True), {}))
-                    if (
-                        self._state.get(one.name) is not None
-                    ):  # somebody else has placed it, or another of that name
-                        found.append(one)
-                elif one.releasing:
-                    found.append(one)
-                else:
-                    waiting.append((one, *self._reconciler.seen(one, snapshot)))
+            found, waiting = self._look_at(self._in_turn(names, tickets), snapshot)
         decided = admit(waiting, snapshot)
         # What a node has that has not said so yet is nothing to wait for, and no reason to ask for another.
         usable = admit(waiting, _without(snapshot, unknown)) if unknown else decided
         needs: dict[str, Need | str] = {}
         for (_, desired, observed), (one, decision), (_, now) in zip(waiting, decided, usable, strict=True):
-            needs |= _needs_of(desired.request, _lacking(desired, observed, decision))
+            needs |= _unmet(desired, observed, decision)
             waits = [action for action in now.actions if isinstance(action, Wait)]
             if len(waits) < len(now.actions):
                 found.append(one)
@@ -207,7 +195,27 @@ class WaitingQueue:
             needs = {key: need for key, need in needs.items() if key in self._needs}
         self._needs = needs
         self.ask_for_nodes()
-        return sorted({id(one): one for one in found}.values(), key=_turn)
+        return sorted(found, key=_turn)
+
+    def _look_at(
+        self, queue: Sequence[Waiting], snapshot: Snapshot
+    ) -> tuple[list[Waiting], list[tuple[Waiting, Desired, Mapping[int, Observed]]]]:
+        """What need not wait for room to be tried, and the rest in the terms of ``core.reconcile``. Under the lock."""
+        at_once: list[Waiting] = []
+        waiting: list[tuple[Waiting, Desired, Mapping[int, Observed]]] = []
+        for one in queue:
+            if isinstance(one, DeploymentState):
+                if one.releasing:
+                    at_once.append(one)
+                else:
+                    waiting.append((one, *self._reconciler.seen(one, snapshot)))
+            elif self._state.get(one.name) is not None:  # somebody has placed it, or another of that name
+                at_once.append(one)
+            else:
+                apart = self._state.keeping_apart(one.name)
+                request = request_unchecked(one.wanted, range(one.wanted.replicas), {}, apart)
+                waiting.append((one, Desired(request, gang=True), {}))
+        return at_once, waiting
 
     def _in_turn(self, names: Sequence[str], tickets: Sequence[Ticket[object]]) -> list[Waiting]:
         """What waits, the oldest first."""
@@ -290,13 +298,27 @@ def _turn(one: Waiting) -> tuple[float, str]:
     return since or 0.0, one.name
 
 
-def _lacking(desired: Desired, observed: Mapping[int, Observed], decision: Decision) -> list[int]:
-    """The replicas for which there is no room; of those that come all at once, those for which there is none beside."""
-    waits = [index for action in decision.actions if isinstance(action, Wait) for index in action.indices]
-    if not desired.gang or len(waits) < 2:
-        return waits
-    singly = reconcile(replace(desired, gang=False), observed, decision.snapshot)
-    return [index for action in singly.actions if isinstance(action, Wait) for index in action.indices]
+def _unmet(desired: Desired, observed: Mapping[int, Observed], decision: Decision) -> dict[str, Need | str]:
+    """What the sets ask of new nodes for which there is no room, of the replicas that wait.
+
+    For some of what comes all at once there may be room. Which of the sets are asked for is of no meaning then.
+    """
+    waits = _waits(decision)
+    if desired.gang and len(waits) > 1:
+        decision = reconcile(replace(desired, gang=False), observed, decision.snapshot)
+        waits = _waits(decision)
+    request = desired.request
+    needs = _needs_of(request, waits)
+    if request.provider is None and request.stages > 1 and request.parts == 1 and not request.spread_label:
+        sets = replace(request, replicas=tuple(range(len(needs))), stages=1)
+        found = attempt(decision.snapshot, sets)
+        if isinstance(found, Shortfall):
+            return dict([*needs.items()][found.fitting :])
+    return needs
+
+
+def _waits(decision: Decision) -> list[int]:
+    return [index for action in decision.actions if isinstance(action, Wait) for index in action.indices]
 
 
 def _needs_of(request: Request, indices: Sequence[int]) -> dict[str, Need | str]:

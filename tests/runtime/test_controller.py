@@ -338,6 +338,33 @@ def test_the_autoscaler_is_asked_for_what_has_no_room_and_no_more(
     )
 
 
+def test_of_a_replica_on_several_nodes_the_part_is_asked_for_that_has_no_room(
+    outside: Ray, service: DirectService
+) -> None:
+    service.apply(one(tensor_parallel=4, pipeline_parallel=3))
+    a_while_passes(service)
+    assert len(wanted(service)) == 2
+    outside.nodes.add("y")
+    a_while_passes(service)
+    assert len(wanted(service)) == 1
+    outside.nodes.add("z")
+    a_while_passes(service)
+    assert wanted(service) == [] and sum(len(a.gpus) for a in service.get("a").assignments) == 12
+
+
+def test_a_node_actor_that_is_asked_what_there_is_does_not_go_before_it_has_answered(
+    service: DirectService,
+) -> None:
+    ended: list[str] = []
+    asked = {"a"}
+    fleet: Any = service.fleet
+    fleet.machines.is_asked = asked.__contains__
+    fleet.agents.idle = lambda seconds: ["a", "b"]
+    fleet.agents.rest = lambda node_id, seconds: ended.append(node_id)
+    service.rest()
+    assert ended == ["b"]
+
+
 def test_what_a_call_asks_for_ends_with_it_and_a_call_with_its_caller(
     outside: Ray, service: DirectService
 ) -> None:

@@ -215,6 +215,30 @@ def test_what_becomes_of_a_need_is_known_before_it_is_wanted(world: World) -> No
     assert (State.INFEASIBLE, asked) == (asked.state, world.asks.outlook(GPU8))
 
 
+def test_what_came_for_one_may_be_another_s_that_waits_for_the_same(world: World) -> None:
+    """The node for the second replica comes first, and the planner places the first on it."""
+    world.wanted = {"d:0:0": GPU4, "d:1:0": GPU4}
+    world.run()
+    first, second = world.ray.open
+    world.ray.arrive(second, "new")
+    world.known = {"new"}
+    assert [State.ASKED, State.ARRIVED] == list(world.states(1).values())
+    del world.wanted["d:0:0"]
+    assert State.ASKED is world.states(1)["d:1:0"]
+    assert [first] == world.ray.open
+    assert State.ASKED is world.states(600)["d:1:0"]
+    assert [first] == world.ray.open, "it is not asked for anew"
+
+
+def test_what_has_waited_for_longer_may_take_what_came(world: World) -> None:
+    world.wanted = {"a:0:0": GPU4}
+    world.run()
+    arrived(world, "new")
+    world.ray.nodes["new"] = SeenNode({}, {"GPU": 3.0})
+    assert State.ARRIVED is world.states(asking.PLACED_SECONDS - 2)["a:0:0"]
+    assert State.ASKED is world.states(2 + asking.FICKLE_SECONDS[0] + 2)["a:0:0"]
+
+
 def test_what_was_placed_may_ask_again_when_its_node_is_lost_later(world: World) -> None:
     world.wanted = {"a:0:0": GPU4}
     world.run()
