@@ -355,6 +355,7 @@ class DeploymentPlacementActor:
             "result": one.result().to_dict(),
             "generation": one.generation,
             "outdated": one.outdated,
+            "given_up": one.given_up,
             "state": "releasing" if one.releasing else "pending" if one.unfinished() else "placed",
             "age_seconds": max(0.0, time.time() - one.declared_at),
             "owner": None if one.owner is None else dict(one.owner),
@@ -362,7 +363,8 @@ class DeploymentPlacementActor:
         }
 
     async def wait(self, name: str, timeout_seconds: float = MOST_SECONDS) -> PlacementResult:
-        """Where a deployment's replicas are, once none is pending any more; as they are when the time is over.
+        """Where a deployment's replicas are, once none is pending any more, or what is has been given up; as they are
+        when the time is over.
 
         Raises:
             UnknownDeployment: no deployment of that name stands, or does any more.
@@ -372,7 +374,7 @@ class DeploymentPlacementActor:
             seen = self._controller.feed.last_number
             one = self._controller.get(name)
             left = end - time.monotonic()
-            if not one.unfinished() or left <= 0:
+            if not one.unfinished() or one.given_up or left <= 0:
                 return one.result()
             await self._controller.feed.wait(seen, (name,), left)
 
