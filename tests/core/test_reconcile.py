@@ -98,6 +98,7 @@ TABLE = [
      Desired(ask(1, 2)), ["drop 0 gone", "wait 0"]),
     ("a declaration that asks for the same", {"a": "1"}, {0: ("a", "0", ask())},
      Desired(ask(1, 2, labels={})), ["+1 on a"]),
+    ("others keep away from it now", {"a": "1"}, {0: ("a", "0", ask())}, Desired(ask(kept_away_by=("x",))), []),
     ("one that asks for the same otherwise", {"a": "1"}, {0: ("a", "0", ask())},
      Desired(ask(1, 2, accelerators=("A100",))), ["keep 0", "wait 1"]),
     ("released", {"a": "1"}, {0: ("a", "0", ask()), 7: ("gone", "0", ask())},
@@ -371,6 +372,20 @@ def test_room_that_is_made_on_the_way_is_seen_by_those_who_come_after() -> None:
     decided = admit(queue, start.snapshot)
     assert [shown(decision.actions) for _, decision in decided] == [
         ["wait 0"], ["release 0", "+0 on a"], ["+0 on a"], ["wait 0"]
+    ]  # fmt: skip
+
+
+def test_where_replicas_are_to_spread_each_is_refused_for_itself() -> None:
+    """There is room in one rack, in which the first has a replica, and the second has none."""
+    spread = one_a_rack(ask(1, 2))
+    start = in_racks(world({"a": "12", "b": ""}), "a", "b")
+    queue: list[tuple[str, Desired, Mapping[int, Observed]]] = []
+    for name, where in (("x", "a"), ("y", "b")):
+        request = replace(spread, deployment=name)
+        there = {0: Observed((PlannedReplica(0, where, (0,)),), request)}
+        queue.append((name, Desired(request), there))
+    assert [shown(decision.actions) for _, decision in admit(queue, start.snapshot)] == [
+        ["wait 1"], ["+1 on a"]
     ]  # fmt: skip
 
 
