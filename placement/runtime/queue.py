@@ -127,6 +127,9 @@ class Tickets:
 Waiting = DeploymentState | Ticket[object]
 """A declaration or a call."""
 
+Told = Mapping[str, Asked]
+"""``deployment:replica:set`` -> what became of it."""
+
 
 class WaitingQueue:
     """All that waits for room, oldest first. Thread-safe.
@@ -182,13 +185,15 @@ class WaitingQueue:
         # What a node has that has not said so yet is nothing to wait for, and no reason to ask for another.
         usable = admit(waiting, _without(snapshot, unknown)) if unknown else decided
         needs: dict[str, Need | str] = {}
+        told = self.demand.poll()
         for (_, desired, observed), (one, decision), (_, now) in zip(waiting, decided, usable, strict=True):
-            needs |= _unmet(desired, observed, decision)
+            unmet = _unmet(desired, observed, decision)
+            needs |= unmet
             waits = [action for action in now.actions if isinstance(action, Wait)]
             if len(waits) < len(now.actions):
                 found.append(one)
             elif isinstance(one, DeploymentState):
-                self._reasons_changed(one, desired.request, waits)
+                self._reasons_changed(one, waits, unmet, told)
             elif waits:
                 one.refuse(waits[0].refusal)
         if any(snapshot.bit(node_id) and snapshot.node(node_id).free for node_id in unknown):
@@ -222,12 +227,13 @@ class WaitingQueue:
         known = [one for name in names if (one := self._state.get(name)) is not None]
         return sorted([*known, *tickets], key=_turn)
 
-    def _reasons_changed(self, one: DeploymentState, request: Request, waits: Sequence[Wait]) -> None:
+    def _reasons_changed(
+        self, one: DeploymentState, waits: Sequence[Wait], needs: Mapping[str, Need | str], told: Told
+    ) -> None:
         """Has those who look know why replicas wait, as it is now."""
-        reasons: dict[int, str] = {}
-        for wait in waits:
-            told = self.outlook(request, wait.indices)
-            reasons |= {index: f"{wait.refusal}{told[index]}" for index in wait.indices}
+        ends = self._ends(needs, told)
+        other = next(iter(ends.values()), "")  # of what comes all at once, some would have room
+        reasons = {i: f"{wait.refusal}{ends.get(i, other)}" for wait in waits for i in wait.indices}
         if reasons == one.reasons:
             return
         with self._turns.sole(one.name, wait=False) as mine:
@@ -236,9 +242,11 @@ class WaitingQueue:
 
     def outlook(self, request: Request, indices: Sequence[int]) -> dict[int, str]:
         """What the autoscaler is asked for replicas that wait, or will be; as the end of the reason why they do."""
-        told = self.demand.poll()
+        return self._ends(_needs_of(request, indices), self.demand.poll())
+
+    def _ends(self, needs: Mapping[str, Need | str], told: Told) -> dict[int, str]:
         ends: dict[int, str] = {}
-        for key, need in _needs_of(request, indices).items():
+        for key, need in needs.items():
             index = int(key.rsplit(":", 2)[1])
             asked = told.get(key) or self.demand.outlook(need)
             # Of several sets, one for which nothing comes says more.
