@@ -32,6 +32,7 @@ from placement.runtime.feed import Event, Feed
 from placement.runtime.fleet import Fleet
 from placement.runtime.leases import Lending
 from placement.runtime.observed import ObservedCluster
+from placement.runtime.owners import has_ended
 from placement.runtime.queue import WaitingQueue
 from placement.runtime.reconciler import Reconciler, Work, differences
 from placement.runtime.report import Observed as Seen
@@ -56,6 +57,7 @@ IDLE_SECONDS = 60.0
 minutes, a node with an actor is busy."""
 STATUS_SECONDS = 5.0
 """How long ``status`` waits for nodes that have not said yet what their GPUs are."""
+OWNER_ENDED = "its owner has ended"
 ENDED_SECONDS = 60.0
 """How long it is remembered what a release gave back; Ray sends a call again within seconds of a restart."""
 
@@ -114,12 +116,15 @@ class Controller:
         with self.turns.sole(wanted.name):
             known = self._known(wanted.name)
             if known is not None:
-                if known.deployment == wanted and known.owner == owner:
+                if known.deployment != wanted:
+                    raise DeploymentConflict(wanted.name, differences(known.deployment, wanted))
+                if known.owner != owner:
+                    raise _others(known, owner)
+                if lending is None or not known.missing():
                     return known.result()
-                if known.deployment == wanted:
-                    kinds = tuple("nobody" if one is None else one["kind"] for one in (known.owner, owner))
-                    raise DeploymentConflict(wanted.name, {"owner": (kinds[0], f"another {kinds[1]}")})
-                raise DeploymentConflict(wanted.name, differences(known.deployment, wanted))
+                with self._refusal_told(wanted.name):  # its owner has removed some of its groups
+                    work = Work(known, known, atomic=True, lending=lending)
+                    return self.reconciler.bring_about(work).result()
             self._require_readable(wanted.name)
             with self._refusal_told(wanted.name):
                 new = _new(wanted, owner)
@@ -141,7 +146,7 @@ class Controller:
                     work = Work(None, _new(wanted, owner), atomic=atomic, strict=True)
                     return self.reconciler.bring_about(work).result(), True
             if known.is_lease:
-                raise DeploymentConflict(wanted.name, {"owner": ("the caller that placed it", wanted.owner)})
+                raise _others(known, owner)
             if known.deployment == wanted and known.owner == owner and not known.unfinished():
                 return known.result(), False
             with self._refusal_told(wanted.name):
@@ -294,12 +299,26 @@ class Controller:
     # -- one deployment --------------------------------------------------------------------------------
 
     def _known(self, name: str) -> DeploymentState | None:
-        """What is to be changed; a release that was cut off comes first."""
+        """What is to be changed; a release that was cut off comes first, and what nobody has noticed of its owner."""
         known = self.state.get(name)
         if known is not None and known.releasing:
             self._release(name)
             return None
+        if known is not None and known.owner is not None:
+            if has_ended(known.owner):
+                self.feed.add(name, None, "ended", OWNER_ENDED)
+                self._release(name)
+            elif known.is_lease:
+                self._forget_gone(known)
+            return self.state.get(name)
         return known
+
+    def _forget_gone(self, lease: DeploymentState) -> None:
+        """Forgets of a lease what its owner has removed, or what ended with him; in its turn."""
+        gone = {i for i, replica in lease.replicas.items() if groups.is_gone(replica.group_id)}
+        if gone:
+            self.reconciler.gone |= {(lease.name, index) for index in gone}
+            self._reconcile(lease.name, patient=False)
 
     def _require_readable(self, name: str) -> None:
         record = self.state.unreadable.get(name)
@@ -416,15 +435,16 @@ class Controller:
             has_ended: whether an owner is no more.
             now: seconds since 1970.
         """
+        self.queue.end_what_is_for_nobody()
         for one in self.state.temporary():
+            ended = one.owner is not None and has_ended(one.owner)
             expired = one.expires_at is not None and one.expires_at <= now
-            if one.is_lease and not expired:
-                gone = {i for i, replica in one.replicas.items() if groups.is_gone(replica.group_id)}
-                if gone:
-                    self.reconciler.gone |= {(one.name, index) for index in gone}
-                    self.reconcile(one.name, patient=False)
+            if one.is_lease and not ended and not expired:
+                if any(groups.is_gone(replica.group_id) for replica in one.replicas.values()):
+                    with self.turns.sole(one.name, wait=False) as mine:
+                        if mine and self.state.get(one.name) is one:
+                            self._forget_gone(one)
                 continue
-            ended = one.owner is not None and not one.is_lease and has_ended(one.owner)
             late = (
                 one.deployment.deadline_seconds is not None
                 and one.waiting_since is not None
@@ -432,7 +452,7 @@ class Controller:
                 and not one.given_up
             )
             if ended or expired or late:
-                self._end(one.name, "its owner has ended" if ended else "its time is over" if expired else "")
+                self._end(one.name, OWNER_ENDED if ended else "its time is over" if expired else "")
 
     def _end(self, name: str, why: str) -> None:
         with self.turns.sole(name, wait=False) as mine:
@@ -497,8 +517,16 @@ class Controller:
 
 def _new(wanted: Deployment, owner: Owner | None) -> DeploymentState:
     """A deployment that was not there before."""
-    ttl = wanted.ttl_seconds
     states = dict.fromkeys(range(wanted.replicas), State.PENDING)
-    return DeploymentState(
-        wanted, states=states, owner=owner, expires_at=None if ttl is None else time.time() + ttl
-    )
+    return DeploymentState(wanted, states=states, owner=owner, expires_at=_expiry(wanted))
+
+
+def _expiry(wanted: Deployment) -> float | None:
+    """When it ends, if it is declared now and nobody renews it."""
+    return None if wanted.ttl_seconds is None else time.time() + wanted.ttl_seconds
+
+
+def _others(known: DeploymentState, owner: Owner | None) -> DeploymentConflict:
+    """What is there belongs to somebody else than who asks."""
+    theirs, ours = ("nobody" if one is None else one["kind"] for one in (known.owner, owner))
+    return DeploymentConflict(known.name, {"owner": (theirs, f"another {ours}" if ours == theirs else ours)})

@@ -9,7 +9,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from placement.runtime.discovery import draining_nodes, live_node_ids
-from placement.runtime.owners import has_ended, waits_in_vain
+from placement.runtime.owners import has_ended
 
 if TYPE_CHECKING:
     from placement.runtime.controller import Controller
@@ -87,7 +87,6 @@ class Keeper:
         else:
             controller.sweeper.sweep_again()
         controller.end_what_is_over(has_ended, time.time())
-        controller.queue.end_abandoned(waits_in_vain)
         controller.rest()
 
     def glance(self) -> None:

@@ -72,8 +72,13 @@ class Lending:
         try:
             group_id = answer.result(timeout=LEND_SECONDS)
         except TimeoutError:
-            self.end()  # who was too late once has gone, as far as we can tell
-            return None
+            with self._lock:
+                if (
+                    not answer.done()
+                ):  # or he came at the last moment: what is prepared is there for a while yet
+                    self._is_over = True  # who was too late once has gone, as far as we can tell
+                    answer.set_result("")
+            group_id = answer.result()
         if not group_id:
             return None
         group = groups.group_from_hex(group_id)
@@ -107,8 +112,15 @@ class Lending:
             if group_id is not None and self._answer is not None and not self._answer.done():
                 self._answer.set_result(group_id)
         loan, outcome = asyncio.wrap_future(following), asyncio.wrap_future(self._outcome)
+        outcome.add_done_callback(_is_known)
         either: set[asyncio.Future[Any]] = {loan, outcome}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if loan.done() and not outcome.done():
             return loan.result()
         return await outcome
+
+
+def _is_known(outcome: asyncio.Future[PlacementResult]) -> None:
+    """Keeps asyncio from complaining of an error that the next step will tell of."""
+    if not outcome.cancelled():
+        outcome.exception()

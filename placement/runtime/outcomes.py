@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from placement.errors import Busy
@@ -19,61 +19,96 @@ WAITING = 4096
 T = TypeVar("T")
 
 
+@dataclass(eq=False, slots=True)
+class _Running:
+    """A call that has no outcome yet, and how many wait for it.
+
+    Attributes:
+        outcome: Any: each key's outcome has a type of its own.
+    """
+
+    abandoned: Callable[[], object] | None
+    outcome: Future[Any] = field(default_factory=Future)
+    waiting: int = 0
+
+
 class Outcomes:
     """Identical calls share one outcome. Of use from any number of event loops; nothing is kept of what is done."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # Any: each key's outcome has a type of its own.
-        self._running: dict[Hashable, Future[Any]] = {}
+        self._running: dict[Hashable, _Running] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def share(self, key: Hashable, start: Callable[[], Awaitable[T]]) -> T:
+    async def share(
+        self,
+        key: Hashable,
+        start: Callable[[], Awaitable[T]],
+        abandoned: Callable[[], object] | None = None,
+    ) -> T:
         """What ``start`` returns or raises; if a call with an equal key runs, that one's outcome instead.
 
         What was started goes on to its end, in the event loop of who came first, even if all who wait for it are
-        cancelled.
+        cancelled: ``abandoned``, which is called then, may have that end come soon.
 
         Args:
             key: calls with equal keys must be the same call.
             start: begins the call.
+            abandoned: called when all who waited were cancelled; who comes later begins the call anew.
 
         Raises:
             RuntimeError: the call was cancelled before it had an outcome, as its event loop ended.
         """
         with self._lock:
-            outcome: Future[T] | None = self._running.get(key)
-            if outcome is None:
-                outcome = self._running[key] = Future()
-                outcome.set_running_or_notify_cancel()  # who is cancelled cannot cancel it any more
-                task = asyncio.get_running_loop().create_task(self._carry_out(key, outcome, start))
+            running = self._running.get(key)
+            if running is None:
+                running = self._running[key] = _Running(abandoned)
+                running.outcome.set_running_or_notify_cancel()  # who is cancelled cannot cancel it any more
+                task = asyncio.get_running_loop().create_task(self._carry_out(key, running, start))
                 self._tasks.add(task)  # a loop keeps weak references only
                 task.add_done_callback(self._drop)
-        return await asyncio.wrap_future(outcome)
+            running.waiting += 1
+        try:
+            outcome: T = await asyncio.wrap_future(running.outcome)
+            return outcome
+        finally:
+            self._leave(key, running)
 
     def running(self) -> int:
         """How many calls have no outcome yet."""
         with self._lock:
             return len(self._running)
 
-    async def _carry_out(self, key: Hashable, outcome: Future[T], start: Callable[[], Awaitable[T]]) -> None:
+    async def _carry_out(self, key: Hashable, running: _Running, start: Callable[[], Awaitable[T]]) -> None:
         try:
             result = await start()
         except asyncio.CancelledError:
-            self._end(key)
-            outcome.set_exception(RuntimeError("the call that this one shares was cancelled"))
+            self._end(key, running)
+            running.outcome.set_exception(RuntimeError("the call that this one shares was cancelled"))
             raise
         except BaseException as error:
-            self._end(key)
-            outcome.set_exception(error)
+            self._end(key, running)
+            running.outcome.set_exception(error)
             if not isinstance(error, Exception):
                 raise
         else:
-            self._end(key)
-            outcome.set_result(result)
+            self._end(key, running)
+            running.outcome.set_result(result)
 
-    def _end(self, key: Hashable) -> None:
+    def _leave(self, key: Hashable, running: _Running) -> None:
         with self._lock:
+            running.waiting -= 1
+            if running.waiting or running.outcome.done() or running.abandoned is None:
+                return
+            self._forget(key, running)
+        running.abandoned()
+
+    def _end(self, key: Hashable, running: _Running) -> None:
+        with self._lock:
+            self._forget(key, running)
+
+    def _forget(self, key: Hashable, running: _Running) -> None:
+        if self._running.get(key) is running:
             del self._running[key]
 
     def _drop(self, task: asyncio.Task[None]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Mapping
 
 import ray
 
@@ -10,13 +13,20 @@ from placement.errors import InvalidDeployment
 from placement.runtime.state import Owner
 from placement.wire.deployment import Deployment
 
+JOBS_SECONDS = 0.2
+"""How old what is known of jobs may be: Ray tells of all at once, also of those that ended long ago."""
+SUPERVISOR = "_ray_internal_job_actor_{}", "SUPERVISOR_ACTOR_RAY_NAMESPACE"
+"""Name and namespace of the actor that stands for a submitted job, and ends with it (Ray 2.60,
+``dashboard/modules/job/common.py``, which cannot be imported everywhere)."""
+
 
 def owner_of(wanted: Deployment, caller: Mapping[str, str] | None) -> Owner | None:
     """The owner of a deployment that somebody asks for; ``None`` if it is to outlive everybody.
 
     Args:
         wanted: what is declared.
-        caller: who asks, as :class:`placement.Client` says it: ``job``, ``actor`` and ``owner_actor``, ids in hex.
+        caller: who asks, as :class:`placement.Client` says it: ``job``, ``actor`` and ``owner_actor``, ids in hex;
+            ``submission``.
 
     Raises:
         InvalidDeployment: the declaration names an owner that is not known here.
@@ -31,26 +41,55 @@ def owner_of(wanted: Deployment, caller: Mapping[str, str] | None) -> Owner | No
         if not said.get("job"):
             problem = "owner: job needs to know whose; ask by placement.Client, or say owner: detached"
             raise InvalidDeployment(where, (problem,))
-        return {"kind": "job", "job": said["job"]}
+        return {"kind": "job", **{name: said[name] for name in ("job", "submission") if said.get(name)}}
+    return asker_of(said)
+
+
+def asker_of(caller: Mapping[str, str] | None) -> Owner:
+    """Who asks, in the terms of an owner."""
+    said = caller or {}
     return {"kind": "caller", **{name: said[name] for name in ("job", "actor") if said.get(name)}}
 
 
 def has_ended(owner: Owner) -> bool:
-    """Whether a job or an actor is no more, as the GCS knows; one that it does not know has ended."""
-    return _is_dead_actor(owner["actor"]) if owner["kind"] == "actor" else _is_dead_job(owner["job"])
+    """Whether a job or an actor is no more, as the GCS knows; one that it does not know has ended.
+
+    An actor is asked for itself: a detached one outlives its job. A submitted job is all its drivers, and the actor
+    that runs its command. Of whom nothing is known, it is not known that he has ended.
+    """
+    if "actor" in owner:
+        known = ray._private.state.state.actor_table(owner["actor"])
+        return not known or known["State"] == "DEAD"
+    if "job" not in owner or owner["job"] in _jobs.running():
+        return False
+    return "submission" not in owner or not _is_submitted(owner["submission"])
 
 
-def waits_in_vain(caller: Mapping[str, str]) -> bool:
-    """Whether a call that waits is of no use to anybody: its caller is no more, or the actor for which it is."""
-    actors = [caller[name] for name in ("actor", "owner_actor") if caller.get(name)]
-    return any(map(_is_dead_actor, actors)) or ("job" in caller and _is_dead_job(caller["job"]))
+class _Jobs:
+    """Ids of the Ray jobs that have not ended. Thread-safe."""
+
+    def __init__(self, read: Callable[[], list[dict[str, object]]]) -> None:
+        self._read = read
+        self._lock = threading.Lock()
+        self._running: frozenset[str] = frozenset()
+        self._read_at = float("-inf")
+
+    def running(self) -> frozenset[str]:
+        """As they were some tenths of a second ago, at most."""
+        with self._lock:
+            if (now := time.monotonic()) - self._read_at > JOBS_SECONDS:
+                self._running = frozenset(str(row["JobID"]) for row in self._read() if not row["IsDead"])
+                self._read_at = now
+            return self._running
 
 
-def _is_dead_actor(actor: str) -> bool:
-    known = ray._private.state.state.actor_table(actor)
-    return not known or known["State"] == "DEAD"
+_jobs = _Jobs(lambda: ray._private.state.state.job_table())
 
 
-def _is_dead_job(job: str) -> bool:
-    jobs = {row["JobID"]: row for row in ray._private.state.state.job_table()}
-    return job not in jobs or bool(jobs[job]["IsDead"])
+def _is_submitted(submission: str) -> bool:
+    """Whether the actor that runs the command of a submitted job is there."""
+    name, namespace = SUPERVISOR
+    with contextlib.suppress(ValueError):
+        ray.get_actor(name.format(submission), namespace=namespace)
+        return True
+    return False

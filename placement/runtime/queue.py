@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Generic, TypeVar
@@ -18,8 +18,9 @@ from placement.errors import LeaseExpired, ReservationFailed, Unplaceable
 from placement.runtime.actions import AUTOSCALER
 from placement.runtime.autoscaler import NO_AUTOSCALER
 from placement.runtime.demand import Asked, Demand, Need, State, needs_of
+from placement.runtime.owners import has_ended
 from placement.runtime.reconciler import Reconciler
-from placement.runtime.state import DeploymentState
+from placement.runtime.state import DeploymentState, Owner
 from placement.runtime.turns import Turns
 from placement.wire.deployment import Deployment
 from placement.wire.plans import request_unchecked
@@ -35,7 +36,7 @@ class Ticket(Generic[T]):
     Args:
         wanted: the deployment that it is about.
         do: what it waits to do; raises ``Unplaceable`` or ``ReservationFailed`` while there is no room.
-        caller: who waits: ids of a job and perhaps of an actor of it; nobody in particular, if it is empty.
+        needed_by: who asks, and whose it is to be: once one of these has ended, nobody has a use for it.
 
     Attributes:
         since: when it came, in seconds since 1970.
@@ -43,14 +44,20 @@ class Ticket(Generic[T]):
     """
 
     def __init__(
-        self, wanted: Deployment, do: Callable[[], T], caller: Mapping[str, str] | None = None
+        self, wanted: Deployment, do: Callable[[], T], needed_by: Iterable[Owner | None] = ()
     ) -> None:
         self.wanted, self.name, self.since = wanted, wanted.name, time.time()
-        self.caller = dict(caller or {})
         self.outcome: Future[T] = Future()
+        self._needed_by = [owner for owner in needed_by if owner is not None]
         self._do = do
-        self._lock = threading.Lock()
+        self._trying = threading.Lock()
+        self._ending = threading.Lock()
         self._refusal: Exception | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is not tried any more."""
+        return self.outcome.done()
 
     def attempt(self) -> T:
         """Does it, if there is room.
@@ -58,7 +65,7 @@ class Ticket(Generic[T]):
         Raises:
             Unplaceable, ReservationFailed: there is none. Any other error ends it.
         """
-        with self._lock:
+        with self._trying:
             if self.outcome.done():
                 return self.outcome.result()
             try:
@@ -67,31 +74,40 @@ class Ticket(Generic[T]):
                 self._refusal = refusal
                 raise
             except BaseException as error:
-                self.outcome.set_exception(error)
+                self.end(error)
                 raise
-            self.outcome.set_result(result)
+            with self._ending:
+                if not self.outcome.done():
+                    self.outcome.set_result(result)
             return result
 
     def refuse(self, why: Exception) -> None:
         """Notes why there is still no room."""
         self._refusal = why
 
-    def give_up(self, why: Exception) -> None:
-        """It is not tried any more: nobody waits for it."""
-        if not self._lock.acquire(blocking=False):
-            return  # it is being tried; there will be another time
-        try:
-            if not self.outcome.done():
-                self.outcome.set_exception(why)
-        finally:
-            self._lock.release()
-
     def result(self) -> T:
         """What it came to; why there was no room, if it is still waiting. It is not tried any more then."""
-        with self._lock:
-            if not self.outcome.done():
-                self.outcome.set_exception(self._refusal or TimeoutError())
+        if not self.is_over:
+            with self._trying:
+                self.end()
         return self.outcome.result()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """It is not tried any more; does not wait for an attempt that is under way.
+
+        Args:
+            error: why, if that is not that there was no room.
+        """
+        with self._ending:
+            if not self.outcome.done():
+                self.outcome.set_exception(
+                    error or self._refusal or TimeoutError(f"{self.name!r} was given up")
+                )
+
+    def end_if_for_nobody(self) -> None:
+        """Ends it if who asked for it, or whose it was to be, has ended."""
+        if not self.is_over and any(has_ended(owner) for owner in self._needed_by):
+            self.end(LeaseExpired(self.name, "who asked for it, or was to own it, has ended"))
 
 
 class Tickets:
@@ -162,7 +178,15 @@ class WaitingQueue:
                 attempt(one.name)
                 continue
             with contextlib.suppress(Exception):  # who waits for it is told
+                one.end_if_for_nobody()
                 one.attempt()
+
+    def end_what_is_for_nobody(self) -> None:
+        """Ends the calls of which who waits has ended."""
+        for ticket in self.tickets.all():
+            ticket.end_if_for_nobody()
+            if ticket.is_over:
+                self.tickets.remove(ticket)
 
     def _promising(self) -> list[Waiting]:
         """Of what waits, that of which something can be done now, oldest first; the rest is told why not.
@@ -282,17 +306,6 @@ class WaitingQueue:
         """The same, of what is worth more than a look each second: what came or went, and what comes for it."""
         unknown = self._fleet.machines.unknown_nodes(self._cluster.nodes_lately()) if self._needs else None
         return self._state.queue_version, self.tickets.version, self.demand.version, unknown
-
-    def end_abandoned(self, has_ended: Callable[[Mapping[str, str]], bool]) -> None:
-        """Gives up calls of which the caller is no more."""
-        seen: dict[frozenset[tuple[str, str]], bool] = {}
-        for ticket in self.tickets.all():
-            if ticket.caller:
-                caller = frozenset(ticket.caller.items())
-                if caller not in seen:
-                    seen[caller] = has_ended(ticket.caller)
-                if seen[caller]:
-                    ticket.give_up(LeaseExpired(ticket.name, "its caller has ended"))
 
 
 def _without(snapshot: Snapshot, unknown: Collection[str]) -> Snapshot:

@@ -230,18 +230,27 @@ class Reconciler:
         Raises:
             UnknownNode: its constraints name a node that is not there, and are new.
         """
-        desired, observed = self.seen(work.wanted, snapshot, work.strict)
+        desired, observed = self.seen(work.wanted, snapshot, work.strict, lent=work.lending is not None)
         if work.wanted.deployment.policy is Policy.FRAGMENTATION:
             snapshot = snapshot.changed((), mix_of(snapshot, [one.deployment for one in self.state.all()]))
         return reconcile(desired, observed, snapshot, atomic=work.atomic, may_wait=work.may_wait)
 
     def seen(
-        self, wanted: DeploymentState, snapshot: Snapshot, strict: bool = False
+        self, wanted: DeploymentState, snapshot: Snapshot, strict: bool = False, lent: bool = False
     ) -> tuple[Desired, dict[int, Observed]]:
-        """A deployment in the terms of :mod:`placement.core.reconcile`. Under the lock."""
+        """A deployment in the terms of :mod:`placement.core.reconcile`. Under the lock.
+
+        Args:
+            wanted: the deployment.
+            snapshot: the cluster.
+            strict: nodes that its constraints name must be there.
+            lent: the owner of its groups is there to create those that are missing.
+        """
         deployment, name = wanted.deployment, wanted.name
         indices: Sequence[int] = range(deployment.replicas)
-        if wanted.given_up or (wanted.is_lease and wanted.replicas):  # what is lost of it is not placed anew
+        if wanted.given_up or (
+            wanted.is_lease and wanted.replicas and not lent
+        ):  # what is lost of it is not placed anew
             indices = [
                 index
                 for index, one in sorted(wanted.replicas.items())

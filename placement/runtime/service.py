@@ -27,7 +27,7 @@ from placement.runtime.discovery import NodeInfo
 from placement.runtime.keeper import Keeper
 from placement.runtime.leases import Lending, Loan
 from placement.runtime.outcomes import Outcomes, Queues
-from placement.runtime.owners import owner_of
+from placement.runtime.owners import asker_of, owner_of
 from placement.runtime.queue import Ticket
 from placement.runtime.results import PlacementResult
 from placement.runtime.state import Owner
@@ -43,6 +43,11 @@ WATCH_SECONDS = 60.0
 """The longest that one watcher waits: one that has died is not noticed before."""
 MOST_SECONDS = 24 * 3600.0
 """The longest that one call waits."""
+
+KEPT_SECONDS = 10.0
+"""How long it is known what a lease came to whose caller was too late."""
+BY_CLIENT = "use `placement.Client().place`, which does that"
+ONE_BY_ONE = "give them to `placement.Client().place` one by one, which does that"
 
 DeploymentLike = Deployment | Mapping[str, Any]
 Limits = PlacementConstraints | Mapping[str, Any] | None
@@ -112,34 +117,39 @@ class DeploymentPlacementActor:
             Unplaceable: it fits nowhere now: ``NoGpuNodes``, ``NotEnoughGpus``, ``NoEgressNodes`` or
                 ``NotEnoughEgress``.
             ReservationFailed: others kept taking the GPUs. In every case nothing of it stays reserved.
+            LeaseExpired: an actor is to own it, which has ended.
             Busy: too many calls wait already.
+
+        Who waits and ends, or cancels the call, waits no more: nothing is placed for him later.
         """
         wanted = parse(deployment, constraints)
         owner = self._owner(wanted, caller)
-
-        async def begin() -> PlacementResult:
-            ticket = Ticket(wanted, lambda: self._controller.place(wanted, owner), caller)
-            return await self._wait_for(ticket, wait_seconds)
-
-        return await self._outcomes.share(
-            ("place", wanted.model_dump_json(), wait_seconds, owner_key(owner)), begin
-        )
+        asker = asker_of(caller)
+        ticket = Ticket(wanted, lambda: self._controller.place(wanted, owner), (owner, asker))
+        # Of several who wait for the same, each has a ticket, which ends with him.
+        waits = (wait_seconds, owner_key(asker)) if wait_seconds > 0 else ()
+        key = "place", wanted.model_dump_json(), owner_key(owner), waits
+        return await self._outcomes.share(key, lambda: self._wait_for(ticket, wait_seconds), ticket.end)
 
     async def _wait_for(self, ticket: Ticket[PlacementResult], wait_seconds: float) -> PlacementResult:
-        """Tries it now, and again in its turn for as long as there is time."""
+        """Tries it now, and again in its turn for as long as there is time, and nobody ends it."""
         end = time.monotonic() + min(max(wait_seconds, 0.0), MOST_SECONDS)
+        tickets = self._controller.queue.tickets
         try:
-            async with self._queues.turn(ticket.name):
-                return await self._in(self._changes, ticket.attempt)
-        except (Unplaceable, ReservationFailed):
-            if time.monotonic() >= end:
-                raise
-        self._controller.queue.tickets.add(ticket)
-        try:
+            try:
+                async with self._queues.turn(ticket.name):
+                    return await self._in(self._changes, ticket.attempt)
+            except (Unplaceable, ReservationFailed):
+                if time.monotonic() >= end or ticket.is_over:
+                    raise
+            tickets.add(ticket)
             left = max(0.0, end - time.monotonic())
-            await asyncio.wait([asyncio.wrap_future(ticket.outcome)], timeout=left)
+            await asyncio.wait([over(ticket.outcome)], timeout=left)
+        except asyncio.CancelledError:
+            ticket.end()
+            raise
         finally:
-            self._controller.queue.tickets.remove(ticket)
+            tickets.remove(ticket)
         return await self._in(self._reads, ticket.result)
 
     async def apply(
@@ -199,7 +209,7 @@ class DeploymentPlacementActor:
             UnknownNode, Unplaceable, ReservationFailed, UnreadableRecord: as :meth:`apply`, if it is atomic.
         """
         wanted = [parse(one, None) for one in deployments]
-        owners = {one.name: self._owner(one, caller) for one in wanted}
+        owners = {one.name: self._owner(one, caller, ONE_BY_ONE) for one in wanted}
         return await self._in(self._changes, self._controller.apply_all, wanted, atomic, owners)
 
     async def release(self, name: str) -> int:
@@ -263,12 +273,22 @@ class DeploymentPlacementActor:
         wanted = parse(deployment, constraints).model_copy(update={"owner": "caller"})
         lending = Lending(wanted.name)
         owner = owner_of(wanted, caller)
-        ticket = Ticket(wanted, lambda: self._controller.place(wanted, owner, lending), caller)
+        ticket = Ticket(wanted, lambda: self._controller.place(wanted, owner, lending), (owner,))
         outcome: Future[PlacementResult] = Future()
         task = asyncio.ensure_future(self._wait_for(ticket, wait_seconds))
-        task.add_done_callback(lambda done: _hand_on(done, outcome))
+        task.add_done_callback(lambda done: self._lent(lending, done, outcome))
         lending.begin(outcome)
-        return await self._next(lending)
+        self._lendings[lending.id] = lending
+        try:
+            return await self._next(lending)
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+
+    def _lent(self, lending: Lending, done: Awaitable[Any], outcome: Future[PlacementResult]) -> None:
+        """It is over; who has yet to ask what it came to may do so for a while."""
+        _hand_on(done, outcome)
+        asyncio.get_running_loop().call_later(KEPT_SECONDS, self._lendings.pop, lending.id, None)
 
     async def confirm(self, loan_id: str, group_id: str) -> Loan | PlacementResult:
         """Says that the group of a loan is there, by its id in hex; empty if it could not be had.
@@ -292,16 +312,11 @@ class DeploymentPlacementActor:
             lending.end()
 
     async def _next(self, lending: Lending, group_id: str | None = None) -> Loan | PlacementResult:
-        self._lendings[lending.id] = lending
         try:
-            step = await lending.step(group_id)
+            return await lending.step(group_id)
         except BaseException:
-            self._lendings.pop(lending.id, None)
             lending.end()
             raise
-        if not isinstance(step, Loan):
-            self._lendings.pop(lending.id, None)
-        return step
 
     # -- what only looks -----------------------------------------------------------------------------
 
@@ -444,12 +459,9 @@ class DeploymentPlacementActor:
     async def _in(self, pool: ThreadPoolExecutor, do: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, do, *args)
 
-    def _owner(self, wanted: Deployment, caller: Caller) -> Owner | None:
+    def _owner(self, wanted: Deployment, caller: Caller, instead: str = BY_CLIENT) -> Owner | None:
         if wanted.owner == "caller":
-            problem = (
-                "owner: caller: its own process creates the placement groups, which `placement.Client().place` does; "
-                "use that, or say owner: detached"
-            )
+            problem = f"owner: caller: its own process creates the placement groups; {instead}, or say owner: detached"
             raise InvalidDeployment(f"deployment {wanted.name!r}", (problem,))
         return owner_of(wanted, caller)
 
@@ -472,6 +484,13 @@ def parse(deployment: DeploymentLike, constraints: Any) -> Deployment:
 def owner_key(owner: Owner | None) -> tuple[tuple[str, str], ...]:
     """An owner, so that it can be compared."""
     return tuple(sorted((owner or {}).items()))
+
+
+def over(outcome: Future[Any]) -> asyncio.Future[Any]:
+    """The end of something, to be waited for; what it came to is asked for elsewhere."""
+    waiting = asyncio.wrap_future(outcome)
+    waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return waiting
 
 
 def _hand_on(done: Awaitable[Any], outcome: Future[PlacementResult]) -> None:

@@ -21,7 +21,18 @@ from placement.core.lifecycle import HOLDING, State
 from placement.core.score import WHOLE
 from placement.core.topology import Topology
 from placement.errors import DeploymentConflict, ReservationFailed, UnknownDeployment, Unplaceable
-from placement.runtime import asking, controller, discovery, faults, fleet, groups, keeper, ledger, observed
+from placement.runtime import (
+    asking,
+    controller,
+    discovery,
+    faults,
+    fleet,
+    groups,
+    keeper,
+    ledger,
+    observed,
+    queue,
+)  # fmt: skip
 from placement.runtime.asking import Asked
 from placement.runtime.controller import Controller
 from placement.runtime.discovery import NodeInfo
@@ -389,6 +400,9 @@ def make_believe(ray: Ray) -> Iterator[None]:
             (groups, "remove_group", lambda group, ready=False: ray.groups.pop(group.id.hex(), None)),
             (groups, "live_groups", ray.live),
             (groups, "is_gone", lambda group_id: group_id not in ray.groups),
+            (controller, "has_ended", lambda owner: False),
+            (queue, "has_ended", lambda owner: False),
+            (keeper, "has_ended", lambda owner: False),
         ):
             stack.enter_context(mock.patch.object(where, name, instead))
         yield

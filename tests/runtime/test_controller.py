@@ -19,6 +19,7 @@ from placement.errors import (
     UnknownDeployment,
     UnknownNode,
 )
+from placement.runtime import controller, queue
 from placement.runtime.keeper import Keeper
 from placement.runtime.queue import Ticket
 from placement.runtime.service import parse
@@ -308,7 +309,7 @@ def wanted(service: DirectService) -> list[str]:
 
 def ticket_for(service: DirectService, declared: dict[str, Any], **caller: str) -> Ticket[Any]:
     """A call that waits."""
-    ticket = Ticket(parse(declared, None), lambda: service.place(declared), caller)
+    ticket = Ticket(parse(declared, None), lambda: service.place(declared), [caller] if caller else ())
     with pytest.raises(NotEnoughGpus):
         ticket.attempt()
     service.queue.tickets.add(ticket)
@@ -366,19 +367,19 @@ def test_a_node_actor_that_is_asked_what_there_is_does_not_go_before_it_has_answ
 
 
 def test_what_a_call_asks_for_ends_with_it_and_a_call_with_its_caller(
-    outside: Ray, service: DirectService
+    outside: Ray, service: DirectService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patient = ticket_for(service, one("patient", gpus=8), job="02000000")
     gone = ticket_for(service, one("gone", gpus=8), job="01000000")
     nobody = ticket_for(service, one("nobody", gpus=8))
     service.queue.try_all(service.reconcile)
     assert wanted(service) == ["patient:0:0", "gone:0:0", "nobody:0:0"]
-    service.queue.end_abandoned(lambda caller: caller["job"] == "01000000")
+    monkeypatch.setattr(queue, "has_ended", lambda caller: caller["job"] == "01000000")
+    service.queue.end_what_is_for_nobody()
     assert [ticket.outcome.done() for ticket in (patient, gone, nobody)] == [False, True, False]
-    with pytest.raises(LeaseExpired, match="its caller has ended"):
+    with pytest.raises(LeaseExpired, match="has ended"):
         gone.result()
-    for ticket in (gone, nobody):
-        service.queue.tickets.remove(ticket)
+    service.queue.tickets.remove(nobody)
     service.queue.ask_for_nodes()
     assert wanted(service) == ["patient:0:0"]
 
@@ -416,3 +417,88 @@ def test_a_call_that_waits_is_tried_only_when_there_is_room_or_its_name_is_taken
     a_while_passes(service)
     with pytest.raises(DeploymentConflict):
         ticket.result()
+
+
+CALLER: Owner = {"kind": "caller", "job": "01000000"}
+OTHER: Owner = {"kind": "caller", "job": "02000000"}
+
+
+def place_for(service: DirectService, owner: Owner | None, /, **fields: Any) -> Any:
+    return DirectService.__mro__[1].place(service, parse(one(**fields), None), owner)  # type: ignore[attr-defined]
+
+
+def apply_for(service: DirectService, owner: Owner | None, /, **fields: Any) -> Any:
+    return DirectService.__mro__[1].apply(service, parse(one(**fields), None), False, owner)  # type: ignore[attr-defined]
+
+
+def test_whose_owner_has_ended_makes_room_for_who_asks_before_anybody_has_noticed(
+    outside: Ray, service: DirectService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place_for(service, CALLER, gpus=4)
+    with pytest.raises(DeploymentConflict):
+        place_for(service, OTHER, gpus=4)
+    monkeypatch.setattr(controller, "has_ended", lambda owner: owner == CALLER)
+    place_for(service, OTHER, gpus=4)
+    assert (service.state.deployments["a"].owner, len(outside.groups)) == (OTHER, 1)
+    assert told(service)[-3:] == [(None, "ended"), (0, "released"), (0, "placed")]
+
+
+def test_what_the_owner_of_a_lease_has_removed_is_not_what_he_gets_when_he_asks_again(
+    outside: Ray, service: DirectService
+) -> None:
+    place_for(service, CALLER, gpus=2)
+    [first] = outside.groups
+    outside.groups.clear()
+    [again] = place_for(service, CALLER, gpus=2).assignments
+    assert again.placement_group.id.hex() in outside.groups.keys() - {first}
+
+
+def test_a_lease_ends_with_its_time_and_is_nobodys_to_change_by_apply(
+    outside: Ray, service: DirectService
+) -> None:
+    place_for(service, CALLER, gpus=2, ttl_seconds=60)
+    for owner in (None, CALLER, OTHER):
+        with pytest.raises(DeploymentConflict, match="owner"):
+            apply_for(service, owner, gpus=1)
+    expires = service.state.deployments["a"].expires_at
+    assert expires is not None
+    a_while_passes_at(service, expires - 1, set())
+    assert service.state.names() == ("a",)
+    a_while_passes_at(service, expires + 1, set())
+    assert service.state.names() == () and not outside.groups
+
+
+def test_whose_it_is_and_for_how_long_is_as_it_was_declared_last(
+    outside: Ray, service: DirectService
+) -> None:
+    job: Owner = {"kind": "job", "job": "01000000"}
+    apply_for(service, job, owner="job")
+    apply_for(service, {**job, "job": "02000000"}, owner="job")
+    a_while_passes_at(service, 0.0, {"01000000"})
+    known = service.state.deployments["a"]
+    assert (known.owner, known.generation) == ({**job, "job": "02000000"}, 1)
+    assert json.loads(outside.store[b"deployment/a"])["owner"] == known.owner
+    apply_for(service, None, ttl_seconds=60)
+    a_while_passes_at(service, 0.0, {"02000000"})
+    expires = service.state.deployments["a"].expires_at
+    assert expires is not None
+    apply_for(service, None)
+    a_while_passes_at(service, expires + 1, set())
+    assert service.state.names() == ("a",)
+    assert len(outside.groups) == 1, "the replica has stayed"
+
+
+def test_a_call_that_was_ended_while_it_was_tried_is_not_tried_again(service: DirectService) -> None:
+    tried = []
+
+    def do() -> None:
+        tried.append(1)
+        ticket.end()
+        raise NotEnoughGpus("a", "too few", {}, "wait")
+
+    ticket = Ticket(parse(one(), None), do)
+    for _ in range(2):
+        with pytest.raises((NotEnoughGpus, TimeoutError)):
+            ticket.attempt()
+    assert tried == [1]
+    assert ticket.is_over

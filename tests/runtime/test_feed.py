@@ -277,7 +277,7 @@ def test_a_thousand_wait_and_none_misses_an_event_or_hears_it_twice() -> None:
         tasks = [asyncio.create_task(follow(log, one, len(one or names))) for one in some]
         threads = threading.active_count()
         await all_wait(log, 1000)
-        assert threading.active_count() == threads
+        assert threading.active_count() <= threads
         with ThreadPoolExecutor(4) as pool:
             adders = [asyncio.wrap_future(pool.submit(add, thread)) for thread in range(4)]
             found = await asyncio.gather(*tasks)
