@@ -166,7 +166,7 @@ def test_turns_come_in_order_one_at_a_time_and_names_do_not_wait_for_each_other(
         async with queues.turn("d"):
             tasks = [asyncio.create_task(change(index)) for index in range(1000)]
             await turns()
-            assert (order, threading.active_count()) == ([], threads)
+            assert order == [] and threading.active_count() <= threads
             async with queues.turn("other"):
                 assert sorted(queues.names()) == ["d", "other"]
         await asyncio.gather(*tasks)
