@@ -30,6 +30,7 @@ MACHINES = [
     machine_of(None, 4),
     replace(machine_of(topologies.facts("a100-pcie-4x"), 4), lost=frozenset({1})),
     machine_of(topologies.facts("a100-mig-4x"), 13),
+    replace(machine_of(topologies.facts("a100-pcie-4x"), 4), capability=(9, 0)),
 ]
 REQUESTS = [
     Request("d", (0,), Needs(1)),
@@ -38,6 +39,7 @@ REQUESTS = [
     Request("d", (0,), Needs(1), policy=Policy.PACK, accelerators=("A100",)),
     Request("d", (0,), Needs(1), policy=Policy.FRAGMENTATION),
     Request("d", (0,), Needs(1), labels={"rack": "r1"}, apart_from=("a",)),
+    Request("d", (0,), Needs(1), compute_capability=(8, 5)),
     Request("d", (0,), Needs(2), gpu_nodes=("n0", "n3")),
     Request("d", (0, 1), Needs(1), provider="openai", key="k", egress=3),
 ]
@@ -287,3 +289,17 @@ def test_a_snapshot_that_was_handed_out_stays_as_it_is(cluster: Cluster) -> None
     for policy in (Policy.TOPOLOGY, Policy.FRAGMENTATION):
         chosen = [plan(one, replace(request, policy=policy)) for one in (before, after, before)]
         assert [one.replicas[0].node_id for one in chosen] == ["n0", "n1", "n0"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("resource", ["GPU", "CPU", "memory", "egress", "egress_openai"])
+def test_all_that_counts_of_what_ray_says_is_free_is_followed(resource: str) -> None:
+    full = {"GPU": 4.0, "CPU": 8.0, "memory": float(1 << 30), "egress": 10.0, "egress_openai": 4.0}
+    info = NodeInfo("n", "n", "a", 4, {}, {"egress": 10, "egress_openai": 4}, 8000, 1 << 30)
+    cluster = Cluster(infos={"n": info}, available={"n": full})
+    cluster.tell()
+    before = cluster.view.snapshot()
+    cluster.available = {"n": {**full, resource: 1.0}}
+    cluster.tell()
+    after = cluster.view.snapshot()
+    assert after.nodes != before.nodes
+    same(after, cluster.anew(0.25, frozenset()))
