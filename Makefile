@@ -40,10 +40,11 @@ format: .venv/stamp ## mend what `make lint` can mend
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: .venv/stamp ## measure what placing costs, what the choice is worth, and how planning grows
+bench: .venv/stamp ## measure what placing costs, what the choice is worth, and how planning and the service grow
 	@$(BIN)/python -m benchmarks.place $(ARGS)
 	@$(BIN)/python -m benchmarks.choice
 	@$(BIN)/python -m benchmarks.plan
+	@$(BIN)/python -m benchmarks.scale
 
 wheel: .venv/stamp ## build dist/placement-*.whl
 	@rm -rf dist

@@ -89,6 +89,7 @@ class ObservedCluster:
             self._books_at = now
         self._view.update_nodes(nodes, self.draining)
         self._view.touch(self._fleet.machines.take_changed())
+        lag_seconds += now - self._books_at
         return overlaid(self._view.snapshot(lag_seconds, believed), full or {}, avoided)
 
     def look(self) -> tuple[Snapshot, dict[str, HeldDeployment]]:

@@ -7,6 +7,7 @@ blocks (Ray's own calls) runs in threads, of which reads, releases and placement
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import time
 import warnings
@@ -73,6 +74,7 @@ class DeploymentPlacementActor:
         # The threads below may block, and do nothing else.
         os.environ["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"] = "0"
         self._controller = Controller(make_agent, near, idle_seconds)
+        gc.freeze()  # what was restored stays; to look through it again and again would cost each answer
         self._reads = ThreadPoolExecutor(READERS, "read")
         self._releases = ThreadPoolExecutor(RELEASERS, "release")
         self._changes = ThreadPoolExecutor(CHANGERS, "change")
