@@ -292,9 +292,9 @@ class Controller:
                 raise UnknownDeployment(name, self.state.names())
             if known.deployment.ttl_seconds is None:
                 return None
-            later = known.renewed(known.owner)
-            self.actions.commit(later)
-            return later.expires_at
+            expires_at = time.time() + known.deployment.ttl_seconds
+            self.actions.commit(replace(known, expires_at=expires_at))
+            return expires_at
 
     # -- one deployment --------------------------------------------------------------------------------
 
@@ -315,10 +315,14 @@ class Controller:
 
     def _forget_gone(self, lease: DeploymentState) -> None:
         """Forgets of a lease what its owner has removed, or what ended with him; in its turn."""
-        gone = {i for i, replica in lease.replicas.items() if groups.is_gone(replica.group_id)}
-        if gone:
-            self.reconciler.gone |= {(lease.name, index) for index in gone}
+        gone = _lost_groups(lease)
+        if not gone and lease.replicas:
+            return
+        self.reconciler.gone |= gone
+        try:
             self._reconcile(lease.name, patient=False)
+        finally:
+            self.reconciler.gone -= gone
 
     def _require_readable(self, name: str) -> None:
         record = self.state.unreadable.get(name)
@@ -351,7 +355,7 @@ class Controller:
         known = self.state.get(name)
         if known is None:
             return
-        if known.releasing:
+        if known.releasing or (known.is_lease and not known.replicas):
             self._release(name)
             return
         self.reconciler.bring_about(Work(known, known, patient=patient))
@@ -440,7 +444,8 @@ class Controller:
             ended = one.owner is not None and has_ended(one.owner)
             expired = one.expires_at is not None and one.expires_at <= now
             if one.is_lease and not ended and not expired:
-                if any(groups.is_gone(replica.group_id) for replica in one.replicas.values()):
+                # The latter, if its end was cut off.
+                if _lost_groups(one) or not one.replicas:
                     with self.turns.sole(one.name, wait=False) as mine:
                         if mine and self.state.get(one.name) is one:
                             self._forget_gone(one)
@@ -510,8 +515,8 @@ class Controller:
                 later = self.actions.release(later, surplus)
             if later is not one:
                 self.actions.note(later)
-                if later.is_lease and not later.replicas:
-                    self._release(one.name)
+            if later.is_lease and not later.replicas:
+                self._release(one.name)
         self.sweeper.begin(live)
 
 
@@ -524,6 +529,11 @@ def _new(wanted: Deployment, owner: Owner | None) -> DeploymentState:
 def _expiry(wanted: Deployment) -> float | None:
     """When it ends, if it is declared now and nobody renews it."""
     return None if wanted.ttl_seconds is None else time.time() + wanted.ttl_seconds
+
+
+def _lost_groups(lease: DeploymentState) -> set[str]:
+    """The ids of the groups of a lease that are not there any more."""
+    return {one.group_id for one in lease.replicas.values() if groups.is_gone(one.group_id)}
 
 
 def _others(known: DeploymentState, owner: Owner | None) -> DeploymentConflict:

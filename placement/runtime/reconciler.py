@@ -94,7 +94,7 @@ class Reconciler:
         feed: who wants to know of it.
 
     Attributes:
-        gone: (deployment, replica) of those whose placement group is not there any more.
+        gone: ids of placement groups that are not there any more although a deployment has them.
         outlook: what is asked of the autoscaler for replicas that wait, or why nothing is: the ends of their reasons.
     """
 
@@ -102,7 +102,7 @@ class Reconciler:
         self, state: ServiceState, cluster: ObservedCluster, fleet: Fleet, actions: Actions, feed: Feed
     ) -> None:
         self.state, self.cluster, self.fleet, self.actions, self.feed = state, cluster, fleet, actions, feed
-        self.gone: set[tuple[str, int]] = set()
+        self.gone: set[str] = set()
         self.outlook: Callable[[Request, Sequence[int]], Mapping[int, str]] = lambda request, indices: {}
 
     def bring_about(self, work: Work) -> DeploymentState:
@@ -254,14 +254,14 @@ class Reconciler:
             indices = [
                 index
                 for index, one in sorted(wanted.replicas.items())
-                if (name, index) not in self.gone and all(snapshot.bit(part.node) for part in one.parts)
+                if one.group_id not in self.gone and all(snapshot.bit(part.node) for part in one.parts)
             ]
         if strict:
             request_of(deployment, (), {}, snapshot)
         request = request_unchecked(deployment, indices, {}, self.state.keeping_apart(name))
         before = {generation: request_unchecked(one, (), {}) for generation, one in wanted.earlier.items()}
         observed = {
-            index: Observed(one.planned(), before.get(one.generation, request), (name, index) in self.gone)
+            index: Observed(one.planned(), before.get(one.generation, request), one.group_id in self.gone)
             for index, one in wanted.replicas.items()
         }
         return Desired(request, gang=deployment.gang), observed
@@ -270,11 +270,11 @@ class Reconciler:
         """Gives back what is left of replicas that lost a node, or their group."""
         declared_anew = work.known is not None and work.known is not work.wanted
         for index in indices:
+            self.gone.discard(work.wanted.replicas[index].group_id)
             partly, reason = self.actions.drop(work.wanted, index, alive)
             work.wanted = work.wanted.lost(index, partly, reason)
             if declared_anew and work.known is not None:
                 work.known = work.known.lost(index, partly, reason)
-            self.gone.discard((work.wanted.name, index))
         if not declared_anew:
             work.known = work.durable = work.wanted
         if work.known is not None:

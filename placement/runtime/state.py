@@ -189,6 +189,7 @@ class DeploymentState:
             reasons={i: reason for i, reason in self.reasons.items() if i in waits},
             expires_at=None if wanted.ttl_seconds is None else time.time() + wanted.ttl_seconds,
             given_up=False,
+            waiting_since=None if self.given_up else self.waiting_since,
         )._tidied()
 
     def renewed(self, owner: Owner | None) -> DeploymentState:
@@ -197,7 +198,8 @@ class DeploymentState:
         expires_at = None if ttl is None else time.time() + ttl
         if (self.owner, self.expires_at, self.given_up) == (owner, expires_at, False):
             return self
-        return replace(self, owner=owner, expires_at=expires_at, given_up=False)
+        since = None if self.given_up else self.waiting_since
+        return replace(self, owner=owner, expires_at=expires_at, given_up=False, waiting_since=since)
 
     def kept(self, indices: Iterable[int]) -> DeploymentState:
         """The same with replicas that satisfy the present declaration counted as its own."""
@@ -243,8 +245,9 @@ class DeploymentState:
         if index >= self.deployment.replicas:
             del states[index]
             return self._only(states, (index,))
+        since = None if self.is_lease else self.waiting_since or time.time()
         later = self._only(states, (index,))
-        return replace(later, reasons={**later.reasons, index: reason})
+        return replace(later, reasons={**later.reasons, index: reason}, waiting_since=since)
 
     def _only(self, states: Mapping[int, State], gone: Collection[int]) -> DeploymentState:
         return replace(
@@ -264,11 +267,13 @@ class DeploymentState:
         return replace(self, states=states, reasons=dict(sorted(reasons.items())), waiting_since=since)
 
     def _tidied(self) -> DeploymentState:
-        """Without the declarations that no replica is of any more."""
+        """Without the declarations that no replica is of any more; it waits since never if nothing of it waits."""
         used = {one.generation for one in self.replicas.values()} - {self.generation}
-        if used == self.earlier.keys():
+        since = self.waiting_since if self.reasons else None
+        if used == self.earlier.keys() and since == self.waiting_since:
             return self
-        return replace(self, earlier={g: one for g, one in self.earlier.items() if g in used})
+        earlier = {g: one for g, one in self.earlier.items() if g in used}
+        return replace(self, earlier=earlier, waiting_since=since)
 
     # -- in the ledger -------------------------------------------------------------------------------
 
@@ -340,7 +345,7 @@ class DeploymentState:
             given_up=record.get("given_up", False),
         )
         why = dict.fromkeys(state.unfinished(), "not tried since the service restarted")
-        return state.pending(why, time.time())
+        return replace(state, reasons=why) if state.is_lease else state.pending(why, time.time())
 
 
 def _declaration(one: Deployment) -> dict[str, Any]:

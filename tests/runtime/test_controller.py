@@ -22,6 +22,7 @@ from placement.errors import (
 from placement.runtime import controller, queue
 from placement.runtime.keeper import Keeper
 from placement.runtime.queue import Ticket
+from placement.runtime.reconciler import Work
 from placement.runtime.service import parse
 from placement.runtime.state import Owner
 from tests.properties.test_service import AtOnce, DirectService, Group, NoAutoscaler, Ray, make_believe
@@ -502,3 +503,93 @@ def test_a_call_that_was_ended_while_it_was_tried_is_not_tried_again(service: Di
             ticket.attempt()
     assert tried == [1]
     assert ticket.is_over
+
+
+def test_a_lease_of_which_the_end_was_cut_off_is_forgotten(outside: Ray, service: DirectService) -> None:
+    """Its record without replicas is written, and then the service dies, or the store does not answer."""
+    caller: Owner = {"kind": "caller", "job": "01000000"}
+    DirectService.__mro__[1].place(service, parse(one(gpus=2), None), caller)  # type: ignore[attr-defined]
+    outside.groups.clear()
+    service.reconciler.gone = {service.state.deployments["a"].replicas[0].group_id}
+    service.reconciler.bring_about(Work(service.state.deployments["a"], service.state.deployments["a"]))
+    assert not json.loads(outside.store[b"deployment/a"])["replicas"]
+    a_while_passes_at(service, 0.0, set())
+    assert service.state.names() == ()
+    service.apply(one(gpus=2))
+
+
+def test_a_record_of_a_lease_without_replicas_is_dropped_at_the_start(
+    outside: Ray, service: DirectService
+) -> None:
+    caller: Owner = {"kind": "caller", "job": "01000000"}
+    DirectService.__mro__[1].place(service, parse(one(gpus=2), None), caller)  # type: ignore[attr-defined]
+    record = json.loads(outside.store[b"deployment/a"])
+    outside.groups.clear()
+    outside.store[b"deployment/a"] = json.dumps({**record, "replicas": []}).encode()
+    assert DirectService().state.names() == ()
+
+
+def test_what_was_seen_of_a_lease_that_is_gone_says_nothing_of_the_next_of_its_name(
+    outside: Ray, service: DirectService
+) -> None:
+    caller: Owner = {"kind": "caller", "job": "01000000"}
+    DirectService.__mro__[1].place(service, parse(one(gpus=2), None), caller)  # type: ignore[attr-defined]
+    outside.groups.clear()
+    with service.turns.sole("a"):  # somebody is about to release it
+        a_while_passes_at(service, 0.0, set())
+    service.release("a")
+    service.place(one(gpus=2))
+    service.reconcile("a")
+    assert placed(service) == {0: 2}
+    assert [a.placement_group.id.hex() for a in service.get("a").assignments] == list(outside.groups)
+
+
+def test_what_was_given_up_has_all_its_time_before_it_when_it_is_applied_again(
+    outside: Ray, service: DirectService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    declared = one(gpus=3, replicas=2, deadline_seconds=60)
+    service.apply(declared)
+    began = service.state.deployments["a"].declared_at
+    monkeypatch.setattr("placement.runtime.reconciler.time.time", lambda: began + 100)
+    a_while_passes_at(service, began + 100, set())
+    assert service.state.deployments["a"].given_up
+    service.apply(declared)
+    a_while_passes_at(service, began + 101, set())
+    assert service.state.queue() == ["a"]
+    a_while_passes_at(service, began + 161, set())
+    service.apply(one(gpus=3, replicas=3, deadline_seconds=60))
+    a_while_passes_at(service, began + 159, set())
+    assert service.state.queue() == ["a"]
+
+
+@pytest.mark.parametrize("again", [{"replicas": 1, "gpus": 3}, {"replicas": 2, "gpus": 2}])
+def test_what_does_not_wait_any_more_is_not_given_up(
+    again: dict[str, Any], outside: Ray, service: DirectService
+) -> None:
+    """It is declared with fewer replicas, or as it was placed before."""
+    before = {**again, "replicas": 1} if again["gpus"] == 3 else again
+    service.place(one(**before))
+    outside.take(Group("", 900), "x", range(4), WHOLE, 0)
+    service.apply(one(gpus=3, replicas=2, deadline_seconds=60))
+    assert service.state.deployments["a"].waiting_since
+    service.apply(one(**again, deadline_seconds=60))
+    known = service.state.deployments["a"]
+    assert (known.unfinished(), known.waiting_since) == ([], None)
+    assert json.loads(outside.store[b"deployment/a"])["waiting_since"] is None
+    a_while_passes_at(service, known.declared_at + 100, set())
+    assert not service.state.deployments["a"].given_up
+
+
+def test_renewing_does_not_try_again_what_was_given_up(service: DirectService) -> None:
+    service.apply(one(gpus=3, replicas=2, deadline_seconds=60, ttl_seconds=1000))
+    a_while_passes_at(service, service.state.deployments["a"].declared_at + 100, set())
+    assert service.renew("a") == service.state.deployments["a"].expires_at
+    assert service.state.deployments["a"].given_up
+
+
+def test_a_lost_replica_has_its_place_in_the_queue_from_then_on(outside: Ray, service: DirectService) -> None:
+    service.apply(one(gpus=2))
+    outside.groups.clear()
+    known = DirectService().state.deployments["a"]
+    assert known.waiting_since is not None
+    assert known.waiting_since == json.loads(outside.store[b"deployment/a"])["waiting_since"]
