@@ -49,14 +49,19 @@ SHAPES: st.SearchStrategy[dict[str, Any]] = st.one_of(
         },
     ),
 )
+TERMS: st.SearchStrategy[dict[str, Any]] = st.sampled_from(
+    ({}, {}, {}, {"gang": True}, {"deadline_seconds": 900}, {"ttl_seconds": 1800})
+)
+"""How it waits and ends: for so long that in the soak it hardly ever does."""
 ASKED = st.builds(
-    lambda method, name, shape, replicas: Call(
-        method, name, (*sorted(shape.items()), ("replicas", replicas))
+    lambda method, name, shape, replicas, terms: Call(
+        method, name, (*sorted({**shape, **terms}.items()), ("replicas", replicas))
     ),
     st.sampled_from(("place", "apply")),
     NAMES,
     SHAPES,
     st.integers(1, 3),
+    TERMS,
 )
 CALLS = st.one_of(ASKED, ASKED, st.builds(Call, st.just("release"), NAMES))
 

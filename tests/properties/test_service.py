@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -20,7 +21,14 @@ from hypothesis.stateful import initialize, invariant, rule
 from placement.core.lifecycle import HOLDING, State
 from placement.core.score import WHOLE
 from placement.core.topology import Topology
-from placement.errors import DeploymentConflict, ReservationFailed, UnknownDeployment, Unplaceable
+from placement.errors import (
+    DeploymentConflict,
+    LeaseExpired,
+    PartlyApplied,
+    ReservationFailed,
+    UnknownDeployment,
+    Unplaceable,
+)
 from placement.runtime import (
     asking,
     controller,
@@ -32,7 +40,7 @@ from placement.runtime import (
     ledger,
     observed,
     queue,
-)  # fmt: skip
+)
 from placement.runtime.asking import Asked
 from placement.runtime.controller import Controller
 from placement.runtime.discovery import NodeInfo
@@ -40,11 +48,14 @@ from placement.runtime.groups import LiveGroup
 from placement.runtime.keeper import Keeper
 from placement.runtime.needs import Need
 from placement.runtime.orders import Holding, Machine, Refusal, order_of_group
+from placement.runtime.owners import owner_of
+from placement.runtime.queue import Ticket
 from placement.runtime.results import NodeAssignment, PlacementResult
 from placement.runtime.service import parse
 from placement.runtime.state import Claim
 from placement.wire.plans import ExplainedPlan, PlacementPlan
-from tests.rules import CALLS, NAMES, SHAPES, Call, Rules
+from tests.properties import consistent
+from tests.rules import ASKED, CALLS, NAMES, SHAPES, TERMS, Call, Rules
 
 GPUS = 4
 EGRESS = 8
@@ -67,12 +78,14 @@ class Group:
     Attributes:
         held: node -> GPU -> thousandths.
         egress: node -> units.
+        job: whose process created it, and with which it ends; nobody's, if empty.
     """
 
     name: str
     number: int
     held: dict[str, dict[int, int]] = field(default_factory=dict)
     egress: Counter[str] = field(default_factory=Counter)
+    job: str = ""
 
     @property
     def id(self) -> Any:
@@ -91,6 +104,8 @@ class Ray:
         store_fails: the next write of a record fails: ``"before"`` or ``"after"`` it was written.
         meanwhile: what happens in the middle of the next reservation.
         under_way: how many reservations are.
+        ended: jobs that are no more.
+        now: seconds since 1970.
     """
 
     nodes: set[str] = field(default_factory=set)
@@ -106,6 +121,21 @@ class Ray:
     under_way: int = 0
     kill_at: str = ""
     store_fails: str = ""
+    ended: set[str] = field(default_factory=set)
+    now: float = 1_000_000.0
+    ticks: Iterator[int] = field(default_factory=itertools.count)
+
+    def time(self) -> float:
+        """Grows with each call, so that it can be seen what was first."""
+        return self.now + next(self.ticks) / 1024
+
+    def end_job(self, job: str) -> None:
+        """A job ends, and its groups with it."""
+        self.ended.add(job)
+        self.groups = type(self.groups)({text: one for text, one in self.groups.items() if one.job != job})
+
+    def has_ended(self, owner: Mapping[str, str]) -> bool:
+        return owner.get("job") in self.ended
 
     def put(self, key: bytes, value: bytes, overwrite: bool, namespace: bytes) -> None:
         with self._write(key):
@@ -229,12 +259,12 @@ class Fleet(fleet.Fleet):
         undisturbed = not self._ray.meanwhile and not self._ray.under_way
         self._ray.under_way += 1
         try:
-            return self._reserve(claim, undisturbed)
+            return self._reserve(claim, undisturbed, create)
         finally:
             self._ray.under_way -= 1
 
     def _reserve(
-        self, claim: Claim, undisturbed: bool
+        self, claim: Claim, undisturbed: bool, create: Any
     ) -> tuple[list[tuple[str, NodeAssignment]], list[Refusal]]:
         ray = self._ray
         made: dict[int, Group] = {}
@@ -252,7 +282,14 @@ class Fleet(fleet.Fleet):
                 late = Group(group.name, next(ray.numbers))
                 ray.late.append(lambda late=late, part=part, units=units: self._late(late, part, units))
                 return reserved, [Refusal(part.node_id, part.node_id, 1, "no answer", full=True, room=0)]
+            if create is not None:
+                faults.point("service.lent")
+                group.job = create(group.name, [], [part.node_id]) or ""
+                if not group.job:
+                    return reserved, [Refusal(part.node_id, part.node_id, 1, "its caller made none")]
             got = ray.take(group, part.node_id, part.gpus, part.share, units)
+            if create is not None:
+                faults.point("service.group_created")
             if got is None:
                 assert not undisturbed, "the plan was made with room that is not there"
                 return reserved, [Refusal(part.node_id, part.node_id, 1, "too few", full=True, room=0)]
@@ -288,11 +325,12 @@ SHAPE = Topology.unknown(GPUS)
 
 OTHERS = st.sampled_from(({}, {}, {"apart_from": ["a"]}, {"apart_from": ["b", "c"]}, {"near_to": ["b"]}))
 DECLARED = st.builds(
-    lambda name, shape, others, replicas, budget: {
-        "name": name, "model": "m", "replicas": replicas, "budget": {"requests_per_minute": budget}, **shape,
+    lambda name, shape, others, replicas, budget, terms: {
+        "name": name, "model": "m", "replicas": replicas, "budget": {"requests_per_minute": budget},
+        **shape, **terms,
         "constraints": {kind: [one for one in named if one != name] for kind, named in others.items()},
     },
-    NAMES, SHAPES, OTHERS, st.integers(1, 3), st.integers(1, 2),
+    NAMES, SHAPES, OTHERS, st.integers(1, 3), st.integers(1, 2), TERMS,
 )  # fmt: skip
 
 
@@ -317,11 +355,13 @@ class DirectService(Controller):
     def __init__(self) -> None:
         super().__init__(lambda info: None)
 
-    def place(self, deployment: Any, constraints: Any = None) -> PlacementResult:  # type: ignore[override]
-        return super().place(parse(deployment, constraints))
+    def place(self, deployment: Any, caller: Any = None, lending: Any = None) -> PlacementResult:  # type: ignore[override]
+        wanted = parse(deployment, None)
+        return super().place(wanted, owner_of(wanted, caller), lending)
 
-    def apply(self, deployment: Any, constraints: Any = None, atomic: bool = False) -> PlacementResult:  # type: ignore[override]
-        return super().apply(parse(deployment, constraints), atomic)
+    def apply(self, deployment: Any, atomic: bool = False, caller: Any = None) -> PlacementResult:  # type: ignore[override]
+        wanted = parse(deployment, None)
+        return super().apply(wanted, atomic, owner_of(wanted, caller))
 
     def apply_all(self, deployments: Sequence[Any], atomic: bool = False) -> list[PlacementResult]:  # type: ignore[override]
         return super().apply_all([parse(one, None) for one in deployments], atomic)
@@ -340,6 +380,21 @@ class DirectService(Controller):
 
     def events(self, name: str, since: int = 0) -> list[dict[str, Any]]:  # type: ignore[override]
         return [one.to_dict() for one in super().events(name, since)]
+
+
+@dataclass
+class Borrower:
+    """A caller that creates the groups itself, so many of them, and has gone then."""
+
+    job: str
+    left: int
+    is_over: bool = False
+
+    def create(self, name: str, bundles: list[dict[str, float]], nodes: list[str]) -> str | None:
+        """Whose group it is; ``None`` if there is none."""
+        self.left -= 1
+        self.is_over = self.is_over or self.left < 0
+        return None if self.is_over else self.job
 
 
 class NoAutoscaler:
@@ -395,14 +450,14 @@ def make_believe(ray: Ray) -> Iterator[None]:
             (observed, "BOOKS_SECONDS", -1.0),
             (keeper, "live_node_ids", lambda: frozenset(ray.nodes)),
             (keeper, "draining_nodes", frozenset),
+            (keeper, "has_ended", ray.has_ended),
             (groups, "available_resources", ray.available),
             (groups, "group_from_hex", ray.group),
             (groups, "remove_group", lambda group, ready=False: ray.groups.pop(group.id.hex(), None)),
             (groups, "live_groups", ray.live),
             (groups, "is_gone", lambda group_id: group_id not in ray.groups),
-            (controller, "has_ended", lambda owner: False),
-            (queue, "has_ended", lambda owner: False),
-            (keeper, "has_ended", lambda owner: False),
+            (controller, "has_ended", ray.has_ended),
+            (queue, "has_ended", ray.has_ended),
         ):
             stack.enter_context(mock.patch.object(where, name, instead))
         yield
@@ -418,8 +473,11 @@ class Service(Rules):
         self.others: list[str] = []
         self.born = nodes
         self.caller_dies = False
-        self.patched = make_believe(self.ray)
-        self.patched.__enter__()
+        self.jobs = ["job-0", "job-1"]
+        self.tickets: list[Ticket[PlacementResult]] = []
+        self.patched = ExitStack()
+        self.patched.enter_context(make_believe(self.ray))
+        self.patched.enter_context(mock.patch.object(time, "time", self.ray.time))
         self.kill_the_service()
 
     def teardown(self) -> None:
@@ -429,12 +487,15 @@ class Service(Rules):
             self.ray.refusals, self.ray.lates, self.ray.kill_at, self.ray.store_fails = 0, 0, "", ""
             self.ray.meanwhile.clear()
             self.what_was_late_is_done()
-            self.ray.nodes |= {f"spare{i}" for i in range(12)}
+            self.ray.nodes |= {f"spare{i}" for i in range(24)}
             for _ in range(2):
                 self.time_passes()
+            assert not self.tickets
             for name, standing in self.service.state.deployments.items():
                 limits = standing.deployment.constraints
                 if limits and limits.near_to:  # who is to be near another may wait for it for ever
+                    continue
+                if standing.given_up or standing.is_lease:
                     continue
                 assert not standing.unfinished(), (name, standing.reasons)
                 assert set(standing.states.values()) <= {State.PLACED}
@@ -448,13 +509,13 @@ class Service(Rules):
                 sorted(self.ray.store) == [b"event numbers", b"token"] and not self.service.actions.unwritten
             )
         finally:
-            self.patched.__exit__(None, None, None)
+            self.patched.close()
 
     def clients_send(self, calls: Sequence[Call]) -> None:
         for call in calls:
             self.send(call)
 
-    def send(self, call: Call, in_the_middle: bool = False) -> None:
+    def send(self, call: Call, in_the_middle: bool = False, **more: Any) -> None:
         """An answer, an honest refusal, or a death; the dead service is started anew and asked again, as Ray does."""
         if call.name in self.service.turns.names():
             return  # it would wait for its turn, and here nothing goes on beside it
@@ -462,9 +523,12 @@ class Service(Rules):
         held = None if before is None else len(before.replicas)
         for _ in range(3):
             try:
-                result = getattr(self.service, call.method)(call.argument())
+                result = getattr(self.service, call.method)(call.argument(), **more)
             except (Unplaceable, ReservationFailed, DeploymentConflict):
                 assert call.method != "release"
+                return
+            except LeaseExpired:
+                assert more["lending"].is_over
                 return
             except StoreFailed:
                 return
@@ -475,7 +539,7 @@ class Service(Rules):
                 if in_the_middle:
                     raise  # what it is in the middle of is cut off, too
                 self.kill_the_service()
-                if self.caller_dies:
+                if self.caller_dies or "lending" in more:
                     self.caller_dies = False
                     return
             else:
@@ -491,11 +555,14 @@ class Service(Rules):
         self.ray.kill_at = step
 
     def kill_the_service(self) -> None:
-        try:
-            self.service = DirectService()
-        except StoreFailed:  # it is started anew, until it can take up what stood
-            self.service = DirectService()
+        while True:
+            try:
+                self.service = DirectService()
+                break
+            except (StoreFailed, Killed):  # it is started anew, until it can take up what stood
+                continue
         self.keeper = Keeper(self.service, AtOnce())
+        self.tickets.clear()  # they are gone with it
 
     def a_node_ends(self, pick: int) -> bool:
         if not self.ray.nodes:
@@ -532,10 +599,135 @@ class Service(Rules):
 
     def time_passes(self) -> None:
         self.keeper._tried_with = None
+        undisturbed = self.nothing_goes_wrong()
         try:
             self.keeper.look()
+        except StoreFailed:  # the keeper notes it, and looks again
+            undisturbed = False
         except Killed:
             self.kill_the_service()
+            return
+        for ticket in [one for one in self.tickets if one.outcome.done()]:
+            self.service.queue.tickets.remove(ticket)
+            self.tickets.remove(ticket)
+            if ticket.outcome.exception() is None:
+                assert not ticket.outcome.result().pending
+        if undisturbed:
+            self.all_that_is_over_has_ended()
+
+    def nothing_goes_wrong(self) -> bool:
+        """Whether every call of the service will do what it is to."""
+        ray = self.ray
+        return not (ray.meanwhile or ray.refusals or ray.lates or ray.kill_at or ray.store_fails)
+
+    def all_that_is_over_has_ended(self) -> None:
+        for one in self.service.state.all():
+            if one.is_lease:
+                assert one.replicas and all(r.group_id in self.ray.groups for r in one.replicas.values())
+            else:
+                assert one.owner is None or one.owner["job"] not in self.ray.ended
+            assert one.expires_at is None or one.expires_at > self.ray.now
+            deadline = one.deployment.deadline_seconds
+            assert deadline is None or not one.reasons or one.given_up or (
+                one.waiting_since is not None and self.ray.now - one.waiting_since <= deadline
+            )  # fmt: skip
+            assert not one.given_up or one.reasons
+        for ticket in self.tickets:
+            assert not any(owner["job"] in self.ray.ended for owner in ticket._needed_by)
+
+    @rule(call=ASKED, slot=st.integers(0, 1))
+    def a_job_asks(self, call: Call, slot: int) -> None:
+        """What it gets ends with it."""
+        asked = replace(call, fields=(*call.fields, ("owner", "job")))
+        self.tried["a job asks"] += 1
+        self.send(asked, caller={"job": self.jobs[slot]})
+
+    @rule(call=ASKED, slot=st.integers(0, 1), makes=st.integers(0, 5))
+    def a_job_borrows(self, call: Call, slot: int, makes: int) -> None:
+        """It creates the groups itself; now and then it has gone before it has made them all."""
+        asked = replace(call, method="place", fields=(*call.fields, ("owner", "caller")))
+        job, lending = {"job": self.jobs[slot]}, Borrower(self.jobs[slot], makes)
+        self.tried["a job borrows"] += 1
+        self.send(asked, caller=job, lending=lending)
+
+    @rule(slot=st.integers(0, 1))
+    def a_job_ends(self, slot: int) -> None:
+        self.ray.end_job(self.jobs[slot])
+        self.jobs[slot] = f"job-{slot}-{next(self.ray.numbers)}"
+
+    @rule(slot=st.integers(0, 1), pick=st.integers(0, 9))
+    def a_job_removes_a_group_of_its_own(self, slot: int, pick: int) -> None:
+        own = sorted(text for text, one in self.ray.groups.items() if one.job == self.jobs[slot])
+        if own:
+            del self.ray.groups[own[pick % len(own)]]
+
+    @rule(name=NAMES)
+    def somebody_renews(self, name: str) -> None:
+        if name in self.service.turns.names():
+            return
+        known = self.service.state.get(name)
+        if self.ray.meanwhile:
+            return
+        try:
+            until = self.service.renew(name)
+        except UnknownDeployment:
+            assert known is None or known.releasing
+        except StoreFailed:
+            return
+        except Killed:
+            self.kill_the_service()
+        else:
+            assert known is not None
+            seconds = known.deployment.ttl_seconds
+            assert until == self.service.state.deployments[name].expires_at
+            assert (until is None) == (seconds is None)
+            assert until is None or seconds is None or until >= self.ray.now + seconds
+
+    @rule(call=ASKED, slot=st.integers(0, 1))
+    def a_call_waits(self, call: Call, slot: int) -> None:
+        """It is tried at once, and then in its turn."""
+        if self.ray.meanwhile:
+            return
+        service, asked = self.service, call.argument()
+        ticket = Ticket(
+            parse(asked, None), lambda: service.place(asked), [{"kind": "caller", "job": self.jobs[slot]}]
+        )
+        try:
+            ticket.attempt()
+        except (Unplaceable, ReservationFailed):
+            self.tried["a call waits"] += 1
+            service.queue.tickets.add(ticket)
+            self.tickets.append(ticket)
+        except Killed:
+            self.kill_the_service()
+        except (StoreFailed, DeploymentConflict):
+            pass
+
+    @rule(pick=st.integers(0, 9))
+    def a_call_gives_up(self, pick: int) -> None:
+        if self.tickets:
+            ticket = self.tickets.pop(pick % len(self.tickets))
+            self.service.queue.tickets.remove(ticket)
+            with pytest.raises((Unplaceable, ReservationFailed)):
+                ticket.result()
+
+    @rule(seconds=st.sampled_from((10, 901, 1801)))
+    def much_time_passes(self, seconds: float) -> None:
+        self.ray.now += seconds
+        self.time_passes()
+
+    @rule()
+    def what_has_room_is_placed(self) -> None:
+        """After two looks in which nothing goes wrong there is nothing to do but to wait."""
+        if not self.nothing_goes_wrong() or self.ray.late or self.ray.in_doubt:
+            return
+        self.time_passes()
+        self.time_passes()
+        for name in self.service.state.queue():
+            one = self.service.state.deployments[name]
+            assert not one.releasing
+            planned = self.service.plan(one.deployment)
+            assert sorted(planned.pending) == sorted(one.reasons), (name, one.reasons)
 
     @rule(times=st.integers(1, 7))
     def nodes_refuse(self, times: int) -> None:
@@ -573,7 +765,9 @@ class Service(Rules):
     @rule(declared=st.lists(DECLARED, min_size=1, max_size=4), atomic=st.booleans())
     def several_are_applied_together(self, declared: list[dict[str, Any]], atomic: bool) -> None:
         """What a dry run says just before is what happens, if nothing else does."""
-        quiet = self.nothing_else_happens()
+        quiet = self.nothing_else_happens() and not any(
+            (known := self.service.state.get(one["name"])) is not None and known.is_lease for one in declared
+        )
         try:
             planned = self.service.plan_all(declared, atomic)
         except Unplaceable:
@@ -583,6 +777,8 @@ class Service(Rules):
         except (Unplaceable, ReservationFailed):
             assert atomic
             assert not quiet or planned is None, "a dry run promised what cannot be"
+        except (PartlyApplied, DeploymentConflict):
+            assert not quiet
         except StoreFailed:
             assert not quiet
         except Killed:
@@ -601,7 +797,7 @@ class Service(Rules):
         known = [a for one in self.service.state.deployments.values() for a in one.assignments()]
         ours = {a.placement_group.id.hex() for a in known}
         return (
-            not (ray.meanwhile or ray.refusals or ray.lates or ray.kill_at or ray.store_fails)
+            self.nothing_goes_wrong()
             and set(ray.groups) - {"f"} == ours
             and {a.node for a in known} <= ray.nodes
         )
@@ -651,6 +847,11 @@ class Service(Rules):
                 assert held == set(self.service.state.holdings(node)), "a node actor has other books"
         for node in self.ray.nodes:
             assert min(self.ray.rests(node).values()) >= 0 and self.ray.egress_left(node) >= 0
+        for one in standing.values():
+            consistent.check_state(one)
+        consistent.check_indices(self.service)
+        consistent.check_ledger(self.service, recorded)
+        consistent.check_snapshot(self.service)
 
 
 TestService = Service.TestCase

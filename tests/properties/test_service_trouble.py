@@ -3,7 +3,6 @@ calls from several threads at once."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import threading
@@ -27,11 +26,9 @@ from placement.runtime.results import NodeAssignment
 from placement.runtime.state import Claim
 from tests.properties import test_service
 from tests.properties.test_service import (
-    AtOnce,
     DirectService,
     Fleet,
     Group,
-    Killed,
     Ray,
     Service,
     StoreFailed,
@@ -106,22 +103,12 @@ class Trouble(Service):
             for patch in self.patches[::-1]:
                 patch.__exit__(None, None, None)
 
-    def kill_the_service(self) -> None:
-        while True:
-            try:
-                self.service = DirectService()
-                break
-            except (StoreFailed, Killed):
-                continue  # it is started anew, until it can take up what stood
-        self.keeper = Keeper(self.service, AtOnce())
-
-    def time_passes(self) -> None:
-        with contextlib.suppress(StoreFailed):  # the keeper notes it, and looks again
-            super().time_passes()
+    def nothing_goes_wrong(self) -> bool:
+        return super().nothing_goes_wrong() and not self.ray.failures
 
     def nothing_else_happens(self) -> bool:
         known = self.service.cluster.draining == self.ray.draining
-        return super().nothing_else_happens() and not self.ray.failures and known
+        return super().nothing_else_happens() and known
 
     @rule(failures=st.lists(WHEN, min_size=2, max_size=6))
     def the_store_fails_several_times(self, failures: list[str]) -> None:
