@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -432,32 +433,40 @@ class Controller:
                     del self._ended_at[name]
                     self._ended.pop(name, None)
 
-    def end_what_is_over(self, has_ended: Callable[[Owner], bool], now: float) -> None:
+    def end_what_is_over(
+        self,
+        has_ended: Callable[[Owner], bool],
+        now: float,
+        begin: Callable[[str, Callable[[], None]], object] = lambda name, do: do(),
+    ) -> None:
         """Releases what outlived its owner or its time; gives up what has waited for longer than it wants.
 
         Args:
             has_ended: whether an owner is no more.
             now: seconds since 1970.
+            begin: does something to a deployment that takes as long as its nodes take to answer.
         """
         self.queue.end_what_is_for_nobody()
         for one in self.state.temporary():
             ended = one.owner is not None and has_ended(one.owner)
             expired = one.expires_at is not None and one.expires_at <= now
-            if one.is_lease and not ended and not expired:
-                # The latter, if its end was cut off.
-                if _lost_groups(one) or not one.replicas:
-                    with self.turns.sole(one.name, wait=False) as mine:
-                        if mine and self.state.get(one.name) is one:
-                            self._forget_gone(one)
-                continue
             late = (
                 one.deployment.deadline_seconds is not None
                 and one.waiting_since is not None
                 and now - one.waiting_since > one.deployment.deadline_seconds
                 and not one.given_up
+                and not one.is_lease
             )
             if ended or expired or late:
-                self._end(one.name, OWNER_ENDED if ended else "its time is over" if expired else "")
+                why = OWNER_ENDED if ended else "its time is over" if expired else ""
+                begin(one.name, partial(self._end, one.name, why))
+            elif one.is_lease and (not one.replicas or _lost_groups(one)):  # if its end was cut off, or is
+                begin(one.name, partial(self._end_gone, one))
+
+    def _end_gone(self, lease: DeploymentState) -> None:
+        with self.turns.sole(lease.name, wait=False) as mine:
+            if mine and self.state.get(lease.name) is lease:
+                self._forget_gone(lease)
 
     def _end(self, name: str, why: str) -> None:
         with self.turns.sole(name, wait=False) as mine:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 from placement.runtime.discovery import draining_nodes, live_node_ids
@@ -74,8 +76,7 @@ class Keeper:
             self._alive = alive
         self._reconciling = {name: one for name, one in self._reconciling.items() if not one.done()}
         for name in controller.stranded(alive):
-            if name not in self._reconciling:
-                self._reconciling[name] = self._reconcilers.submit(self._reconcile, name)
+            self._begin(name, partial(controller.reconcile, name))
         if self._trying is None or self._trying.done():
             now = alive, controller.cluster.draining, controller.queue.depends_on()
             if now != self._tried_with or time.monotonic() - self._tried_at > RETRY_SECONDS:
@@ -86,7 +87,7 @@ class Keeper:
             controller.sweeper.sweep()
         else:
             controller.sweeper.sweep_again()
-        controller.end_what_is_over(has_ended, time.time())
+        controller.end_what_is_over(has_ended, time.time(), self._begin)
         controller.rest()
 
     def glance(self) -> None:
@@ -116,8 +117,16 @@ class Keeper:
         self._tried_at = time.monotonic()
         self._tried_for = self._tried_at - began
 
+    def _begin(self, name: str, do: Callable[[], None]) -> None:
+        """Begins to do something to a deployment, unless something is being done already."""
+        if name not in self._reconciling:
+            self._reconciling[name] = self._reconcilers.submit(self._do, name, do)
+
     def _reconcile(self, name: str) -> None:
+        self._do(name, partial(self._controller.reconcile, name))
+
+    def _do(self, name: str, do: Callable[[], None]) -> None:
         try:
-            self._controller.reconcile(name)
+            do()
         except Exception:
             logger.exception("%r could not be brought to what is declared; trying again", name)

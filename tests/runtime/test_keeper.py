@@ -22,6 +22,8 @@ class Controller:
         self.lost: list[str] = []
         self.pending: list[str] = []
         self.reconciled: list[str] = []
+        self.over: list[str] = []
+        self.ended: list[str] = []
         self.forgot: list[frozenset[str]] = []
         self.changed_at = 0.0
         self.asked = 0
@@ -58,7 +60,11 @@ class Controller:
     def news(self) -> object:
         return self.came
 
-    def end_what_is_over(self, has_ended: object, now: float) -> None: ...
+    def end_what_is_over(
+        self, has_ended: object, now: float, begin: Callable[[str, Callable[[], None]], None]
+    ) -> None:
+        for name in self.over:
+            begin(name, lambda name=name: self.ended.append(name))  # type: ignore[misc]
 
     def write_again(self) -> None: ...
 
@@ -138,6 +144,18 @@ def test_what_cannot_be_reconciled_keeps_nobody_else_waiting(controller: Control
     looks.look()
     reconcilers.go()
     assert controller.reconciled[4:] == ["broken", "lost"]
+
+
+def test_what_outlived_its_owner_is_ended_beside_the_looks_once(controller: Controller) -> None:
+    """Its node may not answer."""
+    reconcilers = Later()
+    looks = Keeper(controller, reconcilers)  # type: ignore[arg-type]
+    controller.over = ["a", "b"]
+    for _ in range(3):
+        looks.look()
+    assert controller.ended == []
+    reconcilers.go()
+    assert controller.ended == ["a", "b"]
 
 
 def test_what_is_known_of_a_node_goes_with_it(controller: Controller) -> None:
