@@ -422,8 +422,10 @@ class Controller:
 
     def rest(self) -> None:
         """Ends the actors of nodes that hold nothing, so that they can be scaled down; forgets what nobody asks for."""
+        awaited = self.queue.awaited_nodes()
         for node_id in self.fleet.agents.idle(self.idle_seconds):
-            if not self.state.holds(node_id) and not self.fleet.machines.is_asked(node_id):
+            in_use = self.state.holds(node_id) or node_id in awaited
+            if not in_use and not self.fleet.machines.is_asked(node_id):
                 self.fleet.agents.rest(node_id, self.idle_seconds)
         now = time.monotonic()
         for name in [name for name, at in self._ended_at.copy().items() if now - at > ENDED_SECONDS]:

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,12 @@ RETRY_SECONDS = 5.0
 RECONCILERS = 8
 """How many deployments are placed anew at a time after a node's death, where node actors may have to be started."""
 
+ATTEMPTS = 32
+"""How much of what waits is tried at a time."""
+
+ATTEMPT_SECONDS = 1.0
+"""How long it is waited for one that is tried before the next is: its node may hang. Room is claimed within that."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -33,13 +39,15 @@ class Keeper:
 
     Args:
         controller: what it has do that.
-        reconcilers: where this goes on, so that no look waits for it.
+        reconcilers: where this goes on, so that no look waits for it; in threads, if it is left out.
     """
 
     def __init__(self, controller: Controller, reconcilers: Executor | None = None) -> None:
         self._controller = controller
         self._reconcilers = reconcilers or ThreadPoolExecutor(RECONCILERS + 1, "reconciler")
+        self._triers = reconcilers or ThreadPoolExecutor(ATTEMPTS, "waiting")
         self._reconciling: dict[str, Future[None]] = {}
+        self._attempts: dict[str, Future[None]] = {}
         self._trying: Future[None] | None = None
         self._tried_at = float("-inf")
         self._tried_for = 0.0
@@ -111,7 +119,7 @@ class Keeper:
         """Tries what waits, one after the other."""
         began = time.monotonic()
         try:
-            self._controller.queue.try_all(self._reconcile)
+            self._controller.queue.try_all(self._reconcile, self._attempt)
         except Exception:
             logger.exception("what waits could not be tried; trying again")
         self._tried_at = time.monotonic()
@@ -121,6 +129,13 @@ class Keeper:
         """Begins to do something to a deployment, unless something is being done already."""
         if name not in self._reconciling:
             self._reconciling[name] = self._reconcilers.submit(self._do, name, do)
+
+    def _attempt(self, name: str, do: Callable[[], None]) -> None:
+        """Has one be tried that waits, unless it is being tried already; what comes next does not wait for it long."""
+        self._attempts = {other: one for other, one in self._attempts.items() if not one.done()}
+        if name not in self._attempts:
+            self._attempts[name] = self._triers.submit(do)
+            wait([self._attempts[name]], ATTEMPT_SECONDS)
 
     def _reconcile(self, name: str) -> None:
         self._do(name, partial(self._controller.reconcile, name))

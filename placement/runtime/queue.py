@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Generic, TypeVar
 
 from placement.core.planner import Shortfall, attempt
@@ -167,19 +168,20 @@ class WaitingQueue:
         self._needs: dict[str, Need | str] = {}
         reconciler.outlook = self.outlook
 
-    def try_all(self, attempt: Callable[[str], None]) -> None:
+    def try_all(
+        self,
+        attempt: Callable[[str], None],
+        begin: Callable[[str, Callable[[], None]], None] = lambda name, do: do(),
+    ) -> None:
         """Tries all that waits for room, the oldest first, with one look at the cluster.
 
         Args:
             attempt: reconciles a deployment for which there seems to be room.
+            begin: does what is to be done for one of that name; it need not wait until that is done.
         """
         for one in self._promising():
-            if isinstance(one, DeploymentState):
-                attempt(one.name)
-                continue
-            with contextlib.suppress(Exception):  # who waits for it is told
-                one.end_if_for_nobody()
-                one.attempt()
+            do = partial(attempt, one.name) if isinstance(one, DeploymentState) else partial(_try, one)
+            begin(one.name, do)
 
     def end_what_is_for_nobody(self) -> None:
         """Ends the calls of which who waits has ended."""
@@ -203,12 +205,15 @@ class WaitingQueue:
         machines.refresh(nodes, patience_seconds=0.0)
         unknown = machines.unknown_nodes(nodes)
         with self._state.lock:
+            # What is being tried has claimed its room, and would find none beside it.
+            busy = self._turns.names()
             snapshot = self._cluster.snapshot(nodes)
-            found, waiting = self._look_at(self._in_turn(names, tickets), snapshot)
+            queue = [one for one in self._in_turn(names, tickets) if one.name not in busy]
+            found, waiting = self._look_at(queue, snapshot)
         decided = admit(waiting, snapshot)
         # What a node has that has not said so yet is nothing to wait for, and no reason to ask for another.
         usable = admit(waiting, _without(snapshot, unknown)) if unknown else decided
-        needs: dict[str, Need | str] = {}
+        needs = {key: need for key, need in self._needs.items() if key.rsplit(":", 2)[0] in busy}
         told = self.demand.poll()
         for (_, desired, observed), (one, decision), (_, now) in zip(waiting, decided, usable, strict=True):
             unmet = _unmet(desired, observed, decision)
@@ -298,6 +303,10 @@ class WaitingQueue:
             return name in calls
         return int(index) in known.reasons and not known.releasing and not known.given_up
 
+    def awaited_nodes(self) -> frozenset[str]:
+        """Nodes that have come for what waits, and on which it is not placed yet."""
+        return frozenset(node_id for one in self.demand.poll().values() for node_id in one.nodes)
+
     def depends_on(self) -> object:
         """What what waits depends on: once this is another, it is worth trying it again."""
         return self._fleet.changed_at, self.news()
@@ -306,6 +315,12 @@ class WaitingQueue:
         """The same, of what is worth more than a look each second: what came or went, and what comes for it."""
         unknown = self._fleet.machines.unknown_nodes(self._cluster.nodes_lately()) if self._needs else None
         return self._state.queue_version, self.tickets.version, self.demand.version, unknown
+
+
+def _try(ticket: Ticket[object]) -> None:
+    with contextlib.suppress(Exception):  # who waits for it is told
+        ticket.end_if_for_nobody()
+        ticket.attempt()
 
 
 def _without(snapshot: Snapshot, unknown: Collection[str]) -> Snapshot:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from placement.core.lifecycle import State
+from placement.core.replicas import PlannedReplica
 from placement.core.score import WHOLE
 from placement.errors import (
     DeploymentConflict,
@@ -20,11 +21,13 @@ from placement.errors import (
     UnknownNode,
 )
 from placement.runtime import controller, queue
+from placement.runtime.demand import Asked
+from placement.runtime.demand import State as Became
 from placement.runtime.keeper import Keeper
 from placement.runtime.queue import Ticket
 from placement.runtime.reconciler import Work
 from placement.runtime.service import parse
-from placement.runtime.state import Owner
+from placement.runtime.state import Claim, Owner
 from tests.properties.test_service import AtOnce, DirectService, Group, NoAutoscaler, Ray, make_believe
 
 
@@ -357,14 +360,42 @@ def test_of_a_replica_on_several_nodes_the_part_is_asked_for_that_has_no_room(
 def test_a_node_actor_that_is_asked_what_there_is_does_not_go_before_it_has_answered(
     service: DirectService,
 ) -> None:
+    """Nor that of a node that has just come for what waits."""
     ended: list[str] = []
     asked = {"a"}
     fleet: Any = service.fleet
     fleet.machines.is_asked = asked.__contains__
-    fleet.agents.idle = lambda seconds: ["a", "b"]
+    fleet.agents.idle = lambda seconds: ["a", "b", "c"]
     fleet.agents.rest = lambda node_id, seconds: ended.append(node_id)
+    demand: Any = service.queue.demand
+    demand.poll = lambda: {"d:0:0": Asked(Became.ARRIVED, "a node has come for it", ("c",))}
     service.rest()
     assert ended == ["b"]
+
+
+def test_what_is_being_tried_is_not_asked_for_since_it_finds_no_room_beside_itself(
+    outside: Ray, service: DirectService
+) -> None:
+    service.apply(one("busy", gpus=4, replicas=2))
+    service.apply(one("a", gpus=4))
+    service.queue.try_all(lambda name: None)
+    assert wanted(service) == ["busy:1:0", "a:0:0"]
+    outside.nodes |= {"y", "z"}
+    tried: list[str] = []
+
+    def meanwhile(name: str) -> None:
+        tried.append(name)
+        if name == "busy":
+            known = service.state.deployments[name]
+            part = PlannedReplica(1, "y", (0, 1, 2, 3))
+            claim = service.state.claim(Claim(known.deployment, (part,), 4))
+            with service.turns.sole(name):
+                service.queue.try_all(tried.append)
+            service.state.close([claim])
+
+    service.queue.try_all(meanwhile)
+    assert tried == ["busy", "a", "a"]
+    assert wanted(service) == [], "nor is it by the time that it is there"
 
 
 def test_what_a_call_asks_for_ends_with_it_and_a_call_with_its_caller(

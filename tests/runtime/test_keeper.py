@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,10 +45,12 @@ class Controller:
     def depends_on(self) -> object:
         return self.changed_at
 
-    def try_all(self, attempt: Callable[[str], None]) -> None:
+    def try_all(
+        self, attempt: Callable[[str], None], begin: Callable[[str, Callable[[], None]], None]
+    ) -> None:
         self.now += self.takes
         for name in self.pending:
-            attempt(name)
+            begin(name, partial(attempt, name))
 
     def reconcile(self, name: str) -> None:
         self.reconciled.append(name)
@@ -94,6 +97,7 @@ def controller(monkeypatch: pytest.MonkeyPatch) -> Iterator[Controller]:
     monkeypatch.setattr(keeper, "time", SimpleNamespace(monotonic=lambda: controller.now, time=float))
     monkeypatch.setattr(keeper, "live_node_ids", lambda: frozenset(controller.alive))
     monkeypatch.setattr(keeper, "draining_nodes", frozenset)
+    monkeypatch.setattr(keeper, "ATTEMPT_SECONDS", 0.0)
     return controller
 
 
@@ -107,7 +111,7 @@ def test_a_death_is_noticed_while_what_is_pending_is_still_being_tried(controlle
         looks.look()
     assert len(reconcilers.waiting) == 2
     reconcilers.go()
-    assert controller.reconciled == ["p1", "p2", "lost"]
+    assert controller.reconciled == ["lost", "p1", "p2"]
 
 
 def test_what_is_pending_is_tried_again_when_something_changed_or_after_a_while(
@@ -200,6 +204,28 @@ def test_what_waits_is_tried_at_once_when_something_has_come_for_it(controller: 
     assert len(reconcilers.waiting) == 1, "it is being tried"
     reconcilers.go()
     assert len(controller.reconciled) == 2
+
+
+def test_what_waits_is_not_kept_waiting_by_one_that_is_tried_and_hangs(controller: Controller) -> None:
+    reconcilers = Later()
+    looks = Keeper(controller, reconcilers)  # type: ignore[arg-type]
+    controller.pending = ["hangs", "p"]
+    looks.look()
+    try_all, done = reconcilers.waiting.pop()
+    done.set_result(try_all())
+    hangs, p = reconcilers.waiting
+    p[1].set_result(p[0]())
+    assert controller.reconciled == ["p"]
+    reconcilers.waiting.clear()
+    controller.changed_at = 1.0
+    looks.look()
+    reconcilers.go()
+    assert controller.reconciled == ["p", "p"], "it is being tried already"
+    hangs[1].set_result(hangs[0]())
+    controller.changed_at = 2.0
+    looks.look()
+    reconcilers.go()
+    assert controller.reconciled == ["p", "p", "hangs", "hangs", "p"]
 
 
 def test_no_more_than_a_fifth_of_the_time_goes_into_trying_at_once(controller: Controller) -> None:
