@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from ray.util.placement_group import PlacementGroup
@@ -67,13 +69,20 @@ class Fleet:
         self.changed_at = float("-inf")
         self._prefix = prefix
         self._changed: dict[str, float] = {}
+        self._noting = threading.Lock()
         self._under_way: dict[str, list[NodeAssignment]] = {}
         self._gone: dict[str, frozenset[str]] = {}
 
-    def settling(self, lag_seconds: float = VIEW_LAG_SECONDS) -> frozenset[str]:
-        """Nodes of which Ray's books may not yet show our own last change; what we know of them is newer."""
-        now = time.monotonic()
-        return frozenset(node for node, at in self._changed.copy().items() if now - at < lag_seconds)
+    def settling(self, lag_seconds: float = VIEW_LAG_SECONDS, read_at: float | None = None) -> frozenset[str]:
+        """Nodes of which Ray's books may not yet show our own last change; what we know of them is newer.
+
+        Args:
+            lag_seconds: by how much the books may lag.
+            read_at: when they were read, on the monotonic clock; now, by default.
+        """
+        since = (time.monotonic() if read_at is None else read_at) - lag_seconds
+        lately = takewhile(lambda one: one[1] > since, reversed(self._changed.copy().items()))
+        return frozenset(node for node, _ in lately)
 
     def catch_up(self, since: float) -> bool:
         """Waits until Ray's books show what was changed here before, and without the holds of actors that died.
@@ -112,9 +121,11 @@ class Fleet:
 
     def note_change(self, nodes: Iterable[str]) -> None:
         """Notes that something was taken or given back on these nodes just now; Ray's books will follow."""
-        self.changed_at = time.monotonic()
-        for node in nodes:
-            self._changed[node] = self.changed_at
+        with self._noting:
+            self.changed_at = time.monotonic()
+            for node in nodes:
+                self._changed.pop(node, None)  # what changed last comes last
+                self._changed[node] = self.changed_at
 
     def _taken(self, order: str, assignment: NodeAssignment) -> Reserved:
         """What was just reserved; noted until :meth:`tell`."""

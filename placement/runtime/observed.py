@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from placement.core.snapshot import Snapshot
@@ -20,7 +22,25 @@ T = TypeVar("T")
 
 BOOKS_SECONDS = 0.05
 """How old Ray's books may be that a plan is made with; they lag by 0.1 s anyway, and a plan that they mislead is
-refused by the node and made anew."""
+refused by the node and made anew. Where reading them takes long, which it does on many nodes, they may be older."""
+READING_SECONDS = 0.005
+"""For each time that reading them takes so long, they may be :data:`BOOKS_SECONDS` older: a tenth of the time, at most,
+goes into that."""
+
+
+@dataclass(frozen=True)
+class _Books:
+    """What Ray said was free.
+
+    Attributes:
+        available: node id -> resource -> amount.
+        at: when the reading began, on the monotonic clock.
+        seconds: how long it took.
+    """
+
+    available: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    at: float = float("-inf")
+    seconds: float = 0.0
 
 
 class ObservedCluster:
@@ -39,13 +59,15 @@ class ObservedCluster:
         self._state, self._fleet = state, fleet
         self._nodes = NodeView()
         self.draining: frozenset[str] = frozenset()
-        self._books_at = float("-inf")
+        self._reading = threading.Lock()
+        self._books = _Books()
+        self._noted = self._books
         self._view = ClusterView(
             near,
             machine=fleet.machines.machine,
             tally=state.tally,
             foreign=lambda node_id: fleet.foreign.get(node_id, frozenset()),
-            lagging=fleet.settling,
+            lagging=lambda seconds: fleet.settling(seconds, self._noted.at),
         )
 
     def touch(self, nodes: Iterable[str]) -> None:
@@ -64,6 +86,22 @@ class ObservedCluster:
         """The nodes that were alive less than a second ago."""
         return self._nodes.lately()
 
+    def read(self, fresh: bool = True) -> None:
+        """Has Ray's books be read for the next snapshot. Not under the lock: it may take long, and others plan then.
+
+        Args:
+            fresh: read them anew, however lately that was done.
+        """
+        asked = time.monotonic()
+        with self._reading:
+            known = self._books
+            may_be = BOOKS_SECONDS * (1 + known.seconds / READING_SECONDS)
+            if known.at >= asked or (not fresh and asked - known.at <= may_be):
+                return
+            began = time.monotonic()
+            available = groups.available_resources()
+            self._books = _Books(available, began, time.monotonic() - began)
+
     def snapshot(
         self,
         nodes: list[NodeInfo],
@@ -71,31 +109,28 @@ class ObservedCluster:
         believed: Collection[str] = (),
         full: Mapping[str, int] | None = None,
         avoided: Collection[str] = (),
-        fresh: bool = True,
     ) -> Snapshot:
-        """The cluster as the planner sees it. Under the lock.
+        """The cluster as the planner sees it, with Ray's books as :meth:`read` has read them last. Under the lock.
 
         Args:
             nodes: what is alive.
-            lag_seconds: for how long after a change of ours Ray's books are not believed,
+            lag_seconds: books that were read less than so long after a change of ours are not believed,
             believed: but for these nodes.
             full: node id -> most whole GPUs or instances that may be planned there.
             avoided: nodes that are not to be planned on.
-            fresh: read Ray's books anew, however lately that was done.
         """
-        now = time.monotonic()
-        if fresh or believed or now - self._books_at > BOOKS_SECONDS:
-            self._view.update_available(groups.available_resources())
-            self._books_at = now
+        if self._books is not self._noted:
+            self._noted = self._books
+            self._view.update_available(self._noted.available)
         self._view.update_nodes(nodes, self.draining)
         self._view.touch(self._fleet.machines.take_changed())
-        lag_seconds += now - self._books_at
         return overlaid(self._view.snapshot(lag_seconds, believed), full or {}, avoided)
 
     def look(self) -> tuple[Snapshot, dict[str, HeldDeployment]]:
         """The cluster as it is now, and what is there; waits for nodes that have not said yet what they have."""
         nodes = self.nodes()
         self._fleet.machines.refresh(nodes)
+        self.read()
         with self._state.lock:
             return self.snapshot(nodes), self._state.held()
 

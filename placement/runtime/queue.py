@@ -204,6 +204,7 @@ class WaitingQueue:
         nodes = self._cluster.nodes()
         machines.refresh(nodes, patience_seconds=0.0)
         unknown = machines.unknown_nodes(nodes)
+        self._cluster.read()
         with self._state.lock:
             # What is being tried has claimed its room, and would find none beside it.
             busy = self._turns.names()

@@ -208,8 +208,9 @@ class Reconciler:
         Raises:
             Unplaceable: there is no room for all of it, and nobody said that this will do.
         """
+        self.cluster.read(fresh or bool(work.refused))
         with self.state.lock:
-            snapshot = self.cluster.snapshot(nodes, lag_seconds, work.refused, work.full, avoided, fresh)
+            snapshot = self.cluster.snapshot(nodes, lag_seconds, work.refused, work.full, avoided)
             decision = self._decision(work, snapshot)
             refusals = [action.refusal for action in decision.actions if isinstance(action, Wait)]
             work.is_refused = decision.refusal is not None

@@ -232,7 +232,7 @@ class Fleet(fleet.Fleet):
             forget=self._forgotten,
         )
 
-    def settling(self, lag_seconds: float = 0.0) -> frozenset[str]:
+    def settling(self, lag_seconds: float = 0.0, read_at: float | None = None) -> frozenset[str]:
         return frozenset()
 
     def catch_up(self, since: float) -> bool:
