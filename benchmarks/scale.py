@@ -4,8 +4,9 @@ The real service on a make-believe Ray: nodes of 8 GPUs, of which deployments of
 all at most. What the make-believe Ray takes (the nodes' answers, reading what is free) is measured and left out; the
 store is a dictionary. All times are CPU time of the whole process, so that a busy machine counts less.
 
-What is measured: ``place`` of 1, 2 and 3 GPUs in turn, and its release; ``status``; one look of the service's clock
-at deployments that wait and find no room; and a start with deployments, and the facts of all nodes, in the ledger.
+What is measured: ``place`` of 1, 2 and 3 GPUs in turn, and its release; ``status``; a look of the service's clock, of
+which there is one a second, with nothing to do, and at deployments that wait and find no room; and a start with
+deployments, and the facts of all nodes, in the ledger.
 """
 
 from __future__ import annotations
@@ -308,8 +309,13 @@ class Service:
         return self.timed(lambda: self._loop.run_until_complete(getattr(self._one, method)(*args)))
 
     def look(self) -> float:
-        """CPU seconds of one look of its clock."""
-        return self.timed(keeper.Keeper(self._one._controller, AtOnce()).look)[0]
+        """CPU seconds of one look of its clock at which all that waits is tried."""
+        self._clock = keeper.Keeper(self._one._controller, AtOnce())
+        return self.look_again()
+
+    def look_again(self) -> float:
+        """CPU seconds of the next look, before which nothing has changed."""
+        return self.timed(self._clock.look)[0]
 
     def close(self) -> None:
         self._loop.close()
@@ -392,13 +398,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _, report = statuses[0]
         assert len(report["nodes"]) == nodes and len(report["deployments"]) == deployments
         median, mean = milliseconds([took for took, _ in statuses])
+        one.look()
+        idle = statistics.median(one.look_again() for _ in range(options.rounds))
     print(f"status, {nodes} nodes, {deployments} replicas: {median:.0f} ({mean:.0f}) ms")
+    print(f"idle, {nodes} nodes, {deployments} deployments: {100 * idle:.2f} % of a core, a look each second")
     print(f"restart, {nodes} nodes, {deployments} deployments: {restart:.2f} s")
     with started(nodes, deployments, options.pending) as (_, one):
-        first_look, again = one.look(), one.look()
+        first_look, again, idle = one.look(), one.look(), one.look_again()
     print(
         f"a look at {options.pending} deployments that find no room: {again:.2f} s; "
-        f"the first one after a restart: {first_look:.2f} s"
+        f"the first one after a restart: {first_look:.2f} s; while nothing changes: {1e3 * idle:.1f} ms"
     )
 
 

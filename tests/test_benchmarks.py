@@ -118,6 +118,7 @@ def test_the_service_is_measured_at_every_size(capsys: pytest.CaptureFixture[str
     for measured in (
         "status, 4 nodes, 15 replicas: ",
         "restart, 4 nodes, 15 deployments: ",
+        "idle, 4 nodes, 15 deployments: ",
         "a look at 3 deployments that find no room: ",
     ):
         assert measured in printed
