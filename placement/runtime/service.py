@@ -45,6 +45,9 @@ WATCH_SECONDS = 60.0
 MOST_SECONDS = 24 * 3600.0
 """The longest that one call waits."""
 
+COLLECT_EVERY = 50_000
+"""So many objects more, and Python looks for cycles. With its 700, one ``status`` of 5,000 replicas has it look through
+all that is known of them, for longer than all else that ``status`` does, and everybody waits meanwhile."""
 KEPT_SECONDS = 10.0
 """How long it is known what a lease came to whose caller was too late."""
 BY_CLIENT = "use `placement.Client().place`, which does that"
@@ -73,6 +76,7 @@ class DeploymentPlacementActor:
     ) -> None:
         # The threads below may block, and do nothing else.
         os.environ["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"] = "0"
+        gc.set_threshold(COLLECT_EVERY, 10, 10)
         self._controller = Controller(make_agent, near, idle_seconds)
         gc.freeze()  # what was restored stays; to look through it again and again would cost each answer
         self._reads = ThreadPoolExecutor(READERS, "read")
