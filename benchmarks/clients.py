@@ -13,7 +13,7 @@ import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,15 +80,26 @@ def plain(number: int, turn: int, used: bool = False) -> None:
         remove_placement_group(group)
 
 
-def tell(name: str, took: list[float], errors: Counter[str], seconds: float) -> None:
-    """One line of the table."""
+def tell(name: str, took: list[float], errors: Counter[str], seconds: float, beside: float = 0.0) -> float:
+    """One line of the table.
+
+    Args:
+        name: what was done.
+        took: milliseconds of each call that succeeded.
+        errors: the others, by type.
+        seconds: for how long it was done.
+        beside: how many others did a second, if this is to be set beside them.
+
+    Returns:
+        How many there were a second.
+    """
     ordered = sorted(took) or [float("nan")]
     p50, p99 = statistics.median(ordered), ordered[int(0.99 * (len(ordered) - 1))]
     said = ", ".join(f"{count} {kind}" for kind, count in errors.most_common()) or "none"
-    print(
-        f"{name:28}{len(took) / seconds:>10.1f}/s{p50:>10.0f} ms{p99:>10.0f} ms   refusals: {said}",
-        flush=True,
-    )
+    rate = len(took) / seconds
+    ratio = f"{100 * rate / beside:>7.0f} %" if beside else f"{'':>9}"
+    print(f"{name:28}{rate:>10.1f}/s{ratio}{p50:>10.0f} ms{p99:>10.0f} ms   refusals: {said}", flush=True)
+    return rate
 
 
 class Nothing:
@@ -105,16 +116,16 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs all and prints what was seen."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, default=50)
-    parser.add_argument(
-        "--seconds", type=float, default=120, help="for each way; a warm-up of 20 s comes before"
-    )
+    parser.add_argument("--seconds", type=float, default=120, help="for each way")
+    parser.add_argument("--warm-up", type=float, default=20, help="seconds before that, not counted")
+    parser.add_argument("--idle", type=float, default=30, help="seconds for which an idle service is watched")
     parser.add_argument("--nodes", type=int, default=12)
     parser.add_argument("--standing", type=int, default=500, help="deployments standing at a time")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     nodes = [SimulatedNode(f"gpu-{i:02}", topology="l40s-4x") for i in range(options.nodes)]
     nodes.append(SimulatedNode("out", resources={"egress": 100_000}))
     with embedded_cluster(nodes, progress=lambda name: print(f"starting {name}", flush=True)):
@@ -124,15 +135,17 @@ def main() -> None:
             f"\n{options.clients} clients, {options.nodes} nodes with 4 GPUs, {os.cpu_count()} cores, "
             f"ray {ray.__version__}"
         )
-        print(f"{'':28}{'throughput':>12}{'p50':>13}{'p99':>13}")
+        print(f"{'':28}{'throughput':>12}{'ratio':>9}{'p50':>13}{'p99':>13}")
         total = ray.cluster_resources()["GPU"]
-        storm(ours(service), options.clients, 20)
+        storm(ours(service), options.clients, options.warm_up)
+        rate = 0.0
         for name, once in (
-            ("place, apply, release", ours(service)),
             ("groups, a task in each", partial(plain, used=True)),
+            ("place, apply, release", ours(service)),
             ("groups, never used", plain),
         ):
-            tell(name, *storm(once, options.clients, options.seconds), options.seconds)
+            found = tell(name, *storm(once, options.clients, options.seconds), options.seconds, rate)
+            rate = rate or found
             time.sleep(3)
             print(
                 f"{'':28}GPUs free afterwards: {ray.available_resources()['GPU']:g} of {total:g}", flush=True
@@ -142,7 +155,7 @@ def main() -> None:
         pids = [pid, ray.get(other.pid.remote())]
         time.sleep(5)
         begin, used = time.monotonic(), [cpu_seconds(one) for one in pids]
-        time.sleep(30)
+        time.sleep(options.idle)
         took = time.monotonic() - begin
         shares = [100 * (cpu_seconds(one) - before) / took for one, before in zip(pids, used, strict=True)]
         print(f"\nidle service: {shares[0]:.2f} % of a core; any idle actor: {shares[1]:.2f} %")
