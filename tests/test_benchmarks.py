@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 
-from benchmarks import choice, partition, scale
+from benchmarks import choice, clients, partition, scale
 from placement import topologies
 from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
 
@@ -140,3 +141,22 @@ def test_the_make_believe_ray_of_the_benchmark_has_what_the_service_placed() -> 
         placed = [one for one in service.ask("status")[1]["deployments"] if one["name"] == "waits-00000"]
         assert "placed" == placed[0]["state"], "what waits gets the room"
         assert 0.0 == sum(row["GPU"] for row in cluster.rows.values())
+
+
+def test_many_clients_are_set_beside_the_plain_way(capsys: pytest.CaptureFixture[str]) -> None:
+    rate = clients.tell("groups, a task in each", [10.0] * 40, Counter(), 2.0)
+    clients.tell("place, apply, release", [20.0, 30.0, 40.0] * 10, Counter(NotEnoughGpus=3), 2.0, beside=rate)
+    plain, ours = capsys.readouterr().out.splitlines()
+    assert ["20.0/s", "10", "ms", "10", "ms"] == plain.split()[5:10]
+    assert ["15.0/s", "75", "%", "30", "ms", "40", "ms"] == ours.split()[3:10]
+    assert ours.endswith("refusals: 3 NotEnoughGpus")
+
+
+def test_clients_go_on_until_the_time_is_over_and_their_errors_are_counted() -> None:
+    def once(number: int, turn: int) -> None:
+        if turn % 2:
+            raise KeyError(number)
+
+    took, errors = clients.storm(once, clients=3, seconds=0.05)
+    assert took and set(errors) == {"KeyError"}
+    assert abs(len(took) - errors["KeyError"]) <= 3
