@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypedDict, TypeVar
 from ray.actor import ActorHandle
 
 from placement.core.snapshot import NEAR_LABELS
-from placement.errors import InvalidDeployment
+from placement.errors import InvalidDeployment, LeaseExpired
 from placement.runtime import bootstrap
 from placement.runtime.borrowing import Borrower, OwnGroups
 from placement.runtime.connection import abandoning, ask, caller, cluster, own_errors
@@ -126,7 +126,8 @@ class Client(_Connected):
             Unplaceable: it fits nowhere in time: ``NoGpuNodes``, ``NotEnoughGpus``, ``NoEgressNodes``,
                 ``NotEnoughEgress`` or ``BelowFloor``.
             ReservationFailed: others kept taking the GPUs.
-            LeaseExpired: this process was too slow to create a group. In every case nothing of it stays reserved.
+            LeaseExpired: this process was too slow to create a group, twice; or the actor ``owner`` has ended. In every
+                case nothing of it stays reserved.
             Busy: the service has too much to do.
         """
         who = caller(owner)
@@ -313,6 +314,16 @@ class Client(_Connected):
     def _borrow(
         self, deployment: DeploymentLike, constraints: Constraints, wait_seconds: float, who: dict[str, str]
     ) -> PlacementResult:
+        end = time.monotonic() + wait_seconds
+        try:
+            return self._borrow_once(deployment, constraints, wait_seconds, who)
+        except LeaseExpired:  # the service has started anew meanwhile, or this process was slow for once
+            left = max(0.0, end - time.monotonic())
+            return self._borrow_once(deployment, constraints, left, who)
+
+    def _borrow_once(
+        self, deployment: DeploymentLike, constraints: Constraints, wait_seconds: float, who: dict[str, str]
+    ) -> PlacementResult:
         borrower = Borrower(self._groups, self._cancel)
         try:
             self._groups.warm()
@@ -465,6 +476,16 @@ class AsyncClient(_Connected):
         return await self._ask(self._handle.ping.remote())
 
     async def _borrow(
+        self, deployment: DeploymentLike, constraints: Constraints, wait_seconds: float, who: dict[str, str]
+    ) -> PlacementResult:
+        end = time.monotonic() + wait_seconds
+        try:
+            return await self._borrow_once(deployment, constraints, wait_seconds, who)
+        except LeaseExpired:  # as Client does
+            left = max(0.0, end - time.monotonic())
+            return await self._borrow_once(deployment, constraints, left, who)
+
+    async def _borrow_once(
         self, deployment: DeploymentLike, constraints: Constraints, wait_seconds: float, who: dict[str, str]
     ) -> PlacementResult:
         borrower = Borrower(self._groups, self._cancel)

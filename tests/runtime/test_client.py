@@ -168,15 +168,25 @@ def test_a_group_that_the_result_does_not_hold_is_removed(kind: Any) -> None:
 
 
 @both
-@pytest.mark.parametrize(
-    "error", [NotEnoughGpus("mine", "none is free", {}, "wait"), LeaseExpired("mine", "none came")]
-)
-def test_an_error_of_the_service_removes_the_groups_of_the_replicas_before(kind: Any, error: Any) -> None:
+def test_an_error_of_the_service_removes_the_groups_of_the_replicas_before(kind: Any) -> None:
+    error = NotEnoughGpus("mine", "none is free", {}, "wait")
     service, groups = Service(loan(1), loan(2), error), Groups()
     with pytest.raises(type(error)) as caught:
         place(kind, service, groups)
     assert caught.value is error
     assert service.calls[-1] == ("confirm", "loan-2", "id-group-2"), "it is over for the service already"
+    assert not groups.there
+
+
+@both
+def test_who_was_too_late_or_whose_service_started_anew_asks_once_more(kind: Any) -> None:
+    expired = LeaseExpired("mine", "none came")
+    service, groups = Service(loan(1), loan(2), expired, loan(3), result("group-3")), Groups()
+    place(kind, service, groups)
+    assert (list(groups.there), groups.removed) == (["group-3"], [("group-1", True), ("group-2", True)])
+    service, groups = Service(loan(1), expired, loan(2), LeaseExpired("mine", "again")), Groups()
+    with pytest.raises(LeaseExpired, match="again"):
+        place(kind, service, groups)
     assert not groups.there
 
 
