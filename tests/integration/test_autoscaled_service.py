@@ -68,7 +68,7 @@ def reason(service: Any, name: str, replica: int = 0) -> str:
 def complaints() -> int:
     """How often the autoscaler has said on the console of every driver that nothing can hold a group."""
     folder = Path(ray._private.worker.global_worker.node.get_session_dir_path())
-    return (folder / "logs" / "monitor.log").read_text().count("No available node types can fulfill")
+    return (folder / "logs" / "events" / "event_AUTOSCALER.log").read_text().count("No available node types")
 
 
 def test_from_no_gpu_node_the_right_nodes_come_and_the_exact_gpus_are_placed(service: Any) -> None:
