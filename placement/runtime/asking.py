@@ -383,6 +383,11 @@ class Asks:
         ways = ask.need.ways
         largest = max((node.total.get("GPU", 0.0) for node in heard.nodes.values()), default=0.0)
         after = ways.index(ask.way) + 1
+        # A node so large may be on its way: then it is the maximum that is reached, and pieces would take its place.
+        for other in self._asks.values():
+            if other.group not in heard.infeasible:
+                sizes = [amount for bundle in other.way.bundles for name, amount in bundle if name == "GPU"]
+                largest = max(largest, *sizes, 0.0)
         if after < len(ways) and (not ways[after].smaller_than or largest < ways[after].smaller_than):
             self._way[ask.need] = after
         else:

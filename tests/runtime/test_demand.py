@@ -353,6 +353,17 @@ def test_it_is_asked_for_in_pieces_only_if_no_node_is_large_enough(
         assert [whole] == [world.ray.groups[group][0] for group in world.ray.open], "from the first way on"
 
 
+def test_it_is_not_asked_for_in_pieces_while_a_node_so_large_is_on_its_way(world: World) -> None:
+    """The second of two finds the maximum reached; the pieces of it would get what comes for the first."""
+    need = Need("8 GPUs", (Way(((("GPU", 8.0),),)), Way(((("GPU", 1.0),),) * 8, smaller_than=8)))
+    world.wanted = {"d:0:0": need, "d:1:0": need}
+    world.run()
+    first, second = world.ray.open
+    world.ray.infeasible = {second}
+    assert [State.ASKED, State.INFEASIBLE] == list(world.states(asking.STATUS_SECONDS).values())
+    assert [first] == world.ray.open
+
+
 def test_nodes_that_lack_what_their_type_promises_are_not_brought_one_after_the_other(world: World) -> None:
     world.wanted = {"a:0:0": L40S, "a:1:0": L40S}
     world.run()
