@@ -21,7 +21,7 @@ from enum import StrEnum
 
 from placement.core.labels import parse_condition
 from placement.errors import counted
-from placement.runtime.autoscaler import Cluster, Heard
+from placement.runtime.autoscaler import Cluster, Heard, SeenNode
 from placement.runtime.backoff import Backoff
 from placement.runtime.needs import NODE_ID_LABEL, Need, Way
 
@@ -43,6 +43,9 @@ machine that is still busy with its own start; given back earlier it is idle, an
 
 BOOKS_SECONDS = 0.25
 """By when Ray's books show what a group took. They follow by up to 0.1 s."""
+
+RIVAL_SECONDS = 1.0
+"""After how long Ray has placed on a new node all that has room there; it places one group after the other."""
 
 FREE_SECONDS = 1.0
 """Longest wait for them to show it free again; 43 to 95 ms have been seen."""
@@ -109,6 +112,13 @@ class _Ask:
     freeing_since: float = 0.0
     free_before: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
+    def fits(self, node: SeenNode) -> bool:
+        """Whether a node has what is asked for, as far as its labels and what it has in all tell."""
+        return self.need.met_by(node.labels) and any(
+            all(node.total.get(resource, 0.0) >= amount for resource, amount in bundle)
+            for bundle in self.way.bundles
+        )
+
 
 @dataclass
 class _Arrival:
@@ -128,6 +138,7 @@ class _Leaving:
     group: str
     since: float
     attempt: int | None = None
+    renews: str = ""
 
 
 class Asks:
@@ -254,12 +265,36 @@ class Asks:
             if not ask.held:
                 ask.held, ask.held_since = seen.nodes, now
             waited = now - ask.held_since
-            if waited >= HOLD_SECONDS or (waited >= BOOKS_SECONDS and ask.held.keys() <= known):
+            is_known = waited >= BOOKS_SECONDS and ask.held.keys() <= known
+            if waited >= HOLD_SECONDS or (is_known and self._is_undisputed(ask, waited, now)):
                 ask.free_before = self._cluster.free()
                 self._cluster.remove(ask.group)
                 ask.freeing_since = now
         elif seen.state in ("RESCHEDULING", "REMOVED"):  # its node died, or somebody removed it
             self._leave(key, now)
+
+    def _is_undisputed(self, ask: _Ask, waited: float, now: float) -> bool:
+        """Whether no other ask would take at once what this one gives back; those that would are asked for anew.
+
+        They were asked for before the node came, so that they are not kept off it.
+        """
+        if waited >= RIVAL_SECONDS:  # what was to have a place beside it has it by now
+            for key in self._rivals(ask):
+                if self._cluster.look(self._asks[key].group).state == "PENDING":
+                    self._leave(key, now, renew=True)
+        return not self._rivals(ask) and not any(one.renews for one in self._leaving)
+
+    def _rivals(self, ask: _Ask) -> list[str]:
+        nodes = self._heard.nodes if self._heard else {}
+        return [
+            key
+            for key, other in self._asks.items()
+            if not other.held
+            and any(
+                node_id not in other.there and (node_id not in nodes or other.fits(nodes[node_id]))
+                for node_id in ask.held
+            )
+        ]
 
     def _freed(self, ask: _Ask) -> bool:
         """Whether the books show what the group took as free again."""
@@ -273,11 +308,11 @@ class Asks:
                 return False
         return True
 
-    def _leave(self, key: str, now: float) -> None:
-        """Withdraws an ask."""
+    def _leave(self, key: str, now: float, renew: bool = False) -> None:
+        """Withdraws an ask; to ask for it anew once it has gone, or not."""
         ask = self._asks.pop(key)
         if not ask.freeing_since:
-            self._leaving.append(_Leaving(ask.group, now))
+            self._leaving.append(_Leaving(ask.group, now, renews=key if renew else ""))
 
     def _remove(self, now: float) -> None:
         """Removes what is to be removed and can be: what is removed while Ray reserves it leaks its GPUs."""
@@ -419,12 +454,15 @@ class Asks:
         """Asks for what is wanted and may be asked for, oldest first."""
         if self._heard is None or self._heard.problem:
             return
-        there = known | self._heard.nodes.keys()
+        there = known.union(self._heard.nodes, *(ask.held for ask in self._asks.values()))
+        leaving = {one.renews for one in self._leaving}
         asked = {str(ask.need) for ask in self._asks.values()}
         waiting, fickle = self._infeasible.waiting() | self._refused.waiting(), self._fickle.waiting()
         for key, need in wanted.items():
             shape = str(need)
             if isinstance(need, str) or key in self._asks or key in fickle or shape in waiting:
+                continue
+            if key in leaving:
                 continue
             if key in self._arrivals and self._arrivals[key].need == need:
                 continue
@@ -458,6 +496,8 @@ class Asks:
             return Asked(State.ARRIVED, "a node has come for it", tuple(arrival.held), arrival.at)
         asked = self.outlook(need)
         if asked.state is not State.ASKED:
+            return asked
+        if any(one.renews == key for one in self._leaving):
             return asked
         if key in self._fickle.waiting():
             wait, until = self._fickle[key]

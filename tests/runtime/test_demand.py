@@ -222,12 +222,34 @@ def test_what_came_for_one_may_be_another_s_that_waits_for_the_same(world: World
     first, second = world.ray.open
     world.ray.arrive(second, "new")
     world.known = {"new"}
-    assert [State.ASKED, State.ARRIVED] == list(world.states(1).values())
+    assert [State.ASKED, State.ARRIVED] == list(world.states(2).values())
+    (renewed,) = world.ray.open
+    assert renewed != first
+    assert {"ray.io/node-id": "!in(new)"} == world.ray.groups[renewed][1]
     del world.wanted["d:0:0"]
     assert State.ASKED is world.states(1)["d:1:0"]
-    assert [first] == world.ray.open
+    assert [renewed] == world.ray.open
     assert State.ASKED is world.states(600)["d:1:0"]
-    assert [first] == world.ray.open, "it is not asked for anew"
+    assert [renewed] == world.ray.open, "it is not asked for anew"
+
+
+def test_what_is_given_back_is_not_taken_by_what_was_asked_for_before_the_node_came(world: World) -> None:
+    """Ray would give it to whatever group is pending, before the planner sees it; but what fits beside it stays."""
+    world.wanted = {"a:0:0": GPU4, "b:0:0": GPU4, "c:0:0": GPU8, "d:0:0": L40S}
+    world.run()
+    a, b, c, d = world.ray.open
+    world.ray.hopeless = False
+    world.ray.arrive(a, "new")
+    world.known = {"new"}
+    world.run(0.9)
+    assert [a, b, c, d] == world.ray.open, "it may have its place beside it in a moment"
+    assert State.ASKED is world.states(0.3)["b:0:0"], "all the time"
+    assert [a, b, c, d] == world.ray.open, "Ray may just be reserving it"
+    world.ray.attempts += 1
+    states = world.states(0.5)
+    assert [State.ARRIVED, State.ASKED, State.ASKED, State.ASKED] == list(states.values())
+    assert [c, d] == world.ray.open[:2], "they would not go there"
+    assert {"ray.io/node-id": "!in(new)"} == world.ray.groups[world.ray.open[2]][1]
 
 
 def test_what_has_waited_for_longer_may_take_what_came(world: World) -> None:
