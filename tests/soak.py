@@ -1,16 +1,18 @@
 """The rules of tests/rules.py on a real cluster, for as long as one likes: ``make soak ARGS='--minutes 30 --seed 7'``.
 
 Real raylets come and go, the service and its node actors are killed at their steps, other users take and free GPUs,
-clients ask at once and again. After each of these everything must come right: Ray's books, its table of groups, the
-ledger, what ``status`` says, and what a worker in every bundle says.
+clients ask at once and again, callers that own what they asked for are killed. After each of these everything must
+come right: Ray's books, its table of groups, the ledger, what ``status`` says, and what a worker in every bundle says.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import secrets
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +24,7 @@ from typing import Any, ClassVar
 import ray
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import invariant, precondition, rule, run_state_machine_as_test
 from ray.experimental import internal_kv
 from ray.util.placement_group import placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -31,11 +33,12 @@ import placement
 from placement.runtime import ledger
 from placement.runtime.embedded import EmbeddedCluster, SimulatedNode, embedded_cluster
 from placement.runtime.groups import group_from_hex, ready_or_removed, remove_group
-from tests.rules import Call, Rules
+from tests.rules import ASKED, Call, Rules
 
 NODE_STEPS = ("agent.steered", "agent.created", "agent.verified", "agent.prepared", "agent.confirmed")
 MORE_SERVICE_STEPS = (
-    "service.ordered", "service.prepared", "service.group_created", "service.confirmed", "service.egress_created",
+    "service.ordered", "service.prepared", "service.lent", "service.group_created", "service.confirmed",
+    "service.egress_created",
 )  # fmt: skip
 FEWEST_NODES, MOST_NODES = 2, 4
 """How many GPU nodes there are at a time."""
@@ -47,7 +50,21 @@ HONEST = (
     placement.ReservationFailed,
     placement.DeploymentConflict,
     placement.UnknownDeployment,
+    placement.LeaseExpired,
 )
+OWNER = """
+import json, sys
+import ray, placement
+ray.init(address=sys.argv[1], _node_ip_address="127.0.0.2", log_to_driver=False, logging_level="ERROR")
+try:
+    placement.Client().place(json.loads(sys.argv[2]))
+except Exception as error:
+    print("refused:", type(error).__name__, flush=True)
+else:
+    print("owns it", flush=True)
+sys.stdin.read()
+"""
+"""A driver that asks for something which is to end with it, and waits to be killed."""
 
 
 @ray.remote(num_cpus=0, max_calls=0)
@@ -79,6 +96,7 @@ class Soak(Rules):
         self.confirmed: set[str] = set()
         self.waiting: set[str] = set()
         self.last = ""
+        self.owners: list[subprocess.Popen[str]] = []
 
     def over(self) -> bool:
         return time.monotonic() > self.ends_at
@@ -156,6 +174,35 @@ class Soak(Rules):
     @rule(step=st.sampled_from(MORE_SERVICE_STEPS))
     def the_service_will_be_killed_in_the_middle_of_a_reservation(self, step: str) -> None:
         self.kill_at(step)
+
+    @precondition(lambda self: len(self.owners) < 2)
+    @rule(call=ASKED, owner=st.sampled_from(("caller", "caller", "job")), at_once=st.booleans())
+    def a_driver_asks(self, call: Call, owner: str, at_once: bool) -> None:
+        """It owns what it gets; it may be killed while it waits for it."""
+        if self.over():
+            return
+        self.last = f"a driver asks, owner {owner}"
+        arguments = [self.cluster.address, json.dumps({**call.argument(), "owner": owner})]
+        process = subprocess.Popen(
+            [sys.executable, "-c", OWNER, *arguments],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        self.owners.append(process)
+        if at_once:
+            time.sleep(2.0)
+            self.a_driver_is_killed(-1)
+            return
+        assert process.stdout is not None
+        self.found[f"a driver {process.stdout.readline().strip() or 'ended by itself'}"] += 1
+
+    @precondition(lambda self: self.owners)
+    @rule(pick=st.integers(0, 1))
+    def a_driver_is_killed(self, pick: int) -> None:
+        self.last = "a driver is killed"
+        self.tried[self.last] += 1
+        process = self.owners.pop(pick % len(self.owners))
+        process.kill()
+        process.communicate()
 
     # -- what must hold ------------------------------------------------------------------------------
 
@@ -266,6 +313,8 @@ class Soak(Rules):
             (self.faults / step).unlink(missing_ok=True)
         while self.others:
             self.another_user_ends()
+        while self.owners:
+            self.a_driver_is_killed(0)
         while len(self.gpu_nodes) < MOST_NODES:
             self.a_node_begins()
         ray.get(self.service.release_all.remote(), timeout=120)
@@ -295,7 +344,7 @@ def planted() -> list[str]:
         key.decode(): value for key, value in kv.internal_kv_multi_get(keys, namespace=b"placement").items()
     }
     places["status"] = str(ray.get(Soak.service.status.remote())).encode()
-    places["events"] = str([ray.get(Soak.service.watch.remote(name, 0, 0.0)) for name in "abc"]).encode()
+    places["events"] = str([ray.get(Soak.service.events.remote())]).encode()
     return [place for place, content in places.items() if KEY.encode() in content]
 
 

@@ -450,7 +450,6 @@ def make_believe(ray: Ray) -> Iterator[None]:
             (observed, "BOOKS_SECONDS", -1.0),
             (keeper, "live_node_ids", lambda: frozenset(ray.nodes)),
             (keeper, "draining_nodes", frozenset),
-            (keeper, "has_ended", ray.has_ended),
             (groups, "available_resources", ray.available),
             (groups, "group_from_hex", ray.group),
             (groups, "remove_group", lambda group, ready=False: ray.groups.pop(group.id.hex(), None)),
@@ -458,6 +457,7 @@ def make_believe(ray: Ray) -> Iterator[None]:
             (groups, "is_gone", lambda group_id: group_id not in ray.groups),
             (controller, "has_ended", ray.has_ended),
             (queue, "has_ended", ray.has_ended),
+            (keeper, "has_ended", ray.has_ended),
         ):
             stack.enter_context(mock.patch.object(where, name, instead))
         yield

@@ -20,7 +20,7 @@ from placement.errors import (
     UnknownDeployment,
     UnknownNode,
 )
-from placement.runtime import controller, queue
+from placement.runtime import controller, ledger, queue
 from placement.runtime.demand import Asked
 from placement.runtime.demand import State as Became
 from placement.runtime.keeper import Keeper
@@ -624,3 +624,56 @@ def test_a_lost_replica_has_its_place_in_the_queue_from_then_on(outside: Ray, se
     known = DirectService().state.deployments["a"]
     assert known.waiting_since is not None
     assert known.waiting_since == json.loads(outside.store[b"deployment/a"])["waiting_since"]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_service_goes_on_with_what_an_earlier_version_wrote(version: int, outside: Ray) -> None:
+    """Version 1 had no ``releasing``; neither had generations, owners, times or a queue. Replica 1 was pending."""
+    group = Group(f"placement:{ledger.token()}:a:0:x7:1", 7)
+    assert outside.take(group, "x", range(2), WHOLE, 0)
+    held = {
+        "order": f"placement:{ledger.token()}:a:0:x7", "group": group.id.hex(), "replica_index": 0, "node": "x",
+        "node_name": "x", "gpus": [0, 1], "bundle_indices": [0, 1],
+    }  # fmt: skip
+    record: dict[str, Any] = {"version": version, "deployment": one(gpus=2, replicas=2), "replicas": [held]}
+    outside.store[b"deployment/a"] = json.dumps(
+        record | ({"releasing": False} if version > 1 else {})
+    ).encode()
+    assert outside.take(Group("", 900), "x", range(1), WHOLE, 0)
+    service = DirectService()
+    known = service.state.deployments["a"]
+    assert (known.generation, known.earlier, known.owner, known.expires_at) == (1, {}, None, None)
+    assert (placed(service), list(known.reasons), service.state.queue()) == ({0: 2}, [1], ["a"])
+    assert known.waiting_since is not None
+    a_while_passes(service)
+    outside.nodes.add("y")
+    a_while_passes(service)
+    assert placed(service) == {0: 2, 1: 2}
+    assert json.loads(outside.store[b"deployment/a"])["version"] == ledger.VERSION
+    assert service.release("a") == 2 and len(outside.groups) == 1
+
+
+def test_a_service_goes_on_with_all_that_a_record_says(outside: Ray) -> None:
+    """A replica of an earlier declaration, an owner, a time, and a place in the queue; all in one."""
+    job: Owner = {"kind": "job", "job": "01000000"}
+    before = DirectService()
+    apply = DirectService.__mro__[1].apply  # type: ignore[attr-defined]
+    apply(before, parse(one(gpus=1, replicas=2), None), False, job)
+    assert outside.take(Group("", 900), "x", range(2), WHOLE, 0)
+    apply(before, parse(one(gpus=3, replicas=3, ttl_seconds=100, deadline_seconds=60), None), False, job)
+    record = json.loads(outside.store[b"deployment/a"])
+    assert (list(record["earlier"]), [r["generation"] for r in record["replicas"]]) == (["1"], [1, 1])
+    service = DirectService()
+    known, was = service.state.deployments["a"], before.state.deployments["a"]
+    assert (known.generation, known.outdated, known.missing()) == (2, [0, 1], [2])
+    assert (known.earlier, known.owner, known.expires_at) == (was.earlier, job, was.expires_at)
+    assert (known.waiting_since, known.declared_at) == (was.waiting_since, was.declared_at)
+    assert known.placed_under(known.replicas[0]).gpus == 1
+    assert json.loads(outside.store[b"deployment/a"]) == record, "to start changes nothing"
+    outside.nodes |= {"y", "z", "w"}
+    a_while_passes(service)
+    assert (placed(service), service.state.deployments["a"].earlier) == ({0: 3, 1: 3, 2: 3}, {})
+    expires_at = service.state.deployments["a"].expires_at
+    assert expires_at is not None
+    a_while_passes_at(service, expires_at + 1, set())
+    assert service.state.names() == () and len(outside.groups) == 1
