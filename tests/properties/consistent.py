@@ -54,8 +54,12 @@ def check_indices(controller: Controller) -> None:
     for one in waiting:
         assert one.releasing or one.waiting_since is not None, f"{one.name} has no place in the queue"
     assert [one.name for one in state.temporary()] == [one.name for one in state.all() if one.ends_by_itself]
-    apart = {one.name for one in state.all() if (limits := one.deployment.constraints) and limits.apart_from}
-    assert set(state._keeping_apart) == apart
+    apart = {
+        one.name: keeps
+        for one in state.all()
+        if (keeps := [d for d in (one.deployment, *one.earlier.values()) if d.constraints and d.constraints.apart_from])
+    }  # fmt: skip
+    assert state._keeping_apart == apart
 
 
 def check_ledger(controller: Controller, recorded: dict[str, dict[str, Any] | None]) -> None:

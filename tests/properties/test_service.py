@@ -628,7 +628,7 @@ class Service(Rules):
                 assert one.owner is None or one.owner["job"] not in self.ray.ended
             assert one.expires_at is None or one.expires_at > self.ray.now
             deadline = one.deployment.deadline_seconds
-            assert deadline is None or not one.reasons or one.given_up or (
+            assert deadline is None or one.is_lease or not one.reasons or one.given_up or (
                 one.waiting_since is not None and self.ray.now - one.waiting_since <= deadline
             )  # fmt: skip
             assert not one.given_up or one.reasons
@@ -649,6 +649,10 @@ class Service(Rules):
         job, lending = {"job": self.jobs[slot]}, Borrower(self.jobs[slot], makes)
         self.tried["a job borrows"] += 1
         self.send(asked, caller=job, lending=lending)
+
+    @rule(step=st.sampled_from(("service.lent", "service.group_created")))
+    def the_service_will_be_killed_while_it_lends(self, step: str) -> None:
+        self.kill_at(step)
 
     @rule(slot=st.integers(0, 1))
     def a_job_ends(self, slot: int) -> None:
