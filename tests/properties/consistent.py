@@ -83,6 +83,7 @@ def check_ledger(controller: Controller, recorded: dict[str, dict[str, Any] | No
 def check_snapshot(controller: Controller) -> None:
     """The snapshot that is kept up to date is the one that is made from scratch."""
     cluster, fleet = controller.cluster, controller.fleet
+    cluster.read()
     with controller.state.lock:
         nodes = cluster.nodes()
         kept = cluster.snapshot(nodes)
