@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 
 from placement.core.lifecycle import State
+from placement.core.replicas import PlannedReplica
 from placement.runtime import faults, groups, ledger
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.feed import Feed
@@ -125,6 +126,8 @@ class Actions:
         for index, of in parts.items():
             one = one.with_replica(index, orders[index], of)
         taken = tuple(held_replica(assignment).planned() for _, assignment in reserved)
+        if _as_counted(taken) == _as_counted(claim.replicas):
+            return one, claim
         with self._state.lock:  # until it is in the state; what is really held may not be as planned
             got = self._state.claim(replace(claim, replicas=taken))
             self._state.close([claim])
@@ -162,3 +165,8 @@ class Actions:
                 for part in one.replicas[index].parts
             )
             self._feed.add(one.name, index, one.states[index], f"on {where}")
+
+
+def _as_counted(replicas: Iterable[PlannedReplica]) -> set[PlannedReplica]:
+    """Replicas as they count for plans: whatever the order of their GPUs, which ranks these are, and in which set."""
+    return {replace(one, gpus=tuple(sorted(one.gpus)), ranks=(), set_size=0) for one in replicas}

@@ -116,7 +116,9 @@ class Reconciler:
         """
         before, name = work.known, work.wanted.name
         announced = []  # from here on others keep away from it, if it wants that
-        if before is None or before.deployment is not work.wanted.deployment:
+        limits = work.wanted.deployment.constraints
+        is_new = before is None or before.deployment is not work.wanted.deployment
+        if is_new and limits is not None and limits.apart_from:
             announced.append(self.state.claim(Claim(work.wanted.deployment, ())))
         try:
             while self._advance(work):
@@ -129,7 +131,8 @@ class Reconciler:
                 self._bring_back(name)
             raise
         finally:
-            self.state.close(announced)
+            if announced:
+                self.state.close(announced)
         if before is not None and before.deployment != work.wanted.deployment:
             changed = ", ".join(differences(before.deployment, work.wanted.deployment))
             self.feed.add(name, None, "changed", changed)

@@ -359,7 +359,7 @@ def _after(index: int, state: State | None, *events: Event) -> State:
     return State.RELEASING if state is None else state
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Claim:
     """Replicas that are about to be reserved, so that nobody else plans with the same room.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -677,3 +678,31 @@ def test_a_service_goes_on_with_all_that_a_record_says(outside: Ray) -> None:
     assert expires_at is not None
     a_while_passes_at(service, expires_at + 1, set())
     assert service.state.names() == () and len(outside.groups) == 1
+
+
+class Counted:
+    """A lock that counts how often it is taken anew."""
+
+    def __init__(self) -> None:
+        self.lock, self.depth, self.taken = threading.RLock(), 0, 0
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+        self.taken += not self.depth
+        self.depth += 1
+
+    def __exit__(self, *args: object) -> None:
+        self.depth -= 1
+        self.lock.release()
+
+
+def test_a_placement_takes_the_planning_lock_twice(outside: Ray, service: DirectService) -> None:
+    """To claim what was planned, and once it is written down: with many callers each time is a wait."""
+    service.state.lock = lock = Counted()  # type: ignore[assignment]
+    service.place(one(gpus=2))
+    assert lock.taken == 2 and not service.state.claims
+    lock.taken = 0
+    service.place(
+        one("b", constraints={"apart_from": ["c"]})
+    )  # others are told before it is planned, and after
+    assert lock.taken == 4 and not service.state.claims
