@@ -82,7 +82,7 @@ def test_from_no_gpu_node_the_right_nodes_come_and_the_exact_gpus_are_placed(ser
     for one in (DGX, L40S):
         result = ray.get(service.apply.remote(one))
         assert [] == result.assignments
-        assert f"; asked for a node with {one['gpus']} GPUs" in result.pending[0]
+        assert f"; autoscaler: asked for a node with {one['gpus']} GPUs" in result.pending[0]
     assert "ray.io/accelerator-type" in result.pending[0]
     placed = {}
 
