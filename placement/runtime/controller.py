@@ -207,6 +207,10 @@ class Controller:
 
     def plan_all(self, wanted: Sequence[Deployment], atomic: bool = False) -> list[PlacementPlan]:
         """What applying these would do; see the service."""
+        for one in wanted:
+            known = self.state.get(one.name)
+            if known is not None and known.is_lease and not known.releasing:
+                raise _others(known, None)
         return [plan for _, plan in sorted(self.plan_in_order(wanted, atomic), key=itemgetter(0))]
 
     def explain_all(self, wanted: Sequence[Deployment]) -> list[ExplainedPlan]:

@@ -254,6 +254,15 @@ def test_somebody_elses_lease_is_a_conflict(service: DirectService) -> None:
         service.apply(one(gpus=4))
 
 
+def test_a_dry_run_refuses_to_change_a_lease_as_applying_does(service: DirectService) -> None:
+    place = DirectService.__mro__[1].place  # type: ignore[attr-defined]
+    place(service, parse(one(gpus=2), None), {"kind": "caller", "job": "01000000"})
+    for does in (service.plan, service.apply):
+        with pytest.raises(DeploymentConflict, match="owner"):
+            does(one(gpus=1))
+    assert service.plan(one("b")).assignments
+
+
 def test_a_lease_with_a_time_ends_with_it(outside: Ray, service: DirectService) -> None:
     place = DirectService.__mro__[1].place  # type: ignore[attr-defined]
     place(service, parse(one(gpus=2, ttl_seconds=100), None), {"kind": "caller", "job": "01000000"})
