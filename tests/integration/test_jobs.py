@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -106,3 +107,50 @@ def test_the_driver_example_runs_as_a_job(jobs: JobSubmissionClient, service: An
     assert (status, code) == (JobStatus.SUCCEEDED, 0), output
     assert "replica 1 on pcie: placed on [2, 3], workers on [2, 3]\nreleased" in output
     assert settled(lambda: not left_over()), left_over()
+
+
+def test_the_driver_example_may_own_what_it_places(jobs: JobSubmissionClient, service: Any) -> None:
+    status, code, output = run(jobs, EXAMPLES, f"{sys.executable} driver.py --owned --gpus 2 --replicas 2")
+    assert (status, code) == (JobStatus.SUCCEEDED, 0), output
+    assert len(re.findall(r"placed on (\[.*\]), workers on \1\n", output)) == 2, output
+    assert settled(lambda: not left_over()), left_over()
+
+
+OWNER = """
+import os, sys, time, ray
+ray.init(logging_level="ERROR")
+from placement import Client
+name, until = sys.argv[1:]
+Client().place({"name": name, "model": "m", "owner": "job"})
+while not os.path.exists(until):
+    time.sleep(0.05)
+os._exit(3)
+"""
+
+
+@pytest.mark.parametrize("ends", ["crashes", "is stopped"])
+def test_what_a_submitted_job_owns_ends_with_it(
+    ends: str, jobs: JobSubmissionClient, service: Any, tmp_path: Path
+) -> None:
+    """Not with the driver that asked, if the job goes on."""
+    (tmp_path / "job.py").write_text(OWNER)
+    goes_on = "; sleep 600" if ends == "is stopped" else ""
+    command = f"{sys.executable} job.py owned {tmp_path / 'end'}{goes_on}"
+    job = jobs.submit_job(entrypoint=command, runtime_env={"working_dir": str(tmp_path)})
+    stands = lambda: placement.UnknownDeployment not in kinds(service)  # noqa: E731
+    assert settled(stands, 120), jobs.get_job_logs(job)
+    (tmp_path / "end").touch()
+    if goes_on:
+        time.sleep(2.5)
+        assert stands()
+        jobs.stop_job(job)
+    assert settled(lambda: not stands() and not left_over(), 30)
+
+
+def kinds(service: Any) -> tuple[type, ...]:
+    """What is raised where the owned deployment is asked for."""
+    try:
+        ray.get(service.get.remote("owned"))
+    except placement.UnknownDeployment as error:
+        return type(error).__mro__
+    return ()

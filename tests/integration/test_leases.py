@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -16,7 +15,6 @@ from typing import Any
 
 import pytest
 import ray
-from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.placement_group import placement_group_table, remove_placement_group
 
 from placement import AsyncClient, Client, DeploymentConflict, LeaseExpired, UnknownDeployment
@@ -101,7 +99,7 @@ def cluster(faults: Path) -> Iterator[EmbeddedCluster]:
         SimulatedNode("pcie-b", topology="a100-pcie-4x"),
         SimulatedNode("egress", resources={"egress": 8}),
     ]
-    with embedded_cluster(nodes, dashboard=True) as running:
+    with embedded_cluster(nodes) as running:
         yield running
 
 
@@ -352,75 +350,3 @@ def test_killed_at_a_step_it_is_placed_all_the_same(
     for one in result.assignments:
         remove_placement_group(one.placement_group)
     ends(client, ["cut"], "an owner removes its groups")
-
-
-# -- submitted jobs: the agents that start them take long to come up -------------------------------------
-
-
-@pytest.fixture(scope="module")
-def jobs(address: str) -> JobSubmissionClient:
-    return JobSubmissionClient(f"http://{ray._private.worker.get_dashboard_url()}")
-
-
-def submitted(jobs: JobSubmissionClient, folder: Path, command: str) -> str:
-    env = {"working_dir": str(folder), "env_vars": {"PYTHONPATH": str(ROOT)}}
-    end = time.monotonic() + 120
-    while True:
-        try:
-            return jobs.submit_job(entrypoint=f"{sys.executable} {command}", runtime_env=env)
-        except RuntimeError as error:
-            if "No available agent" not in str(error) or time.monotonic() > end:
-                raise
-
-
-JOB = """
-import os, sys, time, ray
-ray.init(logging_level="ERROR")
-from placement import Client
-name, until, code = sys.argv[1:]
-Client().place({"name": name, "model": "m", "owner": "job"})
-print(os.getpid(), flush=True)
-while not os.path.exists(until):
-    time.sleep(0.05)
-os._exit(int(code))
-"""
-
-
-def test_what_a_submitted_job_owns_ends_with_it_however_that_ends(
-    client: Client, jobs: JobSubmissionClient, tmp_path: Path
-) -> None:
-    (tmp_path / "job.py").write_text(JOB)
-
-    def submit(name: str, then: str = "", code: int = 0) -> str:
-        return submitted(jobs, tmp_path, f"job.py {name} {tmp_path / name} {code}{then}")
-
-    names = {
-        "crashes": submit("crashes", code=3),
-        "stopped": submit("stopped", then=" && sleep 600"),
-        "killed": submit("killed"),
-    }
-    assert settled(lambda: not any(is_forgotten(client, name) for name in names), 120)
-    assert [len(client.get(name).assignments) for name in names] == [1, 1, 1]
-    assert settled(lambda: jobs.get_job_logs(names["killed"]).split()[-1].isdigit())
-
-    (tmp_path / "stopped").touch()  # its driver ends, its command does not
-    (tmp_path / "crashes").touch()
-    ends(client, ["crashes"], "a submitted job crashes", gpus=6)
-    os.kill(int(jobs.get_job_logs(names["killed"]).split()[-1]), 9)
-    ends(client, ["killed"], "the driver of a submitted job is killed", gpus=7)
-    assert not is_forgotten(client, "stopped")
-    jobs.stop_job(names["stopped"])
-    ends(client, ["stopped"], "a submitted job is stopped")
-    assert settled(lambda: jobs.get_job_status(names["crashes"]) is JobStatus.FAILED)
-
-
-def test_the_example(client: Client, jobs: JobSubmissionClient) -> None:
-    job = submitted(jobs, ROOT / "examples", "driver.py --owned --gpus 2 --replicas 2")
-    ended = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
-    assert settled(lambda: jobs.get_job_status(job) in ended, 120)
-    assert jobs.get_job_status(job) is JobStatus.SUCCEEDED, jobs.get_job_logs(job)
-    said = jobs.get_job_logs(job)
-    assert len(re.findall(r"placed on (\[.*\]), workers on \1\n", said)) == 2 and said.endswith(
-        "\nreleased\n"
-    ), said
-    ends(client, ["driver-example"], "the example ends")
