@@ -360,8 +360,6 @@ class Agents:
             if now - one.sign >= UNREACHABLE_SECONDS
         }
 
-    ailing = suspect
-
     def are_cold(self, node_ids: Iterable[str]) -> bool:
         """Whether the actor of one of these nodes has yet to answer for the first time, or does not any more."""
         with self._lock:

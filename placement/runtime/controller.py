@@ -39,7 +39,7 @@ from placement.runtime.reconciler import Reconciler, Work, differences
 from placement.runtime.report import Observed as Seen
 from placement.runtime.report import cluster_status, topology_report
 from placement.runtime.results import PlacementResult
-from placement.runtime.state import DeploymentState, Owner, ServiceState
+from placement.runtime.state import DeploymentState, Owner, ServiceState, expiry
 from placement.runtime.sweeper import Sweeper
 from placement.runtime.turns import Turns
 from placement.wire.cluster import ClusterFile
@@ -295,9 +295,9 @@ class Controller:
             known = self._known(name)
             if known is None:
                 raise UnknownDeployment(name, self.state.names())
-            if known.deployment.ttl_seconds is None:
+            expires_at = expiry(known.deployment)
+            if expires_at is None:
                 return None
-            expires_at = time.time() + known.deployment.ttl_seconds
             self.actions.commit(replace(known, expires_at=expires_at))
             return expires_at
 
@@ -538,12 +538,7 @@ class Controller:
 def _new(wanted: Deployment, owner: Owner | None) -> DeploymentState:
     """A deployment that was not there before."""
     states = dict.fromkeys(range(wanted.replicas), State.PENDING)
-    return DeploymentState(wanted, states=states, owner=owner, expires_at=_expiry(wanted))
-
-
-def _expiry(wanted: Deployment) -> float | None:
-    """When it ends, if it is declared now and nobody renews it."""
-    return None if wanted.ttl_seconds is None else time.time() + wanted.ttl_seconds
+    return DeploymentState(wanted, states=states, owner=owner, expires_at=expiry(wanted))
 
 
 def _lost_groups(lease: DeploymentState) -> set[str]:

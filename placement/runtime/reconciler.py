@@ -288,9 +288,9 @@ class Reconciler:
         """Gives back what some replicas hold, for the sake of others or since they are too many."""
         if in_place and work.atomic and work.known is not None:
             # Until the others are there, what stood is declared as before.
-            why = dict.fromkeys(indices, "its room was given back for what replaces it")
             rest = self.actions.release(work.known, indices)
-            reasons = {**rest.reasons, **{i: reason for i, reason in why.items() if i in rest.states}}
+            why = "its room was given back for what replaces it"
+            reasons = {**rest.reasons, **{i: why for i in indices if i in rest.states}}
             work.known = rest.pending(reasons, time.time())
             work.wanted = work.wanted.without([i for i in indices if i in work.wanted.states])
             work.vacated = True

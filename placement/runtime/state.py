@@ -187,15 +187,14 @@ class DeploymentState:
             earlier=earlier,
             states=states,
             reasons={i: reason for i, reason in self.reasons.items() if i in waits},
-            expires_at=None if wanted.ttl_seconds is None else time.time() + wanted.ttl_seconds,
+            expires_at=expiry(wanted),
             given_up=False,
             waiting_since=None if self.given_up else self.waiting_since,
         )._tidied()
 
     def renewed(self, owner: Owner | None) -> DeploymentState:
         """The same, asked for once more: by this owner, with all its time before it, and nothing given up."""
-        ttl = self.deployment.ttl_seconds
-        expires_at = None if ttl is None else time.time() + ttl
+        expires_at = expiry(self.deployment)
         if (self.owner, self.expires_at, self.given_up) == (owner, expires_at, False):
             return self
         since = None if self.given_up else self.waiting_since
@@ -221,7 +220,6 @@ class DeploymentState:
             replicas={**self.replicas, index: one},
             states={**self.states, index: _after(index, before, Event.RESERVE, Event.RESERVED)},
             reasons=reasons,
-            waiting_since=self.waiting_since if reasons else None,
         )._tidied()
 
     def without(self, indices: Collection[int]) -> DeploymentState:
@@ -346,6 +344,11 @@ class DeploymentState:
         )
         why = dict.fromkeys(state.unfinished(), "not tried since the service restarted")
         return replace(state, reasons=why) if state.is_lease else state.pending(why, time.time())
+
+
+def expiry(wanted: Deployment) -> float | None:
+    """When a deployment ends, if it is declared now and nobody renews it, in seconds since 1970; ``None`` for never."""
+    return None if wanted.ttl_seconds is None else time.time() + wanted.ttl_seconds
 
 
 def _declaration(one: Deployment) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,15 @@ def left_over() -> dict[str, Any]:
     }
     groups = {gid: row["state"] for gid, row in placement_group_table().items() if row["state"] != "REMOVED"}
     return short | groups
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder; a file in it is the name of a point at which the process that comes there ends."""
+    folder = tmp_path_factory.mktemp("faults")
+    os.environ["PLACEMENT_FAULTS"] = str(folder)
+    yield folder
+    del os.environ["PLACEMENT_FAULTS"]
 
 
 @pytest.fixture(scope="module")

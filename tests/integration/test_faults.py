@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,6 @@ def cluster_nodes() -> list[SimulatedNode]:
         SimulatedNode("pcie-b", topology="a100-pcie-4x", labels={"rack": "r"}),
         SimulatedNode("egress", resources={"egress": 8}),
     ]
-
-
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder; a file in it is the name of a point at which the process that comes there ends."""
-    folder = tmp_path_factory.mktemp("faults")
-    os.environ["PLACEMENT_FAULTS"] = str(folder)
-    yield folder
-    del os.environ["PLACEMENT_FAULTS"]
 
 
 @pytest.fixture(scope="module")

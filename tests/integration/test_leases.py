@@ -84,15 +84,6 @@ class Driver:
 
 
 @pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder; a file in it is the name of a point at which the process that comes there ends."""
-    folder = tmp_path_factory.mktemp("faults")
-    os.environ["PLACEMENT_FAULTS"] = str(folder)
-    yield folder
-    del os.environ["PLACEMENT_FAULTS"]
-
-
-@pytest.fixture(scope="module")
 def cluster(faults: Path) -> Iterator[EmbeddedCluster]:
     nodes = [
         SimulatedNode("pcie", topology="a100-pcie-4x"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -31,15 +30,6 @@ def cluster_nodes() -> list[SimulatedNode]:
         SimulatedNode("pcie", topology="a100-pcie-4x", labels={"rack": "r"}),
         SimulatedNode("pcie-b", topology="a100-pcie-4x", labels={"rack": "r"}),
     ]
-
-
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """As in test_faults.py."""
-    folder = tmp_path_factory.mktemp("faults")
-    os.environ["PLACEMENT_FAULTS"] = str(folder)
-    yield folder
-    del os.environ["PLACEMENT_FAULTS"]
 
 
 @pytest.fixture(scope="module")
