@@ -39,6 +39,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 assert "ray" not in sys.modules, "Ray was imported before tests/conftest.py could set its variables"
 
+from tests.locks import watch  # noqa: E402
+
+watch("placement.runtime")
+
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Remove the home once every fixture, a cluster's shutdown included, is done."""

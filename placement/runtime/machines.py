@@ -101,18 +101,19 @@ class Machines:
             patience_seconds: how long to wait at most.
         """
         now = time.monotonic()
-        asked: dict[str, _Asked] = {}
-        awaited: dict[Any, float] = {}
         with self._lock:
             candidates = self._open_of(nodes)
             if again:
                 candidates = {info.id: info for info in nodes if _can_say(info)}
             waiting = self._silent.waiting() if candidates else frozenset()
-            for info in candidates.values():
-                if again or self._is_due(info.id, waiting):
-                    one = asked[info.id] = self._ask(info, again, max_age_seconds, now)
-                    if again or self._is_awaited(info.id, now):
-                        awaited[one.call] = one.until - now
+            due = [info for info in candidates.values() if again or self._is_due(info.id, waiting)]
+        asked = {info.id: self._ask(info, again, max_age_seconds, now) for info in due}
+        with self._lock:
+            awaited = {
+                one.call: one.until - now
+                for node_id, one in asked.items()
+                if again or self._is_awaited(node_id, now)
+            }
         if not asked:
             return
         awaited = {call: min(patience_seconds, left) for call, left in awaited.items() if left > 0}
@@ -149,14 +150,18 @@ class Machines:
 
     def _ask(self, info: NodeInfo, again: bool, max_age_seconds: float | None, now: float) -> _Asked:
         """Asks, unless a question is open that is just as good, or has been open for too long."""
-        open_since = self._asked.get(info.id)
-        if open_since is None or (again and now < open_since.until):
-            call = self._agents.agent(info).facts.remote(max_age_seconds)
-            until = now + DEADLINE_SECONDS if open_since is None else open_since.until
-            self._asked[info.id] = _Asked(call, until)
+        with self._lock:
+            before = self._asked.get(info.id)
+        if before is not None and not (again and now < before.until):
+            return before
+        # Not under the lock: making the actor may take Ray a while, and wants to know what stands there.
+        call = self._agents.agent(info).facts.remote(max_age_seconds)
+        asked = _Asked(call, now + DEADLINE_SECONDS if before is None else before.until)
+        with self._lock:
+            self._asked[info.id] = asked
             if info.id not in self._open:
                 self._nodes = None  # of a node that is known already a question is open again
-        return self._asked[info.id]
+        return asked
 
     def _record(self, node_id: str, asked: _Asked, done: bool) -> None:
         problem = "the node actor does not answer"
@@ -221,9 +226,6 @@ class Machines:
             self._nodes = None
         for node_id in gone:
             ledger.forget_facts(node_id)
-
-    # The names until the service and the fleet call them by the new ones.
-    meet, strangers, recall = refresh, unknown_nodes, restore
 
 
 def _can_say(info: NodeInfo) -> bool:

@@ -136,6 +136,12 @@ def _stands(info: ValidationInfo) -> bool:
     return info.context == STANDS
 
 
+MOST_NAME = Field(max_length=253)
+"""No name in DNS is longer; nor is one of a node, an accelerator or a deployment."""
+MOST_LABEL = Field(max_length=317)
+"""No label of Kubernetes is longer: a name in DNS, a slash, and 63 characters."""
+
+Named = Annotated[str, MOST_NAME]
 Count = Annotated[int, BeforeValidator(_whole)]
 Amount = Annotated[float, AfterValidator(_amount)]
 
@@ -333,7 +339,9 @@ class Budget(_Declared):
 class Spread(_Declared):
     """Keeps replicas apart: at most ``max`` of them on nodes with one value of ``label``."""
 
-    label: str = Field(min_length=1, description="a node label, such as ray.io/availability-zone")
+    label: Annotated[str, MOST_LABEL] = Field(
+        min_length=1, description="a node label, such as ray.io/availability-zone"
+    )
     max: Count = 1
 
 
@@ -343,12 +351,12 @@ class PlacementConstraints(_Declared):
     ``None`` means "any that the cluster has"; an empty list is refused.
     """
 
-    gpu_nodes: tuple[str, ...] | None = Field(default=None, min_length=1)
-    egress_nodes: tuple[str, ...] | None = Field(default=None, min_length=1)
-    egress_preference: tuple[str, ...] = Field(
+    gpu_nodes: tuple[Named, ...] | None = Field(default=None, min_length=1)
+    egress_nodes: tuple[Named, ...] | None = Field(default=None, min_length=1)
+    egress_preference: tuple[Named, ...] = Field(
         default=(), description="egress nodes to try first, best first"
     )
-    accelerators: tuple[str, ...] | None = Field(
+    accelerators: tuple[Named, ...] | None = Field(
         default=None, min_length=1, description='accelerator types, as Ray names them: ["H100", "H200"]'
     )
     min_compute_capability: Annotated[str, BeforeValidator(_capability)] | None = Field(
@@ -357,16 +365,16 @@ class PlacementConstraints(_Declared):
     min_free_gpu_memory_gib: Amount | None = Field(
         default=None, description="that NVML must show as free on each GPU"
     )
-    node_labels: dict[str, str] = Field(
+    node_labels: dict[Annotated[str, MOST_LABEL], str] = Field(
         default_factory=dict, description="label -> a, !a, in(a, b) or !in(a, b), as Ray's label_selector"
     )
     cpus_per_gpu: Amount | None = None
     memory_gib_per_gpu: Amount | None = None
     spread: Spread | None = None
-    apart_from: tuple[str, ...] = Field(
+    apart_from: tuple[Named, ...] = Field(
         default=(), description="deployments that must not be on the node; they keep away from this one, too"
     )
-    near_to: tuple[str, ...] = Field(
+    near_to: tuple[Named, ...] = Field(
         default=(),
         description="deployments that must be on the node; they may be on others, too, and may leave",
     )

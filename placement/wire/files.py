@@ -183,7 +183,11 @@ def parse_model(model: type[M], value: Any, source: str) -> M:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        sentences = tuple(_sentence(model, dict(problem)) for problem in error.errors())
+        problems = error.errors()
+        # Of a list whose only entry is refused, pydantic says as well that it is empty.
+        inside = {problem["loc"][:-1] for problem in problems}
+        lasting = [one for one in problems if one["type"] != "too_short" or one["loc"] not in inside]
+        sentences = tuple(_sentence(model, dict(problem)) for problem in lasting)
         raise InvalidDeployment(source, sentences) from None
 
 

@@ -78,7 +78,7 @@ def service(address: str) -> Iterator[Any]:
 
     handle = placement.start()
     yield handle
-    ray.get(handle.release_all.remote())
+    ray.get(handle.release_all.remote(), timeout=120)
     assert settled(lambda: not left_over()), left_over()
 
 
@@ -88,7 +88,7 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "service" in request.fixturenames:
         handle = request.getfixturevalue("service")
-        ray.get(handle.release_all.remote())
+        ray.get(handle.release_all.remote(), timeout=120)
         assert settled(lambda: not left_over()), left_over()
 
 

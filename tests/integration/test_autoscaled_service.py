@@ -48,7 +48,7 @@ def service() -> Iterator[Any]:
 @pytest.fixture(autouse=True)
 def nothing_left(service: Any) -> Iterator[None]:
     yield
-    ray.get(service.release_all.remote())
+    ray.get(service.release_all.remote(), timeout=120)
     assert settled(lambda: not open_groups() and not demanded()), open_groups()
     assert settled(lambda: not machines() and not coming(), 90), (machines(), coming())
 

@@ -124,7 +124,7 @@ def test_apart_holds_both_ways_and_in_any_order_of_a_file(service: Any) -> None:
         where = {one.deployment: {x.node_name for x in one.assignments} for one in results}
         assert where == {one.deployment: {x.node_name for x in one.assignments} for one in planned}
         assert (where["b"], where["c"]) == ({"hgx"}, {"hgx"})
-        ray.get(service.release_all.remote())
+        ray.get(service.release_all.remote(), timeout=120)
     assert ray.get(service.place.remote(b)).assignments[0].node_name  # b stands first, and a keeps away
     beside = {x.node for x in ray.get(service.get.remote("b")).assignments}
     placed = ray.get(service.place.remote({"name": "a", "model": "m", "gpus": 2, "replicas": 2}))

@@ -111,7 +111,7 @@ def test_gpus_are_those_promised_whatever_the_starter_sees(address: str, devices
             result = ray.get(service.place.remote({"name": name, "model": "m"}))
             assert [one["got"]["gpus"] for one in gpus_seen_by_workers(result)] == [gpus]
             assert result.assignments[0].gpus == gpus
-        ray.get(service.release_all.remote())
+        ray.get(service.release_all.remote(), timeout=120)
     finally:
         other.leave()
     inherits_nothing()

@@ -119,6 +119,13 @@ def test_a_custom_runtime_says_its_transport() -> None:
         ),
         ({"model": "gpt-4o", "runtime_config": {"api_key": {}}}, "set exactly one of from_env and from_file"),
         ({"constraints": {"gpu_nodes": []}}, "constraints.gpu_nodes: "),
+        (
+            {"constraints": {"accelerators": ["A" * 254]}},
+            "f.yaml: deployment 1 (d): constraints.accelerators.0: String should have at most 253 characters",
+        ),
+        ({"constraints": {"near_to": ["a" * 5000]}}, "constraints.near_to.0: String should have at most 253"),
+        ({"constraints": {"spread": {"label": "a" * 318}}}, "constraints.spread.label: String should have"),
+        ({"constraints": {"node_labels": {"a" * 318: "b"}}}, "String should have at most 317 characters"),
         ({"gpu_memory_gib": 4e-10}, "gpu_memory_gib: 4e-10 is too small; use at least 0.001"),
         ({"gpu_memory_gib": 1e300}, "gpu_memory_gib: 1e+300 is too large; use at most 100000"),
         ({"gpu_memory_gib": float("nan")}, "gpu_memory_gib: nan is not a number"),
