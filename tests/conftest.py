@@ -28,6 +28,8 @@ os.environ.setdefault("XDG_CACHE_HOME", str(_real_home / ".cache"))
 os.environ["HOME"] = str(_home)
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+if "PYTEST_XDIST_WORKER" in os.environ:  # beside others: Ray notes in this folder which cluster is the latest
+    os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="r-")
 
 settings.register_profile(
     "placement", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -44,6 +46,13 @@ from tests.locks import watch  # noqa: E402
 watch("placement.runtime")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What mostly waits comes first: what only computes fills the gaps, where several run beside each other."""
+    items.sort(key=lambda item: item.get_closest_marker("integration") is None)
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Remove the home once every fixture, a cluster's shutdown included, is done."""
     shutil.rmtree(_home, ignore_errors=True)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shutil.rmtree(os.environ["RAY_TMPDIR"], ignore_errors=True)

@@ -55,7 +55,7 @@ HONEST = (
 OWNER = """
 import json, sys
 import ray, placement
-ray.init(address=sys.argv[1], _node_ip_address="127.0.0.2", log_to_driver=False, logging_level="ERROR")
+ray.init(address=sys.argv[1], _node_ip_address=sys.argv[1].split(":")[0], log_to_driver=False, logging_level="ERROR")
 try:
     placement.Client().place(json.loads(sys.argv[2]))
 except Exception as error:

@@ -1,7 +1,8 @@
 """A real Ray cluster of simulated nodes on this machine: real raylets and books, counted GPUs, no silicon.
 
 For the demo, the tests and the benchmarks. Each node has a loopback address of its own, and a GPU node
-carries the label that gives it the topology of a recorded machine. All traffic stays on 127.0.0.0/8.
+carries the label that gives it the topology of a recorded machine. All traffic stays on 127.0.0.0/8, where
+each cluster has a network of its own: 127.0.0, and 127.0.16 and on for those beside it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +23,9 @@ from placement import topologies
 from placement.runtime.discovery import TOPOLOGY_LABEL
 
 SIZE = {"num_cpus": 2, "object_store_memory": 80_000_000}
+NETWORKS = tuple(f"127.0.{number}" for number in (0, *range(16, 64)))
+IN_USE_PORT = 6378
+"""Who has this port at address 1 of a network has the network."""
 
 
 @dataclass(frozen=True)
@@ -48,25 +53,28 @@ class EmbeddedCluster:
     """A running cluster, whose nodes can come and go.
 
     Attributes:
+        host: the address of its head's machine.
         address: ``host:port`` of its head.
     """
 
     def __init__(self, dashboard: bool) -> None:
         from ray.cluster_utils import Cluster
 
+        self._network = Network()
+        self.host = f"{self._network.prefix}.2"
         self._cluster = Cluster()
         self._nodes: dict[str, Any] = {}
         self._count = 0
         self._dashboard = dashboard
 
     def start_head(self) -> None:
-        """Starts the head, on 127.0.0.2."""
+        """Starts the head."""
         self._cluster.add_node(
-            node_ip_address="127.0.0.2",
+            node_ip_address=self.host,
             node_name="head",
             num_gpus=0,
             include_dashboard=self._dashboard,
-            dashboard_host="127.0.0.2",
+            dashboard_host=self.host,
             **SIZE,
         )
         self.address: str = self._cluster.address
@@ -77,7 +85,7 @@ class EmbeddedCluster:
         labels = dict(node.labels) | ({TOPOLOGY_LABEL: node.topology} if node.topology else {})
         self._nodes[node.name] = self._cluster.add_node(
             wait=False,
-            node_ip_address=f"127.0.0.{3 + self._count % 250}",
+            node_ip_address=f"{self._network.prefix}.{3 + self._count % 250}",
             node_name=node.name,
             num_gpus=gpus,
             resources=dict(node.resources),
@@ -103,6 +111,7 @@ class EmbeddedCluster:
     def stop(self) -> None:
         """Ends all of it."""
         self._cluster.shutdown()
+        self._network.close()
 
 
 @contextmanager
@@ -112,7 +121,7 @@ def embedded_cluster(
     """Starts a head and the given nodes, connects this process, and stops all of it at the end, also on Ctrl-C.
 
     Args:
-        nodes: the nodes beside the head, in order; the head has address 127.0.0.2, they 127.0.0.3 and on.
+        nodes: the nodes beside the head, in order; the head has address 2 of its network, they 3 and on.
         progress: told what is being started.
         dashboard: also start the dashboard and job server on the head.
     """
@@ -132,7 +141,7 @@ def embedded_cluster(
             running.wait()
             ray.init(
                 address=running.address,
-                _node_ip_address="127.0.0.2",
+                _node_ip_address=running.host,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
@@ -140,6 +149,33 @@ def embedded_cluster(
         finally:
             ray.shutdown()
             running.stop()
+
+
+class Network:
+    """A part of 127.0.0.0/8 in which no other cluster is, until it is closed.
+
+    Attributes:
+        prefix: ``127.0.0``, to be followed by a machine's number.
+
+    Raises:
+        OSError: there is none.
+    """
+
+    def __init__(self) -> None:
+        for self.prefix in NETWORKS:
+            self._in_use = socket.socket()
+            try:
+                self._in_use.bind((f"{self.prefix}.1", IN_USE_PORT))
+                return
+            except OSError:
+                self._in_use.close()
+        raise OSError(
+            f"each network from {NETWORKS[0]} to {NETWORKS[-1]} has a simulated cluster; end one of them"
+        )
+
+    def close(self) -> None:
+        """Leaves it to others."""
+        self._in_use.close()
 
 
 @contextmanager

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import yaml
 
+from placement.runtime.embedded import Network
+
 FOLDER = Path(__file__).parent
-HEAD_ADDRESS = "127.0.3.1"
 
 
-def free_port() -> int:
+def free_port(host: str) -> int:
     with socket.socket() as probe:
-        probe.bind((HEAD_ADDRESS, 0))
+        probe.bind((host, 0))
         return probe.getsockname()[1]
 
 
@@ -33,7 +34,9 @@ def cloud(folder: Path, version: int = 2, idle_seconds: float = 6.0) -> Iterator
         version: of the autoscaler; 0 is a head to which nobody gave a configuration.
         idle_seconds: after how long a machine that nobody uses goes.
     """
-    address = f"{HEAD_ADDRESS}:{free_port()}"
+    network = Network()
+    host = f"{network.prefix}.1"
+    address = f"{host}:{free_port(host)}"
     config = yaml.safe_load((FOLDER / "cluster.yaml").read_text())
     config["provider"]["gcs_address"] = address
     config["idle_timeout_minutes"] = idle_seconds / 60
@@ -45,12 +48,12 @@ def cloud(folder: Path, version: int = 2, idle_seconds: float = 6.0) -> Iterator
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_enable_autoscaler_v2": "1" if version == 2 else "0",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-        "AUTOSCALER_METRIC_PORT": str(free_port()),
+        "AUTOSCALER_METRIC_PORT": str(free_port(host)),
     }
     command = [Path(sys.executable).parent / "ray", "start", "--head", "--block"]
-    command += [f"--node-ip-address={HEAD_ADDRESS}", f"--port={address.rsplit(':', 1)[1]}"]
+    command += [f"--node-ip-address={host}", f"--port={address.rsplit(':', 1)[1]}"]
     command += ["--num-cpus=0", "--num-gpus=0", "--include-dashboard=false", "--object-store-memory=80000000"]
-    command += [f"--ray-client-server-port={free_port()}"]
+    command += [f"--ray-client-server-port={free_port(host)}"]
     if version:
         # What `ray up` gives to its head: without its instance id the autoscaler takes it for nobody's machine.
         env |= {"RAY_CLOUD_INSTANCE_ID": "loopback-0", "RAY_NODE_TYPE_NAME": "head"}
@@ -70,6 +73,7 @@ def cloud(folder: Path, version: int = 2, idle_seconds: float = 6.0) -> Iterator
         for pid in _processes_of(address):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        network.close()
 
 
 def _processes_of(address: str) -> Iterator[int]:
@@ -80,7 +84,11 @@ def _processes_of(address: str) -> Iterator[int]:
                 yield int(folder.name)
 
 
+def host_of(address: str) -> str:
+    """Of ``host:port``."""
+    return address.rsplit(":", 1)[0]
+
+
 def _closed(address: str) -> bool:
-    host, port = address.rsplit(":", 1)
     with socket.socket() as probe:
-        return probe.connect_ex((host, int(port))) != 0
+        return probe.connect_ex((host_of(address), int(address.rsplit(":", 1)[1]))) != 0

@@ -18,7 +18,7 @@ import pytest
 import ray
 
 import placement
-from tests.cloud.cloud import HEAD_ADDRESS, cloud
+from tests.cloud.cloud import cloud, host_of
 from tests.cloud.seen import coming, demanded, machines, open_groups
 from tests.integration.conftest import settled
 from tests.integration.test_place import ranks_gpus
@@ -38,7 +38,7 @@ def service() -> Iterator[Any]:
         tempfile.TemporaryDirectory(prefix="placement-") as folder,
         cloud(Path(folder), idle_seconds=12.0) as address,
     ):
-        ray.init(address, _node_ip_address=HEAD_ADDRESS, log_to_driver=False, logging_level="ERROR")
+        ray.init(address, _node_ip_address=host_of(address), log_to_driver=False, logging_level="ERROR")
         try:
             yield placement.start(idle_seconds=1.0)
         finally:
@@ -141,7 +141,7 @@ threading.Thread(target=client.place, args=(json.loads(call),), kwargs={"wait_se
 def test_what_waits_for_a_job_that_dies_is_no_longer_asked_for(service: Any) -> None:
     address = ray.get_runtime_context().gcs_address
     call = {**NEVER, "name": "call", "gpus": 1}
-    arguments = [address, HEAD_ADDRESS, json.dumps(NEVER), json.dumps(call)]
+    arguments = [address, host_of(address), json.dumps(NEVER), json.dumps(call)]
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, *arguments])
     try:
         assert settled(lambda: asked(service) == {"never": "asked", "call": "asked"}, 60), status(service)

@@ -16,7 +16,7 @@ from placement.core.request import Request
 from placement.core.score import Needs
 from placement.runtime.demand import Asked, Demand, Need, State, needs_of
 from placement.runtime.groups import create_group, ready_or_removed, remove_group
-from tests.cloud.cloud import HEAD_ADDRESS, cloud
+from tests.cloud.cloud import cloud, host_of
 from tests.cloud.seen import coming, demanded, machines, open_groups
 from tests.integration.conftest import settled
 
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
 @pytest.fixture(scope="module")
 def running() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="placement-") as folder, cloud(Path(folder)) as address:
-        connection = {"_node_ip_address": HEAD_ADDRESS, "log_to_driver": False, "logging_level": "ERROR"}
+        connection = {"_node_ip_address": host_of(address), "log_to_driver": False, "logging_level": "ERROR"}
         ray.init(address, namespace="test", **connection)
         try:
             yield address

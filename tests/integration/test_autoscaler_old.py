@@ -12,7 +12,7 @@ from ray.util.placement_group import placement_group_table
 from placement.runtime.autoscaler import NO_AUTOSCALER, OLD_AUTOSCALER
 from placement.runtime.demand import Asked, Demand, Need, State
 from placement.runtime.needs import Way
-from tests.cloud.cloud import HEAD_ADDRESS, cloud
+from tests.cloud.cloud import cloud, host_of
 from tests.integration.conftest import settled
 
 pytestmark = pytest.mark.integration
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.integration
 @pytest.mark.parametrize(("version", "reason"), [(0, NO_AUTOSCALER), (1, OLD_AUTOSCALER)])
 def test_nothing_is_asked_and_the_reason_is_told(version: int, reason: str) -> None:
     with tempfile.TemporaryDirectory(prefix="placement-") as folder, cloud(Path(folder), version) as address:
-        ray.init(address, _node_ip_address=HEAD_ADDRESS, log_to_driver=False, logging_level="ERROR")
+        ray.init(address, _node_ip_address=host_of(address), log_to_driver=False, logging_level="ERROR")
         try:
             demand = Demand("ask-")
             demand.want({"d:0:0": Need("4 GPUs", (Way(((("GPU", 4.0),),)),))}, ())

@@ -146,7 +146,7 @@ def test_a_caller_says_which_job_process_and_actor_it_is(address: str) -> None:
 DRIVER = """
 import json, sys
 import ray
-ray.init(sys.argv[1], _node_ip_address="127.0.0.2", log_to_driver=False, logging_level="ERROR")
+ray.init(sys.argv[1], _node_ip_address=sys.argv[1].split(":")[0], log_to_driver=False, logging_level="ERROR")
 from placement.runtime.connection import caller
 print(json.dumps([caller(), ray.get(ray.remote(num_cpus=0)(caller).remote())]))
 """
@@ -278,7 +278,7 @@ PLACER = """
 import os, signal, sys, threading, time
 import ray
 address, how = sys.argv[1:]
-own = {} if address.startswith("ray://") else {"_node_ip_address": "127.0.0.2"}
+own = {} if address.startswith("ray://") else {"_node_ip_address": address.split(":")[0]}
 ray.init(address, log_to_driver=False, logging_level="ERROR", **own)
 from placement import Client
 from placement.runtime.connection import caller
@@ -309,16 +309,18 @@ def placing(address: str, how: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
 
 
-def client_server(_: str) -> str:
+def client_server(address: str) -> str:
+    host = address.split(":")[0]
+
     def listens() -> bool:
         try:
-            socket.create_connection(("127.0.0.2", CLIENT_PORT), timeout=1).close()
+            socket.create_connection((host, CLIENT_PORT), timeout=1).close()
         except OSError:
             return False
         return True
 
     assert settled(listens, 30)
-    return f"ray://127.0.0.2:{CLIENT_PORT}"
+    return f"ray://{host}:{CLIENT_PORT}"
 
 
 @pytest.mark.parametrize("connect", [str, client_server], ids=["driver", "ray-client"])

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
 import pytest
 import ray
@@ -18,6 +19,7 @@ from ray.cluster_utils import Cluster
 
 import placement
 from placement.runtime.discovery import TOPOLOGY_LABEL
+from placement.runtime.embedded import Network
 from tests.chaos import recovered
 from tests.integration.conftest import settled
 from tests.integration.test_place import Worker, ranks_gpus
@@ -70,17 +72,18 @@ def start_head(redis: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         # Nodes ask for the head again every second.
         "RAY_gcs_rpc_server_reconnect_timeout_s": "60",
     }
-    before = {name: os.environ.get(name) for name in changed}
-    os.environ.update(changed)
     port = free_port()
+    network = Network()
 
     with ExitStack() as stack:
+        stack.callback(network.close)
+        stack.enter_context(mock.patch.dict(os.environ, changed))
 
         def start() -> Cluster:
             running = Cluster()
             stack.callback(running.shutdown)
             running.add_node(
-                node_ip_address="127.0.0.2",
+                node_ip_address=f"{network.prefix}.2",
                 node_name="head",
                 num_gpus=0,
                 include_dashboard=False,
@@ -91,8 +94,6 @@ def start_head(redis: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
         yield start
         ray.shutdown()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def cluster(start_head: Callable[[], Cluster]) -> Cluster:
     running = start_head()
     for number in (3, 4):
         running.add_node(
-            node_ip_address=f"127.0.0.{number}",
+            node_ip_address=f"{host_of(running).rpartition('.')[0]}.{number}",
             node_name=f"gpu-{number}",
             num_gpus=4,
             labels={TOPOLOGY_LABEL: "a100-pcie-4x"},
@@ -112,8 +113,12 @@ def cluster(start_head: Callable[[], Cluster]) -> Cluster:
     return running
 
 
+def host_of(cluster: Cluster) -> str:
+    return str(cluster.address).split(":")[0]
+
+
 def connect(cluster: Cluster) -> None:
-    ray.init(address=cluster.address, _node_ip_address="127.0.0.2", log_to_driver=False)
+    ray.init(address=cluster.address, _node_ip_address=host_of(cluster), log_to_driver=False)
 
 
 def confirmed(result: Any) -> list[tuple[str, list[int]]]:

@@ -33,7 +33,7 @@ REMOTE = {"model": "gpt-4o", "serving": {"max_concurrent": 3}, "owner": "caller"
 
 DRIVER = """
 import json, sys, threading, ray
-ray.init(sys.argv[1], _node_ip_address="127.0.0.2", log_to_driver=False, logging_level="ERROR")
+ray.init(sys.argv[1], _node_ip_address=sys.argv[1].split(":")[0], log_to_driver=False, logging_level="ERROR")
 from placement import Client
 from placement.errors import PlacementError
 client = Client()

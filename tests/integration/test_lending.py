@@ -35,7 +35,7 @@ pytestmark = pytest.mark.integration
 CALLER = """
 import json, sys, ray
 from placement.runtime.groups import create_group, ready_or_removed
-ray.init(address=sys.argv[1], _node_ip_address="127.0.0.2", log_to_driver=False, logging_level="ERROR")
+ray.init(address=sys.argv[1], _node_ip_address=sys.argv[1].split(":")[0], log_to_driver=False, logging_level="ERROR")
 print("connected", flush=True)
 for line in sys.stdin:
     group = create_group(*json.loads(line), lifetime=None)

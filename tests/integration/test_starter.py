@@ -31,7 +31,7 @@ DRIVER = """
 import json, logging, sys
 import ray
 address, env = sys.argv[1], json.loads(sys.argv[2])
-own = {} if address.startswith("ray://") else {"_node_ip_address": "127.0.0.2"}
+own = {} if address.startswith("ray://") else {"_node_ip_address": address.split(":")[0]}
 ray.init(address, runtime_env=env, log_to_driver=False, logging_level=logging.ERROR, **own)
 import placement
 placement.start()
@@ -133,14 +133,15 @@ def test_code_of_the_starter_is_not_the_services(address: str, field: str, tmp_p
 
 def test_a_ray_client_with_an_environment_may_start_it(address: str) -> None:
     env = {"env_vars": {"CUDA_VISIBLE_DEVICES": "1", "STARTER_MARK": "1"}}
-    assert settled(lambda: is_listening(CLIENT_PORT), 30)
-    start_elsewhere(f"ray://127.0.0.2:{CLIENT_PORT}", env)
+    host = address.split(":")[0]
+    assert settled(lambda: is_listening(host, CLIENT_PORT), 30)
+    start_elsewhere(f"ray://{host}:{CLIENT_PORT}", env)
     inherits_nothing()
 
 
-def is_listening(port: int) -> bool:
+def is_listening(host: str, port: int) -> bool:
     try:
-        socket.create_connection(("127.0.0.2", port), timeout=1).close()
+        socket.create_connection((host, port), timeout=1).close()
     except OSError:
         return False
     return True

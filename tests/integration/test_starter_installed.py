@@ -37,7 +37,7 @@ def test_what_the_cluster_lacks_is_said_with_the_fix(address: str, field: str) -
     here = os.getcwd()
     os.chdir("/")  # to Ray a driver's folder is one to import from
     try:
-        ray.init(address, _node_ip_address="127.0.0.2", runtime_env=env, log_to_driver=False)
+        ray.init(address, _node_ip_address=address.split(":")[0], runtime_env=env, log_to_driver=False)
     finally:
         os.chdir(here)
     with pytest.raises(

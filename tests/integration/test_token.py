@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from placement.runtime.embedded import Network
 from tests.integration.conftest import settled
 
 pytestmark = pytest.mark.integration
@@ -32,11 +33,13 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
         "RAY_AUTH_TOKEN_PATH": str(home / "token"),
         "RAY_USAGE_STATS_ENABLED": "0",
     }
+    network = Network()
+    host = f"{network.prefix}.2"
     with socket.socket() as probe:
-        probe.bind(("127.0.0.2", 0))
+        probe.bind((host, 0))
         port = probe.getsockname()[1]
     labels = "placement/topology=l40s-4x"
-    command = ["start", "--head", "--block", "--node-ip-address=127.0.0.2", f"--port={port}", "--num-gpus=4"]
+    command = ["start", "--head", "--block", f"--node-ip-address={host}", f"--port={port}", "--num-gpus=4"]
     command += [
         f"--labels={labels}",
         "--num-cpus=2",
@@ -47,11 +50,12 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
         [BIN / "ray", *command], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        assert settled(lambda: not socket.socket().connect_ex(("127.0.0.2", port)), 60)
-        yield f"127.0.0.2:{port}", env
+        assert settled(lambda: not socket.socket().connect_ex((host, port)), 60)
+        yield f"{host}:{port}", env
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(120)  # it gives each of its processes time to end
+        network.close()
 
 
 def run(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
