@@ -75,6 +75,7 @@ class EmbeddedCluster:
             num_gpus=0,
             include_dashboard=self._dashboard,
             dashboard_host=self.host,
+            no_monitor=True,
             **SIZE,
         )
         self.address: str = self._cluster.address
