@@ -31,10 +31,10 @@ from unittest import mock
 
 from placement import topologies
 from placement.core.score import WHOLE
-from placement.runtime import controller, demand, discovery, faults, fleet, groups, keeper, ledger, service
+from placement.runtime import clock, controller, demand, discovery, faults, fleet, groups, ledger, service
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.groups import LiveGroup
-from placement.runtime.machines import Machines
+from placement.runtime.inventory import Inventory
 from placement.runtime.orders import Refusal, order_name
 from placement.runtime.results import NodeAssignment
 
@@ -171,9 +171,9 @@ class Cluster:
 
 
 class Nobody:
-    """Node actors that are never needed: nothing fails, and nothing is in doubt."""
+    """Node actors that are never needed: nothing fails, and nothing is left over."""
 
-    def in_doubt(self) -> bool:
+    def orphans_suspected(self) -> bool:
         return False
 
     @contextmanager
@@ -191,13 +191,13 @@ class Fleet(fleet.Fleet):
         super().__init__(lambda info: None, holdings, prefix)
         self._cluster = cluster
         self.agents: Any = Nobody()
-        self.machines = Machines(self.agents, {})
+        self.inventory = Inventory(self.agents, {})
 
     def catch_up(self, since: float) -> bool:
         return False
 
-    def recall(self, nodes: Sequence[NodeInfo]) -> None:
-        self.machines.restore({info.id for info in nodes})
+    def restore(self, nodes: Sequence[NodeInfo]) -> None:
+        self.inventory.restore({info.id for info in nodes})
 
     def reserve(self, claim: Any, known: Any, create: Any = None) -> Any:
         with self._cluster.outside():
@@ -206,7 +206,7 @@ class Fleet(fleet.Fleet):
                 order = order_name(self._prefix, claim.deployment.name, part.replica_index)
                 gpus = len(part.gpus) * part.share / WHOLE
                 if self._cluster.rows[part.node_id]["GPU"] < gpus:
-                    return reserved, [Refusal(part.node_id, part.node_id, 1, "too few", full=True, room=0)]
+                    return reserved, [Refusal(part.node_id, part.node_id, 1, "too few", full=True, at_most=0)]
                 assignment = NodeAssignment(
                     part.replica_index,
                     part.node_id,
@@ -216,7 +216,7 @@ class Fleet(fleet.Fleet):
                     node_name=part.node_id,
                     share=part.share / WHOLE,
                 )
-                reserved.append(self._taken(order, assignment))
+                reserved.append(self._note_reserved(order, assignment))
             self.note_change({part.node_id for part in claim.replicas})
             return reserved, []
 
@@ -271,10 +271,10 @@ def make_believe(cluster: Cluster) -> Iterator[None]:
         (faults, "point", lambda name: None),
         (discovery, "live_nodes", lambda: list(cluster.infos)),
         (controller, "Fleet", lambda make, holdings, prefix: Fleet(cluster, prefix, holdings)),
-        (service, "Keeper", lambda *args: SimpleNamespace(start=lambda: None)),
+        (service, "Clock", lambda *args: SimpleNamespace(start=lambda: None)),
         (demand.Demand, "_run", lambda self: None),
-        (keeper, "live_node_ids", lambda: nodes),
-        (keeper, "draining_nodes", frozenset),
+        (clock, "live_node_ids", lambda: nodes),
+        (clock, "draining_nodes", frozenset),
         (groups, "available_resources", cluster.available),
         (groups, "group_from_hex", lambda text: cluster.groups.get(text) or Group("gone", int(text, 16), {})),
         (groups, "remove_group", lambda group, ready=False: cluster.end(group)),
@@ -310,7 +310,7 @@ class Service:
 
     def look(self) -> float:
         """CPU seconds of one look of its clock at which all that waits is tried."""
-        self._clock = keeper.Keeper(self._one._controller, AtOnce())
+        self._clock = clock.Clock(self._one._controller, AtOnce())
         return self.look_again()
 
     def look_again(self) -> float:

@@ -9,7 +9,7 @@ import pytest
 
 from placement import topologies
 from placement.core.snapshot import NEAR_LABELS
-from placement.runtime import agents, groups, machines
+from placement.runtime import agents, groups, inventory
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.fleet import Fleet
 from placement.runtime.observed import ObservedCluster
@@ -46,15 +46,15 @@ def test_a_node_is_asked_and_planned_with_at_once(monkeypatch: pytest.MonkeyPatc
         get=lambda call, timeout: topologies.facts("dgx-1v"),
         wait=lambda calls, num_returns, timeout: (calls, []),
     )
-    for module in (agents, machines):
+    for module in (agents, inventory):
         monkeypatch.setattr(module, "ray", ray)
-    monkeypatch.setattr(machines.ledger, "save_facts", lambda *_: None)
+    monkeypatch.setattr(inventory.ledger, "save_facts", lambda *_: None)
     monkeypatch.setattr(groups, "available_resources", lambda: {"n": {"GPU": 8.0}})
     state = ServiceState(lambda nodes: cluster.touch(nodes))
     fleet = Fleet(lambda info: actor, state.holdings, "placement:t:")
     cluster = ObservedCluster(state, fleet, NEAR_LABELS)
     assert isinstance(state.lock, WatchedLock)
-    fleet.machines.refresh([NODE])
+    fleet.inventory.refresh([NODE])
     cluster.read()
     with state.lock:
         state.claim(Claim(Deployment(name="d", model="m/m", runtime="vllm"), ()))

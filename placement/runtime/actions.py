@@ -57,7 +57,7 @@ class Actions:
         with self._state.lock:
             self._state.put(one)
             self._state.close(closing)
-        self._fleet.tell(one.name)
+        self._fleet.recorded(one.name)
 
     def write_back(self, name: str) -> None:
         """Has the ledger say what the state says; later, if it cannot be reached."""
@@ -111,7 +111,7 @@ class Actions:
             reserved, refusals = self._fleet.reserve(claim, nodes, create)
             if refusals:
                 self._fleet.give_back(reserved)
-                self._fleet.tell(one.name)
+                self._fleet.recorded(one.name)
         except BaseException:
             self._state.close([claim])
             raise
@@ -137,7 +137,7 @@ class Actions:
         """Gives back what was just reserved and could not be written down."""
         held = [(one.replicas[i].order, part) for i in indices for part in one.replicas[i].parts]
         self._fleet.give_back(held)
-        self._fleet.tell(one.name)
+        self._fleet.recorded(one.name)
         self._state.close([claim])
 
     def wait(

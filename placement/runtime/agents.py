@@ -31,7 +31,7 @@ POLL_SECONDS = 0.25
 """How often those who wait for an actor, or for a node's turn, look up; an answer is taken up at once."""
 HOLDS_SECONDS = 2.0
 """How long the holds of an actor stay after its death, at most; 0.3 to 1.5 s were measured."""
-SETTLE_DEADLINE_SECONDS = 20.0
+RESTORE_DEADLINE_SECONDS = 20.0
 """A reservation that was under way when the service died ends within its node actor's bounded attempts."""
 
 HUNG_SECONDS = 1.0
@@ -95,7 +95,7 @@ class Agents:
         self._awaited: dict[str, list[float]] = {}
         self._answered: set[str] = set()
         self._ailing = Backoff(AILING_SECONDS, MOST_AILING_SECONDS)
-        self._in_doubt = False
+        self._orphans_suspected = False
         self._died: dict[str, float] = {}
 
     def agent(self, info: NodeInfo) -> Any:
@@ -284,10 +284,10 @@ class Agents:
             lives = self.failed(node_id, error, began, sign)
             if not done:
                 reason = f"its node actor has not answered for {time.monotonic() - began:.0f} s"
-                return Refused(reason, 1, full=True, room=0)
+                return Refused(reason, 1, full=True, at_most=0)
             cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else None
             what = type(error).__name__ if cause is None else f"{type(cause).__name__}: {cause}"
-            return Refused(f"its node actor failed: {what}", 1, full=lives, room=0 if lives else None)
+            return Refused(f"its node actor failed: {what}", 1, full=lives, at_most=0 if lives else None)
         with self._lock:
             self._answered.add(node_id)
             self._hung.pop(node_id, None)
@@ -297,7 +297,7 @@ class Agents:
     def failed(
         self, node_id: str, error: Exception, since: float | None = None, sign: float | None = None
     ) -> bool:
-        """Takes note of a call that failed. What it did or may still do is looked after (:meth:`in_doubt`).
+        """Takes note of a call that failed. What it did or may still do is looked after (:meth:`orphans_suspected`).
 
         Args:
             node_id: of the actor.
@@ -321,7 +321,7 @@ class Agents:
                 if raised and agent is not None:
                     ray.kill(agent)  # it may not have tidied up: what it held for a moment goes with it
                 self._died[node_id] = time.monotonic()
-                self._in_doubt = True
+                self._orphans_suspected = True
             elif node_id in self._agents:
                 # It does one thing after the other: once it answers this, what it was at is over.
                 told = self._adopt(node_id)
@@ -366,50 +366,50 @@ class Agents:
             silent = self._silent()
             return any(node_id in silent or node_id not in self._answered for node_id in node_ids)
 
-    def doubt(self, calls: Iterable[Any] = (), now: bool = True) -> None:
+    def suspect_orphans(self, calls: Iterable[Any] = (), now: bool = True) -> None:
         """Groups may be left over that nobody knows of: now, and once these calls have ended."""
         with self._lock:
-            self._in_doubt |= now
+            self._orphans_suspected |= now
             self._late += calls
 
-    def in_doubt(self) -> bool:
+    def orphans_suspected(self) -> bool:
         """Whether, since the last call, groups may have been left over that nobody knows of."""
         with self._lock:
             if self._late:
                 done, self._late = ray.wait(self._late, num_returns=len(self._late), timeout=0)
-                self._in_doubt |= bool(done)
-            doubt, self._in_doubt = self._in_doubt, False
-            return doubt
+                self._orphans_suspected |= bool(done)
+            suspected, self._orphans_suspected = self._orphans_suspected, False
+            return suspected
 
-    def take_up(self, nodes: Sequence[NodeInfo]) -> list[Any]:
+    def rediscover(self, nodes: Sequence[NodeInfo]) -> list[Any]:
         """Finds the actors that live and are not known here: those of an earlier service, or given up as lost.
 
         Returns:
             Calls that are answered once these have ended what they were doing and know what stands on their nodes.
         """
-        return list(self._take_up(nodes).values())
+        return list(self._rediscover(nodes).values())
 
-    def _take_up(self, nodes: Sequence[NodeInfo]) -> dict[str, Any]:
+    def _rediscover(self, nodes: Sequence[NodeInfo]) -> dict[str, Any]:
         unknown = living_agents() - self.known().keys()
         # What was prepared was so for a group that nobody will make.
         return {info.id: self.agent(info).cancel.remote() for info in nodes if info.id in unknown}
 
-    def settle(self, nodes: Sequence[NodeInfo]) -> None:
+    def restore(self, nodes: Sequence[NodeInfo]) -> None:
         """Takes up what an earlier service left, and waits until it has ended what it was doing."""
         with self._lock:  # some may have died with it
             self._died |= dict.fromkeys((info.id for info in nodes if info.gpu_count), time.monotonic())
-        told = self._take_up(nodes)
+        told = self._rediscover(nodes)
         if told:
             began = time.monotonic()
-            _, late = ray.wait([*told.values()], num_returns=len(told), timeout=SETTLE_DEADLINE_SECONDS)
-            self.doubt(late, now=False)
+            _, late = ray.wait([*told.values()], num_returns=len(told), timeout=RESTORE_DEADLINE_SECONDS)
+            self.suspect_orphans(late, now=False)
             with self._lock:
                 self._hung |= {
                     node_id: _Hung(call, began, began) for node_id, call in told.items() if call in late
                 }
                 self._answered |= {node_id for node_id, call in told.items() if call not in late}
 
-    def bury(self) -> list[str]:
+    def reap(self) -> list[str]:
         """Waits until the holds of actors that died are gone: Ray ends them, within two seconds.
 
         Returns:
@@ -431,7 +431,7 @@ class Agents:
         with self._lock:
             return [node_id for node_id in self._agents if self._is_idle(node_id, seconds)]
 
-    def rest(self, node_id: str, seconds: float) -> None:
+    def stop_idle(self, node_id: str, seconds: float) -> None:
         """Ends a node's actor, unless it has something to do by now.
 
         To Ray's autoscaler a node with an actor on it is busy, and stays.

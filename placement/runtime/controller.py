@@ -227,16 +227,16 @@ class Controller:
     ) -> dict[str, Any]:
         """What there is and who holds it; see the service."""
         nodes = self.cluster.nodes()
-        self.fleet.machines.refresh(nodes, patience_seconds=STATUS_SECONDS)
+        self.fleet.inventory.refresh(nodes, patience_seconds=STATUS_SECONDS)
         available = groups.available_resources()
-        for node_id in self.fleet.settling():
+        for node_id in self.fleet.lagging():
             available.pop(node_id, None)
         deployments = self.state.deployments.copy()
         seen = Seen(
             nodes,
             deployments,
-            self.fleet.machines.machine,
-            self.fleet.machines.facts,
+            self.fleet.inventory.hardware,
+            self.fleet.inventory.facts,
             self.fleet.foreign,
             available,
             self.state.unreadable.copy(),
@@ -255,8 +255,8 @@ class Controller:
             if not chosen:
                 raise UnknownNode("--node", node, tuple(info.name for info in nodes))
             nodes = chosen
-        self.fleet.machines.refresh(nodes, again=True)
-        return [topology_report(info, self.fleet.machines.facts.get(info.id)) for info in nodes]
+        self.fleet.inventory.refresh(nodes, again=True)
+        return [topology_report(info, self.fleet.inventory.facts.get(info.id)) for info in nodes]
 
     def release(self, name: str) -> int:
         """Gives back everything that a deployment holds; how many replicas that were."""
@@ -394,7 +394,7 @@ class Controller:
             del self._ended[name]
             self._ended_at[name] = time.monotonic()
         self.actions.unwritten.discard(name)
-        self.fleet.tell(name)
+        self.fleet.recorded(name)
         return count
 
     def _release_unreadable(self, name: str) -> int:
@@ -407,7 +407,7 @@ class Controller:
             self.sweeper.remove(group_id, group)
         ledger.delete(name)
         del self.state.unreadable[name]
-        self.fleet.tell(name)
+        self.fleet.recorded(name)
         return len(held)
 
     # -- what the clock asks for ---------------------------------------------------------------------
@@ -424,13 +424,13 @@ class Controller:
                 if mine:
                     self.actions.write_back(name)
 
-    def rest(self) -> None:
+    def stop_idle_agents(self) -> None:
         """Ends the actors of nodes that hold nothing, so that they can be scaled down; forgets what nobody asks for."""
         awaited = self.queue.awaited_nodes()
         for node_id in self.fleet.agents.idle(self.idle_seconds):
             in_use = self.state.holds(node_id) or node_id in awaited
-            if not in_use and not self.fleet.machines.is_asked(node_id):
-                self.fleet.agents.rest(node_id, self.idle_seconds)
+            if not in_use and not self.fleet.inventory.is_asked(node_id):
+                self.fleet.agents.stop_idle(node_id, self.idle_seconds)
         now = time.monotonic()
         for name in [name for name, at in self._ended_at.copy().items() if now - at > ENDED_SECONDS]:
             with self.turns.sole(name, wait=False) as mine:
@@ -510,7 +510,7 @@ class Controller:
             logger.error("%r: %s; it is left as it is", record.name, record.problem)
             self.state.unreadable[record.name] = record
         nodes = self.cluster.nodes()
-        self.fleet.recall(nodes)
+        self.fleet.restore(nodes)
         self._ended = ledger.ended()
         self._ended_at = dict.fromkeys(self._ended, time.monotonic())
         live, alive = self.sweeper.live(), {info.id for info in nodes}

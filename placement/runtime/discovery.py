@@ -13,7 +13,7 @@ from placement import topologies
 from placement.core.score import WHOLE
 from placement.core.snapshot import Node
 from placement.errors import UnknownTopology
-from placement.runtime.orders import Machine
+from placement.runtime.orders import GpuHardware
 from placement.runtime.state import Tally
 from placement.wire.accelerators import accelerators_of
 
@@ -170,7 +170,7 @@ def _shown(name: str) -> str:
 
 def node_state(
     info: NodeInfo,
-    machine: Machine,
+    machine: GpuHardware,
     available: Mapping[str, float] | None,
     tally: Tally,
     foreign: frozenset[int],

@@ -18,7 +18,7 @@ from placement.runtime import faults, groups
 from placement.runtime.agents import Agents, Unanswered
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.group_reservation import Creator, GroupReservation
-from placement.runtime.machines import Machines
+from placement.runtime.inventory import Inventory
 from placement.runtime.node_agent import Reply
 from placement.runtime.orders import Holding, Refusal, Refused, deployment_of, order_name, order_of
 from placement.runtime.results import NodeAssignment
@@ -50,7 +50,7 @@ class Fleet:
 
     Attributes:
         agents: the nodes' actors.
-        machines: what their GPUs are.
+        inventory: what their GPUs are.
         foreign: node id -> GPUs that other Ray users held when its actor last looked.
         changed_at: when something was last taken or given back here, on the monotonic clock.
     """
@@ -64,7 +64,7 @@ class Fleet:
         facts: dict[str, NodeFacts] = {}
         self._in_books = holdings
         self.agents = Agents(make_agent, self._holdings, facts.get)
-        self.machines = Machines(self.agents, facts)
+        self.inventory = Inventory(self.agents, facts)
         self.foreign: dict[str, frozenset[int]] = {}
         self.changed_at = float("-inf")
         self._prefix = prefix
@@ -73,7 +73,7 @@ class Fleet:
         self._under_way: dict[str, list[NodeAssignment]] = {}
         self._gone: dict[str, frozenset[str]] = {}
 
-    def settling(self, lag_seconds: float = VIEW_LAG_SECONDS, read_at: float | None = None) -> frozenset[str]:
+    def lagging(self, lag_seconds: float = VIEW_LAG_SECONDS, read_at: float | None = None) -> frozenset[str]:
         """Nodes of which Ray's books may not yet show our own last change; what we know of them is newer.
 
         Args:
@@ -93,28 +93,28 @@ class Fleet:
         Returns:
             Whether they did not, and what was read of them before was not yet right.
         """
-        buried = self.agents.bury()
-        if buried:
-            for node in buried:
+        reaped = self.agents.reap()
+        if reaped:
+            for node in reaped:
                 self.foreign.pop(node, None)
-            self.note_change(buried)
+            self.note_change(reaped)
             since = self.changed_at
         behind = VIEW_LAG_SECONDS - (time.monotonic() - since)
         time.sleep(max(0.0, behind))
         return behind > 0
 
-    def recall(self, nodes: Sequence[NodeInfo]) -> None:
+    def restore(self, nodes: Sequence[NodeInfo]) -> None:
         """Takes up what an earlier service knew of these nodes and left on them, and forgets the others.
 
         Waits until the node actors that it left have ended what they were doing, and know what stands on their nodes.
         """
-        self.machines.restore({info.id for info in nodes})
-        self.agents.settle(nodes)
+        self.inventory.restore({info.id for info in nodes})
+        self.agents.restore(nodes)
 
     def forget_all_but(self, alive: Collection[str]) -> None:
         """Forgets nodes that are no more."""
         self.agents.forget_all_but(alive)
-        self.machines.forget_all_but(alive)
+        self.inventory.forget_all_but(alive)
         for known in (self.foreign, self._changed):
             for node_id in known.keys() - set(alive):
                 known.pop(node_id, None)
@@ -127,8 +127,8 @@ class Fleet:
                 self._changed.pop(node, None)  # what changed last comes last
                 self._changed[node] = self.changed_at
 
-    def _taken(self, order: str, assignment: NodeAssignment) -> Reserved:
-        """What was just reserved; noted until :meth:`tell`."""
+    def _note_reserved(self, order: str, assignment: NodeAssignment) -> Reserved:
+        """What was just reserved; noted until :meth:`recorded`."""
         self._under_way.setdefault(order, []).append(assignment)
         return order, assignment
 
@@ -140,14 +140,14 @@ class Fleet:
     def forget_gone(self, order: str, nodes: Collection[str]) -> None:
         """Has these nodes look anew at what is free: an order's group was removed by its owner, or ended with it.
 
-        While the books still show it, :meth:`tell` is to follow once they do not.
+        While the books still show it, :meth:`recorded` is to follow once they do not.
         """
         self.note_removed(order, nodes)
         self.agents.forget(order, nodes)
         if not any(order in self._in_books(node) for node in nodes):
             self._gone.pop(order, None)
 
-    def tell(self, name: str) -> None:
+    def recorded(self, name: str) -> None:
         """Tells the node actors of such orders of a deployment, once the books show what has become of it."""
         for order in self._under_way.copy() | self._gone.copy():
             if deployment_of(order) == name:
@@ -203,7 +203,7 @@ class Fleet:
             else:
                 self._reserve_on_nodes(nodes, claim, by_node, names, calls, reserved, refusals)
         except BaseException:  # what was reserved by now, or will be, is not known any more
-            self.agents.doubt(calls.values())
+            self.agents.suspect_orphans(calls.values())
             if create is not None:
                 self._drop(reserved)
             raise
@@ -247,8 +247,8 @@ class Fleet:
     def give_back(self, reserved: Sequence[Reserved]) -> None:
         """Removes groups, by their nodes' actors so that no steering is disturbed, and ends the workers in them.
 
-        On nodes that do not answer they are removed without the actors. What cannot be removed now is in doubt, and no
-        reason to fail: no record will tell of it.
+        On nodes that do not answer they are removed without the actors. What cannot be removed now is swept later, and
+        no reason to fail: no record will tell of it.
         """
         for order, _ in reserved:
             self._gone.setdefault(order, frozenset())
@@ -280,7 +280,7 @@ class Fleet:
             groups.remove_group(assignment.placement_group, ready)
         except Exception:
             logger.exception("a group could not be removed; trying again")
-            self.agents.doubt()
+            self.agents.suspect_orphans()
 
     def _reserve_groups(
         self,
@@ -305,7 +305,7 @@ class Fleet:
             if isinstance(outcome, Refusal):
                 refusals.append(outcome)
                 return
-            reserved += [self._taken(names[index], assignment) for assignment in outcome]
+            reserved += [self._note_reserved(names[index], assignment) for assignment in outcome]
 
     def _collect(
         self,
@@ -340,7 +340,7 @@ class Fleet:
                 ray_bandwidth_gb_per_s=one.ray_score.known_gb_per_s,
                 ray_weakest_link=one.ray_score.link_name,
             )
-            reserved.append(self._taken(one.order.name, assignment))
+            reserved.append(self._note_reserved(one.order.name, assignment))
 
     def _reserve_egress(
         self,

@@ -182,8 +182,8 @@ class GroupReservation:
         refusal = None
         for node, outcome in self._all.answers(asked, self._deadline).items():
             if isinstance(outcome, Refused):
-                room = len(self._bundles[node]) - 1
-                refusal = outcome.at(node, self._nodes[node].name, room=room)
+                at_most = len(self._bundles[node]) - 1
+                refusal = outcome.at(node, self._nodes[node].name, at_most=at_most)
             else:
                 prepared[node] = outcome
                 self._foreign[node] = frozenset(outcome.foreign_gpus)

@@ -16,7 +16,7 @@ from placement import topologies
 from placement.core.score import WHOLE, Score, score
 from placement.nvml import Reader
 from placement.runtime.groups import NodeGroups, visible_devices
-from placement.runtime.orders import Holding, Machine, Order, Prepared, Refused, Reserved, machine_of
+from placement.runtime.orders import GpuHardware, Holding, Order, Prepared, Refused, Reserved, hardware_of
 from placement.runtime.reservation import NodeReserver
 from placement.wire.facts import NodeFacts
 from placement.wire.slots import in_ray_order
@@ -151,7 +151,7 @@ class NodePlacementActor:
                 if isinstance(outcome, Refused):
                     self._undo(filled)
                     if outcome.full:  # for this one, not for those before it
-                        outcome = replace(outcome, room=(len(filled) + 1) * order.needs.gpus - 1)
+                        outcome = replace(outcome, at_most=(len(filled) + 1) * order.needs.gpus - 1)
                     return Reply((), outcome, tuple(sorted(self._reserver.foreign)))
                 ours, rays = score(topology, outcome.gpus), score(topology, outcome.ray_gpus)
                 filled.append(Filled(order, outcome, ours, rays))
@@ -211,7 +211,7 @@ class NodePlacementActor:
         bundle_of = self._reserver.confirm(order, prepared, group, bundles)
         if bundle_of is None:
             return None
-        topology = machine_of(self._last_facts(), self._gpu_count).topology
+        topology = hardware_of(self._last_facts(), self._gpu_count).topology
         slowest = min(score(topology, gpus) for gpus in prepared.sets)
         rays = score(topology, prepared.ray_gpus)
         return Part(prepared.sets, bundle_of, slowest, prepared.ray_gpus, rays, prepared.share)
@@ -227,13 +227,13 @@ class NodePlacementActor:
             if self._lease is not None:
                 self._lease.cancel()
             if prepared is not None:
-                self._reserver.settle(prepared, used)
+                self._reserver.finish(prepared, used)
         return prepared
 
-    def _machine(self, orders: Sequence[Order]) -> Machine:
+    def _machine(self, orders: Sequence[Order]) -> GpuHardware:
         """What the GPUs are; read anew where it matters how much of their memory is in use."""
         fresh = any(order.needs.free_memory_bytes for order in orders)
-        return machine_of(self._last_facts(FRESH_SECONDS if fresh else None), self._gpu_count)
+        return hardware_of(self._last_facts(FRESH_SECONDS if fresh else None), self._gpu_count)
 
     def _last_facts(self, max_age_seconds: float | None = None) -> NodeFacts:
         has_read = self._reader is None or self._reader.has_read

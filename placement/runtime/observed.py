@@ -64,10 +64,10 @@ class ObservedCluster:
         self._noted = self._books
         self._view = ClusterView(
             near,
-            machine=fleet.machines.machine,
+            hardware=fleet.inventory.hardware,
             tally=state.tally,
             foreign=lambda node_id: fleet.foreign.get(node_id, frozenset()),
-            lagging=lambda seconds: fleet.settling(seconds, self._noted.at),
+            lagging=lambda seconds: fleet.lagging(seconds, self._noted.at),
         )
 
     def touch(self, nodes: Iterable[str]) -> None:
@@ -123,13 +123,13 @@ class ObservedCluster:
             self._noted = self._books
             self._view.update_available(self._noted.available)
         self._view.update_nodes(nodes, self.draining)
-        self._view.touch(self._fleet.machines.take_changed())
+        self._view.touch(self._fleet.inventory.pop_changed())
         return overlaid(self._view.snapshot(lag_seconds, believed), full or {}, avoided)
 
     def look(self) -> tuple[Snapshot, dict[str, HeldDeployment]]:
         """The cluster as it is now, and what is there; waits for nodes that have not said yet what they have."""
         nodes = self.nodes()
-        self._fleet.machines.refresh(nodes)
+        self._fleet.inventory.refresh(nodes)
         self.read()
         with self._state.lock:
             return self.snapshot(nodes), self._state.held()

@@ -16,7 +16,7 @@ from placement.wire.facts import NodeFacts
 
 
 @dataclass(frozen=True)
-class Machine:
+class GpuHardware:
     """What a node's GPUs are.
 
     Attributes:
@@ -51,11 +51,11 @@ class Machine:
         )
 
 
-def machine_of(facts: NodeFacts | None, gpu_count: int) -> Machine:
+def hardware_of(facts: NodeFacts | None, gpu_count: int) -> GpuHardware:
     """What is known of a node's GPUs; nothing at all without facts."""
     if facts is None or not facts.gpus:
-        return Machine(Topology.unknown(gpu_count))
-    return Machine(
+        return GpuHardware(Topology.unknown(gpu_count))
+    return GpuHardware(
         topology=facts.topology(),
         lost=facts.lost(),
         instances={**facts.slots, **dict.fromkeys(facts.lost(), UNKNOWN_PROFILE)},
@@ -135,30 +135,30 @@ class Prepared:
 class Refused:
     """Nothing is held. ``full``: there were too few free GPUs, rather than too much interference.
 
-    ``room``: how many there are at most, if that is known.
+    ``at_most``: so many are free, if that is known.
     """
 
     reason: str
     attempts: int
     full: bool
-    room: int | None = None
+    at_most: int | None = None
 
-    def at(self, node_id: str, node_name: str, room: int | None = None) -> Refusal:
-        """The same, told of a node; with ``room``, where nothing better is known."""
-        room = room if self.room is None else self.room
-        return Refusal(node_id, node_name, self.attempts, self.reason, self.full, room)
+    def at(self, node_id: str, node_name: str, at_most: int | None = None) -> Refusal:
+        """The same, told of a node; with ``at_most``, where nothing better is known."""
+        at_most = at_most if self.at_most is None else self.at_most
+        return Refusal(node_id, node_name, self.attempts, self.reason, self.full, at_most)
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A node that did not reserve what was planned. ``full``: it has too few GPUs free, ``room`` at most."""
+    """A node that did not reserve what was planned. ``full``: it has too few GPUs free, ``at_most`` so many."""
 
     node_id: str
     node_name: str
     attempts: int
     reason: str
     full: bool = False
-    room: int | None = None
+    at_most: int | None = None
 
 
 def order_of(

@@ -200,10 +200,10 @@ class WaitingQueue:
             self._needs = {}
             self.ask_for_nodes()
             return []
-        machines = self._fleet.machines
+        inventory = self._fleet.inventory
         nodes = self._cluster.nodes()
-        machines.refresh(nodes, patience_seconds=0.0)
-        unknown = machines.unknown_nodes(nodes)
+        inventory.refresh(nodes, patience_seconds=0.0)
+        unknown = inventory.unknown_nodes(nodes)
         self._cluster.read()
         with self._state.lock:
             # What is being tried has claimed its room, and would find none beside it.
@@ -292,8 +292,8 @@ class WaitingQueue:
             self.demand.want({}, ())
             return
         nodes = self._cluster.nodes_lately()
-        self._fleet.machines.refresh(nodes, patience_seconds=0.0)
-        unknown = self._fleet.machines.unknown_nodes(nodes)
+        self._fleet.inventory.refresh(nodes, patience_seconds=0.0)
+        unknown = self._fleet.inventory.unknown_nodes(nodes)
         self.demand.want(needs, [info.id for info in nodes if info.id not in unknown])
 
     def _still_waits(self, key: str, calls: Collection[str]) -> bool:
@@ -314,7 +314,7 @@ class WaitingQueue:
 
     def news(self) -> object:
         """The same, of what is worth more than a look each second: what came or went, and what comes for it."""
-        unknown = self._fleet.machines.unknown_nodes(self._cluster.nodes_lately()) if self._needs else None
+        unknown = self._fleet.inventory.unknown_nodes(self._cluster.nodes_lately()) if self._needs else None
         return self._state.queue_version, self.tickets.version, self.demand.version, unknown
 
 

@@ -171,19 +171,19 @@ class Reconciler:
         def decide(
             nodes: list[NodeInfo], lag_seconds: float, fresh: bool, accept: bool = False
         ) -> tuple[list[NodeInfo], Decision, Claim | None]:
-            machines, deployment = self.fleet.machines, work.wanted.deployment
+            inventory, deployment = self.fleet.inventory, work.wanted.deployment
             avoided = work.refused | self.fleet.agents.suspect()
             if not deployment.remote:
                 if deployment.needs.free_memory_bytes:
-                    machines.refresh(nodes, again=True, max_age_seconds=FRESH_SECONDS)
+                    inventory.refresh(nodes, again=True, max_age_seconds=FRESH_SECONDS)
                 else:
-                    machines.refresh(nodes, patience_seconds=0.0)
-                avoided |= machines.unknown_nodes(nodes)
+                    inventory.refresh(nodes, patience_seconds=0.0)
+                avoided |= inventory.unknown_nodes(nodes)
             if avoided:
                 with contextlib.suppress(Unplaceable):
                     return nodes, *self._decide_with(work, nodes, lag_seconds, fresh, avoided)
                 if not deployment.remote:
-                    machines.refresh(nodes)
+                    inventory.refresh(nodes)
             return nodes, *self._decide_with(work, nodes, lag_seconds, fresh, accept=accept)
 
         if not work.patient:
@@ -327,7 +327,7 @@ class Reconciler:
         self._surplus_told(work)
         self.actions.release(before, action.replaces)
         if action.replaces:
-            self.fleet.tell(kept.name)
+            self.fleet.recorded(kept.name)
         self.actions.tell_places(kept, placed)
         return True
 
@@ -343,7 +343,7 @@ class Reconciler:
             work.refused.add(refusal.node_id)
             if refusal.full:
                 fewer = work.wanted.deployment.gpus_per_replica - 1
-                work.full[refusal.node_id] = fewer if refusal.room is None else refusal.room
+                work.full[refusal.node_id] = fewer if refusal.at_most is None else refusal.at_most
             work.attempts += refusal.attempts
             work.where, work.reason = refusal.node_name, refusal.reason
         if work.lending is not None and work.lending.is_over:

@@ -15,7 +15,7 @@ from placement.core.topology import Topology, ordinals
 from placement.errors import UnknownDeployment, UnknownNode, UnreadableRecord
 from placement.runtime.discovery import DeadNode, NodeInfo
 from placement.runtime.ledger import Record
-from placement.runtime.orders import Machine
+from placement.runtime.orders import GpuHardware
 from placement.runtime.results import NodeAssignment
 from placement.wire.deployment import Deployment
 from placement.wire.facts import NodeFacts
@@ -70,7 +70,7 @@ class Observed:
     Attributes:
         nodes: what is alive.
         deployments: name -> what is known of it.
-        machine: what a node's GPUs are.
+        hardware: what a node's GPUs are.
         facts: node id -> what it said of them; of this and ``foreign`` only single entries are read.
         foreign: node id -> GPUs that other Ray users held when its actor last looked.
         available: node id -> resource -> what Ray says is free; without nodes of which that may not yet show our own
@@ -85,7 +85,7 @@ class Observed:
 
     nodes: Sequence[NodeInfo]
     deployments: Mapping[str, DeploymentState]
-    machine: Callable[[NodeInfo], Machine]
+    hardware: Callable[[NodeInfo], GpuHardware]
     facts: Mapping[str, NodeFacts]
     foreign: Mapping[str, frozenset[int]] = field(default_factory=dict)
     available: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -273,7 +273,7 @@ def _matching(
 
 def _node(info: NodeInfo, seen: Observed, held: _Held) -> dict[str, Any]:
     facts = seen.facts.get(info.id)
-    topology = seen.machine(info).topology
+    topology = seen.hardware(info).topology
     occupants = held.occupants
     ours = sum(who["share"] for together in occupants.values() for who in together)
     located = sorted(seen.foreign.get(info.id, frozenset()) - occupants.keys())

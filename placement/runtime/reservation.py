@@ -32,7 +32,7 @@ from placement.core.score import WHOLE, Needs, choose, ray_set, score
 from placement.core.snapshot import Node
 from placement.core.topology import Topology
 from placement.runtime import faults
-from placement.runtime.orders import Holding, Machine, Order, Prepared, Refused, Reserved
+from placement.runtime.orders import GpuHardware, Holding, Order, Prepared, Refused, Reserved
 
 MAX_ATTEMPTS = 12
 BOOKS_LAG_SECONDS = 0.15
@@ -121,7 +121,7 @@ class NodeReserver:
         self._groups.remove(group)
         self._changed_at = self._freed_at = time.monotonic()
 
-    def reserve(self, order: Order, machine: Machine, more: int = 0) -> Reserved | Refused:
+    def reserve(self, order: Order, machine: GpuHardware, more: int = 0) -> Reserved | Refused:
         """Reserves the best GPUs that are free, sound and good enough, in a new group.
 
         As many ``more`` reservations with the same needs will follow, and should find room.
@@ -131,7 +131,7 @@ class NodeReserver:
             return Refused(TOO_LITTLE_MEMORY, 0, True)
         return self._reserve(order, machine, more) if share == WHOLE else self._share(order, machine, share)
 
-    def _reserve(self, order: Order, machine: Machine, more: int) -> Reserved | Refused:
+    def _reserve(self, order: Order, machine: GpuHardware, more: int) -> Reserved | Refused:
         """Whole GPUs, or a MIG instance."""
         needs, topology = order.needs, machine.topology
         count = needs.gpus
@@ -169,10 +169,10 @@ class NodeReserver:
             time.sleep(0.01 * attempt)
         return Refused(reason, attempt, full)
 
-    def prepare(self, order: Order, machine: Machine, sets: int, more: int = 0) -> Prepared | Refused:
+    def prepare(self, order: Order, machine: GpuHardware, sets: int, more: int = 0) -> Prepared | Refused:
         """Makes the best GPUs those that Ray gives next, for a group that somebody else creates.
 
-        What it returns is to be handed to :meth:`settle`, and soon: others go without the GPUs until then.
+        What it returns is to be handed to :meth:`finish`, and soon: others go without the GPUs until then.
 
         Args:
             order: what is asked of this node; of a replica over several nodes, one of the ``sets``.
@@ -213,7 +213,7 @@ class NodeReserver:
             time.sleep(0.01 * attempt)
         return Refused(reason, attempt, full)
 
-    def _prepare_share(self, order: Order, machine: Machine, share: int) -> Prepared | Refused:
+    def _prepare_share(self, order: Order, machine: GpuHardware, share: int) -> Prepared | Refused:
         """The same for a share of one GPU."""
 
         def prepare(attempt: int, free: frozenset[int], wanted: int) -> Prepared | None:
@@ -234,7 +234,7 @@ class NodeReserver:
         if free is not None:
             self._catch_up(free)
 
-    def settle(self, prepared: Prepared, used: bool) -> None:
+    def finish(self, prepared: Prepared, used: bool) -> None:
         """Gives back what kept the prepared GPUs the lowest free ones; looks anew if they were not to be had."""
         if not used:
             self._foreign = None
@@ -259,7 +259,7 @@ class NodeReserver:
         self._held[order.name] = Holding(order.deployment, tuple(sorted(slots)), prepared.share)
         return dict(zip(slots, bundles, strict=True))
 
-    def _share(self, order: Order, machine: Machine, share: int) -> Reserved | Refused:
+    def _share(self, order: Order, machine: GpuHardware, share: int) -> Reserved | Refused:
         """A share of one GPU."""
 
         def take(attempt: int, free: frozenset[int], wanted: int) -> Reserved | None:
@@ -274,7 +274,7 @@ class NodeReserver:
     def _with_share(
         self,
         order: Order,
-        machine: Machine,
+        machine: GpuHardware,
         share: int,
         take: Callable[[int, frozenset[int], int], T | None],
     ) -> T | Refused:
@@ -312,7 +312,7 @@ class NodeReserver:
 
     def _fullest(
         self,
-        machine: Machine,
+        machine: GpuHardware,
         order: Order,
         rests: Mapping[int, int],
         crowded: Collection[int],

@@ -23,9 +23,9 @@ from placement.errors import (
     UnknownDeployment,
     Unplaceable,
 )
+from placement.runtime.clock import Clock
 from placement.runtime.controller import IDLE_SECONDS, Controller
 from placement.runtime.discovery import NodeInfo
-from placement.runtime.keeper import Keeper
 from placement.runtime.leases import Lending, Loan
 from placement.runtime.outcomes import Outcomes, Queues
 from placement.runtime.owners import asker_of, owner_of
@@ -84,7 +84,7 @@ class DeploymentPlacementActor:
         self._changes = ThreadPoolExecutor(CHANGERS, "change")
         self._queues, self._outcomes = Queues(), Outcomes()
         self._lendings: dict[str, Lending] = {}
-        Keeper(self._controller).start()
+        Clock(self._controller).start()
 
     async def ping(self) -> str:
         """Answers once the service is up, with the version of the package that it runs."""

@@ -42,10 +42,12 @@ class Sweeper:
     def sweep(self) -> None:
         """Removes groups that carry our token and that no deployment knows of, and finds node actors that live on."""
         try:
-            self._fleet.agents.doubt(self._fleet.agents.take_up(self._cluster.nodes_lately()), now=False)
+            self._fleet.agents.suspect_orphans(
+                self._fleet.agents.rediscover(self._cluster.nodes_lately()), now=False
+            )
             self._undecided = self.remove_unknown(self.live())
         except BaseException:
-            self._fleet.agents.doubt()
+            self._fleet.agents.suspect_orphans()
             raise
 
     def sweep_again(self) -> None:
@@ -69,7 +71,7 @@ class Sweeper:
                     undecided[group_id] = group
                 elif not self._knows(name, group_id):
                     self.remove(group_id, group)
-                    self._fleet.tell(name)
+                    self._fleet.recorded(name)
         return undecided
 
     def remove(self, group_id: str, group: groups.LiveGroup) -> None:

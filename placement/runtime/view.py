@@ -8,7 +8,7 @@ from dataclasses import replace
 from placement.core.snapshot import Node, Snapshot
 from placement.runtime.discovery import NodeInfo, node_state
 from placement.runtime.fleet import VIEW_LAG_SECONDS
-from placement.runtime.orders import Machine
+from placement.runtime.orders import GpuHardware
 from placement.runtime.state import Tally
 
 _Read = tuple[float | None, ...]
@@ -22,7 +22,7 @@ class ClusterView:
 
     Args:
         near: labels of which nodes that are near each other share the values, widest first.
-        machine: what a node's GPUs are; the same object until they report something else.
+        hardware: what a node's GPUs are; the same object until they report something else.
         tally: node id -> what we hold and claim there.
         foreign: node id -> GPUs that other Ray users held when the node's actor last looked.
         lagging: seconds -> nodes of which Ray's free resources may not yet show our own last change, if they lag by so
@@ -32,13 +32,13 @@ class ClusterView:
     def __init__(
         self,
         near: Sequence[str],
-        machine: Callable[[NodeInfo], Machine],
+        hardware: Callable[[NodeInfo], GpuHardware],
         tally: Callable[[str], Tally],
         foreign: Callable[[str], frozenset[int]],
         lagging: Callable[[float], frozenset[str]],
     ) -> None:
         self._near = tuple(near)
-        self._machine, self._tally, self._foreign, self._lagging = machine, tally, foreign, lagging
+        self._hardware, self._tally, self._foreign, self._lagging = hardware, tally, foreign, lagging
         self._nodes: Sequence[NodeInfo] = ()
         self._infos: dict[str, NodeInfo] = {}
         self._draining: frozenset[str] = frozenset()
@@ -120,7 +120,7 @@ class ClusterView:
         info = self._infos[node_id]
         return node_state(
             info,
-            self._machine(info),
+            self._hardware(info),
             None if lags else self._available.get(node_id, _NOTHING),
             self._tally(node_id),
             self._foreign(node_id),

@@ -73,7 +73,7 @@ class Leases:
             self.fleet.give_back(reserved)
         else:
             self.held |= dict(reserved)
-        self.fleet.tell("lent")
+        self.fleet.recorded("lent")
         return refusals[0] if refusals else [assignment for _, assignment in reserved]
 
     def gone(self) -> None:
@@ -167,7 +167,7 @@ def test_a_replica_over_two_nodes(leases: Leases) -> None:
     assert len({a.placement_group.id for _, a in reserved}) == 1
     assert [ranks_gpus(a) for _, a in reserved] == [[0, 1], [0, 1]]
     leases.fleet.give_back(reserved)
-    leases.fleet.tell("lent")
+    leases.fleet.recorded("lent")
 
 
 def test_egress_units(leases: Leases) -> None:

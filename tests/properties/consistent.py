@@ -89,10 +89,10 @@ def check_snapshot(controller: Controller) -> None:
         kept = cluster.snapshot(nodes)
         anew = ClusterView(
             NEAR_LABELS,
-            machine=fleet.machines.machine,
+            hardware=fleet.inventory.hardware,
             tally=controller.state.tally,
             foreign=lambda node_id: fleet.foreign.get(node_id, frozenset()),
-            lagging=fleet.settling,
+            lagging=fleet.lagging,
         )
         anew.update_available(groups.available_resources())
         anew.update_nodes(nodes, cluster.draining)

@@ -31,23 +31,23 @@ from placement.errors import (
 )
 from placement.runtime import (
     asking,
+    clock,
     controller,
     discovery,
     faults,
     fleet,
     groups,
-    keeper,
     ledger,
     observed,
     queue,
 )
 from placement.runtime.asking import Asked
+from placement.runtime.clock import Clock
 from placement.runtime.controller import Controller
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.groups import LiveGroup
-from placement.runtime.keeper import Keeper
 from placement.runtime.needs import Need
-from placement.runtime.orders import Holding, Machine, Refusal, order_of_group
+from placement.runtime.orders import GpuHardware, Holding, Refusal, order_of_group
 from placement.runtime.owners import owner_of
 from placement.runtime.queue import Ticket
 from placement.runtime.results import NodeAssignment, PlacementResult
@@ -216,29 +216,29 @@ class Fleet(fleet.Fleet):
     def __init__(self, ray: Ray, prefix: str, holdings: Callable[[str], dict[str, Holding]]) -> None:
         super().__init__(nothing, holdings, prefix)
         self._ray = ray
-        self.machines: Any = SimpleNamespace(
+        self.inventory: Any = SimpleNamespace(
             facts={},
             refresh=nothing,
-            machine=lambda info: Machine(SHAPE),
+            hardware=lambda info: GpuHardware(SHAPE),
             unknown_nodes=lambda nodes: frozenset(),
-            take_changed=frozenset,
+            pop_changed=frozenset,
         )
         self.agents: Any = SimpleNamespace(
-            in_doubt=self._in_doubt,
-            doubt=nothing,
-            take_up=lambda nodes: [],
+            orphans_suspected=self._in_doubt,
+            suspect_orphans=nothing,
+            rediscover=lambda nodes: [],
             idle=lambda seconds: [],
             suspect=frozenset,
             forget=self._forgotten,
         )
 
-    def settling(self, lag_seconds: float = 0.0, read_at: float | None = None) -> frozenset[str]:
+    def lagging(self, lag_seconds: float = 0.0, read_at: float | None = None) -> frozenset[str]:
         return frozenset()
 
     def catch_up(self, since: float) -> bool:
         return False
 
-    def recall(self, nodes: Sequence[NodeInfo]) -> None:
+    def restore(self, nodes: Sequence[NodeInfo]) -> None:
         for node in self._ray.actors:
             self._ray.actors[node] = set(self._holdings(node))
 
@@ -250,8 +250,8 @@ class Fleet(fleet.Fleet):
             self._ray.actors[node].discard(order)
 
     def _in_doubt(self) -> bool:
-        doubt, self._ray.in_doubt = self._ray.in_doubt, False
-        return doubt
+        suspected, self._ray.in_doubt = self._ray.in_doubt, False
+        return suspected
 
     def reserve(
         self, claim: Claim, known: Iterable[NodeInfo], create: Any = None
@@ -281,7 +281,7 @@ class Fleet(fleet.Fleet):
                 ray.lates -= 1
                 late = Group(group.name, next(ray.numbers))
                 ray.late.append(lambda late=late, part=part, units=units: self._late(late, part, units))
-                return reserved, [Refusal(part.node_id, part.node_id, 1, "no answer", full=True, room=0)]
+                return reserved, [Refusal(part.node_id, part.node_id, 1, "no answer", full=True, at_most=0)]
             if create is not None:
                 faults.point("service.lent")
                 group.job = create(group.name, [], [part.node_id]) or ""
@@ -292,14 +292,14 @@ class Fleet(fleet.Fleet):
                 faults.point("service.group_created")
             if got is None:
                 assert not undisturbed, "the plan was made with room that is not there"
-                return reserved, [Refusal(part.node_id, part.node_id, 1, "too few", full=True, room=0)]
+                return reserved, [Refusal(part.node_id, part.node_id, 1, "too few", full=True, at_most=0)]
             assignment = NodeAssignment(
                 part.replica_index, part.node_id, got, group, list(range(len(got) or 1)),
                 node_name=part.node_id, ranks=list(part.ranks), share=part.share / WHOLE,
                 egress_resource=part.egress_resource, egress_units=units,
             )  # fmt: skip
             order = order_of_group(group.name)
-            reserved.append(self._taken(order, assignment))
+            reserved.append(self._note_reserved(order, assignment))
             if got:
                 ray.actors.setdefault(part.node_id, set(self._holdings(part.node_id))).add(order)
         return reserved, []
@@ -448,8 +448,8 @@ def make_believe(ray: Ray) -> Iterator[None]:
             (controller, "Fleet", lambda make, holdings, prefix: Fleet(ray, prefix, holdings)),
             (controller, "Demand", NoAutoscaler),
             (observed, "BOOKS_SECONDS", -1.0),
-            (keeper, "live_node_ids", lambda: frozenset(ray.nodes)),
-            (keeper, "draining_nodes", frozenset),
+            (clock, "live_node_ids", lambda: frozenset(ray.nodes)),
+            (clock, "draining_nodes", frozenset),
             (groups, "available_resources", ray.available),
             (groups, "group_from_hex", ray.group),
             (groups, "remove_group", lambda group, ready=False: ray.groups.pop(group.id.hex(), None)),
@@ -457,7 +457,7 @@ def make_believe(ray: Ray) -> Iterator[None]:
             (groups, "is_gone", lambda group_id: group_id not in ray.groups),
             (controller, "has_ended", ray.has_ended),
             (queue, "has_ended", ray.has_ended),
-            (keeper, "has_ended", ray.has_ended),
+            (clock, "has_ended", ray.has_ended),
         ):
             stack.enter_context(mock.patch.object(where, name, instead))
         yield
@@ -561,7 +561,7 @@ class Service(Rules):
                 break
             except (StoreFailed, Killed):  # it is started anew, until it can take up what stood
                 continue
-        self.keeper = Keeper(self.service, AtOnce())
+        self.clock = Clock(self.service, AtOnce())
         self.tickets.clear()  # they are gone with it
 
     def a_node_ends(self, pick: int) -> bool:
@@ -598,11 +598,11 @@ class Service(Rules):
         return True
 
     def time_passes(self) -> None:
-        self.keeper._tried_with = None
+        self.clock._tried_with = None
         undisturbed = self.nothing_goes_wrong()
         try:
-            self.keeper.look()
-        except StoreFailed:  # the keeper notes it, and looks again
+            self.clock.look()
+        except StoreFailed:  # the clock notes it, and looks again
             undisturbed = False
         except Killed:
             self.kill_the_service()
@@ -895,7 +895,7 @@ def test_what_is_given_back_may_be_the_room_for_what_is_pending() -> None:
         moved = one.get("a").assignments[2].placement_group
         ray.nodes.remove("m")
         ray.groups.pop(moved.id.hex())
-        Keeper(one, AtOnce()).look()
+        Clock(one, AtOnce()).look()
         assert list(one.get("a").pending) == [2]
         del ray.groups[one.get("a").assignments[0].placement_group.id.hex()]
         one = DirectService()  # now 0 and 2 are pending, and another takes the room

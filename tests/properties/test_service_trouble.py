@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
 from placement.errors import DeploymentConflict, ReservationFailed, UnknownDeployment, Unplaceable
-from placement.runtime import keeper
+from placement.runtime import clock
+from placement.runtime.clock import Clock
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.groups import LiveGroup
-from placement.runtime.keeper import Keeper
 from placement.runtime.orders import Refusal
 from placement.runtime.results import NodeAssignment
 from placement.runtime.state import Claim
@@ -83,7 +83,7 @@ class Trouble(Service):
         self.patches = [
             mock.patch.object(test_service, "Ray", Weak),
             mock.patch.object(test_service, "Fleet", Watchful),
-            mock.patch.object(keeper, "draining_nodes", lambda: frozenset(self.ray.draining)),
+            mock.patch.object(clock, "draining_nodes", lambda: frozenset(self.ray.draining)),
         ]
         for patch in self.patches[:2]:
             patch.__enter__()
@@ -208,7 +208,7 @@ ACTS: st.SearchStrategy[Act] = st.one_of(
 SCRIPTS = st.lists(st.lists(ACTS, min_size=3, max_size=10), min_size=2, max_size=3)
 
 
-def act(service: DirectService, own: Keeper, what: str, about: Any) -> None:
+def act(service: DirectService, own: Clock, what: str, about: Any) -> None:
     """One call, answered or honestly refused."""
     try:
         if what == "look":
@@ -247,7 +247,7 @@ def test_calls_from_several_threads_leave_the_books_right(
         at_once.wait()
         try:
             for what, about in script:
-                act(world.service, world.keeper, what, about)
+                act(world.service, world.clock, what, about)
         except BaseException as error:
             errors.append(error)
 

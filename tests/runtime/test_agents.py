@@ -116,7 +116,7 @@ def test_one_that_died_is_made_again_and_its_node_is_not_the_first_choice_for_a_
     ray.failure = ActorDiedError()
     refused = ask(known)
     assert isinstance(refused, Refused) and not refused.full
-    assert (known.in_doubt(), known.in_doubt()) == (True, False)
+    assert (known.orphans_suspected(), known.orphans_suspected()) == (True, False)
     assert known.agent(NODE) is ray.actors[1] and ray.actors[1].asked == ["adopt"]
     assert known.suspect() == {"n"}
     ask(known)  # and again
@@ -142,7 +142,7 @@ def test_one_that_raised_may_not_have_tidied_up_and_is_ended(
 ) -> None:
     ray.failure = RayTaskError("reserve", "", raised).as_instanceof_cause()
     assert isinstance(ask(known), Refused)
-    assert ray.killed == ray.actors and not known.known() and known.in_doubt()
+    assert ray.killed == ray.actors and not known.known() and known.orphans_suspected()
 
 
 @pytest.mark.parametrize(
@@ -162,13 +162,13 @@ def test_one_that_hangs_keeps_callers_waiting_once(
     for seconds in (expected, HUNG_SECONDS, HUNG_SECONDS):
         began = ray.now
         refused = ask(known)
-        assert isinstance(refused, Refused) and (refused.full, refused.room) == (True, 0)
+        assert isinstance(refused, Refused) and (refused.full, refused.at_most) == (True, 0)
         assert refused.reason.startswith("its node actor has not answered for")
         assert seconds <= ray.now - began <= seconds + 2 * POLL_SECONDS
-    assert not known.in_doubt() and not ray.killed
+    assert not known.orphans_suspected() and not ray.killed
     assert known.silent() == known.suspect() == {"n"}
     ray.busy, ray.frozen = set(), set()  # it is done at last, with whatever it was asked
-    assert known.in_doubt() and not known.silent()
+    assert known.orphans_suspected() and not known.silent()
     assert ask(known) == "n answers reserve" and not known.suspect()
 
 
@@ -270,7 +270,7 @@ def test_one_that_has_something_to_do_is_neither_ended_nor_forgotten(ray: Ray, k
     assert known.idle(60) == []
     ray.now += 61
     assert known.idle(60) == ["n"]
-    known.rest("n", 60)
+    known.stop_idle("n", 60)
     assert ray.killed == ray.actors and not known.known()
     known.agent(NODE)
     known.forget_all_but(())

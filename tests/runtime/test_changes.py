@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from placement.errors import NotEnoughGpus, ReservationFailed, Unplaceable
-from placement.runtime.keeper import Keeper
+from placement.runtime.clock import Clock
 from tests.properties.test_service import AtOnce, DirectService, Ray, make_believe
 
 
@@ -42,7 +42,7 @@ def node_dies(outside: Ray, service: DirectService, name: str) -> None:
     for group_id, group in list(outside.groups.items()):
         if name in group.held:
             del outside.groups[group_id]
-    Keeper(service, AtOnce()).look()
+    Clock(service, AtOnce()).look()
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_what_could_not_be_placed_anew_after_all_is_pending_with_its_old_declara
         service.apply(one(gpus=2), atomic=True)
     assert (service.get("a").assignments, list(service.get("a").pending)) == ([], [0])
     outside.refusals = 0
-    Keeper(service, AtOnce()).look()
+    Clock(service, AtOnce()).look()
     assert len(service.get("a").assignments[0].gpus) == 3
 
 
@@ -233,7 +233,7 @@ def test_mending_keeps_away_as_well(outside: Ray, service: DirectService) -> Non
     node_dies(outside, service, "y")
     assert "which is to be apart" in service.get("a").pending[0]
     outside.nodes.add("z")
-    Keeper(service, AtOnce()).look()
+    Clock(service, AtOnce()).look()
     assert [a.node for a in service.get("a").assignments] == ["z"]
 
 

@@ -22,9 +22,9 @@ from placement.errors import (
     UnknownNode,
 )
 from placement.runtime import controller, ledger, queue
+from placement.runtime.clock import Clock
 from placement.runtime.demand import Asked
 from placement.runtime.demand import State as Became
-from placement.runtime.keeper import Keeper
 from placement.runtime.queue import Ticket
 from placement.runtime.reconciler import Work
 from placement.runtime.service import parse
@@ -55,7 +55,7 @@ def placed(service: DirectService, name: str = "a") -> dict[int, int]:
 
 
 def a_while_passes(service: DirectService) -> None:
-    Keeper(service, AtOnce()).look()
+    Clock(service, AtOnce()).look()
 
 
 def told(service: DirectService, name: str = "a") -> list[tuple[int | None, str]]:
@@ -374,12 +374,12 @@ def test_a_node_actor_that_is_asked_what_there_is_does_not_go_before_it_has_answ
     ended: list[str] = []
     asked = {"a"}
     fleet: Any = service.fleet
-    fleet.machines.is_asked = asked.__contains__
+    fleet.inventory.is_asked = asked.__contains__
     fleet.agents.idle = lambda seconds: ["a", "b", "c"]
-    fleet.agents.rest = lambda node_id, seconds: ended.append(node_id)
+    fleet.agents.stop_idle = lambda node_id, seconds: ended.append(node_id)
     demand: Any = service.queue.demand
     demand.poll = lambda: {"d:0:0": Asked(Became.ARRIVED, "a node has come for it", ("c",))}
-    service.rest()
+    service.stop_idle_agents()
     assert ended == ["b"]
 
 
@@ -430,17 +430,17 @@ def test_a_node_that_has_not_said_what_it_has_is_neither_tried_nor_a_reason_to_a
     outside: Ray, service: DirectService
 ) -> None:
     tried: list[str] = []
-    machines: Any = service.fleet.machines
+    inventory: Any = service.fleet.inventory
     service.place(one("holds", gpus=4))
     service.apply(one("a", gpus=2))
     outside.nodes.add("new")
-    machines.unknown_nodes = lambda nodes: frozenset({"new"})
+    inventory.unknown_nodes = lambda nodes: frozenset({"new"})
     service.queue.try_all(tried.append)
     assert (tried, wanted(service)) == ([], [])
     service.apply(one("large", gpus=8))
     service.queue.try_all(tried.append)
     assert (tried, wanted(service)) == ([], []), "not before it is known what it has"
-    machines.unknown_nodes = lambda nodes: frozenset()
+    inventory.unknown_nodes = lambda nodes: frozenset()
     service.queue.try_all(tried.append)
     assert (tried, wanted(service)) == (["a"], ["large:0:0"])
 

@@ -18,7 +18,7 @@ from placement.core.snapshot import Snapshot, Take
 from placement.core.topology import Topology
 from placement.runtime import discovery
 from placement.runtime.discovery import ACCELERATOR_LABEL, TOPOLOGY_LABEL, NodeInfo, node_state
-from placement.runtime.orders import Machine, machine_of
+from placement.runtime.orders import GpuHardware, hardware_of
 from placement.runtime.state import Tally
 from placement.wire.accelerators import accelerator_type
 from placement.wire.facts import GpuFacts, NodeFacts
@@ -54,7 +54,7 @@ def test_free_gpus(
     available = None if in_books is None else {"GPU": in_books, "egress": 10.0}
     tally = Tally(gpus=set(standing), claimed_gpus=set(claimed))
     assert sorted(
-        node_state(NODE, Machine(Topology.unknown(8)), available, tally, frozenset(foreign)).free
+        node_state(NODE, GpuHardware(Topology.unknown(8)), available, tally, frozenset(foreign)).free
     ) == list(free), case
 
 
@@ -63,15 +63,15 @@ def test_a_lost_gpu_is_not_free() -> None:
         source="nvml", gpus=(GpuFacts(ordinal=0, uuid="a"), GpuFacts(ordinal=1, errors=("lost",)))
     )
     node = NodeInfo("id", "a", "", gpu_count=2)
-    assert node_state(node, machine_of(facts, 2), {"GPU": 2.0}, Tally(), frozenset()).free == {0}
+    assert node_state(node, hardware_of(facts, 2), {"GPU": 2.0}, Tally(), frozenset()).free == {0}
 
 
-def lost_one() -> Machine:
+def lost_one() -> GpuHardware:
     """Four bridged GPUs, of which the driver cannot reach GPU 2."""
     facts = topologies.facts("a100-pcie-4x")
     lost = GpuFacts(ordinal=2, errors=("GPU is lost",))
     gpus = (*facts.gpus[:2], lost, facts.gpus[3])
-    return machine_of(facts.model_copy(update={"source": "nvml", "gpus": gpus}), 4)
+    return hardware_of(facts.model_copy(update={"source": "nvml", "gpus": gpus}), 4)
 
 
 def test_a_lost_gpu_spoils_nothing_of_its_node() -> None:
@@ -83,7 +83,7 @@ def test_a_lost_gpu_spoils_nothing_of_its_node() -> None:
 
 
 def test_a_node_with_a_lost_gpu_is_paired_with_nodes_of_its_model() -> None:
-    whole = machine_of(topologies.facts("a100-pcie-4x"), 4)
+    whole = hardware_of(topologies.facts("a100-pcie-4x"), 4)
     infos = [NodeInfo(name, name, "", 4) for name in ("a", "b")]
     snapshot = Snapshot(
         node_state(info, machine, {"GPU": 4.0}, Tally(), frozenset())
@@ -115,7 +115,7 @@ def test_gpus_that_ray_has_and_nvml_does_not_show_are_never_free() -> None:
     facts = topologies.facts("a100-pcie-4x")
     gpus = tuple(gpu.model_copy(update={"uuid": f"GPU-{gpu.ordinal}"}) for gpu in facts.gpus)
     reading = facts.model_copy(update={"source": "nvml", "gpus": gpus})
-    machine = machine_of(in_ray_order(reading, 8, None), 8)
+    machine = hardware_of(in_ray_order(reading, 8, None), 8)
     node = node_state(NodeInfo("id", "a", "", 8), machine, {"GPU": 8.0}, Tally(), frozenset())
     assert (node.free, node.whole_gpus) == ({0, 1, 2, 3}, 4)
     assert node.take(Needs(5)) is None
@@ -126,7 +126,9 @@ def test_free_egress_is_the_less_of_what_the_books_and_we_know() -> None:
         tally = Tally()
         tally.egress["egress"] = ours
         available = None if in_books is None else {"egress": in_books}
-        return node_state(NODE, Machine(Topology.unknown(8)), available, tally, frozenset()).egress["egress"]
+        return node_state(NODE, GpuHardware(Topology.unknown(8)), available, tally, frozenset()).egress[
+            "egress"
+        ]
 
     assert [left(10, 4), left(5, 4), left(None, 4)] == [6, 5, 6]
 
@@ -172,14 +174,14 @@ def test_all_accelerator_types_of_a_node_count(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(discovery.ray, "nodes", lambda: [row])
     [info] = discovery.live_nodes()
     assert {"A100", "A100-80G"} == info.accelerators
-    node = node_state(info, Machine(Topology.unknown(8)), {"GPU": 8.0}, Tally(), frozenset())
+    node = node_state(info, GpuHardware(Topology.unknown(8)), {"GPU": 8.0}, Tally(), frozenset())
     assert {"A100", "A100-80G", "A100-SXM"} == node.accelerators
 
 
 @pytest.mark.parametrize("name", topologies.names())
 def test_a_simulated_node_goes_by_the_name_that_ray_gives_its_gpus(name: str) -> None:
     info = NodeInfo("id", "a", "", len(topologies.load(name)), labels={TOPOLOGY_LABEL: name})
-    node = node_state(info, machine_of(topologies.facts(name), info.gpu_count), None, Tally(), frozenset())
+    node = node_state(info, hardware_of(topologies.facts(name), info.gpu_count), None, Tally(), frozenset())
     product = topologies.describe(name).gpu
     assert NvidiaGPUAcceleratorManager._gpu_name_to_accelerator_type(product) in node.accelerators
     assert node.accelerators == cluster_of(f"{name}=1").nodes[0].accelerators

@@ -67,7 +67,7 @@ class Agents:
     def answers(self, calls: Mapping[str, Any], *_: Any) -> dict[str, Any]:
         return {node: Refused("too late", 1, True) if node in self.hangs else None for node in calls}
 
-    def doubt(self, *_: Any) -> None:
+    def suspect_orphans(self, *_: Any) -> None:
         self.doubts += 1
 
 
@@ -104,15 +104,15 @@ def test_a_lease_that_ended_is_forgotten_at_once_also_by_an_actor_that_is_new(
 ) -> None:
     books["a"] = {ORDER: Holding("d", (0,))}
     nodes.forget_gone(ORDER, ["a"])
-    assert agents.asked == [("a", "forget", (ORDER,))] and "a" in nodes.settling()
+    assert agents.asked == [("a", "forget", (ORDER,))] and "a" in nodes.lagging()
     assert nodes._holdings("a") == {}, "although the books still show it"
     del books["a"]
-    nodes.tell("d")
+    nodes.recorded("d")
     books["a"] = {ORDER: Holding("d", (0,))}
     assert nodes._holdings("a") == books["a"], "nothing is remembered of it"
     agents.asked.clear()
     nodes.forget_gone(ORDER, ["b"])  # the books show it no more
-    nodes.tell("d")
+    nodes.recorded("d")
     assert agents.asked == [("b", "forget", (ORDER,))]
 
 
@@ -126,7 +126,7 @@ def test_a_release_does_without_an_actor_that_does_not_answer(
     asked = [(node, method) for node, method, _ in agents.asked]
     assert asked == ([("b", "release")] if is_known else [("a", "release"), ("b", "release")])
     assert removed == ["a"]
-    nodes.tell("d")
+    nodes.recorded("d")
     assert agents.asked[-1] == ("a", "forget", (ORDER,)), "it hears of it once it goes on"
 
 

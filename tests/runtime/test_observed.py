@@ -92,13 +92,13 @@ def test_books_that_were_read_before_our_own_last_change_are_not_believed(world:
     assert world.free_gpus() == 0
 
 
-def test_only_what_changed_lately_is_settling(world: World) -> None:
+def test_only_what_changed_lately_lags(world: World) -> None:
     world.fleet.note_change(["a", "b"])
     world.now += 1
     world.fleet.note_change(["c", "a"])
-    assert world.fleet.settling(0.5) == {"c", "a"}
-    assert world.fleet.settling(1.5) == {"a", "b", "c"}
-    assert world.fleet.settling(0.5, read_at=world.now + 0.5) == set()
+    assert world.fleet.lagging(0.5) == {"c", "a"}
+    assert world.fleet.lagging(1.5) == {"a", "b", "c"}
+    assert world.fleet.lagging(0.5, read_at=world.now + 0.5) == set()
 
 
 def test_others_plan_while_books_are_read(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,12 @@ from placement import Deployment, topologies
 from placement.core.replicas import PlannedReplica
 from placement.core.topology import Topology
 from placement.runtime.orders import (
-    Machine,
+    GpuHardware,
     Order,
     Refusal,
     Refused,
     deployment_of,
-    machine_of,
+    hardware_of,
     order_name,
     order_of,
     order_of_group,
@@ -77,11 +77,11 @@ def test_a_refusal_told_of_a_node_keeps_what_the_node_knew_better() -> None:
     refused = Refused("too few", 3, True)
     assert refused.at("id", "name", 5) == Refusal("id", "name", 3, "too few", True, 5)
     assert refused.at("id", "name") == Refusal("id", "name", 3, "too few", True, None)
-    assert replace(refused, room=0).at("id", "name", 5).room == 0
+    assert replace(refused, at_most=0).at("id", "name", 5).at_most == 0
 
 
 def test_a_machine_as_the_planner_sees_it() -> None:
-    machine = Machine(
+    machine = GpuHardware(
         Topology.unknown(5), lost=frozenset({0, 3}), instances={2: "1g.10gb", 3: "1g.10gb"},
         gpu_memory_bytes=80 << 30, free_memory={1: 7},
     )  # fmt: skip
@@ -92,12 +92,14 @@ def test_a_machine_as_the_planner_sees_it() -> None:
 
 
 def test_a_machine_of_which_nothing_is_known() -> None:
-    assert machine_of(None, 3) == machine_of(NodeFacts(source="none"), 3) == Machine(Topology.unknown(3))
+    assert (
+        hardware_of(None, 3) == hardware_of(NodeFacts(source="none"), 3) == GpuHardware(Topology.unknown(3))
+    )
 
 
 def test_a_machine_of_which_much_is_known() -> None:
     facts = topologies.facts("dgx-h100")
-    machine = machine_of(facts, 8)
+    machine = hardware_of(facts, 8)
     assert (machine.topology, machine.lost) == (facts.topology(), facts.lost())
     assert machine.capability == facts.compute_capability == (9, 0)
     assert machine.gpu_memory_bytes == facts.gpu_memory_bytes == 80 << 30
@@ -110,4 +112,4 @@ def test_unused_memory_is_known_where_both_figures_are() -> None:
         GpuFacts(ordinal=2, memory_used_bytes=30),
         GpuFacts(ordinal=3, memory_total_bytes=80, memory_used_bytes=0),
     )
-    assert machine_of(NodeFacts(source="nvml", gpus=gpus), 4).free_memory == {0: 50, 3: 80}
+    assert hardware_of(NodeFacts(source="nvml", gpus=gpus), 4).free_memory == {0: 50, 3: 80}

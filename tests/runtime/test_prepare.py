@@ -14,11 +14,11 @@ from placement import topologies
 from placement.core.score import WHOLE, Needs, Within
 from placement.core.topology import Topology
 from placement.runtime import reservation
-from placement.runtime.orders import Machine, Order, Prepared, Refused, Reserved
+from placement.runtime.orders import GpuHardware, Order, Prepared, Refused, Reserved
 from placement.runtime.reservation import NodeReserver
 from tests.runtime.test_reservation import Clock, Slots
 
-DGX1, PAIRS = Machine(topologies.load("dgx-1v")), Machine(topologies.load("a100-pcie-4x"))
+DGX1, PAIRS = GpuHardware(topologies.load("dgx-1v")), GpuHardware(topologies.load("a100-pcie-4x"))
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def order(gpus: int, name: str = "r") -> Order:
 )  # fmt: skip
 def test_the_gpus_are_the_lowest_free_ones_until_they_are_let_go(
     case: str,
-    machine: Machine,
+    machine: GpuHardware,
     others: set[int],
     gpus: int,
     sets: int,
@@ -70,7 +70,7 @@ def test_the_gpus_are_the_lowest_free_ones_until_they_are_let_go(
     assert prepared.foreign_gpus == tuple(others)
     assert slots.free()[: gpus * sets] == sorted(gpu for one in expected for gpu in one)
     assert set(slots.groups) == set(prepared.fillers)
-    reserver.settle(prepared, used=False)
+    reserver.finish(prepared, used=False)
     assert slots.groups == {}
 
 
@@ -81,7 +81,7 @@ def test_what_is_confirmed_is_known_as_ours_and_by_bundle() -> None:
     assert isinstance(prepared, Prepared)
     wanted = sorted(gpu for gpus in prepared.sets for gpu in gpus)
     group = slots.reserve("r", {"GPU": 1}, 4)
-    reserver.settle(prepared, used=True)
+    reserver.finish(prepared, used=True)
     found = reserver.confirm(order(2), prepared, group, range(8, 12))
     assert found == dict(zip(wanted, range(8, 12), strict=True))
     assert list(slots.groups) == [group]
@@ -102,7 +102,7 @@ def test_other_gpus_than_those_prepared_are_not_confirmed() -> None:
     group = slots.reserve("r", {"GPU": 1}, 2)
     assert reserver.confirm(order(2), prepared, group, [0, 1]) is None
     slots.remove(group)
-    reserver.settle(prepared, used=False)
+    reserver.finish(prepared, used=False)
     again = reserver.prepare(order(2), PAIRS, 1)
     assert isinstance(again, Prepared)
     assert (again.sets, again.foreign_gpus) == (((2, 3),), (0,))
@@ -113,12 +113,12 @@ def test_other_gpus_than_those_prepared_are_not_confirmed() -> None:
     [
         (PAIRS, {0, 1, 2}, 2, 1),
         (PAIRS, {0}, 2, 2),
-        (Machine(PAIRS.topology, lost=frozenset({1, 3})), set(), 3, 1),
-        (Machine(Topology.unknown(4)), {3}, 4, 1),
+        (GpuHardware(PAIRS.topology, lost=frozenset({1, 3})), set(), 3, 1),
+        (GpuHardware(Topology.unknown(4)), {3}, 4, 1),
     ],
 )
 def test_a_node_with_too_little_refuses_and_holds_nothing(
-    machine: Machine, others: set[int], gpus: int, sets: int
+    machine: GpuHardware, others: set[int], gpus: int, sets: int
 ) -> None:
     slots = Slots(4, others=others)
     outcome = NodeReserver(slots, 4).prepare(order(gpus), machine, sets)
@@ -138,11 +138,11 @@ def test_a_node_that_was_looked_at_ahead_is_not_looked_at_again() -> None:
     prepared = reserver.prepare(order(4), DGX1, 1)
     assert isinstance(prepared, Prepared)
     assert (slots.looks, prepared.sets) == (1, ((4, 5, 6, 7),))
-    reserver.settle(prepared, used=True)
+    reserver.finish(prepared, used=True)
     prepared = reserver.prepare(order(4), DGX1, 1)
     assert isinstance(prepared, Prepared)
     assert slots.looks == 1
-    reserver.settle(prepared, used=False)
+    reserver.finish(prepared, used=False)
     reserver.prepare(order(4), DGX1, 1)
     assert slots.looks == 2, "they were not to be had: who holds what is not known any more"
 
@@ -164,7 +164,7 @@ def test_whoever_interferes_nothing_but_the_fillers_is_held_and_nothing_afterwar
         outcome = reserver.prepare(order(chance.choice([1, 2, 4])), DGX1, chance.choice([1, 2]))
         if isinstance(outcome, Prepared):
             assert set(slots.groups) == set(outcome.fillers)
-            reserver.settle(outcome, used=chance.random() < 0.5)
+            reserver.finish(outcome, used=chance.random() < 0.5)
         assert slots.groups == {}
 
 
@@ -172,7 +172,7 @@ def share(name: str, thousandths: int) -> Order:
     return Order(name, Needs(1, share=thousandths), "d")
 
 
-FLAT = Machine(Topology.unknown(4))
+FLAT = GpuHardware(Topology.unknown(4))
 CUT = replace(FLAT, instances={0: "a", 1: "a", 2: "b"})
 
 
@@ -200,7 +200,7 @@ def test_a_bundle_is_one_gpu_or_the_share_of_it_and_what_is_beside() -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_what_a_caller_creates_is_what_the_node_would_have_reserved(
-    case: str, machine: Machine, others: set[int], asked: Needs, expected: tuple[int, ...]
+    case: str, machine: GpuHardware, others: set[int], asked: Needs, expected: tuple[int, ...]
 ) -> None:
     wanted = Order("r", asked, "d")
     theirs = NodeReserver(Slots(4, others=set(others)), 4).reserve(wanted, machine)
@@ -211,7 +211,7 @@ def test_what_a_caller_creates_is_what_the_node_would_have_reserved(
     assert isinstance(prepared, Prepared)
     assert (prepared.sets, prepared.share, prepared.ray_gpus) == ((expected,), theirs.share, theirs.ray_gpus)
     group = create(slots, prepared)
-    reserver.settle(prepared, used=True)
+    reserver.finish(prepared, used=True)
     assert reserver.confirm(wanted, prepared, group, range(len(expected))) == {
         gpu: bundle for bundle, gpu in enumerate(expected)
     }
@@ -233,7 +233,7 @@ def test_a_caller_hears_the_same_refusal_as_the_node_would_give(asked: Needs) ->
 
 def test_room_is_left_for_those_that_follow() -> None:
     """The best pair of these would leave none for another."""
-    machine = Machine(topologies.load("dgx-1v"))
+    machine = GpuHardware(topologies.load("dgx-1v"))
     floor = Needs(2, within=Within.NVLINK)
     for others in itertools.combinations(range(8), 4):
         slots = Slots(8, others=set(others))
@@ -257,7 +257,7 @@ def test_shares_are_packed_and_steered_past_the_rests_that_ray_would_prefer() ->
     prepared = reserver.prepare(planned, FLAT, 1)
     assert isinstance(prepared, Prepared) and prepared.sets == ((0,),)
     group = create(slots, prepared)
-    reserver.settle(prepared, used=True)
+    reserver.finish(prepared, used=True)
     assert reserver.confirm(planned, prepared, group, [0]) == {0: 0}
     assert slots.groups == before | {group: {0: 200}}
     reserver.forget("c")
@@ -276,7 +276,7 @@ def test_a_share_that_lands_on_a_rest_that_nobody_knew_of_is_steered_past_it_the
         prepared = reserver.prepare(wanted, FLAT, 1)
         assert isinstance(prepared, Prepared)
         group = create(slots, prepared)
-        reserver.settle(prepared, used=True)
+        reserver.finish(prepared, used=True)
         if reserver.confirm(wanted, prepared, group, [0]) is not None:
             break
         slots.remove(group)
@@ -307,7 +307,7 @@ def test_whoever_interferes_a_share_is_exact_or_nothing_of_it_is_held(seed: int)
             assert set(slots.groups) == set(prepared.fillers) | set(standing)
             group = create(slots, prepared)
             used = chance.random() < 0.8
-            reserver.settle(prepared, used)
+            reserver.finish(prepared, used)
             if used and group in slots.groups and reserver.confirm(wanted, prepared, group, [0]):
                 standing[group] = {prepared.sets[0][0]: wanted.needs.share}
             else:

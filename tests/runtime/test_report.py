@@ -14,7 +14,7 @@ from placement.core.lifecycle import State
 from placement.errors import UnknownDeployment, UnknownNode
 from placement.runtime.discovery import DeadNode, NodeInfo
 from placement.runtime.ledger import Record
-from placement.runtime.orders import machine_of
+from placement.runtime.orders import hardware_of
 from placement.runtime.report import Observed, cluster_status, topology_report
 from placement.runtime.results import NodeAssignment
 from placement.wire.facts import NodeFacts
@@ -59,7 +59,7 @@ _NO_GROUP: Any = SimpleNamespace(id=SimpleNamespace(hex=lambda: "00"))
 
 def observed(nodes: list[NodeInfo], deployments: Mapping[str, Known], **more: Any) -> Observed:
     facts = more.setdefault("facts", {})
-    return Observed(nodes, deployments, lambda info: machine_of(facts.get(info.id), info.gpu_count), **more)
+    return Observed(nodes, deployments, lambda info: hardware_of(facts.get(info.id), info.gpu_count), **more)
 
 
 def node(

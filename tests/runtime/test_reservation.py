@@ -18,7 +18,7 @@ from placement import topologies
 from placement.core.score import WHOLE, Needs, best_set, score
 from placement.core.topology import Topology
 from placement.runtime import reservation
-from placement.runtime.orders import Holding, Machine, Order, Refused, Reserved, machine_of
+from placement.runtime.orders import GpuHardware, Holding, Order, Refused, Reserved, hardware_of
 from placement.runtime.reservation import NodeReserver
 from placement.wire.facts import GpuFacts, NodeFacts
 
@@ -118,7 +118,7 @@ DGX1 = topologies.load("dgx-1v")
 def test_a_pair_stays_on_its_bridge_when_gpu_0_is_busy() -> None:
     """Ray alone would give 1 and 2, one half of each bridge."""
     slots = Slots(4, others={0})
-    outcome = NodeReserver(slots, 4).reserve(Order("r", Needs(2)), Machine(PAIRS))
+    outcome = NodeReserver(slots, 4).reserve(Order("r", Needs(2)), GpuHardware(PAIRS))
     assert isinstance(outcome, Reserved)
     assert (outcome.gpus, outcome.ray_gpus, outcome.attempts) == ((2, 3), (1, 2), 1)
     assert [list(group) for group in slots.groups.values()] == [[2, 3]]
@@ -126,7 +126,7 @@ def test_a_pair_stays_on_its_bridge_when_gpu_0_is_busy() -> None:
 
 def test_nothing_is_steered_where_rays_own_choice_is_best() -> None:
     slots = Slots(8)
-    outcome = NodeReserver(slots, 8).reserve(Order("r", Needs(4)), Machine(DGX1))
+    outcome = NodeReserver(slots, 8).reserve(Order("r", Needs(4)), GpuHardware(DGX1))
     assert isinstance(outcome, Reserved)
     assert outcome.gpus == outcome.ray_gpus == (0, 1, 2, 3)
     assert slots.steps == 2, "one group created, one verification"
@@ -134,17 +134,17 @@ def test_nothing_is_steered_where_rays_own_choice_is_best() -> None:
 
 def test_several_runs_are_steered_with_every_hold_given_back() -> None:
     slots = Slots(8, others={3})
-    outcome = NodeReserver(slots, 8).reserve(Order("r", Needs(2)), Machine(Topology.unknown(8)))
+    outcome = NodeReserver(slots, 8).reserve(Order("r", Needs(2)), GpuHardware(Topology.unknown(8)))
     assert isinstance(outcome, Reserved)
     wanted = best_set(DGX1, {0, 1, 2, 4, 5, 6, 7}, 2)
-    outcome = NodeReserver(Slots(8, others={3}), 8).reserve(Order("r", Needs(2)), Machine(DGX1))
+    outcome = NodeReserver(Slots(8, others={3}), 8).reserve(Order("r", Needs(2)), GpuHardware(DGX1))
     assert isinstance(outcome, Reserved)
     assert outcome.gpus == wanted
 
 
 def test_a_full_node_refuses_and_holds_nothing() -> None:
     slots = Slots(4, others={0, 1, 2})
-    outcome = NodeReserver(slots, 4).reserve(Order("r", Needs(2)), Machine(PAIRS))
+    outcome = NodeReserver(slots, 4).reserve(Order("r", Needs(2)), GpuHardware(PAIRS))
     assert isinstance(outcome, Refused)
     assert outcome.full
     assert slots.groups == {}
@@ -153,7 +153,7 @@ def test_a_full_node_refuses_and_holds_nothing() -> None:
 def test_books_that_lag_for_long_are_no_reason_to_refuse() -> None:
     """They show one GPU free where three are: the raylet is asked, and gives them."""
     slots = Slots(4, others={0}, books_lag_by=2)
-    outcome = NodeReserver(slots, 4).reserve(Order("r", Needs(2)), Machine(PAIRS))
+    outcome = NodeReserver(slots, 4).reserve(Order("r", Needs(2)), GpuHardware(PAIRS))
     assert isinstance(outcome, Reserved)
     assert len(outcome.gpus) == 2
 
@@ -163,7 +163,7 @@ def test_books_that_lag_do_not_hide_the_better_set() -> None:
     reserver = NodeReserver(slots, 4)
     reserver.adopt({"standing": Holding("d", (0,))})
     slots.groups[-1] = {0: WHOLE}
-    outcome = reserver.reserve(Order("r", Needs(2)), Machine(PAIRS))
+    outcome = reserver.reserve(Order("r", Needs(2)), GpuHardware(PAIRS))
     assert isinstance(outcome, Reserved)
     assert outcome.gpus == (2, 3)
 
@@ -174,7 +174,7 @@ def test_unending_interference_ends_in_a_refusal_that_holds_nothing() -> None:
         slots.others = ({0, 2} if slots.steps % 2 else {1, 3}) - held
 
     slots = Slots(4, disturb=swap)
-    outcome = NodeReserver(slots, 4).reserve(Order("r", Needs(2)), Machine(PAIRS))
+    outcome = NodeReserver(slots, 4).reserve(Order("r", Needs(2)), GpuHardware(PAIRS))
     if isinstance(outcome, Refused):
         assert (outcome.attempts, slots.groups) == (reservation.MAX_ATTEMPTS, {})
     else:
@@ -188,7 +188,7 @@ def test_a_failing_probe_leaves_nothing_held() -> None:
 
     slots = Broken(4, others={0})
     with pytest.raises(RuntimeError):
-        NodeReserver(slots, 4).reserve(Order("r", Needs(2)), Machine(PAIRS))
+        NodeReserver(slots, 4).reserve(Order("r", Needs(2)), GpuHardware(PAIRS))
     assert slots.groups == {}
 
 
@@ -200,7 +200,7 @@ def test_undisturbed_the_best_free_set_is_reserved_whatever_others_hold(machine:
     others = set(chance.sample(range(count), chance.randrange(count)))
     slots, size = Slots(count, others=others), chance.randint(1, count)
     free = set(range(count)) - others
-    outcome = NodeReserver(slots, count).reserve(Order("r", Needs(size)), Machine(machine))
+    outcome = NodeReserver(slots, count).reserve(Order("r", Needs(size)), GpuHardware(machine))
     if size > len(free):
         assert isinstance(outcome, Refused)
         assert slots.groups == {}
@@ -226,7 +226,7 @@ def test_disturbed_at_any_step_the_result_is_what_is_held_or_nothing_is(seed: in
     standing: dict[str, Reserved] = {}
     for step in range(6):
         size = chance.choice([1, 2, 2, 4])
-        outcome = reserver.reserve(Order(f"r{step}", Needs(size)), Machine(DGX1))
+        outcome = reserver.reserve(Order(f"r{step}", Needs(size)), GpuHardware(DGX1))
         if isinstance(outcome, Reserved):
             standing[f"r{step}"] = outcome
         elif standing and chance.random() < 0.5:
@@ -243,7 +243,7 @@ def share(name: str, thousandths: int, deployment: str = "d") -> Order:
     return Order(name, Needs(1, share=thousandths), deployment)
 
 
-FLAT = Machine(Topology.unknown(4))
+FLAT = GpuHardware(Topology.unknown(4))
 
 
 def test_shares_are_packed_on_as_few_gpus_as_possible() -> None:
@@ -261,7 +261,7 @@ def test_a_share_goes_where_it_leaves_the_least_whatever_ray_would_do() -> None:
         reserver.reserve(share(name, thousandths), FLAT)
     # GPU 0 has 100 left, GPU 1 has 500
     assert slots.rests() == {0: 100, 1: 500, 2: 1000, 3: 1000}
-    pair = Machine(PAIRS)
+    pair = GpuHardware(PAIRS)
     reserver.reserve(Order("pair", Needs(2)), pair)
     assert slots.free() == []
     assert isinstance(reserver.reserve(share("big", 600), FLAT), Refused)
@@ -270,7 +270,7 @@ def test_a_share_goes_where_it_leaves_the_least_whatever_ray_would_do() -> None:
 
 def test_a_share_breaks_the_gpu_that_others_miss_least_and_is_steered_there() -> None:
     slots = Slots(4, others={3})
-    outcome = NodeReserver(slots, 4).reserve(share("r", 250), Machine(PAIRS))
+    outcome = NodeReserver(slots, 4).reserve(share("r", 250), GpuHardware(PAIRS))
     assert isinstance(outcome, Reserved)
     assert (outcome.gpus, outcome.share) == ((2,), 250)  # 0 and 1 are a whole bridge
     assert list(slots.groups.values()) == [{2: 250}]
@@ -298,7 +298,7 @@ def test_a_share_goes_on_the_gpu_that_was_planned_if_that_still_has_it() -> None
 
 def test_rests_that_nobody_knew_of_are_filled_and_given_back() -> None:
     slots = Slots(4, others_shares={0: 500, 2: 200})
-    outcome = NodeReserver(slots, 4).reserve(share("r", 250), Machine(Topology.unknown(4)))
+    outcome = NodeReserver(slots, 4).reserve(share("r", 250), GpuHardware(Topology.unknown(4)))
     assert isinstance(outcome, Reserved)
     assert list(slots.groups.values()) == [{outcome.gpus[0]: 250}]
     assert outcome.gpus[0] in (1, 3)
@@ -324,7 +324,7 @@ def test_instances_and_whole_gpus_keep_to_themselves() -> None:
 
 def test_a_machine_tells_instances_from_whole_gpus() -> None:
     facts = topologies.facts("a100-mig-4x")
-    machine = machine_of(facts, 13)
+    machine = hardware_of(facts, 13)
     assert machine.gpu_memory_bytes == 80 << 30, "that of the whole GPUs"
     node = machine.node(range(13), {})
     assert (node.free, len(node.instances)) == ({11, 12}, 11)
@@ -333,7 +333,7 @@ def test_a_machine_tells_instances_from_whole_gpus() -> None:
 
 def test_an_instance_of_unknown_size_and_a_gpu_that_is_cut_up_are_given_to_nobody() -> None:
     gpus = (GpuFacts(ordinal=0, mig_enabled=True), GpuFacts(ordinal=1))
-    machine = machine_of(NodeFacts(source="nvml", gpus=gpus), 2)
+    machine = hardware_of(NodeFacts(source="nvml", gpus=gpus), 2)
     node = machine.node({0, 1}, {})
     assert (node.free, node.profiles) == ({1}, frozenset())
     reserver = NodeReserver(Slots(2), 2)
@@ -384,7 +384,7 @@ def test_shares_and_whole_gpus_under_churn_are_exact_or_refused_and_leave_nothin
         thousandths = dice.choice([100, 250, 500, 1000, 1000])
         count = dice.choice([1, 2]) if thousandths == WHOLE else 1
         order = Order(name, Needs(count, share=thousandths), dice.choice("ab"))
-        outcome = reserver.reserve(order, Machine(DGX1))
+        outcome = reserver.reserve(order, GpuHardware(DGX1))
         if isinstance(outcome, Reserved):
             assert slots.groups[outcome.group] == dict.fromkeys(outcome.gpus, thousandths)
             standing[name], groups[name] = slots.groups[outcome.group], outcome.group
@@ -403,7 +403,7 @@ def test_one_look_serves_those_that_follow_and_a_change_since_is_found_out(clock
     reserver = NodeReserver(slots, 8)
 
     def reserve(name: str) -> tuple[int, ...]:
-        outcome = reserver.reserve(Order(name, Needs(2)), Machine(DGX1))
+        outcome = reserver.reserve(Order(name, Needs(2)), GpuHardware(DGX1))
         assert isinstance(outcome, Reserved)
         assert sorted(slots.groups[outcome.group]) == list(outcome.gpus)
         return outcome.gpus
@@ -425,16 +425,16 @@ def test_gpus_of_an_owner_that_has_ended_are_steered_past_until_that_is_known(
 ) -> None:
     slots = Slots(8, others=others)
     reserver = NodeReserver(slots, 8)
-    first = reserver.reserve(Order("lease", Needs(2)), Machine(DGX1))
+    first = reserver.reserve(Order("lease", Needs(2)), GpuHardware(DGX1))
     assert isinstance(first, Reserved)
     slots.remove(first.group)  # Ray has, with its creator
     for size, name in ((2, "second"), (1, "third")):
         clock.now += reservation.TRUST_SECONDS
-        outcome = reserver.reserve(Order(name, Needs(size)), Machine(DGX1))
+        outcome = reserver.reserve(Order(name, Needs(size)), GpuHardware(DGX1))
         assert isinstance(outcome, Reserved) and not set(outcome.gpus) & {*first.gpus, *others}
         assert (list(slots.groups[outcome.group]), outcome.attempts) == (list(outcome.gpus), 1)
     reserver.forget("lease")
     clock.now += reservation.TRUST_SECONDS
     rest = set(slots.free())
-    outcome = reserver.reserve(Order("all", Needs(len(rest))), Machine(DGX1))
+    outcome = reserver.reserve(Order("all", Needs(len(rest))), GpuHardware(DGX1))
     assert isinstance(outcome, Reserved) and set(first.gpus) < rest == set(outcome.gpus)

@@ -29,7 +29,7 @@ def outside() -> Iterator[Ray]:
 
 @pytest.fixture
 def service(outside: Ray) -> DeploymentPlacementActor:
-    with mock.patch.object(service_module, "Keeper", lambda controller: SimpleNamespace(start=int)):
+    with mock.patch.object(service_module, "Clock", lambda controller: SimpleNamespace(start=int)):
         return DeploymentPlacementActor(lambda info: None)
 
 

@@ -20,17 +20,17 @@ from placement.core.score import Needs
 from placement.core.snapshot import Node, Policy, Snapshot
 from placement.runtime import view
 from placement.runtime.discovery import NodeInfo, node_state
-from placement.runtime.orders import Machine, machine_of
+from placement.runtime.orders import GpuHardware, hardware_of
 from placement.runtime.state import Tally
 from placement.runtime.view import ClusterView, overlaid
 
 NEAR = ("zone", "rack")
 MACHINES = [
-    machine_of(topologies.facts("a100-pcie-4x"), 4),
-    machine_of(None, 4),
-    replace(machine_of(topologies.facts("a100-pcie-4x"), 4), lost=frozenset({1})),
-    machine_of(topologies.facts("a100-mig-4x"), 13),
-    replace(machine_of(topologies.facts("a100-pcie-4x"), 4), capability=(9, 0)),
+    hardware_of(topologies.facts("a100-pcie-4x"), 4),
+    hardware_of(None, 4),
+    replace(hardware_of(topologies.facts("a100-pcie-4x"), 4), lost=frozenset({1})),
+    hardware_of(topologies.facts("a100-mig-4x"), 13),
+    replace(hardware_of(topologies.facts("a100-pcie-4x"), 4), capability=(9, 0)),
 ]
 REQUESTS = [
     Request("d", (0,), Needs(1)),
@@ -50,7 +50,7 @@ class Cluster:
     """What is the case, and the view that is told of changes."""
 
     infos: dict[str, NodeInfo] = field(default_factory=dict)
-    machines: dict[str, Machine] = field(default_factory=dict)
+    machines: dict[str, GpuHardware] = field(default_factory=dict)
     tallies: dict[str, Tally] = field(default_factory=dict)
     foreign: dict[str, frozenset[int]] = field(default_factory=dict)
     available: dict[str, Mapping[str, float]] = field(default_factory=dict)
@@ -58,9 +58,9 @@ class Cluster:
     lagging: dict[float, frozenset[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.view = ClusterView(NEAR, self.machine, self.tally, self.others, self.lags)
+        self.view = ClusterView(NEAR, self.hardware, self.tally, self.others, self.lags)
 
-    def machine(self, info: NodeInfo) -> Machine:
+    def hardware(self, info: NodeInfo) -> GpuHardware:
         return self.machines.get(info.id, MACHINES[1])
 
     def tally(self, node_id: str) -> Tally:
@@ -83,7 +83,7 @@ class Cluster:
             (
                 node_state(
                     info,
-                    self.machine(info),
+                    self.hardware(info),
                     None if info.id in lagging else self.available.get(info.id, {}),
                     self.tally(info.id),
                     self.others(info.id),

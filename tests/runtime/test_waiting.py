@@ -10,11 +10,11 @@ from placement import topologies
 from placement.core.score import Needs
 from placement.core.topology import Topology
 from placement.runtime import reservation
-from placement.runtime.orders import Holding, Machine, Order, Refused, Reserved
+from placement.runtime.orders import GpuHardware, Holding, Order, Refused, Reserved
 from placement.runtime.reservation import NodeReserver
 from tests.runtime.test_reservation import Clock, Slots
 
-PAIRS, FLAT = Machine(topologies.load("a100-pcie-4x")), Machine(Topology.unknown(4))
+PAIRS, FLAT = GpuHardware(topologies.load("a100-pcie-4x")), GpuHardware(Topology.unknown(4))
 
 
 @pytest.fixture(autouse=True)

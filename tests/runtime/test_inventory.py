@@ -11,9 +11,9 @@ from unittest import mock
 import pytest
 
 from placement import topologies
-from placement.runtime import machines
+from placement.runtime import inventory
 from placement.runtime.discovery import NodeInfo
-from placement.runtime.machines import ASK_AGAIN_SECONDS, DEADLINE_SECONDS, Machines
+from placement.runtime.inventory import ASK_AGAIN_SECONDS, DEADLINE_SECONDS, Inventory
 from placement.wire.facts import NodeFacts
 
 NODES = [NodeInfo(name, name, name, 4) for name in ("a", "b")]
@@ -51,21 +51,21 @@ class Ray:
 def ray() -> Iterator[Ray]:
     ray = Ray()
     with (
-        mock.patch.multiple(machines.ray, get=lambda call, timeout: ray.says[call[0]], wait=ray.wait),
-        mock.patch.object(machines.time, "monotonic", lambda: ray.now),
-        mock.patch.object(machines.ledger, "save_facts", lambda node, facts: ray.saved.append(node)),
-        mock.patch.object(machines.ledger, "forget_facts", lambda node: ray.saved.remove(node)),
+        mock.patch.multiple(inventory.ray, get=lambda call, timeout: ray.says[call[0]], wait=ray.wait),
+        mock.patch.object(inventory.time, "monotonic", lambda: ray.now),
+        mock.patch.object(inventory.ledger, "save_facts", lambda node, facts: ray.saved.append(node)),
+        mock.patch.object(inventory.ledger, "forget_facts", lambda node: ray.saved.remove(node)),
     ):
         yield ray
 
 
 @pytest.fixture
-def known(ray: Ray) -> Machines:
+def known(ray: Ray) -> Inventory:
     agents: Any = SimpleNamespace(agent=ray.agent, working=lambda nodes: contextlib.nullcontext())
-    return Machines(agents, {})
+    return Inventory(agents, {})
 
 
-def test_each_is_asked_once_and_saved_once(ray: Ray, known: Machines) -> None:
+def test_each_is_asked_once_and_saved_once(ray: Ray, known: Inventory) -> None:
     ray.says = {"a": KNOWN, "b": KNOWN}
     assert known.unknown_nodes(NODES) == {"a", "b"}
     for _ in range(3):
@@ -73,15 +73,15 @@ def test_each_is_asked_once_and_saved_once(ray: Ray, known: Machines) -> None:
     assert (ray.asked, ray.saved, known.unknown_nodes(NODES)) == (["a", "b"], ["a", "b"], frozenset())
     known.refresh(NODES, again=True)
     assert (len(ray.asked), ray.saved) == (4, ["a", "b"]), "how full its memory is, is no news"
-    assert known.machine(NODES[0]).topology.known
+    assert known.hardware(NODES[0]).topology.known
     known.forget_all_but({"b"})
     assert known.unknown_nodes(NODES) == {"a"} and ray.saved == ["b"]
 
 
-def test_one_that_does_not_answer_is_waited_for_once(ray: Ray, known: Machines) -> None:
+def test_one_that_does_not_answer_is_waited_for_once(ray: Ray, known: Inventory) -> None:
     ray.says = {"b": KNOWN}
     known.refresh(NODES, patience_seconds=5.0)
-    assert known.unknown_nodes(NODES) == {"a"} and not known.machine(NODES[0]).topology.known
+    assert known.unknown_nodes(NODES) == {"a"} and not known.hardware(NODES[0]).topology.known
     known.refresh(NODES)
     assert ray.waited == [5.0, DEADLINE_SECONDS - 5.0]
     assert known.unknown_nodes(NODES) == frozenset()
@@ -91,11 +91,11 @@ def test_one_that_does_not_answer_is_waited_for_once(ray: Ray, known: Machines) 
     assert (ray.now, ray.asked.count("a"), ray.asked.count("b")) == (began, 1, 4)
     ray.says["a"] = KNOWN  # at last
     known.refresh(NODES)
-    assert known.machine(NODES[0]).topology.known and ray.saved == ["b", "a"]
+    assert known.hardware(NODES[0]).topology.known and ray.saved == ["b", "a"]
 
 
 def test_one_that_can_say_nothing_is_asked_again_less_and_less_often_and_not_saved(
-    ray: Ray, known: Machines
+    ray: Ray, known: Inventory
 ) -> None:
     ray.says = {"a": NOTHING}
     for wait in (ASK_AGAIN_SECONDS, 2 * ASK_AGAIN_SECONDS, 4 * ASK_AGAIN_SECONDS):
@@ -110,7 +110,7 @@ def test_one_that_can_say_nothing_is_asked_again_less_and_less_often_and_not_sav
     known.refresh(NODES[:1])
     ray.says["a"] = NOTHING  # later: what was known is worth more
     known.refresh(NODES[:1], again=True)
-    assert known.machine(NODES[0]).topology.known and ray.saved == ["a"]
+    assert known.hardware(NODES[0]).topology.known and ray.saved == ["a"]
 
 
 class Counted(list[NodeInfo]):
@@ -123,7 +123,7 @@ class Counted(list[NodeInfo]):
         return super().__iter__()
 
 
-def test_nodes_that_have_answered_are_not_looked_at_again(ray: Ray, known: Machines) -> None:
+def test_nodes_that_have_answered_are_not_looked_at_again(ray: Ray, known: Inventory) -> None:
     nodes = Counted(NODES)
     ray.says = {"a": KNOWN}
     known.refresh(nodes, patience_seconds=5.0)
@@ -133,7 +133,7 @@ def test_nodes_that_have_answered_are_not_looked_at_again(ray: Ray, known: Machi
         assert known.unknown_nodes(nodes) == {"b"}
     ray.says["b"] = KNOWN
     known.refresh(nodes)
-    assert known.unknown_nodes(nodes) == frozenset() and known.machine(NODES[1]).topology.known
+    assert known.unknown_nodes(nodes) == frozenset() and known.hardware(NODES[1]).topology.known
     assert nodes.times == looked
 
     more = Counted([*NODES, NodeInfo("c", "c", "c", 4)])
@@ -142,23 +142,23 @@ def test_nodes_that_have_answered_are_not_looked_at_again(ray: Ray, known: Machi
     assert known.unknown_nodes(more) == {"a", "c"}
 
 
-def test_a_question_that_stays_open_is_looked_after(ray: Ray, known: Machines) -> None:
+def test_a_question_that_stays_open_is_looked_after(ray: Ray, known: Inventory) -> None:
     """It was asked of a node that is known already."""
     ray.says = {"a": KNOWN, "b": KNOWN}
     known.refresh(NODES)
-    known.take_changed()
+    known.pop_changed()
     ray.says = {"b": KNOWN}
     known.refresh(NODES, again=True, patience_seconds=1.0)
-    assert known.take_changed() == {"b"} and known.unknown_nodes(NODES) == frozenset()
+    assert known.pop_changed() == {"b"} and known.unknown_nodes(NODES) == frozenset()
     ray.says["a"] = topologies.facts("t4-4x")
     known.refresh(NODES)
-    assert known.machine(NODES[0]).topology.model == "Tesla T4"
-    assert (known.take_changed(), known.take_changed()) == ({"a"}, frozenset())
+    assert known.hardware(NODES[0]).topology.model == "Tesla T4"
+    assert (known.pop_changed(), known.pop_changed()) == ({"a"}, frozenset())
 
 
-def test_what_an_earlier_service_knew_is_not_asked_again(ray: Ray, known: Machines) -> None:
+def test_what_an_earlier_service_knew_is_not_asked_again(ray: Ray, known: Inventory) -> None:
     assert known.unknown_nodes(NODES) == {"a", "b"}
-    with mock.patch.object(machines.ledger, "facts", lambda: {"a": KNOWN, "b": None, "gone": KNOWN}):
+    with mock.patch.object(inventory.ledger, "facts", lambda: {"a": KNOWN, "b": None, "gone": KNOWN}):
         ray.saved.append("gone")
         known.restore({"a", "b"})
-    assert (known.unknown_nodes(NODES), known.take_changed(), ray.saved) == ({"b"}, {"a"}, [])
+    assert (known.unknown_nodes(NODES), known.pop_changed(), ray.saved) == ({"b"}, {"a"}, [])

@@ -1,4 +1,4 @@
-"""The keeper's one look a second: nothing that takes long keeps the next look waiting."""
+"""The clock's one look a second: nothing that takes long keeps the next look waiting."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from placement.runtime import keeper
-from placement.runtime.keeper import RETRY_SECONDS, Keeper
+from placement.runtime import clock
+from placement.runtime.clock import RETRY_SECONDS, Clock
 
 
 class Controller:
-    """What the keeper asks for and sees."""
+    """What the clock asks for and sees."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -33,7 +33,7 @@ class Controller:
         self.demand = SimpleNamespace(listen=int)
         self.cluster = SimpleNamespace(draining=frozenset())
         self.fleet = SimpleNamespace(
-            agents=SimpleNamespace(in_doubt=lambda: False),
+            agents=SimpleNamespace(orphans_suspected=lambda: False),
             forget_all_but=self.forgot.append,
         )
 
@@ -71,7 +71,7 @@ class Controller:
 
     def write_again(self) -> None: ...
 
-    def rest(self) -> None: ...
+    def stop_idle_agents(self) -> None: ...
 
 
 class Later(Executor):
@@ -94,16 +94,16 @@ class Later(Executor):
 @pytest.fixture
 def controller(monkeypatch: pytest.MonkeyPatch) -> Iterator[Controller]:
     controller = Controller()
-    monkeypatch.setattr(keeper, "time", SimpleNamespace(monotonic=lambda: controller.now, time=float))
-    monkeypatch.setattr(keeper, "live_node_ids", lambda: frozenset(controller.alive))
-    monkeypatch.setattr(keeper, "draining_nodes", frozenset)
-    monkeypatch.setattr(keeper, "ATTEMPT_SECONDS", 0.0)
+    monkeypatch.setattr(clock, "time", SimpleNamespace(monotonic=lambda: controller.now, time=float))
+    monkeypatch.setattr(clock, "live_node_ids", lambda: frozenset(controller.alive))
+    monkeypatch.setattr(clock, "draining_nodes", frozenset)
+    monkeypatch.setattr(clock, "ATTEMPT_SECONDS", 0.0)
     return controller
 
 
 def test_a_death_is_noticed_while_what_is_pending_is_still_being_tried(controller: Controller) -> None:
     reconcilers = Later()
-    looks = Keeper(controller, reconcilers)  # type: ignore[arg-type]
+    looks = Clock(controller, reconcilers)  # type: ignore[arg-type]
     controller.pending = ["p1", "p2"]
     looks.look()
     controller.lost = ["lost"]
@@ -118,7 +118,7 @@ def test_what_is_pending_is_tried_again_when_something_changed_or_after_a_while(
     controller: Controller,
 ) -> None:
     reconcilers = Later()
-    looks = Keeper(controller, reconcilers)  # type: ignore[arg-type]
+    looks = Clock(controller, reconcilers)  # type: ignore[arg-type]
     controller.pending = ["p"]
 
     def look() -> int:
@@ -139,7 +139,7 @@ def test_what_is_pending_is_tried_again_when_something_changed_or_after_a_while(
 
 def test_what_cannot_be_reconciled_keeps_nobody_else_waiting(controller: Controller) -> None:
     reconcilers = Later()
-    looks = Keeper(controller, reconcilers)  # type: ignore[arg-type]
+    looks = Clock(controller, reconcilers)  # type: ignore[arg-type]
     controller.lost = ["broken", "lost"]
     controller.pending = ["broken", "p"]
     looks.look()
@@ -153,7 +153,7 @@ def test_what_cannot_be_reconciled_keeps_nobody_else_waiting(controller: Control
 def test_what_outlived_its_owner_is_ended_beside_the_looks_once(controller: Controller) -> None:
     """Its node may not answer."""
     reconcilers = Later()
-    looks = Keeper(controller, reconcilers)  # type: ignore[arg-type]
+    looks = Clock(controller, reconcilers)  # type: ignore[arg-type]
     controller.over = ["a", "b"]
     for _ in range(3):
         looks.look()
@@ -163,7 +163,7 @@ def test_what_outlived_its_owner_is_ended_beside_the_looks_once(controller: Cont
 
 
 def test_what_is_known_of_a_node_goes_with_it(controller: Controller) -> None:
-    looks = Keeper(controller, Later())  # type: ignore[arg-type]
+    looks = Clock(controller, Later())  # type: ignore[arg-type]
     looks.look()
     looks.look()
     controller.alive.remove("m")
@@ -175,15 +175,15 @@ def test_which_nodes_drain_is_known_before_the_first_look(
     controller: Controller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A controller that starts anew would otherwise place on them for a second."""
-    monkeypatch.setattr(keeper, "draining_nodes", lambda: frozenset({"a"}))
-    monkeypatch.setattr(keeper, "threading", SimpleNamespace(Thread=lambda **_: SimpleNamespace(start=int)))
-    Keeper(controller, Later()).start()  # type: ignore[arg-type]
+    monkeypatch.setattr(clock, "draining_nodes", lambda: frozenset({"a"}))
+    monkeypatch.setattr(clock, "threading", SimpleNamespace(Thread=lambda **_: SimpleNamespace(start=int)))
+    Clock(controller, Later()).start()  # type: ignore[arg-type]
     assert controller.cluster.draining == {"a"}
 
 
 def test_what_waits_is_tried_at_once_when_something_has_come_for_it(controller: Controller) -> None:
     reconcilers = Later()
-    looks = Keeper(controller, reconcilers)  # type: ignore[arg-type]
+    looks = Clock(controller, reconcilers)  # type: ignore[arg-type]
     controller.pending = ["p"]
 
     def glance() -> int:
@@ -208,7 +208,7 @@ def test_what_waits_is_tried_at_once_when_something_has_come_for_it(controller: 
 
 def test_what_waits_is_not_kept_waiting_by_one_that_is_tried_and_hangs(controller: Controller) -> None:
     reconcilers = Later()
-    looks = Keeper(controller, reconcilers)  # type: ignore[arg-type]
+    looks = Clock(controller, reconcilers)  # type: ignore[arg-type]
     controller.pending = ["hangs", "p"]
     looks.look()
     try_all, done = reconcilers.waiting.pop()
@@ -229,7 +229,7 @@ def test_what_waits_is_not_kept_waiting_by_one_that_is_tried_and_hangs(controlle
 
 
 def test_no_more_than_a_fifth_of_the_time_goes_into_trying_at_once(controller: Controller) -> None:
-    looks = Keeper(controller, Takes(controller, 2.0))  # type: ignore[arg-type]
+    looks = Clock(controller, Takes(controller, 2.0))  # type: ignore[arg-type]
     controller.pending = ["p"]
     looks.look()
     for tenth in range(100):

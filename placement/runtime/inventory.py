@@ -15,7 +15,7 @@ from placement.runtime import ledger
 from placement.runtime.agents import Agents
 from placement.runtime.backoff import Backoff
 from placement.runtime.discovery import NodeInfo
-from placement.runtime.orders import Machine, machine_of
+from placement.runtime.orders import GpuHardware, hardware_of
 from placement.wire.facts import NodeFacts
 
 DEADLINE_SECONDS = 45.0
@@ -35,7 +35,7 @@ class _Asked:
     until: float
 
 
-class Machines:
+class Inventory:
     """What is known of each node. Thread-safe.
 
     A call costs what is open: nodes that answered once are not looked at again as long as it is given the same list.
@@ -49,24 +49,24 @@ class Machines:
         self.facts = facts
         self._agents = agents
         self._lock = threading.Lock()
-        self._machines: dict[str, Machine] = {}
+        self._hardware: dict[str, GpuHardware] = {}
         self._asked: dict[str, _Asked] = {}
         self._silent = Backoff(ASK_AGAIN_SECONDS, MOST_SECONDS)
-        self._saved: dict[str, Machine] = {}
+        self._saved: dict[str, GpuHardware] = {}
         self._changed: set[str] = set()
         self._nodes: Sequence[NodeInfo] | None = None
         self._open: dict[str, NodeInfo] = {}
 
-    def machine(self, info: NodeInfo) -> Machine:
+    def hardware(self, info: NodeInfo) -> GpuHardware:
         """What a node's GPUs are, as far as is known. The same object until it reports something else."""
-        known = self._machines.get(info.id)
+        known = self._hardware.get(info.id)
         if known is None:
             with self._lock:
-                known = self._machines[info.id] = machine_of(self.facts.get(info.id), info.gpu_count)
+                known = self._hardware[info.id] = hardware_of(self.facts.get(info.id), info.gpu_count)
         return known
 
-    def take_changed(self) -> frozenset[str]:
-        """The nodes of which :meth:`machine` is another one than when this was last called."""
+    def pop_changed(self) -> frozenset[str]:
+        """The nodes of which :meth:`hardware` is another one than when this was last called."""
         with self._lock:
             changed, self._changed = frozenset(self._changed), set()
             return changed
@@ -184,7 +184,7 @@ class Machines:
             # What was known is worth more than that a node says nothing now.
             if known is None or not says_nothing or (done and known.source == "none"):
                 self.facts[node_id] = facts
-                self._machines.pop(node_id, None)
+                self._hardware.pop(node_id, None)
                 self._changed.add(node_id)
             if self._is_known(node_id):
                 self._open.pop(node_id, None)
@@ -193,7 +193,7 @@ class Machines:
 
     def _save(self, node_id: str, facts: NodeFacts) -> None:
         """Has the ledger say what a node's GPUs are, if that is news; how full their memory is now, is none."""
-        lasting = replace(machine_of(facts, 0), free_memory={})
+        lasting = replace(hardware_of(facts, 0), free_memory={})
         if self._saved.get(node_id) == lasting:
             return
         try:
@@ -210,7 +210,7 @@ class Machines:
             elif facts is not None:
                 with self._lock:
                     self.facts[node_id] = facts
-                    self._machines.pop(node_id, None)
+                    self._hardware.pop(node_id, None)
                     self._changed.add(node_id)
                     self._nodes = None
 
@@ -220,7 +220,7 @@ class Machines:
             gone = self.facts.keys() - set(alive)
             for node_id in gone:
                 del self.facts[node_id]
-                for known in (self._machines, self._asked, self._silent, self._saved):
+                for known in (self._hardware, self._asked, self._silent, self._saved):
                     known.pop(node_id, None)
             self._changed |= gone
             self._nodes = None

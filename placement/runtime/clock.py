@@ -34,7 +34,7 @@ ATTEMPT_SECONDS = 1.0
 logger = logging.getLogger(__name__)
 
 
-class Keeper:
+class Clock:
     """Notices nodes that came, went or drain; has what they held placed anew, and what waits tried again.
 
     Args:
@@ -59,7 +59,7 @@ class Keeper:
         """Begins, in a thread of its own. Which nodes drain is known from here on."""
         self._controller.cluster.draining = draining_nodes()
         self._controller.queue.demand.listen()
-        threading.Thread(target=self._run, name="keeper", daemon=True).start()
+        threading.Thread(target=self._run, name="clock", daemon=True).start()
 
     def _run(self) -> None:
         looked_at = time.monotonic()
@@ -91,12 +91,12 @@ class Keeper:
                 self._try_again(now)
         controller.queue.ask_for_nodes()
         controller.write_again()
-        if controller.fleet.agents.in_doubt():
+        if controller.fleet.agents.orphans_suspected():
             controller.sweeper.sweep()
         else:
             controller.sweeper.sweep_again()
         controller.end_what_is_over(has_ended, time.time(), self._begin)
-        controller.rest()
+        controller.stop_idle_agents()
 
     def glance(self) -> None:
         """Has what waits tried again at once where a look each second would be late: a node has come for it.
