@@ -100,7 +100,7 @@ class Ray:
         actors: node -> the orders that its actor takes to be reserved there.
         refusals: how many reservations fail from now on.
         late: reservations that are carried out after the service has stopped waiting for them.
-        in_doubt: one of them has been by now.
+        orphans_suspected: one of them has been by now.
         store_fails: the next write of a record fails: ``"before"`` or ``"after"`` it was written.
         meanwhile: what happens in the middle of the next reservation.
         under_way: how many reservations are.
@@ -116,7 +116,7 @@ class Ray:
     refusals: int = 0
     lates: int = 0
     late: list[Callable[[], None]] = field(default_factory=list)
-    in_doubt: bool = False
+    orphans_suspected: bool = False
     meanwhile: list[Callable[[], None]] = field(default_factory=list)
     under_way: int = 0
     kill_at: str = ""
@@ -224,7 +224,7 @@ class Fleet(fleet.Fleet):
             pop_changed=frozenset,
         )
         self.agents: Any = SimpleNamespace(
-            orphans_suspected=self._in_doubt,
+            orphans_suspected=self._suspected,
             suspect_orphans=nothing,
             rediscover=lambda nodes: [],
             idle=lambda seconds: [],
@@ -249,8 +249,8 @@ class Fleet(fleet.Fleet):
         for node in nodes & self._ray.actors.keys():
             self._ray.actors[node].discard(order)
 
-    def _in_doubt(self) -> bool:
-        suspected, self._ray.in_doubt = self._ray.in_doubt, False
+    def _suspected(self) -> bool:
+        suspected, self._ray.orphans_suspected = self._ray.orphans_suspected, False
         return suspected
 
     def reserve(
@@ -318,7 +318,7 @@ class Fleet(fleet.Fleet):
 
     def _late(self, group: Group, part: Any, units: int) -> None:
         self._ray.take(group, part.node_id, part.gpus, part.share, units)
-        self._ray.in_doubt = True
+        self._ray.orphans_suspected = True
 
 
 SHAPE = Topology.unknown(GPUS)
@@ -504,7 +504,7 @@ class Service(Rules):
                 self.another_user_ends()
             assert list(self.ray.groups.values()) == [self.foreign]
             with mock.patch.object(controller, "ENDED_SECONDS", -1.0):
-                self.service.rest()
+                self.service.stop_idle_agents()
             assert (
                 sorted(self.ray.store) == [b"event numbers", b"token"] and not self.service.actions.unwritten
             )
@@ -723,7 +723,7 @@ class Service(Rules):
     @rule()
     def what_has_room_is_placed(self) -> None:
         """After two looks in which nothing goes wrong there is nothing to do but to wait."""
-        if not self.nothing_goes_wrong() or self.ray.late or self.ray.in_doubt:
+        if not self.nothing_goes_wrong() or self.ray.late or self.ray.orphans_suspected:
             return
         self.time_passes()
         self.time_passes()
@@ -842,7 +842,7 @@ class Service(Rules):
             for other in limits.apart_from if limits else ():
                 beside = standing[other].nodes() if other in standing else {}
                 assert not current & beside.keys(), (name, other)
-        if not self.ray.in_doubt:
+        if not self.ray.orphans_suspected:
             assert set(self.ray.groups) - {"f", *self.others} <= known, "a group that nobody knows of"
         for node, held in self.ray.actors.items():
             if node in self.ray.nodes:
