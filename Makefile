@@ -6,7 +6,7 @@
 PYTHON ?= python3
 ARGS ?=
 ROUNDS ?= 1
-WORKERS ?= 3
+WORKERS ?= 2
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
@@ -19,7 +19,7 @@ help: ## list these targets
 demo: .venv/stamp ## place on simulated GPU nodes, on this machine (no GPU needed)
 	@$(BIN)/placement demo $(ARGS)
 
-test: .venv/stamp ## run the tests, by file in three processes; most of the long ones wait: make test WORKERS=0
+test: .venv/stamp ## run the tests, by file, in two processes: make test WORKERS=0
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 chaos: .venv/stamp ## kill the service, its node actors, nodes and the head, and tell how long recovery took: make chaos ROUNDS=5

@@ -75,7 +75,9 @@ class EmbeddedCluster:
             num_gpus=0,
             include_dashboard=self._dashboard,
             dashboard_host=self.host,
-            no_monitor=True,
+            # Jobs go to the head's agent, which listens on every address: beside another cluster's, not at Ray's port.
+            dashboard_agent_listen_port=_free_port(self.host) if self._dashboard else None,
+            no_monitor=True,  # of an autoscaler, which there is none of
             **SIZE,
         )
         self.address: str = self._cluster.address
@@ -177,6 +179,12 @@ class Network:
     def close(self) -> None:
         """Leaves it to others."""
         self._in_use.close()
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,29 +20,30 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 COMMAND = [str(Path(sys.executable).with_name("placement")), "demo"]
 
 
-def ray_processes() -> set[int]:
-    """Every Ray process on this machine."""
+MARK = f"STARTED_BY_TEST={uuid.uuid4()}"
+"""In the environment of the demo, and of every process that it starts."""
+ENV = os.environ | dict([MARK.split("=")])
+
+
+def its_processes() -> set[int]:
+    """Every process of a demo on this machine."""
     found = set()
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
-            try:
-                command = (folder / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if b"raylet" in command or b"gcs_server" in command or command.startswith(b"ray::"):
-                found.add(int(folder.name))
+            with contextlib.suppress(OSError):
+                if MARK.encode() in (folder / "environ").read_bytes():
+                    found.add(int(folder.name))
     return found
 
 
 @pytest.fixture(autouse=True)
 def no_process_left_behind() -> Iterator[None]:
-    before = ray_processes()
     yield
-    assert settled(lambda: ray_processes() <= before), ray_processes() - before
+    assert settled(lambda: not its_processes()), its_processes()
 
 
 def test_it_places_the_example_and_every_worker_is_where_it_was_promised() -> None:
-    done = subprocess.run([*COMMAND, "--json"], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*COMMAND, "--json"], env=ENV, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert (report["workers"], report["matching"], report["all_free"]) == (22, 22, True)
@@ -56,10 +59,11 @@ def test_it_places_the_example_and_every_worker_is_where_it_was_promised() -> No
 @pytest.mark.parametrize("moment", ["starting a head", "placing 10 deployments"])
 def test_ctrl_c_cleans_up(moment: str) -> None:
     demo = subprocess.Popen(
-        COMMAND, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+        COMMAND, env=ENV, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
     )
     assert demo.stderr is not None
     seen = b""
+    assert its_processes()
     while moment.encode() not in seen:
         seen += os.read(demo.stderr.fileno(), 4096)
     # A terminal sends it to the whole group.
