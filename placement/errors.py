@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 
 class PlacementError(Exception):
@@ -147,6 +147,11 @@ class Unplaceable(PlacementError):
             dict(excluded),
             advice,
         )
+
+    def advised(self, more: str) -> Self:
+        """The same, with more advice."""
+        deployment, summary, excluded, advice, *rest = self.args
+        return type(self)(deployment, summary, excluded, f"{advice}; {more}", *rest)
 
     def __str__(self) -> str:
         counts = ", ".join(f"{counted(n, 'node')}: {reason}" for reason, n in self.excluded.items())

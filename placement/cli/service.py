@@ -29,14 +29,23 @@ from placement.errors import counted
     help="A node that has held nothing for so long has its node actor ended, so that an autoscaler can remove it: "
     "60 unless told; inf keeps it, and the next placement there quick.",
 )
+@click.option(
+    "--node-types",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="The cluster configuration of `ray up`: where there is no room, it is said which of its node types would do.",
+)
 @common.with_json
-def up(address: str | None, near: str | None, idle_seconds: float | None, as_json: bool) -> None:
+def up(
+    address: str | None, near: str | None, idle_seconds: float | None, node_types: str | None, as_json: bool
+) -> None:
     """Starts the service, or finds it running. It stays when this command ends.
 
     A service that runs is left as it is; if it is of another version, or has other settings than those given here,
     this is refused.
     """
     from placement.runtime import bootstrap
+    from placement.wire.node_types import node_types as read_node_types
 
     if idle_seconds is not None and math.isnan(idle_seconds):
         raise click.UsageError("--idle-seconds: nan is no number of seconds; use at least 1, or inf")
@@ -45,6 +54,10 @@ def up(address: str | None, near: str | None, idle_seconds: float | None, as_jso
         options["near"] = [label.strip() for label in near.split(",") if label.strip()]
     if idle_seconds is not None:
         options["idle_seconds"] = idle_seconds
+    asked = dict(options)
+    if node_types is not None:
+        options["node_types"] = node_types
+        asked["node_types"] = [one.name for one in read_node_types(node_types)]
     with (
         common.cluster(address) as found,
         common.noted(KeyboardInterrupt, "`placement up` again finds what it started"),
@@ -58,7 +71,7 @@ def up(address: str | None, near: str | None, idle_seconds: float | None, as_jso
                 common.note("starting the placement service ...")
         # Also where it was found: it may be restarting, and this waits until it answers.
         service = bootstrap.start(**options)
-        _require_same(service, found, options)
+        _require_same(service, found, asked)
         status = common.ask(service.status.remote())
     if as_json:
         common.dump(status)

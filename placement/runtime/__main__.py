@@ -10,11 +10,12 @@ import ray
 
 from placement.errors import ServiceNotRunning
 from placement.runtime.bootstrap import start_in_this_job
+from placement.wire.node_types import NodeType
 
 
 def main(argument: str) -> None:
     """Connects as a driver without a runtime_env, and starts the service. The last line of stderr tells a failure."""
-    address, node_address, near, idle_seconds = json.loads(argument)
+    address, node_address, near, idle_seconds, types = json.loads(argument)
     ray.init(
         address=address,
         _node_ip_address=node_address,
@@ -23,7 +24,7 @@ def main(argument: str) -> None:
         logging_level=logging.ERROR,
     )
     try:
-        start_in_this_job(near, idle_seconds)
+        start_in_this_job(near, idle_seconds, [NodeType(**one) for one in types])
     except ServiceNotRunning as error:
         sys.exit(error.problem)
 

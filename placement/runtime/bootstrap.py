@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from placement.runtime.discovery import NodeInfo
 from placement.runtime.groups import my_gpu_ids
 from placement.runtime.node_agent import NAMESPACE, NodePlacementActor, agent_name
 from placement.runtime.service import DeploymentPlacementActor as Service
+from placement.wire.node_types import NodeType
+from placement.wire.node_types import node_types as read_node_types
 
 NAME = "placement"
 START_DEADLINE_SECONDS = 120.0
@@ -72,7 +75,11 @@ def make_agent(info: NodeInfo) -> Any:
     ).remote(info.id, info.gpu_count, info.topology_name, _probe)
 
 
-def start(near: Sequence[str] = NEAR_LABELS, idle_seconds: float = IDLE_SECONDS) -> Any:
+def start(
+    near: Sequence[str] = NEAR_LABELS,
+    idle_seconds: float = IDLE_SECONDS,
+    node_types: str | Path | None = None,
+) -> Any:
     """Gets the placement service of the connected cluster, started if need be. Safe to call at any time.
 
     The service is a detached actor on the head node: it outlives the caller and restarts if it dies. It and its node
@@ -86,28 +93,32 @@ def start(near: Sequence[str] = NEAR_LABELS, idle_seconds: float = IDLE_SECONDS)
         idle_seconds: how long the actor of a node that holds nothing stays there. It makes the next placement on
             that node about a second quicker, and keeps Ray's autoscaler from removing the node; ``math.inf`` where
             nodes are never removed. Of no effect on a service that runs.
+        node_types: the cluster configuration that ``ray up`` was given, here: where there is no room, it is said which
+            of its node types would hold what is asked for, or what they lack. Of no effect on a service that runs.
 
     Returns:
         The actor handle; see :class:`~placement.runtime.service.DeploymentPlacementActor` for its methods.
 
     Raises:
         RuntimeError: Ray is not connected; call ``ray.init(address="auto")`` first.
+        InvalidDeployment: the file cannot be read, or is no cluster configuration.
         ServiceNotRunning: it cannot run there; the package is not installed on the head node, for example.
         ray.exceptions.GetTimeoutError: the actor did not come up within two minutes.
     """
     _require_ray()
+    types = [] if node_types is None else read_node_types(node_types)
     if not _has_environment():
-        return start_in_this_job(near, idle_seconds)
+        return start_in_this_job(near, idle_seconds, types)
     try:
         service = connect()
     except ServiceNotRunning:
-        _start_in_a_job_of_its_own(near, idle_seconds)
+        _start_in_a_job_of_its_own(near, idle_seconds, types)
         service = connect()
     _wait_for(service)
     return service
 
 
-def start_in_this_job(near: Sequence[str], idle_seconds: float) -> Any:
+def start_in_this_job(near: Sequence[str], idle_seconds: float, types: Sequence[NodeType]) -> Any:
     """:func:`start` in the caller's own job, which must have no ``runtime_env``: the service would inherit it."""
     service = _Service.options(
         name=NAME,
@@ -120,7 +131,7 @@ def start_in_this_job(near: Sequence[str], idle_seconds: float) -> Any:
         resources={"node:__internal_head__": 0.001},
         # The default would be the placement group of the calling task, if that captures its children.
         scheduling_strategy="DEFAULT",
-    ).remote(make_agent, tuple(near), idle_seconds)
+    ).remote(make_agent, tuple(near), idle_seconds, tuple(types))
     _wait_for(service)
     return service
 
@@ -145,14 +156,14 @@ def _has_environment() -> bool:
     return any(value for key, value in inherited.items() if key != "config")
 
 
-def _start_in_a_job_of_its_own(near: Sequence[str], idle_seconds: float) -> None:
+def _start_in_a_job_of_its_own(near: Sequence[str], idle_seconds: float, types: Sequence[NodeType]) -> None:
     """Starts the service as a job of its own.
 
     An actor inherits the ``runtime_env`` of whoever makes it, and cannot say that it wants none: its own is merged
     into that. CUDA_VISIBLE_DEVICES in it makes all GPU ids wrong that Ray tells the node actors and the probes.
     """
     context = ray.get_runtime_context()
-    arguments = context.gcs_address, tuple(near), idle_seconds
+    arguments = context.gcs_address, tuple(near), idle_seconds, [asdict(one) for one in types]
     if ray.util.client.ray.is_connected():  # this process may be outside of the cluster
         problem = ray.get(ray.remote(num_cpus=0)(_run_job).remote(*arguments))
     else:
@@ -161,14 +172,14 @@ def _start_in_a_job_of_its_own(near: Sequence[str], idle_seconds: float) -> None
         raise ServiceNotRunning(context.gcs_address, problem)
 
 
-def _run_job(address: str, near: Sequence[str], idle_seconds: float) -> str:
+def _run_job(address: str, near: Sequence[str], idle_seconds: float, types: Sequence[dict[str, Any]]) -> str:
     """Runs ``python -m placement.runtime``, which starts the service; what is wrong, if it could not."""
     node_address = ray._private.worker.global_worker.node.node_ip_address
     # The child can import what this process can. It runs in /, since its actors import from where it runs.
     paths = [str(Path(__file__).parents[2]), *filter(None, sys.path)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
     env.pop(RAY_JOB_CONFIG_JSON_ENV_VAR, None)  # the environment of a submitted job
-    argument = json.dumps([address, node_address, near, idle_seconds])
+    argument = json.dumps([address, node_address, near, idle_seconds, types])
     try:
         child = subprocess.run(
             [sys.executable, "-P", "-m", "placement.runtime", argument],

@@ -10,6 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ParamSpec, TypedDict, TypeVar
 
 from ray.actor import ActorHandle
@@ -93,9 +94,14 @@ class Client(_Connected):
     """
 
     @classmethod
-    def start(cls, near: Sequence[str] = NEAR_LABELS, idle_seconds: float = IDLE_SECONDS) -> Client:
+    def start(
+        cls,
+        near: Sequence[str] = NEAR_LABELS,
+        idle_seconds: float = IDLE_SECONDS,
+        node_types: str | Path | None = None,
+    ) -> Client:
         """The same, with the service started if need be; see :func:`placement.start`."""
-        return cls(bootstrap.start(near, idle_seconds))
+        return cls(bootstrap.start(near, idle_seconds, node_types))
 
     def place(
         self,
@@ -357,10 +363,13 @@ class AsyncClient(_Connected):
 
     @classmethod
     async def start(
-        cls, near: Sequence[str] = NEAR_LABELS, idle_seconds: float = IDLE_SECONDS
+        cls,
+        near: Sequence[str] = NEAR_LABELS,
+        idle_seconds: float = IDLE_SECONDS,
+        node_types: str | Path | None = None,
     ) -> AsyncClient:
         """The same, with the service started if need be; see :func:`placement.start`."""
-        return cls(await asyncio.to_thread(bootstrap.start, near, idle_seconds))
+        return cls(await asyncio.to_thread(bootstrap.start, near, idle_seconds, node_types))
 
     async def place(
         self,

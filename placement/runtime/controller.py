@@ -44,6 +44,7 @@ from placement.runtime.sweeper import Sweeper
 from placement.runtime.turns import Turns
 from placement.wire.cluster import ClusterFile
 from placement.wire.deployment import Deployment
+from placement.wire.node_types import NodeType
 from placement.wire.plans import (
     ExplainedPlan,
     PlacementPlan,
@@ -72,6 +73,7 @@ class Controller:
         make_agent: creates (or finds) the node actor of a node.
         near: labels of which nodes near each other share the values, widest first.
         idle_seconds: how long a node actor stays on a node that holds nothing.
+        node_types: what the autoscaler can bring, as far as somebody has told.
 
     Attributes:
         state: what is declared and what is there.
@@ -89,7 +91,9 @@ class Controller:
         make_agent: Callable[[NodeInfo], Any],
         near: Sequence[str] = NEAR_LABELS,
         idle_seconds: float = IDLE_SECONDS,
+        node_types: Sequence[NodeType] = (),
     ) -> None:
+        self.node_types = tuple(node_types)
         self.near, self.idle_seconds = tuple(near), max(1.0, idle_seconds)
         self.prefix = f"placement:{ledger.token()}:"
         self.state = ServiceState(lambda nodes: self.cluster.touch(nodes))
@@ -102,7 +106,8 @@ class Controller:
         self.turns = Turns()
         self.reconciler = Reconciler(self.state, self.cluster, self.fleet, self.actions, self.feed)
         token = self.prefix.split(":")[1]
-        self.queue = WaitingQueue(self.reconciler, self.turns, Demand(f"placement-demand:{token}:"))
+        demand = Demand(f"placement-demand:{token}:")
+        self.queue = WaitingQueue(self.reconciler, self.turns, demand, self.node_types)
         self.sweeper = Sweeper(self.prefix, self.state, self.cluster, self.fleet, self.turns)
         self._ended: dict[str, int] = {}
         self._ended_at: dict[str, float] = {}

@@ -7,7 +7,7 @@ GPUs, how much of their memory is free) shows only once it is there.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from placement.core.explanation import describe
@@ -15,6 +15,7 @@ from placement.core.labels import meets, parse_condition
 from placement.core.request import Request
 from placement.core.score import GIB, WHOLE
 from placement.wire.accelerators import accelerator_type
+from placement.wire.node_types import NodeType
 
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
 
@@ -72,6 +73,64 @@ class Need:
     def met_by(self, labels: Mapping[str, str]) -> bool:
         """Whether a node's labels meet the conditions."""
         return all(meets(labels, key, condition) for key, condition in self.labels)
+
+
+def by_type(need: Need, types: Sequence[NodeType]) -> str:
+    """Which node types would hold a need; if none would, what each of them lacks, of the first few.
+
+    Returns:
+        A clause without its full stop; empty without types.
+    """
+    if not types:
+        return ""
+    lacks = {one.name: _lack(need, one) for one in types}
+    holding = [f"{one.name} (at most {one.max_workers})" for one in types if not lacks[one.name]]
+    if holding:
+        named = few(holding)
+        return (
+            f"node type {named} would hold it" if len(holding) == 1 else f"node types {named} would hold it"
+        )
+    return f"no node type holds it ({few([f'{name} {lack}' for name, lack in lacks.items()], '; ')})"
+
+
+def _lack(need: Need, one: NodeType) -> str:
+    """What a node type lacks for a need; empty if nothing. What Ray looks up by itself (CPUs, memory) it may have."""
+    for key, condition in need.labels:
+        if not meets(one.labels, key, condition):
+            return f"has label {key} {one.labels[key]}" if key in one.labels else f"promises no label {key}"
+    lack = ""
+    for way in need.ways:
+        lack = _short(way, one)
+        if not lack:
+            break
+    return lack
+
+
+def _short(way: Way, one: NodeType) -> str:
+    for resource, amount in way.total.items():
+        most = max(dict(bundle).get(resource, 0.0) for bundle in way.bundles)
+        have = one.resources.get(resource)
+        if have is None:
+            if resource not in ("CPU", "memory"):
+                return f"has no {resource}"
+        elif most > have:
+            return f"has {_of(resource, have, most)}"
+        elif amount > have * one.max_workers:
+            return f"has {_of(resource, have * one.max_workers, amount)}, on {one.max_workers} nodes"
+    return ""
+
+
+def _of(resource: str, have: float, needed: float) -> str:
+    """``8 of 16 GPUs``."""
+    if resource == "memory":
+        return f"{have / GIB:.3g} of {needed / GIB:.3g} GiB of memory"
+    return f"{have:g} of {needed:g} {resource}{'s' if resource in ('GPU', 'CPU') and needed != 1 else ''}"
+
+
+def few(names: Sequence[str], between: str = ", ", most: int = 4) -> str:
+    """The first few of them, and how many more there are."""
+    more = f"{between}and {len(names) - most} more" if len(names) > most else ""
+    return between.join(names[:most]) + more
 
 
 def needs_of(

@@ -19,11 +19,13 @@ from placement.errors import LeaseExpired, ReservationFailed, Unplaceable
 from placement.runtime.actions import AUTOSCALER
 from placement.runtime.autoscaler import NO_AUTOSCALER
 from placement.runtime.demand import Asked, Demand, Need, State, needs_of
+from placement.runtime.needs import by_type
 from placement.runtime.owners import has_ended
 from placement.runtime.reconciler import Reconciler
 from placement.runtime.state import DeploymentState, Owner
 from placement.runtime.turns import Turns
 from placement.wire.deployment import Deployment
+from placement.wire.node_types import NodeType
 from placement.wire.plans import request_unchecked
 
 T = TypeVar("T")
@@ -155,18 +157,22 @@ class WaitingQueue:
         reconciler: what brings deployments about.
         turns: one change of a deployment at a time.
         demand: what is asked of Ray's autoscaler.
+        node_types: what the autoscaler can bring, as far as somebody has told; refusals name the right one.
 
     Attributes:
         tickets: the calls among it.
     """
 
-    def __init__(self, reconciler: Reconciler, turns: Turns, demand: Demand) -> None:
+    def __init__(
+        self, reconciler: Reconciler, turns: Turns, demand: Demand, node_types: Sequence[NodeType] = ()
+    ) -> None:
         self._reconciler, self._turns, self.demand = reconciler, turns, demand
         self._state, self._cluster = reconciler.state, reconciler.cluster
         self._fleet, self._actions = reconciler.fleet, reconciler.actions
         self.tickets = Tickets()
         self._needs: dict[str, Need | str] = {}
-        reconciler.outlook = self.outlook
+        self._node_types = node_types
+        reconciler.outlook, reconciler.types_for = self.outlook, self.types_for
 
     def try_all(
         self,
@@ -281,8 +287,22 @@ class WaitingQueue:
             asked = told.get(key) or self.demand.outlook(need)
             # Of several sets, one for which nothing comes says more.
             if index not in ends or asked.state not in (State.ASKED, State.ARRIVED):
-                ends[index] = _told(asked)
+                ends[index] = self._told(asked, need)
         return ends
+
+    def _told(self, asked: Asked, need: Need | str) -> str:
+        """What became of a need, as the end of a reason."""
+        comes = asked.state in (State.ASKED, State.ARRIVED)
+        types = "" if comes or isinstance(need, str) else by_type(need, self._node_types)
+        if asked.reason == NO_AUTOSCALER:
+            return AUTOSCALER + types if types else ""
+        said = f"no node is asked for: {asked.reason}" if asked.state is State.NOT_ASKED else asked.reason
+        return AUTOSCALER + said + (f"; {types}" if types else "")
+
+    def types_for(self, request: Request, indices: Sequence[int]) -> str:
+        """Which node type would hold a replica for which there is no room; empty if none is known of."""
+        needs = [need for need in _needs_of(request, indices[:1]).values() if isinstance(need, Need)]
+        return by_type(needs[0], self._node_types) if needs else ""
 
     def ask_for_nodes(self) -> None:
         """Has the autoscaler know what waits, and no more than that; and which nodes are known by now."""
@@ -364,11 +384,3 @@ def _needs_of(request: Request, indices: Sequence[int]) -> dict[str, Need | str]
     if isinstance(needs, str):
         return {f"{request.deployment}:{index}:0": needs for index in indices}
     return dict(needs)
-
-
-def _told(asked: Asked) -> str:
-    """What became of a need, as the end of a reason."""
-    if asked.reason == NO_AUTOSCALER:
-        return ""
-    said = f"no node is asked for: {asked.reason}" if asked.state is State.NOT_ASKED else asked.reason
-    return AUTOSCALER + said

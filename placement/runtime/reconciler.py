@@ -104,6 +104,7 @@ class Reconciler:
         self.state, self.cluster, self.fleet, self.actions, self.feed = state, cluster, fleet, actions, feed
         self.gone: set[str] = set()
         self.outlook: Callable[[Request, Sequence[int]], Mapping[int, str]] = lambda request, indices: {}
+        self.types_for: Callable[[Request, Sequence[int]], str] = lambda request, indices: ""
 
     def bring_about(self, work: Work) -> DeploymentState:
         """Decides and acts until nothing is left to do; what is there then.
@@ -121,8 +122,11 @@ class Reconciler:
         if is_new and limits is not None and limits.apart_from:
             announced.append(self.state.claim(Claim(work.wanted.deployment, ())))
         try:
-            while self._advance(work):
-                pass
+            try:
+                while self._advance(work):
+                    pass
+            except Unplaceable as refusal:
+                raise self._with_types(refusal, work.wanted.deployment) from None
             if work.wanted is not work.durable:
                 self.actions.commit(work.wanted)
                 self._surplus_told(work)
@@ -137,6 +141,11 @@ class Reconciler:
             changed = ", ".join(differences(before.deployment, work.wanted.deployment))
             self.feed.add(name, None, "changed", changed)
         return work.wanted
+
+    def _with_types(self, refusal: Unplaceable, deployment: Deployment) -> Unplaceable:
+        """A refusal that names the node type that would do, if it is known which there are."""
+        types = self.types_for(request_unchecked(deployment, (0,), {}), (0,))
+        return refusal.advised(types) if types else refusal
 
     def _advance(self, work: Work) -> bool:
         """Decides, and acts until something was reserved; whether to decide once more."""

@@ -34,6 +34,7 @@ from placement.runtime.results import PlacementResult
 from placement.runtime.state import Owner
 from placement.wire.deployment import Deployment, PlacementConstraints
 from placement.wire.files import parse_model
+from placement.wire.node_types import NodeType
 from placement.wire.plans import ExplainedPlan, PlacementPlan
 
 T = TypeVar("T")
@@ -66,6 +67,7 @@ class DeploymentPlacementActor:
         make_agent: creates (or finds) the node actor of a node.
         near: labels of which nodes near each other share the values, widest first.
         idle_seconds: how long a node actor stays on a node that holds nothing.
+        node_types: what the autoscaler can bring; refusals name the right one then.
     """
 
     def __init__(
@@ -73,11 +75,12 @@ class DeploymentPlacementActor:
         make_agent: Callable[[NodeInfo], Any],
         near: Sequence[str] = NEAR_LABELS,
         idle_seconds: float = IDLE_SECONDS,
+        node_types: Sequence[NodeType] = (),
     ) -> None:
         # The threads below may block, and do nothing else.
         os.environ["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"] = "0"
         gc.set_threshold(COLLECT_EVERY, 10, 10)
-        self._controller = Controller(make_agent, near, idle_seconds)
+        self._controller = Controller(make_agent, near, idle_seconds, node_types)
         gc.freeze()  # what was restored stays; to look through it again and again would cost each answer
         self._reads = ThreadPoolExecutor(READERS, "read")
         self._releases = ThreadPoolExecutor(RELEASERS, "release")
@@ -93,8 +96,12 @@ class DeploymentPlacementActor:
         return __version__
 
     async def settings(self) -> dict[str, Any]:
-        """What :func:`placement.start` started it with: ``near`` and ``idle_seconds``."""
-        return {"near": list(self._controller.near), "idle_seconds": self._controller.idle_seconds}
+        """What :func:`placement.start` started it with: ``near``, ``idle_seconds``, and its node types by name."""
+        return {
+            "near": list(self._controller.near),
+            "idle_seconds": self._controller.idle_seconds,
+            "node_types": [one.name for one in self._controller.node_types],
+        }
 
     # -- what changes deployments --------------------------------------------------------------------
 

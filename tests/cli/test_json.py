@@ -42,6 +42,7 @@ FAILING = [
     (["demo", "extra"], 2, "usage"),
     (["up", *NOBODY], 3, "cluster_unreachable"),
     (["up", "--idle-seconds", "nan"], 2, "usage"),
+    (["up", "--node-types", "nowhere.yaml", *NOBODY], 2, "invalid_deployment"),
     (["apply", "no.toml"], 2, "invalid_deployment"),
     (["apply", "no.toml", "--wait"], 2, "invalid_deployment"),
     (["apply", "--wait", "nan", "no.toml"], 2, "usage"),

@@ -40,7 +40,7 @@ def service() -> Iterator[Any]:
     ):
         ray.init(address, _node_ip_address=host_of(address), log_to_driver=False, logging_level="ERROR")
         try:
-            yield placement.start(idle_seconds=1.0)
+            yield placement.start(idle_seconds=1.0, node_types=Path(folder) / "cluster.yaml")
         finally:
             ray.shutdown()
 

@@ -53,6 +53,7 @@ from placement.runtime.queue import Ticket
 from placement.runtime.results import NodeAssignment, PlacementResult
 from placement.runtime.service import parse
 from placement.runtime.state import Claim
+from placement.wire.node_types import NodeType
 from placement.wire.plans import ExplainedPlan, PlacementPlan
 from tests.properties import consistent
 from tests.rules import ASKED, CALLS, NAMES, SHAPES, TERMS, Call, Rules
@@ -352,8 +353,8 @@ def nothing(*args: Any, **more: Any) -> None:
 class DirectService(Controller):
     """The controller, called as the service calls it, one call after the other."""
 
-    def __init__(self) -> None:
-        super().__init__(lambda info: None)
+    def __init__(self, node_types: Sequence[NodeType] = ()) -> None:
+        super().__init__(lambda info: None, node_types=node_types)
 
     def place(self, deployment: Any, caller: Any = None, lending: Any = None) -> PlacementResult:  # type: ignore[override]
         wanted = parse(deployment, None)

@@ -20,6 +20,7 @@ from placement.errors import (
     PartlyApplied,
     UnknownDeployment,
     UnknownNode,
+    Unplaceable,
 )
 from placement.runtime import controller, ledger, queue
 from placement.runtime.clock import Clock
@@ -29,6 +30,7 @@ from placement.runtime.queue import Ticket
 from placement.runtime.reconciler import Work
 from placement.runtime.service import parse
 from placement.runtime.state import Claim, Owner
+from placement.wire.node_types import NodeType
 from tests.properties.test_service import AtOnce, DirectService, Group, NoAutoscaler, Ray, make_believe
 
 
@@ -328,6 +330,20 @@ def ticket_for(service: DirectService, declared: dict[str, Any], **caller: str) 
         ticket.attempt()
     service.queue.tickets.add(ticket)
     return ticket
+
+
+def test_who_told_the_node_types_hears_which_one_would_do(outside: Ray) -> None:
+    """Whatever it is that finds no room: a call, what is all or nothing, and what waits."""
+    service = DirectService([NodeType("large", {"GPU": 8.0}, {}, 2)])
+    large, other = one("large", gpus=8), one("other", constraints={"accelerators": ["H100"]})
+    with pytest.raises(Unplaceable, match=r"; node type large \(at most 2\) would hold it$"):
+        service.place(large)
+    with pytest.raises(Unplaceable, match=r"; no node type holds it \(large promises no label ray.io/accel"):
+        service.apply(other, atomic=True)
+    told = "; autoscaler: node type large (at most 2) would hold it"
+    assert service.apply(large).pending[0].endswith(told)
+    a_while_passes(service)
+    assert service.get("large").pending[0].endswith(told)
 
 
 def test_the_autoscaler_is_asked_for_what_has_no_room_and_no_more(

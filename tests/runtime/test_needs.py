@@ -9,7 +9,8 @@ import pytest
 
 from placement.core.request import Request
 from placement.core.score import GIB, Needs, Within
-from placement.runtime.needs import Need, Way, needs_of
+from placement.runtime.needs import Need, Way, by_type, needs_of
+from placement.wire.node_types import NodeType
 
 
 def request(gpus: int = 4, **what: Any) -> Request:
@@ -139,3 +140,40 @@ def test_a_need_knows_which_nodes_meet_its_conditions() -> None:
     assert need.met_by({"zone": "a"})
     assert not need.met_by({"zone": "a", "tier": "slow"})
     assert not need.met_by({})
+
+
+A100 = NodeType("a100", {"GPU": 8.0}, {"ray.io/accelerator-type": "A100"}, 4)
+A10G = NodeType("a10g", {"GPU": 4.0, "CPU": 48.0}, {"ray.io/accelerator-type": "A10G"}, 2)
+OUT = NodeType("out", {"egress": 64.0}, {}, 1)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        (request(8), "node type a100 (at most 4) would hold it"),
+        (request(4), "node types a100 (at most 4), a10g (at most 2) would hold it"),
+        (request(4, accelerators=("A10G",)), "node type a10g (at most 2) would hold it"),
+        (request(16), "no node type holds it (a100 has 8 of 16 GPUs; a10g has 4 of 16 GPUs; out has no GPU)"),
+        (
+            request(16, divisible=True),
+            "node type a100 (at most 4) would hold it",
+        ),
+        (
+            request(4, accelerators=("H100",)),
+            "no node type holds it (a100 has label ray.io/accelerator-type A100; a10g has label "
+            "ray.io/accelerator-type A10G; out promises no label ray.io/accelerator-type)",
+        ),
+        (request(4, cpu_milli=96_000, accelerators=("A10G",)), "no node type holds it (a100 has label"),
+        (request(4, cpu_milli=96_000), "node type a100 (at most 4) would hold it"),  # how many CPUs Ray looks up
+        (Request("d", (0,), Needs(0), provider="openai", egress=64), "node type out (at most 1) would hold it"),
+        (Request("d", (0,), Needs(0), provider="openai", egress=65), "no node type holds it (a100 has no egress"),
+    ],
+)  # fmt: skip
+def test_the_type_that_would_do_is_named_or_what_each_lacks(wanted: Request, said: str) -> None:
+    assert by_type(the_need(wanted), (A100, A10G, OUT)).startswith(said)
+    assert by_type(the_need(wanted), ()) == ""
+
+
+def test_of_many_types_the_first_few_are_named() -> None:
+    many = [NodeType(f"t{number}", {"GPU": 1.0}, {}, 1) for number in range(6)]
+    assert by_type(the_need(request(2)), many).endswith("t3 has 1 of 2 GPUs; and 2 more)")
