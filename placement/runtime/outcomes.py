@@ -36,7 +36,8 @@ class Outcomes:
     """Identical calls share one outcome. Of use from any number of event loops; nothing is kept of what is done."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Reentrant, as in :class:`Queues`.
+        self._lock = threading.RLock()
         self._running: dict[Hashable, _Running] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 

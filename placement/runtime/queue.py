@@ -121,7 +121,8 @@ class Tickets:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Reentrant: the garbage collector may close the coroutine of one who waits while its thread is in here.
+        self._lock = threading.RLock()
         self._waiting: dict[int, Ticket[object]] = {}
         self.version = 0
 
