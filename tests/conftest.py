@@ -28,6 +28,8 @@ os.environ.setdefault("XDG_CACHE_HOME", str(_real_home / ".cache"))
 os.environ["HOME"] = str(_home)
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# Ray would start a worker for each driver, which is what each command of the command line is.
+os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112
 if "PYTEST_XDIST_WORKER" in os.environ:  # beside others: Ray notes in this folder which cluster is the latest
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="r-")
 

@@ -78,6 +78,7 @@ class EmbeddedCluster:
             # Jobs go to the head's agent, which listens on every address: beside another cluster's, not at Ray's port.
             dashboard_agent_listen_port=_free_port(self.host) if self._dashboard else None,
             no_monitor=True,  # of an autoscaler, which there is none of
+            include_log_monitor=False,
             **SIZE,
         )
         self.address: str = self._cluster.address

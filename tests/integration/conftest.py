@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import ray
@@ -36,6 +36,31 @@ def left_over() -> dict[str, Any]:
     }
     groups = {gid: row["state"] for gid, row in placement_group_table().items() if row["state"] != "REMOVED"}
     return short | groups
+
+
+class Worker(NamedTuple):
+    """What a worker says: on which node it is, its GPUs as Ray names them, and what CUDA will see."""
+
+    node: str
+    gpus: list[str]
+    visible: str | None
+
+
+@ray.remote(
+    max_calls=0
+)  # Ray otherwise ends the process after a task that had a GPU, and starts another: a second
+def _worker() -> Worker:
+    context = ray.get_runtime_context()
+    gpus = [str(gpu) for gpu in context.get_accelerator_ids()["GPU"]]
+    return Worker(context.get_node_id(), gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def worker_at(options: dict[str, Any]) -> Worker:
+    """What a worker says that is started with these options, as a placement gives them.
+
+    One process serves several, one after the other: each takes another bundle, and gets the GPUs of that.
+    """
+    return Worker(*ray.get(_worker.options(**options).remote()))
 
 
 @pytest.fixture(scope="module")

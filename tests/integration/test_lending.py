@@ -207,13 +207,16 @@ def test_a_caller_that_does_not_come_leaves_nothing_behind(leases: Leases, neigh
 
 
 def test_a_group_with_other_gpus_than_those_prepared_does_not_stay(
-    leases: Leases, neighbours: list[Any]
+    leases: Leases, request: pytest.FixtureRequest
 ) -> None:
     """Another user is quicker than the caller, the first time."""
+    others: list[PlacementGroup] = []
 
     def second(name: str, bundles: list[dict[str, float]], nodes: list[str]) -> PlacementGroup | None:
-        if not neighbours:
-            neighbours.append(another_user("pcie"))
+        if not others:
+            others.append(groups.create_group("theirs", [{"GPU": 1}], [node_id("pcie")]))
+            request.addfinalizer(lambda: remove_placement_group(others[0]))
+            assert groups.ready_or_removed(others[0])
         return here(name, bundles, nodes)
 
     taken = leases.take(second, on("pcie", 0, 1), model="m", gpus=2)

@@ -14,6 +14,7 @@ from placement import topologies
 from placement.runtime.embedded import SimulatedNode, embedded_cluster
 from placement.runtime.probing import another_user
 from tests import fake_nvml
+from tests.integration.conftest import worker_at
 
 pytestmark = pytest.mark.integration
 PAIRS = topologies.load("a100-pcie-4x")
@@ -71,20 +72,8 @@ def place(service: Any, node: str, gpus: int) -> Any:
     return ray.get(service.place.remote(wanted, {"gpu_nodes": [node]})).assignments[0]
 
 
-@ray.remote
-class Worker:
-    def ids(self) -> list[str]:
-        return ray.get_runtime_context().get_accelerator_ids()["GPU"]
-
-
 def ids(assignment: Any) -> list[str]:
-    workers = [
-        Worker.options(**assignment.actor_options(rank)).remote() for rank in range(len(assignment.gpus))
-    ]
-    got = [ray.get(worker.ids.remote())[0] for worker in workers]
-    for worker in workers:
-        ray.kill(worker)
-    return got
+    return [worker_at(assignment.actor_options(rank)).gpus[0] for rank in range(len(assignment.gpus))]
 
 
 def test_what_nvml_says_is_the_nodes_topology(service: Any) -> None:

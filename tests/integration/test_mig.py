@@ -17,6 +17,7 @@ from placement.runtime.embedded import SimulatedNode, embedded_cluster
 from placement.runtime.probing import AnotherUser, another_user
 from placement.wire.files import load_deployments
 from tests import fake_nvml
+from tests.integration.conftest import worker_at
 
 pytestmark = pytest.mark.integration
 
@@ -51,24 +52,13 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield running.address
 
 
-@ray.remote
-class Worker:
-    def gpus(self) -> tuple[list[str], str]:
-        import os
-
-        ids = ray.get_runtime_context().get_accelerator_ids()["GPU"]
-        return ids, os.environ["CUDA_VISIBLE_DEVICES"]
-
-
 def seen(assignment: NodeAssignment) -> list[str]:
     """What the worker at each rank was given, as Ray says and as CUDA will see."""
     found = []
     for rank in range(len(assignment.gpus)):
-        worker = Worker.options(**assignment.actor_options(rank)).remote()
-        [gpu], visible = ray.get(worker.gpus.remote())
-        assert gpu == visible
-        ray.kill(worker)
-        found.append(gpu)
+        worker = worker_at(assignment.actor_options(rank))
+        assert worker.gpus == [worker.visible]
+        found += worker.gpus
     return found
 
 

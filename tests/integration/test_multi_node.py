@@ -15,6 +15,7 @@ from placement import PlacementResult
 from placement.runtime.embedded import SimulatedNode
 from placement.runtime.probing import another_user
 from placement.wire.files import load_deployments
+from tests.integration.conftest import worker_at
 from tests.integration.test_place import Worker
 
 pytestmark = pytest.mark.integration
@@ -43,9 +44,7 @@ def verify(result: PlacementResult, replica: int, size: int) -> None:
         for i, rank in enumerate(a.ranks):
             by_rank = result.actor_options(replica, rank)
             assert by_rank["scheduling_strategy"].placement_group_bundle_index == a.bundle_indices[i]
-            worker = Worker.options(**by_rank).remote()
-            assert ray.get([worker.node.remote(), worker.gpus.remote()]) == [a.node, [a.gpus[i]]]
-            ray.kill(worker)
+            assert worker_at(by_rank)[:2] == (a.node, [str(a.gpus[i])])
 
 
 def place(service: Any, name: str, **fields: Any) -> PlacementResult:

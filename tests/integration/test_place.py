@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 import placement
 from placement import Deployment, NodeAssignment, PlacementConstraints
-from tests.integration.conftest import left_over, settled
+from tests.integration.conftest import left_over, settled, worker_at
 
 pytestmark = pytest.mark.integration
 
@@ -33,16 +33,11 @@ class Worker:
 
 
 def ranks_gpus(assignment: NodeAssignment) -> list[int]:
-    """What a worker at each rank says it got; the workers are ended again."""
-    workers = [
-        Worker.options(**assignment.actor_options(rank)).remote() for rank in range(len(assignment.gpus))
-    ]
-    got = ray.get([worker.gpus.remote() for worker in workers])
-    assert ray.get(workers[0].node.remote()) == assignment.node
-    for worker in workers:
-        ray.kill(worker)
-    assert all(len(one) == 1 for one in got)
-    return [one[0] for one in got]
+    """What a worker at each rank says it got."""
+    got = [worker_at(assignment.actor_options(rank)) for rank in range(len(assignment.gpus))]
+    assert {one.node for one in got} == {assignment.node}
+    assert all(len(one.gpus) == 1 for one in got)
+    return [int(one.gpus[0]) for one in got]
 
 
 def node_id(name: str) -> str:
@@ -63,6 +58,11 @@ def test_the_workers_of_every_replica_get_exactly_the_gpus_of_the_result(service
     )
     assert [a.replica_index for a in result.assignments] == [0, 1]
     for assignment in result.assignments:
+        workers = [Worker.options(**assignment.actor_options(rank)).remote() for rank in range(4)]
+        all_at_once = ray.get([worker.gpus.remote() for worker in workers])
+        assert all_at_once == [[gpu] for gpu in assignment.gpus]
+        for worker in workers:
+            ray.kill(worker)
         assert ranks_gpus(assignment) == assignment.gpus
     taken = [(a.node, gpu) for a in result.assignments for gpu in a.gpus]
     assert len(set(taken)) == 8

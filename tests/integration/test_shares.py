@@ -14,7 +14,7 @@ import placement
 from placement import NodeAssignment
 from placement.runtime.embedded import SimulatedNode
 from placement.runtime.probing import another_user
-from tests.integration.test_place import Worker
+from tests.integration.conftest import worker_at
 
 pytestmark = pytest.mark.integration
 
@@ -31,10 +31,7 @@ def cluster_nodes() -> list[SimulatedNode]:
 
 def seen(assignment: NodeAssignment) -> list[int]:
     """Which GPU a worker in the replica's bundle got."""
-    worker = Worker.options(**assignment.actor_options(0)).remote()
-    gpus = ray.get(worker.gpus.remote())
-    ray.kill(worker)
-    return gpus
+    return [int(gpu) for gpu in worker_at(assignment.actor_options(0)).gpus]
 
 
 def place(
