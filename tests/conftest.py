@@ -30,6 +30,8 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # Ray would start a worker for each driver, which is what each command of the command line is.
 os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112
+# The process in the cluster that stands for a ray:// client starts within 30 s, says Ray; not beside other tests.
+os.environ["RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S"] = "120"
 if "PYTEST_XDIST_WORKER" in os.environ:  # beside others: Ray notes in this folder which cluster is the latest
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="r-")
 

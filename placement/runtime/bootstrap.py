@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -34,6 +35,8 @@ START_DEADLINE_SECONDS = 120.0
 JOB_DEADLINE_SECONDS = START_DEADLINE_SECONDS + 60.0
 """The same, and time for the starting process to connect."""
 RESTART_SECONDS = 1.0
+STOP_SECONDS = 10.0
+"""The longest that is waited for the service to be gone; it takes some hundredths."""
 MOST_CALLS = 10_000
 """How many calls may be under way at once; all but a few of them wait, which costs next to nothing."""
 
@@ -231,7 +234,17 @@ def stop(keep_placements: bool = False) -> list[str]:
     released: list[str] = [] if keep_placements else ray.get(service.release_all.remote())
     ray.get(service.stop_agents.remote())
     ray.kill(service, no_restart=True)
+    _wait_until_gone(service)
     return released
+
+
+def _wait_until_gone(service: Any) -> None:
+    """Ray ends it in its own time; until then whoever starts it would get the one that is about to go."""
+    end = time.monotonic() + STOP_SECONDS
+    with contextlib.suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        while time.monotonic() < end:
+            ray.get(service.ping.remote(), timeout=STOP_SECONDS)
+            time.sleep(0.01)
 
 
 def _require_ray() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import ray
 
 import placement
+from placement.runtime.agents import UNREACHABLE_SECONDS
 from placement.runtime.embedded import SimulatedNode
 from placement.runtime.node_agent import NAMESPACE, agent_name
 from tests.integration.conftest import left_over, settled
@@ -79,6 +81,7 @@ def test_what_does_not_need_a_node_that_hangs_goes_on_and_nothing_is_left_over_a
     place(service, "on-b", "b")
     assert sorted(place(service, "both", "a", "b", gpus=3, replicas=2)) == ["a", "b"]
     with stopped("a") as go_on:
+        began = time.monotonic()
         stuck = asked(service, "stuck", "a")
         behind = [asked(service, f"behind-{i}", "a") for i in range(3)]
         # As long as nobody knows that it hangs, others may come there, too; they leave for another node.
@@ -89,7 +92,8 @@ def test_what_does_not_need_a_node_that_hangs_goes_on_and_nothing_is_left_over_a
         assert ray.get(service.release.remote("on-b")) == 1
         # It needs that node's actor only to spare others a disturbance.
         assert ray.get(service.release.remote("both")) == 2
-        assert is_open(stuck), "all of that was done while the first one waited"
+        if time.monotonic() - began < UNREACHABLE_SECONDS:  # on a machine that is overrun it may take longer
+            assert is_open(stuck), "all of that was done while the first one waited"
         for call in (stuck, *behind):
             with pytest.raises(REFUSED):
                 ray.get(call, timeout=120)
