@@ -52,7 +52,7 @@ from placement.runtime.owners import owner_of
 from placement.runtime.queue import Ticket
 from placement.runtime.results import NodeAssignment, PlacementResult
 from placement.runtime.service import parse
-from placement.runtime.state import Claim
+from placement.runtime.state import Claim, DeploymentState
 from placement.wire.node_types import NodeType
 from placement.wire.plans import ExplainedPlan, PlacementPlan
 from tests.properties import consistent
@@ -666,6 +666,12 @@ class Service(Rules):
         if own:
             del self.ray.groups[own[pick % len(own)]]
 
+    def ends_by_its_owner(self, one: DeploymentState) -> bool:
+        """Whether its owner has ended, or has removed all that was there of it, though nobody has looked since."""
+        if one.owner is not None and self.ray.has_ended(one.owner):
+            return True
+        return one.is_lease and not any(held.group_id in self.ray.groups for held in one.replicas.values())
+
     @rule(name=NAMES)
     def somebody_renews(self, name: str) -> None:
         if name in self.service.turns.names():
@@ -676,7 +682,7 @@ class Service(Rules):
         try:
             until = self.service.renew(name)
         except UnknownDeployment:
-            assert known is None or known.releasing
+            assert known is None or known.releasing or self.ends_by_its_owner(known)
         except StoreFailed:
             return
         except Killed:
