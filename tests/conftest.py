@@ -35,8 +35,11 @@ os.environ["RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S"] = "120"
 if "PYTEST_XDIST_WORKER" in os.environ:  # beside others: Ray notes in this folder which cluster is the latest
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="r-")
 
+# The same examples each time, so that a change is not blamed for what another run would have found; to search for
+# more: pytest --hypothesis-profile=search tests/properties
+settings.register_profile("search", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile(
-    "placement", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    "placement", settings(), derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("placement")
 
