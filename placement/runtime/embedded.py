@@ -76,7 +76,7 @@ class EmbeddedCluster:
             include_dashboard=self._dashboard,
             dashboard_host=self.host,
             # Jobs go to the head's agent, which listens on every address: beside another cluster's, not at Ray's port.
-            dashboard_agent_listen_port=_free_port(self.host) if self._dashboard else None,
+            dashboard_agent_listen_port=free_port(self.host) if self._dashboard else None,
             no_monitor=True,  # of an autoscaler, which there is none of
             include_log_monitor=False,
             **SIZE,
@@ -182,7 +182,8 @@ class Network:
         self._in_use.close()
 
 
-def _free_port(host: str) -> int:
+def free_port(host: str) -> int:
+    """A port that nobody listens on at this address now."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])

@@ -86,11 +86,11 @@ def by_type(need: Need, types: Sequence[NodeType]) -> str:
     lacks = {one.name: _lack(need, one) for one in types}
     holding = [f"{one.name} (at most {one.max_workers})" for one in types if not lacks[one.name]]
     if holding:
-        named = few(holding)
+        named = _few(holding)
         return (
             f"node type {named} would hold it" if len(holding) == 1 else f"node types {named} would hold it"
         )
-    return f"no node type holds it ({few([f'{name} {lack}' for name, lack in lacks.items()], '; ')})"
+    return f"no node type holds it ({_few([f'{name} {lack}' for name, lack in lacks.items()], '; ')})"
 
 
 def _lack(need: Need, one: NodeType) -> str:
@@ -127,7 +127,7 @@ def _of(resource: str, have: float, needed: float) -> str:
     return f"{have:g} of {needed:g} {resource}{'s' if resource in ('GPU', 'CPU') and needed != 1 else ''}"
 
 
-def few(names: Sequence[str], between: str = ", ", most: int = 4) -> str:
+def _few(names: Sequence[str], between: str = ", ", most: int = 4) -> str:
     """The first few of them, and how many more there are."""
     more = f"{between}and {len(names) - most} more" if len(names) > most else ""
     return between.join(names[:most]) + more

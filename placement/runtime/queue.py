@@ -302,6 +302,8 @@ class WaitingQueue:
 
     def types_for(self, request: Request, indices: Sequence[int]) -> str:
         """Which node type would hold a replica for which there is no room; empty if none is known of."""
+        if not self._node_types:
+            return ""
         needs = [need for need in _needs_of(request, indices[:1]).values() if isinstance(need, Need)]
         return by_type(needs[0], self._node_types) if needs else ""
 

@@ -14,15 +14,9 @@ from pathlib import Path
 
 import yaml
 
-from placement.runtime.embedded import Network
+from placement.runtime.embedded import Network, free_port
 
 FOLDER = Path(__file__).parent
-
-
-def free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager

@@ -46,9 +46,8 @@ class Worker(NamedTuple):
     visible: str | None
 
 
-@ray.remote(
-    max_calls=0
-)  # Ray otherwise ends the process after a task that had a GPU, and starts another: a second
+# Ray otherwise ends the process after a task that had a GPU, and starts another, which takes a second.
+@ray.remote(max_calls=0)
 def _worker() -> Worker:
     context = ray.get_runtime_context()
     gpus = [str(gpu) for gpu in context.get_accelerator_ids()["GPU"]]

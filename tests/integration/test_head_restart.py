@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 
 import placement
 from placement.runtime.discovery import TOPOLOGY_LABEL
-from placement.runtime.embedded import Network
+from placement.runtime.embedded import Network, free_port
 from tests.chaos import recovered
 from tests.integration.conftest import settled
 from tests.integration.test_place import Worker, ranks_gpus
@@ -32,15 +32,9 @@ pytestmark = [
 SMALL = {"num_cpus": 2, "object_store_memory": 80_000_000}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    port = free_port()
+    port = free_port("127.0.0.1")
     folder = tmp_path_factory.mktemp("redis")
     options = [
         "--port",
@@ -72,8 +66,8 @@ def start_head(redis: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         # Nodes ask for the head again every second.
         "RAY_gcs_rpc_server_reconnect_timeout_s": "60",
     }
-    port = free_port()
     network = Network()
+    port = free_port(f"{network.prefix}.2")
 
     with ExitStack() as stack:
         stack.callback(network.close)

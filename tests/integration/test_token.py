@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from placement.runtime.embedded import Network
+from placement.runtime.embedded import Network, free_port
 from tests.integration.conftest import settled
 
 pytestmark = pytest.mark.integration
@@ -35,9 +35,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
     }
     network = Network()
     host = f"{network.prefix}.2"
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port = probe.getsockname()[1]
+    port = free_port(host)
     labels = "placement/topology=l40s-4x"
     command = ["start", "--head", "--block", f"--node-ip-address={host}", f"--port={port}", "--num-gpus=4"]
     command += [
