@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import ray
+from filelock import FileLock
 from ray.util.placement_group import placement_group_table
 
-from placement.runtime.embedded import EmbeddedCluster, SimulatedNode, embedded_cluster
+from placement.runtime.embedded import EmbeddedCluster, SimulatedNode, embedded_cluster, free_port
 
 pytestmark = pytest.mark.integration
 
@@ -114,6 +116,33 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
         handle = request.getfixturevalue("service")
         ray.get(handle.release_all.remote(), timeout=120)
         assert settled(lambda: not left_over()), left_over()
+
+
+@pytest.fixture
+def ray_client(cluster: EmbeddedCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The cluster's address for Ray's client, ``ray://``, which is started at first; one test at a time has one.
+
+    Ray seeks a free port from 23000 up for the process that stands for a client, and that process takes it seconds
+    later: two clusters beside each other would choose the same, and one of the clients would be told that it failed.
+    """
+    head = cluster._cluster.head_node
+    host = cluster.address.split(":")[0]
+    beside = tmp_path_factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else None
+    with FileLock((beside or tmp_path_factory.getbasetemp()) / "ray-client.lock", timeout=240):
+        if head._ray_params.ray_client_server_port is None:
+            head._ray_params.ray_client_server_port = free_port(host)
+            head.start_ray_client_server()
+        port = head._ray_params.ray_client_server_port
+        assert settled(lambda: is_listening(host, port), 30)
+        yield f"ray://{host}:{port}"
+
+
+def is_listening(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 @pytest.fixture

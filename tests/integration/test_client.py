@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,24 +26,19 @@ from placement import (
 )
 from placement.runtime import bootstrap
 from placement.runtime.connection import caller
-from placement.runtime.embedded import SimulatedNode, embedded_cluster
+from placement.runtime.embedded import SimulatedNode
 from placement.runtime.groups import group_from_hex
 from placement.runtime.leases import Loan
 from tests.integration.conftest import left_over, settled
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
-CLIENT_PORT = 23811
 WANTED = {"name": "mine", "model": "m", "gpus": 2, "replicas": 2, "owner": "caller"}
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    with embedded_cluster([SimulatedNode("pcie", topology="a100-pcie-4x")]) as running:
-        head = running._cluster.head_node
-        head._ray_params.ray_client_server_port = CLIENT_PORT
-        head.start_ray_client_server()
-        yield running.address
+def cluster_nodes() -> list[SimulatedNode]:
+    return [SimulatedNode("pcie", topology="a100-pcie-4x")]
 
 
 @pytest.fixture
@@ -309,26 +303,21 @@ def placing(address: str, how: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
 
 
-def client_server(address: str) -> str:
-    host = address.split(":")[0]
-
-    def listens() -> bool:
-        try:
-            socket.create_connection((host, CLIENT_PORT), timeout=1).close()
-        except OSError:
-            return False
-        return True
-
-    assert settled(listens, 30)
-    return f"ray://{host}:{CLIENT_PORT}"
-
-
-@pytest.mark.parametrize("connect", [str, client_server], ids=["driver", "ray-client"])
-def test_a_process_that_is_killed_holds_nothing(address: str, connect: Any) -> None:
-    """A ``ray://`` client's groups belong to the process in the cluster that stands for it."""
+@pytest.fixture
+def named_lender(address: str) -> Iterator[Any]:
+    """A service of this name, which another process finds."""
     service = lender(name="lender")
     ray.get(service.seen.remote())
-    child = placing(connect(address), "killed")
+    yield service
+    ray.kill(service)
+
+
+@pytest.mark.parametrize("connection", ["address", "ray_client"])
+def test_a_process_that_is_killed_holds_nothing(
+    named_lender: Any, connection: str, request: pytest.FixtureRequest
+) -> None:
+    """A ``ray://`` client's groups belong to the process in the cluster that stands for it."""
+    child = placing(request.getfixturevalue(connection), "killed")
     try:
         assert child.stdout is not None
         ids = child.stdout.readline().split()
@@ -337,18 +326,16 @@ def test_a_process_that_is_killed_holds_nothing(address: str, connect: Any) -> N
         child.kill()
         child.wait()
     assert settled(lambda: not left_over(), 60.0), left_over()
-    ray.kill(service)
 
 
-def test_ctrl_c_while_the_queue_is_waited_in_ends_the_wait_in_the_service(address: str) -> None:
-    service = lender(name="lender")
-    ray.get(service.seen.remote())
+def test_ctrl_c_while_the_queue_is_waited_in_ends_the_wait_in_the_service(
+    named_lender: Any, address: str
+) -> None:
     child = placing(address, "interrupt")
     try:
         assert child.stdout is not None
         assert child.stdout.readline() == "interrupted\n"
-        assert settled(lambda: ray.get(service.seen.remote())["stopped"])
+        assert settled(lambda: ray.get(named_lender.seen.remote())["stopped"])
     finally:
         child.kill()
         child.wait()
-    ray.kill(service)

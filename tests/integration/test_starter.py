@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,14 +17,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import placement
 from placement.runtime import bootstrap
-from placement.runtime.embedded import SimulatedNode, embedded_cluster
+from placement.runtime.embedded import SimulatedNode
 from placement.runtime.node_agent import NAMESPACE, agent_name
 from placement.runtime.probing import another_user, gpus_seen_by_workers
 from tests.integration.conftest import left_over, settled
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
-
-CLIENT_PORT = 23801
 
 DRIVER = """
 import json, logging, sys
@@ -39,12 +36,8 @@ placement.start()
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    with embedded_cluster([SimulatedNode("four", gpus=4)]) as running:
-        head = running._cluster.head_node
-        head._ray_params.ray_client_server_port = CLIENT_PORT
-        head.start_ray_client_server()
-        yield running.address
+def cluster_nodes() -> list[SimulatedNode]:
+    return [SimulatedNode("four", gpus=4)]
 
 
 @pytest.fixture(autouse=True)
@@ -131,20 +124,10 @@ def test_code_of_the_starter_is_not_the_services(address: str, field: str, tmp_p
     inherits_nothing()
 
 
-def test_a_ray_client_with_an_environment_may_start_it(address: str) -> None:
+def test_a_ray_client_with_an_environment_may_start_it(ray_client: str) -> None:
     env = {"env_vars": {"CUDA_VISIBLE_DEVICES": "1", "STARTER_MARK": "1"}}
-    host = address.split(":")[0]
-    assert settled(lambda: is_listening(host, CLIENT_PORT), 30)
-    start_elsewhere(f"ray://{host}:{CLIENT_PORT}", env)
+    start_elsewhere(ray_client, env)
     inherits_nothing()
-
-
-def is_listening(host: str, port: int) -> bool:
-    try:
-        socket.create_connection((host, port), timeout=1).close()
-    except OSError:
-        return False
-    return True
 
 
 @ray.remote(num_cpus=0)
