@@ -809,6 +809,7 @@ class Service(Rules):
             self.nothing_goes_wrong()
             and set(ray.groups) - {"f"} == ours
             and {a.node for a in known} <= ray.nodes
+            and not any(map(self.ends_by_its_owner, self.service.state.all()))
         )
 
     @rule(pick=st.integers(0, 9))
