@@ -611,8 +611,13 @@ class Service(Rules):
         for ticket in [one for one in self.tickets if one.outcome.done()]:
             self.service.queue.tickets.remove(ticket)
             self.tickets.remove(ticket)
-            if ticket.outcome.exception() is None:
-                assert not ticket.outcome.result().pending
+            if ticket.outcome.exception() is None and (got := ticket.outcome.result()).pending:
+                # Somebody has declared the same meanwhile, which waited: what stands is what place() returns.
+                assert (
+                    not got.assignments or len(got.assignments) + len(got.pending) == ticket.wanted.replicas
+                )
+                known = self.service.state.get(ticket.name)
+                assert known is None or known.deployment == ticket.wanted
         if undisturbed:
             self.all_that_is_over_has_ended()
 
