@@ -148,13 +148,13 @@ class Reconciler:
         return refusal.advised(types) if types else refusal
 
     def _advance(self, work: Work) -> bool:
-        """Decides, and acts until something was reserved; whether to decide once more."""
-        nodes, decision, claim = self._decide(work)
+        """Decides, and acts until a node refuses; whether to decide once more."""
+        nodes, decision, claims = self._decide(work)
         reserves = any(isinstance(action, Reserve) for action in decision.actions)
         try:
             if dropped := [action.index for action in decision.actions if isinstance(action, Drop)]:
                 self._drop(work, dropped, {info.id for info in nodes})
-            for position, action in enumerate(decision.actions, 1):
+            for action in decision.actions:
                 if isinstance(action, Keep):
                     work.wanted = work.wanted.kept(action.indices)
                 elif isinstance(action, Release):
@@ -163,23 +163,19 @@ class Reconciler:
                     request = request_unchecked(work.wanted.deployment, action.indices, {})
                     ends = self.outlook(request, action.indices)
                     self._wait(work, {i: f"{action.refusal}{ends.get(i, '')}" for i in action.indices})
-                elif isinstance(action, Reserve):
-                    assert claim is not None
-                    open_claim, claim = claim, None
-                    if self._reserve(work, action, open_claim, nodes):
-                        return position < len(decision.actions)
+                elif isinstance(action, Reserve) and not self._reserve(work, action, claims.pop(0), nodes):
                     return work.replans < MAX_REPLANS
         finally:
-            if claim is not None:
-                self.state.close([claim])
+            if claims:
+                self.state.close(claims)
         return False
 
-    def _decide(self, work: Work) -> tuple[list[NodeInfo], Decision, Claim | None]:
-        """What to do now. What is to be reserved first is claimed."""
+    def _decide(self, work: Work) -> tuple[list[NodeInfo], Decision, list[Claim]]:
+        """What to do now. All that is to be reserved is claimed, in that order."""
 
         def decide(
             nodes: list[NodeInfo], lag_seconds: float, fresh: bool, accept: bool = False
-        ) -> tuple[list[NodeInfo], Decision, Claim | None]:
+        ) -> tuple[list[NodeInfo], Decision, list[Claim]]:
             inventory, deployment = self.fleet.inventory, work.wanted.deployment
             avoided = work.refused | self.fleet.agents.suspect()
             if not deployment.remote:
@@ -214,7 +210,7 @@ class Reconciler:
         fresh: bool,
         avoided: Collection[str] = (),
         accept: bool = False,
-    ) -> tuple[Decision, Claim | None]:
+    ) -> tuple[Decision, list[Claim]]:
         """The same, without some nodes.
 
         Raises:
@@ -230,12 +226,11 @@ class Reconciler:
                 raise decision.refusal
             if refusals and not accept:
                 raise refusals[0]
-            for action in decision.actions:
-                if isinstance(action, Reserve):
-                    plan = action.plan
-                    claim = Claim(work.wanted.deployment, plan.replicas, plan.set_size)
-                    return decision, self.state.claim(claim)
-            return decision, None
+            plans = [action.plan for action in decision.actions if isinstance(action, Reserve)]
+            return decision, [
+                self.state.claim(Claim(work.wanted.deployment, plan.replicas, plan.set_size))
+                for plan in plans
+            ]
 
     def _decision(self, work: Work, snapshot: Snapshot) -> Decision:
         """Under the lock.

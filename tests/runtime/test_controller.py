@@ -31,7 +31,15 @@ from placement.runtime.reconciler import Work
 from placement.runtime.service import parse
 from placement.runtime.state import Claim, Owner
 from placement.wire.node_types import NodeType
-from tests.properties.test_service import AtOnce, DirectService, Group, NoAutoscaler, Ray, make_believe
+from tests.properties.test_service import (
+    AtOnce,
+    DirectService,
+    Group,
+    NoAutoscaler,
+    Ray,
+    make_believe,
+    places,
+)
 
 
 @pytest.fixture
@@ -254,6 +262,29 @@ def test_somebody_elses_lease_is_a_conflict(service: DirectService) -> None:
         place(service, wanted, {"kind": "caller", "job": "02000000"})
     with pytest.raises(DeploymentConflict, match="owner"):
         service.apply(one(gpus=4))
+
+
+def test_all_that_was_decided_is_done_as_a_dry_run_says_though_it_is_done_step_by_step(
+    outside: Ray, service: DirectService
+) -> None:
+    """Replica 0 may not stay and has no room; the place of replica 1 has room for two, which are 1 and 2."""
+    outside.nodes.add("y")
+    before = service.apply(one("b", gpus=4, replicas=2))
+    beside = {"egress_nodes": [before.assignments[0].node]}
+    service.apply(
+        one(
+            "c",
+            runtime="openai",
+            runtime_config={"api_key": {"from_env": "K"}},
+            serving={"max_concurrent": 3},
+            constraints=beside,
+        )
+    )
+    wanted = one("b", gpus=2, replicas=3, constraints={"apart_from": ["c"]})
+    planned, done = service.plan(wanted), service.apply(wanted)
+    assert places(planned) == places(done)
+    assert (placed(service, "b"), sorted(done.pending)) == ({0: 4, 1: 2, 2: 2}, [0])
+    assert not service.state.claims
 
 
 def test_a_dry_run_refuses_to_change_a_lease_as_applying_does(service: DirectService) -> None:
