@@ -209,6 +209,9 @@ def node_state(
     # While the books lag, what is held and claimed may add up to more than there is.
     amounts = {name: max(0, amount) for name, amount in amounts.items()}
     rests_of = {gpu: WHOLE - share for gpu, share in tally.shares.items() if share < WHOLE}
+    if available is not None:  # others take parts of GPUs that we share, too: Ray fills those first
+        free = int(available.get("GPU", 0.0) * WHOLE + 1e-6)
+        rests_of = {gpu: min(rest, free) for gpu, rest in rests_of.items() if free > 0}
     seen = machine.node(not_ours - foreign - tally.claimed_gpus, rests_of)
     names = {info.labels.get(ACCELERATOR_LABEL), *info.accelerators, *accelerators_of(machine.topology.model)}
     return replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -92,6 +93,15 @@ def test_a_node_with_a_lost_gpu_is_paired_with_nodes_of_its_model() -> None:
     outcome = plan(snapshot, Request("d", (0,), Needs(2), stages=3))
     assert isinstance(outcome, Plan), outcome
     assert [(part.node_id, part.gpus) for part in outcome.replicas] == [("a", (0, 1)), ("b", (0, 1, 2, 3))]
+
+
+def test_of_a_shared_gpu_no_more_is_free_than_is_free_of_the_node() -> None:
+    """Another user's fraction lies where Ray packs it: on the GPU that we share."""
+    tally = Tally(gpus={3}, shares=Counter({3: 500}))
+    for available, rests in (({"GPU": 3.5}, {3: 500}), ({"GPU": 0.25}, {3: 250}), ({}, {}), (None, {3: 500})):
+        info = NodeInfo("id", "a", "", 4)
+        node = node_state(info, GpuHardware(Topology.unknown(4)), available, tally, frozenset())
+        assert node.rests == rests
 
 
 def test_no_share_is_planned_on_a_lost_gpu() -> None:
