@@ -347,8 +347,10 @@ class _Room:
         while sets:
             enough = [bit for bit, count in room.items() if count >= sets]
             if enough:
-                torn = {bit: self._is_resorted(bit, sets, slowest) for bit in enough}
-                bit = min(enough, key=lambda bit: (rank[bit][0], torn[bit], room[bit], rank[bit]))
+                bit = min(enough, key=lambda bit: (rank[bit][0], room[bit], rank[bit]))
+                if self._is_resorted(bit, sets, slowest):
+                    torn = {bit: self._is_resorted(bit, sets, slowest) for bit in enough}
+                    bit = min(enough, key=lambda bit: (rank[bit][0], torn[bit], room[bit], rank[bit]))
             else:
                 bit = min(room, key=lambda bit: (rank[bit][0], -room[bit], rank[bit]))
             picked.append((bit, min(sets, room.pop(bit))))

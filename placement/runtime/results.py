@@ -19,8 +19,8 @@ class NodeAssignment:
     Attributes:
         replica_index: which replica, from 0.
         node: Ray's node id, hex.
-        gpus: GPU ordinals on that node, in rank order (ascending, unless several tensor-parallel groups are
-            here); ``gpus[i]`` is that of rank ``ranks[i]``. Empty for a remote replica.
+        gpus: GPU ordinals on that node, in rank order (ascending, unless tensor-parallel groups cross each
+            other here); ``gpus[i]`` is that of rank ``ranks[i]``. Empty for a remote replica.
         placement_group: the Ray placement group; bundle ``bundle_indices[r]`` holds ``gpus[r]``.
         bundle_indices: the bundles of this assignment, in the same order.
         ranks: which ranks of the replica are here: ``0, 1, ...`` unless it lies on several nodes.
