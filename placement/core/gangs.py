@@ -7,7 +7,10 @@ given the one where, in this order,
 1. the fewest replicas of the deployment are, where it spreads over a label;
 2. the slowest set is fastest;
 3. the nodes are nearest to each other: on one node, in the narrowest region by the operator's labels;
-4. it lies on the fewest nodes, in the region with the least room, on nodes others miss least.
+4. it lies on the fewest nodes, its ranks go by ascending GPU on the most of them, in the region with the least room,
+   on nodes others miss least.
+
+Of equally fast sets of a node those are taken whose ranks go by ascending GPU, as engines sort the GPUs of a node.
 
 All replicas are placed exactly when they can be: a node has room for a certain number of disjoint sets, a
 domain, a model and a region for the sum of their nodes', and each set that is taken lowers it by just one. With a
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 from placement.core.replicas import Crowd, Placed, PlannedReplica, take
@@ -38,12 +42,14 @@ class Near(NamedTuple):
     Attributes:
         level: of the narrowest region in which they are; -1 if they are one node.
         nodes: how many.
+        resorted: on how many of them ranks cannot go by ascending GPU at that speed.
         groups: for how many groups there is room in that region.
         picked: the nodes; where groups have parts, group by group.
     """
 
     level: int
     nodes: int
+    resorted: int
     groups: int
     region: Bits
     picked: list[Picked]
@@ -145,6 +151,7 @@ class _Room:
         self._domain: dict[Bits, str] = {}
         self._counts: dict[Bits, dict[int, int]] = {}
         self._sets: dict[tuple[Shape, int, int], tuple[list[Gpus], list[Gpus]]] = {}
+        self._ranked: dict[tuple[Shape, int, int, int], list[Gpus]] = {}
         self._speeds: dict[Bits, list[int]] = {}
         self._listed: dict[Bits, list[Bits]] = {}
         models: dict[str, Bits] = {}
@@ -234,12 +241,13 @@ class _Room:
             for slowest in sorted({speed for known in speeds.values() for speed in known}):
                 fast = [place for place, known in speeds.items() if known[0] <= slowest]
                 for near in sorted(self._nearest(place, slowest) for place in fast):
-                    chosen = self._in_rank_order(near, slowest)
-                    if self._spares(chosen, to_come):
-                        return chosen
+                    for exchanged in (True, False):
+                        chosen = self._in_rank_order(near, slowest, exchanged)
+                        if self._spares(chosen, to_come):
+                            return chosen
             if speeds:  # whatever is fast is in the way of others
                 near = min(self._nearest(place, slowest) for place in speeds)
-                return self._in_rank_order(near, slowest, packed=True)
+                return self._in_rank_order(near, slowest, exchanged=False, packed=True)
         return None
 
     def _speeds_in(self, place: Bits) -> list[int]:
@@ -299,7 +307,8 @@ class _Room:
                 continue
             picked = self._pick(region, slowest)
             nodes = len({bit for bit, _ in picked})
-            near = Near(-1 if nodes == 1 else level, nodes, groups, region, picked)
+            resorted = sum(self._is_resorted(bit, count, slowest) for bit, count in picked)
+            near = Near(-1 if nodes == 1 else level, nodes, resorted, groups, region, picked)
             if best is None or near < best:
                 best, found_at = near, level
         assert best is not None  # the last region is the whole cluster
@@ -339,22 +348,53 @@ class _Room:
             enough = [bit for bit, count in room.items() if count >= sets]
             if enough:
                 bit = min(enough, key=lambda bit: (rank[bit][0], room[bit], rank[bit]))
+                if self._is_resorted(bit, sets, slowest):
+                    torn = {bit: self._is_resorted(bit, sets, slowest) for bit in enough}
+                    bit = min(enough, key=lambda bit: (rank[bit][0], torn[bit], room[bit], rank[bit]))
             else:
                 bit = min(room, key=lambda bit: (rank[bit][0], -room[bit], rank[bit]))
             picked.append((bit, min(sets, room.pop(bit))))
             sets -= picked[-1][1]
         return picked
 
-    def _in_rank_order(self, near: Near, slowest: int, packed: bool = False) -> list[Unit]:
-        """The sets themselves; out of as many disjoint ones as there are, if ``packed``."""
+    def _in_rank_order(self, near: Near, slowest: int, exchanged: bool, packed: bool = False) -> list[Unit]:
+        """The sets themselves.
+
+        Args:
+            near: on which nodes.
+            slowest: none is slower.
+            exchanged: whether it may be other sets than the best ones so that ranks go by ascending GPU.
+            packed: out of as many disjoint ones as there are.
+        """
         units = []
         for bit, count in near.picked:
-            best, most = self._disjoint(self._node(bit).shape, self._mask[bit], slowest)
-            sets = best if len(best) >= count and not packed else most
-            units += [Unit(bit, gpus) for gpus in sets[:count]]
+            if exchanged:
+                sets = self._sets_on(bit, count, slowest)
+            else:
+                shape = self._node(bit).shape
+                best, most = self._disjoint(shape, self._mask[bit], slowest)
+                sets = best if len(best) >= count and not packed else most
+                sets = shape.in_rank_order(sets[:count], self._request.needs)
+            units += [Unit(bit, gpus) for gpus in sets]
         if self._request.parts > 1:
             return units
         return sorted(units, key=lambda unit: (self._place(unit.node), unit.gpus))
+
+    def _sets_on(self, bit: Bits, count: int, slowest: int) -> list[Gpus]:
+        """So many sets of a node in rank order: those that an engine keeps which sorts its GPUs, if any do."""
+        shape, mask = self._node(bit).shape, self._mask[bit]
+        key = (shape, mask, count, slowest)
+        if key not in self._ranked:
+            best, most = self._disjoint(shape, mask, slowest)
+            sets = best if len(best) >= count else most
+            self._ranked[key] = shape.in_rank_order(sets[:count], self._request.needs, mask)
+        return self._ranked[key]
+
+    def _is_resorted(self, bit: Bits, count: int, slowest: int) -> bool:
+        """Whether an engine that sorts the GPUs of a node cuts other sets from them."""
+        if count == 1 or self._request.needs.gpus == 1:
+            return False
+        return any(one[-1] > other[0] for one, other in pairwise(self._sets_on(bit, count, slowest)))
 
     def _rank(self, bit: Bits) -> tuple[int, int, Bits]:
         """Which of two nodes with equal sets goes first."""
@@ -364,10 +404,10 @@ class _Room:
             return spread, node.replicas, bit
         return spread, -len(node.free) if policy is Policy.LEAST_LOADED else len(node.free), bit
 
-    def _place(self, bit: Bits) -> tuple[tuple[str, ...], str]:
+    def _place(self, bit: Bits) -> tuple[tuple[str, ...], str, str]:
         """Sorts nodes so that those near each other are neighbours, as consecutive stages are."""
         node = self._snapshot.at(bit)
-        return tuple(node.labels.get(label, "") for label in self._snapshot.near), node.name
+        return tuple(node.labels.get(label, "") for label in self._snapshot.near), node.name, node.id
 
     # -- taking ----------------------------------------------------------------------------------
 

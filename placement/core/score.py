@@ -168,6 +168,20 @@ def score(topology: Topology, gpus: Collection[int]) -> Score:
     return Score(shape.mb_per_s(ordered) / 1000, topology.link(*pair), pair)
 
 
+def slowest_group(topology: Topology, gpus: Sequence[int], size: int) -> Score:
+    """How good the slowest of the tensor-parallel groups is that GPUs in rank order are cut into.
+
+    Of ``sorted(gpus)`` it is what an engine gets that sorts the GPUs of a node; see ``docs/rank-order.md``.
+
+    Args:
+        topology: how they are linked.
+        gpus: in rank order.
+        size: of each group; 0 if all are one.
+    """
+    size = size or max(1, len(gpus))
+    return min(score(topology, gpus[i : i + size]) for i in range(0, max(1, len(gpus)), size))
+
+
 def ray_set(free: Collection[int], count: int) -> tuple[int, ...] | None:
     """The GPUs that Ray alone would give: it goes through its slots in ascending order.
 
@@ -369,7 +383,7 @@ class Shape:
             gpus = self._lowest(pick, mask)
             mask &= ~sum(1 << gpu for gpu in gpus)
             sets.append(gpus)
-        return sorted(sets, key=lambda gpus: (-self.mb_per_s(gpus) if len(gpus) > 1 else 0, gpus))
+        return sorted(sets, key=lambda gpus: (self._slowness_of(gpus), gpus))
 
     def disjoint(
         self, mask: int, needs: Needs, slowest: int
@@ -378,7 +392,7 @@ class Shape:
         best: list[tuple[int, ...]] = []
         rest = mask
         while gpus := self.best(rest, needs.gpus, needs.within):
-            if len(gpus) > 1 and -self.mb_per_s(gpus) > slowest:
+            if self._slowness_of(gpus) > slowest:
                 break
             best.append(gpus)
             rest &= ~sum(1 << gpu for gpu in gpus)
@@ -387,13 +401,44 @@ class Shape:
         return best, self.packed(mask, needs._replace(min_bandwidth_gb_per_s=-slowest / 1000))
 
     def several(self, mask: int, needs: Needs, count: int) -> list[tuple[int, ...]] | None:
-        """So many disjoint sets, the slowest of them as fast as can be; ``None`` if there are fewer."""
+        """So many disjoint sets in rank order, the slowest as fast as can be; ``None`` if there are fewer."""
         for slowest in self.slownesses(needs.gpus):
             if slowest <= needs.slowest:
                 for sets in self.disjoint(mask, needs, slowest):
                     if len(sets) >= count:
-                        return sets[:count]
+                        return self.in_rank_order(sets[:count], needs, mask)
         return None
+
+    def in_rank_order(
+        self, sets: Sequence[tuple[int, ...]], needs: Needs, others: int = 0
+    ) -> list[tuple[int, ...]]:
+        """As many sets, in rank order: ascending chunks of their GPUs if that makes the slowest no slower.
+
+        Such chunks are what an engine makes of a node's GPUs that sorts them; see ``docs/rank-order.md``. They are
+        the same GPUs cut anew; else, if there are any, chunks of GPUs in ``others``, a mask; else the sets as they
+        are. The search is exact, as the chunk that ends first leaves most to the next.
+        """
+        slowest = max(map(self._slowness_of, sets))
+
+        def apart(mask: int) -> list[tuple[int, ...]]:
+            found: list[tuple[int, ...]] = []
+            window = 0
+            for gpu in range(mask.bit_length()):
+                window |= mask & 1 << gpu
+                best = self.best(window, needs.gpus, needs.within)
+                if best and self._slowness_of(best) <= slowest:
+                    found.append(best)
+                    window = 0
+            return found[: len(sets)]
+
+        for mask in (sum(1 << gpu for gpus in sets for gpu in gpus), others):
+            if len(found := apart(mask)) == len(sets):
+                return found
+        return sorted(sets)
+
+    def _slowness_of(self, gpus: Sequence[int]) -> int:
+        """The :attr:`Offer.slowness` of a set."""
+        return -self.mb_per_s(gpus) if len(gpus) > 1 else 0
 
     def _on_offer(self, mask: int) -> tuple[int, ...]:
         return self._left[self._pick(mask)][::2] if self.tabulated else (0,) * len(LEFTOVER_SIZES)

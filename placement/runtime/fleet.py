@@ -337,6 +337,7 @@ class Fleet:
                 ray_gpus=list(one.reserved.ray_gpus),
                 bandwidth_gb_per_s=one.score.known_gb_per_s,
                 weakest_link=one.score.link_name,
+                sorted_bandwidth_gb_per_s=one.score.known_gb_per_s,
                 ray_bandwidth_gb_per_s=one.ray_score.known_gb_per_s,
                 ray_weakest_link=one.ray_score.link_name,
             )

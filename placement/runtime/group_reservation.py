@@ -233,6 +233,7 @@ def _assignment(
         ray_gpus=list(found.ray_gpus),
         bandwidth_gb_per_s=found.score.known_gb_per_s,
         weakest_link=found.score.link_name,
+        sorted_bandwidth_gb_per_s=found.sorted_score.known_gb_per_s,
         ray_bandwidth_gb_per_s=None if alone is None else alone.known_gb_per_s,
         ray_weakest_link=None if alone is None else alone.link_name,
     )

@@ -13,7 +13,7 @@ import ray.util
 from ray.util.placement_group import PlacementGroup
 
 from placement import topologies
-from placement.core.score import WHOLE, Score, score
+from placement.core.score import WHOLE, Score, score, slowest_group
 from placement.nvml import Reader
 from placement.runtime.groups import NodeGroups, visible_devices
 from placement.runtime.orders import GpuHardware, Holding, Order, Prepared, Refused, Reserved, hardware_of
@@ -52,6 +52,7 @@ class Part:
         sets: one set of GPUs for each tensor-parallel group, or part of one, that is here.
         bundle_of: GPU -> bundle.
         score: that of the slowest set.
+        sorted_score: the same, were they cut from the GPUs in ascending order.
         ray_gpus: what Ray alone would have given.
         ray_score: that of ``ray_gpus``, if they were for one set.
         share: thousandths of each GPU.
@@ -60,6 +61,7 @@ class Part:
     sets: tuple[tuple[int, ...], ...]
     bundle_of: dict[int, int]
     score: Score
+    sorted_score: Score
     ray_gpus: tuple[int, ...]
     ray_score: Score
     share: int = WHOLE
@@ -212,9 +214,10 @@ class NodePlacementActor:
         if bundle_of is None:
             return None
         topology = hardware_of(self._last_facts(), self._gpu_count).topology
-        slowest = min(score(topology, gpus) for gpus in prepared.sets)
+        gpus, size = [gpu for one in prepared.sets for gpu in one], len(prepared.sets[0])
+        slowest, resorted = slowest_group(topology, gpus, size), slowest_group(topology, sorted(gpus), size)
         rays = score(topology, prepared.ray_gpus)
-        return Part(prepared.sets, bundle_of, slowest, prepared.ray_gpus, rays, prepared.share)
+        return Part(prepared.sets, bundle_of, slowest, resorted, prepared.ray_gpus, rays, prepared.share)
 
     def release(self, orders: Sequence[tuple[str, PlacementGroup]]) -> None:
         """Gives groups back. Harmless if they are gone already."""

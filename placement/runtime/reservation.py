@@ -193,7 +193,7 @@ class NodeReserver:
             if free is not None:
                 node = machine.node(free - self._ours(), {})
                 if sets > 1:
-                    chosen = _disjoint(node, needs, sets)
+                    chosen = node.shape.several(node.free_mask(needs), needs, sets)
                 elif best := _best(node, machine.topology, needs, more):
                     chosen = [best]
             if free is None or chosen is None:
@@ -550,12 +550,6 @@ def _none_free(needs: Needs, sets: int = 1) -> str:
     if sets > 1:
         return f"too few of its GPUs are free and as demanded for {sets} x {needs.gpus}"
     return f"too few of its GPUs are free, sound and as close as demanded for {needs.gpus}"
-
-
-def _disjoint(node: Node, needs: Needs, count: int) -> list[tuple[int, ...]] | None:
-    """``count`` disjoint sets of a node's free GPUs, as the planner chooses them; ``None`` if there are fewer."""
-    found = node.shape.several(node.free_mask(needs), needs, count)
-    return None if found is None else sorted(found)
 
 
 def _runs(free: Iterable[int], wanted: tuple[int, ...]) -> list[tuple[int, bool]]:

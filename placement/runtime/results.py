@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -18,8 +19,8 @@ class NodeAssignment:
     Attributes:
         replica_index: which replica, from 0.
         node: Ray's node id, hex.
-        gpus: GPU ordinals on that node, in rank order (ascending, unless several tensor-parallel groups are
-            here); ``gpus[i]`` is that of rank ``ranks[i]``. Empty for a remote replica.
+        gpus: GPU ordinals on that node, in rank order (ascending, unless tensor-parallel groups cross each
+            other here); ``gpus[i]`` is that of rank ``ranks[i]``. Empty for a remote replica.
         placement_group: the Ray placement group; bundle ``bundle_indices[r]`` holds ``gpus[r]``.
         bundle_indices: the bundles of this assignment, in the same order.
         ranks: which ranks of the replica are here: ``0, 1, ...`` unless it lies on several nodes.
@@ -33,6 +34,9 @@ class NodeAssignment:
             is unknown. The formula is in :mod:`placement.core.bandwidth`.
         weakest_link, ray_weakest_link: slowest link between two of them as ``nvidia-smi topo -m`` names it;
             ``None`` for fewer than two GPUs, ``"?"`` where the topology is unknown.
+        sorted_bandwidth_gb_per_s: what ``bandwidth_gb_per_s`` comes to in an engine that sorts the node's GPUs and cuts
+            its tensor-parallel groups from these, as vLLM does. Less only where no groups that such an engine keeps
+            are as fast (``docs/rank-order.md``); ``None`` also for what was placed before this was known.
         egress_resource, egress_units: what a remote replica holds.
         set_size: GPUs of each tensor-parallel group that the replica is made of; 0 where all of its GPUs are one.
     """
@@ -53,6 +57,7 @@ class NodeAssignment:
     weakest_link: str | None = None
     ray_bandwidth_gb_per_s: float | None = None
     ray_weakest_link: str | None = None
+    sorted_bandwidth_gb_per_s: float | None = None
     egress_resource: str | None = None
     egress_units: int = 0
     set_size: int = 0
@@ -91,7 +96,8 @@ class NodeAssignment:
 
         The engine itself takes nothing, so that its workers find all of the group free; those that it starts without
         naming a group are in this one, too. The engine of a replica over several nodes belongs where rank 0 is:
-        :meth:`PlacementResult.engine_options` puts it there.
+        :meth:`PlacementResult.engine_options` puts it there, and :meth:`PlacementResult.environment` tells it the order
+        of its ranks.
         """
         strategy = PlacementGroupSchedulingStrategy(
             self.placement_group,
@@ -120,6 +126,7 @@ class NodeAssignment:
             "weakest_link": self.weakest_link,
             "ray_bandwidth_gb_per_s": self.ray_bandwidth_gb_per_s,
             "ray_weakest_link": self.ray_weakest_link,
+            "sorted_bandwidth_gb_per_s": self.sorted_bandwidth_gb_per_s,
             "egress_resource": self.egress_resource,
             "egress_units": self.egress_units,
             "set_size": self.set_size,
@@ -171,6 +178,40 @@ class PlacementResult:
             if 0 in a.ranks:
                 return a.engine_options()
         raise IndexError(f"{self.deployment} has no replica {replica_index}")
+
+    def environment(self, replica_index: int, rank: int | None = None) -> dict[str, str]:
+        """Environment variables for the engine of a replica, or for its worker of that rank.
+
+        They go into ``Engine.options(runtime_env={"env_vars": ...})``, or into a subprocess's environment:
+
+        - ``VLLM_RAY_BUNDLE_INDICES``: the bundles of the replica's placement group in rank order, one for each rank.
+        - ``VLLM_RAY_PER_WORKER_GPUS``: how much of a GPU each bundle has, for a share.
+        - ``CUDA_DEVICE_ORDER=PCI_BUS_ID``: CUDA then numbers a node's GPUs as NVML and Ray do.
+        - ``RAY_ADDRESS``: the cluster, if this process is connected to it. The process that vLLM starts its engine
+          core in looks for it, and another one may run on the same machine.
+        - With a rank, ``RANK`` and ``WORLD_SIZE`` as torch.distributed reads them. A worker sees one GPU, ``cuda:0``.
+
+        The first three are for GPUs, so that a remote replica has none of them.
+
+        Raises:
+            IndexError: there is no such replica, or it has no such rank.
+        """
+        parts = self.replica(replica_index)
+        if not parts:
+            raise IndexError(f"{self.deployment} has no replica {replica_index}")
+        bundle_of = dict(sorted(pair for a in parts for pair in zip(a.ranks, a.bundle_indices, strict=True)))
+        if rank is not None and rank not in bundle_of:
+            raise IndexError(f"{self.deployment} has no rank {rank} of a replica {replica_index}")
+        variables: dict[str, str] = {}
+        if parts[0].gpus:
+            variables["VLLM_RAY_BUNDLE_INDICES"] = ",".join(map(str, bundle_of.values()))
+            variables["VLLM_RAY_PER_WORKER_GPUS"] = f"{parts[0].share:g}"
+            variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+        if ray.is_initialized():
+            variables["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+        if rank is not None:
+            variables |= {"RANK": str(rank), "WORLD_SIZE": str(len(bundle_of))}
+        return variables
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON-ready values, but for ``runtime_config``: it may name endpoints and keys."""

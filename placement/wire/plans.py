@@ -15,8 +15,8 @@ from placement.core.planner import Step
 from placement.core.reconcile import Decision, Desired, Drop, Observed, Reserve, Wait, outcome, reconcile
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
-from placement.core.score import WHOLE, Score, score
-from placement.core.snapshot import Node, Policy, Snapshot
+from placement.core.score import WHOLE, slowest_group
+from placement.core.snapshot import Policy, Snapshot
 from placement.errors import UnknownNode, Unplaceable
 from placement.wire.cluster import HeldDeployment
 from placement.wire.deployment import Deployment, PlacementConstraints
@@ -34,6 +34,8 @@ class PlannedAssignment:
         mig: profile of the MIG instance that ``gpus`` is; empty for GPUs.
         ranks: which ranks of the replica are here, in the order of ``gpus``; empty where all are.
         set_size: GPUs of each tensor-parallel group that the replica is made of; 0 where all of its GPUs are one.
+        sorted_bandwidth_gb_per_s: the same where an engine sorts the node's GPUs and cuts its groups from these, as
+            vLLM does: less than ``bandwidth_gb_per_s`` where no groups that such an engine keeps are as fast.
     """
 
     replica_index: int
@@ -48,6 +50,7 @@ class PlannedAssignment:
     egress_resource: str | None = None
     egress_units: int = 0
     set_size: int = 0
+    sorted_bandwidth_gb_per_s: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The planned assignment as JSON-ready values."""
@@ -526,7 +529,8 @@ def _preview(snapshot: Snapshot, done: _Done) -> PlacementPlan:
 def _assignment(snapshot: Snapshot, part: PlannedReplica, of: Observed) -> PlannedAssignment:
     node = snapshot.node(part.node_id)
     # What stood before there was a record of its sets may have been cut in another way than is asked for.
-    value = _slowest_set(node, part, part.set_size or of.request.needs.gpus)
+    size = part.set_size or (of.request.needs.gpus if part.ranks else 0)
+    value = slowest_group(node.topology, part.gpus, size)
     return PlannedAssignment(
         part.replica_index,
         node.id,
@@ -540,12 +544,5 @@ def _assignment(snapshot: Snapshot, part: PlannedReplica, of: Observed) -> Plann
         part.egress_resource,
         part.egress_units,
         part.set_size,
+        slowest_group(node.topology, sorted(part.gpus), size).known_gb_per_s,
     )
-
-
-def _slowest_set(node: Node, replica: PlannedReplica, size: int) -> Score:
-    """The score of the slowest of the sets of GPUs that a replica has on a node."""
-    gpus = replica.gpus
-    if not replica.ranks or not 0 < size < len(gpus):
-        return score(node.topology, gpus)
-    return min(score(node.topology, gpus[i : i + size]) for i in range(0, len(gpus), size))

@@ -238,3 +238,17 @@ def test_an_event_has_a_date() -> None:
     event = {"at": 1_700_000_000.0, "replica": 0, "state": "released", "text": ""}
     date = datetime.fromtimestamp(1_700_000_000.0).strftime("%Y-%m-%d %H:%M:%S")
     assert str(tables.event_line(event)) == f"{date}  replica 0    released"
+
+
+def test_what_an_engine_that_sorts_gpus_loses_is_said_below_the_table() -> None:
+    pairs = assignment(gpus=[1, 5, 2, 3, 4, 7], set_size=2, weakest_link="NV2", bandwidth_gb_per_s=40.0)
+    rows = [
+        {"deployment": "llama", "assignments": [pairs | {"sorted_bandwidth_gb_per_s": 9.96}]},
+        {"deployment": "kept", "assignments": [pairs | {"sorted_bandwidth_gb_per_s": 40.0}]},
+        {"deployment": "old", "assignments": [pairs]},
+    ]
+    shown = text(tables.assignments_table(rows, title="placed")).splitlines()
+    assert [" ".join(line.split()) for line in shown[-2:]] == [
+        "llama: replica 0 on a has groups 1,5 and 2-3 and 4,7; an engine that sorts GPUs, as vLLM does,",
+        "reaches 9.96 GB/s instead of 40",
+    ]

@@ -165,6 +165,41 @@ def test_a_refusal_says_how_much_room_there_is_in_one_domain_of_the_spread() -> 
     assert (refused.requested, refused.largest_node) == (8, 4)
 
 
+def test_of_nodes_as_fast_one_is_taken_on_which_ranks_go_by_ascending_gpu() -> None:
+    """Both have two pairs with NV2: one as 0,4 and 2,3, which an engine that sorts cuts into 0,2 and 3,4."""
+    machine = topologies.load("dgx-1v")
+    crossed, straight = frozenset({0, 2, 3, 4}), frozenset({0, 3, 4, 7})
+    for racks in ("xx", "xy"):
+        nodes = [
+            Node(f"id-{name}", name, topology=machine, free=free, labels={"rack": rack})
+            for name, free, rack in zip("ab", (crossed, straight), racks, strict=True)
+        ]
+        first, second = where(plan(Snapshot(nodes, near=("rack",)), request(2, stages=2, replicas=2)))
+        assert (first[1:3], second[1:3]) == (("b", (0, 3, 4, 7)), ("a", (0, 4, 2, 3))), racks
+
+
+def test_the_order_of_ranks_is_no_reason_to_leave_the_next_replica_without_room() -> None:
+    """0,1 and 5,6 are in order, and no two pairs are then left."""
+    pairs = [(0, 1), (1, 2), (0, 3), (1, 4), (0, 5), (5, 6), (3, 7), (4, 7), (6, 7)]
+    links = [[UNKNOWN_LINK if a == b else Link(Path.SYS) for b in range(8)] for a in range(8)]
+    for a, b in pairs:
+        links[a][b] = links[b][a] = Link(Path.NVLINK, 1)
+    alone = Node("id-a", "a", topology=Topology(tuple(map(tuple, links))), free=frozenset(range(8)))
+    close = Request("d", (0, 1), Needs(2, Within.NVLINK), stages=2)
+    gpus = [gpus for *_, gpus, _ in where(plan(Snapshot([alone]), close))]
+    assert gpus == [(0, 3, 1, 2), (4, 7, 5, 6)]
+    only = Request("d", (0,), Needs(2, Within.NVLINK), stages=2)
+    assert where(plan(Snapshot([alone]), only))[0][2] == (0, 1, 5, 6)
+
+
+def test_nodes_of_one_name_do_not_share_their_ranks() -> None:
+    nodes = [
+        Node(f"id-{i}", "same", topology=Topology.unknown(4), free=frozenset(range(4))) for i in range(2)
+    ]
+    first, second = where(plan(Snapshot(nodes), request(2, stages=4)))
+    assert (first[2:], second[2:]) == (((0, 1, 2, 3), (0, 1, 2, 3)), ((0, 1, 2, 3), (4, 5, 6, 7)))
+
+
 MACHINES = [topologies.load(name) for name in ("a100-pcie-4x", "l40s-4x")] + [row(), Topology.unknown(3)]
 
 

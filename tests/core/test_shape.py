@@ -11,7 +11,18 @@ import pytest
 from placement import topologies
 from placement.core import score as module
 from placement.core.bandwidth import generation
-from placement.core.score import GIB, WHOLE, Needs, Offer, Shape, Within, choose, score, shape_of
+from placement.core.score import (
+    GIB,
+    WHOLE,
+    Needs,
+    Offer,
+    Shape,
+    Within,
+    choose,
+    score,
+    shape_of,
+    slowest_group,
+)
 from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
 
 DGX1, BRIDGED, H100 = (topologies.load(name) for name in ("dgx-1v", "a100-pcie-4x", "dgx-h100"))
@@ -177,6 +188,42 @@ def test_the_best_pair_is_left_alone_only_where_as_many_more_are_to_follow() -> 
     assert choose(ROW, range(4), Needs(2, min_bandwidth_gb_per_s=40.1)) is None
     assert choose(ROW, range(4), Needs(1, min_bandwidth_gb_per_s=40.1)) == (0,), "one GPU is fast enough"
     assert choose(ROW, range(4), Needs(5)) is None
+
+
+# -- rank order --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("case", "machine", "free", "size", "count", "expected"),
+    [
+        ("they are in order as they are", DGX1, range(8), 4, 2, [(0, 1, 2, 3), (4, 5, 6, 7)]),
+        ("the same GPUs cut anew", DGX1, (0, 1, 2, 3, 4, 6), 2, 3, [(0, 1), (2, 3), (4, 6)]),
+        ("other GPUs, where 0,4 and 2,3 cross", DGX1, (0, 2, 3, 4, 5, 6, 7), 2, 2, [(0, 3), (5, 6)]),
+        ("none is as fast: NV2, and NV1 or SYS in order", DGX1, range(1, 8), 2, 3, [(1, 5), (2, 3), (4, 7)]),
+        ("single GPUs", DGX1, (1, 4, 6), 1, 3, [(1,), (4,), (6,)]),
+        ("nothing is known", Topology.unknown(6), range(6), 3, 2, [(0, 1, 2), (3, 4, 5)]),
+        ("too few", DGX1, range(5), 2, 3, None),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_several_sets_are_ascending_chunks_where_any_are_as_fast(
+    case: str,
+    machine: Topology,
+    free: tuple[int, ...],
+    size: int,
+    count: int,
+    expected: list[tuple[int, ...]] | None,
+) -> None:
+    assert shape_of(machine).several(mask(*free), Needs(size), count) == expected
+
+
+def test_the_slowest_group_is_that_of_the_order_given() -> None:
+    ours = (1, 5, 2, 3, 4, 7)
+    assert slowest_group(DGX1, ours, 2) == score(DGX1, (1, 5))
+    resorted = slowest_group(DGX1, sorted(ours), 2)
+    assert (resorted.known_gb_per_s, resorted.link_name) == (9.96, "SYS")
+    assert slowest_group(DGX1, ours, 0) == slowest_group(DGX1, ours, 6) == score(DGX1, ours)
+    assert slowest_group(DGX1, (), 0) == score(DGX1, ())
 
 
 # -- without tables ----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,9 @@ class Worker:
 
     def node(self) -> str:
         return ray.get_runtime_context().get_node_id()
+
+    def variables(self, names: list[str]) -> dict[str, str | None]:
+        return {name: os.environ.get(name) for name in names}
 
 
 def ranks_gpus(assignment: NodeAssignment) -> list[int]:
@@ -299,3 +303,25 @@ def _wait_for(actor: Any, path: str) -> None:
     end = time.monotonic() + 120
     while not Path(path).exists() and time.monotonic() < end:
         time.sleep(0.01)
+
+
+def test_an_engine_has_the_order_of_its_ranks_where_they_do_not_go_by_ascending_gpu(
+    service: Any, address: str
+) -> None:
+    neighbour = another_user("dgx")
+    wanted = {"name": "pairs", "model": "m", "tensor_parallel": 2, "pipeline_parallel": 3}
+    result = ray.get(service.place.remote(wanted | {"constraints": {"gpu_nodes": ["dgx"]}}))
+    [a] = result.assignments
+    assert (a.gpus, a.bundle_indices) == ([1, 5, 2, 3, 4, 7], [0, 4, 1, 2, 3, 5])
+    assert (a.bandwidth_gb_per_s, a.sorted_bandwidth_gb_per_s) == (40.0, 9.96)
+    environment = result.environment(0)
+    assert environment["RAY_ADDRESS"] == address
+    engine = Worker.options(**result.engine_options(0), runtime_env={"env_vars": environment}).remote()
+    assert ray.get(engine.variables.remote([*environment])) == environment
+    got = []
+    for index in environment["VLLM_RAY_BUNDLE_INDICES"].split(","):
+        bundle = PlacementGroupSchedulingStrategy(a.placement_group, placement_group_bundle_index=int(index))
+        got += worker_at({"num_cpus": 0, "num_gpus": 1, "scheduling_strategy": bundle}).gpus
+    assert got == ["1", "5", "2", "3", "4", "7"]
+    for worker in (engine, neighbour):
+        ray.kill(worker)

@@ -7,8 +7,9 @@ The oracle is written from the promise of :func:`best_set`. It shares with the s
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from functools import cache
-from itertools import combinations, pairwise, permutations
+from itertools import chain, combinations, pairwise, permutations
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from placement import topologies
 from placement.core.bandwidth import generation, has_switch, hop_mb_per_s, nvlink_rings, switch_mb_per_s
-from placement.core.score import Within, best_set, ray_set, score
+from placement.core.score import Needs, Within, best_set, ray_set, score, shape_of
 from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
 
 Gpus = tuple[int, ...]
@@ -202,6 +203,32 @@ def test_the_choice_is_never_worse_than_rays_and_does_not_depend_on_the_order(
     assert set(chosen) <= set(free) and list(chosen) == sorted(set(chosen)) and len(chosen) == count
     assert score(machine, chosen) >= score(machine, rays)
     assert chosen == best_set(machine, free[::-1], count)
+
+
+@given(machines(7) | islands(), st.data())
+@settings(max_examples=120, deadline=None)
+def test_several_sets_are_as_fast_as_can_be_and_in_rank_order_where_that_can_be(
+    machine: Topology, data: st.DataObject
+) -> None:
+    free = sorted(data.draw(st.frozensets(st.sampled_from(range(len(machine))), min_size=1)))
+    size = data.draw(st.integers(1, 3))
+    count = data.draw(st.integers(1, 3))
+    found = shape_of(machine).several(sum(1 << gpu for gpu in free), Needs(size), count)
+
+    def slowest(sets: Sequence[Gpus]) -> float:
+        return min(score(machine, gpus).bandwidth_gb_per_s for gpus in sets)
+
+    def chunks(gpus: Sequence[int]) -> list[Gpus]:
+        return [tuple(gpus[i : i + size]) for i in range(0, len(gpus), size)]
+
+    if len(free) < size * count:
+        assert found is None
+        return
+    assert found is not None and len(set(chain(*found))) == size * count
+    kept = max(slowest(chunks(gpus)) for gpus in combinations(free, size * count))
+    best = max(slowest(chunks(gpus)) for gpus in permutations(free, size * count))
+    assert slowest(found) == best
+    assert (found == chunks(sorted(chain(*found)))) == (kept == best)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])

@@ -43,10 +43,24 @@ def test_what_is_confirmed_is_told_with_how_good_it_is(actor: NodePlacementActor
     assert isinstance(part, Part)
     assert (part.sets, part.bundle_of, part.ray_gpus) == (((2, 3),), {2: 0, 3: 1}, (1, 2))
     assert (part.score.link_name, part.ray_score.link_name, part.share) == ("NV12", "SYS", WHOLE)
+    assert part.sorted_score == part.score
     share = create(slots, QUARTER, actor.prepare(QUARTER, 1))
     part = actor.confirm(QUARTER, share, [0])
     assert isinstance(part, Part) and (part.sets, part.share) == (((1,),), 250)
     assert slots.groups == {group: {2: WHOLE, 3: WHOLE}, share: {1: 250}}
+
+
+def test_groups_that_an_engine_may_not_keep_are_told_with_what_it_makes_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slots = Slots(8, others={0})
+    monkeypatch.setattr(node_agent, "NodeGroups", lambda *_: slots)
+    actor = NodePlacementActor("n", 8, "dgx-1v", None)
+    assert isinstance(actor.prepare(PAIR, 3), Prepared)
+    part = actor.confirm(PAIR, slots.reserve(PAIR.name, {"GPU": 1}, 6), range(6))
+    assert isinstance(part, Part)
+    assert (part.sets, part.bundle_of) == (((1, 5), (2, 3), (4, 7)), {1: 0, 2: 1, 3: 2, 4: 3, 5: 4, 7: 5})
+    assert (part.score.known_gb_per_s, part.sorted_score.known_gb_per_s) == (40.0, 9.96)
 
 
 @pytest.mark.parametrize(("order", "others"), [(PAIR, {0}), (QUARTER, {3})], ids=["whole", "share"])

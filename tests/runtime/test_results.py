@@ -44,6 +44,32 @@ def test_the_engine_of_a_replica_is_where_its_rank_0_is() -> None:
         result.engine_options(1)
 
 
+def test_the_environment_has_the_bundles_in_rank_order_whichever_node_they_are_on() -> None:
+    result = over_two_nodes()
+    engine = {
+        "VLLM_RAY_BUNDLE_INDICES": "0,1,2,3", "VLLM_RAY_PER_WORKER_GPUS": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    }  # fmt: skip
+    assert result.environment(0) == engine
+    assert result.environment(0, 3) == engine | {"RANK": "3", "WORLD_SIZE": "4"}
+    with pytest.raises(IndexError, match="d has no replica 1"):
+        result.environment(1)
+    with pytest.raises(IndexError, match="d has no rank 4 of a replica 0"):
+        result.environment(0, 4)
+
+
+def test_ranks_that_do_not_go_by_ascending_gpu_name_their_bundles_in_their_order() -> None:
+    part = NodeAssignment(0, "a", [1, 5, 2, 3], GROUP, [0, 3, 1, 2])
+    assert PlacementResult("d", [part]).environment(0)["VLLM_RAY_BUNDLE_INDICES"] == "0,3,1,2"
+
+
+def test_a_share_says_how_much_of_a_gpu_a_worker_takes_and_a_remote_replica_nothing_of_gpus() -> None:
+    share = NodeAssignment(0, "a", [1], GROUP, [0], share=0.25)
+    remote = NodeAssignment(1, "a", [], GROUP, [0], egress_resource="egress", egress_units=8)
+    result = PlacementResult("d", [share, remote])
+    assert result.environment(0)["VLLM_RAY_PER_WORKER_GPUS"] == "0.25"
+    assert result.environment(1) == {}
+
+
 def test_the_readme_starts_an_engine_with_options_that_there_are() -> None:
     [said] = re.findall(
         r"started with\s+`Engine\.options\(\*\*(a\.engine_options\(\))\)\.remote\(\)`", README.read_text()

@@ -21,6 +21,7 @@ def blocking(wanted: Deployment) -> None:
     assert_type(result, PlacementResult)
     assert_type(result.assignments, list[NodeAssignment])
     assert_type(result.assignments[0].gpus, list[int])
+    assert_type(result.environment(0, rank=1), dict[str, str])
     assert_type(client.place({"name": "d", "model": "m"}, {"gpu_nodes": ["a"]}), PlacementResult)
     assert_type(client.apply(wanted, atomic=True), PlacementResult)
     assert_type(client.apply_all([wanted, {"name": "d"}]), list[PlacementResult])

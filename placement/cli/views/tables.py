@@ -34,7 +34,8 @@ class AssignmentsTable:
         self, deployments: Iterable[Mapping[str, Any]], title: str, places: Mapping[str, int] | None = None
     ) -> None:
         listed = list(deployments)
-        self._title, self._waiting = title, waiting_lines(listed, places or {})
+        self._title = title
+        self._notes = [*resorted_lines(listed), *waiting_lines(listed, places or {})]
         self._beside_ray = any(a.get("ray_gpus") for one in listed for a in one["assignments"])
         self._rows = [row for one in listed for row in self._rows_of(one)]
 
@@ -58,7 +59,7 @@ class AssignmentsTable:
             yield Text()
             yield from self._lines(options.max_width)
             yield Text()
-        for line in self._waiting:
+        for line in self._notes:
             yield Padding(Text(line), (0, 0, 0, 1), expand=False)
 
     def _lines(self, width: int) -> Iterator[Text]:
@@ -96,7 +97,7 @@ NARROW = 12
 def assignments_table(
     deployments: Iterable[Mapping[str, Any]], title: str, places: Mapping[str, int] | None = None
 ) -> AssignmentsTable:
-    """The replicas of deployments, and below them what waits."""
+    """The replicas of deployments; below them which of them engines may use more slowly, and what waits."""
     return AssignmentsTable(deployments, title, places)
 
 
@@ -112,6 +113,23 @@ def waiting_lines(deployments: Iterable[Mapping[str, Any]], places: Mapping[str,
         for reason, indices in reasons.items():
             verb = "is" if len(indices) == 1 else "are"
             lines.append(f"{one['deployment']}: {replicas_text(indices)} {verb} pending{where}: {reason}")
+    return lines
+
+
+def resorted_lines(deployments: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Which tensor-parallel groups an engine does not keep that sorts a node's GPUs, and what it then loses."""
+    lines = []
+    for one in deployments:
+        for a in one["assignments"]:
+            ours, theirs = a["bandwidth_gb_per_s"], a.get("sorted_bandwidth_gb_per_s")
+            if not ours or not theirs or theirs >= ours:
+                continue
+            gpus, size = a["gpus"], a["set_size"] or len(a["gpus"])
+            groups = " and ".join(ordinals(gpus[i : i + size]) for i in range(0, len(gpus), size))
+            lines.append(
+                f"{one['deployment']}: replica {a['replica_index']} on {a['node_name']} has groups {groups}; an engine "
+                f"that sorts GPUs, as vLLM does, reaches {theirs:.3g} GB/s instead of {ours:.3g}"
+            )
     return lines
 
 
