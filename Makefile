@@ -47,7 +47,7 @@ bench: .venv/stamp ## measure what placing costs, what the choice is worth, and 
 	@$(BIN)/python -m benchmarks.plan
 	@$(BIN)/python -m benchmarks.scale
 
-wheel: .venv/stamp ## build dist/placement-*.whl
+wheel: .venv/stamp ## build dist/ray_placement-*.whl
 	@rm -rf dist
 	@$(BIN)/python -m build --wheel --no-isolation .
 
