@@ -11,7 +11,7 @@ BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test chaos soak mutants lint format bench wheel clean
+.PHONY: help demo test chaos soak mutants lint format bench wheel release clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,9 +47,12 @@ bench: .venv/stamp ## measure what placing costs, what the choice is worth, and 
 	@$(BIN)/python -m benchmarks.plan
 	@$(BIN)/python -m benchmarks.scale
 
-wheel: .venv/stamp ## build dist/placement-*.whl
+wheel: .venv/stamp ## build dist/ray_placement-*.whl
 	@rm -rf dist
 	@$(BIN)/python -m build --wheel --no-isolation .
+
+release: .venv/stamp ## check, build and tag a release, and print how to publish it: docs/releasing.md
+	@scripts/release
 
 clean: ## remove .venv, builds and caches
 	@rm -rf .venv dist build mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

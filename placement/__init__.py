@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from placement.intact import require_intact
+
 if TYPE_CHECKING:
     from placement.errors import (
         BelowFloor,
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from placement.wire.plans import PlacementPlan
 
 __version__ = "0.1.0"
+require_intact()
 
 _HOME = {
     "placement.errors": (

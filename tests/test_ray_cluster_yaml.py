@@ -18,9 +18,11 @@ from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
 from ray._private.label_utils import validate_label_key, validate_label_value
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+import placement
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-WHEEL = f"/home/ray/placement-dist/placement-{PROJECT['version']}-py3-none-any.whl"
+WHEEL = f"/home/ray/placement-dist/ray_placement-{placement.__version__}-py3-none-any.whl"
 
 Config = dict[str, Any]
 

@@ -1,1 +1,5 @@
 """The ``placement`` command: click commands and their rendering."""
+
+from placement.intact import require_intact
+
+require_intact()

@@ -189,4 +189,4 @@ def check_picture(path: Path) -> None:
     if path.suffix.lower() not in (".svg", ".png"):
         raise click.UsageError(f"--picture: {path.name!r} ends neither in .svg nor in .png; name it so")
     if find_spec("matplotlib") is None:
-        raise click.UsageError('--picture needs matplotlib; install it: pip install "placement[picture]"')
+        raise click.UsageError('--picture needs matplotlib; install it: pip install "ray-placement[picture]"')

@@ -143,12 +143,12 @@ def _wait_for(service: Any) -> None:
     try:
         ray.get(service.ping.remote(), timeout=START_DEADLINE_SECONDS)
     except ray.exceptions.ActorDiedError as error:
-        missing = re.search(r"No module named '[^']+'", str(error))
-        if missing is None:
+        cause = re.search(r"(?:ModuleNotFound|Import)Error: (.+)", str(error))
+        if cause is None:
             raise
         problem = (
-            f"{missing[0]} on the head node; install placement in the Python that runs `ray start`, on the head "
-            "and on all GPU nodes: the service uses no job's runtime_env"
+            f"on the head node: {cause[1]}; install ray-placement, and nothing else that is imported as `placement`, "
+            "in the Python that runs `ray start`, there and on all GPU nodes: the service uses no job's runtime_env"
         )
         raise ServiceNotRunning(ray.get_runtime_context().gcs_address, problem) from None
 
