@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     )
     from placement.runtime.bootstrap import connect, start
     from placement.runtime.client import AsyncClient, Client
+    from placement.runtime.drop_in import placement_group
     from placement.runtime.results import NodeAssignment, PlacementResult
     from placement.wire.deployment import (
         ApiKey,
@@ -61,6 +62,7 @@ _HOME = {
     ),
     "placement.runtime.bootstrap": ("connect", "start"),
     "placement.runtime.client": ("AsyncClient", "Client"),
+    "placement.runtime.drop_in": ("placement_group",),
     "placement.runtime.results": ("NodeAssignment", "PlacementResult"),
     "placement.wire.deployment": (
         "ApiKey", "Budget", "Deployment", "PlacementConstraints", "RuntimeConfig", "Serving",
@@ -107,6 +109,7 @@ __all__ = [
     "__version__",
     "connect",
     "load_deployments",
+    "placement_group",
     "start",
 ]
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from placement.core import gangs
+from placement.core.bundles import OTHERS
 from placement.core.labels import meets
 from placement.core.mix import Kind
-from placement.core.request import Request
+from placement.core.request import Request, Strategy
 from placement.core.score import GIB, NO_GPUS, WHOLE, Needs, Within, score
 from placement.core.snapshot import GPU_DOMAIN_LABEL, Bits, Node, Snapshot
 from placement.core.topology import Path, Topology, _components, ordinals
@@ -148,6 +149,8 @@ def _refuse_gpus(request: Request, index: int, sifted: Sifted) -> Unplaceable:
     if stage == "bandwidth":
         floor = _gb(needs.min_bandwidth_gb_per_s)
         return BelowFloor(name, f"replica {index} needs {what} at {floor}; at best {miss}", excluded, advice)
+    if stage == "other bundles":
+        return NotEnoughGpus(name, miss, excluded, advice, count, largest)
     if stage == "groups":
         return NotEnoughGpus(name, f"replica {index} needs {miss}", excluded, advice, count, largest)
     if stage in ("CPUs and memory", "spread"):
@@ -347,6 +350,16 @@ def _sift_gpus(snapshot: Snapshot, request: Request) -> Sifted:
         return sieve, "", "start one with `ray start --num-gpus=N`", "GPU nodes"
     if not sieve.put("constraints", _outside("gpu_nodes", request.gpu_nodes)):
         return sieve, "", "widen constraints.gpu_nodes", "constraints"
+    in_the_way = any(node.problem == OTHERS for node in sieve.left)
+    if in_the_way and not sieve.put("other bundles", lambda node: OTHERS if node.problem == OTHERS else None):
+        apart = request.strategy is Strategy.STRICT_SPREAD
+        miss = "no node of its own" if apart else "no room on what the other bundles leave"
+        advice = _any_of(
+            "use strategy SPREAD or PACK" if apart else _release(snapshot, request, sieve.nodes),
+            "ask for fewer bundles",
+            _add(request, 1),
+        )
+        return sieve, f"a bundle of {what} finds {miss}", advice, "other bundles"
     if not sieve.put("health", lambda node: node.problem):
         return sieve, "", _REPAIR, "health"
     for stage, objection in limits(request):

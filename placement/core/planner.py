@@ -3,7 +3,8 @@
 Rules, in order:
 
 1. A replica's GPUs lie on one node; those of a larger one on several, one tensor-parallel group on one node
-   or in one NVLink domain (:mod:`placement.core.gangs`). A remote replica's capacity lies on one egress node.
+   or in one NVLink domain (:mod:`placement.core.gangs`); those of a placement group laid out bundle by bundle as its
+   strategy says (:mod:`placement.core.bundles`). A remote replica's capacity lies on one egress node.
 2. All replicas are placed, or none.
 3. A node is left out that has no set of GPUs as close together, or as fast, as the request demands.
 4. A GPU replica goes where the best set on offer is fastest; among equals, to the node with the fewest
@@ -26,10 +27,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from operator import or_
 
-from placement.core import gangs
+from placement.core import bundles, gangs
 from placement.core.explanation import Sifted, egress_limits, eligible, refusal_of, roomy, short_of, sift
 from placement.core.replicas import Crowd, Placed, Plan, PlannedReplica, take
-from placement.core.request import Request
+from placement.core.request import Request, Strategy
 from placement.core.snapshot import Bits, Node, Policy, Snapshot, rank_of
 from placement.errors import Unplaceable
 
@@ -200,6 +201,12 @@ def _occupied(
 def _place_local(snapshot: Snapshot, request: Request) -> tuple[Request, Placed]:
     """Places as many replicas as there is room for, the request cut to pieces if it is larger than a node."""
     nodes = eligible(snapshot, request)
+    if request.bundles:
+        if request.strategy is Strategy.PACK and (one := bundles.on_one_node(request)) is not None:
+            placed = _place_singly(snapshot, one, eligible(snapshot, one) & roomy(snapshot, one))
+            if placed[0]:
+                return one, placed
+        return bundles.place(snapshot, request, nodes)
     allowed = nodes if request.policy is Policy.FRAGMENTATION else nodes & roomy(snapshot, request)
     if request.stages == request.parts == 1:
         placed = _place_singly(snapshot, request, allowed)

@@ -4,9 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
 
 from placement.core.score import NO_GPUS, Needs
 from placement.core.snapshot import Policy
+
+
+class Strategy(StrEnum):
+    """How the bundles of one placement group are spread over nodes; each means what it means in Ray."""
+
+    PACK = "PACK"
+    """On as few nodes as can be."""
+    STRICT_PACK = "STRICT_PACK"
+    """On one node."""
+    SPREAD = "SPREAD"
+    """On as many nodes as can be."""
+    STRICT_SPREAD = "STRICT_SPREAD"
+    """Each on a node of its own."""
+
+
+class Bundle(NamedTuple):
+    """What one bundle of a placement group takes: whole GPUs, CPUs (thousandths), memory; and label -> condition."""
+
+    gpus: int
+    cpu_milli: int = 0
+    memory_bytes: int = 0
+    labels: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -32,6 +56,9 @@ class Request:
         kept_away_by: deployments that ask to be apart from this one: they must not be on the node either.
         spread_label, max_per_domain: at most so many replicas on nodes with one value of that label.
         standing: node id -> replicas of the same deployment that already sit there, or begin there.
+        bundles: what each takes, where a replica may lie on several nodes bundle by bundle. ``needs``, ``cpu_milli``
+            and ``memory_bytes`` are then those of all together (:mod:`placement.core.bundles`).
+        strategy: how the bundles are spread.
     """
 
     deployment: str
@@ -58,6 +85,8 @@ class Request:
     spread_label: str | None = None
     max_per_domain: int = 0
     standing: Mapping[str, int] = field(default_factory=dict)
+    bundles: tuple[Bundle, ...] = ()
+    strategy: Strategy = Strategy.STRICT_PACK
 
     @property
     def calls(self) -> tuple[str, str] | None:
@@ -78,4 +107,5 @@ class Request:
         if self.provider is not None:
             return self.provider, self.egress, limits
         sizes = self.needs, self.stages, self.parts, self.divisible, self.cpu_milli, self.memory_bytes
-        return sizes, limits, self.accelerators, self.compute_capability, self.policy
+        laid_out = self.bundles, self.strategy
+        return sizes, limits, self.accelerators, self.compute_capability, self.policy, laid_out

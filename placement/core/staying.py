@@ -59,6 +59,8 @@ def _holds(snapshot: Snapshot, parts: Replica, before: Request, after: Request) 
         return before.egress == after.egress
     old, new = before.needs, after.needs
     counts = [len(part.gpus) for part in parts]
+    if (before.bundles, before.strategy) != (after.bundles, after.strategy):
+        return False
     if not all(counts) or sum(counts) != new.gpus * after.stages or old.profile != new.profile:
         return False
     for was, is_now in ((before.cpu_milli, after.cpu_milli), (before.memory_bytes, after.memory_bytes)):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import ray
@@ -57,10 +58,13 @@ class Borrower:
     Args:
         groups: makes and removes the groups.
         cancel: tells the service that a loan, by its id, is not used.
+        own: what the caller says of the groups himself: fields of :class:`Loan`.
     """
 
-    def __init__(self, groups: OwnGroups, cancel: Callable[[str], object]) -> None:
-        self._groups, self._cancel = groups, cancel
+    def __init__(
+        self, groups: OwnGroups, cancel: Callable[[str], object], own: Mapping[str, Any] | None = None
+    ) -> None:
+        self._groups, self._cancel, self._own = groups, cancel, own or {}
         self._loan: Loan | None = None
         self._made: list[PlacementGroup] = []
 
@@ -71,7 +75,7 @@ class Borrower:
             The group's id, hex, to confirm the loan with; empty if the group could not be had.
         """
         self._loan = loan
-        group = self._groups.create(loan)
+        group = self._groups.create(replace(loan, **self._own))
         if group is None:
             return ""
         self._made.append(group)
@@ -114,6 +118,12 @@ def _nothing() -> None:
 
 
 def _create(loan: Loan) -> PlacementGroup | None:
-    group = groups.create_group(loan.group_name, loan.bundles, loan.nodes, lifetime=None)
-    ready = groups.ready_or_removed(group, min(READY_DEADLINE_SECONDS, loan.seconds))
+    group = groups.create_group(
+        loan.group_name, loan.bundles, loan.nodes, loan.lifetime, loan.strategy, loan.labels
+    )
+    try:
+        ready = groups.ready_or_removed(group, min(READY_DEADLINE_SECONDS, loan.seconds))
+    except BaseException:  # Ctrl-C
+        groups.remove_group(group)
+        raise
     return group if ready else None

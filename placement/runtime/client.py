@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypedDict, TypeVar
 
 from ray.actor import ActorHandle
+from ray.util.placement_group import PlacementGroup
 
 from placement.core.snapshot import NEAR_LABELS
-from placement.errors import InvalidDeployment, LeaseExpired
+from placement.errors import InvalidDeployment, LeaseExpired, ReservationFailed, Unplaceable
 from placement.runtime import bootstrap
 from placement.runtime.borrowing import Borrower, OwnGroups
 from placement.runtime.connection import abandoning, ask, caller, cluster, own_errors
@@ -27,6 +29,8 @@ from placement.wire.deployment import Deployment, PlacementConstraints
 from placement.wire.plans import PlacementPlan
 
 __all__ = ["AsyncClient", "Client", "Event", "Status", "ask", "cluster"]
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -318,19 +322,29 @@ class Client(_Connected):
         return self._ask(self._handle.ping.remote())
 
     def _borrow(
-        self, deployment: DeploymentLike, constraints: Constraints, wait_seconds: float, who: dict[str, str]
+        self,
+        deployment: DeploymentLike,
+        constraints: Constraints,
+        wait_seconds: float,
+        who: dict[str, str],
+        own: Mapping[str, Any] | None = None,
     ) -> PlacementResult:
         end = time.monotonic() + wait_seconds
         try:
-            return self._borrow_once(deployment, constraints, wait_seconds, who)
+            return self._borrow_once(deployment, constraints, wait_seconds, who, own)
         except LeaseExpired:  # the service has started anew meanwhile, or this process was slow for once
             left = max(0.0, end - time.monotonic())
-            return self._borrow_once(deployment, constraints, left, who)
+            return self._borrow_once(deployment, constraints, left, who, own)
 
     def _borrow_once(
-        self, deployment: DeploymentLike, constraints: Constraints, wait_seconds: float, who: dict[str, str]
+        self,
+        deployment: DeploymentLike,
+        constraints: Constraints,
+        wait_seconds: float,
+        who: dict[str, str],
+        own: Mapping[str, Any] | None,
     ) -> PlacementResult:
-        borrower = Borrower(self._groups, self._cancel)
+        borrower = Borrower(self._groups, self._cancel, own)
         try:
             self._groups.warm()
             lend = self._handle.lend.remote(deployment, constraints, wait_seconds, caller=who)
@@ -342,6 +356,27 @@ class Client(_Connected):
         except BaseException as error:
             borrower.give_back(error)
             raise
+
+    def _create_group(
+        self, deployment: Deployment, name: str, lifetime: str | None, wait_seconds: float | None
+    ) -> PlacementGroup:
+        """The group of a deployment that is laid out bundle by bundle; see :func:`placement.placement_group`."""
+        # A detached group has no owner, whose end would end it.
+        who, own = (
+            {} if lifetime else caller(),
+            {"lifetime": lifetime} | ({"group_name": name} if name else {}),
+        )
+        end = math.inf if wait_seconds is None else time.monotonic() + wait_seconds
+        left = 0.0
+        while True:
+            try:
+                return self._borrow(deployment, None, left, who, own).assignments[0].placement_group
+            except (Unplaceable, ReservationFailed, LeaseExpired) as refusal:
+                waits, left = left > 0, max(0.0, end - time.monotonic())
+                if not left:
+                    raise
+                if not waits:
+                    logger.warning("placement_group(...) waits: %s", refusal)
 
     def _ask(self, reference: Any) -> Any:
         return ask(reference)

@@ -23,6 +23,7 @@ from placement.errors import (
     PlacementError,
     UnknownDeployment,
     UnknownNode,
+    Unplaceable,
     UnreadableRecord,
 )
 from placement.runtime import faults, groups, ledger
@@ -134,9 +135,16 @@ class Controller:
             self._require_readable(wanted.name)
             with self._refusal_told(wanted.name):
                 new = _new(wanted, owner)
-                return self.reconciler.bring_about(
-                    Work(None, new, atomic=True, strict=True, lending=lending)
-                ).result()
+                try:
+                    return self._place(new, lending)
+                except Unplaceable:
+                    if not self._forget_removed():
+                        raise
+                return self._place(new, lending)
+
+    def _place(self, new: DeploymentState, lending: Lending | None) -> PlacementResult:
+        work = Work(None, new, atomic=True, strict=True, lending=lending)
+        return self.reconciler.bring_about(work).result()
 
     def apply(self, wanted: Deployment, atomic: bool = False, owner: Owner | None = None) -> PlacementResult:
         """Declares a deployment, and does what can be done for it now; see the service."""
@@ -474,6 +482,13 @@ class Controller:
             elif one.is_lease and (not one.replicas or _lost_groups(one)):  # if its end was cut off, or is
                 begin(one.name, partial(self._end_gone, one))
 
+    def _forget_removed(self) -> bool:
+        """Forgets what the owners of leases have removed since the clock last looked; whether there was anything."""
+        removed = [one for one in self.state.temporary() if one.is_lease and _lost_groups(one)]
+        for lease in removed:
+            self._end_gone(lease)
+        return bool(removed)
+
     def _end_gone(self, lease: DeploymentState) -> None:
         with self.turns.sole(lease.name, wait=False) as mine:
             if mine and self.state.get(lease.name) is lease:
@@ -527,7 +542,8 @@ class Controller:
                 continue
             later = one
             for index, replica in one.replicas.items():
-                if replica.group_id not in live:
+                theirs = one.is_lease and not groups.is_gone(replica.group_id)  # under a name of its owner's
+                if replica.group_id not in live and not theirs:
                     partly, reason = self.actions.drop(later, index, alive | replica.nodes)
                     later = later.lost(index, partly, reason)
             surplus = [index for index in later.replicas if index >= one.deployment.replicas]

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from ray.util.placement_group import PlacementGroup
 
 from placement.core.replicas import PlannedReplica
+from placement.core.request import Strategy
 from placement.core.score import WHOLE
 from placement.runtime import faults, groups
 from placement.runtime.agents import DEADLINE_SECONDS, Agents, Unanswered
@@ -35,7 +37,7 @@ class Creator(Protocol):
     """Who creates a group for which the GPUs are prepared."""
 
     def __call__(self, name: str, bundles: list[dict[str, float]], nodes: list[str]) -> PlacementGroup | None:
-        """Creates a group of that name, of which each bundle lies on the node given for it.
+        """Creates a group of that name, of which each bundle lies on the node given for it, or, if none is, anywhere.
 
         It may take up to :data:`~placement.runtime.node_agent.LEASE_SECONDS`. Whatever it raises ends the reservation,
         and nothing is held then.
@@ -79,15 +81,25 @@ class GroupReservation:
         self._all, self._foreign, self._nodes = agents, foreign, nodes
         self._name, self._parts, self._create, self._more = name, parts, create, more
         self._over_nodes = bool(parts[0].ranks)
-        # The bundles of each part: its ranks, or all that there are.
-        self._bundles = {part.node_id: sorted(part.ranks or range(len(part.gpus))) for part in parts}
-        self._set_size = claim.set_size if self._over_nodes else len(parts[0].gpus)
-        planned = None if self._over_nodes else parts[0]
-        set_size = claim.set_size if self._over_nodes else None
-        self._order = order_of(name, claim.deployment, set_size, planned)
+        self._layout = layout = claim.deployment.placement_group
+        # The bundle of each rank of a part, ascending: the rank itself, where nobody has said how bundles are laid out.
+        of = range(sum(len(part.gpus) for part in parts)) if layout is None else layout.bundle_of_rank
+        self._bundles = {
+            part.node_id: [of[rank] for rank in sorted(part.ranks or range(len(part.gpus)))] for part in parts
+        }
+        self._orders = {part.node_id: self._order(claim, part) for part in parts}
         self._agents: dict[str, Any] = {}
         self._deadline = float("inf")
         self._too_slow = False
+
+    def _order(self, claim: Claim, part: PlannedReplica) -> Order:
+        in_sets = self._over_nodes and self._layout is None
+        set_size = claim.set_size if in_sets else len(part.gpus)
+        order = order_of(self._name, claim.deployment, set_size, None if self._over_nodes else part)
+        if self._layout is None:
+            return order
+        per_gpu = {"CPU": part.cpu_milli / 1000 / set_size, "memory": part.memory_bytes // set_size}
+        return replace(order, beside={resource: amount for resource, amount in per_gpu.items() if amount})
 
     def reserve(self) -> list[NodeAssignment] | Refusal:
         """One assignment for each part; or why there is none, and nothing is held then.
@@ -161,8 +173,9 @@ class GroupReservation:
                 return self._interfered(attempt, "another Ray user took or freed GPUs meanwhile")
             done = True
             return [
-                _assignment(self._nodes[part.node_id], part, found[part.node_id], group, self._order)
+                _assignment(self._nodes[node], part, found[node], group, self._orders[node])
                 for part in self._parts
+                for node in [part.node_id]
             ]
         finally:
             if not done:
@@ -176,8 +189,9 @@ class GroupReservation:
     def _prepare(self) -> dict[str, Prepared] | Refusal:
         asked = {}
         for part in self._parts:
-            sets = len(part.ranks) // self._set_size if self._over_nodes else 1
-            asked[part.node_id] = self._agents[part.node_id].prepare.remote(self._order, sets, self._more)
+            order = self._orders[part.node_id]
+            sets = len(part.gpus) // order.needs.gpus
+            asked[part.node_id] = self._agents[part.node_id].prepare.remote(order, sets, self._more)
         prepared: dict[str, Prepared] = {}
         refusal = None
         for node, outcome in self._all.answers(asked, self._deadline).items():
@@ -191,8 +205,13 @@ class GroupReservation:
 
     def _created(self, attempt: int, prepared: Mapping[str, Prepared]) -> PlacementGroup | None:
         at = {bundle: node for node, bundles in self._bundles.items() for bundle in bundles}
-        nodes = [at[bundle] for bundle in sorted(at)]
-        bundles = [prepared[node].bundle(self._order.beside) for node in nodes]
+        if self._layout is None:
+            nodes = [at[bundle] for bundle in sorted(at)]
+            bundles = [prepared[node].bundle(self._orders[node].beside) for node in nodes]
+        else:  # one without GPUs is Ray's to place, but where all are to be on one node
+            bundles = [dict(bundle) for bundle in self._layout.bundles]
+            home = self._parts[0].node_id if self._layout.strategy is Strategy.STRICT_PACK else ""
+            nodes = [at.get(i, home) for i in range(len(bundles))]
         if self._create is None:
             return create_detached(f"{self._name}:{attempt}", bundles, nodes)
         faults.point("service.lent")
@@ -201,7 +220,7 @@ class GroupReservation:
     def _confirm(self, group: PlacementGroup) -> dict[str, Part] | None:
         """Node -> its part; ``None`` if any does not hold just what it prepared."""
         asked = {
-            node: self._agents[node].confirm.remote(self._order, group, bundles)
+            node: self._agents[node].confirm.remote(self._orders[node], group, bundles)
             for node, bundles in self._bundles.items()
         }
         found = self._all.answers(asked, self._deadline)

@@ -18,7 +18,8 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,12 +115,14 @@ class NodeGroups:
     def gpus_of(self, group: PlacementGroup, bundles: Iterable[int], share: float = 1) -> list[int]:
         """The slots of which these bundles hold a ``share``, as a worker in each of them says.
 
-        Asked one after the other, so that one warm worker process answers all.
+        A bundle is named once for each GPU that it holds. Asked one after the other, so that one warm worker process
+        answers all.
 
         Raises:
             ray.exceptions.GetTimeoutError: a bundle did not answer in time.
         """
-        return [self._ask(group, bundle, share)[0] for bundle in bundles]
+        asked = Counter(bundles).items()
+        return [slot for bundle, count in asked for slot in sorted(self._ask(group, bundle, share * count))]
 
     def warm(self) -> None:
         """Waits until a worker process is there to answer the next probe at once."""
@@ -180,15 +183,27 @@ class NodeGroups:
 
 
 def create_group(
-    name: str, bundles: Sequence[dict[str, float]], nodes: Sequence[str], lifetime: str | None = "detached"
+    name: str,
+    bundles: Sequence[dict[str, float]],
+    nodes: Sequence[str],
+    lifetime: str | None = "detached",
+    strategy: str = "PACK",
+    labels: Sequence[Mapping[str, str]] = (),
 ) -> PlacementGroup:
-    """Asks Ray for a group of which each bundle lies on the node given for it."""
+    """Asks Ray for a group of which each bundle lies on the node given for it.
+
+    One for which that is empty is Ray's to place, by the ``strategy`` and its ``labels``.
+    """
+    others = labels or ({},) * len(bundles)
     return placement_group(
         list(bundles),
-        strategy="PACK",
+        strategy=strategy,
         name=name,
         lifetime=lifetime,
-        bundle_label_selector=[{"ray.io/node-id": node_id} for node_id in nodes],
+        bundle_label_selector=[
+            {"ray.io/node-id": node_id} if node_id else dict(other)
+            for node_id, other in zip(nodes, others, strict=True)
+        ],
     )
 
 

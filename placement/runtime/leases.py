@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import secrets
 import threading
+from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from placement.runtime import groups
 from placement.runtime.results import PlacementResult
+from placement.wire.deployment import BundleLayout
 
 LEND_SECONDS = 1.5
 """How long GPUs stay prepared for a group of the caller's."""
@@ -29,7 +31,10 @@ class Loan:
         deployment: its name.
         group_name: what the group is to be called.
         bundles: what each bundle takes.
-        nodes: the id of the node that each bundle is to lie on.
+        nodes: the id of the node that each bundle is to lie on; empty for one that Ray is to place, by the next two.
+        strategy: how bundles are spread.
+        labels: label -> condition, for each bundle.
+        lifetime: ``None``, so that the group ends with who creates it, or ``detached``.
         seconds: how long it is there.
     """
 
@@ -38,6 +43,9 @@ class Loan:
     group_name: str
     bundles: list[dict[str, float]]
     nodes: list[str]
+    strategy: str = "PACK"
+    labels: tuple[Mapping[str, str], ...] = ()
+    lifetime: str | None = None
     seconds: float = LEND_SECONDS
 
 
@@ -46,14 +54,15 @@ class Lending:
 
     Args:
         deployment: its name.
+        layout: how its groups are laid out, if its caller has said.
 
     Attributes:
         id: of all its loans.
     """
 
-    def __init__(self, deployment: str) -> None:
+    def __init__(self, deployment: str, layout: BundleLayout | None = None) -> None:
         self.id = secrets.token_hex(8)
-        self._deployment = deployment
+        self._deployment, self._layout = deployment, layout
         self._lock = threading.Lock()
         self._next: Future[Loan] = Future()
         self._answer: Future[str] | None = None
@@ -68,7 +77,10 @@ class Lending:
                 return None
             self._answer = answer
             offered, self._next = self._next, Future()
-        offered.set_result(Loan(self.id, self._deployment, name, bundles, nodes))
+        loan = Loan(self.id, self._deployment, name, bundles, nodes)
+        if self._layout is not None and not all(nodes):
+            loan = replace(loan, strategy=str(self._layout.strategy), labels=self._layout.labels)
+        offered.set_result(loan)
         try:
             group_id = answer.result(timeout=LEND_SECONDS)
         except TimeoutError:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from placement.core.explanation import describe
 from placement.core.labels import meets, parse_condition
-from placement.core.request import Request
+from placement.core.request import Request, Strategy
 from placement.core.score import GIB, WHOLE
 from placement.wire.accelerators import accelerator_type
 from placement.wire.node_types import NodeType
@@ -219,6 +219,9 @@ def _local(request: Request, labels: tuple[tuple[str, str], ...]) -> Need:
     # How much memory a new node's GPUs have is not known: of one of them, a whole one.
     gpus = needs.share / WHOLE if needs.share < WHOLE and not needs.memory_bytes else float(needs.gpus)
     ways = [Way((_amounts(gpus, request.cpu_milli, request.memory_bytes),))]
+    if request.bundles:
+        apart = Way(tuple(_amounts(one.gpus, one.cpu_milli, one.memory_bytes) for one in request.bundles))
+        ways = [*ways, apart] if request.strategy is Strategy.PACK else [apart]
     if request.divisible and request.stages * request.parts == 1 and needs.whole and needs.gpus > 1:
         each = _amounts(1.0, request.cpu_milli / needs.gpus, request.memory_bytes // needs.gpus)
         ways.append(Way((each,) * needs.gpus, smaller_than=needs.gpus))

@@ -72,7 +72,10 @@ class Groups(Protocol):
         """Gives a group back."""
 
     def gpus_of(self, group: Any, bundles: Iterable[int], share: float = 1) -> list[int]:
-        """Which GPU each of these bundles holds a share of, as a worker inside says."""
+        """Which GPU each of these bundles holds a share of, as a worker inside says.
+
+        A bundle is named once for each GPU that it holds.
+        """
 
     def lowest_free(self, count: int, deadline_seconds: float) -> list[int] | None:
         """Which GPUs are the lowest free ones; ``None`` if there are not that many."""
@@ -245,7 +248,10 @@ class NodeReserver:
     def confirm(
         self, order: Order, prepared: Prepared, group: Any, bundles: Sequence[int]
     ) -> dict[int, int] | None:
-        """GPU -> bundle, if these bundles of a group hold just the prepared GPUs; they are then noted as ours."""
+        """GPU -> bundle, if these bundles of a group hold just the prepared GPUs; they are then noted as ours.
+
+        A bundle is named once for each GPU that it holds.
+        """
         is_share = prepared.share < WHOLE
         slots = self._groups.gpus_of(group, bundles, prepared.share / WHOLE if is_share else 1)
         self._changed_at = time.monotonic()

@@ -284,7 +284,7 @@ class DeploymentPlacementActor:
             Same as :meth:`place`.
         """
         wanted = parse(deployment, constraints).model_copy(update={"owner": "caller"})
-        lending = Lending(wanted.name)
+        lending = Lending(wanted.name, wanted.placement_group)
         owner = owner_of(wanted, caller)
         ticket = Ticket(wanted, lambda: self._controller.place(wanted, owner, lending), (owner,))
         outcome: Future[PlacementResult] = Future()

@@ -27,6 +27,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from placement.core.labels import parse_condition
+from placement.core.request import Bundle, Strategy
 from placement.core.score import GIB, WHOLE, Needs, Within
 from placement.core.snapshot import Policy
 from placement.errors import MissingSecret
@@ -60,6 +61,9 @@ STANDS = {"stands": True}
 
 MOST = 100_000
 """A count above this is a slip of the pen, not a deployment."""
+
+MOST_BUNDLES = 4096
+"""More bundles than this in one placement group are a slip of the pen."""
 
 LEAST = 0.001
 """An amount below this would count as none: 1 MiB, a thousandth of a CPU or of a GB/s."""
@@ -402,6 +406,118 @@ class PlacementConstraints(_Declared):
         return int(major), int(minor)
 
 
+class BundleLayout(_Declared):
+    """A replica as a Ray placement group, bundle by bundle: what :func:`placement.placement_group` asks for.
+
+    The GPUs that it has on one node are one set; its bundles get them in ascending order.
+    """
+
+    bundles: tuple[dict[str, float], ...] = Field(
+        min_length=1,
+        max_length=MOST_BUNDLES,
+        description='what each takes: {"GPU": 1, "CPU": 4, "memory": 1e9}',
+    )
+    strategy: Strategy = Field(default=Strategy.PACK, description="as in Ray")
+    bundle_label_selector: tuple[dict[Annotated[str, MOST_LABEL], str], ...] = Field(
+        default=(), description="label -> condition, in Ray's syntax, for each bundle; as in Ray"
+    )
+
+    @field_validator("bundles")
+    @classmethod
+    def _amounts(cls, value: tuple[dict[str, float], ...]) -> tuple[dict[str, float], ...]:
+        for i, bundle in enumerate(value):
+            for resource, amount in bundle.items():
+                if resource not in ("GPU", "CPU", "memory"):
+                    raise ValueError(
+                        f"bundle {i} asks for {resource}, and only GPU, CPU and memory are planned with; choose nodes "
+                        "by bundle_label_selector, or call ray.util.placement_group, which chooses no GPUs"
+                    )
+                most = 2**60 if resource == "memory" else MOST
+                if not 0 <= amount <= most:
+                    raise ValueError(f"bundle {i} asks for {amount:g} {resource}; use 0 to {most}")
+            if (amount := bundle.get("GPU", 0.0)) > 1 and not amount.is_integer():
+                raise ValueError(
+                    f"bundle {i} asks for {amount:g} GPUs, and a share cannot span two GPUs; use a whole number, or a "
+                    "share below 1"
+                )
+        gpus = [bundle["GPU"] for bundle in value if bundle.get("GPU")]
+        if not gpus:
+            raise ValueError("no bundle asks for a GPU, so that there is none to choose; give one a GPU")
+        if any(amount < 1 for amount in gpus) and len(gpus) > 1:
+            raise ValueError(
+                f"{len(gpus)} bundles have GPUs, one of them {min(gpus):g} of one, and a share must be alone in its "
+                "group; give each bundle whole GPUs, of which actors may take shares, or make a group for each share"
+            )
+        for amount in gpus:
+            if amount < 1:
+                _gpus(amount)
+        return value
+
+    @field_validator("bundle_label_selector")
+    @classmethod
+    def _conditions(cls, value: tuple[dict[str, str], ...]) -> tuple[dict[str, str], ...]:
+        for labels in value:
+            for condition in labels.values():
+                parse_condition(condition)
+        return value
+
+    @model_validator(mode="after")
+    def _selectors_fit(self) -> BundleLayout:
+        if len(self.bundle_label_selector) not in (0, len(self.bundles)):
+            raise ValueError(
+                f"bundle_label_selector has {len(self.bundle_label_selector)} entries for {len(self.bundles)} bundles; "
+                "give one for each bundle, or none"
+            )
+        if self.on_one_node:
+            together: dict[str, str] = {}
+            for labels in self.labels:
+                for key, condition in labels.items():
+                    if together.setdefault(key, condition) != condition:
+                        raise ValueError(
+                            f"bundle_label_selector asks for {key} {together[key]!r} and {condition!r} of one node; "
+                            "write the condition that both mean"
+                        )
+        return self
+
+    @property
+    def gpus(self) -> int | float:
+        """GPUs of all bundles, or the share of the one that has any."""
+        total = sum(bundle.get("GPU", 0) for bundle in self.bundles)
+        return total if total < 1 else round(total)
+
+    @property
+    def labels(self) -> tuple[Mapping[str, str], ...]:
+        """The conditions for each bundle."""
+        return self.bundle_label_selector or ({},) * len(self.bundles)
+
+    @property
+    def on_one_node(self) -> bool:
+        """Whether all its GPUs are to be on one node."""
+        return self.strategy is Strategy.STRICT_PACK or sum(map(_has_gpus, self.bundles)) == 1
+
+    @property
+    def bundle_of_rank(self) -> list[int]:
+        """The bundle of each GPU, by rank: the first bundle has the first ranks."""
+        return [i for i, bundle in enumerate(self.bundles) for _ in range(math.ceil(bundle.get("GPU", 0)))]
+
+    def planned(self) -> list[Bundle]:
+        """The bundles as the planner sees them. Of those without GPUs what they take counts where a node holds all."""
+        return [
+            Bundle(
+                math.ceil(bundle.get("GPU", 0)),
+                round(bundle.get("CPU", 0) * 1000),
+                round(bundle.get("memory", 0)),
+                tuple(sorted(labels.items())),
+            )
+            for bundle, labels in zip(self.bundles, self.labels, strict=True)
+            if _has_gpus(bundle) or self.strategy is Strategy.STRICT_PACK
+        ]
+
+
+def _has_gpus(bundle: Mapping[Any, float]) -> bool:
+    return bundle.get("GPU", 0) > 0
+
+
 class Deployment(_Declared):
     """A model, how many replicas of it, and what each one needs.
 
@@ -430,6 +546,9 @@ class Deployment(_Declared):
     )
     pipeline_parallel: Count | None = Field(
         default=None, description="how many such groups a replica is made of; they may lie on several nodes"
+    )
+    placement_group: BundleLayout | None = Field(
+        default=None, description="instead of gpus: a Ray placement group laid out bundle by bundle"
     )
     replicas: Count = 1
     min_bandwidth_gb_per_s: Amount | None = Field(
@@ -554,6 +673,7 @@ class Deployment(_Declared):
                 )
 
     def _no_contradiction(self) -> None:
+        self._check_layout()
         self._check_parallelism()
         if self.mig is not None and (self.gpus or 0) > 1:
             raise ValueError(
@@ -584,6 +704,30 @@ class Deployment(_Declared):
             raise ValueError(
                 f"constraints: apart_from or near_to names {self.name!r} itself; use constraints.spread to keep "
                 "its replicas apart"
+            )
+
+    def _check_layout(self) -> None:
+        if self.placement_group is None:
+            return
+        say_it_twice = (
+            "gpus",
+            "gpu_memory_gib",
+            "mig",
+            "tensor_parallel",
+            "pipeline_parallel",
+            "constraints",
+        )
+        for field in say_it_twice:
+            if getattr(self, field) is not None:
+                raise ValueError(f"placement_group says all of what is asked for; leave {field} out")
+        if self.replicas > 1:
+            raise ValueError(f"placement_group is one replica, not {self.replicas}; leave replicas out")
+        if self.remote:
+            raise ValueError(f"placement_group has GPUs, and {self.runtime_name} is remote; leave it out")
+        if self.owner != "caller":
+            raise ValueError(
+                f"placement_group is created by its caller, and owner is {self.owner}; call "
+                "placement.placement_group, or set owner to caller"
             )
 
     def _check_parallelism(self) -> None:
@@ -652,9 +796,14 @@ class Deployment(_Declared):
         """GPUs each replica has: 1 also where it is a share or a MIG instance; 0 for a remote one."""
         if self.remote:
             return 0
-        if self.gpus is None:
+        gpus = self._gpus_asked
+        if gpus is None:
             return (self.tensor_parallel or 1) * (self.pipeline_parallel or 1)
-        return self.gpus if isinstance(self.gpus, int) else 1
+        return gpus if isinstance(gpus, int) else 1
+
+    @property
+    def _gpus_asked(self) -> int | float | None:
+        return self.gpus if self.placement_group is None else self.placement_group.gpus
 
     @property
     def stages(self) -> int:
@@ -666,17 +815,18 @@ class Deployment(_Declared):
     @property
     def divisible(self) -> bool:
         """Whether a replica that no node can hold may be cut into stages: where nothing says how it is made up."""
-        return self.tensor_parallel is None and self.pipeline_parallel is None
+        laid_out = self.placement_group is not None
+        return self.tensor_parallel is None and self.pipeline_parallel is None and not laid_out
 
     @property
     def needs(self) -> Needs:
         """What each tensor-parallel group of a replica needs of a node's GPUs; mostly that is all of it."""
-        limits = self.constraints
+        limits, gpus = self.constraints, self._gpus_asked
         return Needs(
             gpus=self.gpus_per_replica // self.stages,
             within=self.within or Within.NODE,
             min_bandwidth_gb_per_s=self.min_bandwidth_gb_per_s or 0.0,
-            share=round(self.gpus * WHOLE) if isinstance(self.gpus, float) else WHOLE,
+            share=round(gpus * WHOLE) if isinstance(gpus, float) else WHOLE,
             memory_bytes=round((self.gpu_memory_gib or 0) * GIB),
             free_memory_bytes=round(((limits and limits.min_free_gpu_memory_gib) or 0) * GIB),
             profile=self.mig or "",
@@ -727,6 +877,7 @@ class Deployment(_Declared):
             **self.needs._asdict(),
             "stages": self.stages,
             "divisible": self.divisible,
+            "placement_group": self.placement_group and self.placement_group.model_dump(mode="json"),
             "provider": self.provider,
             "max_concurrent": self.egress_per_replica,
             "api_key": self.key_fingerprint,

@@ -14,7 +14,7 @@ from placement.core.mix import Mix
 from placement.core.planner import Step
 from placement.core.reconcile import Decision, Desired, Drop, Observed, Reserve, Wait, outcome, reconcile
 from placement.core.replicas import Plan, PlannedReplica
-from placement.core.request import Request
+from placement.core.request import Bundle, Request, Strategy
 from placement.core.score import WHOLE, slowest_group
 from placement.core.snapshot import Policy, Snapshot
 from placement.errors import UnknownNode, Unplaceable
@@ -260,6 +260,17 @@ def request_unchecked(
 ) -> Request:
     """The same, whether the nodes that it names are there or not."""
     limits = wanted.constraints or PlacementConstraints()
+    labels, bundles = limits.node_labels, tuple[Bundle, ...]()
+    cpu_milli = wanted.cpu_milli_per_gpu * wanted.needs.gpus
+    memory_bytes = wanted.memory_bytes_per_gpu * wanted.needs.gpus
+    if (layout := wanted.placement_group) is not None:
+        bundles = tuple(layout.planned())
+        cpu_milli, memory_bytes = (
+            sum(one.cpu_milli for one in bundles),
+            sum(one.memory_bytes for one in bundles),
+        )
+        if layout.on_one_node:
+            labels, bundles = {key: value for one in bundles for key, value in one.labels}, ()
     return Request(
         deployment=wanted.name,
         replicas=tuple(missing),
@@ -271,11 +282,11 @@ def request_unchecked(
         gpu_nodes=limits.gpu_nodes,
         egress_nodes=limits.egress_nodes,
         egress_preference=limits.egress_preference,
-        labels=limits.node_labels,
+        labels=labels,
         accelerators=limits.accelerators or (),
         compute_capability=limits.compute_capability,
-        cpu_milli=wanted.cpu_milli_per_gpu * wanted.needs.gpus,
-        memory_bytes=wanted.memory_bytes_per_gpu * wanted.needs.gpus,
+        cpu_milli=cpu_milli,
+        memory_bytes=memory_bytes,
         stages=wanted.stages,
         divisible=wanted.divisible,
         apart_from=limits.apart_from,
@@ -290,6 +301,8 @@ def request_unchecked(
         spread_label=limits.spread.label if limits.spread else None,
         max_per_domain=limits.spread.max if limits.spread else 0,
         standing=dict(standing),
+        bundles=bundles,
+        strategy=layout.strategy if layout and bundles else Strategy.STRICT_PACK,
     )
 
 

@@ -116,6 +116,13 @@ def test_the_driver_example_may_own_what_it_places(jobs: JobSubmissionClient, se
     assert settled(lambda: not left_over()), left_over()
 
 
+def test_the_example_of_rays_own_call_runs_as_a_job(jobs: JobSubmissionClient, service: Any) -> None:
+    status, code, output = run(jobs, EXAMPLES, f"{sys.executable} placement_group.py --gpus 2")
+    assert (status, code) == (JobStatus.SUCCEEDED, 0), output
+    assert "ranks on GPUs [0, 1]" in output
+    assert settled(lambda: not left_over()), left_over()
+
+
 OWNER = """
 import os, sys, time, ray
 ray.init(logging_level="ERROR")

@@ -15,6 +15,7 @@ import placement
 from placement import (
     AsyncClient,
     Client,
+    Deployment,
     InvalidDeployment,
     LeaseExpired,
     NodeAssignment,
@@ -365,3 +366,39 @@ def test_both_clients_have_the_same_methods() -> None:
         }
 
     assert methods(Client) == methods(AsyncClient)
+
+
+LAID_OUT = {"name": "mine", "model": "m", "runtime": "python", "owner": "caller"}
+FULL = NotEnoughGpus("mine", "none is free", {}, "wait")
+
+
+@pytest.mark.parametrize(
+    ("lifetime", "name", "told", "called"),
+    [(None, "", CALLER, "group-1"), ("detached", "theirs", {}, "theirs")],
+)
+def test_a_group_waits_for_room_and_is_called_what_its_owner_says(
+    lifetime: str | None, name: str, told: dict[str, str], called: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    layout = Deployment.model_validate({**LAID_OUT, "placement_group": {"bundles": [{"GPU": 1}]}})
+    service, groups = (
+        Service(FULL, LeaseExpired("mine", "none came"), FULL, loan(1), result(called)),
+        Groups(),
+    )
+    lifetimes: list[str | None] = []
+    create, groups.create = groups.create, lambda loan: lifetimes.append(loan.lifetime) or create(loan)  # type: ignore[func-returns-value, method-assign]
+    client = Client(service)
+    client._groups = groups
+    assert client._create_group(layout, name, lifetime, None) == groups.there[called]
+    waits = [call[3] for call in service.calls if call[0] == "lend"]
+    assert waits[0] == 0 and set(waits[1:]) == {float("inf")}
+    assert (lifetimes, service.calls[-1]) == ([lifetime], ("confirm", "loan-1", f"id-{called}"))
+    assert {str(call[-1]["caller"]) for call in service.calls if call[0] == "lend"} == {str(told)}
+    assert len(caplog.records) == 1 and "waits: cannot place 'mine'" in caplog.text
+
+
+def test_a_group_without_time_to_wait_is_refused_at_once() -> None:
+    layout = Deployment.model_validate({**LAID_OUT, "placement_group": {"bundles": [{"GPU": 1}]}})
+    service = Service(FULL)
+    with pytest.raises(NotEnoughGpus):
+        Client(service)._create_group(layout, "", None, 0)
+    assert len(service.calls) == 1

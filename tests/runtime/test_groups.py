@@ -45,3 +45,18 @@ def test_an_id_that_is_none_of_the_tokens_is_named_with_them(monkeypatch: pytest
         ValueError, match=r"GPU '9' is not in CUDA_VISIBLE_DEVICES at `ray start`, which was '7,5'"
     ):
         slots(monkeypatch, ["7", "5"])("9")
+
+
+def test_a_bundle_with_several_gpus_is_asked_once_for_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, float]] = []
+
+    def ask(group: str, bundle: int, share: float) -> list[int]:
+        asked.append((bundle, share))
+        return {0: [3, 2], 2: [5]}[bundle]
+
+    slots(monkeypatch, None)
+    node = NodeGroups("node", None)
+    monkeypatch.setattr(node, "_ask", ask)
+    assert node.gpus_of("group", [0, 0, 2]) == [2, 3, 5]  # type: ignore[arg-type]
+    assert node.gpus_of("group", [2], 0.25) == [5]  # type: ignore[arg-type]
+    assert asked == [(0, 2), (2, 1), (2, 0.25)]

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from placement.core.request import Strategy
 from placement.runtime import groups, leases
 from placement.runtime.leases import Lending, Loan
 from placement.runtime.results import PlacementResult
+from placement.wire.deployment import BundleLayout
 
 
 @pytest.fixture(autouse=True)
@@ -67,3 +69,25 @@ def test_a_group_that_comes_at_the_last_moment_is_not_lost(monkeypatch: pytest.M
     monkeypatch.setattr(leases, "Future", JustInTime)
     assert lending.create("g", [], []) == "id"
     assert not lending.is_over
+
+
+def test_how_bundles_are_spread_that_ray_is_to_place() -> None:
+    bundles, labels = ({"GPU": 1.0}, {"CPU": 1.0}), ({}, {"zone": "a"})
+    layout = BundleLayout(bundles=bundles, strategy=Strategy.SPREAD, bundle_label_selector=labels)
+
+    async def loan(nodes: list[str]) -> Loan:
+        lending = Lending("a", layout)
+        lending.begin(Future())
+        first = asyncio.ensure_future(lending.step())
+        await asyncio.sleep(0)
+        with ThreadPoolExecutor() as pool:
+            done = pool.submit(lending.create, "g", [*bundles], nodes)
+            got = await first
+            lending.end()
+            assert done.result() is None
+        assert isinstance(got, Loan)
+        return got
+
+    theirs = asyncio.run(loan(["node", ""]))
+    assert (theirs.strategy, theirs.labels, theirs.nodes) == ("SPREAD", labels, ["node", ""])
+    assert asyncio.run(loan(["node", "node"])).strategy == "PACK", "where each has its node, that says it all"

@@ -10,6 +10,7 @@ from placement import (
     PlacementConstraints,
     PlacementPlan,
     PlacementResult,
+    placement_group,
 )
 from placement.runtime.client import Event, Status
 
@@ -73,3 +74,8 @@ def refused(client: Client, wanted: Deployment) -> None:
 async def refused_to_async(client: AsyncClient) -> None:
     print(client.get("d").assignments)  # type: ignore[attr-defined]
     await client.follow()  # type: ignore[misc]
+
+
+def laid_out() -> None:
+    placement_group([{"GPU": 1, "CPU": 1}] * 4, "PACK", "group", within="nvlink", wait_seconds=0)
+    placement_group([{"GPU": 1}], stategy="PACK")  # type: ignore[call-arg]

@@ -1,0 +1,218 @@
+"""Replicas that are one placement group laid out bundle by bundle: which node each bundle goes to, and which GPUs.
+
+The strategies mean what they mean in Ray. ``STRICT_SPREAD`` finds a node for each bundle whenever there is a way to;
+``SPREAD`` does the same, and doubles up where there is none; ``PACK`` takes the one best node if one holds all, else
+fills node after node, the one that takes most first. The GPUs that a replica has on one node are one set, the best
+that is free: its bundles get them in ascending order, as Ray gives them.
+
+A bundle without GPUs is not planned: Ray finds a place for it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate, chain, groupby
+
+from placement.core.labels import meets
+from placement.core.replicas import Placed, PlannedReplica, take
+from placement.core.request import Bundle, Request, Strategy
+from placement.core.score import Needs, Within
+from placement.core.snapshot import Bits, Node, Rank, Snapshot, rank_of
+
+OTHERS = "has other bundles of the group"
+"""Why a bundle that finds no node may not be on one."""
+
+Layout = dict[Bits, list[int]]
+"""Node -> the bundles on it, by index."""
+
+
+def on_one_node(request: Request) -> Request | None:
+    """The request with all bundles together on one node; ``None`` if their labels ask for different nodes."""
+    labels = dict(request.labels)
+    for key, condition in {label for bundle in request.bundles for label in bundle.labels}:
+        if labels.setdefault(key, condition) != condition:
+            return None
+    return replace(request, labels=labels, bundles=(), strategy=Strategy.STRICT_PACK)
+
+
+def place(snapshot: Snapshot, request: Request, allowed: Bits) -> tuple[Request, Placed]:
+    """Places the one replica of a request whose bundles may lie on several nodes.
+
+    Returns:
+        The request, and where the replica is. If there is no room, what the first bundle asks for that finds no node,
+        and the nodes as it finds them.
+    """
+    room = _Room(snapshot, request, allowed)
+    layout, stuck = room.spread() if request.strategy in _SPREAD else room.pack()
+    if stuck is not None:
+        # If there is no node for it anyway, the others are not to blame.
+        others = layout if room.nodes_for(stuck) else ()
+        left_out = {bit: replace(snapshot.at(bit), problem=OTHERS) for bit in others}
+        return room.alone(stuck), ([], left_out)
+    [index] = request.replicas
+    first_rank = [0, *accumulate(bundle.gpus for bundle in request.bundles)]
+    planned: list[PlannedReplica] = []
+    changed: dict[Bits, Node] = {}
+    for bit, bundles in layout.items():
+        together, node = room.together(bundles), snapshot.at(bit)
+        taken = node.take(together.needs)
+        assert taken is not None
+        part, changed[bit] = take(index, node, taken._replace(gpus=tuple(sorted(taken.gpus))), together)
+        if len(layout) > 1:
+            ranks = (rank for i in sorted(bundles) for rank in range(first_rank[i], first_rank[i + 1]))
+            part = replace(part, ranks=tuple(ranks), set_size=len(part.gpus))
+        planned.append(part)
+    return request, (sorted(planned, key=lambda part: part.ranks), changed)
+
+
+_SPREAD = (Strategy.SPREAD, Strategy.STRICT_SPREAD)
+
+_Fill = tuple[int, Rank, tuple[int, ...]]
+"""What a node takes: minus its GPUs, how welcome it is then, how many bundles of each kind. Sorts the best first."""
+
+
+class _Room:
+    """Which bundles which node has room for."""
+
+    def __init__(self, snapshot: Snapshot, request: Request, allowed: Bits) -> None:
+        self._snapshot, self._request = snapshot, request
+        self._nodes = [bit for node in snapshot.nodes if (bit := snapshot.bit(node.id)) & allowed]
+        self._known: dict[tuple[Bits, Needs], Rank | None] = {}
+        self._ranked: dict[Bundle, list[Bits]] = {}
+        self._fills: dict[tuple[Bits, tuple[int, ...]], _Fill | None] = {}
+        bundles = request.bundles
+        # As Ray does: what is hardest to place comes first.
+        self._order = sorted(
+            (i for i, bundle in enumerate(bundles) if bundle.gpus),
+            key=lambda i: (
+                -bundles[i].gpus,
+                -bundles[i].cpu_milli,
+                -bundles[i].memory_bytes,
+                bundles[i].labels,
+                i,
+            ),
+        )
+
+    def together(self, bundles: Iterable[int]) -> Request:
+        """What some bundles ask for as one replica on one node, their labels aside."""
+        needs, cpu_milli, memory_bytes = self._total(bundles)
+        return replace(
+            self._request,
+            needs=needs,
+            cpu_milli=cpu_milli,
+            memory_bytes=memory_bytes,
+            bundles=(),
+            strategy=Strategy.STRICT_PACK,
+        )
+
+    def alone(self, bundle: int) -> Request:
+        """What one bundle asks for."""
+        labels = {**self._request.labels, **dict(self._request.bundles[bundle].labels)}
+        return replace(self.together((bundle,)), labels=labels, strategy=self._request.strategy)
+
+    def spread(self) -> tuple[Layout, int | None]:
+        """The bundles, each on a node of its own, as far as there is a way to; and the first that finds no node."""
+        node_of: dict[int, Bits] = {}
+        holder: dict[Bits, int] = {}
+        stuck = next((i for i in self._order if not self._find_own(i, node_of, holder)), None)
+        if stuck is None or self._request.strategy is Strategy.STRICT_SPREAD:
+            return {bit: [i] for bit, i in holder.items()}, stuck
+        layout: Layout = {}
+        for i in self._order:
+            ranked = [
+                (len(there), rank, bit)
+                for bit in self._nodes
+                if (rank := self._rank(bit, [*(there := layout.get(bit, [])), i])) is not None
+            ]
+            if not ranked:
+                return layout, i
+            layout.setdefault(min(ranked)[2], []).append(i)
+        return layout, None
+
+    def _find_own(self, bundle: int, node_of: dict[int, Bits], holder: dict[Bits, int]) -> bool:
+        """Finds a free node for a bundle, others moving over where that helps (an augmenting path); whether one is."""
+        comes: dict[Bits, int] = {}
+        waiting = deque([bundle])
+        while waiting:
+            one = waiting.popleft()
+            for bit in self.nodes_for(one):
+                if bit in comes:
+                    continue
+                comes[bit] = one
+                if bit in holder:
+                    waiting.append(holder[bit])
+                    continue
+                while True:
+                    one = comes[bit]
+                    left = node_of.get(one)
+                    node_of[one], holder[bit] = bit, one
+                    if left is None:
+                        return True
+                    bit = left
+        return False
+
+    def nodes_for(self, bundle: int) -> list[Bits]:
+        """The nodes with room for a bundle, the best first."""
+        key = self._request.bundles[bundle]
+        if key not in self._ranked:
+            ranks = [(rank, bit) for bit in self._nodes if (rank := self._rank(bit, [bundle])) is not None]
+            self._ranked[key] = [bit for _, bit in sorted(ranks)]
+        return self._ranked[key]
+
+    def pack(self) -> tuple[Layout, int | None]:
+        """The bundles on as few nodes as can be; and the first that finds no node."""
+        layout: Layout = {}
+        left = {kind: list(alike) for kind, alike in groupby(self._order, self._request.bundles.__getitem__)}
+        while any(left.values()):
+            fills = []
+            for bit in self._nodes:
+                if bit not in layout and (found := self._fill(bit, left)) is not None:
+                    fills.append((*found[:2], bit, found[2]))
+            if not fills:
+                return layout, min(chain(*left.values()), key=self._order.index)
+            *_, bit, counts = min(fills)
+            layout[bit] = [i for kind, count in zip(left, counts, strict=True) for i in left[kind][:count]]
+            left = {kind: alike[count:] for (kind, alike), count in zip(left.items(), counts, strict=True)}
+        return layout, None
+
+    def _fill(self, bit: Bits, left: Mapping[Bundle, Sequence[int]]) -> _Fill | None:
+        """Of each kind of bundle that is left, what a node takes, the largest first; ``None`` if nothing."""
+        free = len(self._snapshot.at(bit).free)
+        most = tuple(min(len(alike), free // kind.gpus) for kind, alike in left.items())
+        if (bit, most) not in self._fills:
+            taken: list[int] = []
+            counts: list[int] = []
+            for alike, count in zip(left.values(), most, strict=True):
+                before = len(taken)
+                for i in alike[:count]:
+                    if self._rank(bit, [*taken, i]) is None:
+                        break
+                    taken.append(i)
+                counts.append(len(taken) - before)
+            gpus = sum(self._request.bundles[i].gpus for i in taken)
+            rank = self._rank(bit, taken) if taken else None
+            self._fills[bit, most] = None if rank is None else (-gpus, rank, tuple(counts))
+        return self._fills[bit, most]
+
+    def _total(self, bundles: Iterable[int]) -> tuple[Needs, int, int]:
+        """What some bundles need of a node's GPUs, and the CPUs (thousandths) and memory that they take."""
+        several = [self._request.bundles[i] for i in bundles]
+        gpus = sum(bundle.gpus for bundle in several)
+        needs = self._request.needs._replace(gpus=gpus)
+        if gpus == 1:  # there is no link that a floor could be about
+            needs = needs._replace(within=Within.NODE, min_bandwidth_gb_per_s=0.0)
+        return needs, sum(one.cpu_milli for one in several), sum(one.memory_bytes for one in several)
+
+    def _rank(self, bit: Bits, bundles: Sequence[int]) -> Rank | None:
+        """How welcome a node is to these bundles together; ``None`` if it has no room for them."""
+        node = self._snapshot.at(bit)
+        if not all(meets(node.labels, *one) for i in bundles for one in self._request.bundles[i].labels):
+            return None
+        needs, cpu_milli, memory_bytes = self._total(bundles)
+        if node.cpu_milli < cpu_milli or node.memory_bytes < memory_bytes:
+            return None
+        if (bit, needs) not in self._known:
+            self._known[bit, needs] = rank_of(node, needs, self._request.policy)
+        return self._known[bit, needs]

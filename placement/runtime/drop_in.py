@@ -1,0 +1,147 @@
+"""``ray.util.placement_group`` on exact GPUs: the same call, the same group."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from ray.util.placement_group import PlacementGroup, validate_placement_group
+from ray.util.placement_group import placement_group as rays_own
+
+from placement.errors import InvalidDeployment, ServiceNotRunning
+from placement.runtime.client import Client
+from placement.wire.deployment import Deployment
+from placement.wire.files import parse_model
+
+WITHOUT_SERVICE = "PLACEMENT_WITHOUT_SERVICE"
+"""The variable that says what is done where the service does not run: ``start`` it, or leave it to ``ray``."""
+
+logger = logging.getLogger(__name__)
+
+
+def placement_group(
+    bundles: list[dict[str, float]],
+    strategy: str | None = "PACK",
+    name: str = "",
+    lifetime: str | None = None,
+    _soft_target_node_id: str | None = None,
+    bundle_label_selector: list[dict[str, str]] | None = None,
+    topology_strategy: dict[str, str] | None = None,
+    *,
+    within: str | None = None,
+    min_bandwidth_gb_per_s: float | None = None,
+    policy: str | None = None,
+    wait_seconds: float | None = None,
+) -> PlacementGroup:
+    """``ray.util.placement_group``, with the same arguments and result, on the best GPUs that are free.
+
+    The group is this process's own, as any that it makes by Ray: it ends with the process, or by
+    ``ray.util.remove_placement_group``, and is not placed anew. The service knows of it, and ``placement status`` shows
+    it. The GPUs that it has on one node are the set with the highest predicted all-reduce bandwidth; its bundles there
+    get them in ascending order. Without a GPU in any bundle, it is Ray's own call.
+
+    What differs from Ray's: it returns once the group is reserved and a worker in each bundle has confirmed its GPUs.
+    While there is no room it waits, as ``ray.get(pg.ready())`` would, in the queue of all that waits; a warning says
+    why, and Ray's autoscaler (v2) is asked for nodes. It blocks: in ``async`` code, use ``asyncio.to_thread``.
+
+    If the service does not run it is started. With PLACEMENT_WITHOUT_SERVICE=ray in the environment the group is Ray's
+    own then, and one warning says so.
+
+    Args:
+        bundles: what each takes of GPU, CPU and memory. GPUs are whole ones, of which actors may take shares; or one
+            bundle has a share of one.
+        strategy: PACK, STRICT_PACK, SPREAD or STRICT_SPREAD; each means what it means in Ray.
+        name: of the group, for ``ray.util.get_placement_group``.
+        lifetime: ``None``, or ``"detached"``: it stays until it is removed, or released by ``placement release``.
+        _soft_target_node_id: of no effect; to Ray it is a hint.
+        bundle_label_selector: label -> condition, for each bundle.
+        topology_strategy: refused.
+        within: floor for the GPUs that it has on one node: nvlink, switch, numa or node.
+        min_bandwidth_gb_per_s: floor for the same: predicted all-reduce bus bandwidth, GB/s per direction.
+        policy: which node goes first among those with room; see :class:`placement.Deployment`.
+        wait_seconds: how long to wait for room; ``None`` for as long as it takes, 0 not at all.
+
+    Raises:
+        ValueError: what Ray refuses.
+        InvalidDeployment: what is refused here: another resource in a bundle, 1.5 GPUs, several bundles of which one
+            has a share of a GPU, more than 4096 bundles, ``topology_strategy``.
+        Unplaceable: there is no room in time: ``NoGpuNodes``, ``NotEnoughGpus`` or ``BelowFloor``.
+        ReservationFailed, LeaseExpired: others kept taking the GPUs, or this process was too slow, until the time was
+            over. In every case nothing stays reserved.
+        RuntimeError: Ray is not connected.
+        ServiceNotRunning: the service cannot be started.
+
+    Example:
+        ::
+
+            from placement import placement_group  # instead of ray.util's
+
+            pg = placement_group([{"GPU": 1, "CPU": 1}] * 4, strategy="PACK")
+    """
+    further: dict[str, Any] = {} if topology_strategy is None else {"topology_strategy": topology_strategy}
+    asked: dict[str, Any] = {
+        "strategy": strategy,
+        "lifetime": lifetime,
+        "bundle_label_selector": bundle_label_selector,
+        **further,
+    }
+    validate_placement_group(bundles, _soft_target_node_id=_soft_target_node_id, **asked)
+    if not any(bundle.get("GPU") for bundle in bundles):
+        return rays_own(bundles, name=name, **asked)
+    if topology_strategy is not None:
+        problem = (
+            "topology_strategy is not supported; use strategy, and bundle_label_selector for the domain, or call "
+            "ray.util.placement_group, which chooses no GPUs"
+        )
+        raise InvalidDeployment("placement_group", (problem,))
+    layout = {"bundles": bundles, "strategy": strategy, "bundle_label_selector": bundle_label_selector}
+    floors = {"within": within, "min_bandwidth_gb_per_s": min_bandwidth_gb_per_s, "policy": policy}
+    wanted = _deployment(name, layout, floors)
+    client = _client()
+    if client is None:
+        return rays_own(bundles, name=name, **asked)
+    group = client._create_group(wanted, name, lifetime, wait_seconds)
+    return PlacementGroup(group.id, bundle_cache=[{k: float(v) for k, v in one.items()} for one in bundles])
+
+
+def _deployment(name: str, layout: Mapping[str, Any], floors: Mapping[str, Any]) -> Deployment:
+    """What the service is told of a group: a deployment, under a name that no other has."""
+    known_as = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:48] or "placement-group"
+    fields = {
+        "name": f"{known_as}-{secrets.token_hex(4)}",
+        "model": known_as,
+        "runtime": "python",
+        "owner": "caller",
+        "placement_group": {key: value for key, value in layout.items() if value is not None},
+        **{key: value for key, value in floors.items() if value is not None},
+    }
+    return parse_model(Deployment, fields, "placement_group")
+
+
+def _client() -> Client | None:
+    """The service, started if need be; ``None`` where it does not run and is not to be started."""
+    try:
+        return Client()
+    except ServiceNotRunning:
+        instead = os.environ.get(WITHOUT_SERVICE, "start")
+        if instead not in ("start", "ray"):
+            problem = f"{instead!r} is not what to do without the service; set it to start or to ray"
+            raise InvalidDeployment(WITHOUT_SERVICE, (problem,)) from None
+        if instead == "start":
+            return Client.start()
+        _warn_once()
+        return None
+
+
+@cache
+def _warn_once() -> None:
+    logger.warning(
+        "the placement service does not run, and %s=ray: placement_group(...) is Ray's own, on whatever GPUs Ray "
+        "gives; start the service with `placement up`",
+        WITHOUT_SERVICE,
+    )

@@ -1,0 +1,330 @@
+"""``placement.placement_group``: Ray's own call, on exact GPUs, with real workers in the bundles."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import ray
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+import placement
+from placement import Client, InvalidDeployment, NotEnoughGpus, placement_group
+from placement.runtime.embedded import SimulatedNode
+from tests.integration.conftest import left_over, settled, worker_at
+from tests.integration.test_place import another_user, node_id
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+
+ROOT = Path(__file__).parents[2]
+ONE = {"GPU": 1, "CPU": 1}
+TWO = {"GPU": 2, "CPU": 2}
+
+DRIVER = """
+import sys, ray
+from placement import placement_group
+ray.init(sys.argv[1], _node_ip_address=sys.argv[1].split(":")[0], log_to_driver=False, logging_level="ERROR")
+lifetime, name = sys.argv[2:] or (None, "")
+pg = placement_group([{"GPU": 2}] * 2, strategy="STRICT_SPREAD", name=name, lifetime=lifetime)
+print(pg.id.hex(), flush=True)
+lifetime or sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster_nodes() -> list[SimulatedNode]:
+    return [
+        SimulatedNode(name, topology="a100-pcie-4x", labels={"host": name}) for name in ("pcie", "pcie-b")
+    ]
+
+
+class Bundle(NamedTuple):
+    """What a worker in a bundle says: on which node it is, and all GPUs of the bundle."""
+
+    node: str
+    gpus: list[int]
+
+
+def bundles_of(group: PlacementGroup) -> list[Bundle]:
+    """What is in each bundle that has a GPU."""
+    names = {node["NodeID"]: node["NodeName"] for node in ray.nodes()}
+    found = []
+    for i, specs in enumerate(group.bundle_specs):
+        if gpus := specs.get("GPU"):
+            inside = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i)
+            worker = worker_at({"num_gpus": gpus, "num_cpus": 0, "scheduling_strategy": inside})
+            found.append(Bundle(names[worker.node], sorted(map(int, worker.gpus))))
+    return found
+
+
+def known(service: Any) -> list[str]:
+    return [one["name"] for one in ray.get(service.status.remote())["deployments"]]
+
+
+@pytest.fixture
+def neighbours(service: Any) -> Iterator[None]:
+    """Another Ray user has GPU 0 of each node."""
+    users = [another_user("pcie"), another_user("pcie-b")]
+    yield
+    for user in users:
+        ray.kill(user)
+
+
+@pytest.fixture
+def removed() -> Iterator[list[PlacementGroup]]:
+    """Groups that are removed after the test."""
+    groups: list[PlacementGroup] = []
+    yield groups
+    for group in groups:
+        remove_placement_group(group)
+
+
+def test_without_the_service_it_is_rays_own_with_one_warning_where_that_is_told(
+    address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Comes before all that have the service started."""
+    monkeypatch.setenv("PLACEMENT_WITHOUT_SERVICE", "ray")
+    with caplog.at_level(logging.WARNING, "placement"):
+        groups = [placement_group([ONE], name=name) for name in ("first", "second")]
+    assert all(group.wait(30) for group in groups)
+    assert len(caplog.records) == 1 and "start the service with `placement up`" in caplog.text
+    for group in groups:
+        remove_placement_group(group)
+    monkeypatch.setenv("PLACEMENT_WITHOUT_SERVICE", "pray")
+    with pytest.raises(InvalidDeployment, match="'pray' is not what to do without the service"):
+        placement_group([ONE])
+    with pytest.raises(placement.ServiceNotRunning):
+        placement.connect()
+    assert settled(lambda: not left_over()), left_over()
+
+
+def test_without_the_service_it_is_started(address: str) -> None:
+    group = placement_group([{"GPU": 4}], name="started")
+    assert group.bundle_specs == [{"GPU": 4.0}]
+    assert len(Client().status()["deployments"]) == 1
+    remove_placement_group(group)
+    assert settled(lambda: not left_over()), left_over()
+
+
+def test_one_gpu_for_each_bundle(service: Any, neighbours: None, removed: list[PlacementGroup]) -> None:
+    here = [{"host": "pcie"}] * 2
+    group = placement_group([ONE] * 2, strategy="PACK", bundle_label_selector=here, wait_seconds=0)
+    removed.append(group)
+    assert type(group) is PlacementGroup
+    assert group.wait(10) and ray.get(group.ready()) == group
+    assert group.bundle_specs == [{"GPU": 1.0, "CPU": 1.0}] * 2
+    assert bundles_of(group) == [("pcie", [2]), ("pcie", [3])], "Ray alone would give 1 and 2"
+
+
+def test_a_bundle_of_two_gpus_on_each_of_two_nodes(
+    service: Any, neighbours: None, removed: list[PlacementGroup]
+) -> None:
+    group = placement_group([TWO] * 2, strategy="STRICT_SPREAD", within="nvlink", wait_seconds=0)
+    removed.append(group)
+    assert sorted(bundles_of(group)) == [("pcie", [2, 3]), ("pcie-b", [2, 3])]
+    with pytest.raises(NotEnoughGpus, match="has fewer than 2 GPUs free"):
+        placement_group([TWO], wait_seconds=0)
+
+
+def test_unequal_parts_of_a_packed_group_and_a_bundle_without_gpus(
+    service: Any, removed: list[PlacementGroup]
+) -> None:
+    neighbour = another_user("pcie")
+    try:
+        group = placement_group([{"CPU": 0.5}, *[{"GPU": 1}] * 6], name="unequal", wait_seconds=0)
+        removed.append(group)
+        on = bundles_of(group)
+    finally:
+        ray.kill(neighbour)
+    assert on == [*(("pcie-b", [gpu]) for gpu in range(4)), ("pcie", [2]), ("pcie", [3])]
+    assert len(placement_group_table(group)["bundles_to_node_id"]) == 7
+    assert get_placement_group("unequal") == group
+
+
+def test_a_share_is_put_on_the_gpu_that_is_shared_already(
+    service: Any, removed: list[PlacementGroup]
+) -> None:
+    for _ in range(2):
+        removed.append(placement_group([{"GPU": 0.25, "CPU": 0.5}], strategy="SPREAD", wait_seconds=0))
+    first, second = (bundles_of(group) for group in removed)
+    assert first == second and len(first) == 1
+
+
+def test_what_is_removed_can_be_had_again_at_once_and_is_forgotten(
+    service: Any, removed: list[PlacementGroup]
+) -> None:
+    for _ in range(3):
+        group = placement_group([{"GPU": 4}] * 2, strategy="SPREAD", name="again", wait_seconds=0)
+        assert len(known(service)) == 1
+        remove_placement_group(group)
+    assert settled(lambda: not known(service)), known(service)
+    assert settled(lambda: not left_over()), left_over()
+
+
+def test_a_service_that_starts_anew_knows_groups_by_whatever_name(
+    service: Any, removed: list[PlacementGroup]
+) -> None:
+    group = placement_group([{"GPU": 4}], name="kept", wait_seconds=0)
+    removed.append(group)
+    ray.kill(service, no_restart=False)
+    assert known(service) and settled(lambda: "the service has started anew" in str(Client().events()))
+    assert known(service)[0].startswith("kept-") and get_placement_group("kept") == group
+    on = bundles_of(group)
+    other = placement_group([{"GPU": 4}], wait_seconds=0)
+    removed.append(other)
+    assert sorted(on + bundles_of(other)) == [("pcie", [0, 1, 2, 3]), ("pcie-b", [0, 1, 2, 3])]
+
+
+@pytest.fixture
+def driver(address: str) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Another driver, which makes a group."""
+    drivers: list[subprocess.Popen[str]] = []
+
+    def new(*arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", DRIVER, address, *arguments]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        pipe = subprocess.PIPE
+        drivers.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env))
+        return drivers[-1]
+
+    yield new
+    for process in drivers:
+        process.kill()
+        process.wait()
+
+
+def says(driver: subprocess.Popen[str]) -> str:
+    assert driver.stdout is not None
+    return driver.stdout.readline().strip()
+
+
+def test_a_driver_that_is_killed_leaves_nothing(
+    service: Any, driver: Callable[..., subprocess.Popen[str]]
+) -> None:
+    process = driver()
+    assert says(process)
+    assert settled(lambda: ray.available_resources().get("GPU") == 4), left_over()
+    process.kill()
+    assert settled(lambda: not left_over()), left_over()
+    assert settled(lambda: not known(service)), known(service)
+
+
+def test_a_detached_group_outlives_its_driver_until_somebody_removes_it(
+    service: Any, driver: Callable[..., subprocess.Popen[str]]
+) -> None:
+    process = driver("detached", "stays")
+    group_id = says(process)
+    assert process.wait(60) == 0
+    [name] = known(service)
+    assert name.startswith("stays-")
+    group = PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id)))
+    assert sorted(bundles_of(group)) == [("pcie", [0, 1]), ("pcie-b", [0, 1])]
+    remove_placement_group(group)
+    assert settled(lambda: not left_over() and not known(service)), left_over()
+
+
+def test_callers_at_once_queue(
+    service: Any, removed: list[PlacementGroup], caplog: pytest.LogCaptureFixture
+) -> None:
+    with ThreadPoolExecutor() as pool, caplog.at_level(logging.WARNING, "placement"):
+        asked = [pool.submit(placement_group, [{"GPU": 1}] * 2, wait_seconds=60) for _ in range(4)]
+        removed += [one.result() for one in asked]
+        held = [(node, gpu) for group in removed for node, gpus in bundles_of(group) for gpu in gpus]
+        assert len(set(held)) == 8, "nobody was refused, and none has another's"
+        waiting = pool.submit(placement_group, [{"GPU": 1}] * 2)
+        assert settled(lambda: "waits: cannot place" in caplog.text)
+        remove_placement_group(removed[0])
+        removed[0] = waiting.result(60)
+    assert bundles_of(removed[0])
+
+
+def test_what_ray_refuses_is_refused_as_ray_does_and_the_rest_with_the_fix(service: Any) -> None:
+    for wrong in (
+        {"bundles": []},
+        {"bundles": [ONE], "strategy": "STRICT"},
+        {"bundles": [ONE], "lifetime": "x"},
+    ):
+        with pytest.raises(ValueError):
+            placement_group(**wrong)
+    with pytest.raises(InvalidDeployment, match="bundle 0 asks for 1.5 GPUs"):
+        placement_group([{"GPU": 1.5}])
+    with pytest.raises(InvalidDeployment, match="topology_strategy is not supported; use strategy"):
+        placement_group([ONE], strategy=None, topology_strategy={"ray.io/gpu-domain": "STRICT_PACK"})
+    with pytest.raises(InvalidDeployment, match="within"):
+        placement_group([ONE] * 2, within="rack")
+
+
+def test_without_a_gpu_it_is_rays_own(service: Any, removed: list[PlacementGroup]) -> None:
+    removed.append(placement_group([{"CPU": 1}], name="cpus"))
+    assert removed[0].wait(30) and known(service) == []
+
+
+@ray.remote(num_cpus=0)
+class Probe:
+    """What a framework starts in a bundle: alone to ask for its GPU, or beside others that share it."""
+
+    def where(self) -> tuple[str, list[int]]:
+        context = ray.get_runtime_context()
+        return context.get_node_id(), sorted(map(int, context.get_accelerator_ids()["GPU"]))
+
+
+@pytest.mark.parametrize(
+    ("framework", "bundles", "asked", "share", "gpus"),
+    [
+        ("verl", [ONE] * 2, {"strategy": "STRICT_PACK", "name": "pool-0:2"}, 0.5, 2),
+        ("OpenRLHF", [ONE] * 4, {"strategy": "PACK"}, 0.25, 4),
+        ("slime", [ONE] * 4, {"strategy": "PACK"}, 1, 4),
+        ("SkyRL", [TWO] * 2, {"strategy": "PACK"}, 2, 4),
+        ("Train", [ONE] * 2, {"strategy": "SPREAD", "bundle_label_selector": [{"host": "!x"}] * 2}, 1, 2),
+        ("Data", [ONE] * 2, {"strategy": "PACK", "lifetime": None}, 1, 2),
+        ("Serve", [{"CPU": 0.1}, {"GPU": 1}, {"GPU": 1}], {"strategy": "PACK", "name": "replica"}, 1, 2),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_the_steps_that_frameworks_take(
+    service: Any,
+    neighbours: None,
+    framework: str,
+    bundles: list[dict[str, float]],
+    asked: dict[str, Any],
+    share: float,
+    gpus: int,
+) -> None:
+    """Make a group, wait for it, read its table, start actors in each bundle, sort them by node and GPU, remove it."""
+    group = placement_group(bundles, **asked)
+    assert ray.get(group.ready()) == group and group.wait(30)
+    nodes = placement_group_table(group)["bundles_to_node_id"]
+    actors: dict[int, list[Any]] = {}
+    for i, specs in enumerate(group.bundle_specs):
+        inside = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i)
+        several = int(specs.get("GPU", 0) / share)
+        options = {"num_gpus": share, "scheduling_strategy": inside}
+        actors[i] = [Probe.options(**options).remote() for _ in range(several)]
+    found = {i: ray.get([actor.where.remote() for actor in several]) for i, several in actors.items()}
+    assert all(node == nodes[i] for i, several in found.items() for node, _ in several)
+    assert all(one == several[0] for several in found.values() for one in several), "they share the GPUs"
+    order = [several[0] for several in found.values() if several]
+    by_node: dict[str, list[list[int]]] = {}
+    for node, ids in order:
+        by_node.setdefault(node, []).append(ids)
+    assert all(ids == sorted(ids) for ids in by_node.values()), "sorting by GPU leaves the bundles in order"
+    held = [(node, gpu) for node, ids in order for gpu in ids]
+    assert len(set(held)) == gpus
+    assert not {(node_id(name), 0) for name in ("pcie", "pcie-b")} & set(held)
+    pairs = [{gpu for at, gpu in held if at == node} for node in by_node]
+    assert framework == "Train" or {2, 3} in pairs, "one node at least gives its bridged pair"
+    remove_placement_group(group)
+    assert settled(lambda: ray.available_resources()["GPU"] == 6), left_over()
