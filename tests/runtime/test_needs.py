@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from placement.core.request import Request
+from placement.core.request import Bundle, Request, Strategy
 from placement.core.score import GIB, Needs, Within
 from placement.runtime.needs import Need, Way, by_type, needs_of
 from placement.wire.node_types import NodeType
@@ -177,3 +177,19 @@ def test_the_type_that_would_do_is_named_or_what_each_lacks(wanted: Request, sai
 def test_of_many_types_the_first_few_are_named() -> None:
     many = [NodeType(f"t{number}", {"GPU": 1.0}, {}, 1) for number in range(6)]
     assert by_type(the_need(request(2)), many).endswith("t3 has 1 of 2 GPUs; and 2 more)")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "together"),
+    [(Strategy.PACK, True), (Strategy.SPREAD, False), (Strategy.STRICT_SPREAD, False)],
+)
+def test_bundles_are_asked_for_apart_and_where_that_will_do_first_together(
+    strategy: Strategy, together: bool
+) -> None:
+    bundles = Bundle(2, 2000), Bundle(1, 1000)
+    request = Request("d", (0,), Needs(3), cpu_milli=3000, bundles=bundles, strategy=strategy)
+    needs = needs_of(request, [0])
+    assert isinstance(needs, dict)
+    [need] = needs.values()
+    apart = Way(((("GPU", 2), ("CPU", 2.0)), (("GPU", 1), ("CPU", 1.0))))
+    assert need.ways == ((Way(((("GPU", 3.0), ("CPU", 3.0)),)), apart) if together else (apart,))
