@@ -27,6 +27,9 @@ def main() -> None:
     parser.add_argument(
         "--owned", action="store_true", help="all of it ends with this process, even if that is killed"
     )
+    parser.add_argument(
+        "--wait", type=float, default=0.0, metavar="SECONDS", help="how long to wait for room"
+    )
     args = parser.parse_args()
 
     ray.init(address="auto", log_to_driver=False)
@@ -38,7 +41,8 @@ def main() -> None:
             gpus=args.gpus,
             replicas=args.replicas,
             owner="caller" if args.owned else "detached",
-        )
+        ),
+        wait_seconds=args.wait,
     )
     try:
         for assignment in result.assignments:
