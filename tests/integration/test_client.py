@@ -171,7 +171,7 @@ class Lender:
     def _loan(self) -> Loan:
         number = len(self.confirmed)
         return Loan(
-            str(number), "mine", f"lent-{number}-{id(self)}", [{"GPU": 1.0}] * 2, [self.node] * 2, 5.0
+            str(number), "mine", f"lent-{number}-{id(self)}", [{"GPU": 1.0}] * 2, [self.node] * 2, seconds=5.0
         )
 
     async def lend(

@@ -108,7 +108,7 @@ class Groups(OwnGroups):
 
 
 def loan(number: int) -> Loan:
-    return Loan(f"loan-{number}", "mine", f"group-{number}", [{"GPU": 1.0}], ["aa"], 1.5)
+    return Loan(f"loan-{number}", "mine", f"group-{number}", [{"GPU": 1.0}], ["aa"])
 
 
 def result(*names: str) -> PlacementResult:
