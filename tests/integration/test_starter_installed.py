@@ -50,23 +50,7 @@ def told(address: str, runtime_env: dict[str, Any]) -> str:
     return refused.value.problem
 
 
-@pytest.fixture(scope="module")
-def without(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("bare")
-    absent = "raise ModuleNotFoundError(\"No module named 'placement'\", name='placement')"
-    (folder / "placement.py").write_text(absent)
-    with cluster(folder) as address:
-        yield address
-
-
-@pytest.mark.parametrize(
-    "runtime_env",
-    [{}, {"env_vars": {"MARK": "1"}}, {"py_modules": [str(PACKAGE)]}],
-    ids=["nothing", "env_vars", "py_modules"],
-)
-def test_what_the_cluster_lacks_is_said_with_the_fix(without: str, runtime_env: dict[str, Any]) -> None:
-    """Code that a driver brings along is not the service's, so that it does not help."""
-    assert "on the head node: No module named 'placement'" + FIX == told(without, runtime_env)
+# These two first: one cluster at a time.
 
 
 @pytest.fixture
@@ -88,3 +72,22 @@ def test_openstacks_placement_beside_ours_is_told(theirs: Path) -> None:
         problem = told(address, {})
     assert problem.startswith("on the head node: ray-placement and openstack-placement (in ")
     assert problem.endswith(FIX)
+
+
+@pytest.fixture(scope="module")
+def without(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("bare")
+    absent = "raise ModuleNotFoundError(\"No module named 'placement'\", name='placement')"
+    (folder / "placement.py").write_text(absent)
+    with cluster(folder) as address:
+        yield address
+
+
+@pytest.mark.parametrize(
+    "runtime_env",
+    [{}, {"env_vars": {"MARK": "1"}}, {"py_modules": [str(PACKAGE)]}],
+    ids=["nothing", "env_vars", "py_modules"],
+)
+def test_what_the_cluster_lacks_is_said_with_the_fix(without: str, runtime_env: dict[str, Any]) -> None:
+    """Code that a driver brings along is not the service's, so that it does not help."""
+    assert "on the head node: No module named 'placement'" + FIX == told(without, runtime_env)
