@@ -32,6 +32,9 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112
 # The process in the cluster that stands for a ray:// client starts within 30 s, says Ray; not beside other tests.
 os.environ["RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S"] = "120"
+# That process is forked by one with gRPC threads, and gRPC's handlers of a fork then end it with a segmentation
+# fault now and then (seen with grpcio 1.85: "Starting Ray client server failed", and nothing in its log).
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
 if "PYTEST_XDIST_WORKER" in os.environ:  # beside others: Ray notes in this folder which cluster is the latest
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="r-")
 
