@@ -343,15 +343,6 @@ class Agents:
         with self._lock:
             return frozenset(self._silent())
 
-    def unreachable(self) -> dict[str, float]:
-        """Node id -> seconds that its actor has shown no sign of life, of those that were given up.
-
-        Nothing can be reserved there before it answers again, which is noticed by itself.
-        """
-        with self._lock:
-            self._silent()
-            return self._unreachable()
-
     def _unreachable(self) -> dict[str, float]:
         now = time.monotonic()
         return {

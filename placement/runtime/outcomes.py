@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -125,7 +125,7 @@ class _Place:
 
 
 class Queues:
-    """One at a time by name, first come, first served; for event loops and threads alike.
+    """One at a time by name, first come, first served; the callers may be in several event loops.
 
     No name is kept once nobody has or awaits its turn.
     """
@@ -149,22 +149,6 @@ class Queues:
         try:
             if not self._enter(name, place):
                 await begun
-            yield
-        finally:
-            self._leave(name, place)
-
-    @contextmanager
-    def thread_turn(self, name: str) -> Iterator[None]:
-        """The same for a thread, which waits.
-
-        Raises:
-            Busy: 4,096 wait already.
-        """
-        begun = threading.Event()
-        place = _Place(begun.set)
-        try:
-            if not self._enter(name, place):
-                begun.wait()
             yield
         finally:
             self._leave(name, place)

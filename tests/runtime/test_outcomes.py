@@ -239,7 +239,7 @@ def test_how_many_wait_for_their_turn_is_bounded_over_all_names(monkeypatch: pyt
     asyncio.run(scene())
 
 
-def test_threads_and_several_loops_take_turns() -> None:
+def test_several_loops_take_turns() -> None:
     queues, inside, most, done = Queues(), 0, 0, list[int]()
 
     def work() -> None:
@@ -257,15 +257,8 @@ def test_threads_and_several_loops_take_turns() -> None:
 
         await asyncio.gather(*(change() for _ in range(100)))
 
-    def thread() -> None:
-        for _ in range(100):
-            with queues.thread_turn("d"):
-                work()
-
     with ThreadPoolExecutor(6) as pool:
-        for one in [pool.submit(asyncio.run, scene()) for _ in range(3)] + [
-            pool.submit(thread) for _ in range(3)
-        ]:
+        for one in [pool.submit(asyncio.run, scene()) for _ in range(6)]:
             one.result(60)
     assert (len(done), most, queues.names()) == (600, 1, [])
 
@@ -277,18 +270,24 @@ def test_who_waits_in_a_loop_that_is_closed_is_passed_over() -> None:
         async with queues.turn("d"):
             order.append(who)
 
-    with queues.thread_turn("d"):
+    async def scene() -> None:
+        async with queues.turn("d"):
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(abandon).result(10)
+                other = pool.submit(asyncio.run, asyncio.wait_for(change("other"), 0.05))
+                with suppress(TimeoutError):
+                    other.result(10)
+            assert order == []
+
+    def abandon() -> None:
         loop = asyncio.new_event_loop()
         loop.set_exception_handler(lambda loop, context: None)  # that its task is destroyed
         task = loop.create_task(change("abandoned"))
         loop.run_until_complete(asyncio.sleep(0))
         assert not task.done()
         loop.close()
-        with ThreadPoolExecutor(1) as pool:
-            other = pool.submit(asyncio.run, asyncio.wait_for(change("other"), 0.05))
-            with suppress(TimeoutError):
-                other.result(10)
-            assert order == []
+
+    asyncio.run(scene())
     asyncio.run(change("next"))
     assert (order, queues.names()) == (["next"], [])
 
