@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 import ray
-from click.testing import CliRunner
 from ray.util.placement_group import placement_group_table
 
 import placement
 from placement import Client
-from placement.cli.main import main
 from placement.runtime.embedded import EmbeddedCluster, SimulatedNode
 from placement.wire.cluster import ClusterFile
 from placement.wire.files import load_deployments, parse_model
 from placement.wire.plans import plan_deployments
 from tests.integration.conftest import left_over, settled
+from tests.integration.test_cli import Run
+from tests.integration.test_cli import run as run
 from tests.integration.test_leases import Driver
 
 pytestmark = pytest.mark.integration
@@ -83,7 +83,8 @@ def test_gpu_nodes_give_what_their_free_gpus_can_spare(service: Any) -> None:
     result = ray.get(service.place.remote(on_cpus("large", 4, replicas=6)))
     assert Counter(nodes_of(result)) == {"cpu-a": 2, "cpu-b": 2, "gpu": 2}
     with pytest.raises(
-        placement.NoCpuNodes, match="needs 4 CPUs on one node; at best gpu has 0 of its 4 CPUs to spare"
+        placement.NoCpuNodes,
+        match="at best head has 2 CPUs .* 1 node: has not 4 CPUs to spare beside its free GPUs",
     ):
         ray.get(service.place.remote(on_cpus("more", 4)))
     pair = ray.get(
@@ -93,7 +94,7 @@ def test_gpu_nodes_give_what_their_free_gpus_can_spare(service: Any) -> None:
 
 
 def test_what_waits_is_placed_when_there_is_room_and_shown_meanwhile(
-    service: Any, address: str, tmp_path: Path
+    service: Any, run: Run, tmp_path: Path
 ) -> None:
     ray.get(service.apply.remote(on_cpus("first", 7, replicas=2)))
     waits = ray.get(service.apply.remote(on_cpus("second", 6, replicas=2)))
@@ -101,9 +102,9 @@ def test_what_waits_is_placed_when_there_is_room_and_shown_meanwhile(
     assert "replica 1 needs 6 CPUs on one node; at best" in waits.pending[1]
 
     def told(*command: str) -> str:
-        done = CliRunner().invoke(main, [*command, "--address", address], catch_exceptions=False)
-        assert done.exit_code in (0, 1), done.output
-        return done.output
+        done = run(*command)
+        assert done.returncode in (0, 1), done.stderr
+        return done.stdout
 
     assert "CPUs: 7 of 8  first/" in told("status")
     assert "6 CPUs" in told("status", "--deployment", "second")
@@ -118,7 +119,7 @@ def test_what_waits_is_placed_when_there_is_room_and_shown_meanwhile(
     wanted_file.write_text('[[deployments]]\nname = "third"\nmodel = "m"\ncpus = 1.5\nreplicas = 2\n')
     explained = told("plan", "--explain", str(wanted_file))
     assert "CPUs and memory" in explained and "1.5 CPUs" in explained
-    assert "+" in told("diff", str(wanted_file))
+    assert "third: new, 2 replicas on head, gpu" in told("diff", str(wanted_file))
 
     ray.get(service.release.remote("first"))
     assert settled(lambda: not ray.get(service.get.remote("second")).pending)
