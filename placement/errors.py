@@ -186,6 +186,12 @@ class NoEgressNodes(Unplaceable):
         self.provider = provider
 
 
+class NoCpuNodes(Unplaceable):
+    """No node has the CPUs and the memory free for a CPU replica, or none that the constraints allow."""
+
+    code = "no_cpu_nodes"
+
+
 class NotEnoughGpus(Unplaceable):
     """There are GPU nodes, but not this many GPUs free together.
 

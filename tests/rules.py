@@ -41,6 +41,7 @@ SHAPES: st.SearchStrategy[dict[str, Any]] = st.one_of(
     st.fixed_dictionaries({"gpus": st.sampled_from((1, 1, 2, 4))}),
     st.fixed_dictionaries({"gpus": st.sampled_from((0.25, 0.5))}),
     st.fixed_dictionaries({"tensor_parallel": st.sampled_from((1, 2, 4)), "pipeline_parallel": st.just(2)}),
+    st.fixed_dictionaries({"cpus": st.sampled_from((1, 2)), "memory_gib": st.just(0.25)}),
     st.fixed_dictionaries(
         {
             "runtime": st.just("openai"),

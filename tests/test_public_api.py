@@ -36,6 +36,7 @@ ERRORS = [
     errors.MatrixError(3, "GPU2 has 3 links"),
     errors.MissingSecret("runtime_config.api_key.from_env", "KEY", "is not set"),
     errors.NoGpuNodes("d", "none", {"reason": 1}, "add one"),
+    errors.NoCpuNodes("d", "none", {"reason": 1}, "add one"),
     errors.NoEgressNodes("d", "none", {"reason": 1}, "add one", "openai"),
     errors.BelowFloor("d", "too slow", {"reason": 2}, "add some"),
     errors.InvalidClusterFile("c.json: nodes: wrong; write it again"),

@@ -21,6 +21,7 @@ from placement.core.snapshot import GPU_DOMAIN_LABEL, Bits, Node, Snapshot
 from placement.core.topology import Path, Topology, _components, ordinals
 from placement.errors import (
     BelowFloor,
+    NoCpuNodes,
     NoEgressNodes,
     NoGpuNodes,
     NotEnoughEgress,
@@ -123,6 +124,8 @@ def refusal_of(request: Request, index: int, sifted: Sifted) -> Unplaceable:
     """Why replica ``index`` finds no place, by what became of the nodes for it."""
     # A refusal names the stage at which no node was left, and what would help: else the planner is at fault.
     assert sifted[3] and sifted[2] and not sifted[0].stages[-1].kept, (request, sifted[0].stages)
+    if request.on_cpus:
+        return _refuse_cpus(request, index, sifted)
     return (_refuse_gpus if request.provider is None else _refuse_egress)(request, index, sifted)
 
 
@@ -176,6 +179,18 @@ def _refuse_egress(request: Request, index: int, sifted: Sifted) -> Unplaceable:
     return NoEgressNodes(name, summary, excluded, advice, provider)
 
 
+def _refuse_cpus(request: Request, index: int, sifted: Sifted) -> Unplaceable:
+    sieve, miss, advice, stage = sifted
+    excluded = Explanation(0, tuple(sieve.stages)).excluded
+    if stage == "spread":
+        summary = f"replica {index} finds no node: {miss}"
+        return Unplaceable(request.deployment, summary, excluded, advice)
+    summary = "the cluster has no node" if stage == "nodes" else "no node may be used"
+    if stage == "CPUs and memory":
+        summary = f"replica {index} needs {describe_cpus(request)} on one node; at best {miss}"
+    return NoCpuNodes(request.deployment, summary, excluded, advice)
+
+
 Sifted = tuple[_Sieve, str, str, str]
 """The sieve, the nearest miss, the advice, and the stage at which no node was left (empty if some are)."""
 
@@ -190,6 +205,8 @@ def _no_egress(provider: str) -> str:
 
 def sift(snapshot: Snapshot, request: Request) -> Sifted:
     """What became of every node for the next replica of ``request``, whatever the deployment is called."""
+    if request.on_cpus:
+        return _sift_cpus(snapshot, request)
     return _sift_gpus(snapshot, request) if request.provider is None else _sift_egress(snapshot, request)
 
 
@@ -202,6 +219,18 @@ def describe(needs: Needs) -> str:
     if needs.share < WHOLE:
         return f"{needs.share / WHOLE:g} of a GPU"
     return counted(needs.gpus, "GPU")
+
+
+def _cpus(milli: int) -> str:
+    return f"{milli / 1000:g} CPU" + "s" * (milli != 1000)
+
+
+def describe_cpus(request: Request) -> str:
+    """``4 CPUs and 8 GiB of memory``: what a replica takes beside its GPUs, or without any; empty for nothing."""
+    amounts = [_cpus(request.cpu_milli)] if request.cpu_milli else []
+    if request.memory_bytes:
+        amounts.append(f"{request.memory_bytes / GIB:.3g} GiB of memory")
+    return " and ".join(amounts)
 
 
 def _sets(count: int, needs: Needs, more: str = "") -> str:
@@ -230,8 +259,8 @@ def limits(request: Request) -> list[tuple[str, Objection]]:
     return _lasting_limits(Kind.of(request)) + _passing_limits(request)
 
 
-def egress_limits(request: Request) -> list[tuple[str, Objection]]:
-    """The same for a remote replica, which no limit on GPUs concerns."""
+def limits_without_gpus(request: Request) -> list[tuple[str, Objection]]:
+    """The same for a remote or a CPU replica, which no limit on GPUs concerns."""
     return _label_limits(request.labels.items()) + _passing_limits(request)
 
 
@@ -276,12 +305,17 @@ def _lasting_limits(kind: Kind) -> list[tuple[str, Objection]]:
 
 
 def short_of(request: Request) -> Objection | None:
-    """The question about CPUs and memory, if the request takes any."""
-    cpu, memory = request.cpu_milli, request.memory_bytes
+    """The question about CPUs and memory, if the request takes any.
+
+    On a node with free GPUs a CPU replica takes only CPUs that these can spare.
+    """
+    cpu, memory, spared = request.cpu_milli, request.memory_bytes, request.spared_milli
     if not cpu and not memory:
         return None
 
     def objection(node: Node) -> str | None:
+        if spared and cpu <= node.cpu_milli < cpu + spared * node.free_slots:
+            return f"has not {_cpus(cpu)} to spare beside its free GPUs"
         if node.cpu_milli < cpu:
             return (
                 f"has less than {cpu / 1000:g} CPU free"
@@ -295,7 +329,16 @@ def short_of(request: Request) -> Objection | None:
 
 def eligible(snapshot: Snapshot, request: Request) -> Bits:
     """The nodes that nothing but a lack of room excludes."""
+    if request.on_cpus:
+        return _eligible_for_cpus(snapshot, request)
     return open_to(snapshot, Kind.of(request)) & _unobjected(snapshot, _passing_limits(request))
+
+
+def _eligible_for_cpus(snapshot: Snapshot, request: Request) -> Bits:
+    asked, (_, names) = limits_without_gpus(request), request.only_nodes
+    sound = (node for node in snapshot.nodes if node.problem is None)
+    allowed = snapshot.select(node for node in sound if not any(objection(node) for _, objection in asked))
+    return allowed if names is None else allowed & snapshot.named(names)
 
 
 def open_to(snapshot: Snapshot, kind: Kind) -> Bits:
@@ -318,10 +361,14 @@ def _unobjected(snapshot: Snapshot, asked: list[tuple[str, Objection]]) -> Bits:
     )
 
 
+_ALL: Bits = -1
+"""All nodes, however many there are."""
+
+
 def roomy(snapshot: Snapshot, request: Request) -> Bits:
-    """The nodes with the CPUs and the memory for one set of GPUs."""
+    """The nodes with the CPUs and the memory for one set of GPUs, or for one CPU replica."""
     short = short_of(request)
-    return snapshot.usable if short is None else snapshot.select(n for n in snapshot.nodes if not short(n))
+    return _ALL if short is None else snapshot.select(n for n in snapshot.nodes if not short(n))
 
 
 def _unlike(key: str, condition: str) -> Objection:
@@ -573,13 +620,8 @@ def _sift_egress(snapshot: Snapshot, request: Request) -> Sifted:
     ):
         advice = f"start one with `ray start --resources='{{\"{resource}\": 64}}'`"
         return sieve, "", advice, "egress nodes"
-    if not sieve.put("constraints", _outside("egress_nodes", request.egress_nodes)):
-        return sieve, "", "widen constraints.egress_nodes", "constraints"
-    if not sieve.put("health", lambda node: node.problem):
-        return sieve, "", _REPAIR, "health"
-    for stage, objection in egress_limits(request):
-        if not sieve.put(stage, objection):
-            return sieve, "", f"loosen the constraint ({stage}), or add a node that meets it", stage
+    if stopped := _not_permitted(sieve, request):
+        return stopped
 
     def left(node: Node) -> int:
         return max(node.egress_for(provider).values())
@@ -603,13 +645,59 @@ def _sift_egress(snapshot: Snapshot, request: Request) -> Sifted:
             f"raise {resource} on a node",
         )
         return sieve, miss, advice, "egress capacity"
-    if request.max_per_domain:
-        full = _full_domains(snapshot, request)
-        if not sieve.put(*_spread_stage(request, full)):
-            label = request.spread_label or ""
-            advice = _any_of("raise constraints.spread.max", f"add an egress node with another {label}")
-            return sieve, _spread_miss(request), advice, "spread"
-    return sieve, miss, "", ""
+    return _spread_too_far(snapshot, sieve, request, "an egress node") or (sieve, miss, "", "")
+
+
+def _sift_cpus(snapshot: Snapshot, request: Request) -> Sifted:
+    sieve, what = _Sieve(snapshot.nodes), describe_cpus(request)
+    if not sieve.put("nodes", lambda node: None):
+        return sieve, "", "start one with `ray start --num-cpus=N`", "nodes"
+    if stopped := _not_permitted(sieve, request):
+        return stopped
+    candidates = list(sieve.left)
+    short = short_of(request)
+    met = sieve.put("CPUs and memory", lambda node: None if short is None else short(node))
+    miss = ""
+    if sieve.dropped:
+
+        def spare(node: Node) -> int:
+            return max(0, node.cpu_milli - request.spared_milli * node.free_slots)
+
+        most = max(sieve.dropped, key=lambda node: (spare(node), node.memory_bytes, node.name))
+        has = _cpus(most.cpu_milli)
+        if spare(most) < most.cpu_milli:
+            has = f"{spare(most) / 1000:g} of its {has} to spare beside its free GPUs,"
+        miss = f"{most.name} has {has} and {most.memory_bytes / GIB:.3g} GiB free"
+    if not met:
+        others = any(node.replicas > request.standing.get(node.id, 0) for node in candidates)
+        advice = _any_of(
+            "ask for fewer cpus" + (" or less memory_gib" if request.memory_bytes else ""),
+            "release something" if others else "",
+            f"add a node with {what}",
+        )
+        return sieve, miss, advice, "CPUs and memory"
+    return _spread_too_far(snapshot, sieve, request, "a node") or (sieve, miss, "", "")
+
+
+def _not_permitted(sieve: _Sieve, request: Request) -> Sifted | None:
+    """What excludes the last node for a replica without GPUs before room is looked at, if that does."""
+    field, names = request.only_nodes
+    if not sieve.put("constraints", _outside(field, names)):
+        return sieve, "", f"widen constraints.{field}", "constraints"
+    if not sieve.put("health", lambda node: node.problem):
+        return sieve, "", _REPAIR, "health"
+    for stage, objection in limits_without_gpus(request):
+        if not sieve.put(stage, objection):
+            return sieve, "", f"loosen the constraint ({stage}), or add a node that meets it", stage
+    return None
+
+
+def _spread_too_far(snapshot: Snapshot, sieve: _Sieve, request: Request, a_node: str) -> Sifted | None:
+    """The same at the question whether a domain has too many replicas already."""
+    if not request.max_per_domain or sieve.put(*_spread_stage(request, _full_domains(snapshot, request))):
+        return None
+    advice = _any_of("raise constraints.spread.max", f"add {a_node} with another {request.spread_label}")
+    return sieve, _spread_miss(request), advice, "spread"
 
 
 def _spread_stage(request: Request, full: Collection[str]) -> tuple[str, Objection]:

@@ -4,7 +4,8 @@ Rules, in order:
 
 1. A replica's GPUs lie on one node; those of a larger one on several, one tensor-parallel group on one node
    or in one NVLink domain (:mod:`placement.core.gangs`); those of a placement group laid out bundle by bundle as its
-   strategy says (:mod:`placement.core.bundles`). A remote replica's capacity lies on one egress node.
+   strategy says (:mod:`placement.core.bundles`). A remote replica's capacity lies on one egress node, the CPUs and the
+   memory of a CPU replica on one node.
 2. All replicas are placed, or none.
 3. A node is left out that has no set of GPUs as close together, or as fast, as the request demands.
 4. A GPU replica goes where the best set on offer is fastest; among equals, to the node with the fewest
@@ -16,7 +17,11 @@ Rules, in order:
    that already serve the same (provider, API key) so that they can share a rate limiter, then to the one with
    the most capacity left. Its units come from the node's own resource for the provider, or, where that has too
    few left, from the general one.
-6. The last key is the node's name and id: the same input gives the same plan, to the letter.
+6. A CPU replica goes to a node without GPUs where one has room, whatever the policy; among equals, to the one with the
+   fewest replicas of the same deployment, then to the one with the fewest CPUs free, so that large requests keep room.
+   On a node with GPUs it takes CPUs that these can spare, and leaves ``spared_milli`` for each GPU that is free; the
+   node with the fewest free GPUs goes first.
+7. The last key is the node's name and id: the same input gives the same plan, to the letter.
 """
 
 from __future__ import annotations
@@ -28,7 +33,15 @@ from functools import cached_property, reduce
 from operator import or_
 
 from placement.core import bundles, gangs
-from placement.core.explanation import Sifted, egress_limits, eligible, refusal_of, roomy, short_of, sift
+from placement.core.explanation import (
+    Sifted,
+    eligible,
+    limits_without_gpus,
+    refusal_of,
+    roomy,
+    short_of,
+    sift,
+)
 from placement.core.replicas import Crowd, Placed, Plan, PlannedReplica, take
 from placement.core.request import Request, Strategy
 from placement.core.snapshot import Bits, Node, Policy, Snapshot, rank_of
@@ -207,7 +220,11 @@ def _place_local(snapshot: Snapshot, request: Request) -> tuple[Request, Placed]
             if placed[0]:
                 return one, placed
         return bundles.place(snapshot, request, nodes)
-    allowed = nodes if request.policy is Policy.FRAGMENTATION else nodes & roomy(snapshot, request)
+    # That policy looks at CPUs by itself, but not at what is to be spared.
+    look = request.policy is not Policy.FRAGMENTATION or request.spared_milli
+    allowed = nodes & roomy(snapshot, request) if look else nodes
+    if request.on_cpus:
+        return request, _place_singly(snapshot, request, allowed)
     if request.stages == request.parts == 1:
         placed = _place_singly(snapshot, request, allowed)
         if len(placed[0]) == len(request.replicas):
@@ -261,11 +278,17 @@ def _place_kindly(snapshot: Snapshot, request: Request, allowed: Bits) -> Placed
 
     room, mix = room_of(snapshot), snapshot.mix.plus(request)
     crowd = Crowd(snapshot, request, allowed)
+    short = short_of(request) if request.spared_milli else None
+    with_gpus = snapshot.usable if request.on_cpus else 0
     planned: list[PlannedReplica] = []
     changed: dict[Bits, Node] = {}
     try:
         for index in request.replicas:
-            found = room.choose(request, mix, crowd.open(), crowd.on)
+            wanted = crowd.open()
+            if with_gpus:  # those without come first
+                apart = [bits & ~with_gpus for bits in wanted] + [bits & with_gpus for bits in wanted]
+                wanted = [bits for bits in apart if bits]
+            found = room.choose(request, mix, wanted, crowd.on)
             if found is None:
                 break
             bit, taken = found
@@ -273,6 +296,8 @@ def _place_kindly(snapshot: Snapshot, request: Request, allowed: Bits) -> Placed
             planned.append(replica)
             room.update(bit, changed[bit])
             crowd.add(bit)
+            if short and short(changed[bit]):
+                crowd.close(bit)
     finally:
         for bit in changed:
             room.update(bit, snapshot.at(bit))
@@ -283,7 +308,7 @@ def _place_remote(snapshot: Snapshot, request: Request) -> tuple[Request, Placed
     """Places as many replicas as there is capacity for."""
     provider = request.provider or ""
     identity = request.calls
-    asked = egress_limits(request)
+    asked = limits_without_gpus(request)
     named = None if request.egress_nodes is None else snapshot.named(request.egress_nodes)
     candidates: dict[Bits, Node] = {}
     for node in snapshot.nodes:

@@ -14,7 +14,7 @@ from placement.core.snapshot import Bits, Node, Snapshot, Take
 
 @dataclass(frozen=True)
 class PlannedReplica:
-    """What one replica takes on one node: GPUs, or egress units.
+    """What one replica takes on one node: GPUs, egress units, or CPUs alone.
 
     A replica over several nodes is several of these with the same ``replica_index``.
 
@@ -24,7 +24,7 @@ class PlannedReplica:
         set_size: GPUs of each of the sets that the replica is made of; 0 where all of its GPUs are one.
         share: thousandths of each GPU.
         profile: that of the MIG instance which ``gpus`` is; empty for a GPU.
-        cpu_milli, memory_bytes: CPUs (thousandths) and memory that it takes as well.
+        cpu_milli, memory_bytes: CPUs (thousandths) and memory that it takes as well, or alone.
     """
 
     replica_index: int

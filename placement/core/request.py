@@ -39,19 +39,22 @@ class Request:
 
     Attributes:
         replicas: indices of the replicas to place.
-        needs: what each needs of a node's GPUs; of no meaning where ``provider`` is set.
+        needs: what each needs of a node's GPUs; none where ``provider`` is set, and for a CPU replica.
         stages: a replica is so many times ``needs``: tensor-parallel groups, one for each pipeline stage.
         parts: a group lies on so many nodes of one NVLink domain, ``needs`` on each.
         divisible: a replica that no node can hold may be cut into stages.
         policy: which node goes first among those with room.
         provider, key: what a remote replica calls, and the fingerprint of its API key.
         egress: egress units per remote replica.
-        gpu_nodes, egress_nodes: only these nodes, by id, name or address; ``None`` means any.
+        gpu_nodes, egress_nodes, cpu_nodes: only these nodes, by id, name or address; ``None`` means any. The one counts
+            that is of its kind: :attr:`only_nodes`.
         egress_preference: egress nodes to try first, best first.
         labels: label -> condition, in Ray's syntax (``"a"``, ``"!a"``, ``"in(a, b)"``, ``"!in(a, b)"``).
         accelerators: accelerator types, as Ray names them.
         compute_capability: the least that will do.
-        cpu_milli, memory_bytes: CPUs (thousandths) and memory that it takes for each ``needs`` as well.
+        cpu_milli, memory_bytes: CPUs (thousandths) and memory that it takes for each ``needs`` as well; all that a CPU
+            replica takes.
+        spared_milli: CPUs (thousandths) that a CPU replica leaves on its node for each GPU that is free there.
         apart_from, near_to: deployments that must not, or must, have a replica on the node.
         kept_away_by: deployments that ask to be apart from this one: they must not be on the node either.
         spread_label, max_per_domain: at most so many replicas on nodes with one value of that label.
@@ -74,11 +77,13 @@ class Request:
     gpu_nodes: tuple[str, ...] | None = None
     egress_nodes: tuple[str, ...] | None = None
     egress_preference: tuple[str, ...] = ()
+    cpu_nodes: tuple[str, ...] | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     accelerators: tuple[str, ...] = ()
     compute_capability: tuple[int, int] | None = None
     cpu_milli: int = 0
     memory_bytes: int = 0
+    spared_milli: int = 0
     apart_from: tuple[str, ...] = ()
     near_to: tuple[str, ...] = ()
     kept_away_by: tuple[str, ...] = ()
@@ -94,16 +99,39 @@ class Request:
         return None if self.provider is None else (self.provider, self.key or "")
 
     @property
+    def on_cpus(self) -> bool:
+        """Whether it is for CPU replicas, which have no GPUs and call no provider."""
+        return self.provider is None and not self.needs.gpus
+
+    @property
+    def only_nodes(self) -> tuple[str, tuple[str, ...] | None]:
+        """The constraint that names nodes for replicas of this kind, and the nodes that it names."""
+        if self.provider is not None:
+            return "egress_nodes", self.egress_nodes
+        return ("cpu_nodes", self.cpu_nodes) if self.on_cpus else ("gpu_nodes", self.gpu_nodes)
+
+    @property
     def likeness(self) -> Hashable:
         """Equal for requests of which, for as many replicas, all have room or none has, and for the same reasons.
 
-        ``None`` where it matters who is where.
+        ``None`` where it matters who is where, and where a GPU that is taken makes room for CPU replicas.
         """
         stand = any(self.standing.values())
-        if self.apart_from or self.near_to or self.kept_away_by or (stand and self.max_per_domain):
+        if (
+            self.spared_milli
+            or self.apart_from
+            or self.near_to
+            or self.kept_away_by
+            or (stand and self.max_per_domain)
+        ):
             return None
-        names = self.gpu_nodes if self.provider is None else self.egress_nodes
-        limits = names, tuple(sorted(self.labels.items())), self.spread_label, self.max_per_domain, stand
+        limits = (
+            self.only_nodes,
+            tuple(sorted(self.labels.items())),
+            self.spread_label,
+            self.max_per_domain,
+            stand,
+        )
         if self.provider is not None:
             return self.provider, self.egress, limits
         sizes = self.needs, self.stages, self.parts, self.divisible, self.cpu_milli, self.memory_bytes

@@ -139,7 +139,7 @@ class Needs(NamedTuple):
 
 
 NO_GPUS = Needs(0)
-"""What a remote replica needs of GPUs."""
+"""What a remote replica needs of GPUs, and one on CPUs."""
 
 
 class Offer(NamedTuple):

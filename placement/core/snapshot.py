@@ -131,6 +131,11 @@ class Node:
         return len(self.topology) - len(self.slots)
 
     @property
+    def free_slots(self) -> int:
+        """How many whole GPUs and MIG instances are wholly free."""
+        return len(self.free) + sum(profile != UNKNOWN_PROFILE for profile in self.instances.values())
+
+    @property
     def profiles(self) -> frozenset[str]:
         """The profiles of its MIG instances, as far as they are known."""
         return frozenset(self.slots.values()) - {UNKNOWN_PROFILE}
@@ -168,6 +173,8 @@ class Node:
         A share goes on the GPU that is shared already and on which it leaves the least; only if there is none
         on a whole one, the one that others miss least. ``crowded`` GPUs are avoided where that costs nothing.
         """
+        if not needs.gpus:
+            return Take((), WHOLE, 0)
         if needs.profile:
             slots = self.instances_for(needs)
             return Take((min(slots),), WHOLE, 0) if slots else None
@@ -281,7 +288,10 @@ def _plus(counts: Mapping[K, int], key: K, more: int) -> Mapping[K, int]:
 
 
 class Policy(StrEnum):
-    """Which node goes first among those with room."""
+    """Which node goes first among those with room.
+
+    For CPU replicas it is one without GPUs under every policy; then CPUs count instead of GPUs (:meth:`rank_of_cpus`).
+    """
 
     TOPOLOGY = "topology"
     """The fastest set on offer; then fewest replicas of the same deployment; then what others miss least.
@@ -318,6 +328,19 @@ class Policy(StrEnum):
                 return (), (replicas,)
             case Policy.LEAST_LOADED:
                 return (-free,), (slowness, loss, rest)
+
+    def rank_of_cpus(self, node: Node) -> Rank:
+        """Sorts nodes by how welcome their CPUs are to CPU replicas: under every policy those without GPUs first."""
+        gpus = len(node.topology) > 0
+        match self:
+            case Policy.PACK:
+                return (gpus, node.cpu_milli), ()
+            case Policy.ROUND_ROBIN:
+                return (gpus,), (node.replicas,)
+            case Policy.LEAST_LOADED:
+                return (gpus, -node.cpu_milli), ()
+            case _:  # the fullest: fewest others could use what is left
+                return (gpus,), (node.free_slots if gpus else node.cpu_milli,)
 
 
 Rank = tuple[tuple[Any, ...], tuple[Any, ...]]
@@ -600,7 +623,12 @@ def _is_usable(node: Node) -> bool:
 
 
 def rank_of(node: Node, needs: Needs, policy: Policy) -> Rank | None:
-    """How welcome a node is to a request; ``None`` if it has no GPUs for it that are good enough."""
+    """How welcome a node is to a request; ``None`` if it has no GPUs for it that are good enough.
+
+    Whether it has the CPUs is not looked at.
+    """
+    if not needs.gpus:
+        return policy.rank_of_cpus(node)
     offer = node.offer(needs)
     if offer is None or offer.slowness > needs.slowest:
         return None
@@ -610,4 +638,5 @@ def rank_of(node: Node, needs: Needs, policy: Policy) -> Rank | None:
 
 def _usable_rank(node: Node, needs: Needs, policy: Policy) -> Rank | None:
     """The same; ``None`` too if nothing may be placed there."""
-    return rank_of(node, needs, policy) if _is_usable(node) else None
+    usable = _is_usable(node) if needs.gpus else node.problem is None
+    return rank_of(node, needs, policy) if usable else None

@@ -57,6 +57,9 @@ def _holds(snapshot: Snapshot, parts: Replica, before: Request, after: Request) 
         return False
     if after.calls is not None:
         return before.egress == after.egress
+    if after.on_cpus:
+        takes = [(one.cpu_milli, one.memory_bytes) for one in (before, after)]
+        return before.on_cpus and takes[0] == takes[1]
     old, new = before.needs, after.needs
     counts = [len(part.gpus) for part in parts]
     if (before.bundles, before.strategy) != (after.bundles, after.strategy):
@@ -77,10 +80,7 @@ def _holds(snapshot: Snapshot, parts: Replica, before: Request, after: Request) 
 
 def _may_be_on(node: Node, before: Request, after: Request) -> bool:
     """Whether a node meets the limits that changed."""
-    remote = after.calls is not None
-    was, allowed = (
-        (before.egress_nodes, after.egress_nodes) if remote else (before.gpu_nodes, after.gpu_nodes)
-    )
+    (_, was), (_, allowed) = before.only_nodes, after.only_nodes
     if allowed is not None and was != allowed and not any(map(node.named, allowed)):
         return False
     if (set(after.apart_from) - set(before.apart_from)) & node.deployments.keys():
@@ -90,7 +90,7 @@ def _may_be_on(node: Node, before: Request, after: Request) -> bool:
     for label, condition in after.labels.items():
         if before.labels.get(label) != condition and not meets(node.labels, label, condition):
             return False
-    return remote or _has_the_gpus(node, before, after)
+    return after.calls is not None or after.on_cpus or _has_the_gpus(node, before, after)
 
 
 def _has_the_gpus(node: Node, before: Request, after: Request) -> bool:

@@ -133,8 +133,8 @@ class Client(_Connected):
             UnknownNode: the constraints name a node that the cluster lacks.
             UnreadableRecord: the ledger has a record of that name that the service cannot read.
             DeploymentConflict: the name stands with another declaration.
-            Unplaceable: it fits nowhere in time: ``NoGpuNodes``, ``NotEnoughGpus``, ``NoEgressNodes``,
-                ``NotEnoughEgress`` or ``BelowFloor``.
+            Unplaceable: it fits nowhere in time: ``NoGpuNodes``, ``NotEnoughGpus``, ``BelowFloor``,
+                ``NoEgressNodes``, ``NotEnoughEgress`` or ``NoCpuNodes``.
             ReservationFailed: others kept taking the GPUs.
             LeaseExpired: this process was too slow to create a group, twice; or the actor ``owner`` has ended. In every
                 case nothing of it stays reserved.

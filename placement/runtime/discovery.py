@@ -220,7 +220,7 @@ def node_state(
         name=info.name,
         address=info.address,
         egress={name: int(amounts[name]) for name in info.egress},
-        cpu_milli=int(amounts["CPU"] * 1000),
+        cpu_milli=int(amounts["CPU"] * 1000 + 1e-3),
         memory_bytes=int(amounts["memory"]),
         serving=dict(tally.serving),
         deployments=dict(tally.deployments),

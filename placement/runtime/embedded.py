@@ -22,7 +22,8 @@ import ray
 from placement import topologies
 from placement.runtime.discovery import TOPOLOGY_LABEL
 
-SIZE = {"num_cpus": 2, "object_store_memory": 80_000_000}
+CPUS = 2
+SIZE = {"object_store_memory": 80_000_000}
 NETWORKS = tuple(f"127.0.{number}" for number in (0, *range(16, 64)))
 IN_USE_PORT = 6378
 """Who has this port at address 1 of a network has the network."""
@@ -38,6 +39,7 @@ class SimulatedNode:
         gpus: GPU count where there is no catalogue entry.
         resources: custom resources, such as ``{"egress_openai": 64}``.
         labels: further node labels.
+        cpus: CPUs that Ray is told of.
         env: environment variables of the node's raylet, and so of its workers.
     """
 
@@ -46,6 +48,7 @@ class SimulatedNode:
     gpus: int = 0
     resources: Mapping[str, float] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
+    cpus: int = CPUS
     env: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -73,6 +76,7 @@ class EmbeddedCluster:
             node_ip_address=self.host,
             node_name="head",
             num_gpus=0,
+            num_cpus=CPUS,
             include_dashboard=self._dashboard,
             dashboard_host=self.host,
             # Jobs go to the head's agent, which listens on every address: beside another cluster's, not at Ray's port.
@@ -92,6 +96,7 @@ class EmbeddedCluster:
             node_ip_address=f"{self._network.prefix}.{3 + self._count % 250}",
             node_name=node.name,
             num_gpus=gpus,
+            num_cpus=node.cpus,
             resources=dict(node.resources),
             labels=labels,
             env_vars=dict(node.env) or None,

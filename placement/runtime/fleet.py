@@ -195,9 +195,9 @@ class Fleet:
         refusals: list[Refusal] = []
         calls: dict[str, Any] = {}
         try:
-            if claim.deployment.remote:
+            if not claim.deployment.gpus_per_replica:
                 for node_id, replicas in by_node.items():
-                    self._reserve_egress(nodes[node_id], claim, replicas, names, reserved, refusals, create)
+                    self._reserve_amounts(nodes[node_id], claim, replicas, names, reserved, refusals, create)
             elif create is not None or any(replica.ranks for replica in claim.replicas):
                 self._reserve_groups(nodes, claim, names, reserved, refusals, create)
             else:
@@ -343,7 +343,7 @@ class Fleet:
             )
             reserved.append(self._note_reserved(one.order.name, assignment))
 
-    def _reserve_egress(
+    def _reserve_amounts(
         self,
         info: NodeInfo,
         claim: Claim,
@@ -353,12 +353,11 @@ class Fleet:
         refusals: list[Refusal],
         create: Creator | None,
     ) -> None:
-        """Reserves egress capacity. There are no slots to steer, so that Ray's own table verifies it."""
-        units = claim.deployment.egress_per_replica
+        """Reserves egress capacity, or CPUs. There are no slots to steer, so that Ray's own table verifies it."""
 
         def made() -> Iterator[tuple[PlannedReplica, PlacementGroup | None]]:
             for replica in replicas:
-                name, bundle = names[replica.replica_index], {replica.egress_resource or "": float(units)}
+                name, bundle = names[replica.replica_index], _bundle(replica)
                 if create is not None:
                     faults.point("service.lent")
                     yield replica, create(name, [bundle], [info.id])
@@ -372,7 +371,8 @@ class Fleet:
             if group is None or not groups.ready_or_removed(group) or groups.node_of_group(group) != info.id:
                 if group is not None:
                     groups.remove_group(group)
-                reason = "another Ray user took egress capacity meanwhile"
+                what = "CPUs or memory" if replica.egress_resource is None else "egress capacity"
+                reason = f"another Ray user took {what} meanwhile"
                 refusals.append(Refusal(info.id, info.name, 1, reason))
                 continue
             assignment = NodeAssignment(
@@ -383,6 +383,16 @@ class Fleet:
                 bundle_indices=[0],
                 node_name=info.name,
                 egress_resource=replica.egress_resource,
-                egress_units=units,
+                egress_units=replica.egress_units,
+                cpus=replica.cpu_milli / 1000,
+                memory_bytes=replica.memory_bytes,
             )
             reserved.append((names[replica.replica_index], assignment))
+
+
+def _bundle(replica: PlannedReplica) -> dict[str, float]:
+    """What the one bundle of a replica without GPUs takes."""
+    if replica.egress_resource is not None:
+        return {replica.egress_resource: float(replica.egress_units)}
+    amounts = {"CPU": replica.cpu_milli / 1000, "memory": float(replica.memory_bytes)}
+    return {resource: amount for resource, amount in amounts.items() if amount}

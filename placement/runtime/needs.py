@@ -1,4 +1,4 @@
-"""What a set of GPUs, or a remote replica's capacity, that waits asks of a node that is not there yet. Pure.
+"""What a set of GPUs, a remote replica or a CPU replica that waits asks of a node that is not there yet. Pure.
 
 A new node is known by what its type promises: resources and labels. What depends on more (the links between its
 GPUs, how much of their memory is free) shows only once it is there.
@@ -10,12 +10,13 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from placement.core.explanation import describe
+from placement.core.explanation import describe, describe_cpus
 from placement.core.labels import meets, parse_condition
 from placement.core.request import Request, Strategy
 from placement.core.score import GIB, WHOLE
 from placement.wire.accelerators import accelerator_type
 from placement.wire.node_types import NodeType
+from placement.wire.plans import SPARED_MILLI
 
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
 
@@ -113,7 +114,10 @@ def _short(way: Way, one: NodeType) -> str:
         if have is None:
             if resource not in ("CPU", "memory"):
                 return f"has no {resource}"
-        elif most > have:
+            continue
+        if resource == "CPU" and "GPU" not in way.total:
+            have = max(0.0, have - SPARED_MILLI / 1000 * one.resources.get("GPU", 0.0))
+        if most > have:
             return f"has {_of(resource, have, most)}"
         elif amount > have * one.max_workers:
             return f"has {_of(resource, have * one.max_workers, amount)}, on {one.max_workers} nodes"
@@ -156,13 +160,12 @@ def needs_of(
 
 def _untold(request: Request) -> str:
     """Which constraint cannot be told to the autoscaler, if there is one."""
-    remote = request.provider is not None
-    named = "egress_nodes" if remote else "gpu_nodes"
-    if (request.egress_nodes if remote else request.gpu_nodes) is not None:
+    named, nodes = request.only_nodes
+    if nodes is not None:
         return f"constraints.{named} names nodes that are there"
     if request.near_to:
         return "constraints.near_to asks for a node on which another deployment is"
-    if remote:
+    if request.provider is not None or request.on_cpus:
         return ""
     if request.needs.free_memory_bytes:
         return "constraints.min_free_gpu_memory_gib is not known of a node before it is there"
@@ -176,7 +179,7 @@ def _conditions(request: Request, full_domains: Collection[str]) -> Conditions |
     conditions: Conditions = {}
     for key, text in request.labels.items():
         conditions[key] = parse_condition(text)
-    if request.provider is None and request.accelerators:
+    if request.provider is None and not request.on_cpus and request.accelerators:
         names = {
             name for asked in request.accelerators for name in (asked, accelerator_type(f"NVIDIA {asked}"))
         }
@@ -225,6 +228,8 @@ def _local(request: Request, labels: tuple[tuple[str, str], ...]) -> Need:
     if request.divisible and request.stages * request.parts == 1 and needs.whole and needs.gpus > 1:
         each = _amounts(1.0, request.cpu_milli / needs.gpus, request.memory_bytes // needs.gpus)
         ways.append(Way((each,) * needs.gpus, smaller_than=needs.gpus))
+    if request.on_cpus:
+        return Need(describe_cpus(request), tuple(ways), labels)
     beside = f", {request.cpu_milli / 1000:g} CPUs" if request.cpu_milli else ""
     beside += f", {request.memory_bytes / GIB:.3g} GiB of memory" if request.memory_bytes else ""
     return Need(describe(needs) + beside, tuple(ways), labels)

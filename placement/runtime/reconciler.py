@@ -178,7 +178,7 @@ class Reconciler:
         ) -> tuple[list[NodeInfo], Decision, list[Claim]]:
             inventory, deployment = self.fleet.inventory, work.wanted.deployment
             avoided = work.refused | self.fleet.agents.suspect()
-            if not deployment.remote:
+            if deployment.gpus_per_replica:
                 if deployment.needs.free_memory_bytes:
                     inventory.refresh(nodes, again=True, max_age_seconds=FRESH_SECONDS)
                 else:
@@ -187,7 +187,7 @@ class Reconciler:
             if avoided:
                 with contextlib.suppress(Unplaceable):
                     return nodes, *self._decide_with(work, nodes, lag_seconds, fresh, avoided)
-                if not deployment.remote:
+                if deployment.gpus_per_replica:
                     inventory.refresh(nodes)
             return nodes, *self._decide_with(work, nodes, lag_seconds, fresh, accept=accept)
 

@@ -193,11 +193,13 @@ class _Held:
     Attributes:
         occupants: GPU -> who is on it.
         units: egress resource -> units.
+        cpus: of CPU replicas.
     """
 
     def __init__(self) -> None:
         self.occupants: dict[int, list[dict[str, Any]]] = {}
         self.units: dict[str, int] = {}
+        self.cpus = 0.0
 
     def add(self, name: str, a: NodeAssignment) -> None:
         for gpu in a.gpus:
@@ -205,6 +207,7 @@ class _Held:
             self.occupants.setdefault(gpu, []).append(who)
         if a.egress_resource is not None:
             self.units[a.egress_resource] = self.units.get(a.egress_resource, 0) + a.egress_units
+        self.cpus += a.cpus
 
 
 def _deployment(
@@ -308,6 +311,7 @@ def _node(info: NodeInfo, seen: Observed, held: _Held) -> dict[str, Any]:
             {"resource": name, "total": total, "held": held.units.get(name, 0)}
             for name, total in info.egress.items()
         ],
+        "cpus": {"total": info.cpu_milli / 1000, "held": round(held.cpus, 3)},
         "problem": info.label_problem() or "; ".join(filter(None, _problems(facts))) or None,
     }
 
@@ -330,6 +334,7 @@ def _dead_node(dead: DeadNode, held: _Held, at: float) -> dict[str, Any]:
         "gpus": [_gpu(gpu, "dead", held.occupants.get(gpu, []), None, None) for gpu in range(info.gpu_count)],
         "others_unlocated": 0,
         "egress": [],
+        "cpus": {"total": info.cpu_milli / 1000, "held": round(held.cpus, 3)},
         "problem": "the node died",
     }
 

@@ -14,13 +14,13 @@ from placement.wire.deployment import Budget, RuntimeConfig, Serving
 
 @dataclass(frozen=True)
 class NodeAssignment:
-    """One replica on one node, and the placement group that holds its GPUs or its egress capacity.
+    """One replica on one node, and the placement group that holds its GPUs, its egress capacity or its CPUs.
 
     Attributes:
         replica_index: which replica, from 0.
         node: Ray's node id, hex.
         gpus: GPU ordinals on that node, in rank order (ascending, unless tensor-parallel groups cross each
-            other here); ``gpus[i]`` is that of rank ``ranks[i]``. Empty for a remote replica.
+            other here); ``gpus[i]`` is that of rank ``ranks[i]``. Empty for a remote replica, and for a CPU replica.
         placement_group: the Ray placement group; bundle ``bundle_indices[r]`` holds ``gpus[r]``.
         bundle_indices: the bundles of this assignment, in the same order.
         ranks: which ranks of the replica are here: ``0, 1, ...`` unless it lies on several nodes.
@@ -38,6 +38,7 @@ class NodeAssignment:
             its tensor-parallel groups from these, as vLLM does. Less only where no groups that such an engine keeps
             are as fast (``docs/rank-order.md``); ``None`` also for what was placed before this was known.
         egress_resource, egress_units: what a remote replica holds.
+        cpus, memory_bytes: what a CPU replica holds.
         set_size: GPUs of each tensor-parallel group that the replica is made of; 0 where all of its GPUs are one.
     """
 
@@ -60,6 +61,8 @@ class NodeAssignment:
     sorted_bandwidth_gb_per_s: float | None = None
     egress_resource: str | None = None
     egress_units: int = 0
+    cpus: float = 0.0
+    memory_bytes: int = 0
     set_size: int = 0
 
     def __post_init__(self) -> None:
@@ -70,7 +73,8 @@ class NodeAssignment:
         """Options that start a worker on ``gpus[rank]``: ``Engine.options(**a.actor_options(0))``.
 
         On a replica over several nodes that is rank ``ranks[rank]`` of the whole; see
-        :meth:`PlacementResult.actor_options`. A remote replica has the one rank 0, which takes its egress units.
+        :meth:`PlacementResult.actor_options`. A remote replica has the one rank 0, which takes its egress units, and a
+        CPU replica has one which takes its CPUs and its memory.
 
         Raises:
             IndexError: the assignment has no such rank.
@@ -82,12 +86,15 @@ class NodeAssignment:
         strategy = PlacementGroupSchedulingStrategy(
             self.placement_group, placement_group_bundle_index=self.bundle_indices[rank]
         )
-        options: dict[str, Any] = {"num_cpus": self.cpus_per_gpu, "scheduling_strategy": strategy}
-        if self.memory_bytes_per_gpu:
-            options["memory"] = self.memory_bytes_per_gpu
-        if self.egress_resource is None:
+        options: dict[str, Any] = {
+            "num_cpus": self.cpus or self.cpus_per_gpu,
+            "scheduling_strategy": strategy,
+        }
+        if memory := self.memory_bytes or self.memory_bytes_per_gpu:
+            options["memory"] = memory
+        if self.gpus:
             options["num_gpus"] = 1 if self.share == 1 else self.share
-        else:
+        elif self.egress_resource is not None:
             options["resources"] = {self.egress_resource: self.egress_units}
         return options
 
@@ -129,6 +136,8 @@ class NodeAssignment:
             "sorted_bandwidth_gb_per_s": self.sorted_bandwidth_gb_per_s,
             "egress_resource": self.egress_resource,
             "egress_units": self.egress_units,
+            "cpus": self.cpus,
+            "memory_bytes": self.memory_bytes,
             "set_size": self.set_size,
         }
 
@@ -191,7 +200,7 @@ class PlacementResult:
           core in looks for it, and another one may run on the same machine.
         - With a rank, ``RANK`` and ``WORLD_SIZE`` as torch.distributed reads them. A worker sees one GPU, ``cuda:0``.
 
-        The first three are for GPUs, so that a remote replica has none of them.
+        The first three are for GPUs, so that a remote replica and a CPU replica have none of them.
 
         Raises:
             IndexError: there is no such replica, or it has no such rank.

@@ -127,8 +127,8 @@ class DeploymentPlacementActor:
             UnknownNode: the constraints name a node that the cluster lacks.
             UnreadableRecord: the ledger has a record of that name that this version cannot read.
             DeploymentConflict: the name stands with another declaration.
-            Unplaceable: it fits nowhere now: ``NoGpuNodes``, ``NotEnoughGpus``, ``NoEgressNodes`` or
-                ``NotEnoughEgress``.
+            Unplaceable: it fits nowhere now: ``NoGpuNodes``, ``NotEnoughGpus``, ``NoEgressNodes``,
+                ``NotEnoughEgress`` or ``NoCpuNodes``.
             ReservationFailed: others kept taking the GPUs. In every case nothing of it stays reserved.
             LeaseExpired: an actor is to own it, which has ended.
             Busy: too many calls wait already.

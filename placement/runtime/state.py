@@ -25,7 +25,8 @@ from placement.wire.deployment import Deployment
 RECORDED = (
     "replica_index", "node", "node_name", "gpus", "bundle_indices", "ranks", "share", "mig", "cpus_per_gpu",
     "memory_bytes_per_gpu", "ray_gpus", "bandwidth_gb_per_s", "sorted_bandwidth_gb_per_s",
-    "weakest_link", "ray_bandwidth_gb_per_s", "ray_weakest_link", "egress_resource", "egress_units", "set_size",
+    "weakest_link", "ray_bandwidth_gb_per_s", "ray_weakest_link", "egress_resource", "egress_units", "cpus",
+    "memory_bytes", "set_size",
 )  # fmt: skip
 
 Owner = Mapping[str, str]
@@ -597,8 +598,8 @@ def held_replica(a: NodeAssignment, generation: int = 0) -> HeldReplica:
         ranks=tuple(a.ranks) if a.gpus else (),
         share=round(a.share * WHOLE),
         profile=a.mig,
-        cpu_milli=round(a.cpus_per_gpu * 1000) * len(a.gpus),
-        memory_bytes=a.memory_bytes_per_gpu * len(a.gpus),
+        cpu_milli=round(a.cpus * 1000) or round(a.cpus_per_gpu * 1000) * len(a.gpus),
+        memory_bytes=a.memory_bytes or a.memory_bytes_per_gpu * len(a.gpus),
         egress_resource=a.egress_resource,
         egress_units=a.egress_units,
         set_size=a.set_size,

@@ -35,7 +35,7 @@ _MOST = 1 << 60
 
 
 class HeldReplica(Model):
-    """A replica that stands: its node, and the GPUs or the egress units that it holds there."""
+    """A replica that stands: its node, and the GPUs, the egress units or the CPUs alone that it holds there."""
 
     replica_index: int
     node: str
@@ -164,7 +164,7 @@ class ClusterNode(Model):
     id: str
     name: str
     address: str = ""
-    machine: str | None = Field(default=None, description="a key of `machines`; none on a pure egress node")
+    machine: str | None = Field(default=None, description="a key of `machines`; none without GPUs")
     free: tuple[int, ...] = Field(default=(), description="GPU ordinals believed wholly free")
     rests: dict[int, int] = Field(default_factory=dict, description="shared GPU -> thousandths left")
     slots: dict[int, str] = Field(default_factory=dict, description="slot that is a MIG instance -> profile")
@@ -277,6 +277,7 @@ class ClusterFile(Model):
             try:
                 for declared in (standing.deployment, *standing.earlier.values()):
                     _ = declared.needs, declared.cpu_milli_per_gpu, declared.memory_bytes_per_gpu
+                    _ = declared.cpu_milli, declared.memory_bytes
             except OverflowError:  # what stands is not held to the limits of what is asked for
                 raise InvalidClusterFile(
                     f"deployment {name!r}: an amount of CPUs, memory or bandwidth is too large; correct it"
@@ -374,8 +375,10 @@ def _false_holding(replica: HeldReplica, node: Node | None) -> str | None:
         return f"ranks is {shortened(str(list(replica.ranks)))}; give each of its {each} its own"
     if replica.share < WHOLE and len(replica.gpus) != 1:
         return f"share is {replica.share}, so that gpus must name one GPU, not {len(replica.gpus)}"
-    if bool(replica.gpus) == (replica.egress_resource is not None):
+    if replica.gpus and replica.egress_resource is not None:
         return "must hold either gpus or an egress_resource; name one of them"
+    if not replica.gpus and replica.egress_resource is None and not replica.cpu_milli:
+        return "holds nothing; name its gpus, its egress_resource, or cpu_milli for a replica on CPUs alone"
     if node is None:
         return None
     name = shortened(node.name)

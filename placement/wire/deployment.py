@@ -8,10 +8,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -37,9 +37,11 @@ from placement.wire.unknown import unknown_field
 
 LocalRuntime = Literal["vllm", "tensorrt", "ort", "candle", "cudarc", "mistralrs", "python"]
 RemoteRuntime = Literal["openai", "anthropic", "gemini", "litellm"]
-Transport = Literal["local_gpu", "remote_network"]
+Transport = Literal["local_gpu", "local_cpu", "remote_network"]
 
 REMOTE_RUNTIMES = ("openai", "anthropic", "gemini", "litellm")
+GPU_RUNTIMES = ("tensorrt", "cudarc")
+"""Those that run on nothing but GPUs."""
 DEFAULT_KEY_VARIABLES = {
     "openai": "OPENAI_API_KEY",
     "anthropic": "ANTHROPIC_API_KEY",
@@ -55,6 +57,8 @@ _SECRET_PATTERN = re.compile(
 )
 _MIG_PATTERN = re.compile(r"([1-8]c\.)?[1-8]g\.\d{1,3}gb([+-][a-z.]+)?")
 _PROVIDER_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,31}")
+_WORD_PATTERN = re.compile(r"[A-Za-z_-]{1,31}\d?")
+"""What may be shown where a key might have been pasted: no key looks like this."""
 
 STANDS = {"stands": True}
 """Validation context for what stands already: rules for new requests do not apply to it."""
@@ -87,6 +91,18 @@ def _whole(value: Any) -> Any:
     if value > MOST:
         raise ValueError(f"{value if value < 10**18 else 'it'} is too large; use at most {MOST}")
     return value
+
+
+def _one_of(what: str, known: tuple[str, ...]) -> Callable[[Any], Any]:
+    """A validator that refuses a name that there is not, and says which there are."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, str) and value not in known:
+            named = f"{value!r} is" if _WORD_PATTERN.fullmatch(value) else "is"
+            raise ValueError(f"{named} no {what}; there are {', '.join(known)}")
+        return value
+
+    return check
 
 
 def _amount(value: float, info: ValidationInfo) -> float:
@@ -131,7 +147,9 @@ def _gpus(value: Any) -> Any:
             raise ValueError(f"{value!r} is no share of a GPU; use 0.001 to 0.999, in thousandths")
         return value
     if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-        raise ValueError(f"{value} is too small; use at least 1, or leave gpus out on a remote deployment")
+        raise ValueError(
+            f"{value} is too small; use at least 1, or leave gpus out on a remote deployment, and where cpus is set"
+        )
     return _whole(value)
 
 
@@ -148,6 +166,8 @@ MOST_LABEL = Field(max_length=317)
 Named = Annotated[str, MOST_NAME]
 Count = Annotated[int, BeforeValidator(_whole)]
 Amount = Annotated[float, AfterValidator(_amount)]
+NamedRuntime = Annotated[Runtime, BeforeValidator(_one_of("runtime", get_args(Runtime)))]
+NamedTransport = Annotated[Transport, BeforeValidator(_one_of("transport", get_args(Transport)))]
 
 
 class _Declared(Model):
@@ -270,10 +290,12 @@ class ApiKey(_Declared):
 class RuntimeConfig(_Declared):
     """How the runtime is reached and configured."""
 
-    runtime: Runtime | None = Field(
+    runtime: NamedRuntime | None = Field(
         default=None, description="the runtime, where the deployment does not say"
     )
-    transport: Transport | None = Field(default=None, description="required by, and only for, runtime custom")
+    transport: NamedTransport | None = Field(
+        default=None, description="required by, and only for, runtime custom"
+    )
     provider: str | None = Field(default=None, description="provider that a custom remote runtime calls")
     api_key: ApiKey | None = Field(default=None, description="remote runtimes: a reference to the key")
     base_url: str | None = Field(default=None, description="remote runtimes: endpoint of a proxy or gateway")
@@ -359,6 +381,9 @@ class PlacementConstraints(_Declared):
     egress_nodes: tuple[Named, ...] | None = Field(default=None, min_length=1)
     egress_preference: tuple[Named, ...] = Field(
         default=(), description="egress nodes to try first, best first"
+    )
+    cpu_nodes: tuple[Named, ...] | None = Field(
+        default=None, min_length=1, description="for replicas that cpus is set for"
     )
     accelerators: tuple[Named, ...] | None = Field(
         default=None, min_length=1, description='accelerator types, as Ray names them: ["H100", "H200"]'
@@ -528,7 +553,7 @@ class Deployment(_Declared):
 
     name: str = Field(description="unique in the cluster; letters, digits, '.', '_' and '-', at most 63")
     model: str = Field(description="what the runtime loads or the provider is asked for")
-    runtime: Runtime | None = Field(
+    runtime: NamedRuntime | None = Field(
         default=None,
         description="else runtime_config.runtime, else by the model's name: wire/runtimes.py says how",
     )
@@ -550,6 +575,12 @@ class Deployment(_Declared):
     placement_group: BundleLayout | None = Field(
         default=None, description="instead of gpus: a Ray placement group laid out bundle by bundle"
     )
+    cpus: Amount | None = Field(
+        default=None,
+        description="instead of gpus: CPUs per replica, which has no GPU and calls no provider (an embedding model "
+        "on CPUs, a tokenizer, a router); CPUs beside GPUs are constraints.cpus_per_gpu",
+    )
+    memory_gib: Amount | None = Field(default=None, description="with cpus: memory per replica")
     replicas: Count = 1
     min_bandwidth_gb_per_s: Amount | None = Field(
         default=None,
@@ -620,7 +651,7 @@ class Deployment(_Declared):
         if self.runtime_name == "custom":
             if config is None or config.transport is None:
                 raise ValueError(
-                    'runtime custom needs runtime_config.transport: "local_gpu" or "remote_network"'
+                    'runtime custom needs runtime_config.transport: "local_gpu", "local_cpu" or "remote_network"'
                 )
             if config.transport == "remote_network" and config.provider is None:
                 raise ValueError("a custom remote runtime needs runtime_config.provider, such as openai")
@@ -638,6 +669,11 @@ class Deployment(_Declared):
         if runtime != "custom":
             for field in ("transport", "provider"):
                 if getattr(config, field) is not None:
+                    if getattr(config, field) == "local_cpu":
+                        raise ValueError(
+                            f"runtime_config.transport is for runtime custom, not {runtime} ({self.runtime_from}); "
+                            "remove it, and set cpus: that says it"
+                        )
                     calls = "" if self.remote else "litellm if replicas call that provider, or to "
                     raise ValueError(
                         f"runtime_config.{field} is for runtime custom, not {runtime} ({self.runtime_from}); set "
@@ -673,6 +709,7 @@ class Deployment(_Declared):
                 )
 
     def _no_contradiction(self) -> None:
+        self._check_cpus()
         self._check_layout()
         self._check_parallelism()
         if self.mig is not None and (self.gpus or 0) > 1:
@@ -694,7 +731,7 @@ class Deployment(_Declared):
         for field in ("min_bandwidth_gb_per_s", "within"):
             value = getattr(self, field)
             if value is not None and self.gpus_per_replica < 2:
-                has = "no GPUs" if self.remote else "one GPU at most"
+                has = "one GPU at most" if self.gpus_per_replica else "no GPUs"
                 raise ValueError(
                     f"{field}: {value} is about the links between a replica's GPUs, and it has {has}; "
                     "leave it out, or ask for 2 gpus or more"
@@ -705,6 +742,43 @@ class Deployment(_Declared):
                 f"constraints: apart_from or near_to names {self.name!r} itself; use constraints.spread to keep "
                 "its replicas apart"
             )
+
+    def _check_cpus(self) -> None:
+        if self.cpus is None:
+            if self.memory_gib is not None:
+                raise ValueError(
+                    f"memory_gib: {self.memory_gib:g} is for replicas without GPUs, which say cpus as well; add cpus, "
+                    "or use constraints.memory_gib_per_gpu"
+                )
+            if self.transport == "local_cpu":
+                raise ValueError("runtime_config.transport local_cpu needs cpus: how many each replica takes")
+            return
+        asked = f"cpus: {self.cpus:g}"
+        for field in (
+            "gpus",
+            "gpu_memory_gib",
+            "mig",
+            "tensor_parallel",
+            "pipeline_parallel",
+            "placement_group",
+        ):
+            if getattr(self, field) is not None:
+                raise ValueError(
+                    f"{asked} is for replicas without GPUs, and {field} asks for GPUs; leave one of them out, or use "
+                    "constraints.cpus_per_gpu for CPUs beside GPUs"
+                )
+        if self.remote:
+            raise ValueError(
+                f"{asked} on a remote deployment ({self.runtime_name}); leave cpus out, or set runtime to one that "
+                "runs here, such as python"
+            )
+        if self.runtime_name in GPU_RUNTIMES:
+            raise ValueError(
+                f"{asked} with runtime {self.runtime_name}, which needs GPUs; ask for gpus, or set runtime to another "
+                "one, such as ort"
+            )
+        if self.transport == "local_gpu":
+            raise ValueError(f"{asked} with transport local_gpu; set runtime_config.transport to local_cpu")
 
     def _check_layout(self) -> None:
         if self.placement_group is None:
@@ -771,11 +845,13 @@ class Deployment(_Declared):
 
     @property
     def transport(self) -> Transport:
-        """Whether replicas run on local GPUs or call a provider."""
+        """Whether replicas run on local GPUs, run on CPUs alone, or call a provider."""
         if self.runtime_name == "custom":
             assert self.runtime_config is not None and self.runtime_config.transport is not None
             return self.runtime_config.transport
-        return "remote_network" if self.runtime_name in REMOTE_RUNTIMES else "local_gpu"
+        if self.runtime_name in REMOTE_RUNTIMES:
+            return "remote_network"
+        return "local_gpu" if self.cpus is None else "local_cpu"
 
     @property
     def remote(self) -> bool:
@@ -793,8 +869,8 @@ class Deployment(_Declared):
 
     @property
     def gpus_per_replica(self) -> int:
-        """GPUs each replica has: 1 also where it is a share or a MIG instance; 0 for a remote one."""
-        if self.remote:
+        """GPUs each replica has: 1 also where it is a share or a MIG instance; 0 for a remote one, or on CPUs."""
+        if self.transport != "local_gpu":
             return 0
         gpus = self._gpus_asked
         if gpus is None:
@@ -843,6 +919,16 @@ class Deployment(_Declared):
         return round(((self.constraints and self.constraints.memory_gib_per_gpu) or 0) * GIB)
 
     @property
+    def cpu_milli(self) -> int:
+        """CPUs (thousandths) that each replica without GPUs takes; 0 for the others."""
+        return round((self.cpus or 0) * 1000)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory that each replica without GPUs takes; 0 for the others."""
+        return round((self.memory_gib or 0) * GIB)
+
+    @property
     def egress_per_replica(self) -> int:
         """Egress units (concurrent requests) each replica takes; 0 for a local one."""
         return self.serving.max_concurrent if self.remote else 0
@@ -869,19 +955,26 @@ class Deployment(_Declared):
     def shape(self) -> dict[str, Any]:
         """What decides where replicas can sit, however it was written. Any other change leaves them alone."""
         limits = self.constraints or PlacementConstraints()
-        of_the_other_kind = {
-            "gpu_nodes", "accelerators", "min_compute_capability", "min_free_gpu_memory_gib", "cpus_per_gpu",
-            "memory_gib_per_gpu",
-        } if self.remote else {"egress_nodes", "egress_preference"}  # fmt: skip
+        of_each_kind: dict[Transport, set[str]] = {
+            "local_gpu": {
+                "gpu_nodes", "accelerators", "min_compute_capability", "min_free_gpu_memory_gib", "cpus_per_gpu",
+                "memory_gib_per_gpu",
+            },
+            "local_cpu": {"cpu_nodes"},
+            "remote_network": {"egress_nodes", "egress_preference"},
+        }  # fmt: skip
+        of_the_other_kinds = set().union(*of_each_kind.values()) - of_each_kind[self.transport]
         return {
             **self.needs._asdict(),
             "stages": self.stages,
             "divisible": self.divisible,
             "placement_group": self.placement_group and self.placement_group.model_dump(mode="json"),
+            "cpu_milli": self.cpu_milli,
+            "memory": self.memory_bytes,
             "provider": self.provider,
             "max_concurrent": self.egress_per_replica,
             "api_key": self.key_fingerprint,
-            "constraints": limits.model_dump(mode="json", exclude=of_the_other_kind),
+            "constraints": limits.model_dump(mode="json", exclude=of_the_other_kinds),
         }
 
 

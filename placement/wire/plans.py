@@ -21,6 +21,10 @@ from placement.errors import UnknownNode, Unplaceable
 from placement.wire.cluster import HeldDeployment
 from placement.wire.deployment import Deployment, PlacementConstraints
 
+SPARED_MILLI = 1000
+"""CPUs that CPU replicas leave to each free GPU of their node, thousandths: verl, OpenRLHF, slime, SkyRL and Ray Data
+ask one beside a GPU, and a GPU that has none beside it is of no use to them."""
+
 
 @dataclass(frozen=True)
 class PlannedAssignment:
@@ -33,6 +37,8 @@ class PlannedAssignment:
         share: how much of the GPU, 1 for whole ones.
         mig: profile of the MIG instance that ``gpus`` is; empty for GPUs.
         ranks: which ranks of the replica are here, in the order of ``gpus``; empty where all are.
+        egress_resource, egress_units: what a remote replica takes.
+        cpus, memory_bytes: what a CPU replica takes.
         set_size: GPUs of each tensor-parallel group that the replica is made of; 0 where all of its GPUs are one.
         sorted_bandwidth_gb_per_s: the same where an engine sorts the node's GPUs and cuts its groups from these, as
             vLLM does: less than ``bandwidth_gb_per_s`` where no groups that such an engine keeps are as fast.
@@ -49,6 +55,8 @@ class PlannedAssignment:
     ranks: list[int] = field(default_factory=list)
     egress_resource: str | None = None
     egress_units: int = 0
+    cpus: float = 0.0
+    memory_bytes: int = 0
     set_size: int = 0
     sorted_bandwidth_gb_per_s: float | None = None
 
@@ -243,7 +251,7 @@ def request_of(
             node that it named may be the one that died.
     """
     limits = wanted.constraints or PlacementConstraints()
-    for limit in ("gpu_nodes", "egress_nodes", "egress_preference"):
+    for limit in ("gpu_nodes", "egress_nodes", "egress_preference", "cpu_nodes"):
         names = getattr(limits, limit) or ()
         for name in names:
             if not snapshot.named([name]) and not (mending and snapshot.named(names)):
@@ -261,8 +269,8 @@ def request_unchecked(
     """The same, whether the nodes that it names are there or not."""
     limits = wanted.constraints or PlacementConstraints()
     labels, bundles = limits.node_labels, tuple[Bundle, ...]()
-    cpu_milli = wanted.cpu_milli_per_gpu * wanted.needs.gpus
-    memory_bytes = wanted.memory_bytes_per_gpu * wanted.needs.gpus
+    cpu_milli = wanted.cpu_milli or wanted.cpu_milli_per_gpu * wanted.needs.gpus
+    memory_bytes = wanted.memory_bytes or wanted.memory_bytes_per_gpu * wanted.needs.gpus
     if (layout := wanted.placement_group) is not None:
         bundles = tuple(layout.planned())
         cpu_milli, memory_bytes = (
@@ -282,11 +290,13 @@ def request_unchecked(
         gpu_nodes=limits.gpu_nodes,
         egress_nodes=limits.egress_nodes,
         egress_preference=limits.egress_preference,
+        cpu_nodes=limits.cpu_nodes,
         labels=labels,
         accelerators=limits.accelerators or (),
         compute_capability=limits.compute_capability,
         cpu_milli=cpu_milli,
         memory_bytes=memory_bytes,
+        spared_milli=SPARED_MILLI if wanted.cpus is not None else 0,
         stages=wanted.stages,
         divisible=wanted.divisible,
         apart_from=limits.apart_from,
@@ -541,6 +551,7 @@ def _preview(snapshot: Snapshot, done: _Done) -> PlacementPlan:
 
 def _assignment(snapshot: Snapshot, part: PlannedReplica, of: Observed) -> PlannedAssignment:
     node = snapshot.node(part.node_id)
+    alone = not part.gpus and part.egress_resource is None
     # What stood before there was a record of its sets may have been cut in another way than is asked for.
     size = part.set_size or (of.request.needs.gpus if part.ranks else 0)
     value = slowest_group(node.topology, part.gpus, size)
@@ -556,6 +567,8 @@ def _assignment(snapshot: Snapshot, part: PlannedReplica, of: Observed) -> Plann
         list(part.ranks),
         part.egress_resource,
         part.egress_units,
+        part.cpu_milli / 1000 if alone else 0.0,
+        part.memory_bytes if alone else 0,
         part.set_size,
         slowest_group(node.topology, sorted(part.gpus), size).known_gb_per_s,
     )

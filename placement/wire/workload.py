@@ -28,7 +28,15 @@ from placement.wire.plans import request_of
 from placement.wire.text import read_text
 
 OPENB_PODS = {"cpu_milli", "memory_mib", "num_gpu", "gpu_milli"}
-_LISTS = ("gpu_nodes", "egress_nodes", "egress_preference", "accelerators", "apart_from", "near_to")
+_LISTS = (
+    "gpu_nodes",
+    "egress_nodes",
+    "egress_preference",
+    "cpu_nodes",
+    "accelerators",
+    "apart_from",
+    "near_to",
+)
 
 _LEAST, _MOST = 1e-6, 1e9
 """Bounds of weights, loads and mean stays: others are divided by them."""

@@ -163,6 +163,8 @@ def test_a_machine_lists_the_slots_that_nobody_can_tell() -> None:
         ({"gpus": [1], "share": 0.25}, "0.25 of GPU 1"),
         ({"gpus": [4], "mig": "1g.10gb"}, "MIG 1g.10gb, slot 4"),
         ({"egress_resource": "egress_openai", "egress_units": 16}, "16 x egress_openai"),
+        ({"cpus": 2.5, "memory_bytes": 4 << 30}, "2.5 CPUs, 4 GiB"),
+        ({"cpus": 1.0, "memory_bytes": 0}, "1 CPU"),
     ],
 )
 def test_a_replica_says_what_it_holds(fields: dict[str, Any], holds: str) -> None:
@@ -197,6 +199,35 @@ def test_an_egress_node_shows_who_takes_how_much() -> None:
         " a   egress node",
         "     egress: 4 of 10 requests  gpt/0 (4)",
     ]
+
+
+def test_a_node_shows_who_takes_its_cpus() -> None:
+    held = [assignment(node=name, cpus=2.5, memory_bytes=0, replica_index=i) for i, name in enumerate("abc")]
+    egress = [{"resource": "egress", "total": 1, "held": 0}]
+    gpus = {"gpu_count": 1, "gpu_model": "T4", "islands": [[0]], "gpus": [gpu(0)]}
+    report = {
+        "nodes": [
+            node(id="a", name="a", cpus={"total": 8.0, "held": 2.5}),
+            node(id="b", name="b", cpus={"total": 8, "held": 2.5}, egress=egress),
+            node(id="c", name="c", cpus={"total": 8, "held": 2.5}, **gpus),
+            node(id="d", name="d", cpus={"total": 8, "held": 0}),
+        ],
+        "deployments": [{"name": "embed", "assignments": held}],
+    }  # fmt: skip
+    assert text(nodes.cluster_map(report)).splitlines() == [
+        " a   CPU node",
+        "     CPUs: 2.5 of 8  embed/0 (2.5)",
+        " b   egress node",
+        "     egress: 0 of 1 requests",
+        "     CPUs: 2.5 of 8  embed/1 (2.5)",
+        " c   1 x T4, PCIe only",
+        "     [ 0 free ]",
+        "     CPUs: 2.5 of 8  embed/2 (2.5)",
+    ]
+    report["nodes"] *= 20  # with many, a line each
+    said = text(nodes.cluster_map(report))
+    assert "CPU node: 20 nodes" in said
+    assert "CPUs: 2.5 of 8  embed/0" in said
 
 
 def test_rays_own_choice_stands_beside_ours() -> None:

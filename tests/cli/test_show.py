@@ -58,16 +58,19 @@ def test_a_list_has_a_line_for_each_deployment(monkeypatch: pytest.MonkeyPatch) 
     )
     remote = standing("c", 0, owner={"kind": "caller", "job": "02000000", "actor": "0123456789abcdef01"})
     remote["assignments"] = [assignment(gpus=[], egress_resource="egress", egress_units=4)]
-    use(monkeypatch, FakeService(status=report(standing("a", 0, 1), waits, remote)))
+    on_cpus = standing("d", 0)
+    on_cpus["assignments"] = [assignment(gpus=[], cpus=2.5)]
+    use(monkeypatch, FakeService(status=report(standing("a", 0, 1), waits, remote, on_cpus)))
     head, *rows = lines(run("list").stdout)
     assert ["deployment", "placed", "GPUs", "state", "age", "owner"] == head.split()
     assert [
         ["a", "2/2", "2", "placed", "1m", "detached"],
         ["b", "1/3", "1", "pending", "#2", "2h", "detached"],
         ["c", "1/1", "-", "placed", "1m", "caller", "012345…def01"],
+        ["d", "1/1", "-", "placed", "1m", "detached"],
     ] == [row.split() for row in rows]
     as_json = json.loads(run("list", "-o", "json").stdout)["deployments"]
-    assert [("a", 2, 2, None), ("b", 1, 3, 2), ("c", 1, 1, None)] == [
+    assert [("a", 2, 2, None), ("b", 1, 3, 2), ("c", 1, 1, None), ("d", 1, 1, None)] == [
         (one["name"], one["placed"], one["replicas"], one["queue_position"]) for one in as_json
     ]
     assert as_json == json.loads(run("list", "--json").stdout)["deployments"]

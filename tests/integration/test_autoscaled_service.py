@@ -118,6 +118,14 @@ def test_a_call_that_waits_brings_its_node_in_the_same_way(service: Any) -> None
     assert settled(lambda: not asked(service))
 
 
+def test_cpu_replicas_bring_a_node_without_gpus(service: Any) -> None:
+    wanted = {"name": "router", "model": "m", "runtime": "python", "cpus": 0.5, "replicas": 2}
+    result = ray.get(service.place.remote(wanted, wait_seconds=100.0), timeout=120)
+    assert {a.node for a in result.assignments} == machines().keys()
+    assert ["egress"] == list(machines().values())
+    assert settled(lambda: not asked(service))
+
+
 def test_what_is_released_while_its_node_boots_is_no_longer_asked_for(service: Any) -> None:
     ray.get(service.apply.remote(PAIR))
     assert settled(lambda: bool(coming()), 30), status(service)["demand"]

@@ -65,7 +65,7 @@ EVERYTHING = "everything"
 
 def cluster(chance: Random, mode: str) -> Snapshot:
     """Up to four nodes of one machine or of several, more or less busy, on which what is asked for is likely."""
-    everything = mode == EVERYTHING
+    everything, on_cpus = mode == EVERYTHING, mode == "cpus"
     shared = chance.random() < (1 if mode in ("share", "memory") else 0.4 if everything else 0.2)
     cut = chance.random() < (1 if mode == "mig" else 0.4 if everything else 0.1)
     labelled = chance.random() < (1 if mode in ("parts", "larger") else 0.5)
@@ -85,7 +85,9 @@ def cluster(chance: Random, mode: str) -> Snapshot:
             machine, states, facts = chance.choice(made)
             states = chance.sample(states, k=len(states))
         else:
-            machine = chance.choice([*palette, *palette, Topology.unknown(0)] if egress else palette)
+            machine = chance.choice(
+                [*palette, *palette, Topology.unknown(0)] if egress or on_cpus else palette
+            )
             states = chance.choices(gpu_states, k=len(machine))
             facts = {"cpu_milli": 64_000, "memory_bytes": 512 * GIB}
             facts["gpu_memory_bytes"] = chance.choice([None, 24 * GIB, 80 * GIB, 80 * GIB])
@@ -95,8 +97,8 @@ def cluster(chance: Random, mode: str) -> Snapshot:
                 facts["free_memory"] = {gpu: gib * GIB for gpu, gib in enumerate(gibs[: len(machine)]) if gib}
             if labelled:
                 facts |= description(chance)
-            if sized:
-                facts["cpu_milli"] = chance.choice([500, 1000, 2000, 4000])
+            if sized or on_cpus:
+                facts["cpu_milli"] = chance.choice([500, 1000, 2000, 4000, *[6000] * on_cpus])
                 facts["memory_bytes"] = chance.choice([8, 64]) * GIB
             if egress:
                 units = {resource: chance.choice([None, 0, 1, 2, 5]) for resource in EGRESS}
@@ -224,6 +226,30 @@ def remote_request(chance: Random) -> Request:
     )
 
 
+def cpu_request(chance: Random) -> Request:
+    """A request for CPUs alone. What it asks of GPUs is of no concern."""
+    fields = limits(chance)
+    if "gpu_nodes" in fields and chance.random() < 0.8:
+        fields["cpu_nodes"] = fields.pop("gpu_nodes")
+    return Request(
+        "d",
+        tuple(range(chance.randint(1, 4))),
+        policy=chance.choice([*Policy]),
+        cpu_milli=chance.choice((250, 500, 1000, 1500)),
+        memory_bytes=chance.choice((0, 0, 4, 6)) * GIB,
+        spared_milli=chance.choice((1000, 1000, 0)),
+        standing=standing(chance),
+        **fields,
+    )
+
+
+def request_of_kind(chance: Random, mode: str) -> Request:
+    """A request of one of the modes, or for egress units, or for CPUs alone."""
+    if mode == "cpus":
+        return cpu_request(chance)
+    return remote_request(chance) if mode == "remote" else gpu_request(chance, mode)
+
+
 SEEDS = st.integers(0, 2**32)
 """Drawn one by one, most of what a case is made of would be of the simplest."""
 
@@ -232,7 +258,7 @@ def case(mode: str, seed: int) -> tuple[Snapshot, Request]:
     """A cluster and a request, the same for a seed."""
     chance = Random(f"{mode} {seed}")
     snapshot = cluster(chance, mode)
-    request = remote_request(chance) if mode == "remote" else gpu_request(chance, mode)
+    request = request_of_kind(chance, mode)
     if request.provider is not None:  # a replica that stands calls what the others call
         calls = request.provider, request.key or ""
         nodes = [
@@ -277,8 +303,8 @@ def held_as(
             ranks=tuple(one.ranks),
             share=round(one.share * WHOLE),
             profile=one.mig,
-            cpu_milli=deployment.cpu_milli_per_gpu * len(one.gpus),
-            memory_bytes=deployment.memory_bytes_per_gpu * len(one.gpus),
+            cpu_milli=round(one.cpus * 1000) or deployment.cpu_milli_per_gpu * len(one.gpus),
+            memory_bytes=one.memory_bytes or deployment.memory_bytes_per_gpu * len(one.gpus),
             egress_resource=one.egress_resource,
             egress_units=one.egress_units,
             set_size=one.set_size,

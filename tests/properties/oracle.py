@@ -300,6 +300,17 @@ def may_be_beside(node: Node, request: Request) -> bool:
     return not apart & set(node.deployments) and set(request.near_to) <= set(node.deployments)
 
 
+def may_use_cpus(node: Node, request: Request) -> bool:
+    """Whether a CPU replica may go to a node, if there is room: whatever is asked of GPUs."""
+    return (
+        node.problem is None
+        and (request.cpu_nodes is None or is_named(node, request.cpu_nodes))
+        and all(fulfils(dict(node.labels), key, condition) for key, condition in request.labels.items())
+        and may_be_beside(node, request)
+        and (request.spread_label is None or request.spread_label in node.labels)
+    )
+
+
 def is_named(node: Node, names: Iterable[str]) -> bool:
     """Whether a node is among those named, by id, name or address."""
     return not {node.id, node.name, node.address}.isdisjoint(names)
@@ -394,3 +405,62 @@ class Remote:
         """Whether there is any placement of all replicas."""
         room = sum(units // self.request.egress for units in self.start().values())
         return room >= len(self.request.replicas)
+
+
+# -- CPU replicas ----------------------------------------------------------------------------------
+
+Amounts = dict[int, tuple[int, int]]
+"""Position of a node -> its CPUs (thousandths) and its memory that are left."""
+
+
+class OnCpus:
+    """All placements of a request for CPUs alone."""
+
+    def __init__(self, snapshot: Snapshot, request: Request) -> None:
+        self.nodes, self.request = snapshot.nodes, request
+
+    def start(self) -> Amounts:
+        """What may be used, as it is."""
+        return {
+            i: (node.cpu_milli, node.memory_bytes)
+            for i, node in enumerate(self.nodes)
+            if may_use_cpus(node, self.request)
+        }
+
+    def domains(self) -> Counter[str]:
+        """How many replicas stand, by value of the label that the deployment spreads over."""
+        counts: Counter[str] = Counter()
+        for i, node in enumerate(self.nodes):
+            counts[self.domain(i)] += self.request.standing.get(node.id, 0)
+        return counts
+
+    def domain(self, i: int) -> str:
+        """The value of that label on a node."""
+        return self.nodes[i].labels.get(self.request.spread_label or "", "")
+
+    def ways(self, left: Amounts, domains: Counter[str]) -> list[int]:
+        """The nodes on which one replica has room: so that each free GPU keeps what is to be spared for it."""
+        request, found = self.request, []
+        for i, (cpu_milli, memory_bytes) in left.items():
+            node = self.nodes[i]
+            free = len(node.free) + sum(profile != "?" for profile in node.instances.values())
+            enough = cpu_milli - request.spared_milli * free >= request.cpu_milli
+            full = 0 < request.max_per_domain <= domains[self.domain(i)]
+            if enough and memory_bytes >= request.memory_bytes and not full:
+                found.append(i)
+        return found
+
+    def take(self, left: Amounts, domains: Counter[str], i: int) -> tuple[Amounts, Counter[str]]:
+        """What is left once one replica is on a node."""
+        cpu_milli, memory_bytes = left[i]
+        rest = cpu_milli - self.request.cpu_milli, memory_bytes - self.request.memory_bytes
+        return {**left, i: rest}, domains + Counter([self.domain(i)])
+
+    def exists(self) -> bool:
+        """Whether there is any placement of all replicas."""
+
+        def search(left: Amounts, domains: Counter[str], replicas: int) -> bool:
+            ways = self.ways(left, domains) if replicas else []
+            return not replicas or any(search(*self.take(left, domains, i), replicas - 1) for i in ways)
+
+        return search(self.start(), self.domains(), len(self.request.replicas))

@@ -35,12 +35,11 @@ from tests.properties.cases import (
     ZONE,
     cluster,
     examples,
-    gpu_request,
     held_as,
     offered,
-    remote_request,
+    request_of_kind,
 )  # fmt: skip
-from tests.properties.oracle import Oracle, cuts, is_named, may_be_beside, pieces_of
+from tests.properties.oracle import OnCpus, Oracle, cuts, is_named, may_be_beside, pieces_of
 
 NAMES = ("a", "b", "c", "x")
 
@@ -115,7 +114,13 @@ def with_draining(chance: Random, nodes: Sequence[Node]) -> list[Node]:
 def without_limits(request: Request) -> Request:
     """The request to any node."""
     return replace(
-        request, gpu_nodes=None, labels={}, accelerators=(), compute_capability=None, spread_label=None
+        request,
+        gpu_nodes=None,
+        cpu_nodes=None,
+        labels={},
+        accelerators=(),
+        compute_capability=None,
+        spread_label=None,
     )
 
 
@@ -124,8 +129,8 @@ def next_request(chance: Random, standing: Mapping[str, Held]) -> Request | None
     names = [name for name in NAMES if name not in standing]
     if not names:
         return None
-    mode = chance.choice((*MODES, "remote"))
-    request = remote_request(chance) if mode == "remote" else gpu_request(chance, mode)
+    mode = chance.choice((*MODES, "remote", "cpus"))
+    request = request_of_kind(chance, mode)
     request = replace(request, replicas=request.replicas[:2])
     name = chance.choice(names)
     if chance.random() < 0.6:
@@ -201,7 +206,7 @@ def test_steps_are_plans_one_after_the_other(seed: int) -> None:
 
 def declaration(chance: Random, name: str, snapshot: Snapshot) -> Deployment:
     """A deployment as a user writes it."""
-    kind = chance.choice(("whole", "whole", "share", "memory", "mig", "groups", "larger", "remote"))
+    kind = chance.choice(("whole", "whole", "share", "memory", "mig", "groups", "larger", "remote", "cpus"))
     fields: dict[str, Any] = {"name": name, "model": "m", "replicas": chance.choice((1, 1, 2, 3))}
     limits: dict[str, Any] = {}
     names = [node.name for node in snapshot.nodes]
@@ -210,6 +215,8 @@ def declaration(chance: Random, name: str, snapshot: Snapshot) -> Deployment:
         fields |= {"runtime": "openai", "serving": {"max_concurrent": chance.choice((1, 2))}}
         if chance.random() < 0.3:
             limits["egress_preference"] = chance.sample(names, k=1)
+    elif kind == "cpus":
+        fields |= chance.choice(({"cpus": 0.5}, {"cpus": 1}, {"cpus": 2, "memory_gib": 4}))
     elif kind == "whole":
         fields["gpus"] = several = chance.choice((1, 1, 2, 2, 4))
     elif kind == "share":
@@ -230,7 +237,9 @@ def declaration(chance: Random, name: str, snapshot: Snapshot) -> Deployment:
     fields["policy"] = chance.choice([Policy.TOPOLOGY, *Policy])
     if kind != "remote":
         choices: dict[str, Any] = {
-            "gpu_nodes": chance.sample(names, k=chance.randint(1, len(names))),
+            "cpu_nodes" if kind == "cpus" else "gpu_nodes": chance.sample(
+                names, k=chance.randint(1, len(names))
+            ),
             "node_labels": {chance.choice((ZONE, RACK)): chance.choice(("a", "!a", "in(a, 1)"))},
             "accelerators": ["A100"],
             "min_compute_capability": "7.5",
@@ -372,9 +381,25 @@ def satisfies(model: Model, wanted: Deployment) -> bool:
             and (request.egress_nodes is None or is_named(snapshot.node(one.node_id), request.egress_nodes))
             for one in replicas
         )
+    if request.on_cpus:
+        return held.deployment.cpus is not None and are_on_cpus(OnCpus(snapshot, request), replicas)
     if held.deployment.remote:
         return False
     return any(is_placement(Oracle(snapshot, cut), snapshot, by_index) for cut in cuts(snapshot, request))
+
+
+def are_on_cpus(oracle: OnCpus, replicas: Iterable[PlannedReplica]) -> bool:
+    """Whether these are a valid placement of replicas on CPUs alone."""
+    request, left, domains = oracle.request, oracle.start(), oracle.domains()
+    for one in replicas:
+        [position] = [i for i, node in enumerate(oracle.nodes) if node.id == one.node_id]
+        takes = (one.gpus, one.egress_resource, one.cpu_milli, one.memory_bytes)
+        if takes != ((), None, request.cpu_milli, request.memory_bytes):
+            return False
+        if position not in oracle.ways(left, domains):
+            return False
+        left, domains = oracle.take(left, domains, position)
+    return True
 
 
 def is_placement(oracle: Oracle, snapshot: Snapshot, replicas: Mapping[int, list[PlannedReplica]]) -> bool:

@@ -1,4 +1,4 @@
-"""Plans against brute force, with every feature at once: shares, MIG, constraints, several sets, egress, policies.
+"""Plans against brute force, all features at once: shares, MIG, constraints, several sets, egress, CPUs, policies.
 
 ``ORACLE_EXAMPLES=20000`` makes it a long run.
 """
@@ -23,7 +23,7 @@ from placement.core.snapshot import Node, Policy, Snapshot
 from placement.core.topology import Topology
 from placement.errors import NoGpuNodes, Unplaceable
 from tests.properties.cases import MODES, SEEDS, case, examples, offered
-from tests.properties.oracle import Oracle, Piece, Remote, State, cuts, is_named, pieces_of, speed
+from tests.properties.oracle import OnCpus, Oracle, Piece, Remote, State, cuts, is_named, pieces_of, speed
 
 # -- existence ---------------------------------------------------------------------------------------
 
@@ -39,6 +39,18 @@ def test_replicas_are_placed_exactly_when_they_can_be_and_as_the_rules_say(mode:
 @given(seed=SEEDS)
 def test_so_are_remote_replicas(seed: int) -> None:
     judge_remote(*case("remote", seed))
+
+
+@examples(200)
+@given(seed=SEEDS)
+def test_so_are_cpu_replicas(seed: int) -> None:
+    snapshot, request = case("cpus", seed)
+    oracle, outcome = OnCpus(snapshot, request), planned(snapshot, request)
+    assert isinstance(outcome, Plan) == oracle.exists()
+    if isinstance(outcome, Plan):
+        check_on_cpus(oracle, outcome)
+    else:
+        check_refusal(snapshot, request, outcome)
 
 
 def judge(snapshot: Snapshot, request: Request) -> None:
@@ -210,6 +222,45 @@ def check_remote(oracle: Remote, outcome: Plan) -> None:
         left[position, replica.egress_resource] -= request.egress
         on_node[replica.node_id] += 1
         serving.add(replica.node_id)
+
+
+def check_on_cpus(oracle: OnCpus, outcome: Plan) -> None:
+    """That each replica has room, and is on the node that the rules name."""
+    request, nodes, left, domains = oracle.request, oracle.nodes, oracle.start(), oracle.domains()
+    assert [replica.replica_index for replica in outcome.replicas] == list(request.replicas)
+    on_node = Counter(request.standing)
+
+    def key(i: int) -> tuple[object, ...]:
+        node, crowd = nodes[i], (domains[oracle.domain(i)], on_node[nodes[i].id])
+        has_gpus, cpus = len(node.topology) > 0, left[i][0]
+        free = len(node.free) + sum(profile != "?" for profile in node.instances.values())
+        match request.policy:
+            case Policy.PACK:
+                return has_gpus, cpus, *crowd, i
+            case Policy.LEAST_LOADED:
+                return has_gpus, -cpus, *crowd, i
+            case Policy.ROUND_ROBIN:
+                return has_gpus, *crowd, sum(node.deployments.values()), i
+            case (
+                Policy.FRAGMENTATION
+            ):  # nothing else is asked for, so that no node is worth more than another
+                return has_gpus, *crowd
+            case _:
+                return has_gpus, *crowd, free if has_gpus else cpus, i
+
+    for replica in outcome.replicas:
+        [position] = [i for i, node in enumerate(nodes) if node.id == replica.node_id]
+        ways = oracle.ways(left, domains)
+        assert position in ways
+        assert key(position) == min(map(key, ways))
+        assert replica == PlannedReplica(
+            replica.replica_index,
+            replica.node_id,
+            cpu_milli=request.cpu_milli,
+            memory_bytes=request.memory_bytes,
+        )
+        left, domains = oracle.take(left, domains, position)
+        on_node[replica.node_id] += 1
 
 
 # -- refusals ----------------------------------------------------------------------------------------

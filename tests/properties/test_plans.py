@@ -75,6 +75,7 @@ NAMES = ("a", "b", "c", "d")
 LOCAL: st.SearchStrategy[dict[str, Any]] = st.one_of(
     st.fixed_dictionaries({"gpus": st.sampled_from((1, 2, 4, 0.5, 0.25))}),
     st.fixed_dictionaries({"gpu_memory_gib": st.sampled_from((20, 40))}),
+    st.fixed_dictionaries({"cpus": st.sampled_from((0.5, 1, 2))}),
     st.fixed_dictionaries({"gpus": st.just(2), "min_bandwidth_gb_per_s": st.just(100)}),
     st.fixed_dictionaries(
         {"tensor_parallel": st.sampled_from((1, 2)), "pipeline_parallel": st.sampled_from((2, 3))}
@@ -96,6 +97,7 @@ LIMITS = st.fixed_dictionaries(
         "near_to": st.lists(st.sampled_from(NAMES), min_size=1, max_size=1),
         "node_labels": st.sampled_from(({"zone": "a"}, {"zone": "b"})),
         "gpu_nodes": st.sampled_from((["n0", "n1"], ["n1", "n2"])),
+        "cpu_nodes": st.just(["n0", "n2"]),
         "spread": st.just({"label": "zone", "max": 1}),
         "cpus_per_gpu": st.sampled_from((1, 2)),
         "egress_preference": st.just(["n1"]),

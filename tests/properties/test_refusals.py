@@ -59,6 +59,20 @@ def request(dice: random.Random) -> Request:
     if dice.random() < 0.15:
         units = dice.randint(1, 4)
         return Request("d", (0, 1), provider="openai", key="k", egress=units, egress_nodes=limits)
+    if dice.random() < 0.15:
+        spread = dice.choice((None, "zone"))
+        return Request(
+            "d",
+            (0, 1, 2),
+            policy=dice.choice(list(Policy)),
+            cpu_nodes=limits,
+            cpu_milli=dice.choice((500, 2000, 5000)),
+            memory_bytes=dice.choice((0, 30 * GIB)),
+            spared_milli=1000,
+            apart_from=dice.choice(((), (), ("other",))),
+            spread_label=spread,
+            max_per_domain=dice.randint(1, 2) if spread else 0,
+        )
     gpus, whole = dice.randint(1, 5), dice.random() < 0.7
     needs = Needs(gpus if whole else 1, free_memory_bytes=dice.choice((0, 0, 40 * GIB)))
     if whole and gpus > 1:
@@ -111,7 +125,7 @@ def test_release_something_is_said_just_where_it_would_help() -> None:
         dice = random.Random(seed)
         snapshot, asked = cluster(dice), replace(request(dice), replicas=(0,), cpu_milli=0)
         step, _ = advance(snapshot, asked)
-        if isinstance(step.outcome, Unplaceable) and asked.provider is None:
+        if isinstance(step.outcome, Unplaceable) and asked.needs.gpus:
             emptied = Snapshot([node.emptied() for node in snapshot.nodes])
             as_cut = replace(step.request, divisible=False, standing={})
             helps.append(isinstance(plan(emptied, as_cut), Plan))

@@ -60,6 +60,8 @@ from tests.rules import ASKED, CALLS, NAMES, SHAPES, TERMS, Call, Rules
 
 GPUS = 4
 EGRESS = 8
+CPUS = 8
+MEMORY = 1 << 30
 FOREIGN = "placement:someone-else:a:0:x:1"
 """Another Ray user's group, with a name that looks like ours."""
 
@@ -79,6 +81,7 @@ class Group:
     Attributes:
         held: node -> GPU -> thousandths.
         egress: node -> units.
+        cpus, memory: node -> thousandths of a CPU, bytes.
         job: whose process created it, and with which it ends; nobody's, if empty.
     """
 
@@ -86,6 +89,8 @@ class Group:
     number: int
     held: dict[str, dict[int, int]] = field(default_factory=dict)
     egress: Counter[str] = field(default_factory=Counter)
+    cpus: Counter[str] = field(default_factory=Counter)
+    memory: Counter[str] = field(default_factory=Counter)
     job: str = ""
 
     @property
@@ -169,17 +174,31 @@ class Ray:
     def egress_left(self, node: str) -> int:
         return EGRESS - sum(group.egress[node] for group in self.groups.values())
 
+    def cpus_left(self, node: str) -> tuple[int, int]:
+        """Thousandths of a CPU, and bytes of memory."""
+        groups = self.groups.values()
+        return CPUS * 1000 - sum(one.cpus[node] for one in groups), MEMORY - sum(
+            one.memory[node] for one in groups
+        )
+
     def available(self) -> dict[str, dict[str, float]]:
+        return {node: self._available_on(node) for node in self.nodes}
+
+    def _available_on(self, node: str) -> dict[str, float]:
+        cpu_milli, memory = self.cpus_left(node)
         return {
-            node: {"GPU": sum(self.rests(node).values()) / WHOLE, "egress": float(self.egress_left(node))}
-            for node in self.nodes
+            "GPU": sum(self.rests(node).values()) / WHOLE,
+            "egress": float(self.egress_left(node)),
+            "CPU": cpu_milli / 1000,
+            "memory": float(memory),
         }
 
     def group(self, text: str) -> Group:
         return self.groups.get(text) or Group("gone", int(text, 16))
 
     def infos(self) -> list[NodeInfo]:
-        return [NodeInfo(node, node, node, GPUS, egress={"egress": EGRESS}) for node in sorted(self.nodes)]
+        has: dict[str, Any] = {"egress": {"egress": EGRESS}, "cpu_milli": CPUS * 1000, "memory_bytes": MEMORY}
+        return [NodeInfo(node, node, node, GPUS, **has) for node in sorted(self.nodes)]
 
     def live(self, wanted: Callable[[str], bool]) -> dict[str, LiveGroup]:
         return {
@@ -193,9 +212,21 @@ class Ray:
             self.kill_at = ""
             raise Killed
 
-    def take(self, group: Group, node: str, gpus: Sequence[int], share: int, units: int) -> list[int] | None:
+    def take(
+        self,
+        group: Group,
+        node: str,
+        gpus: Sequence[int],
+        share: int,
+        units: int,
+        cpu_milli: int = 0,
+        memory: int = 0,
+    ) -> list[int] | None:
         """Has a group hold this on a node; what it got, or ``None`` if there is too little."""
         if node not in self.nodes or self.egress_left(node) < units:
+            return None
+        cpus_left, memory_left = self.cpus_left(node)
+        if cpus_left < cpu_milli or memory_left < memory:
             return None
         rests = self.rests(node)
         if share < WHOLE:
@@ -207,6 +238,8 @@ class Ray:
             return None
         group.held.setdefault(node, {}).update(dict.fromkeys(got, share))
         group.egress[node] += units
+        group.cpus[node] += cpu_milli
+        group.memory[node] += memory
         self.groups[group.id.hex()] = group
         return got
 
@@ -288,7 +321,8 @@ class Fleet(fleet.Fleet):
                 group.job = create(group.name, [], [part.node_id]) or ""
                 if not group.job:
                     return reserved, [Refusal(part.node_id, part.node_id, 1, "its caller made none")]
-            got = ray.take(group, part.node_id, part.gpus, part.share, units)
+            amounts = part.cpu_milli, part.memory_bytes
+            got = ray.take(group, part.node_id, part.gpus, part.share, units, *amounts)
             if create is not None:
                 faults.point("service.group_created")
             if got is None:
@@ -298,6 +332,7 @@ class Fleet(fleet.Fleet):
                 part.replica_index, part.node_id, got, group, list(range(len(got) or 1)),
                 node_name=part.node_id, ranks=list(part.ranks), share=part.share / WHOLE,
                 egress_resource=part.egress_resource, egress_units=units,
+                cpus=part.cpu_milli / 1000, memory_bytes=part.memory_bytes,
             )  # fmt: skip
             order = order_of_group(group.name)
             reserved.append(self._note_reserved(order, assignment))
@@ -318,7 +353,8 @@ class Fleet(fleet.Fleet):
         return Group(f"{self._prefix}{claim.deployment.name}:{index}:x{number}:1", number)
 
     def _late(self, group: Group, part: Any, units: int) -> None:
-        self._ray.take(group, part.node_id, part.gpus, part.share, units)
+        amounts = part.cpu_milli, part.memory_bytes
+        self._ray.take(group, part.node_id, part.gpus, part.share, units, *amounts)
         self._ray.orphans_suspected = True
 
 
@@ -342,8 +378,12 @@ def places(what: PlacementResult | PlacementPlan) -> tuple[Any, ...]:
         for a in what.assignments
         if a.gpus
     ]
-    remote = [(a.replica_index, a.node, a.egress_units) for a in what.assignments if not a.gpus]
-    return what.deployment, on_gpus, remote, sorted(what.pending)
+    others = [
+        (a.replica_index, a.node, a.egress_units, a.cpus, a.memory_bytes)
+        for a in what.assignments
+        if not a.gpus
+    ]
+    return what.deployment, on_gpus, others, sorted(what.pending)
 
 
 def nothing(*args: Any, **more: Any) -> None:
@@ -862,6 +902,7 @@ class Service(Rules):
                 assert held == set(self.service.state.holdings(node)), "a node actor has other books"
         for node in self.ray.nodes:
             assert min(self.ray.rests(node).values()) >= 0 and self.ray.egress_left(node) >= 0
+            assert min(self.ray.cpus_left(node)) >= 0
         for one in standing.values():
             consistent.check_state(one)
         consistent.check_indices(self.service)

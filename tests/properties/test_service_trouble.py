@@ -186,9 +186,11 @@ class Shared(Weak):
         with self.lock:
             return super().live(wanted)
 
-    def take(self, group: Group, node: str, gpus: Sequence[int], share: int, units: int) -> list[int] | None:
+    def take(
+        self, group: Group, node: str, gpus: Sequence[int], share: int, units: int, *amounts: int
+    ) -> list[int] | None:
         with self.lock:
-            return super().take(group, node, gpus, share, units)
+            return super().take(group, node, gpus, share, units, *amounts)
 
     @contextmanager
     def _write(self, key: bytes) -> Iterator[None]:

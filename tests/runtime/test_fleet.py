@@ -140,6 +140,26 @@ def test_a_node_that_is_known_to_hang_refuses_without_being_asked(nodes: Fleet, 
     assert not agents.asked
 
 
+def test_what_others_took_of_the_cpus_meanwhile_is_a_refusal_and_the_rest_is_held(
+    nodes: Fleet, removed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(fleet.groups, "create_group", lambda name, *asked: made.append(asked) or len(made))
+    monkeypatch.setattr(fleet.groups, "ready_or_removed", lambda group: group == 1)
+    monkeypatch.setattr(fleet.groups, "node_of_group", lambda group: "a")
+    replicas = tuple(
+        PlannedReplica(index, node, cpu_milli=1500, memory_bytes=7) for index, node in enumerate("ab")
+    )
+    reserved, [refusal] = nodes.reserve(
+        Claim(Deployment(name="d", model="m", replicas=2, cpus=1.5), replicas), NODES
+    )
+    assert made == [([{"CPU": 1.5, "memory": 7.0}], ["a"]), ([{"CPU": 1.5, "memory": 7.0}], ["b"])]
+    assert (refusal.node_id, refusal.reason) == ("b", "another Ray user took CPUs or memory meanwhile")
+    [(order, held)] = reserved
+    assert (order.split(":")[2], held.node, held.cpus, held.memory_bytes) == ("d", "a", 1.5, 7)
+    assert (held.gpus, held.bundle_indices, removed) == ([], [0], [2])
+
+
 def test_egress_that_was_lent_before_the_caller_failed_is_given_back(
     nodes: Fleet, removed: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

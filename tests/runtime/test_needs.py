@@ -108,6 +108,17 @@ def test_a_remote_replica_asks_for_its_providers_resource_and_then_for_the_gener
     assert (("zone", "a"),) == need.labels, "accelerators are no concern of an egress node"
 
 
+def test_a_cpu_replica_asks_for_cpus_and_memory_on_any_node() -> None:
+    wanted = Request(
+        "c", (0, 1), cpu_milli=2500, memory_bytes=GIB, accelerators=("H100",), labels={"zone": "a"}
+    )
+    needs = needs_of(wanted, (0, 1))
+    assert isinstance(needs, dict)
+    assert list(needs) == ["c:0:0", "c:1:0"]
+    assert the_need(wanted).ways == (Way(((("CPU", 2.5), ("memory", float(GIB))),)),)
+    assert str(the_need(wanted)) == "a node with 2.5 CPUs and 1 GiB of memory and zone a"
+
+
 @pytest.mark.parametrize(
     ("wanted", "why"),
     [
@@ -122,6 +133,7 @@ def test_a_remote_replica_asks_for_its_providers_resource_and_then_for_the_gener
             Request("r", (0,), provider="p", egress=1, egress_nodes=("a",)),
             "constraints.egress_nodes names nodes",
         ),
+        (Request("c", (0,), cpu_milli=1000, cpu_nodes=("a",)), "constraints.cpu_nodes names nodes"),
     ],
 )
 def test_what_cannot_be_asked_is_told(wanted: Request, why: str) -> None:
@@ -165,6 +177,11 @@ OUT = NodeType("out", {"egress": 64.0}, {}, 1)
         ),
         (request(4, cpu_milli=96_000, accelerators=("A10G",)), "no node type holds it (a100 has label"),
         (request(4, cpu_milli=96_000), "node type a100 (at most 4) would hold it"),  # how many CPUs Ray looks up
+        (Request("d", (0,), cpu_milli=44_000), "node types a100 (at most 4), a10g (at most 2), out (at most 1) would"),
+        (
+            Request("d", (0,), cpu_milli=45_000, labels={"ray.io/accelerator-type": "A10G"}),
+            "no node type holds it (a100 has label ray.io/accelerator-type A100; a10g has 44 of 45 CPUs; out promises",
+        ),
         (Request("d", (0,), Needs(0), provider="openai", egress=64), "node type out (at most 1) would hold it"),
         (Request("d", (0,), Needs(0), provider="openai", egress=65), "no node type holds it (a100 has no egress"),
     ],

@@ -70,6 +70,20 @@ def test_a_share_says_how_much_of_a_gpu_a_worker_takes_and_a_remote_replica_noth
     assert result.environment(1) == {}
 
 
+def test_a_worker_of_a_cpu_replica_takes_its_cpus_and_memory_and_no_gpu() -> None:
+    part = NodeAssignment(0, "a", [], GROUP, [0], cpus=2.5, memory_bytes=7)
+    options = part.actor_options()
+    assert options.pop("scheduling_strategy").placement_group is GROUP
+    assert options == {"num_cpus": 2.5, "memory": 7}
+    result = PlacementResult("d", [part])
+    assert result.actor_options(0, 0).keys() == {"num_cpus", "memory", "scheduling_strategy"}
+    assert result.engine_options(0)["num_cpus"] == 0
+    assert result.environment(0) == {}
+    with pytest.raises(IndexError, match="replica 0 has ranks 0 to 0, not 1"):
+        part.actor_options(1)
+    assert (part.to_dict()["cpus"], part.to_dict()["memory_bytes"]) == (2.5, 7)
+
+
 def test_the_readme_starts_an_engine_with_options_that_there_are() -> None:
     [said] = re.findall(
         r"started with\s+`Engine\.options\(\*\*(a\.engine_options\(\))\)\.remote\(\)`", README.read_text()

@@ -109,7 +109,7 @@ def test_a_record_is_read_as_it_was_written(monkeypatch: pytest.MonkeyPatch) -> 
         bandwidth_gb_per_s=230.4, weakest_link="NV12", ray_bandwidth_gb_per_s=19.92, ray_weakest_link="SYS",
         sorted_bandwidth_gb_per_s=9.96, set_size=1,
     )  # fmt: skip
-    part = on("n", 2, 3, share=0.25, mig="1g.10gb")
+    part = on("n", 2, 3, share=0.25, mig="1g.10gb", cpus=2.5, memory_bytes=9)
     one = placed(local(replicas=4), whole, part)
     declared = one.declared(local(replicas=4, gpus=2))
     owner = {"kind": "job", "job": "02000000"}
@@ -167,6 +167,7 @@ def test_a_tally_counts_what_stands_and_what_is_about_to() -> None:
         placed(local("a"), on("n", 0, 2, 3, **beside)),
         placed(local("s"), on("n", 0, 1, share=0.25), on("n", 1, 1, share=0.5)),
         placed(remote, egress),
+        placed(local("e"), on("n", 0, cpus=2.0, memory_bytes=5)),
     )
     held.claim(
         Claim(local("c"), (PlannedReplica(0, "n", (3, 4), cpu_milli=500, memory_bytes=1), PlannedReplica(1, "m", (0,))))
@@ -177,8 +178,8 @@ def test_a_tally_counts_what_stands_and_what_is_about_to() -> None:
     assert there.shares == {1: 850}
     assert there.egress == {"egress": 3}
     assert set(there.serving) == {("openai", remote.key_fingerprint)}
-    assert set(there.deployments) == {"a", "s", "r", "c", "t"}
-    assert (there.cpu_milli, there.memory_bytes) == (3500, 15)
+    assert set(there.deployments) == {"a", "s", "r", "c", "t", "e"}
+    assert (there.cpu_milli, there.memory_bytes) == (5500, 20)
     assert (other.gpus, other.claimed_gpus, set(other.deployments)) == (set(), {0}, {"c"})
 
 
@@ -189,6 +190,8 @@ def test_an_assignment_in_the_terms_of_plans() -> None:
     assert whole.planned() == PlannedReplica(3, "n", (4, 5), (2, 3), WHOLE, "", 3000, 14)
     share = held_replica(on("n", 0, 1, ranks=[0], share=0.25, mig="1g.10gb"))
     assert share.planned() == PlannedReplica(0, "n", (1,), (0,), 250, "1g.10gb")
+    cpus = held_replica(NodeAssignment(1, "n", [], group(1), [0], ranks=[0], cpus=2.5, memory_bytes=7))
+    assert cpus.planned() == PlannedReplica(1, "n", cpu_milli=2500, memory_bytes=7)
     egress = held_replica(
         NodeAssignment(1, "n", [], group(1), [0], ranks=[0], egress_resource="egress", egress_units=4)
     )

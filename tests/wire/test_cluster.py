@@ -124,7 +124,7 @@ def both_hold(*held: dict[str, Any]) -> dict[str, Any]:
         (both_hold({"gpus": [0], "share": 600}, {"gpus": [0], "share": 401}), "of which others hold too much already"),
         (lying(held={"gpus": [0]}, rests={"0": 500}), "gpus names GPU 0, of which rests leaves 500 on node 'a'"),
         (lying(held={"gpus": [0], "share": 600}, rests={"0": 401}), "of which rests leaves 401 on node 'a'"),
-        (lying(held={}), "deployment 'd': replica 0: must hold either gpus or an egress_resource"),
+        (lying(held={}), "deployment 'd': replica 0: holds nothing; name its gpus, its egress_resource, or cpu_milli"),
         (lying(held={"gpus": [0], "egress_resource": "egress"}), "must hold either gpus or an egress_resource"),
         (lying(problem=""), "node 'a': problem is empty; say what is wrong with the node, or leave it out"),
         (lying() | {"deployments": [{"deployment": {"name": "d", "model": "m", "runtime_config": 1}, "replicas": []}]},

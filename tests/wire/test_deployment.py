@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from placement.core.score import NO_GPUS
 from placement.errors import InvalidDeployment, MissingSecret
 from placement.wire.deployment import ApiKey, Deployment, PlacementConstraints
 from placement.wire.files import load_deployments, parse_deployments, parse_model
@@ -67,9 +69,46 @@ def test_a_custom_runtime_says_its_transport() -> None:
     )
     assert (local.gpus_per_replica, remote.provider) == (1, "acme")
     with pytest.raises(
-        ValidationError, match=r'needs runtime_config.transport: "local_gpu" or "remote_network"'
+        ValidationError, match=r'needs runtime_config.transport: "local_gpu", "local_cpu" or "remote_network"'
     ):
         Deployment.model_validate(fields)
+
+
+def test_cpus_alone_are_a_transport() -> None:
+    ort = Deployment(name="d", model="BAAI/bge-m3", runtime="ort", cpus=2.5, memory_gib=4)
+    assert (ort.transport, ort.gpus_per_replica, ort.egress_per_replica) == ("local_cpu", 0, 0)
+    assert (ort.cpu_milli, ort.memory_bytes, ort.needs, ort.calls) == (2500, 4 << 30, NO_GPUS, None)
+    custom = Deployment.model_validate(
+        {
+            "name": "d",
+            "model": "m",
+            "runtime": "custom",
+            "runtime_config": {"transport": "local_cpu"},
+            "cpus": 1,
+        }
+    )
+    assert (custom.transport, custom.remote, custom.cpu_milli) == ("local_cpu", False, 1000)
+    vllm = Deployment(name="d", model="meta-llama/Llama-3.1-8B", cpus=16)
+    assert (vllm.runtime_name, vllm.transport) == ("vllm", "local_cpu"), "vLLM runs on CPUs, too"
+
+
+@pytest.mark.parametrize(
+    ("more", "same"),
+    [
+        ({"constraints": {"accelerators": ["H100"], "gpu_nodes": ["x"], "egress_nodes": ["x"]}}, True),
+        ({"serving": {"max_concurrent": 4}}, True),
+        ({"constraints": {"cpu_nodes": ["x"]}}, False),
+        ({"cpus": 3}, False),
+        ({"memory_gib": 5}, False),
+        ({"cpus": None, "memory_gib": None, "gpus": 1}, False),
+    ],
+)
+def test_the_shape_of_a_cpu_deployment_is_what_decides_where_it_can_sit(
+    more: dict[str, Any], same: bool
+) -> None:
+    fields = {"name": "d", "model": "m", "cpus": 2, "memory_gib": 4}
+    before, after = (Deployment.model_validate(one) for one in (fields, {**fields, **more}))
+    assert (before.shape() == after.shape()) is same
 
 
 @pytest.mark.parametrize(
@@ -109,7 +148,58 @@ def test_a_custom_runtime_says_its_transport() -> None:
             {"model": "gpt-4o", "mig": "1g.10gb"},
             "mig: 1g.10gb on a remote deployment (openai); leave mig out",
         ),
-        ({"runtime": "tgi"}, "runtime: 'tgi' is refused: input should be 'vllm'"),
+        (
+            {"runtime": "tgi"},
+            "runtime: 'tgi' is no runtime; there are vllm, tensorrt, ort, candle, cudarc, mistralrs, python, openai",
+        ),
+        (
+            {"runtime_config": {"runtime": "tgi"}},
+            "runtime_config.runtime: 'tgi' is no runtime; there are vllm",
+        ),
+        (
+            {"runtime": "custom", "runtime_config": {"transport": "LocalTpu"}},
+            "runtime_config.transport: 'LocalTpu' is no transport; there are local_gpu, local_cpu, remote_network",
+        ),
+        (  # which may be a key
+            {"runtime": "custom", "runtime_config": {"transport": "sk-1f9c"}},
+            "runtime_config.transport: is no transport; there are local_gpu",
+        ),
+        ({"cpus": 0}, "cpus: 0 is too small; use at least 0.001"),
+        (
+            {"cpus": 2, "gpus": 1},
+            "cpus: 2 is for replicas without GPUs, and gpus asks for GPUs; leave one of them out",
+        ),
+        ({"cpus": 2, "mig": "1g.10gb"}, "and mig asks for GPUs"),
+        ({"cpus": 2, "tensor_parallel": 2}, "and tensor_parallel asks for GPUs"),
+        (
+            {"cpus": 2, "placement_group": {"bundles": [{"GPU": 1}]}},
+            "and placement_group asks for GPUs; leave one of them out, or use constraints.cpus_per_gpu",
+        ),
+        (
+            {"model": "gpt-4o", "cpus": 2},
+            "cpus: 2 on a remote deployment (openai); leave cpus out, or set runtime",
+        ),
+        (
+            {"runtime": "tensorrt", "cpus": 2},
+            "cpus: 2 with runtime tensorrt, which needs GPUs; ask for gpus, or",
+        ),
+        (
+            {"cpus": 2, "within": "nvlink"},
+            "within: nvlink is about the links between a replica's GPUs, and it has no GPUs",
+        ),
+        ({"memory_gib": 2}, "memory_gib: 2 is for replicas without GPUs, which say cpus as well; add cpus"),
+        (
+            {"runtime": "custom", "runtime_config": {"transport": "local_cpu"}},
+            "runtime_config.transport local_cpu needs cpus: how many each replica takes",
+        ),
+        (
+            {"runtime": "custom", "runtime_config": {"transport": "local_gpu"}, "cpus": 2},
+            "cpus: 2 with transport local_gpu; set runtime_config.transport to local_cpu",
+        ),
+        (
+            {"runtime": "ort", "runtime_config": {"transport": "local_cpu"}, "cpus": 2},
+            "runtime_config.transport is for runtime custom, not ort (declared); remove it, and set cpus: that says it",
+        ),
         ({"replica": 2}, "unknown field 'replica'; known here: name, model"),
         ({"serving": {"concurrency": 2}}, "unknown field 'serving.concurrency'; known here: max_concurrent"),
         ({"serving": {"max_concurrent": 0}}, "serving.max_concurrent: 0 is too small"),

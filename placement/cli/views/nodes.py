@@ -34,13 +34,20 @@ class ClusterMap:
     def __init__(self, report: Mapping[str, Any]) -> None:
         self._report = report
         self._colours = colours(one["name"] for one in report["deployments"])
-        self._nodes = [node for node in report["nodes"] if node["gpu_count"] or node["egress"] or _dead(node)]
+        self._nodes = [
+            node
+            for node in report["nodes"]
+            if node["gpu_count"] or node["egress"] or _cpus_held(node) or _dead(node)
+        ]
+        self._on_cpus: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
         self._egress: dict[tuple[str, str], list[tuple[str, Mapping[str, Any]]]] = {}
         for one in report["deployments"]:
             for a in one["assignments"]:
                 if a.get("egress_resource"):
                     here = self._egress.setdefault((a["node"], a["egress_resource"]), [])
                     here.append((one["name"], a))
+                if a.get("cpus"):
+                    self._on_cpus.setdefault(a["node"], []).append((one["name"], a))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draws it."""
@@ -84,18 +91,26 @@ class ClusterMap:
             lines += wrapped(gpu_heading(node), width, "dim")
             for title, gpus in _brackets(node):
                 lines += bracket(gpus, width, self._colours, title)
-        elif node["egress"]:
-            lines.append(Text("egress node", style="dim"))
+        else:
+            lines.append(Text("egress node" if node["egress"] else "CPU node", style="dim"))
         for egress in node["egress"]:
-            lines += filled(self._egress_parts(node, egress, width), width, "  ")
+            told = f"{egress['resource']}: {egress['held']} of {egress['total']} requests"
+            here = self._egress.get((node["id"], egress["resource"]), ())
+            lines += filled(self._parts(told, here, "egress_units", width), width, "  ")
+        if _cpus_held(node):
+            told, here = _cpus_told(node), self._on_cpus.get(node["id"], ())
+            lines += filled(self._parts(told, here, "cpus", width), width, "  ")
         if node.get("state") == "draining":
             lines.append(Text("draining", style="yellow"))
         return lines + wrapped(node["problem"] or "", width, "red")
 
-    def _egress_parts(self, node: Node, egress: Mapping[str, Any], width: int) -> Iterator[Part]:
-        yield "", Text(f"{egress['resource']}: {egress['held']} of {egress['total']} requests")
-        for name, a in self._egress.get((node["id"], egress["resource"]), ()):
-            tail = f"/{a['replica_index']} ({a['egress_units']})"
+    def _parts(
+        self, told: str, here: Iterable[tuple[str, Mapping[str, Any]]], holds: str, width: int
+    ) -> Iterator[Part]:
+        """What is said of a resource, and each replica that holds some of it."""
+        yield "", Text(told)
+        for name, a in here:
+            tail = f"/{a['replica_index']} ({a[holds]:g})"
             short = shortened(name, max(width - len(tail) - 2, 8))
             yield "  ", Text(short + tail, style=self._colours[name])
 
@@ -105,7 +120,8 @@ class ClusterMap:
         """Nodes of one kind below a heading, a line for each."""
         kinds: dict[str, list[Node]] = {}
         for node in nodes:
-            heading = gpu_heading(node) if node["gpu_count"] else "egress node"
+            without = "egress node" if node["egress"] else "CPU node"
+            heading = gpu_heading(node) if node["gpu_count"] else without
             kinds.setdefault("dead" if _dead(node) else heading, []).append(node)
         for kind, alike in kinds.items():
             yield Text(shortened(f" {kind}: {counted(len(alike), 'node')}", width), style="bold")
@@ -123,7 +139,8 @@ class ClusterMap:
         if _dead(node):
             return Text(_dead(node), style="dim")
         if not node["gpu_count"]:
-            return Text("; ".join(f"{e['held']} of {e['total']} {e['resource']}" for e in node["egress"]))
+            said = [f"{e['held']} of {e['total']} {e['resource']}" for e in node["egress"]]
+            return Text("; ".join(said + [_cpus_told(node)] * bool(_cpus_held(node))))
         free = sum(gpu["state"] == "free" for gpu in node["gpus"])
         draining = ", draining" if node.get("state") == "draining" else ""
         return Text(f"{free} free".rjust(7) + draining, style="" if free else "dim")
@@ -137,6 +154,8 @@ class ClusterMap:
         for egress in node["egress"]:
             for name, a in self._egress.get((node["id"], egress["resource"]), ()):
                 found.setdefault(name, set()).add(a["replica_index"])
+        for name, a in self._on_cpus.get(node["id"], ()):
+            found.setdefault(name, set()).add(a["replica_index"])
         said = [
             Text(f"{shortened(name, 40)}/{ordinals(sorted(replicas))}", style=self._colours.get(name, ""))
             for name, replicas in found.items()
@@ -180,9 +199,24 @@ def _idle_apart(nodes: Sequence[Node]) -> tuple[list[Node], dict[Any, list[Node]
 
 def _idle(node: Node) -> bool:
     used = (
-        node["problem"] or node["others_unlocated"] or _dead(node) or any(e["held"] for e in node["egress"])
+        node["problem"]
+        or node["others_unlocated"]
+        or _dead(node)
+        or any(e["held"] for e in node["egress"])
+        or _cpus_held(node)
     )
     return not used and all(gpu["state"] == "free" for gpu in node["gpus"])
+
+
+def _cpus_held(node: Node) -> float:
+    """CPUs that CPU replicas hold there; an older service does not tell."""
+    held: float = node.get("cpus", {}).get("held", 0)
+    return held
+
+
+def _cpus_told(node: Node) -> str:
+    """``CPUs: 6 of 16``."""
+    return f"CPUs: {node['cpus']['held']:g} of {node['cpus']['total']:g}"
 
 
 def _dead(node: Node) -> str:

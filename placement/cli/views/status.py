@@ -160,6 +160,7 @@ def summary(one: Deployment) -> dict[str, Any]:
         "replicas": one["replicas"],
         "gpus": round(sum(len(a["gpus"]) * a.get("share", 1.0) for a in one["assignments"]), 6),
         "egress": sum(a.get("egress_units", 0) for a in one["assignments"]),
+        "cpus": round(sum(a.get("cpus", 0) for a in one["assignments"]), 3),
         "nodes": sorted({a["node_name"] for a in one["assignments"]}),
         "age_seconds": one.get("age_seconds"),
         "owner": one.get("owner"),
@@ -198,7 +199,7 @@ def deployments_table(
         table.add_row(
             Text(row["name"]),
             f"{row['placed']}/{row['replicas']}",
-            f"{row['gpus']:g}" if row["gpus"] or not row["egress"] else "-",
+            f"{row['gpus']:g}" if row["gpus"] or not (row["egress"] or row["cpus"]) else "-",
             Text(row["state"] + place, style=STYLES.get(row["state"], "")),
             *([age_text(row["age_seconds"])] if aged else []),
             *([owner_text(row["owner"])] if owned else []),

@@ -139,7 +139,10 @@ def place_text(place: int) -> str:
 
 
 def holds(a: Mapping[str, Any]) -> str:
-    """``GPU 0-3``, ``0.25 of GPU 1``, ``MIG 1g.10gb, slot 4``, ``16 x egress_openai``."""
+    """``GPU 0-3``, ``0.25 of GPU 1``, ``MIG 1g.10gb, slot 4``, ``16 x egress_openai``, ``4 CPUs, 8 GiB``."""
+    if cpus := a.get("cpus"):  # an older service does not tell
+        memory = f", {a['memory_bytes'] / 2**30:.3g} GiB" if a["memory_bytes"] else ""
+        return f"{cpus:g} CPU{'s' * (cpus != 1)}{memory}"
     if a["egress_resource"]:
         return f"{a['egress_units']} x {a['egress_resource']}"
     if a["mig"]:
