@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         UnknownTopology,
         Unplaceable,
         UnreadableRecord,
+        UnsupportedRay,
     )
     from placement.runtime.bootstrap import connect, start
     from placement.runtime.client import AsyncClient, Client
@@ -59,6 +60,7 @@ _HOME = {
         "LeaseExpired", "MissingSecret", "NoEgressNodes", "NoGpuNodes", "NotEnoughEgress", "NotEnoughGpus",
         "PartlyApplied", "PlacementError", "ReservationFailed", "ServiceDiffers", "ServiceNotRunning",
         "UnknownDeployment", "UnknownNode", "UnknownTopology", "Unplaceable", "UnreadableRecord",
+        "UnsupportedRay",
     ),
     "placement.runtime.bootstrap": ("connect", "start"),
     "placement.runtime.client": ("AsyncClient", "Client"),
@@ -106,6 +108,7 @@ __all__ = [
     "UnknownTopology",
     "Unplaceable",
     "UnreadableRecord",
+    "UnsupportedRay",
     "__version__",
     "connect",
     "load_deployments",
