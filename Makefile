@@ -1,4 +1,4 @@
-# Everything a developer runs. Needs Python 3.11+, pip and make; the rest goes into .venv.
+# Everything a developer runs. Needs Python 3.11 to 3.13, pip and make; the rest goes into .venv.
 #
 #   make test ARGS="tests/core -k island"     passes ARGS on
 #   make PYTHON=python3.12 test               chooses the interpreter of a new .venv
@@ -7,6 +7,7 @@ PYTHON ?= python3
 ARGS ?=
 ROUNDS ?= 1
 WORKERS ?= 2
+RAY ?= 2.52.1
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
@@ -14,13 +15,18 @@ BIN := .venv/bin
 .PHONY: help demo test chaos soak mutants lint format bench wheel release clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/stamp ## place on simulated GPU nodes, on this machine (no GPU needed)
 	@$(BIN)/placement demo $(ARGS)
 
 test: .venv/stamp ## run the tests, by file, in two processes: make test WORKERS=0
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+.PHONY: test-ray
+test-ray: .venv-ray-$(RAY)/stamp ## run the demo and the tests with another Ray, in a venv of its own: make test-ray RAY=2.55.1 ARGS=tests/integration/test_mig.py
+	@.venv-ray-$(RAY)/bin/placement demo
+	@.venv-ray-$(RAY)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(or $(ARGS),tests/integration)
 
 chaos: .venv/stamp ## kill the service, its node actors, nodes and the head, and tell how long recovery took: make chaos ROUNDS=5
 	@$(BIN)/python -m tests.chaos --rounds $(ROUNDS)
@@ -54,8 +60,8 @@ wheel: .venv/stamp ## build dist/ray_placement-*.whl
 release: .venv/stamp ## check, build and tag a release, and print how to publish it: docs/releasing.md
 	@scripts/release
 
-clean: ## remove .venv, builds and caches
-	@rm -rf .venv dist build mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+clean: ## remove .venv and those of test-ray, builds and caches
+	@rm -rf .venv .venv-ray-* dist build mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Made again when the dependencies change; the editable install follows the sources by itself.
@@ -67,4 +73,10 @@ clean: ## remove .venv, builds and caches
 	@echo "installing into .venv (once, about a minute)"
 	@$(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+.venv-ray-%/stamp: pyproject.toml
+	@echo "installing Ray $* into .venv-ray-$* (once, about a minute)"
+	@$(PYTHON) -m venv --clear .venv-ray-$*
+	@.venv-ray-$*/bin/python -m pip install -qq --disable-pip-version-check --editable '.[dev]' 'ray[default]==$*'
 	@touch $@

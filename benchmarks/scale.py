@@ -241,10 +241,7 @@ class AtOnce(Executor):
 def make_believe(cluster: Cluster) -> Iterator[None]:
     """Puts ``cluster`` in the place of Ray."""
 
-    def listed(prefix: bytes, namespace: bytes) -> list[bytes]:
-        return [key for key in cluster.store if key.startswith(prefix)]
-
-    def put(key: bytes, value: bytes, overwrite: bool, namespace: bytes) -> None:
+    def put(key: bytes, value: bytes, namespace: bytes, overwrite: bool = True) -> None:
         cluster.store[key] = value
 
     def live(wanted: Callable[[str], bool]) -> dict[str, LiveGroup]:
@@ -256,18 +253,15 @@ def make_believe(cluster: Cluster) -> Iterator[None]:
             }
 
     kv = SimpleNamespace(
-        _internal_kv_get=lambda key, namespace: cluster.store.get(key),
-        _internal_kv_put=put,
-        _internal_kv_del=lambda key, namespace: cluster.store.pop(key, None),
-        _internal_kv_list=listed,
-        internal_kv_get_gcs_client=lambda: SimpleNamespace(
-            internal_kv_multi_get=lambda keys, namespace: {key: cluster.store[key] for key in keys}
-        ),
+        kv_get=lambda key, namespace: cluster.store.get(key),
+        kv_put=put,
+        kv_delete=lambda key, namespace: cluster.store.pop(key, None),
+        kv_all=lambda prefix, namespace: {k: v for k, v in cluster.store.items() if k.startswith(prefix)},
     )
     cluster.store.setdefault(b"token", TOKEN.encode())
     nodes = frozenset(info.id for info in cluster.infos)
     instead: list[tuple[Any, str, Any]] = [
-        (ledger, "internal_kv", kv),
+        (ledger, "ray_internals", kv),
         (faults, "point", lambda name: None),
         (discovery, "live_nodes", lambda: list(cluster.infos)),
         (controller, "Fleet", lambda make, holdings, prefix: Fleet(cluster, prefix, holdings)),

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         UnknownTopology,
         Unplaceable,
         UnreadableRecord,
+        UnsupportedRay,
     )
     from placement.runtime.bootstrap import connect, start
     from placement.runtime.client import AsyncClient, Client
@@ -60,7 +61,7 @@ _HOME = {
         "LeaseExpired", "MissingSecret", "NoCpuNodes", "NoEgressNodes", "NoGpuNodes", "NotEnoughEgress",
         "NotEnoughGpus", "PartlyApplied", "PlacementError", "ReservationFailed", "ServiceDiffers",
         "ServiceNotRunning", "UnknownDeployment", "UnknownNode", "UnknownTopology", "Unplaceable",
-        "UnreadableRecord",
+        "UnreadableRecord", "UnsupportedRay",
     ),
     "placement.runtime.bootstrap": ("connect", "start"),
     "placement.runtime.client": ("AsyncClient", "Client"),
@@ -109,6 +110,7 @@ __all__ = [
     "UnknownTopology",
     "Unplaceable",
     "UnreadableRecord",
+    "UnsupportedRay",
     "__version__",
     "connect",
     "load_deployments",

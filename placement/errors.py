@@ -359,6 +359,28 @@ class ServiceNotRunning(PlacementError):
         return f"no placement service on the Ray cluster at {self.address}; start it with `placement up`"
 
 
+class UnsupportedRay(PlacementError):
+    """The installed Ray is not one that placement can stand on. Nothing was started.
+
+    Args:
+        version: of Ray, as it is installed.
+        requirement: what to install, in the words of pip (``"ray[default]>=2.52,<2.61"``).
+        problem: what is wrong with that version.
+    """
+
+    code = "unsupported_ray"
+
+    def __init__(self, version: str, requirement: str, problem: str) -> None:
+        super().__init__(version, requirement, problem)
+        self.version, self.requirement, self.problem = version, requirement, problem
+
+    def __str__(self) -> str:
+        return (
+            f"placement cannot run on Ray {self.version}: {self.problem}; `pip install '{self.requirement}'` in the "
+            "Python that runs `ray start`, on all nodes, and start the cluster anew"
+        )
+
+
 class ClusterUnreachable(PlacementError):
     """No Ray cluster answers at the address.
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
 from ray._private.label_utils import validate_label_key, validate_label_value
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -129,11 +131,12 @@ def test_the_images_bring_the_ray_and_the_python_the_package_needs(prepared: Con
         if "docker" in kind
     }
     versions = {
-        re.fullmatch(r"rayproject/ray:(\d+\.\d+)\.\d+-(py\d+)(?:-gpu)?", image).groups() for image in images
+        re.fullmatch(r"rayproject/ray:(\d+\.\d+\.\d+)-(py\d+)(?:-gpu)?", image).groups() for image in images
     }
-    requirement = next(text for text in PROJECT["dependencies"] if text.startswith("ray"))
-    assert {(re.search(r">=(\d+\.\d+)", requirement)[1], "py311")} == versions
-    assert ">=3.11" == PROJECT["requires-python"]
+    [(ray, python)] = versions
+    (needed,) = (one for one in map(Requirement, PROJECT["dependencies"]) if one.name == "ray")
+    assert needed.specifier.contains(ray)
+    assert ("py311", True) == (python, SpecifierSet(PROJECT["requires-python"]).contains("3.11"))
 
 
 def test_the_head_starts_ray_and_then_the_service(prepared: Config) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import click
 
 from placement import __version__
-from placement.cli import apply, offline, plan, release, service, show, topology, waiting
+from placement.cli import apply, doctor, offline, plan, release, service, show, topology, waiting
 from placement.cli.group import Commands, exit_code
 from placement.cli.offline import POLICIES
 
@@ -19,7 +19,8 @@ Exit codes:
   0    done; also where something waits for room
   1    refused: it does not fit, others were in the way, the name is not known, or the
        service runs with other settings or in another version; not all could be applied,
-       or placed in the time given; or, of `placement diff`, something differs
+       or placed in the time given; or, of `placement diff`, something differs; or, of
+       `placement doctor`, a check failed
   2    bad input: a file, a field or an option
   3    no Ray cluster at the address, or no placement service on it
   130  interrupted
@@ -42,6 +43,7 @@ def main() -> None:
 for _command in (
     offline.demo,
     service.up,
+    doctor.doctor,
     apply.apply,
     waiting.wait,
     plan.plan,

@@ -10,6 +10,7 @@ import ray
 
 from placement.errors import ServiceNotRunning
 from placement.runtime.bootstrap import start_in_this_job
+from placement.runtime.ray_internals import WITHOUT_HOOK, driver_at
 from placement.wire.node_types import NodeType
 
 
@@ -18,10 +19,10 @@ def main(argument: str) -> None:
     address, node_address, near, idle_seconds, types = json.loads(argument)
     ray.init(
         address=address,
-        _node_ip_address=node_address,
-        _skip_env_hook=True,
         log_to_driver=False,
         logging_level=logging.ERROR,
+        **driver_at(node_address),
+        **WITHOUT_HOOK,
     )
     try:
         start_in_this_job(near, idle_seconds, [NodeType(**one) for one in types])

@@ -21,12 +21,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import ray
-from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply, NodeStatus
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from placement.runtime.groups import available_resources, group_from_hex
 from placement.runtime.needs import Way
+from placement.runtime.ray_internals import NodeStatus, autoscaler_status, is_second_autoscaler, scheduling
 
 GCS_SECONDS = 5
 """Longest wait for one answer of the GCS about the autoscaler."""
@@ -110,19 +109,13 @@ class RayCluster:
 
     def hear(self) -> Heard:
         """See :meth:`Cluster.hear`."""
-        gcs = ray._private.worker.global_worker.gcs_client
-        reply = GetClusterStatusReply.FromString(gcs.get_cluster_status(timeout_s=GCS_SECONDS))
+        reply = autoscaler_status(GCS_SECONDS)
         # `ray up` and KubeRay tell each node which of their machines it is; `ray start` by hand runs an autoscaler
         # too, which only watches.
         states = reply.cluster_resource_state.node_states
         if not any(node.instance_id or node.ray_node_type_name for node in states):
             return Heard(NO_AUTOSCALER)
-        version = gcs.internal_kv_get(
-            ray._raylet.GCS_AUTOSCALER_V2_ENABLED_KEY.encode(),
-            namespace=ray._raylet.GCS_AUTOSCALER_STATE_NAMESPACE.encode(),
-            timeout=GCS_SECONDS,
-        )
-        if version != b"1":
+        if not is_second_autoscaler(GCS_SECONDS):
             return Heard(OLD_AUTOSCALER)
         if not reply.HasField("autoscaling_state"):
             return Heard("the autoscaler has not reported yet")
@@ -159,7 +152,7 @@ class RayCluster:
         row = placement_group_table(group_from_hex(group))
         if not row:
             return Group("REMOVED")
-        scheduling = row["stats"]["scheduling_state"]
+        how = scheduling(row)
         nodes: dict[str, dict[str, float]] = {}
         for bundle, node in row["bundles_to_node_id"].items():
             if node:
@@ -169,9 +162,9 @@ class RayCluster:
         return Group(
             row["state"],
             nodes,
-            row["stats"]["scheduling_attempt"],
-            idle=scheduling in ("NO_RESOURCES", "INFEASIBLE"),
-            hopeless=row["state"] == "PENDING" and scheduling == "INFEASIBLE",
+            how.attempt,
+            idle=how.state in ("NO_RESOURCES", "INFEASIBLE"),
+            hopeless=row["state"] == "PENDING" and how.state == "INFEASIBLE",
         )
 
     def remove(self, group: str) -> None:

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.util.client
-from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from placement.core.snapshot import NEAR_LABELS
 from placement.errors import ServiceNotRunning
+from placement.runtime import ray_internals
 from placement.runtime.controller import IDLE_SECONDS
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.groups import my_gpu_ids
@@ -44,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 # num_cpus=0: holding a bundle of one GPU leaves no CPU for a probe. max_calls=0: keep the worker process,
 # which Ray otherwise ends after every task that had a GPU.
-_probe = ray.remote(num_cpus=0, max_calls=0)(my_gpu_ids)
+probe = ray.remote(num_cpus=0, max_calls=0)(my_gpu_ids)
 _Agent = ray.remote(num_cpus=0, concurrency_groups={"facts": 1})(NodePlacementActor)
 
 
@@ -52,6 +51,8 @@ class DeploymentPlacementActor(Service):
     """The service as an actor: started anew until it could take up what stood."""
 
     def __init__(self, *args: Any) -> None:
+        if untested := ray_internals.require_supported():
+            logger.warning(untested)
         is_new = ray.get_runtime_context().was_current_actor_reconstructed is False
         try:
             super().__init__(*args)
@@ -75,7 +76,7 @@ def make_agent(info: NodeInfo) -> Any:
         lifetime="detached",
         get_if_exists=True,
         scheduling_strategy=NodeAffinitySchedulingStrategy(info.id, soft=False),
-    ).remote(info.id, info.gpu_count, info.topology_name, _probe)
+    ).remote(info.id, info.gpu_count, info.topology_name, probe)
 
 
 def start(
@@ -104,11 +105,14 @@ def start(
 
     Raises:
         RuntimeError: Ray is not connected; call ``ray.init(address="auto")`` first.
+        UnsupportedRay: it is older than what was tested, or lacks what is used of it. A newer one is warned of.
         InvalidDeployment: the file cannot be read, or is no cluster configuration.
         ServiceNotRunning: it cannot run there; the package is not installed on the head node, for example.
         ray.exceptions.GetTimeoutError: the actor did not come up within two minutes.
     """
     _require_ray()
+    if untested := ray_internals.require_supported():
+        logger.warning(untested)
     types = [] if node_types is None else read_node_types(node_types)
     if not _has_environment():
         return start_in_this_job(near, idle_seconds, types)
@@ -131,7 +135,7 @@ def start_in_this_job(near: Sequence[str], idle_seconds: float, types: Sequence[
         max_restarts=-1,
         max_task_retries=-1,
         max_concurrency=MOST_CALLS,
-        resources={"node:__internal_head__": 0.001},
+        resources=ray_internals.HEAD,
         # The default would be the placement group of the calling task, if that captures its children.
         scheduling_strategy="DEFAULT",
     ).remote(make_agent, tuple(near), idle_seconds, tuple(types))
@@ -143,14 +147,20 @@ def _wait_for(service: Any) -> None:
     try:
         ray.get(service.ping.remote(), timeout=START_DEADLINE_SECONDS)
     except ray.exceptions.ActorDiedError as error:
-        cause = re.search(r"(?:ModuleNotFound|Import)Error: (.+)", str(error))
+        cause = import_problem(error)
         if cause is None:
             raise
         problem = (
-            f"on the head node: {cause[1]}; install ray-placement, and nothing else that is imported as `placement`, "
+            f"on the head node: {cause}; install ray-placement, and nothing else that is imported as `placement`, "
             "in the Python that runs `ray start`, there and on all GPU nodes: the service uses no job's runtime_env"
         )
         raise ServiceNotRunning(ray.get_runtime_context().gcs_address, problem) from None
+
+
+def import_problem(error: Exception) -> str | None:
+    """What could not be imported where an actor was to run; ``None`` if it died of something else."""
+    found = re.search(r"(?:ModuleNotFound|Import)Error: (.+)", str(error))
+    return found[1] if found else None
 
 
 def _has_environment() -> bool:
@@ -167,7 +177,7 @@ def _start_in_a_job_of_its_own(near: Sequence[str], idle_seconds: float, types: 
     """
     context = ray.get_runtime_context()
     arguments = context.gcs_address, tuple(near), idle_seconds, [asdict(one) for one in types]
-    if ray.util.client.ray.is_connected():  # this process may be outside of the cluster
+    if ray_internals.is_ray_client():  # this process may be outside of the cluster
         problem = ray.get(ray.remote(num_cpus=0)(_run_job).remote(*arguments))
     else:
         problem = _run_job(*arguments)
@@ -177,11 +187,11 @@ def _start_in_a_job_of_its_own(near: Sequence[str], idle_seconds: float, types: 
 
 def _run_job(address: str, near: Sequence[str], idle_seconds: float, types: Sequence[dict[str, Any]]) -> str:
     """Runs ``python -m placement.runtime``, which starts the service; what is wrong, if it could not."""
-    node_address = ray._private.worker.global_worker.node.node_ip_address
+    node_address = ray_internals.node_address()
     # The child can import what this process can. It runs in /, since its actors import from where it runs.
     paths = [str(Path(__file__).parents[2]), *filter(None, sys.path)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
-    env.pop(RAY_JOB_CONFIG_JSON_ENV_VAR, None)  # the environment of a submitted job
+    env.pop(ray_internals.JOB_CONFIG_VARIABLE, None)  # the environment of a submitted job
     argument = json.dumps([address, node_address, near, idle_seconds, types])
     try:
         child = subprocess.run(

@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import ray
 from ray.util.placement_group import PlacementGroup, get_placement_group
 
 from placement.errors import PlacementError
 from placement.runtime import groups
-from placement.runtime.connection import is_ray_client
+from placement.runtime.connection import in_cluster
 from placement.runtime.leases import Loan
 from placement.runtime.results import PlacementResult
 
@@ -30,7 +29,7 @@ class OwnGroups:
 
     def warm(self) -> None:
         """Returns once :meth:`create` would be quick: under ``ray://`` a worker process has to start for it."""
-        _in_cluster(_nothing)
+        in_cluster(_nothing)
 
     def create(self, loan: Loan) -> PlacementGroup | None:
         """Creates the group that a loan is for.
@@ -38,7 +37,7 @@ class OwnGroups:
         Returns:
             The group, ready; ``None`` if it could not be had, and nothing of it is left.
         """
-        return _in_cluster(_create, loan)
+        return in_cluster(_create, loan)
 
     def find(self, name: str) -> PlacementGroup | None:
         """A group of this process's namespace that has not been removed, ready or not."""
@@ -104,13 +103,6 @@ class Borrower:
         if not isinstance(error, PlacementError):
             with contextlib.suppress(Exception):
                 self._cancel(self._loan.id)
-
-
-def _in_cluster(function: Callable[..., T], *arguments: Any) -> T:
-    """What a function returns that needs a process of the cluster: this one, or under ``ray://`` one there."""
-    if is_ray_client():
-        return ray.get(ray.remote(num_cpus=0)(function).remote(*arguments))
-    return function(*arguments)
 
 
 def _nothing() -> None:

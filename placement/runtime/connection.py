@@ -7,14 +7,16 @@ import getpass
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
-import ray.util.client
 
 from placement.errors import ClusterUnreachable, PlacementError, ServiceNotRunning
+from placement.runtime import ray_internals
+
+T = TypeVar("T")
 
 CONNECT_DEADLINE_SECONDS = 5.0
 
@@ -35,7 +37,7 @@ def cluster(address: str | None = None) -> Iterator[str]:
             retry for minutes.
     """
     wanted = address or os.environ.get("RAY_ADDRESS") or "auto"
-    found = wanted if wanted != "auto" else _local_address()
+    found = wanted if wanted != "auto" else ray_internals.local_address()
     if found is None:
         raise ClusterUnreachable("auto", "RAY_ADDRESS is not set and no cluster was started on this machine")
     if not found.startswith("ray://"):
@@ -96,9 +98,11 @@ def abandoning(reference: Any) -> Iterator[None]:
         raise
 
 
-def is_ray_client() -> bool:
-    """Whether this process is connected through ``ray://``: then it is no process of the cluster."""
-    return bool(ray.util.client.ray.is_connected())
+def in_cluster(function: Callable[..., T], *arguments: Any) -> T:
+    """What a function returns that needs a process of the cluster: this one, or under ``ray://`` one there."""
+    if ray_internals.is_ray_client():
+        return ray.get(ray.remote(num_cpus=0)(function).remote(*arguments))
+    return function(*arguments)
 
 
 def caller(owner: Any = None) -> dict[str, str]:
@@ -115,23 +119,13 @@ def caller(owner: Any = None) -> dict[str, str]:
     """
     context = ray.get_runtime_context()
     said = {"job": context.get_job_id(), "node": context.get_node_id(), "actor": context.get_actor_id()}
-    if not is_ray_client():
-        config = ray._private.worker.global_worker.core_worker.get_job_config()
-        said |= {"pid": str(os.getpid()), "submission": config.metadata.get("job_submission_id")}
+    if not ray_internals.is_ray_client():
+        said |= {"pid": str(os.getpid()), "submission": ray_internals.submission_id()}
     with contextlib.suppress(KeyError, OSError, ImportError):  # a container's user may have no name
         said["user"] = getpass.getuser()
     if owner is not None:
-        said["owner_actor"] = owner._actor_id.hex()
+        said["owner_actor"] = ray_internals.actor_id(owner)
     return {name: value for name, value in said.items() if value}
-
-
-def _local_address() -> str | None:
-    from ray._private.services import canonicalize_bootstrap_address
-
-    try:
-        return str(canonicalize_bootstrap_address("auto") or "") or None
-    except ConnectionError:
-        return None
 
 
 def _require_listener(address: str) -> None:
@@ -149,4 +143,4 @@ def _require_listener(address: str) -> None:
 def _loopback_options(address: str) -> dict[str, str]:
     """Where the head has a loopback address of its own (simulated nodes), this driver must use the same."""
     host = address.rpartition(":")[0]
-    return {"_node_ip_address": host} if host.startswith("127.") and host != "127.0.0.1" else {}
+    return ray_internals.driver_at(host) if host.startswith("127.") and host != "127.0.0.1" else {}

@@ -13,6 +13,7 @@ from placement import topologies
 from placement.core.score import WHOLE
 from placement.core.snapshot import Node
 from placement.errors import UnknownTopology
+from placement.runtime import ray_internals
 from placement.runtime.orders import GpuHardware
 from placement.runtime.state import Tally
 from placement.wire.accelerators import accelerators_of
@@ -129,7 +130,7 @@ def live_node_ids() -> frozenset[str]:
 
 def draining_nodes() -> frozenset[str]:
     """The ids of the nodes that Ray is about to take away."""
-    return frozenset(ray._private.state.state.get_draining_nodes())
+    return ray_internals.draining_nodes()
 
 
 def live_nodes() -> list[NodeInfo]:

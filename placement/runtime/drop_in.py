@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from ray.util.placement_group import PlacementGroup, validate_placement_group
+from ray.util.placement_group import PlacementGroup
 from ray.util.placement_group import placement_group as rays_own
 
 from placement.errors import InvalidDeployment, ServiceNotRunning
 from placement.runtime.client import Client
+from placement.runtime.ray_internals import validate_placement_group
 from placement.wire.deployment import Deployment
 from placement.wire.files import parse_model
 

@@ -20,6 +20,7 @@ from typing import Any
 import ray
 
 from placement import topologies
+from placement.runtime import ray_internals
 from placement.runtime.discovery import TOPOLOGY_LABEL
 
 CPUS = 2
@@ -61,11 +62,9 @@ class EmbeddedCluster:
     """
 
     def __init__(self, dashboard: bool) -> None:
-        from ray.cluster_utils import Cluster
-
         self._network = Network()
         self.host = f"{self._network.prefix}.2"
-        self._cluster = Cluster()
+        self._cluster = ray_internals.simulated_cluster()
         self._nodes: dict[str, Any] = {}
         self._count = 0
         self._dashboard = dashboard
@@ -110,12 +109,7 @@ class EmbeddedCluster:
 
     def kill(self, name: str, how: int = signal.SIGKILL) -> None:
         """Ends a node's raylet, as if its machine were gone; with SIGTERM it says goodbye. Its workers end with it."""
-        node = self._nodes.pop(name)
-        for process in node.all_processes["raylet"]:
-            process.process.send_signal(how)
-            process.process.wait()
-        node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
-        self._cluster.worker_nodes.discard(node)
+        ray_internals.end_simulated_node(self._cluster, self._nodes.pop(name), how)
 
     def stop(self) -> None:
         """Ends all of it."""
@@ -150,9 +144,9 @@ def embedded_cluster(
             running.wait()
             ray.init(
                 address=running.address,
-                _node_ip_address=running.host,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
+                **ray_internals.driver_at(running.host),
             )
             yield running
         finally:

@@ -1,6 +1,6 @@
 """The one seam to Ray's placement groups: create, wait, remove, and ask which GPUs a bundle holds.
 
-Measured on Ray 2.60, and what the callers rely on:
+Measured on Ray 2.60, the same from 2.52 on, and what the callers rely on:
 
 - A raylet gives the lowest-numbered completely free GPUs, when a bundle is reserved; the bundles of one
   group on one node are reserved in ascending order.
@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -33,6 +32,8 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from placement.runtime import ray_internals
+from placement.runtime.ray_internals import PlacementGroupTableData
 from placement.wire.slots import visible_tokens
 
 HOLD = "hold-"
@@ -64,16 +65,6 @@ def my_gpu_ids() -> list[str]:
     return [str(gpu) for gpu in ray.get_runtime_context().get_accelerator_ids()["GPU"]]
 
 
-def visible_devices() -> str | None:
-    """CUDA_VISIBLE_DEVICES as it was at ``ray start``, by which Ray names GPUs.
-
-    Ray read it when this process started. RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO, and Ray before 2.56, then empty it in
-    an actor that has no GPU.
-    """
-    tokens = ray._private.worker.global_worker.original_visible_accelerator_ids.get("GPU")
-    return None if tokens is None else ",".join(tokens)
-
-
 class NodeGroups:
     """Placement groups on one node. Must be used on that node: probing from elsewhere is 10 times slower.
 
@@ -86,7 +77,7 @@ class NodeGroups:
         self._node_id = node_id
         self._probe = probe
         self._ready: set[str] = set()
-        self._tokens = visible_tokens(visible_devices())
+        self._tokens = visible_tokens(ray_internals.visible_devices())
 
     def hold(self, amount: float) -> PlacementGroup:
         """Takes the lowest free GPUs, or a share of the fullest GPU that has it, in one bundle.
@@ -231,7 +222,7 @@ def ready_or_removed(group: PlacementGroup, deadline_seconds: float = 0.15) -> b
             remove_placement_group(group)
             return False
         # Ray counts an attempt when it starts, but raises the delay before the next one when it has failed.
-        delay = row["stats"]["highest_retry_delay_ms"]
+        delay = ray_internals.scheduling(row).retry_delay_ms
         just_failed = row["state"] == "PENDING" and seen is not None and delay > seen
         if (just_failed and waited > deadline_seconds) or waited > STUCK_SECONDS:
             remove_placement_group(group)
@@ -253,19 +244,17 @@ def remove_group(group: PlacementGroup, ready: bool = False) -> None:
 
 def group_from_hex(group_id: str) -> PlacementGroup:
     """A handle to a group that exists."""
-    return PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id)))
+    return ray_internals.group_handle(group_id)
 
 
 def live_groups(wanted: Callable[[str], bool]) -> dict[str, LiveGroup]:
     """Group id, hex -> group, of those not yet removed whose name is ``wanted``.
 
-    Ray keeps every removed group in its table for ever. Its own reader takes 40 microseconds for each of them,
-    and a service that starts anew after a day's work would wait for seconds; this one takes 10.
+    Ray keeps every removed group in its table for ever. With Ray's own reader a service that starts anew after a day's
+    work would wait for seconds.
     """
-    table = ray._private.state.state._connect_and_get_accessor().get_placement_group_table()
     found = {}
-    for row in table:
-        group = PlacementGroupTableData.FromString(row)
+    for group in ray_internals.group_rows():
         if group.state != PlacementGroupTableData.REMOVED and wanted(group.name):
             nodes = frozenset(bundle.node_id.hex() for bundle in group.bundles if bundle.node_id)
             found[group.placement_group_id.hex()] = LiveGroup(group.name, nodes)
@@ -280,10 +269,8 @@ def is_created(group: PlacementGroup) -> bool:
 
 def is_gone(group_id: str) -> bool:
     """Whether a group, by its id in hex, was removed, by whomever, or ended with its creator."""
-    row = ray._private.state.state._connect_and_get_accessor().get_placement_group_info(
-        ray.PlacementGroupID(bytes.fromhex(group_id))
-    )
-    return row is None or PlacementGroupTableData.FromString(row).state == PlacementGroupTableData.REMOVED
+    row = ray_internals.group_row(group_id)
+    return row is None or row.state == PlacementGroupTableData.REMOVED
 
 
 def node_of_group(group: PlacementGroup) -> str | None:
@@ -293,5 +280,4 @@ def node_of_group(group: PlacementGroup) -> str | None:
 
 def available_resources() -> dict[str, dict[str, float]]:
     """Node id -> resource -> free amount, as the cluster's books show it; up to about 0.1 s old."""
-    found: dict[str, dict[str, float]] = ray._private.state.available_resources_per_node()
-    return found
+    return ray_internals.available_resources()

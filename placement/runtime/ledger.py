@@ -18,8 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ray.experimental import internal_kv
-
+from placement.runtime import ray_internals
 from placement.wire.facts import NodeFacts
 
 VERSION = 3
@@ -49,13 +48,12 @@ class Record:
 
 def token() -> str:
     """Marks the groups of this cluster's service apart from everybody else's. Made once, then kept."""
-    found = internal_kv._internal_kv_get(_TOKEN, namespace=_NAMESPACE)
+    found = ray_internals.kv_get(_TOKEN, _NAMESPACE)
     if found is None:
-        internal_kv._internal_kv_put(
-            _TOKEN, secrets.token_hex(4).encode(), overwrite=False, namespace=_NAMESPACE
-        )
-        found = internal_kv._internal_kv_get(_TOKEN, namespace=_NAMESPACE)
-    return str(found.decode())
+        ray_internals.kv_put(_TOKEN, secrets.token_hex(4).encode(), _NAMESPACE, overwrite=False)
+        found = ray_internals.kv_get(_TOKEN, _NAMESPACE)
+        assert found is not None
+    return found.decode()
 
 
 def save(name: str, record: Mapping[str, Any]) -> None:
@@ -67,24 +65,22 @@ def save(name: str, record: Mapping[str, Any]) -> None:
     """
     key = (_RECORD + name).encode()
     value = json.dumps({"version": VERSION, **record}).encode()
-    internal_kv._internal_kv_put(key, value, overwrite=True, namespace=_NAMESPACE)
+    ray_internals.kv_put(key, value, _NAMESPACE)
 
 
 def delete(name: str) -> None:
     """Removes the record of a deployment."""
-    internal_kv._internal_kv_del((_RECORD + name).encode(), namespace=_NAMESPACE)
+    ray_internals.kv_delete((_RECORD + name).encode(), _NAMESPACE)
 
 
 def note_ended(name: str, replicas: int) -> None:
     """Notes that so many replicas of a deployment were given back, until :func:`forget_ended`."""
-    internal_kv._internal_kv_put(
-        (_ENDED + name).encode(), str(replicas).encode(), overwrite=True, namespace=_NAMESPACE
-    )
+    ray_internals.kv_put((_ENDED + name).encode(), str(replicas).encode(), _NAMESPACE)
 
 
 def forget_ended(name: str) -> None:
     """Removes that note."""
-    internal_kv._internal_kv_del((_ENDED + name).encode(), namespace=_NAMESPACE)
+    ray_internals.kv_delete((_ENDED + name).encode(), _NAMESPACE)
 
 
 def ended() -> dict[str, int]:
@@ -94,24 +90,24 @@ def ended() -> dict[str, int]:
 
 def event_numbers() -> int:
     """The number that no event has reached yet."""
-    found = internal_kv._internal_kv_get(_EVENT_NUMBERS, namespace=_NAMESPACE)
+    found = ray_internals.kv_get(_EVENT_NUMBERS, _NAMESPACE)
     return int(found) if found is not None and found.isdigit() else 0
 
 
 def save_event_numbers(end: int) -> None:
     """Notes it."""
-    internal_kv._internal_kv_put(_EVENT_NUMBERS, str(end).encode(), overwrite=True, namespace=_NAMESPACE)
+    ray_internals.kv_put(_EVENT_NUMBERS, str(end).encode(), _NAMESPACE)
 
 
 def save_facts(node_id: str, facts: NodeFacts) -> None:
     """Notes what a node's GPUs are."""
     key, value = (_FACTS + node_id).encode(), facts.model_dump_json(exclude_none=True).encode()
-    internal_kv._internal_kv_put(key, value, overwrite=True, namespace=_NAMESPACE)
+    ray_internals.kv_put(key, value, _NAMESPACE)
 
 
 def forget_facts(node_id: str) -> None:
     """Removes that note."""
-    internal_kv._internal_kv_del((_FACTS + node_id).encode(), namespace=_NAMESPACE)
+    ray_internals.kv_delete((_FACTS + node_id).encode(), _NAMESPACE)
 
 
 def facts() -> dict[str, NodeFacts | None]:
@@ -132,10 +128,8 @@ def records() -> Iterator[Record]:
 
 
 def _all(prefix: str) -> dict[str, bytes]:
-    """What follows the prefix in a key -> value. Two calls, however many there are."""
-    keys = internal_kv._internal_kv_list(prefix.encode(), namespace=_NAMESPACE)
-    store = internal_kv.internal_kv_get_gcs_client()
-    values = store.internal_kv_multi_get(keys, namespace=_NAMESPACE) if keys else {}
+    """What follows the prefix in a key -> value."""
+    values = ray_internals.kv_all(prefix.encode(), _NAMESPACE)
     return {key.decode(errors="replace").removeprefix(prefix): value for key, value in values.items()}
 
 

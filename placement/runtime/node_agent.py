@@ -15,8 +15,9 @@ from ray.util.placement_group import PlacementGroup
 from placement import topologies
 from placement.core.score import WHOLE, Score, score, slowest_group
 from placement.nvml import Reader
-from placement.runtime.groups import NodeGroups, visible_devices
+from placement.runtime.groups import NodeGroups
 from placement.runtime.orders import GpuHardware, Holding, Order, Prepared, Refused, Reserved, hardware_of
+from placement.runtime.ray_internals import visible_devices
 from placement.runtime.reservation import NodeReserver
 from placement.wire.facts import NodeFacts
 from placement.wire.slots import in_ray_order

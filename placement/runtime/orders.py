@@ -132,6 +132,19 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Steering:
+    """What became of a trial: the GPU that was wanted and the one that Ray gave; ``None``: none was to be had.
+
+    ``free`` of the GPUs were free, so that with one there was nothing to steer past.
+    """
+
+    wanted: int | None
+    got: int | None
+    free: int
+    attempts: int
+
+
+@dataclass(frozen=True)
 class Refused:
     """Nothing is held. ``full``: there were too few free GPUs, rather than too much interference.
 

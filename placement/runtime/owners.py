@@ -10,14 +10,12 @@ from collections.abc import Callable, Mapping
 import ray
 
 from placement.errors import InvalidDeployment
+from placement.runtime import ray_internals
 from placement.runtime.state import Owner
 from placement.wire.deployment import Deployment
 
 JOBS_SECONDS = 0.2
 """How old what is known of jobs may be: Ray tells of all at once, also of those that ended long ago."""
-SUPERVISOR = "_ray_internal_job_actor_{}", "SUPERVISOR_ACTOR_RAY_NAMESPACE"
-"""Name and namespace of the actor that stands for a submitted job, and ends with it (Ray 2.60,
-``dashboard/modules/job/common.py``, which cannot be imported everywhere)."""
 
 
 def owner_of(wanted: Deployment, caller: Mapping[str, str] | None) -> Owner | None:
@@ -58,8 +56,7 @@ def has_ended(owner: Owner) -> bool:
     that runs its command. Of whom nothing is known, it is not known that he has ended.
     """
     if "actor" in owner:
-        known = ray._private.state.state.actor_table(owner["actor"])
-        return not known or known["State"] == "DEAD"
+        return ray_internals.actor_has_ended(owner["actor"])
     if "job" not in owner or owner["job"] in _jobs.running():
         return False
     return "submission" not in owner or not _is_submitted(owner["submission"])
@@ -83,12 +80,12 @@ class _Jobs:
             return self._running
 
 
-_jobs = _Jobs(lambda: ray._private.state.state.job_table())
+_jobs = _Jobs(ray_internals.jobs)
 
 
 def _is_submitted(submission: str) -> bool:
     """Whether the actor that runs the command of a submitted job is there."""
-    name, namespace = SUPERVISOR
+    name, namespace = ray_internals.SUPERVISOR
     with contextlib.suppress(ValueError):
         ray.get_actor(name.format(submission), namespace=namespace)
         return True

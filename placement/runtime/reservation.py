@@ -26,13 +26,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from placement.core.score import WHOLE, Needs, choose, ray_set, score
 from placement.core.snapshot import Node
 from placement.core.topology import Topology
 from placement.runtime import faults
-from placement.runtime.orders import GpuHardware, Holding, Order, Prepared, Refused, Reserved
+from placement.runtime.orders import GpuHardware, Holding, Order, Prepared, Refused, Reserved, Steering
 
 MAX_ATTEMPTS = 12
 BOOKS_LAG_SECONDS = 0.15
@@ -150,7 +151,8 @@ class NodeReserver:
                     break
                 time.sleep(BOOKS_LAG_SECONDS / 2)
                 continue
-            outcome = self._take(f"{order.name}:{attempt}", order.beside, free, wanted)
+            name, bundle = f"{order.name}:{attempt}", {"GPU": 1, **order.beside}
+            outcome = self._take(partial(self._groups.reserve, name, bundle, len(wanted)), free, wanted)
             if outcome is None:
                 reason, full = "another Ray user took GPUs meanwhile, or CPUs or memory are short", False
             else:
@@ -230,6 +232,31 @@ class NodeReserver:
             return Prepared(((wanted,),), (wanted,), tuple(fillers), attempt, foreign, share)
 
         return self._with_share(order, machine, share, prepare)
+
+    def try_steering(self) -> Steering:
+        """Has Ray give the highest free GPU in a group that ends with this process, and gives it back.
+
+        It takes the steps of every reservation: where Ray gives the GPU that was wanted, it is as it was measured.
+        """
+        wanted = got = None
+        count = attempt = 0
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            free = (self._look(1, attempt >= MAX_LOOKS) or frozenset()) - self._ours()
+            if not free and attempt >= MAX_LOOKS:
+                return Steering(None, None, 0, attempt)
+            if free:
+                wanted, count = max(free), len(free)
+                outcome = self._take(partial(self._groups.hold, 1), free, (wanted,))
+                got = None
+                if outcome is not None:
+                    group, [got] = outcome
+                    self._groups.remove(group)
+                    self._freed_at = time.monotonic()
+                if got == wanted:
+                    break
+                self._foreign = None
+            time.sleep(BOOKS_LAG_SECONDS / 2)
+        return Steering(wanted, got, count, attempt)
 
     def look_ahead(self, count: int) -> None:
         """Sees to it that :meth:`prepare`, which is about to follow, need neither look nor wait for the books."""
@@ -409,7 +436,7 @@ class NodeReserver:
             time.sleep(min(left, max(0.005, 3 * (time.monotonic() - began))))
 
     def _take(
-        self, name: str, beside: Mapping[str, float], free: frozenset[int], wanted: tuple[int, ...]
+        self, create: Callable[[], Any], free: frozenset[int], wanted: tuple[int, ...]
     ) -> tuple[Any, list[int]] | None:
         """Creates the real group with the wanted GPUs made the lowest free ones. Leaves nothing else held."""
         groups = self._groups
@@ -420,7 +447,7 @@ class NodeReserver:
         done = False
         try:
             faults.point("agent.steered")
-            real = groups.reserve(name, {"GPU": 1, **beside}, len(wanted))
+            real = create()
             if not groups.ready_or_removed(real, READY_DEADLINE_SECONDS):
                 return None
             faults.point("agent.created")

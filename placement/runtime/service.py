@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import time
 import warnings
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from placement.errors import (
     UnknownDeployment,
     Unplaceable,
 )
+from placement.runtime import ray_internals
 from placement.runtime.clock import Clock
 from placement.runtime.controller import IDLE_SECONDS, Controller
 from placement.runtime.discovery import NodeInfo
@@ -78,7 +78,7 @@ class DeploymentPlacementActor:
         node_types: Sequence[NodeType] = (),
     ) -> None:
         # The threads below may block, and do nothing else.
-        os.environ["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"] = "0"
+        ray_internals.allow_blocking_get()
         gc.set_threshold(COLLECT_EVERY, 10, 10)
         self._controller = Controller(make_agent, near, idle_seconds, node_types)
         gc.freeze()  # what was restored stays; to look through it again and again would cost each answer

@@ -43,6 +43,8 @@ FAILING = [
     (["up", *NOBODY], 3, "cluster_unreachable"),
     (["up", "--idle-seconds", "nan"], 2, "usage"),
     (["up", "--node-types", "nowhere.yaml", *NOBODY], 2, "invalid_deployment"),
+    (["doctor", *NOBODY], 3, "cluster_unreachable"),
+    (["doctor", "--timeout", "1"], 2, "usage"),
     (["apply", "no.toml"], 2, "invalid_deployment"),
     (["apply", "no.toml", "--wait"], 2, "invalid_deployment"),
     (["apply", "--wait", "nan", "no.toml"], 2, "usage"),

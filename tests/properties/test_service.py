@@ -143,7 +143,7 @@ class Ray:
     def has_ended(self, owner: Mapping[str, str]) -> bool:
         return owner.get("job") in self.ended
 
-    def put(self, key: bytes, value: bytes, overwrite: bool, namespace: bytes) -> None:
+    def put(self, key: bytes, value: bytes, namespace: bytes, overwrite: bool = True) -> None:
         with self._write(key):
             self.store[key] = value
 
@@ -473,17 +473,14 @@ class AtOnce(Executor):
 def make_believe(ray: Ray) -> Iterator[None]:
     """Puts ``ray`` in the place of Ray."""
     kv = SimpleNamespace(
-        _internal_kv_get=lambda key, namespace: ray.store.get(key),
-        _internal_kv_put=ray.put,
-        _internal_kv_del=ray.delete,
-        _internal_kv_list=lambda prefix, namespace: [key for key in ray.store if key.startswith(prefix)],
-        internal_kv_get_gcs_client=lambda: SimpleNamespace(
-            internal_kv_multi_get=lambda keys, namespace: {key: ray.store[key] for key in keys}
-        ),
+        kv_get=lambda key, namespace: ray.store.get(key),
+        kv_put=ray.put,
+        kv_delete=ray.delete,
+        kv_all=lambda prefix, namespace: {k: v for k, v in ray.store.items() if k.startswith(prefix)},
     )
     with ExitStack() as stack:
         for where, name, instead in (
-            (ledger, "internal_kv", kv),
+            (ledger, "ray_internals", kv),
             (faults, "point", ray.point),
             (discovery, "live_nodes", ray.infos),
             (controller, "Fleet", lambda make, holdings, prefix: Fleet(ray, prefix, holdings)),

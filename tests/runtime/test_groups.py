@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import ray
 
-from placement.runtime.groups import NodeGroups, visible_devices
+from placement.runtime.groups import NodeGroups
+from placement.runtime.ray_internals import visible_devices
 
 
 def slots(monkeypatch: pytest.MonkeyPatch, at_start: list[str] | None) -> Any:

@@ -105,7 +105,7 @@ def test_a_record_says_its_runtime_and_is_read_as_it_was_declared(monkeypatch: p
     """So that a later version, to which the name means something else, holds to it."""
     saved: list[bytes] = []
     monkeypatch.setattr(
-        ledger.internal_kv, "_internal_kv_put", lambda key, value, **_: saved.append(value), raising=True
+        ledger.ray_internals, "kv_put", lambda key, value, namespace: saved.append(value), raising=True
     )
     wanted = Deployment(name="d", model="gpt-5")
     DeploymentState(wanted).save()

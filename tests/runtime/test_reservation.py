@@ -18,7 +18,7 @@ from placement import topologies
 from placement.core.score import WHOLE, Needs, best_set, score
 from placement.core.topology import Topology
 from placement.runtime import reservation
-from placement.runtime.orders import GpuHardware, Holding, Order, Refused, Reserved, hardware_of
+from placement.runtime.orders import GpuHardware, Holding, Order, Refused, Reserved, Steering, hardware_of
 from placement.runtime.reservation import NodeReserver
 from placement.wire.facts import GpuFacts, NodeFacts
 
@@ -438,3 +438,63 @@ def test_gpus_of_an_owner_that_has_ended_are_steered_past_until_that_is_known(
     rest = set(slots.free())
     outcome = reserver.reserve(Order("all", Needs(len(rest))), GpuHardware(DGX1))
     assert isinstance(outcome, Reserved) and set(first.gpus) < rest == set(outcome.gpus)
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [
+        (set(), Steering(3, 3, 4, 1)),
+        ({0, 3}, Steering(2, 2, 2, 1)),
+        ({0, 1, 2}, Steering(3, 3, 1, 1)),
+    ],
+)
+def test_a_trial_has_ray_give_the_highest_free_gpu_and_keeps_nothing(
+    others: set[int], expected: Steering
+) -> None:
+    slots = Slots(4, others=others)
+    assert NodeReserver(slots, 4).try_steering() == expected
+    assert slots.groups == {}
+
+
+def test_a_trial_where_none_is_free_says_so() -> None:
+    slots = Slots(2, others={0, 1})
+    trial = NodeReserver(slots, 2).try_steering()
+    assert (trial.wanted, trial.got, trial.free) == (None, None, 0)
+
+
+def test_a_trial_leaves_alone_what_is_held() -> None:
+    slots = Slots(4)
+    reserver = NodeReserver(slots, 4)
+    held = reserver.reserve(Order("r", Needs(2), "d"), GpuHardware(PAIRS))
+    assert isinstance(held, Reserved)
+    assert reserver.try_steering() == Steering(3, 3, 2, 1)
+    assert list(slots.groups.values()) == [dict.fromkeys(held.gpus, WHOLE)]
+
+
+def test_a_trial_tells_a_ray_that_gives_gpus_in_another_way() -> None:
+    class Highest(Slots):
+        def free(self) -> list[int]:
+            return super().free()[::-1]
+
+    slots = Highest(4)
+    trial = NodeReserver(slots, 4).try_steering()
+    assert (trial.wanted, trial.got, trial.attempts) == (3, 0, reservation.MAX_ATTEMPTS)
+    assert slots.groups == {}
+
+
+@given(st.integers(0, 2**32))
+def test_a_trial_beside_others_ends_and_keeps_nothing(seed: int) -> None:
+    dice = random.Random(seed)
+
+    def disturb(slots: Slots) -> None:
+        if dice.random() < 0.3:
+            free = slots.free()
+            if free and dice.random() < 0.5:
+                slots.others.add(dice.choice(free))
+            elif slots.others:
+                slots.others.remove(dice.choice(sorted(slots.others)))
+
+    slots = Slots(4, others={1}, disturb=disturb)
+    trial = NodeReserver(slots, 4).try_steering()
+    assert trial.attempts <= reservation.MAX_ATTEMPTS
+    assert slots.groups == {}
