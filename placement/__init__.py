@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         Busy,
         ClusterUnreachable,
         DeploymentConflict,
+        GroupStands,
         InvalidClusterFile,
         InvalidDeployment,
         LeaseExpired,
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
         ApiKey,
         Budget,
         Deployment,
+        Group,
+        GroupLink,
         PlacementConstraints,
         RuntimeConfig,
         Serving,
@@ -55,9 +58,9 @@ require_intact()
 
 _HOME = {
     "placement.errors": (
-        "BelowFloor", "Busy", "ClusterUnreachable", "DeploymentConflict", "InvalidClusterFile", "InvalidDeployment",
-        "LeaseExpired", "MissingSecret", "NoEgressNodes", "NoGpuNodes", "NotEnoughEgress", "NotEnoughGpus",
-        "PartlyApplied", "PlacementError", "ReservationFailed", "ServiceDiffers", "ServiceNotRunning",
+        "BelowFloor", "Busy", "ClusterUnreachable", "DeploymentConflict", "GroupStands", "InvalidClusterFile",
+        "InvalidDeployment", "LeaseExpired", "MissingSecret", "NoEgressNodes", "NoGpuNodes", "NotEnoughEgress",
+        "NotEnoughGpus", "PartlyApplied", "PlacementError", "ReservationFailed", "ServiceDiffers", "ServiceNotRunning",
         "UnknownDeployment", "UnknownNode", "UnknownTopology", "Unplaceable", "UnreadableRecord",
     ),
     "placement.runtime.bootstrap": ("connect", "start"),
@@ -65,7 +68,7 @@ _HOME = {
     "placement.runtime.drop_in": ("placement_group",),
     "placement.runtime.results": ("NodeAssignment", "PlacementResult"),
     "placement.wire.deployment": (
-        "ApiKey", "Budget", "Deployment", "PlacementConstraints", "RuntimeConfig", "Serving",
+        "ApiKey", "Budget", "Deployment", "Group", "GroupLink", "PlacementConstraints", "RuntimeConfig", "Serving",
     ),
     "placement.wire.files": ("load_deployments",),
     "placement.wire.plans": ("PlacementPlan",),
@@ -82,6 +85,9 @@ __all__ = [
     "ClusterUnreachable",
     "Deployment",
     "DeploymentConflict",
+    "Group",
+    "GroupLink",
+    "GroupStands",
     "InvalidClusterFile",
     "InvalidDeployment",
     "LeaseExpired",
