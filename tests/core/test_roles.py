@@ -180,8 +180,8 @@ def test_a_floor_that_cannot_be_met_names_the_two_and_their_route() -> None:
     assert isinstance(found, BelowFloor)
     assert str(found) == (
         "cannot place 'pd': the route between prefill/0 on GPU 0 of h and decode/1 on GPU 4 of h would be SYS, "
-        "22 GB/s, and their link via 'pcie' asks for within = 'numa' and min_bandwidth_gb_per_s = 10; lower that floor, or free "
-        "GPUs that are nearer to each other"
+        "22 GB/s, and their link via 'pcie' asks for within = 'numa' and min_bandwidth_gb_per_s = 10; "
+        "lower that floor, or free GPUs that are nearer to each other"
     )
 
 
