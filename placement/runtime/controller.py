@@ -189,7 +189,7 @@ class Controller:
                 for name in fresh:
                     self._release(name)
                 raise refusal
-            return [self.get(one.name).result() for one in wanted], len(fresh) == len(wanted)
+            return [self.state.deployments[one.name].result() for one in wanted], len(fresh) == len(wanted)
 
     def _declare_member(
         self, before: DeploymentState | None, wanted: Deployment, owner: Owner | None
