@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         Busy,
         ClusterUnreachable,
         DeploymentConflict,
+        GroupStands,
         InvalidClusterFile,
         InvalidDeployment,
         LeaseExpired,
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
         ApiKey,
         Budget,
         Deployment,
+        Group,
+        GroupLink,
         PlacementConstraints,
         RuntimeConfig,
         Serving,
@@ -57,9 +60,9 @@ require_intact()
 
 _HOME = {
     "placement.errors": (
-        "BelowFloor", "Busy", "ClusterUnreachable", "DeploymentConflict", "InvalidClusterFile", "InvalidDeployment",
-        "LeaseExpired", "MissingSecret", "NoCpuNodes", "NoEgressNodes", "NoGpuNodes", "NotEnoughEgress",
-        "NotEnoughGpus", "PartlyApplied", "PlacementError", "ReservationFailed", "ServiceDiffers",
+        "BelowFloor", "Busy", "ClusterUnreachable", "DeploymentConflict", "GroupStands", "InvalidClusterFile",
+        "InvalidDeployment", "LeaseExpired", "MissingSecret", "NoCpuNodes", "NoEgressNodes", "NoGpuNodes",
+        "NotEnoughEgress", "NotEnoughGpus", "PartlyApplied", "PlacementError", "ReservationFailed", "ServiceDiffers",
         "ServiceNotRunning", "UnknownDeployment", "UnknownNode", "UnknownTopology", "Unplaceable",
         "UnreadableRecord", "UnsupportedRay",
     ),
@@ -68,7 +71,7 @@ _HOME = {
     "placement.runtime.drop_in": ("placement_group",),
     "placement.runtime.results": ("NodeAssignment", "PlacementResult"),
     "placement.wire.deployment": (
-        "ApiKey", "Budget", "Deployment", "PlacementConstraints", "RuntimeConfig", "Serving",
+        "ApiKey", "Budget", "Deployment", "Group", "GroupLink", "PlacementConstraints", "RuntimeConfig", "Serving",
     ),
     "placement.wire.files": ("load_deployments",),
     "placement.wire.plans": ("PlacementPlan",),
@@ -85,6 +88,9 @@ __all__ = [
     "ClusterUnreachable",
     "Deployment",
     "DeploymentConflict",
+    "Group",
+    "GroupLink",
+    "GroupStands",
     "InvalidClusterFile",
     "InvalidDeployment",
     "LeaseExpired",

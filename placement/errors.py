@@ -277,6 +277,28 @@ class DeploymentConflict(PlacementError):
         )
 
 
+class GroupStands(PlacementError):
+    """A group is placed, and what is declared anew would move what is placed. Nothing is changed.
+
+    Args:
+        group: its name.
+        deployment: the member.
+        problem: what would change.
+    """
+
+    code = "group_stands"
+
+    def __init__(self, group: str, deployment: str, problem: str) -> None:
+        super().__init__(group, deployment, problem)
+        self.group, self.deployment, self.problem = group, deployment, problem
+
+    def __str__(self) -> str:
+        return (
+            f"group {self.group!r}, member {self.deployment!r}: {self.problem}; only units and what moves no replica "
+            f"change while it is placed, so release it first: placement release {self.group}"
+        )
+
+
 class UnknownDeployment(PlacementError):
     """No deployment of that name is placed.
 

@@ -44,6 +44,7 @@ ERRORS = [
     errors.NotEnoughEgress("d", "too few", {}, "add some"),
     errors.ReservationFailed("d", "gpu-a", 12, "taken"),
     errors.DeploymentConflict("d", {"gpus": ("2", "4")}),
+    errors.GroupStands("pd", "prefill", "its replicas would have to move (gpus)"),
     errors.UnknownDeployment("d", ()),
     errors.UnknownNode("--node", "x", ("a", "b")),
     errors.UnreadableRecord("d", "its record has version 9", True),

@@ -84,13 +84,14 @@ def apply(
             waits = [name for name, one in results.items() if one["pending"]]
             results |= waiting.until_placed(service, waits, AFTER_PRUNE_SECONDS, tells=False).results
         places = _places(service, results)
+        groups = _groups(service, wanted) if not as_json else []
     left = [name for name in others if name not in released]
     listed = [{**one, "queue_position": places.get(name)} for name, one in results.items()]
     if as_json:
         failures = dict(partly.failures) if partly else {}
         common.dump({"deployments": listed, "failures": failures, "released": released, "unmanaged": left})
     else:
-        _show_results(listed, places, released, left, prune)
+        _show_results(listed, places, released, left, prune, groups)
     if partly is not None:
         raise partly
     if waited is not None and wait is not None:
@@ -157,17 +158,28 @@ def _places(service: Any, results: waiting.Results) -> dict[str, int]:
     return {one["name"]: one["queue_position"] for one in report["deployments"] if one.get("queue_position")}
 
 
+def _groups(service: Any, wanted: Sequence[Any]) -> list[Mapping[str, Any]]:
+    """The groups that are declared, as a status report has them."""
+    names = {one.group.name for one in wanted if one.group is not None}
+    if not names:
+        return []
+    return [one for one in common.ask(service.status.remote())["groups"] if one["name"] in names]
+
+
 def _show_results(
     results: Sequence[Mapping[str, Any]],
     places: Mapping[str, int],
     released: Sequence[str],
     left: Sequence[str],
     prune: bool,
+    groups: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     from placement.cli.views.difference import unmanaged_line
-    from placement.cli.views.tables import assignments_table
+    from placement.cli.views.tables import assignments_table, links_view
 
     common.show(assignments_table(results, title="placed", places=places))
+    for group in groups:
+        common.show(*links_view(group["links"], group["name"]))
     pending = sum(len(one["pending"]) for one in results)
     if pending:
         verb = "waits" if pending == 1 else "wait"

@@ -161,13 +161,26 @@ def planned(service: Any, wanted: Sequence[Any], atomic: bool = False) -> tuple[
     except errors.PlacementError:
         if atomic:
             raise
-    plans, failures = [], {}
-    for one in wanted:
+    plans: list[Any] = []
+    failures: Failures = {}
+    for several in _apart(wanted):
         try:
-            plans.append(common.ask(service.plan.remote(one)))
+            if len(several) == 1:
+                plans.append(common.ask(service.plan.remote(several[0])))
+            else:
+                plans += common.ask(service.plan_all.remote(several))
         except errors.PlacementError as error:
-            failures[one.name] = error
+            failures |= {one.name: error for one in several}
     return plans, failures
+
+
+def _apart(wanted: Sequence[Any]) -> list[list[Any]]:
+    """The deployments one by one, but the members of a group together."""
+    found: dict[tuple[bool, str], list[Any]] = {}
+    for one in wanted:
+        key = (True, one.group.name) if one.group else (False, one.name)
+        found.setdefault(key, []).append(one)
+    return list(found.values())
 
 
 def unmanaged(standing: Iterable[Mapping[str, Any]], names: Iterable[str]) -> list[str]:
@@ -213,11 +226,16 @@ def _show(
     plans: Sequence[Any], standing: Sequence[Mapping[str, Any]], pruned: Sequence[str], failures: Failures
 ) -> None:
     from placement.cli.views.difference import difference_lines, workers_of
-    from placement.cli.views.tables import assignments_table, runtimes_note
+    from placement.cli.views.tables import assignments_table, links_view, runtimes_note
 
     told = {name: error.to_dict() for name, error in failures.items()}
     rows = [one.to_dict() for one in plans]
     common.show(*difference_lines(rows, workers_of(standing), pruned, told), "")
     placed = [{**row, "pending": {}} for row in rows]
     if plans:
-        common.show(assignments_table(placed, title="planned, nothing is reserved"), runtimes_note(rows))
+        common.show(assignments_table(placed, title="planned, nothing is reserved"))
+        for group in dict.fromkeys(row["group"] for row in rows if row.get("group")):
+            members = [row for row in rows if row.get("group") == group]
+            links = [link for row in members for link in row["links"]]
+            common.show(*links_view(links, group, any(row["bounded"] for row in members)), "")
+        common.show(runtimes_note(rows))

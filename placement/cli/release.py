@@ -42,7 +42,7 @@ def release(names: tuple[str, ...], everything: bool, yes: bool, address: str | 
 def _release(service: Any, report: dict[str, Any], names: tuple[str, ...], as_json: bool) -> dict[str, int]:
     released: dict[str, int] = {}
     placed = [one["name"] for one in report["deployments"]]
-    known = {*placed, *(one["name"] for one in report["unreadable"])}
+    known = {*placed, *(one["name"] for one in [*report["unreadable"], *report.get("groups", ())])}
     wanted = dict.fromkeys(names)
     if missing := [name for name in wanted if name not in known]:
         error = errors.UnknownDeployment(missing[0], tuple(placed))

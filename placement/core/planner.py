@@ -43,9 +43,10 @@ from placement.core.explanation import (
     sift,
 )
 from placement.core.replicas import Crowd, Placed, Plan, PlannedReplica, take
-from placement.core.request import Request, Strategy
-from placement.core.snapshot import Bits, Node, Policy, Snapshot, rank_of
-from placement.errors import Unplaceable
+from placement.core.request import Request, Strategy, Told
+from placement.core.score import WHOLE
+from placement.core.snapshot import Bits, Node, Policy, Snapshot, Take, rank_of
+from placement.errors import NotEnoughGpus, Unplaceable
 
 
 def plan(snapshot: Snapshot, request: Request) -> Plan | Unplaceable:
@@ -190,8 +191,21 @@ class Shortfall:
         return Shortfall(request, self.fitting, self.cause)
 
 
+@dataclass(frozen=True)
+class Withheld(Shortfall):
+    """A request that is told that it has no place, whatever room there is for it."""
+
+    refusal: Unplaceable
+
+    def step(self) -> Step:
+        """The refusal."""
+        return Step(self.request, self.refusal, self.cause.seen)
+
+
 def attempt(snapshot: Snapshot, request: Request) -> tuple[Step, Snapshot] | Shortfall:
     """Plans a request; says what is planned, with the snapshot once that is done, or that there is no room."""
+    if request.told is not None:
+        return _as_told(snapshot, request, request.told)
     place = _place_local if request.provider is None else _place_remote
     asked = request
     request, (planned, changed) = place(snapshot, request)
@@ -201,6 +215,34 @@ def attempt(snapshot: Snapshot, request: Request) -> tuple[Step, Snapshot] | Sho
     outcome = Plan(request.deployment, tuple(planned), request.needs.gpus)
     mix = snapshot.mix.plus(asked)
     return Step(request, outcome, snapshot), snapshot.changed(_occupied(request, planned, changed), mix)
+
+
+def _as_told(snapshot: Snapshot, request: Request, told: Told) -> tuple[Step, Snapshot] | Shortfall:
+    """Places replicas where the plan of their group has them."""
+
+    def withheld(why: Unplaceable) -> Withheld:
+        return Withheld(request, 0, _Cause(snapshot, request, (), {}), why)
+
+    if told.refusal is not None and request.replicas:
+        return withheld(told.refusal)
+    planned: list[PlannedReplica] = []
+    changed: dict[Bits, Node] = {}
+    short = short_of(request)
+    for index in request.replicas:
+        place = told.places.get(index)
+        bit = snapshot.bit(place.node_id) if place else 0
+        node = changed.get(bit) or (snapshot.at(bit) if bit else None)
+        if place is None or node is None or not node.free.issuperset(place.gpus) or (short and short(node)):
+            where = "no place" if place is None else f"GPUs {list(place.gpus)}, which are not free any more"
+            why = f"its group was planned with {where} for replica {index}"
+            return withheld(
+                NotEnoughGpus(request.deployment, why, {}, "the group is planned again in a moment")
+            )
+        replica, changed[bit] = take(index, node, Take(place.gpus, WHOLE, 0), request)
+        planned.append(replica)
+    plan = Plan(request.deployment, tuple(planned), request.needs.gpus)
+    mix = snapshot.mix.plus(request)
+    return Step(request, plan, snapshot), snapshot.changed(_occupied(request, planned, changed), mix)
 
 
 def _occupied(

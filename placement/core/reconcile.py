@@ -216,7 +216,7 @@ class _Refused:
 
 
 _ASKED = attrgetter(
-    *(one.name for one in fields(Request) if one.name not in ("replicas", "standing", "kept_away_by"))
+    *(one.name for one in fields(Request) if one.name not in ("replicas", "standing", "kept_away_by", "told"))
 )
 """What a declaration asks for, without which replicas are meant and what others have to do with it."""
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from placement.core.score import NO_GPUS, Needs
 from placement.core.snapshot import Policy
+from placement.errors import Unplaceable
 
 
 class Strategy(StrEnum):
@@ -31,6 +32,28 @@ class Bundle(NamedTuple):
     cpu_milli: int = 0
     memory_bytes: int = 0
     labels: tuple[tuple[str, str], ...] = ()
+
+
+class Place(NamedTuple):
+    """Whole GPUs of one node."""
+
+    node_id: str
+    gpus: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What was planned of a deployment with the group that it is a member of (:mod:`placement.core.roles`).
+
+    Attributes:
+        places: replica -> where it goes.
+        refusal: why none of the group goes anywhere.
+        bounded: the search for the places was cut off; there may be better ones.
+    """
+
+    places: Mapping[int, Place] = field(default_factory=dict)
+    refusal: Unplaceable | None = None
+    bounded: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +85,7 @@ class Request:
         bundles: what each takes, where a replica may lie on several nodes bundle by bundle. ``needs``, ``cpu_milli``
             and ``memory_bytes`` are then those of all together (:mod:`placement.core.bundles`).
         strategy: how the bundles are spread.
+        told: where the replicas go, if that is not to be chosen.
     """
 
     deployment: str
@@ -92,6 +116,7 @@ class Request:
     standing: Mapping[str, int] = field(default_factory=dict)
     bundles: tuple[Bundle, ...] = ()
     strategy: Strategy = Strategy.STRICT_PACK
+    told: Told | None = None
 
     @property
     def calls(self) -> tuple[str, str] | None:
@@ -124,6 +149,8 @@ class Request:
             or self.kept_away_by
             or (stand and self.max_per_domain)
         ):
+            return None
+        if self.told is not None:
             return None
         limits = (
             self.only_nodes,

@@ -270,7 +270,7 @@ class Shape:
         self._switch = has_switch(links, gpu)
         self.hops = [[hop_mb_per_s(link, gpu) for link in row] for row in links]
         self._nic = [_PATH_ORDER[path] for path in nearest_nic]
-        self.twins = _twins(links, list(zip(numa, self._nic, strict=True)))
+        self.twins = twins_of(links, list(zip(numa, self._nic, strict=True)))
         self.in_order = [gpu for twins in self.twins for gpu in twins] == list(range(len(links)))
         self._chosen: dict[tuple[int, int, Within], tuple[int, ...] | None] = {}
         self._offered: dict[tuple[int, int, Within], Offer | None] = {}
@@ -336,7 +336,7 @@ class Shape:
             found = None
             if gpus is not None:
                 rest = mask & ~sum(1 << gpu for gpu in gpus)
-                loss = tuple(a - b for a, b in zip(self._on_offer(mask), self._on_offer(rest), strict=True))
+                loss = tuple(a - b for a, b in zip(self.on_offer(mask), self.on_offer(rest), strict=True))
                 speed = self.mb_per_s(gpus) if count > 1 else 0
                 found = Offer(-speed, loss, 0, mask.bit_count())
             self._offered[key] = found
@@ -440,7 +440,8 @@ class Shape:
         """The :attr:`Offer.slowness` of a set."""
         return -self.mb_per_s(gpus) if len(gpus) > 1 else 0
 
-    def _on_offer(self, mask: int) -> tuple[int, ...]:
+    def on_offer(self, mask: int) -> tuple[int, ...]:
+        """The best bandwidth that free GPUs offer to a request for 8, 4 and 2 of them, MB/s."""
         return self._left[self._pick(mask)][::2] if self.tabulated else (0,) * len(LEFTOVER_SIZES)
 
     def _search(self, mask: int, count: int, within: Within) -> tuple[int, ...] | None:
@@ -657,7 +658,7 @@ class Shape:
         return all(_PATH_ORDER[path] <= _PATH_ORDER[farthest] for path in links)
 
 
-def _twins(links: Links, places: Sequence[object]) -> list[list[int]]:
+def twins_of(links: Sequence[Sequence[object]], places: Sequence[object]) -> list[list[int]]:
     """The GPUs, ascending, grouped so that two of a group can change places and nothing changes."""
     kinds: list[list[int]] = []
     for gpu, place in enumerate(places):

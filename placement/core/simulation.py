@@ -17,8 +17,10 @@ import numpy as np
 from placement.core.explanation import open_to
 from placement.core.mix import Kind
 from placement.core.planner import advance, vacate
+from placement.core.reconcile import Desired
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
+from placement.core.roles import Roles, joined, tell
 from placement.core.score import WHOLE
 from placement.core.snapshot import Snapshot
 from placement.errors import Unplaceable
@@ -26,11 +28,22 @@ from placement.errors import Unplaceable
 
 @dataclass(frozen=True)
 class Arrival:
-    """A deployment that comes, and goes after ``stays_seconds``; ``None`` means never."""
+    """A deployment that comes, and goes after ``stays_seconds``; ``None`` means never.
+
+    Attributes:
+        roles: the group whose members come together; then ``others`` are the requests of the other members.
+    """
 
     at_seconds: float
     request: Request
     stays_seconds: float | None = None
+    roles: Roles | None = None
+    others: tuple[Request, ...] = ()
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """All that is asked for."""
+        return self.request, *self.others
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,7 @@ class Report:
         reasons: the last reason of a refusal -> how many deployments it refused.
         bandwidth: of each replica with sets of two or more GPUs: the part it has of the bandwidth of the best
             set on any node that it may go to, were that empty.
+        routes: slowest route between two replicas of a group that talk -> how many groups had it.
     """
 
     gpus: int
@@ -74,10 +88,13 @@ class Report:
     refused: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     bandwidth: list[float] = field(default_factory=list)
+    routes: Counter[str] = field(default_factory=Counter)
 
     def to_dict(self) -> dict[str, object]:
         """The report as JSON-ready values."""
+        routes = {"routes": dict(self.routes.most_common())} if self.routes else {}
         return {
+            **routes,
             "gpus": self.gpus,
             "placed": self.placed,
             "refused": self.refused,
@@ -112,7 +129,7 @@ class _Simulation:
         self.every = max(1, -(-len(arrivals) // moments))
         self.report = Report(sum(node.whole_gpus for node in snapshot.nodes))
         self.arrived = self.asked = self.allocated = 0.0
-        self.leaving: list[tuple[float, int, float, Request, tuple[PlannedReplica, ...]]] = []
+        self.leaving: list[tuple[float, int, float, list[tuple[Request, tuple[PlannedReplica, ...]]]]] = []
         self.apart: Counter[tuple[str, str]] = Counter()
         self.hopeless: dict[Hashable, str] = {}
         self.best: dict[Hashable, int] = {}
@@ -128,20 +145,53 @@ class _Simulation:
         return self.report
 
     def arrive(self, turn: int, arrival: Arrival) -> None:
-        request = arrival.request
-        amount = gpus_asked(self.snapshot, request)
+        amount = sum(gpus_asked(self.snapshot, request) for request in arrival.requests)
         self.arrived += amount
         self.asked += amount
-        planned = self.place(request)
+        if arrival.roles is None:
+            planned = [(arrival.request, self.place(self.kept_away(arrival.request)))]
+        else:
+            planned = self.place_group(arrival.roles, [*map(self.kept_away, arrival.requests)])
         if arrival.stays_seconds is not None:
             at = arrival.at_seconds + arrival.stays_seconds
-            heapq.heappush(self.leaving, (at, turn, amount, request, planned))
+            heapq.heappush(self.leaving, (at, turn, amount, planned))
+
+    def kept_away(self, request: Request) -> Request:
+        """The request, with what keeps away from it."""
+        if not self.apart:
+            return request
+        keep_away = (name for name, other in +self.apart if other == request.deployment)
+        return replace(request, kept_away_by=tuple(keep_away))
+
+    def place_group(
+        self, roles: Roles, requests: Sequence[Request]
+    ) -> list[tuple[Request, tuple[PlannedReplica, ...]]]:
+        """The same for all members of a group."""
+        alike = [(one.likeness, len(one.replicas)) for one in requests]
+        key = None if any(one.likeness is None for one in requests) else (roles.name, *alike)
+        if key is not None and key in self.hopeless:
+            for one in requests:
+                self.refuse(self.hopeless[key])
+                self.snapshot = self.snapshot.changed((), self.snapshot.mix.plus(one))
+            return [(one, ()) for one in requests]
+        told = tell(self.snapshot, roles, {one.deployment: (Desired(one), {}) for one in requests})
+        placed = [(one, self.place(told[one.deployment].request)) for one in requests]
+        refused = told[requests[0].deployment].request.told
+        if key is not None and refused is not None and refused.refusal is not None:
+            self.hopeless[key] = _reason(refused.refusal)
+        nodes = {node.id: node for node in self.snapshot.nodes}
+        located = {
+            (one.deployment, part.replica_index): (nodes[part.node_id], part.gpus)
+            for one, parts in placed
+            for part in parts
+        }
+        routes = [one.route for one in joined(roles, self.snapshot.near, located)]
+        if routes:
+            self.report.routes[str(max(routes))] += 1
+        return placed
 
     def place(self, request: Request) -> tuple[PlannedReplica, ...]:
         """What it holds from now on; nothing if it is refused."""
-        if self.apart:
-            keep_away = (name for name, other in +self.apart if other == request.deployment)
-            request = replace(request, kept_away_by=tuple(keep_away))
         alike = request.likeness
         key = None if alike is None else (alike, len(request.replicas))
         # Between two departures room only shrinks: what was refused stays refused.
@@ -151,7 +201,7 @@ class _Simulation:
             return ()
         step, self.snapshot = advance(self.snapshot, request)
         if isinstance(step.outcome, Unplaceable):
-            reason = list(step.outcome.excluded)[-1] if step.outcome.excluded else step.outcome.summary
+            reason = _reason(step.outcome)
             if key is not None:
                 self.hopeless[key] = reason
             self.refuse(reason)
@@ -168,15 +218,16 @@ class _Simulation:
         self.report.reasons[reason] += 1
 
     def leave(self) -> None:
-        _, _, amount, request, replicas = heapq.heappop(self.leaving)
+        _, _, amount, several = heapq.heappop(self.leaving)
         self.asked -= amount
-        if not replicas:
-            return
-        self.hopeless.clear()
-        self.snapshot = vacate(self.snapshot, replicas, request.deployment, request.calls)
-        self.apart.subtract((request.deployment, other) for other in request.apart_from)
-        for replica in replicas:
-            self.allocated -= _gpus(replica)
+        for request, replicas in several:
+            if not replicas:
+                continue
+            self.hopeless.clear()
+            self.snapshot = vacate(self.snapshot, replicas, request.deployment, request.calls)
+            self.apart.subtract((request.deployment, other) for other in request.apart_from)
+            for replica in replicas:
+                self.allocated -= _gpus(replica)
 
     def measure(self, request: Request, plan: Plan) -> None:
         """Notes which part of the best possible bandwidth each replica has."""
@@ -251,6 +302,11 @@ def fragmentation(snapshot: Snapshot) -> tuple[float, float]:
         fits &= np.array([bool(allowed >> row & 1) for row in range(len(nodes))])
         lost += asked.sets * float((free - np.where(fits, usable.sum(axis=1), 0)).sum())
     return float(free.sum()) / WHOLE, lost / total / WHOLE if total else 0.0
+
+
+def _reason(refusal: Unplaceable) -> str:
+    """The last reason that left no node."""
+    return list(refusal.excluded)[-1] if refusal.excluded else refusal.summary
 
 
 def _gpus(replica: PlannedReplica) -> float:

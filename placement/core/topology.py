@@ -96,6 +96,8 @@ class Topology:
         nics: the network cards; empty where unknown (NVML does not tell them).
         model: product name shared by the GPUs (``"NVIDIA H100 80GB HBM3"``), ``None`` where unknown.
             Ignored by ``==``: two machines of one shape are one topology.
+        below: ``below[a][b]`` is the PCIe path of two GPUs, also below NVLink, which hides it in ``links``; empty where
+            that was not read (NVML tells it, ``nvidia-smi topo -m`` does not).
 
     Raises:
         ValueError: the matrix is not square or not symmetric, a list has another length, or two network
@@ -107,6 +109,7 @@ class Topology:
     cpus: tuple[tuple[int, ...], ...] = ()
     nics: tuple[Nic, ...] = ()
     model: str | None = field(default=None, compare=False)
+    below: tuple[tuple[Path, ...], ...] = ()
 
     def __post_init__(self) -> None:
         count = len(self.links)
@@ -121,6 +124,8 @@ class Topology:
                 raise ValueError(f"{nic.name} has paths to {len(nic.paths)} GPUs, the matrix has {count}")
         if len({nic.name for nic in self.nics}) != len(self.nics):
             raise ValueError(f"network cards share a name: {', '.join(nic.name for nic in self.nics)}")
+        if self.below and [len(row) for row in self.below] != [count] * count:
+            raise ValueError(f"below is not a matrix of {count} x {count}")
         for a, row in enumerate(self.links):
             if len(row) != count:
                 raise ValueError(f"row {a} has {len(row)} links, expected {count}")
@@ -140,6 +145,24 @@ class Topology:
     def link(self, a: int, b: int) -> Link:
         """The link between ordinals ``a`` and ``b``."""
         return self.links[a][b]
+
+    def pcie_path(self, a: int, b: int) -> Path:
+        """The PCIe path between two GPUs, also where NVLink joins them; :attr:`Path.UNKNOWN` if nobody can tell.
+
+        Where NVLink hides it and :attr:`below` does not tell it, it is as short as what both have near shows: PCIe is a
+        tree, so that two GPUs are no farther from each other than the farther of them is from any network card, and
+        GPUs of one NUMA node are no farther apart than :attr:`Path.NODE`.
+        """
+        path = self.links[a][b].path
+        if path not in (Path.NVLINK, Path.UNKNOWN):
+            return path
+        if self.below and self.below[a][b] is not Path.UNKNOWN:
+            return self.below[a][b]
+        nearest = tuple(Path).index
+        found = [max(nic.paths[a], nic.paths[b], key=nearest) for nic in self.nics]
+        if self.numa[a] and self.numa[b]:
+            found.append(Path.SYS if set(self.numa[a]).isdisjoint(self.numa[b]) else Path.NODE)
+        return min(found, key=nearest, default=Path.UNKNOWN)
 
     @cached_property
     def known(self) -> bool:

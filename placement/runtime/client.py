@@ -61,10 +61,11 @@ class Event(TypedDict):
 
 
 class Status(TypedDict):
-    """What is there: nodes with their GPUs and who is on them, deployments with their replicas."""
+    """Nodes with their GPUs and who is on them, deployments with their replicas, groups with their routes."""
 
     nodes: list[dict[str, Any]]
     deployments: list[dict[str, Any]]
+    groups: list[dict[str, Any]]
     unreadable: list[dict[str, Any]]
     totals: dict[str, int | float]
     demand: list[dict[str, Any]]
@@ -178,6 +179,8 @@ class Client(_Connected):
     ) -> list[PlacementResult]:
         """Applies several deployments; with ``atomic`` all of them, or none if one does not fit.
 
+        The members of a group (:meth:`placement.Group.of`) are placed all at once, or all of them wait.
+
         Raises:
             PartlyApplied: some could not be applied, the others were.
             Unplaceable, ReservationFailed: only with ``atomic``.
@@ -243,6 +246,8 @@ class Client(_Connected):
 
     def release(self, name: str) -> int:
         """Gives back everything that a deployment holds, and ends the workers in its groups.
+
+        The members of a group end as one, by its name or by that of any of them.
 
         Returns:
             How many replicas were released.

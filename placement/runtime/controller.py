@@ -19,6 +19,7 @@ from placement.core.lifecycle import State
 from placement.core.snapshot import NEAR_LABELS
 from placement.errors import (
     DeploymentConflict,
+    GroupStands,
     PartlyApplied,
     PlacementError,
     UnknownDeployment,
@@ -44,13 +45,15 @@ from placement.runtime.state import DeploymentState, Owner, ServiceState, expiry
 from placement.runtime.sweeper import Sweeper
 from placement.runtime.turns import Turns
 from placement.wire.cluster import ClusterFile
-from placement.wire.deployment import Deployment
+from placement.wire.deployment import Deployment, Group
 from placement.wire.node_types import NodeType
 from placement.wire.plans import (
     ExplainedPlan,
     PlacementPlan,
     explain_deployments,
     plan_in_order,
+    request_of,
+    require_same_places,
 )
 
 MAX_REPLANS = 5
@@ -150,6 +153,84 @@ class Controller:
         """Declares a deployment, and does what can be done for it now; see the service."""
         return self._apply(wanted, atomic, owner)[0]
 
+    def _apply_group(
+        self, wanted: Sequence[Deployment], atomic: bool, owners: Mapping[str, Owner | None]
+    ) -> tuple[list[PlacementResult], bool]:
+        """Applies all members of a group as one; whether nothing of it was there before.
+
+        They are declared before any of them is placed, so that a service that dies in between goes on with all of it.
+        """
+        group = wanted[0].group
+        assert group is not None
+        with self._sole(sorted(group.members)):
+            known = {one.name: self._known(one.name) for one in wanted}
+            if self.state.get(group.name) is not None:
+                raise GroupStands(group.name, group.name, "a deployment of that name is there")
+            for one in wanted:
+                before = known[one.name]
+                if before is None:
+                    self._require_readable(one.name)
+                    continue
+                if before.is_lease:
+                    raise _others(before, owners.get(one.name))
+                require_same_places(before.deployment, one, bool(before.replicas))
+            self._require_nodes(wanted)
+            fresh = [name for name, before in known.items() if before is None]
+            try:
+                for one in wanted:
+                    self._declare_member(known[one.name], one, owners.get(one.name))
+            except Exception:
+                self._release_again(fresh)
+                raise
+            refusal = self.reconciler.bring_group_about(group)
+            if refusal is not None:
+                self.feed.add(wanted[0].name, None, "refused", str(refusal))
+            if refusal is not None and atomic:
+                for name in fresh:
+                    self._release(name)
+                raise refusal
+            return [self.state.deployments[one.name].result() for one in wanted], len(fresh) == len(wanted)
+
+    def _declare_member(
+        self, before: DeploymentState | None, wanted: Deployment, owner: Owner | None
+    ) -> None:
+        """Has a member of a group be declared, its missing replicas waiting."""
+        anew = _new(wanted, owner) if before is None else before.renewed(owner).declared(wanted)
+        if anew is before:
+            return
+        waits = {**dict.fromkeys(anew.missing(), "its group is about to be placed"), **anew.reasons}
+        self.actions.commit(anew.pending(waits, time.time()))
+        if before is not None and before.deployment != wanted:
+            self.feed.add(wanted.name, None, "changed", ", ".join(differences(before.deployment, wanted)))
+
+    def _require_nodes(self, wanted: Sequence[Deployment]) -> None:
+        """Raises ``UnknownNode`` if constraints name a node that is not there."""
+        nodes = self.cluster.nodes()
+        self.cluster.read()
+        with self.state.lock:
+            snapshot = self.cluster.snapshot(nodes)
+        for one in wanted:
+            request_of(one, (), {}, snapshot)
+
+    @contextlib.contextmanager
+    def _sole(self, names: Sequence[str], wait: bool = True) -> Iterator[bool]:
+        """The turn of several deployments, in the order of their names; whether all is ours to change."""
+        with contextlib.ExitStack() as stack:
+            yield all([stack.enter_context(self.turns.sole(name, wait)) for name in sorted(names)])
+
+    def _members(self, name: str) -> list[str]:
+        """The members of the group that goes by that name, or that a deployment of that name is a member of.
+
+        Just the name, if there is no such group.
+        """
+        known = self.state.get(name)
+        if known is not None:
+            group = known.deployment.group
+        else:
+            groups = (one.deployment.group for one in self.state.all())
+            group = next((one for one in groups if one is not None and one.name == name), None)
+        return sorted(group.members) if group is not None else [name]
+
     def _apply(self, wanted: Deployment, atomic: bool, owner: Owner | None) -> tuple[PlacementResult, bool]:
         """The same, and whether nothing of that name was there before."""
         with self.turns.sole(wanted.name):
@@ -161,6 +242,7 @@ class Controller:
                     return self.reconciler.bring_about(work).result(), True
             if known.is_lease:
                 raise _others(known, owner)
+            require_same_places(known.deployment, wanted, bool(known.replicas))
             if known.deployment == wanted and known.owner == owner and not known.unfinished():
                 return known.result(), False
             with self._refusal_told(wanted.name):
@@ -182,11 +264,20 @@ class Controller:
         failures: dict[str, dict[str, Any]] = {}
         for position in self._in_order(wanted, atomic):
             one = wanted[position]
+            if position in results or one.name in failures:  # with its group
+                continue
+            positions = [i for i, each in enumerate(wanted) if one.group and each.group == one.group] or [
+                position
+            ]
             try:
-                results[position], is_new = self._apply(one, atomic, (owners or {}).get(one.name))
+                if one.group is None:
+                    results[position], is_new = self._apply(one, atomic, (owners or {}).get(one.name))
+                else:
+                    several, is_new = self._apply_group([wanted[i] for i in positions], atomic, owners or {})
+                    results |= zip(positions, several, strict=True)
             except Exception as error:
                 if not atomic and isinstance(error, PlacementError):
-                    failures[one.name] = error.to_dict()
+                    failures |= {wanted[i].name: error.to_dict() for i in positions}
                     continue
                 self._release_again(fresh)
                 raise
@@ -257,6 +348,7 @@ class Controller:
             self.cluster.dead(),
             [name for name in self.state.queue() if name in deployments and not deployments[name].releasing],
             self.queue.demand.report(),
+            near=self.near,
         )
         return cluster_status(seen, node, deployment, state)
 
@@ -272,9 +364,23 @@ class Controller:
         return [topology_report(info, self.fleet.inventory.facts.get(info.id)) for info in nodes]
 
     def release(self, name: str) -> int:
-        """Gives back everything that a deployment holds; how many replicas that were."""
-        with self.turns.sole(name):
-            return self._release(name)
+        """Gives back everything that a deployment holds, or all members of a group; how many replicas that were.
+
+        A group ends as one, by its name or by that of any member.
+        """
+        names = self._members(name)
+        with self._sole(names):
+            return self._release_members(names)
+
+    def _release_members(self, names: Sequence[str]) -> int:
+        """Releases deployments as one: from here on all of them go, whatever happens."""
+        if len(names) > 1:
+            for name in names:
+                known = self.state.get(name)
+                if known is not None and not known.releasing:
+                    self.actions.commit(replace(known, releasing=True))
+            names = [name for name in names if self.state.get(name) is not None]
+        return sum(self._release(name) for name in names)
 
     def release_all(self) -> list[str]:
         """Releases every deployment; their names."""
@@ -365,13 +471,16 @@ class Controller:
             name: of the deployment.
             patient: look again before replicas have to wait, since Ray's books lag.
         """
-        with self.turns.sole(name, wait=False) as mine:
+        with self._sole(self._members(name), wait=False) as mine:
             if mine:
                 self._reconcile(name, patient)
 
     def _reconcile(self, name: str, patient: bool = True) -> None:
         known = self.state.get(name)
         if known is None:
+            return
+        if known.deployment.group is not None:
+            self._reconcile_group(known.deployment.group)
             return
         if known.releasing or (known.is_lease and not known.replicas):
             self._release(name)
@@ -380,6 +489,14 @@ class Controller:
         later = self.state.get(name)
         if later is not None and later.is_lease and not later.replicas:
             self._release(name)
+
+    def _reconcile_group(self, group: Group) -> None:
+        """Brings a group to what is declared, as far as there is room for all of it."""
+        known = [one for name in group.members if (one := self.state.get(name)) is not None]
+        if any(one.releasing for one in known):
+            self._release_members([one.name for one in known])
+        elif len(known) == len(group.members):
+            self.reconciler.bring_group_about(group)
 
     # -- giving back ---------------------------------------------------------------------------------
 
@@ -495,7 +612,8 @@ class Controller:
                 self._forget_gone(lease)
 
     def _end(self, name: str, why: str) -> None:
-        with self.turns.sole(name, wait=False) as mine:
+        names = self._members(name)
+        with self._sole(names, wait=False) as mine:
             known = self.state.get(name)
             if not mine or known is None:
                 return
@@ -510,7 +628,7 @@ class Controller:
                         self.feed.add(name, index, "given up", reason)
                     return
             self.feed.add(name, None, "ended", why)
-            self._release(name)
+            self._release_members(names)
 
     # -- after a death -------------------------------------------------------------------------------
 
@@ -534,9 +652,13 @@ class Controller:
         self._ended = ledger.ended()
         self._ended_at = dict.fromkeys(self._ended, time.monotonic())
         live, alive = self.sweeper.live(), {info.id for info in nodes}
+        ending = {
+            one.deployment.group.name for one in self.state.all() if one.releasing and one.deployment.group
+        }
         for one in self.state.all():
             self.feed.add(one.name, None, "restarted", "the service has started anew")
-            if one.releasing:
+            group = one.deployment.group
+            if one.releasing or (group is not None and group.name in ending):
                 self._ended.pop(one.name, None)
                 self._ended[one.name] = self._release(one.name)
                 continue

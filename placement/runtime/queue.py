@@ -223,11 +223,16 @@ class WaitingQueue:
         usable = admit(waiting, _without(snapshot, unknown)) if unknown else decided
         needs = {key: need for key, need in self._needs.items() if key.rsplit(":", 2)[0] in busy}
         told = self.demand.poll()
+        groups = {name: False for one, decision in usable if _waits(decision) and (name := _group(one))}
         for (_, desired, observed), (one, decision), (_, now) in zip(waiting, decided, usable, strict=True):
             unmet = _unmet(desired, observed, decision)
             needs |= unmet
             waits = [action for action in now.actions if isinstance(action, Wait)]
-            if len(waits) < len(now.actions):
+            if group := _group(one):  # tried as one, once each may have room; only then it is told why not
+                if groups.setdefault(group, True):
+                    found.append(one)
+                    groups[group] = False
+            elif len(waits) < len(now.actions):
                 found.append(one)
             elif isinstance(one, DeploymentState):
                 self._reasons_changed(one, waits, unmet, told)
@@ -375,6 +380,12 @@ def _unmet(desired: Desired, observed: Mapping[int, Observed], decision: Decisio
         if isinstance(found, Shortfall):
             return dict([*needs.items()][found.fitting :])
     return needs
+
+
+def _group(one: Waiting) -> str:
+    """The group of which what waits is a member; empty if of none."""
+    group = one.deployment.group if isinstance(one, DeploymentState) else None
+    return group.name if group is not None else ""
 
 
 def _waits(decision: Decision) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from placement.core.reconcile import (
     Decision,
@@ -22,7 +22,9 @@ from placement.core.reconcile import (
     Wait,
     reconcile,
 )
-from placement.core.request import Request
+from placement.core.replicas import PlannedReplica
+from placement.core.request import Request, Told
+from placement.core.roles import tell
 from placement.core.snapshot import Policy, Snapshot
 from placement.errors import LeaseExpired, ReservationFailed, Unplaceable
 from placement.runtime import faults
@@ -35,7 +37,7 @@ from placement.runtime.node_agent import FRESH_SECONDS
 from placement.runtime.observed import ObservedCluster
 from placement.runtime.orders import Refusal
 from placement.runtime.state import Claim, DeploymentState, ServiceState
-from placement.wire.deployment import Deployment
+from placement.wire.deployment import Deployment, Group
 from placement.wire.plans import mix_of, request_of, request_unchecked
 
 MAX_REPLANS = 5
@@ -54,6 +56,8 @@ class Work:
         may_wait: replicas that may go on waiting, even so.
         lending: the caller creates the groups.
         patient: look again before anything is refused.
+        told: of a member of a group, where its replicas go.
+        claim: what was claimed for that, until it is decided.
         durable: what the ledger and the state say, if that is ``wanted``.
         is_refused: nothing of the change is done, as it was planned last.
         vacated: what was there was released for what is to replace it.
@@ -69,6 +73,8 @@ class Work:
     may_wait: frozenset[int] = frozenset()
     lending: Lending | None = None
     patient: bool = True
+    told: Told | None = None
+    claim: Claim | None = None
     durable: DeploymentState | None = None
     is_refused: bool = False
     vacated: bool = False
@@ -81,6 +87,11 @@ class Work:
 
     def __post_init__(self) -> None:
         self.durable = self.known
+
+    @property
+    def most_replans(self) -> int:
+        """How often it is planned anew; never, if it was planned with a group, which is planned anew as a whole."""
+        return MAX_REPLANS if self.told is None else 1
 
 
 class Reconciler:
@@ -142,6 +153,113 @@ class Reconciler:
             self.feed.add(name, None, "changed", changed)
         return work.wanted
 
+    def bring_group_about(self, group: Group) -> Unplaceable | ReservationFailed | None:
+        """Brings all members of a group about: what is missing of them is placed, or all of it waits.
+
+        All of them are declared.
+
+        The caller sees to it that it is one change of each at a time.
+
+        Returns:
+            Why it waits, if it does.
+        """
+        names, refused = sorted(group.members), set[str]()
+        failure: Unplaceable | ReservationFailed | None = None
+        for _ in range(MAX_REPLANS):
+            told, claims = self._tell(group, refused)
+            placed: dict[str, list[int]] = {}
+            failed: Work | None = None
+            try:
+                for name in names:
+                    known = self._declared(name)
+                    work = Work(known, known, patient=False, told=told[name], claim=claims.get(name))
+                    try:
+                        later = self.bring_about(work)
+                    finally:
+                        if work.claim is None:
+                            claims.pop(name, None)
+                    placed[name] = sorted(later.replicas.keys() - known.replicas.keys())
+                    refused |= work.refused
+                    if told[name].refusal is None and later.unfinished():
+                        failed = work
+                        break
+            except BaseException:
+                self._give_back(placed, "its group could not be placed")
+                raise
+            finally:
+                self.state.close(claims.values())
+            if failed is None:
+                return next((one.refusal for one in told.values() if one.refusal is not None), None)
+            why = failed.reason or "what it was planned with is not free any more"
+            failure = ReservationFailed(group.name, failed.where or "its nodes", max(1, failed.attempts), why)
+            self._give_back(placed, str(failure))
+        for name in names:
+            known = self._declared(name)
+            if missing := known.unfinished():
+                self.actions.wait(known, dict.fromkeys(missing, str(failure)), time.time(), self.actions.note)
+        return failure
+
+    def _declared(self, name: str) -> DeploymentState:
+        known = self.state.get(name)
+        assert known is not None
+        return known
+
+    def _give_back(self, placed: Mapping[str, Sequence[int]], why: str) -> None:
+        """Has replicas wait again that were placed just now, as the rest of their group could not be."""
+        for name, indices in placed.items():
+            if indices:
+                later = self.actions.release(self._declared(name), indices)
+                reasons = {**later.reasons, **dict.fromkeys(indices, why)}
+                self.actions.note(later.pending(reasons, time.time()))
+
+    def _tell(self, group: Group, refused: Collection[str]) -> tuple[dict[str, Told], dict[str, Claim]]:
+        """Where the replicas of a group go that are missing, and claims of that by member; or why they go nowhere."""
+        roles = group.planned()
+
+        def decide(
+            nodes: list[NodeInfo], lag_seconds: float, fresh: bool
+        ) -> tuple[dict[str, Told], dict[str, Claim]]:
+            inventory = self.fleet.inventory
+            inventory.refresh(nodes, patience_seconds=0.0)
+            avoided = self.fleet.agents.suspect() | inventory.unknown_nodes(nodes)
+            if avoided:
+                with contextlib.suppress(Unplaceable):
+                    return decide_with(nodes, lag_seconds, fresh, avoided)
+                inventory.refresh(nodes)
+            return decide_with(nodes, lag_seconds, fresh)
+
+        def decide_with(
+            nodes: list[NodeInfo], lag_seconds: float, fresh: bool, avoided: Collection[str] = ()
+        ) -> tuple[dict[str, Told], dict[str, Claim]]:
+            self.cluster.read(fresh or bool(refused))
+            with self.state.lock:
+                snapshot = self.cluster.snapshot(nodes, lag_seconds, refused, avoided=avoided)
+                members = {name: self.seen(self._declared(name), snapshot) for name in roles.counts}
+                told: dict[str, Told] = {}
+                claims: dict[str, Claim] = {}
+                for name, desired in tell(snapshot, roles, members).items():
+                    found = told[name] = desired.request.told or Told()
+                    if found.refusal is not None:
+                        raise found.refusal
+                for name, found in told.items():
+                    request = members[name][0].request
+                    planned = [
+                        PlannedReplica(
+                            index, *place, cpu_milli=request.cpu_milli, memory_bytes=request.memory_bytes
+                        )
+                        for index, place in found.places.items()
+                    ]
+                    if planned:
+                        claims[name] = self.state.claim(
+                            Claim(self._declared(name).deployment, tuple(planned))
+                        )
+                return told, claims
+
+        try:
+            return self.cluster.patiently(decide, fresh=True)
+        except Unplaceable as refusal:
+            return dict.fromkeys(roles.counts, Told(refusal=refusal)), {}
+
     def _with_types(self, refusal: Unplaceable, deployment: Deployment) -> Unplaceable:
         """A refusal that names the node type that would do, if it is known which there are."""
         types = self.types_for(request_unchecked(deployment, (0,), {}), (0,))
@@ -164,7 +282,7 @@ class Reconciler:
                     ends = self.outlook(request, action.indices)
                     self._wait(work, {i: f"{action.refusal}{ends.get(i, '')}" for i in action.indices})
                 elif isinstance(action, Reserve) and not self._reserve(work, action, claims.pop(0), nodes):
-                    return work.replans < MAX_REPLANS
+                    return work.replans < work.most_replans
         finally:
             if claims:
                 self.state.close(claims)
@@ -218,6 +336,9 @@ class Reconciler:
         """
         self.cluster.read(fresh or bool(work.refused))
         with self.state.lock:
+            if work.claim is not None:
+                self.state.close([work.claim])
+                work.claim = None
             snapshot = self.cluster.snapshot(nodes, lag_seconds, work.refused, work.full, avoided)
             decision = self._decision(work, snapshot)
             refusals = [action.refusal for action in decision.actions if isinstance(action, Wait)]
@@ -239,6 +360,8 @@ class Reconciler:
             UnknownNode: its constraints name a node that is not there, and are new.
         """
         desired, observed = self.seen(work.wanted, snapshot, work.strict, lent=work.lending is not None)
+        if work.told is not None:
+            desired = replace(desired, request=replace(desired.request, told=work.told))
         if work.wanted.deployment.policy is Policy.FRAGMENTATION:
             snapshot = snapshot.changed((), mix_of(snapshot, [one.deployment for one in self.state.all()]))
         return reconcile(desired, observed, snapshot, atomic=work.atomic, may_wait=work.may_wait)
@@ -272,7 +395,7 @@ class Reconciler:
             index: Observed(one.planned(), before.get(one.generation, request), one.group_id in self.gone)
             for index, one in wanted.replicas.items()
         }
-        return Desired(request, gang=deployment.gang), observed
+        return Desired(request, gang=deployment.gang or deployment.group is not None), observed
 
     def _drop(self, work: Work, indices: Sequence[int], alive: Collection[str]) -> None:
         """Gives back what is left of replicas that lost a node, or their group."""
@@ -353,7 +476,7 @@ class Reconciler:
         if work.lending is not None and work.lending.is_over:
             raise LeaseExpired(name, "its placement group did not come in time")
         work.replans += 1
-        if work.replans >= MAX_REPLANS:
+        if work.replans >= work.most_replans:
             failure = ReservationFailed(name, work.where, work.attempts, work.reason)
             if work.atomic:
                 raise failure

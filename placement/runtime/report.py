@@ -11,14 +11,17 @@ from typing import Any, Protocol
 
 from placement.core.lifecycle import State
 from placement.core.matrix import render_matrix
+from placement.core.replicas import PlannedReplica
+from placement.core.snapshot import Node
 from placement.core.topology import Topology, ordinals
 from placement.errors import UnknownDeployment, UnknownNode, UnreadableRecord
 from placement.runtime.discovery import DeadNode, NodeInfo
 from placement.runtime.ledger import Record
 from placement.runtime.orders import GpuHardware
 from placement.runtime.results import NodeAssignment
-from placement.wire.deployment import Deployment
+from placement.wire.deployment import Deployment, Group
 from placement.wire.facts import NodeFacts
+from placement.wire.groups import links_of, located
 
 SHOWN_STATES = ("placed", "pending", "lost", "releasing")
 """What a replica is shown as: it holds its GPUs, waits for room, lost its node, or is being given back."""
@@ -81,6 +84,7 @@ class Observed:
         queue: the deployments that wait for room, next first.
         demand: what was asked of the autoscaler; JSON-ready.
         at: when that was, in seconds since the epoch.
+        near: labels of which nodes near each other share the values, widest first.
     """
 
     nodes: Sequence[NodeInfo]
@@ -95,6 +99,7 @@ class Observed:
     queue: Sequence[str] = ()
     demand: Sequence[Mapping[str, Any]] = ()
     at: float = field(default_factory=time.time)
+    near: Sequence[str] = ()
 
 
 def cluster_status(
@@ -179,12 +184,48 @@ def cluster_status(
         "demand": list(seen.demand),
         "nodes": [told for told in listed if at is None or told["id"] in at],
         "deployments": deployments,
+        "groups": _groups(seen, deployments),
         "unreadable": [
             {"name": name, "problem": str(UnreadableRecord(name, record.problem, record.newer))}
             for name, record in sorted(seen.unreadable.items())
             if deployment in (None, name)
         ],
     }
+
+
+def _groups(seen: Observed, shown: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The groups of which any member is shown, each as one: its state, and what path its links got."""
+    states: dict[str, dict[str, str]] = {}
+    declared: dict[str, Group] = {}
+    for one in shown:
+        if (group := seen.deployments[one["name"]].deployment.group) is not None:
+            declared[group.name] = group
+            states.setdefault(group.name, {})[one["name"]] = one["state"]
+    found = []
+    for name, group in sorted(declared.items()):
+        members = {each: seen.deployments[each] for each in group.members if each in seen.deployments}
+        nodes = {
+            info.id: Node(info.id, info.name, topology=seen.hardware(info).topology, labels=info.labels)
+            for info in seen.nodes
+            if any(a.node == info.id for one in members.values() for a in one.assignments())
+        }
+        parts = {
+            each: [PlannedReplica(a.replica_index, a.node, tuple(a.gpus)) for a in one.assignments()]
+            for each, one in members.items()
+        }
+        worst = next(
+            (state for state in ("releasing", "lost", "pending") if state in states[name].values()), "placed"
+        )
+        found.append(
+            {
+                "name": name,
+                "state": worst,
+                "units": group.units,
+                "members": dict(group.members),
+                "links": links_of(group, seen.near, located(nodes, parts)),
+            }
+        )
+    return found
 
 
 class _Held:
@@ -244,6 +285,7 @@ def _deployment(
         "queue_position": place,
         "pending": {str(index): reason for index, reason in sorted(one.reasons.items())},
         "outdated": outdated,
+        "group": deployment.group.name if deployment.group is not None else None,
         "replica_states": [
             {"index": index, "state": state, "reason": one.reasons.get(index)}
             for index, state in zip(indices, states, strict=True)

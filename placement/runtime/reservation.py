@@ -144,9 +144,16 @@ class NodeReserver:
             free = self._look(count, attempt >= MAX_LOOKS)
             wanted = None
             if free is not None:
-                wanted = _best(machine.node(free - self._ours(), {}), topology, needs, more)
+                node = machine.node(free - self._ours(), {})
+                wanted = _best(node, topology, needs, more)
+                if order.exactly:
+                    wanted = order.exactly if node.free.issuperset(order.exactly) else None
             if free is None or wanted is None:
-                reason, full = _none_free(needs), True
+                reason, full = _none_free(needs), not order.exactly
+                if order.exactly:
+                    reason = (
+                        f"of GPUs {list(order.exactly)}, which its group was planned with, others have some"
+                    )
                 if attempt >= MAX_LOOKS:
                     break
                 time.sleep(BOOKS_LAG_SECONDS / 2)
@@ -160,7 +167,7 @@ class NodeReserver:
                 got = tuple(sorted(slots))
                 # Others moved GPUs, and what was got instead is no worse: then it will do.
                 free_then = machine.node(got, {})
-                as_good = not more and needs.whole and len(free_then.free) == count
+                as_good = not more and needs.whole and len(free_then.free) == count and not order.exactly
                 as_good = as_good and score(topology, got) >= score(topology, wanted)
                 if got == wanted or (as_good and choose(topology, got, needs._replace(free_memory_bytes=0))):
                     self._held[order.name] = Holding(order.deployment, got)

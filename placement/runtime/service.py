@@ -34,6 +34,7 @@ from placement.runtime.results import PlacementResult
 from placement.runtime.state import Owner
 from placement.wire.deployment import Deployment, PlacementConstraints
 from placement.wire.files import parse_model
+from placement.wire.groups import groups_of
 from placement.wire.node_types import NodeType
 from placement.wire.plans import ExplainedPlan, PlacementPlan
 
@@ -135,7 +136,7 @@ class DeploymentPlacementActor:
 
         Who waits and ends, or cancels the call, waits no more: nothing is placed for him later.
         """
-        wanted = parse(deployment, constraints)
+        wanted = alone(parse(deployment, constraints))
         owner = self._owner(wanted, caller)
         asker = asker_of(caller)
         ticket = Ticket(wanted, lambda: self._controller.place(wanted, owner), (owner, asker))
@@ -190,7 +191,7 @@ class DeploymentPlacementActor:
             Unplaceable, ReservationFailed: it is atomic, and does not fit. What stood before still stands then; where
                 it had to be released first, it is placed anew, or waits as ``pending``.
         """
-        wanted = parse(deployment, constraints)
+        wanted = alone(parse(deployment, constraints))
         owner = self._owner(wanted, caller)
 
         async def begin() -> PlacementResult:
@@ -206,7 +207,8 @@ class DeploymentPlacementActor:
     ) -> list[PlacementResult]:
         """Applies several deployments; the trouble of one does not stop the others.
 
-        In order, if that works; one that is to be near another, or apart from it, may come after it.
+        In order, if that works; one that is to be near another, or apart from it, may come after it. The members of a
+        group (:class:`~placement.Group`) are placed all at once, or all of them wait.
 
         Args:
             deployments: what is declared.
@@ -218,15 +220,19 @@ class DeploymentPlacementActor:
 
         Raises:
             PartlyApplied: some could not be applied, the others were.
-            InvalidDeployment: one is refused; nothing is changed.
+            InvalidDeployment: one is refused, or a group lacks a member; nothing is changed.
+            GroupStands: a group is placed, and what is declared anew would move its replicas.
             UnknownNode, Unplaceable, ReservationFailed, UnreadableRecord: as :meth:`apply`, if it is atomic.
         """
         wanted = [parse(one, None) for one in deployments]
+        groups_of(wanted)
         owners = {one.name: self._owner(one, caller, ONE_BY_ONE) for one in wanted}
         return await self._in(self._changes, self._controller.apply_all, wanted, atomic, owners)
 
     async def release(self, name: str) -> int:
         """Gives back everything that a deployment holds, and ends the workers in its groups.
+
+        The members of a group (:class:`~placement.Group`) end as one, by its name or by that of any of them.
 
         Returns:
             How many replicas were released.
@@ -283,7 +289,7 @@ class DeploymentPlacementActor:
         Raises:
             Same as :meth:`place`.
         """
-        wanted = parse(deployment, constraints).model_copy(update={"owner": "caller"})
+        wanted = alone(parse(deployment, constraints)).model_copy(update={"owner": "caller"})
         lending = Lending(wanted.name, wanted.placement_group)
         owner = owner_of(wanted, caller)
         ticket = Ticket(wanted, lambda: self._controller.place(wanted, owner, lending), (owner,))
@@ -491,6 +497,21 @@ def parse(deployment: DeploymentLike, constraints: Any) -> Deployment:
         limits = parse_model(PlacementConstraints, constraints, f"deployment {wanted.name!r}: constraints")
         # Read anew, as a whole: constraints can contradict the rest.
         wanted = parse_model(Deployment, wanted.model_copy(update={"constraints": limits}), source)
+    return wanted
+
+
+def alone(wanted: Deployment) -> Deployment:
+    """A deployment that is placed by itself.
+
+    Raises:
+        InvalidDeployment: it is a member of a group.
+    """
+    if wanted.group is not None:
+        problem = (
+            f"group: it is a member of {wanted.group.name!r}, which is placed as one; give all of its members to "
+            "apply_all (with atomic all are placed now, or none)"
+        )
+        raise InvalidDeployment(f"deployment {wanted.name!r}", (problem,))
     return wanted
 
 

@@ -16,6 +16,7 @@ from placement.core.pasted import shortened
 from placement.core.replicas import PlannedReplica
 from placement.core.score import WHOLE
 from placement.core.snapshot import NEAR_LABELS, Node, Snapshot
+from placement.core.topology import Path as PciePath
 from placement.core.topology import Topology, ordinals
 from placement.errors import InvalidClusterFile, InvalidDeployment, MatrixError, counted
 from placement.wire.base import Model
@@ -156,6 +157,9 @@ class Machine(Model):
 
     matrix: str = Field(description="as `nvidia-smi topo -m` prints it")
     model: str | None = Field(default=None, description="product name of the GPUs")
+    below: tuple[tuple[PciePath, ...], ...] = Field(
+        default=(), description="PCIe paths, also below NVLink, where they are known: a row for each GPU"
+    )
 
 
 class ClusterNode(Model):
@@ -202,12 +206,12 @@ class ClusterFile(Model):
     @classmethod
     def of(cls, snapshot: Snapshot, held: Iterable[HeldDeployment]) -> ClusterFile:
         """The file that describes a snapshot."""
-        keys: dict[tuple[str, str | None], str] = {}
+        keys: dict[tuple[str, str | None, tuple[tuple[PciePath, ...], ...]], str] = {}
         nodes = []
         for node in snapshot.nodes:
             key = None
             if len(node.topology):
-                make = render_matrix(node.topology), node.topology.model
+                make = render_matrix(node.topology), node.topology.model, node.topology.below
                 key = keys.setdefault(make, f"machine-{len(keys) + 1}")
             nodes.append(
                 ClusterNode(
@@ -222,7 +226,10 @@ class ClusterFile(Model):
                     **{name: getattr(node, name) for name in _AS_THEY_ARE},
                 )
             )
-        machines = {key: Machine(matrix=matrix, model=model) for (matrix, model), key in keys.items()}
+        machines = {
+            key: Machine(matrix=matrix, model=model, below=below)
+            for (matrix, model, below), key in keys.items()
+        }
         return cls(machines=machines, near=snapshot.near, nodes=tuple(nodes), deployments=tuple(held))
 
     def snapshot(self) -> Snapshot:
@@ -391,7 +398,12 @@ def _false_holding(replica: HeldReplica, node: Node | None) -> str | None:
 
 
 def _topology(key: str, machine: Machine) -> Topology:
+    where = f"machines.{shortened(printable(key))}"
     try:
-        return replace(parse_matrix(machine.matrix), model=machine.model)
+        topology = replace(parse_matrix(machine.matrix), model=machine.model)
     except MatrixError as error:
-        raise InvalidClusterFile(f"machines.{shortened(printable(key))}.matrix: {error}") from None
+        raise InvalidClusterFile(f"{where}.matrix: {error}") from None
+    try:
+        return replace(topology, below=machine.below)
+    except ValueError as error:
+        raise InvalidClusterFile(f"{where}: {error}; write it with `placement snapshot`") from None

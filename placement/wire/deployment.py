@@ -28,9 +28,10 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from placement.core.labels import parse_condition
 from placement.core.request import Bundle, Strategy
+from placement.core.roles import RoleLink, Roles, Via
 from placement.core.score import GIB, WHOLE, Needs, Within
 from placement.core.snapshot import Policy
-from placement.errors import MissingSecret
+from placement.errors import InvalidDeployment, MissingSecret, counted
 from placement.wire.base import Model
 from placement.wire.runtimes import Runtime, infer_runtime, runtime_before
 from placement.wire.unknown import unknown_field
@@ -68,6 +69,9 @@ MOST = 100_000
 
 MOST_BUNDLES = 4096
 """More bundles than this in one placement group are a slip of the pen."""
+
+MOST_MEMBERS = 512
+"""More replicas than this in one group are a slip of the pen: they are placed all at once."""
 
 LEAST = 0.001
 """An amount below this would count as none: 1 MiB, a thousandth of a CPU or of a GB/s."""
@@ -151,6 +155,17 @@ def _gpus(value: Any) -> Any:
             f"{value} is too small; use at least 1, or leave gpus out on a remote deployment, and where cpus is set"
         )
     return _whole(value)
+
+
+def _check_name(value: str, what: str) -> str:
+    if not value:
+        raise ValueError(f"is empty; give the {what} a name")
+    if not NAME_PATTERN.fullmatch(value):
+        raise ValueError(
+            f"{value[:80]!r} is not a name Ray groups can carry; use letters, digits, '.', '_' and '-', "
+            "start with a letter or digit, at most 63 characters"
+        )
+    return value
 
 
 def _stands(info: ValidationInfo) -> bool:
@@ -543,6 +558,133 @@ def _has_gpus(bundle: Mapping[Any, float]) -> bool:
     return bundle.get("GPU", 0) > 0
 
 
+class GroupLink(_Declared):
+    """Two members of a group that talk: within a unit, each replica of the one with each replica of the other."""
+
+    between: tuple[Named, Named] = Field(description="two members")
+    via: Via = Field(
+        description="what their transport can use: nvlink (else PCIe), pcie (also where there is NVLink), or network"
+    )
+    within: Annotated[str, MOST_LABEL] | None = Field(
+        default=None,
+        min_length=1,
+        description="floor: nvlink, switch (past no CPU), numa, node; or a node label whose value both nodes share",
+    )
+    min_bandwidth_gb_per_s: Amount | None = Field(
+        default=None, description="floor: what the route between any two of their GPUs carries per direction"
+    )
+
+    @model_validator(mode="after")
+    def _can_be_met(self) -> GroupLink:
+        if self.between[0] == self.between[1]:
+            raise ValueError(
+                f"between names {self.between[0]!r} twice; name two members (how close the GPUs of one replica are is "
+                "the deployment's own within)"
+            )
+        if self.via is Via.NETWORK and self.min_bandwidth_gb_per_s is not None:
+            raise ValueError(
+                f"min_bandwidth_gb_per_s: {self.min_bandwidth_gb_per_s:g} via 'network' cannot be checked, since "
+                "nothing is known of the network's bandwidth; leave it out, or say how near by within"
+            )
+        impossible = {Via.PCIE: ("nvlink",), Via.NETWORK: ("nvlink", "switch", "numa")}.get(self.via, ())
+        if self.within in impossible:
+            raise ValueError(
+                f"within: {self.within!r} contradicts via: {str(self.via)!r}, whose routes are not over that; use "
+                f"{'switch, numa, node' if self.via is Via.PCIE else 'node'} or a node label"
+            )
+        return self
+
+    def planned(self) -> RoleLink:
+        """The same in the planner's terms."""
+        return RoleLink(self.between, self.via, self.within or "", self.min_bandwidth_gb_per_s or 0.0)
+
+
+class Group(_Declared):
+    """Deployments whose replicas talk to each other: placed all or none, near each other, and released as one.
+
+    It consists of ``units``, each with so many replicas of every member. Replicas 0 and 1 of a member that has two in
+    each unit are in the first unit, 2 and 3 in the second.
+
+    Example:
+        >>> pd = Group(name="pd", members={"prefill": 1, "decode": 2}, units=4,
+        ...            links=[{"between": ("prefill", "decode"), "via": "pcie"}])
+        >>> pd.replicas("decode")
+        8
+    """
+
+    name: str = Field(description="unique in the cluster, among deployments, too")
+    members: dict[Named, Count] = Field(
+        min_length=1, description="deployment -> how many of its replicas are in each unit"
+    )
+    units: Count = Field(default=1, description="how many units there are")
+    links: tuple[GroupLink, ...] = Field(default=(), description="which members talk")
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        return _check_name(value, "group")
+
+    @model_validator(mode="after")
+    def _links_exist(self) -> Group:
+        seen: set[frozenset[str]] = set()
+        for link in self.links:
+            for end in link.between:
+                if end not in self.members:
+                    raise ValueError(
+                        f"links: {end!r} is no member of group {self.name!r}; use two of: {', '.join(self.members)}"
+                    )
+            if frozenset(link.between) in seen:
+                raise ValueError(f"links: {' and '.join(link.between)} are joined twice; keep one of the two")
+            seen.add(frozenset(link.between))
+        if self.name in self.members:
+            raise ValueError(f"name: {self.name!r} is the name of a member, too; rename one of them")
+        total = self.units * sum(self.members.values())
+        if total > MOST_MEMBERS:
+            raise ValueError(
+                f"units: {self.units} make {total} replicas, which are placed all at once; use at most {MOST_MEMBERS}, "
+                "and several groups"
+            )
+        return self
+
+    def replicas(self, member: str) -> int:
+        """How many replicas a member has in all units."""
+        return self.units * self.members[member]
+
+    def of(self, deployments: Iterable[Deployment]) -> list[Deployment]:
+        """The members, as they are declared: what ``apply_all`` and ``plan_all`` take.
+
+        Args:
+            deployments: the declarations of all members, and no others; ``replicas`` may be left out.
+
+        Raises:
+            InvalidDeployment: one is missing, or is no member.
+            ValidationError: one cannot be a member, as its replicas are not of whole GPUs on one node each.
+        """
+        given = {one.name: one for one in deployments}
+        problems = [
+            f"members: there is no deployment {name!r} among those given ({', '.join(given) or 'none'}); declare it"
+            for name in self.members
+            if name not in given
+        ]
+        problems += [
+            f"members: {name!r} is given, and is no member; add it, or leave it out"
+            for name in given
+            if name not in self.members
+        ]
+        if problems:
+            raise InvalidDeployment(f"group {self.name!r}", tuple(problems))
+        return [Deployment.model_validate(self.bound(given[name])) for name in self.members]
+
+    def bound(self, deployment: Deployment) -> dict[str, Any]:
+        """The fields of a deployment as a member: with the group, and as many replicas as that says."""
+        declared = deployment.model_dump(exclude_unset=True)
+        return {"replicas": self.replicas(deployment.name), **declared, "group": self}
+
+    def planned(self) -> Roles:
+        """The same in the planner's terms."""
+        return Roles(self.name, self.members, self.units, tuple(link.planned() for link in self.links))
+
+
 class Deployment(_Declared):
     """A model, how many replicas of it, and what each one needs.
 
@@ -609,6 +751,9 @@ class Deployment(_Declared):
     ttl_seconds: Amount | None = Field(
         default=None, description="how long it stands unless it is renewed; without limit if left out"
     )
+    group: Group | None = Field(
+        default=None, description="the group that it is a member of; a file says it under [[groups]]"
+    )
 
     @classmethod
     def recorded(cls, declared: Mapping[str, Any], runtime: Runtime | None = None) -> Deployment:
@@ -625,14 +770,7 @@ class Deployment(_Declared):
     @field_validator("name")
     @classmethod
     def _name(cls, value: str) -> str:
-        if not value:
-            raise ValueError("is empty; give the deployment a name")
-        if not NAME_PATTERN.fullmatch(value):
-            raise ValueError(
-                f"{value[:80]!r} is not a name Ray groups can carry; use letters, digits, '.', '_' and '-', "
-                "start with a letter or digit, at most 63 characters"
-            )
-        return value
+        return _check_name(value, "deployment")
 
     @field_validator("model")
     @classmethod
@@ -659,6 +797,7 @@ class Deployment(_Declared):
         if not _stands(info):
             self._check_endpoint()
             self._check_floors()
+            self._check_group()
         return self
 
     def _check_endpoint(self) -> None:
@@ -780,6 +919,42 @@ class Deployment(_Declared):
         if self.transport == "local_gpu":
             raise ValueError(f"{asked} with transport local_gpu; set runtime_config.transport to local_cpu")
 
+    def _check_group(self) -> None:
+        """Refuses what a member of a group cannot be."""
+        group = self.group
+        if group is None:
+            return
+        if self.name not in group.members:
+            raise ValueError(f"group: {self.name!r} is no member of {group.name!r}; add it to its members")
+        if self.replicas != group.replicas(self.name):
+            raise ValueError(
+                f"replicas: {self.replicas}, but group {group.name!r} has {counted(group.units, 'unit')} with "
+                f"{group.members[self.name]} each; leave replicas out, or set it to {group.replicas(self.name)}"
+            )
+        limits = self.constraints or PlacementConstraints()
+        others = sorted({*limits.apart_from, *limits.near_to} & group.members.keys())
+        refused = {
+            "runtime": self.runtime_name if self.remote else None,
+            "cpus": self.cpus,
+            "mig": self.mig,
+            "gpu_memory_gib": self.gpu_memory_gib,
+            "gpus": self.gpus if isinstance(self.gpus, float) else None,
+            "pipeline_parallel": self.stages if self.stages > 1 else None,
+            "placement_group": self.placement_group and "given",
+            "constraints.spread": limits.spread and limits.spread.label,
+            "constraints.apart_from or near_to": others[0] if others else None,
+            "policy": None if self.policy is Policy.TOPOLOGY else str(self.policy),
+            "owner": self.owner if self.owner == "caller" else None,
+            "deadline_seconds": self.deadline_seconds,
+        }
+        for field, value in refused.items():
+            if value:
+                raise ValueError(
+                    f"{field}: {value} is not possible for a member of a group ({group.name!r}), whose replicas have "
+                    "whole GPUs on one node each, are placed by the group's links, and end as one; leave it out, or "
+                    f"take {self.name!r} out of the group"
+                )
+
     def _check_layout(self) -> None:
         if self.placement_group is None:
             return
@@ -891,8 +1066,8 @@ class Deployment(_Declared):
     @property
     def divisible(self) -> bool:
         """Whether a replica that no node can hold may be cut into stages: where nothing says how it is made up."""
-        laid_out = self.placement_group is not None
-        return self.tensor_parallel is None and self.pipeline_parallel is None and not laid_out
+        on_one_node = self.placement_group is not None or self.group is not None
+        return self.tensor_parallel is None and self.pipeline_parallel is None and not on_one_node
 
     @property
     def needs(self) -> Needs:

@@ -143,8 +143,11 @@ def _topology(
     names: frozenset[str | None],
 ) -> Topology:
     matrix = [[UNKNOWN_LINK] * len(places) for _ in places]
+    below = [[Path.UNKNOWN] * len(places) for _ in places]
     for pair in pairs:
         matrix[pair.a][pair.b] = matrix[pair.b][pair.a] = pair.link
+        below[pair.a][pair.b] = below[pair.b][pair.a] = pair.common_ancestor
+    hidden = any(pair.nvlinks and pair.common_ancestor is not Path.UNKNOWN for pair in pairs)
     [model] = names if len(names) == 1 else [None]
     return Topology(
         links=tuple(map(tuple, matrix)),
@@ -152,4 +155,5 @@ def _topology(
         cpus=tuple(cpus for _, cpus in places),
         nics=tuple(Nic(nic.name, nic.paths) for nic in nics),
         model=model,
+        below=tuple(map(tuple, below)) if hidden else (),
     )

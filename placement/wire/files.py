@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from placement.core.pasted import shortened
 from placement.errors import InvalidDeployment
-from placement.wire.deployment import Deployment
+from placement.wire.deployment import Deployment, Group
 from placement.wire.text import decoded, printable, read_text
 from placement.wire.unknown import unknown_field
 
@@ -137,9 +137,9 @@ def parse_deployments(text: str, suffix: str, source: str) -> list[Deployment]:
     if not isinstance(content, Mapping):
         raise InvalidDeployment(source, (f"is not a mapping; put the deployments under {example}",))
     problems = [
-        f"unknown field {shortened(repr(key))} at the top; the file holds only deployments"
+        f"unknown field {shortened(repr(key))} at the top; the file holds only deployments and groups"
         for key in content
-        if key != "deployments"
+        if key not in ("deployments", "groups")
     ]
     entries = content.get("deployments")
     if isinstance(entries, Mapping) and entries:
@@ -149,12 +149,16 @@ def parse_deployments(text: str, suffix: str, source: str) -> list[Deployment]:
         problems.append(f"has no deployments; add at least one under {example}")
         raise InvalidDeployment(source, tuple(problems))
 
+    member_of = _groups(content.get("groups", []), entries, source, problems)
     deployments: list[Deployment] = []
     first_seen: dict[str, int] = {}
     for number, entry in enumerate(entries, start=1):
         name = entry.get("name") if isinstance(entry, Mapping) else None
-        label = f"deployment {number}" + (f" ({shortened(name)})" if isinstance(name, str) and name else "")
+        label = _label("deployment", number, name)
         try:
+            if isinstance(name, str) and name in member_of and "group" not in entry:
+                group = member_of[name]
+                entry = {"replicas": group.replicas(name), **entry, "group": group}
             deployment = parse_model(Deployment, entry, source)
         except InvalidDeployment as error:
             problems += [f"{label}: {problem}" for problem in error.problems]
@@ -169,6 +173,45 @@ def parse_deployments(text: str, suffix: str, source: str) -> list[Deployment]:
     if problems:
         raise InvalidDeployment(source, tuple(problems))
     return deployments
+
+
+def _groups(groups: Any, entries: Sequence[Any], source: str, problems: list[str]) -> dict[str, Group]:
+    """Deployment -> the group that it is a member of. What is wrong with groups is added to ``problems``."""
+    if not isinstance(groups, Sequence) or isinstance(groups, str):
+        problems.append(
+            "groups is no list; write [[groups]], or groups: and a list of them, each with its name"
+        )
+        return {}
+    names = [entry.get("name") for entry in entries if isinstance(entry, Mapping)]
+    found: dict[str, Group] = {}
+    used: set[str] = set()
+    for number, entry in enumerate(groups, start=1):
+        label = _label("group", number, entry.get("name") if isinstance(entry, Mapping) else None)
+        try:
+            group = parse_model(Group, entry, source)
+        except InvalidDeployment as error:
+            problems += [f"{label}: {problem}" for problem in error.problems]
+            continue
+        if group.name in used or group.name in names:
+            problems.append(f"{label}: name {group.name!r} is already used in this file; rename one")
+        used.add(group.name)
+        for member in group.members:
+            if member not in names:
+                known = ", ".join(str(name) for name in names if name) or "none"
+                problems.append(
+                    f"{label}: members: there is no deployment {member!r} in this file; it has {shortened(known, 200)}"
+                )
+            if member in found:
+                problems.append(
+                    f"{label}: members: {member!r} is a member of {found[member].name!r}, too; name it in one of them"
+                )
+            found.setdefault(member, group)
+    return found
+
+
+def _label(what: str, number: int, name: Any) -> str:
+    """What errors call an entry: ``deployment 2 (llama)``."""
+    return f"{what} {number}" + (f" ({shortened(name)})" if isinstance(name, str) and name else "")
 
 
 def parse_model(model: type[M], value: Any, source: str) -> M:

@@ -15,11 +15,13 @@ from placement.core.planner import Step
 from placement.core.reconcile import Decision, Desired, Drop, Observed, Reserve, Wait, outcome, reconcile
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Bundle, Request, Strategy
+from placement.core.roles import tell
 from placement.core.score import WHOLE, slowest_group
 from placement.core.snapshot import Policy, Snapshot
-from placement.errors import UnknownNode, Unplaceable
+from placement.errors import GroupStands, UnknownNode, Unplaceable
 from placement.wire.cluster import HeldDeployment
 from placement.wire.deployment import Deployment, PlacementConstraints
+from placement.wire.groups import groups_of, links_of, located, together
 
 SPARED_MILLI = 1000
 """CPUs that CPU replicas leave to each free GPU of their node, thousandths: verl, OpenRLHF, slime, SkyRL and Ray Data
@@ -82,6 +84,10 @@ class PlacementPlan:
         replaced: those that would get another place, which ends the workers in the one they have.
         removed: those that are there and not wanted any more.
         differs: names of the declared fields that differ from what is declared now.
+        group: the group that it is a member of.
+        links: what path those of the group's links would get that name it first: ``unit``, ``between``, ``via``,
+            ``route``, ``gb_per_s`` (``None`` if not known), and the two ``gpus`` on the slowest way.
+        bounded: the search for the group's places was cut off; there may be better ones.
     """
 
     deployment: str
@@ -96,9 +102,13 @@ class PlacementPlan:
     replaced: list[int] = field(default_factory=list)
     removed: list[int] = field(default_factory=list)
     differs: list[str] = field(default_factory=list)
+    group: str | None = None
+    links: list[dict[str, Any]] = field(default_factory=list)
+    bounded: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready values."""
+        of_group = {"group": self.group, "links": self.links, "bounded": self.bounded} if self.group else {}
         return {
             "deployment": self.deployment,
             "standing": self.standing,
@@ -112,6 +122,7 @@ class PlacementPlan:
             "runtime_from": self.runtime_from,
             "assignments": [a.to_dict() for a in self.assignments],
             "pending": {str(index): reason for index, reason in self.pending.items()},
+            **of_group,
         }
 
 
@@ -162,6 +173,8 @@ def plan_deployments(
     Raises:
         Unplaceable: if ``atomic``: one of them does not fit on top of those before it.
         UnknownNode: its constraints name a node that is not there.
+        InvalidDeployment: a group lacks a member.
+        GroupStands: a group is placed, and what is declared anew would move what is placed.
     """
     plans = plan_in_order(snapshot, held, wanted, atomic)
     return [plan for _, plan in sorted(plans, key=itemgetter(0))]
@@ -177,7 +190,8 @@ def plan_in_order(
     done = _planned(snapshot, held, wanted, atomic)
     if done and done[-1].refusal:
         raise done[-1].refusal
-    return [(one.position, _preview(snapshot, one)) for one in done]
+    links = _links(snapshot, done)
+    return [(one.position, _preview(snapshot, one, links)) for one in done]
 
 
 def explain_deployments(
@@ -199,14 +213,16 @@ def explain_deployments(
         UnknownNode: as :func:`plan_deployments`.
     """
     explained = []
-    for done in _planned(snapshot, held, wanted, atomic):
+    all_done = _planned(snapshot, held, wanted, atomic)
+    links = _links(snapshot, all_done)
+    for done in all_done:
         step, name = done.step, done.deployment.name
         why = explain(step.seen, step.request)
         if done.refusal is not None:
             refusal = str(done.refusal)
             explained.append((len(wanted), ExplainedPlan(name, None, refusal, why, done.refusal)))
         else:
-            explained.append((done.position, ExplainedPlan(name, _preview(snapshot, done), None, why)))
+            explained.append((done.position, ExplainedPlan(name, _preview(snapshot, done, links), None, why)))
     return [one for _, one in sorted(explained, key=itemgetter(0))]
 
 
@@ -215,7 +231,8 @@ def desired_of(wanted: Deployment, others: Iterable[Deployment] = (), releasing:
 
     Nodes that its constraints name need not be there: :func:`request_of` says whether they are.
     """
-    return Desired(request_unchecked(wanted, range(wanted.replicas), {}, others), wanted.gang, releasing)
+    gang = wanted.gang or wanted.group is not None
+    return Desired(request_unchecked(wanted, range(wanted.replicas), {}, others), gang, releasing)
 
 
 def observed_of(held: HeldDeployment) -> dict[int, Observed]:
@@ -375,12 +392,14 @@ def _planned(
     One that is to be near another comes after it. If not all find room so, one that is to be apart from another comes
     after it, too, as the other may make room; and if it is no better then, they are taken as they are given.
     """
-    first = _order(wanted, apart=False)
+    groups_of(wanted)
+    first = together(wanted, _order(wanted, apart=False))
     done = list(_carry_out(snapshot, held, wanted, first, atomic))
     tried = [first]
     for order in (_order(wanted, apart=True), list(range(len(wanted)))):
         if not any(_without_room(done)):
             break
+        order = together(wanted, order)
         if order not in tried:
             tried.append(order)
             with contextlib.suppress(UnknownNode):
@@ -426,6 +445,7 @@ def _carry_out(
 ) -> Iterator[_Done]:
     """Each on top of the ones before; ends with the first refusal."""
     standing = _Standing(snapshot, held)
+    told: dict[str, Desired] = {}
     for position in order:
         one = wanted[position]
         before = standing.held.get(one.name)
@@ -437,7 +457,11 @@ def _carry_out(
         same = before is not None and before.deployment.shape() == one.shape()
         if before is None or not same or one.replicas > before.deployment.replicas:
             request_of(one, (), {}, snapshot)
-        desired = desired_of(one, standing.keeping_apart())
+        if before is not None and one.group is None:
+            require_same_places(before.deployment, one, bool(before.replicas))
+        if one.group is not None and one.name not in told:
+            told |= _tell(snapshot, standing, [other for other in wanted if other.group == one.group])
+        desired = told.get(one.name) or desired_of(one, standing.keeping_apart())
         decision = reconcile(
             desired,
             observed,
@@ -456,6 +480,70 @@ def _carry_out(
             return
         snapshot = decision.snapshot
         standing.enter(done.held())
+
+
+def _tell(snapshot: Snapshot, standing: _Standing, members: Sequence[Deployment]) -> dict[str, Desired]:
+    """The members of a group, each told where its replicas go.
+
+    Raises:
+        GroupStands: what is placed of it would have to move.
+    """
+    declared = {}
+    for one in members:
+        before = standing.held.get(one.name)
+        if before is not None and before.releasing:
+            before = None
+        if before is not None:
+            require_same_places(before.deployment, one, bool(before.replicas))
+        declared[one.name] = (
+            desired_of(one, standing.keeping_apart()),
+            observed_of(before) if before is not None else {},
+        )
+    assert members[0].group is not None
+    return tell(snapshot, members[0].group.planned(), declared)
+
+
+def require_same_places(before: Deployment, wanted: Deployment, placed: bool) -> None:
+    """Sees to it that no replica of a group need move, or be parted from it, when it is declared anew.
+
+    Args:
+        before: what is declared.
+        wanted: what is to be.
+        placed: whether any replica of it is.
+
+    Raises:
+        GroupStands: it would have to.
+    """
+    was, is_now = before.group, wanted.group
+    if was is None and (is_now is None or not placed):
+        return
+    name = (is_now or was or wanted).name
+    if was is None:
+        raise GroupStands(name, wanted.name, "it is placed, and was no member of the group")
+    if is_now is None:
+        raise GroupStands(name, wanted.name, "it is declared without the group")
+    if was.model_copy(update={"units": is_now.units}) != is_now:
+        raise GroupStands(
+            was.name, wanted.name, "the group has another name, other members or other links now"
+        )
+    if placed and before.shape() != wanted.shape():
+        fields = ", ".join(field for field in differing(before, wanted) if field not in ("group", "replicas"))
+        raise GroupStands(name, wanted.name, f"its replicas would have to move ({fields})")
+
+
+def _links(snapshot: Snapshot, done: Sequence[_Done]) -> dict[str, list[dict[str, Any]]]:
+    """Deployment -> what path those links of its group would get that name it first."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    nodes = {node.id: node for node in snapshot.nodes}
+    for group in {one.group.name: one.group for each in done if (one := each.deployment).group}.values():
+        members = [one for one in done if one.deployment.group == group]
+        parts = {
+            one.deployment.name: [part for there in one.there.values() for part in there.parts]
+            for one in members
+        }
+        for link in links_of(group, snapshot.near, located(nodes, parts)):
+            found.setdefault(link["between"][0].rpartition("/")[0], []).append(link)
+    return found
 
 
 def _waiting(before: HeldDeployment, wanted: Deployment, same: bool) -> set[int]:
@@ -519,7 +607,7 @@ def _begin(replicas: Mapping[int, Observed]) -> Counter[str]:
     return Counter(one.parts[0].node_id for one in replicas.values())
 
 
-def _preview(snapshot: Snapshot, done: _Done) -> PlacementPlan:
+def _preview(snapshot: Snapshot, done: _Done, links: Mapping[str, list[dict[str, Any]]]) -> PlacementPlan:
     wanted, before, pending = done.deployment, done.before, done.pending
     lost = {action.index for action in done.decision.actions if isinstance(action, Drop)}
     new = {
@@ -546,6 +634,9 @@ def _preview(snapshot: Snapshot, done: _Done) -> PlacementPlan:
         replaced=replaced,
         removed=removed,
         differs=differs,
+        group=wanted.group.name if wanted.group else None,
+        links=links.get(wanted.name, []),
+        bounded=done.step.request.told is not None and done.step.request.told.bounded,
     )
 
 

@@ -22,7 +22,7 @@ from placement.core.snapshot import Node, Policy, Snapshot
 from placement.core.topology import Topology
 from placement.errors import InvalidDeployment, counted
 from placement.wire.base import Model
-from placement.wire.deployment import Deployment, PlacementConstraints
+from placement.wire.deployment import Deployment, Group, PlacementConstraints
 from placement.wire.files import check_depth, load_model, parse_model
 from placement.wire.plans import request_of
 from placement.wire.text import read_text
@@ -56,7 +56,9 @@ class MixFile(Model):
         default=1.0, ge=_LEAST, le=100, description="GPUs asked for at a time, as a part of the cluster's"
     )
     mix: tuple[dict[str, Any], ...] = Field(
-        min_length=1, description="fields of a deployment, and: weight (default 1), mean_minutes (default 60)"
+        min_length=1,
+        description="fields of a deployment, or group and deployments for a group and its members; and weight "
+        "(default 1), mean_minutes (default 60)",
     )
 
 
@@ -232,40 +234,69 @@ def _value(text: str) -> Any:
     return value
 
 
-def _entry(fields: dict[str, Any], source: str, index: int) -> tuple[Deployment, Proportion]:
+def _entry(fields: dict[str, Any], source: str, index: int) -> tuple[list[Deployment], Proportion]:
+    """What arrives together, a deployment or the members of a group, and how often."""
     proportion = {name: fields[name] for name in Proportion.model_fields if name in fields}
     rest = {name: value for name, value in fields.items() if name not in proportion}
-    wanted = {"name": f"mix-{index}", "model": "simulated", **rest}
-    return parse_model(Deployment, wanted, source), parse_model(Proportion, proportion, source)
+    often = parse_model(Proportion, proportion, source)
+    if "deployments" not in rest:
+        return [
+            parse_model(Deployment, {"name": f"mix-{index}", "model": "simulated", **rest}, source)
+        ], often
+    members, declared = rest.pop("deployments"), rest.pop("group", None)
+    if rest or not isinstance(members, list) or not isinstance(declared, dict):
+        problem = (
+            "deployments is the list of a group's members; give group and deployments, and no other field"
+        )
+        raise InvalidDeployment(source, (problem,))
+    group = parse_model(Group, {"name": f"mix-{index}", **declared}, f"{source}.group")
+    given = [
+        parse_model(
+            Deployment, {"model": "simulated", **one} if isinstance(one, dict) else one, f"{source}: {i}"
+        )
+        for i, one in enumerate(members)
+    ]
+    group.of(given)
+    return [parse_model(Deployment, group.bound(one), source) for one in given], often
 
 
 def _draw(
-    snapshot: Snapshot, entries: list[tuple[Deployment, Proportion]], arrivals: int, load: float, seed: int
+    snapshot: Snapshot,
+    entries: list[tuple[list[Deployment], Proportion]],
+    arrivals: int,
+    load: float,
+    seed: int,
 ) -> list[Arrival]:
     """Poisson arrivals, exponential stays."""
     dice = random.Random(seed)
     weights = [proportion.weight for _, proportion in entries]
-    requests = [_request(one, snapshot) for one, _ in entries]
+    requests = [[_request(one, snapshot) for one in several] for several, _ in entries]
+    roles = [several[0].group.planned() if several[0].group else None for several, _ in entries]
     gpus = sum(node.whole_gpus for node in snapshot.nodes)
     gpu_seconds = sum(
-        proportion.weight * proportion.mean_minutes * 60 * max(gpus_asked(snapshot, request), 1e-3)
-        for request, (_, proportion) in zip(requests, entries, strict=True)
+        proportion.weight
+        * proportion.mean_minutes
+        * 60
+        * max(sum(gpus_asked(snapshot, request) for request in several), 1e-3)
+        for several, (_, proportion) in zip(requests, entries, strict=True)
     ) / sum(weights)
     between = gpu_seconds / (load * max(gpus, 1))
     now, found = 0.0, []
     for index in dice.choices(range(len(entries)), weights, k=arrivals):
         now += dice.expovariate(1 / between)
-        found.append(
-            Arrival(now, requests[index], dice.expovariate(1 / (60 * entries[index][1].mean_minutes)))
-        )
+        first, *others = requests[index]
+        stays = dice.expovariate(1 / (60 * entries[index][1].mean_minutes))
+        found.append(Arrival(now, first, stays, roles[index], tuple(others)))
     return found
 
 
 def with_policy(arrivals: Iterable[Arrival], policy: Policy | None) -> list[Arrival]:
-    """The same arrivals under another policy; ``None`` leaves each its own."""
+    """The same arrivals under another policy; ``None`` leaves each its own. Groups go by their links in any case."""
     if policy is None:
         return list(arrivals)
-    return [replace(one, request=replace(one.request, policy=policy)) for one in arrivals]
+    return [
+        one if one.roles else replace(one, request=replace(one.request, policy=policy)) for one in arrivals
+    ]
 
 
 def _request(one: Deployment, snapshot: Snapshot) -> Request:

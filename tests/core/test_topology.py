@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from placement import topologies
 from placement.core.topology import UNKNOWN_LINK, Link, Nic, Path, Topology, ordinals
 
 NV1, SYS = Link(Path.NVLINK, 1), Link(Path.SYS)
@@ -110,3 +113,25 @@ def test_nothing_is_known_of_an_unknown_machine() -> None:
 )
 def test_ordinals_as_people_write_them(gpus: tuple[int, ...], text: str) -> None:
     assert text == ordinals(gpus)
+
+
+def test_the_pcie_path_below_nvlink_follows_from_what_both_have_near() -> None:
+    load = topologies.load
+    assert load("t4-4x").link(0, 3).path is load("t4-4x").pcie_path(0, 3)
+    assert Path.PHB is replace(load("dgx-h100"), below=HOSTS).pcie_path(0, 3)
+    h100, a100 = load("dgx-h100"), load("dgx-a100")
+    assert (Path.NODE, Path.SYS) == (h100.pcie_path(0, 3), h100.pcie_path(3, 4))  # by NUMA node
+    assert (Path.PXB, Path.SYS) == (
+        a100.pcie_path(2, 3),
+        a100.pcie_path(3, 4),
+    )  # by a card that both are near to
+    nobody_knows = Topology(((Link(Path.NVLINK, 4),) * 2,) * 2)
+    assert Path.UNKNOWN is nobody_knows.pcie_path(0, 1)
+
+
+HOSTS = ((Path.PHB,) * 8,) * 8
+
+
+def test_pcie_paths_of_another_number_of_gpus_are_refused() -> None:
+    with pytest.raises(ValueError, match="below is not a matrix of 2 x 2"):
+        Topology(((UNKNOWN_LINK,) * 2,) * 2, below=HOSTS)

@@ -142,6 +142,18 @@ def test_several_runs_are_steered_with_every_hold_given_back() -> None:
     assert outcome.gpus == wanted
 
 
+def test_just_the_gpus_that_its_group_was_planned_with_are_taken_or_none() -> None:
+    slots = Slots(8, others={3})
+    outcome = NodeReserver(slots, 8).reserve(Order("r", Needs(2), exactly=(4, 6)), GpuHardware(DGX1))
+    assert isinstance(outcome, Reserved)
+    assert (4, 6) == outcome.gpus
+    refused = NodeReserver(slots, 8).reserve(Order("s", Needs(2), exactly=(3, 5)), GpuHardware(DGX1))
+    assert isinstance(refused, Refused)
+    assert not refused.full
+    assert "of GPUs [3, 5], which its group was planned with, others have some" == refused.reason
+    assert [[4, 6]] == [list(group) for group in slots.groups.values()]
+
+
 def test_a_full_node_refuses_and_holds_nothing() -> None:
     slots = Slots(4, others={0, 1, 2})
     outcome = NodeReserver(slots, 4).reserve(Order("r", Needs(2)), GpuHardware(PAIRS))

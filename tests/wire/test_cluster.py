@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 
 from placement import topologies
 from placement.core.snapshot import Node, Snapshot
+from placement.core.topology import Path as PciePath
 from placement.core.topology import Topology
 from placement.errors import InvalidClusterFile, NotEnoughGpus, UnknownNode
 from placement.wire.cluster import ClusterFile, HeldDeployment, HeldReplica, load_cluster
@@ -43,6 +45,19 @@ def test_a_cluster_survives_its_file(tmp_path: Path) -> None:
     ]
     assert again.held() == {"old": STANDS}
     assert len(again.machines) == 2, "a make of machine is written once"
+
+
+def test_pcie_paths_below_nvlink_survive_the_file() -> None:
+    machine = topologies.load("hgx-a100-4gpu")
+    known = replace(machine, below=((PciePath.PHB,) * 4,) * 4)
+    nodes = [Node(name, name, topology=one) for name, one in (("a", known), ("b", machine))]
+    text = ClusterFile.of(Snapshot(nodes), ()).model_dump_json()
+    assert [known, machine] == [
+        one.topology for one in ClusterFile.model_validate_json(text).snapshot().nodes
+    ]
+    cut = text.replace('[["PHB","PHB","PHB","PHB"],', "[")
+    with pytest.raises(InvalidClusterFile, match=r"machines.machine-1: below is not a matrix of 4 x 4"):
+        ClusterFile.model_validate_json(cut).snapshot()
 
 
 @pytest.mark.parametrize(

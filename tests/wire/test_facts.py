@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from placement import topologies
-from placement.core.topology import UNKNOWN_LINK
+from placement.core.topology import UNKNOWN_LINK, Path
 from placement.wire.facts import GpuFacts, NodeFacts
 
 
@@ -42,3 +42,15 @@ def test_a_lost_gpu_has_no_links_and_no_say_in_the_model() -> None:
     assert found.model == facts.topology().model
     assert [found.link(gpu, 3) for gpu in range(3)] == [UNKNOWN_LINK] * 3
     assert NodeFacts(source="none").topology().links == ()
+
+
+def test_the_pcie_path_below_nvlink_is_kept_as_nvml_tells_it() -> None:
+    facts = reading("hgx-a100-4gpu", 1)
+    read = {True: Path.PHB, False: Path.SYS}
+    pairs = tuple(
+        pair.model_copy(update={"common_ancestor": read[pair.b - pair.a == 1]}) for pair in facts.pairs
+    )
+    found = facts.model_copy(update={"pairs": pairs}).topology()
+    assert found.links == topologies.load("hgx-a100-4gpu").links
+    assert [Path.PHB, Path.SYS] == [found.pcie_path(0, 1), found.pcie_path(0, 2)]
+    assert () == facts.topology().below

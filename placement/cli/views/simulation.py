@@ -34,6 +34,10 @@ def simulation_view(reports: Mapping[str, Mapping[str, Any]]) -> list[Any]:
     row("bandwidth of the best possible, mean", lambda report: _part(report["bandwidth_of_best_mean"]))
     row("bandwidth of the best possible, worst", lambda report: _part(report["bandwidth_of_best_worst"]))
 
+    for route in dict.fromkeys(route for report in reports.values() for route in report.get("routes", ())):
+        of_route = (str(reports[name].get("routes", {}).get(route, 0)) for name in names)
+        sums.add_row(f"groups whose slowest route is {route}", *of_route)
+
     course = Table(box=box.SIMPLE_HEAD, title="over time, GPUs", title_justify="left", title_style="bold")
     course.add_column("hours", justify="right")
     course.add_column("asked for", justify="right")

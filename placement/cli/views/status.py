@@ -13,7 +13,7 @@ from rich.text import Text
 
 from placement.cli.views.console import age_text, owner_text, replicas_text
 from placement.cli.views.nodes import cluster_map
-from placement.cli.views.tables import assignments_table, runtimes_note
+from placement.cli.views.tables import assignments_table, links_view, runtimes_note
 from placement.errors import counted
 
 MOST_REPLICAS = 40
@@ -41,6 +41,8 @@ def status_view(report: Mapping[str, Any], of_one: bool = False) -> list[Rendera
             parts += ["", assignments_table(rows, title="replicas")]
         else:
             parts.append(Text("`placement status --deployment NAME` shows its replicas", style="dim"))
+        for group in report.get("groups", []):
+            parts += [*links_view(group["links"][:MOST_REPLICAS], group["name"]), ""]
         parts.append(runtimes_note(deployments))
     else:
         parts.append("nothing is placed; try `placement apply FILE`")

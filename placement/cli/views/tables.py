@@ -133,6 +133,24 @@ def resorted_lines(deployments: Iterable[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def links_view(links: Sequence[Mapping[str, Any]], group: str, bounded: bool = False) -> list[Any]:
+    """What path each two replicas of a group have that talk; a line for each.
+
+    Args:
+        links: as ``wire.groups.links_of`` has them.
+        group: its name.
+        bounded: the search for the places was cut off.
+    """
+    lines = []
+    for one in links:
+        speed = "" if one["gb_per_s"] is None else f", {one['gb_per_s']:.3g} GB/s"
+        via = "" if one["route"].startswith("network") and one["via"] == "network" else f" via {one['via']}"
+        lines.append(f"{' - '.join(one['between'])}: {one['route']}{speed}{via}")
+    note = " (the search was cut off: there may be better places)" if bounded else ""
+    title = Text(f"group {group}, slowest route of each two that talk{note}", style="italic")
+    return [title, *(Padding(Text(line), (0, 0, 0, 1), expand=False) for line in lines)] if lines else []
+
+
 def place_text(place: int) -> str:
     """``next in the queue``, ``place 3 in the queue``."""
     return "next in the queue" if place == 1 else f"place {place} in the queue"

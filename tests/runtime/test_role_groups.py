@@ -1,0 +1,187 @@
+"""Groups of roles in the real controller on a make-believe Ray: as one, whatever fails in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from placement import Deployment, Group
+from placement.errors import (
+    DeploymentConflict,
+    GroupStands,
+    NotEnoughGpus,
+    PartlyApplied,
+    ReservationFailed,
+    Unplaceable,
+)
+from placement.runtime.clock import Clock
+from tests.properties.test_service import AtOnce, DirectService, Killed, Ray, make_believe
+
+
+@pytest.fixture
+def outside() -> Iterator[Ray]:
+    """Two nodes of four GPUs of which nothing is known."""
+    ray = Ray(nodes={"x", "y"})
+    with make_believe(ray):
+        yield ray
+
+
+@pytest.fixture
+def service(outside: Ray) -> DirectService:
+    return DirectService()
+
+
+def pd(units: int = 2, owner: str = "detached", **link: Any) -> list[Deployment]:
+    """Two replicas of ``b`` for each of ``a``, on one node."""
+    links = [{"between": ("a", "b"), "via": "pcie", "within": "node", **link}]
+    group = Group(name="g", members={"a": 1, "b": 2}, units=units, links=links)
+    return group.of([Deployment(name=name, model="org/m", owner=owner) for name in "ab"])
+
+
+def placed(service: DirectService) -> dict[str, list[str]]:
+    """Deployment -> the nodes of its replicas."""
+    return {name: [a.node for a in service.get(name).assignments] for name in service.state.names()}
+
+
+def a_while_passes(service: DirectService) -> None:
+    Clock(service, AtOnce()).look()
+
+
+def told(service: DirectService, name: str) -> list[tuple[int | None, str]]:
+    return [(event["replica"], event["state"]) for event in service.events(name)]
+
+
+def test_each_unit_is_on_one_node_and_another_call_changes_nothing(
+    outside: Ray, service: DirectService
+) -> None:
+    service.apply_all(pd(), atomic=True)
+    assert {"a": ["x", "y"], "b": ["x", "x", "y", "y"]} == placed(service)
+    before = dict(outside.groups)
+    service.apply_all(pd())
+    assert before == outside.groups
+    assert 6 == service.release("g")
+    assert ({}, {}) == (outside.groups, placed(service))
+
+
+def test_what_was_placed_is_given_back_if_a_node_refuses_the_rest(
+    outside: Ray, service: DirectService
+) -> None:
+    outside.meanwhile = [lambda: setattr(outside, "refusals", 1), lambda: None]
+    service.apply_all(pd(1), atomic=True)
+    assert {"a": [1], "b": [2]} == {name: [len(nodes)] for name, nodes in placed(service).items()}
+    assert 3 == len(outside.groups)
+    states = [state for _, state in told(service, "a")]
+    assert ["placed", "released", "placed"] == [state for state in states if state != "pending"]
+    assert not service.state.claims
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+def test_it_waits_as_one_if_nodes_keep_refusing(outside: Ray, service: DirectService, atomic: bool) -> None:
+    outside.refusals = 100
+    if atomic:
+        with pytest.raises(ReservationFailed, match="cannot reserve 'g'"):
+            service.apply_all(pd(), atomic=True)
+        assert () == service.state.names()
+    else:
+        a, b = service.apply_all(pd())
+        assert ([0, 1], [0, 1, 2, 3]) == (sorted(a.pending), sorted(b.pending))
+        outside.refusals = 0
+        a_while_passes(service)
+        assert {"a": ["x", "y"], "b": ["x", "x", "y", "y"]} == placed(service)
+    assert atomic == (not outside.groups)
+    assert not service.state.claims
+
+
+def test_all_of_it_waits_until_there_is_room_for_all(outside: Ray, service: DirectService) -> None:
+    service.place({"name": "other", "model": "m", "gpus": 2})
+    with pytest.raises(Unplaceable, match="their link via 'pcie' asks for within = 'node'"):
+        service.apply_all(pd(), atomic=True)
+    service.apply_all(pd())
+    assert {"other": 1, "a": 0, "b": 0} == {name: len(nodes) for name, nodes in placed(service).items()}
+    again = DirectService()  # it is declared, and survives the service
+    assert ["a", "b"] == again.state.queue()
+    a_while_passes(again)
+    assert [] == placed(again)["b"]
+    reasons = [event["text"] for event in again.events("b") if event["state"] == "pending"]
+    assert "cannot place 'g'" in reasons[-1]
+    again.release("other")
+    a_while_passes(again)
+    assert {"a": ["x", "y"], "b": ["x", "x", "y", "y"]} == placed(again)
+
+
+@pytest.mark.parametrize("point", ["service.planned", "service.reserved", "service.kept"])
+def test_a_service_that_dies_in_between_goes_on_with_all_of_it(
+    outside: Ray, service: DirectService, point: str
+) -> None:
+    outside.kill_at = point
+    with pytest.raises(Killed):
+        service.apply_all(pd(), atomic=True)
+    again = DirectService()
+    a_while_passes(again)
+    a_while_passes(again)
+    assert {"a": ["x", "y"], "b": ["x", "x", "y", "y"]} == placed(again)
+    assert 6 == len(outside.groups)
+
+
+@pytest.mark.parametrize("point", ["service.releasing", "service.given_back", "service.ended"])
+def test_a_release_that_was_cut_off_is_finished(outside: Ray, service: DirectService, point: str) -> None:
+    service.apply_all(pd(), atomic=True)
+    outside.kill_at = point
+    with pytest.raises(Killed):
+        service.release("b")
+    again = DirectService()
+    a_while_passes(again)
+    assert ({}, {}) == (outside.groups, placed(again))
+
+
+def test_a_unit_that_lost_its_node_is_placed_anew_whole(outside: Ray, service: DirectService) -> None:
+    service.apply_all(pd(), atomic=True)
+    outside.nodes.remove("x")
+    a_while_passes(service)
+    # y holds the other unit, and has one GPU left: all that was lost waits.
+    assert {"a": ["y"], "b": ["y", "y"]} == placed(service)
+    assert ([0], [0, 1]) == tuple(sorted(service.get(name).pending) for name in "ab")
+    outside.nodes.add("z")
+    a_while_passes(service)
+    assert {"a": ["z", "y"], "b": ["z", "z", "y", "y"]} == placed(service)
+
+
+def test_units_come_and_go(outside: Ray, service: DirectService) -> None:
+    service.apply_all(pd(1), atomic=True)
+    service.apply_all(pd(2), atomic=True)
+    assert {"a": 2, "b": 4} == {name: len(nodes) for name, nodes in placed(service).items()}
+    with pytest.raises(NotEnoughGpus):
+        service.apply_all(pd(3), atomic=True)
+    service.apply_all(pd(1))
+    assert {"a": 1, "b": 2} == {name: len(nodes) for name, nodes in placed(service).items()}
+    assert 3 == len(outside.groups)
+
+
+def test_what_would_part_or_move_it_is_refused(service: DirectService) -> None:
+    service.apply_all(pd())
+    with pytest.raises(PartlyApplied, match="the group has another name, other members or other links now"):
+        service.apply_all(pd(via="network"))
+    with pytest.raises(GroupStands, match="declared without the group"):
+        service.apply({"name": "a", "model": "org/m", "replicas": 2})
+    with pytest.raises(DeploymentConflict):
+        service.place({"name": "a", "model": "org/m", "replicas": 2})
+
+
+def test_a_group_needs_a_name_of_its_own(service: DirectService) -> None:
+    service.place({"name": "g", "model": "org/m"})
+    with pytest.raises(GroupStands, match="a deployment of that name is there"):
+        service.apply_all(pd(), atomic=True)
+    assert ("g",) == service.state.names()
+
+
+def test_it_ends_as_one_with_its_owner(outside: Ray, service: DirectService) -> None:
+    wanted = pd(owner="job")
+    owners = {one.name: {"kind": "job", "job": "01000000"} for one in wanted}
+    super(DirectService, service).apply_all(wanted, True, owners)
+    assert 6 == len(outside.groups)
+    outside.end_job("01000000")
+    a_while_passes(service)
+    a_while_passes(service)
+    assert ({}, {}) == (outside.groups, placed(service))
