@@ -24,13 +24,21 @@ class Strategy(StrEnum):
     """Each on a node of its own."""
 
 
+Resources = tuple[tuple[str, int], ...]
+"""Custom resource of Ray's -> amount, sorted."""
+
+
 class Bundle(NamedTuple):
-    """What one bundle of a placement group takes: whole GPUs, CPUs (thousandths), memory; and label -> condition."""
+    """What one bundle of a placement group takes: whole GPUs, CPUs (thousandths), memory, and label -> condition.
+
+    ``resources``: custom ones of Ray's, in its own smallest units; see :data:`~placement.core.snapshot.UNIT`.
+    """
 
     gpus: int
     cpu_milli: int = 0
     memory_bytes: int = 0
     labels: tuple[tuple[str, str], ...] = ()
+    resources: Resources = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,8 @@ class Request:
         bundles: what each takes, where a replica may lie on several nodes bundle by bundle. ``needs``, ``cpu_milli``
             and ``memory_bytes`` are then those of all together (:mod:`placement.core.bundles`).
         strategy: how the bundles are spread.
+        domain_label: all bundles are on nodes with one value of this label; ``None`` for any nodes.
+        resources: custom resources that it takes, all bundles together.
     """
 
     deployment: str
@@ -87,6 +97,8 @@ class Request:
     standing: Mapping[str, int] = field(default_factory=dict)
     bundles: tuple[Bundle, ...] = ()
     strategy: Strategy = Strategy.STRICT_PACK
+    domain_label: str | None = None
+    resources: Resources = ()
 
     @property
     def calls(self) -> tuple[str, str] | None:
@@ -100,12 +112,14 @@ class Request:
         ``None`` where it matters who is where.
         """
         stand = any(self.standing.values())
-        if self.apart_from or self.near_to or self.kept_away_by or (stand and self.max_per_domain):
+        if self.apart_from or self.near_to or self.kept_away_by:
+            return None
+        if stand and (self.max_per_domain or self.needs.named):
             return None
         names = self.gpu_nodes if self.provider is None else self.egress_nodes
         limits = names, tuple(sorted(self.labels.items())), self.spread_label, self.max_per_domain, stand
         if self.provider is not None:
             return self.provider, self.egress, limits
         sizes = self.needs, self.stages, self.parts, self.divisible, self.cpu_milli, self.memory_bytes
-        laid_out = self.bundles, self.strategy
+        laid_out = self.bundles, self.strategy, self.domain_label, self.resources
         return sizes, limits, self.accelerators, self.compute_capability, self.policy, laid_out

@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+from placement.core.explanation import gpu_names
 from placement.core.score import WHOLE, Needs, choose, ray_set, score
 from placement.core.snapshot import Node
 from placement.core.topology import Topology
@@ -158,7 +159,8 @@ class NodeReserver:
                 got = tuple(sorted(slots))
                 # Others moved GPUs, and what was got instead is no worse: then it will do.
                 free_then = machine.node(got, {})
-                as_good = not more and needs.whole and len(free_then.free) == count
+                sound = free_then.free_mask(needs._replace(free_memory_bytes=0))
+                as_good = not more and needs.whole and sound.bit_count() == count
                 as_good = as_good and score(topology, got) >= score(topology, wanted)
                 if got == wanted or (as_good and choose(topology, got, needs._replace(free_memory_bytes=0))):
                     self._held[order.name] = Holding(order.deployment, got)
@@ -230,6 +232,13 @@ class NodeReserver:
             return Prepared(((wanted,),), (wanted,), tuple(fillers), attempt, foreign, share)
 
         return self._with_share(order, machine, share, prepare)
+
+    def locate(self) -> frozenset[int]:
+        """Which GPUs other Ray users hold; looked at anew, whatever is known."""
+        self._foreign = None
+        if self._look(1) is None:
+            self._foreign = frozenset(range(self._gpu_count)) - self._ours()
+        return self.foreign
 
     def look_ahead(self, count: int) -> None:
         """Sees to it that :meth:`prepare`, which is about to follow, need neither look nor wait for the books."""
@@ -551,6 +560,8 @@ def _best(node: Node, topology: Topology, needs: Needs, more: int) -> tuple[int,
 
 def _none_free(needs: Needs, sets: int = 1) -> str:
     """Why there are no GPUs for it."""
+    if needs.named:
+        return f"too few of {gpu_names(needs.named)} are free, sound and as close as demanded for {sets * needs.gpus}"
     if needs.profile:
         return f"none of its MIG instances {needs.profile} is free"
     if sets > 1:
