@@ -337,6 +337,29 @@ class UnknownNode(PlacementError):
         return f"{self.field}: no node {self.name!r}; use one of: {', '.join(self.known) or '(none alive)'}"
 
 
+class UnknownGpu(PlacementError):
+    """A GPU that no node of the cluster has.
+
+    Args:
+        field: where it was named (``"constraints.gpus"``).
+        name: what was asked for: an ordinal, or a UUID.
+        known: the GPUs there are, each with its node; of that many, the first few are shown.
+    """
+
+    code = "unknown_gpu"
+
+    def __init__(self, field: str, name: int | str, known: tuple[str, ...]) -> None:
+        super().__init__(field, name, known)
+        self.field, self.name, self.known = field, name, tuple(known)
+
+    def __str__(self) -> str:
+        shown, more = self.known[:8], len(self.known) - 8
+        listed = ", ".join([*shown, *([f"and {more} more"] if more > 0 else [])])
+        what = f"GPU {self.name}" if isinstance(self.name, int) else self.name
+        none = "none that is known" + ("" if isinstance(self.name, int) else " by its UUID, which NVML tells")
+        return f"{self.field}: no node has {what}; there are: {listed or none}"
+
+
 class UnreadableRecord(PlacementError):
     """A deployment whose record in the ledger cannot be read. It is left as it is.
 

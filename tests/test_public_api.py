@@ -47,6 +47,7 @@ ERRORS = [
     errors.GroupStands("pd", "prefill", "its replicas would have to move (gpus)"),
     errors.UnknownDeployment("d", ()),
     errors.UnknownNode("--node", "x", ("a", "b")),
+    errors.UnknownGpu("constraints.gpus", 9, ("0-3 (a)",)),
     errors.UnreadableRecord("d", "its record has version 9", True),
     errors.Busy("calls that change deployments", 4096),
     errors.PartlyApplied({"a": {"code": "unknown_node", "message": "no node x"}}, ("b",)),

@@ -10,22 +10,31 @@ A bundle without GPUs is not planned: Ray finds a place for it.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, chain, groupby
 
 from placement.core.labels import meets
 from placement.core.replicas import Placed, PlannedReplica, take
-from placement.core.request import Bundle, Request, Strategy
+from placement.core.request import Bundle, Request, Resources, Strategy
 from placement.core.score import Needs, Within
 from placement.core.snapshot import Bits, Node, Rank, Snapshot, rank_of
 
 OTHERS = "has other bundles of the group"
+ELSEWHERE = "is in another domain than other bundles of the group"
 """Why a bundle that finds no node may not be on one."""
 
 Layout = dict[Bits, list[int]]
 """Node -> the bundles on it, by index."""
+
+
+def summed(several: Iterable[Resources]) -> Resources:
+    """Custom resources, all together."""
+    total: Counter[str] = Counter()
+    for resources in several:
+        total.update(dict(resources))
+    return tuple(sorted(total.items()))
 
 
 def on_one_node(request: Request) -> Request | None:
@@ -44,13 +53,15 @@ def place(snapshot: Snapshot, request: Request, allowed: Bits) -> tuple[Request,
         The request, and where the replica is. If there is no room, what the first bundle asks for that finds no node,
         and the nodes as it finds them.
     """
-    room = _Room(snapshot, request, allowed)
-    layout, stuck = room.spread() if request.strategy in _SPREAD else room.pack()
-    if stuck is not None:
-        # If there is no node for it anyway, the others are not to blame.
-        others = layout if room.nodes_for(stuck) else ()
-        left_out = {bit: replace(snapshot.at(bit), problem=OTHERS) for bit in others}
-        return room.alone(stuck), ([], left_out)
+    domains = [allowed]
+    if request.domain_label is not None:
+        domains = [bits & allowed for bits in snapshot.domains(request.domain_label).values()]
+    rooms = [_Room(snapshot, request, bits) for bits in domains if bits] or [_Room(snapshot, request, 0)]
+    tried = [(room, *(room.spread() if request.strategy in _SPREAD else room.pack())) for room in rooms]
+    found = [(room, layout) for room, layout, stuck in tried if stuck is None]
+    if not found:
+        return _refused(snapshot, request, allowed, tried)
+    room, layout = min(found, key=lambda one: one[0].cost(one[1]))
     [index] = request.replicas
     first_rank = [0, *accumulate(bundle.gpus for bundle in request.bundles)]
     planned: list[PlannedReplica] = []
@@ -67,6 +78,22 @@ def place(snapshot: Snapshot, request: Request, allowed: Bits) -> tuple[Request,
     return request, (sorted(planned, key=lambda part: part.ranks), changed)
 
 
+def _refused(
+    snapshot: Snapshot, request: Request, allowed: Bits, tried: Sequence[tuple[_Room, Layout, int | None]]
+) -> tuple[Request, Placed]:
+    """The first bundle that finds no node, in the domain that has room for the most; and the nodes as it finds them."""
+    room, layout, stuck = max(tried, key=lambda one: sum(map(len, one[1].values())))
+    assert stuck is not None
+    problems: dict[Bits, str] = {}
+    # If there is no node for it anyway, the others are not to blame.
+    if anywhere := _Room(snapshot, request, allowed).nodes_for(stuck):
+        problems = dict.fromkeys(set(anywhere) - set(room.nodes), ELSEWHERE) | dict.fromkeys(layout, OTHERS)
+    return room.alone(stuck), (
+        [],
+        {bit: replace(snapshot.at(bit), problem=why) for bit, why in problems.items()},
+    )
+
+
 _SPREAD = (Strategy.SPREAD, Strategy.STRICT_SPREAD)
 
 _Fill = tuple[int, Rank, tuple[int, ...]]
@@ -78,7 +105,7 @@ class _Room:
 
     def __init__(self, snapshot: Snapshot, request: Request, allowed: Bits) -> None:
         self._snapshot, self._request = snapshot, request
-        self._nodes = [bit for node in snapshot.nodes if (bit := snapshot.bit(node.id)) & allowed]
+        self.nodes = [bit for node in snapshot.nodes if (bit := snapshot.bit(node.id)) & allowed]
         self._known: dict[tuple[Bits, Needs], Rank | None] = {}
         self._ranked: dict[Bundle, list[Bits]] = {}
         self._fills: dict[tuple[Bits, tuple[int, ...]], _Fill | None] = {}
@@ -95,14 +122,25 @@ class _Room:
             ),
         )
 
+    def cost(self, layout: Layout) -> tuple[object, ...]:
+        """Sorts the layouts in several domains, the most welcome first.
+
+        By how few nodes they take, or how many where they are to be spread; then the worst of these; then, the tightest
+        domain.
+        """
+        nodes = -len(layout) if self._request.strategy in _SPREAD else len(layout)
+        ranks = [rank for bit, bundles in layout.items() if (rank := self._rank(bit, bundles)) is not None]
+        return nodes, max(ranks), sum(len(self._snapshot.at(bit).free) for bit in self.nodes), self.nodes
+
     def together(self, bundles: Iterable[int]) -> Request:
         """What some bundles ask for as one replica on one node, their labels aside."""
-        needs, cpu_milli, memory_bytes = self._total(bundles)
+        needs, cpu_milli, memory_bytes, resources = self._total(bundles)
         return replace(
             self._request,
             needs=needs,
             cpu_milli=cpu_milli,
             memory_bytes=memory_bytes,
+            resources=resources,
             bundles=(),
             strategy=Strategy.STRICT_PACK,
         )
@@ -123,7 +161,7 @@ class _Room:
         for i in self._order:
             ranked = [
                 (len(there), rank, bit)
-                for bit in self._nodes
+                for bit in self.nodes
                 if (rank := self._rank(bit, [*(there := layout.get(bit, [])), i])) is not None
             ]
             if not ranked:
@@ -157,7 +195,7 @@ class _Room:
         """The nodes with room for a bundle, the best first."""
         key = self._request.bundles[bundle]
         if key not in self._ranked:
-            ranks = [(rank, bit) for bit in self._nodes if (rank := self._rank(bit, [bundle])) is not None]
+            ranks = [(rank, bit) for bit in self.nodes if (rank := self._rank(bit, [bundle])) is not None]
             self._ranked[key] = [bit for _, bit in sorted(ranks)]
         return self._ranked[key]
 
@@ -167,7 +205,7 @@ class _Room:
         left = {kind: list(alike) for kind, alike in groupby(self._order, self._request.bundles.__getitem__)}
         while any(left.values()):
             fills = []
-            for bit in self._nodes:
+            for bit in self.nodes:
                 if bit not in layout and (found := self._fill(bit, left)) is not None:
                     fills.append((*found[:2], bit, found[2]))
             if not fills:
@@ -196,22 +234,28 @@ class _Room:
             self._fills[bit, most] = None if rank is None else (-gpus, rank, tuple(counts))
         return self._fills[bit, most]
 
-    def _total(self, bundles: Iterable[int]) -> tuple[Needs, int, int]:
-        """What some bundles need of a node's GPUs, and the CPUs (thousandths) and memory that they take."""
+    def _total(self, bundles: Iterable[int]) -> tuple[Needs, int, int, Resources]:
+        """What some bundles need of a node's GPUs, and the CPUs (thousandths), memory and else that they take."""
         several = [self._request.bundles[i] for i in bundles]
         gpus = sum(bundle.gpus for bundle in several)
         needs = self._request.needs._replace(gpus=gpus)
         if gpus == 1:  # there is no link that a floor could be about
             needs = needs._replace(within=Within.NODE, min_bandwidth_gb_per_s=0.0)
-        return needs, sum(one.cpu_milli for one in several), sum(one.memory_bytes for one in several)
+        cpu_milli, memory_bytes = (
+            sum(one.cpu_milli for one in several),
+            sum(one.memory_bytes for one in several),
+        )
+        return needs, cpu_milli, memory_bytes, summed(one.resources for one in several)
 
     def _rank(self, bit: Bits, bundles: Sequence[int]) -> Rank | None:
         """How welcome a node is to these bundles together; ``None`` if it has no room for them."""
         node = self._snapshot.at(bit)
         if not all(meets(node.labels, *one) for i in bundles for one in self._request.bundles[i].labels):
             return None
-        needs, cpu_milli, memory_bytes = self._total(bundles)
+        needs, cpu_milli, memory_bytes, resources = self._total(bundles)
         if node.cpu_milli < cpu_milli or node.memory_bytes < memory_bytes:
+            return None
+        if any(node.resources.get(resource, 0) < amount for resource, amount in resources):
             return None
         if (bit, needs) not in self._known:
             self._known[bit, needs] = rank_of(node, needs, self._request.policy)

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from placement.core import gangs
-from placement.core.bundles import OTHERS
+from placement.core.bundles import ELSEWHERE, OTHERS
 from placement.core.labels import meets
 from placement.core.mix import Kind
 from placement.core.request import Request, Strategy
-from placement.core.score import GIB, NO_GPUS, WHOLE, Needs, Within, score
-from placement.core.snapshot import GPU_DOMAIN_LABEL, Bits, Node, Snapshot
+from placement.core.score import ANY_PROFILE, GIB, NO_GPUS, WHOLE, GpuName, Needs, Within, score
+from placement.core.snapshot import GPU_DOMAIN_LABEL, UNIT, UNKNOWN_PROFILE, Bits, Node, Snapshot
 from placement.core.topology import Path, Topology, _components, ordinals
 from placement.errors import (
     BelowFloor,
@@ -137,12 +137,15 @@ def _refuse_gpus(request: Request, index: int, sifted: Sifted) -> Unplaceable:
     largest = sieve.largest
     sets = request.stages * request.parts
     count, what = needs.gpus * sets, describe(needs) if sets == 1 else _sets(sets, needs)
+    if needs.named:
+        what += f" of {gpu_names(needs.named)}"
     if stage == "size":
         per = "replica" if sets == 1 else "tensor-parallel group"
         summary = f"{describe(needs)} per {per}, but {miss}"
         return NotEnoughGpus(name, summary, excluded, advice, count, largest)
     if stage == "free GPUs":
-        wanted = f"{what} free on one node" if sets == 1 else f"{_layout(request)}; not one is free"
+        one_set = sets == 1 or needs.named
+        wanted = f"{what} free on one node" if one_set else f"{_layout(request)}; not one is free"
         return NotEnoughGpus(
             name, f"replica {index} needs {wanted}; at best {miss}", excluded, advice, count, largest
         )
@@ -156,6 +159,8 @@ def _refuse_gpus(request: Request, index: int, sifted: Sifted) -> Unplaceable:
         return NotEnoughGpus(name, miss, excluded, advice, count, largest)
     if stage == "groups":
         return NotEnoughGpus(name, f"replica {index} needs {miss}", excluded, advice, count, largest)
+    if stage == _NAMED:
+        return NoGpuNodes(name, f"no node has {gpu_names(needs.named)} for it", excluded, advice)
     if stage in ("CPUs and memory", "spread"):
         return Unplaceable(name, f"replica {index} finds no node: {miss}", excluded, advice)
     summary = "the cluster has no GPU node" if stage == "GPU nodes" else "no GPU node may be used"
@@ -210,8 +215,22 @@ def sift(snapshot: Snapshot, request: Request) -> Sifted:
     return _sift_gpus(snapshot, request) if request.provider is None else _sift_egress(snapshot, request)
 
 
+_NAMED = "named GPUs"
+"""The stage at which nodes are left out that do not have the GPUs that are named."""
+
+
+def gpu_names(names: Iterable[GpuName]) -> str:
+    """``GPU 2-3``, ``GPU-1db5...``, as people call them."""
+    named = [*names]
+    slots = tuple(name for name in named if isinstance(name, int))
+    texts = [f"GPU {ordinals(slots)}"] if slots else []
+    return ", ".join([*texts, *(name for name in named if isinstance(name, str))])
+
+
 def describe(needs: Needs) -> str:
     """``4 GPUs``, ``0.25 of a GPU``, ``20 GiB of a GPU``, ``a MIG instance 1g.10gb``."""
+    if needs.profile == ANY_PROFILE:
+        return "a MIG instance"
     if needs.profile:
         return f"a MIG instance {needs.profile}"
     if needs.memory_bytes:
@@ -266,13 +285,22 @@ def limits_without_gpus(request: Request) -> list[tuple[str, Objection]]:
 
 def _passing_limits(request: Request) -> list[tuple[str, Objection]]:
     """Those that depend on where others are, and the spread."""
-    asked = [(f"apart from {other}", _shared_with(other)) for other in request.apart_from]
+    asked: list[tuple[str, Objection]] = []
+    if request.needs.named and (home := {id for id, count in request.standing.items() if count}):
+        asked.append(
+            (_NAMED, lambda node: None if node.id in home else "other replicas have GPUs of another node")
+        )
+    asked += [(f"apart from {other}", _shared_with(other)) for other in request.apart_from]
     asked += [(f"{other} keeps apart", _kept_by(other)) for other in request.kept_away_by]
     asked += [(f"near to {other}", _not_shared_with(other)) for other in request.near_to]
-    if request.spread_label is not None:
-        label = request.spread_label
-        asked.append(("spread label", lambda node: None if label in node.labels else f"has no label {label}"))
+    for stage, label in (("spread label", request.spread_label), ("domain label", request.domain_label)):
+        if label is not None:
+            asked.append((stage, _without_label(label)))
     return asked
+
+
+def _without_label(label: str) -> Objection:
+    return lambda node: None if label in node.labels else f"has no label {label}"
 
 
 def _label_limits(labels: Iterable[tuple[str, str]]) -> list[tuple[str, Objection]]:
@@ -282,6 +310,8 @@ def _label_limits(labels: Iterable[tuple[str, str]]) -> list[tuple[str, Objectio
 def _lasting_limits(kind: Kind) -> list[tuple[str, Objection]]:
     """Those whose answers stay the same, whatever is placed."""
     asked = _label_limits(kind.labels)
+    if kind.needs.named:
+        asked.append((_NAMED, _without_named(kind.needs)))
     if kind.accelerators:
         named = ", ".join(kind.accelerators)
         asked.append(
@@ -310,7 +340,8 @@ def short_of(request: Request) -> Objection | None:
     On a node with free GPUs a CPU replica takes only CPUs that these can spare.
     """
     cpu, memory, spared = request.cpu_milli, request.memory_bytes, request.spared_milli
-    if not cpu and not memory:
+    resources = request.resources
+    if not cpu and not memory and not resources:
         return None
 
     def objection(node: Node) -> str | None:
@@ -322,7 +353,12 @@ def short_of(request: Request) -> Objection | None:
                 if cpu <= 1000
                 else f"has fewer than {cpu / 1000:g} CPUs free"
             )
-        return f"has less than {memory / GIB:g} GiB of memory free" if node.memory_bytes < memory else None
+        if node.memory_bytes < memory:
+            return f"has less than {memory / GIB:g} GiB of memory free"
+        less = (
+            f"{amount / UNIT:g} {name}" for name, amount in resources if node.resources.get(name, 0) < amount
+        )
+        return next((f"has less than {one} free" for one in less), None)
 
     return objection
 
@@ -343,7 +379,8 @@ def _eligible_for_cpus(snapshot: Snapshot, request: Request) -> Bits:
 
 def open_to(snapshot: Snapshot, kind: Kind) -> Bits:
     """The nodes that a kind of request may go to, whatever is placed there."""
-    limited = kind._replace(needs=NO_GPUS)
+    named = kind.needs.named
+    limited = kind._replace(needs=NO_GPUS._replace(named=named, profile=kind.needs.profile if named else ""))
     if limited not in snapshot.open_to:
         allowed = (
             snapshot.usable if kind.gpu_nodes is None else snapshot.usable & snapshot.named(kind.gpu_nodes)
@@ -376,6 +413,26 @@ def _unlike(key: str, condition: str) -> Objection:
     return lambda node: None if meets(node.labels, key, condition) else reason
 
 
+def _without_named(needs: Needs) -> Objection:
+    """Whether a node lacks a GPU that is named, or has it in another way than it is asked for."""
+
+    def objection(node: Node) -> str | None:
+        for name in needs.named:
+            slot = node.slot_of(name)
+            if slot is None:
+                return f"has no {gpu_names([name])}"
+            profile = node.slots.get(slot)
+            if profile == UNKNOWN_PROFILE:
+                return f"its {gpu_names([name])} cannot be used"
+            if profile is None and needs.profile:
+                return f"its {gpu_names([name])} is no MIG instance"
+            if profile is not None and needs.profile not in (profile, ANY_PROFILE):
+                return f"its {gpu_names([name])} is a MIG instance {profile}"
+        return None
+
+    return objection
+
+
 def _shared_with(other: str) -> Objection:
     return lambda node: f"has a replica of {other!r}" if other in node.deployments else None
 
@@ -392,13 +449,24 @@ def _not_shared_with(other: str) -> Objection:
 def _sift_gpus(snapshot: Snapshot, request: Request) -> Sifted:
     needs = request.needs
     count, what = needs.gpus, describe(needs)
-    sieve = _Sieve(snapshot.nodes)
+    sieve = _Sieve([_only_named(node, needs) for node in snapshot.nodes] if needs.named else snapshot.nodes)
     if not sieve.put("GPU nodes", lambda node: None if len(node.topology) else _NO_GPUS):
         return sieve, "", "start one with `ray start --num-gpus=N`", "GPU nodes"
     if not sieve.put("constraints", _outside("gpu_nodes", request.gpu_nodes)):
         return sieve, "", "widen constraints.gpu_nodes", "constraints"
-    in_the_way = any(node.problem == OTHERS for node in sieve.left)
-    if in_the_way and not sieve.put("other bundles", lambda node: OTHERS if node.problem == OTHERS else None):
+    of_others = (OTHERS, ELSEWHERE)
+    if not sieve.put("health", lambda node: None if node.problem in of_others else node.problem):
+        return sieve, "", _REPAIR, "health"
+    for stage, objection in limits(request):
+        if not sieve.put(stage, objection):
+            advice = f"loosen the constraint ({stage}), or add a node that meets it"
+            if stage == _NAMED:
+                advice = "name GPUs of one node; `placement status --json` shows which there are"
+            return sieve, "", advice, stage
+    in_the_way = any(node.problem in of_others for node in sieve.left)
+    if in_the_way and not sieve.put(
+        "other bundles", lambda node: node.problem if node.problem in of_others else None
+    ):
         apart = request.strategy is Strategy.STRICT_SPREAD
         miss = "no node of its own" if apart else "no room on what the other bundles leave"
         advice = _any_of(
@@ -407,11 +475,6 @@ def _sift_gpus(snapshot: Snapshot, request: Request) -> Sifted:
             _add(request, 1),
         )
         return sieve, f"a bundle of {what} finds {miss}", advice, "other bundles"
-    if not sieve.put("health", lambda node: node.problem):
-        return sieve, "", _REPAIR, "health"
-    for stage, objection in limits(request):
-        if not sieve.put(stage, objection):
-            return sieve, "", f"loosen the constraint ({stage}), or add a node that meets it", stage
     permitted = list(sieve.left)
     if not sieve.put("size", lambda node: _too_small(node, needs)):
         return sieve, *_size_miss(snapshot, sieve.dropped, request), "size"
@@ -419,7 +482,10 @@ def _sift_gpus(snapshot: Snapshot, request: Request) -> Sifted:
     candidates = list(sieve.left)
     free_only = needs._replace(within=Within.NODE)
     reason = f"has fewer than {count} GPUs free"
-    if not needs.whole or count == 1:
+    if needs.named:
+        few = "none" if count == 1 else f"fewer than {count}"
+        reason = f"has {few} of {gpu_names(needs.named)} free"
+    elif not needs.whole or count == 1:
         reason = f"has no {'GPU' if needs.whole else what.removeprefix('a ')} free"
     if needs.free_memory_bytes:
         reason += f" with {needs.free_memory_bytes / GIB:g} GiB unused"
@@ -428,7 +494,7 @@ def _sift_gpus(snapshot: Snapshot, request: Request) -> Sifted:
         advice = _any_of(
             _release(snapshot, request, candidates),
             "end what uses GPU memory without holding a GPU" if used else "",
-            _add(request, request.stages),
+            "name other GPUs" if needs.named else _add(request, request.stages),
             _fewer(request, any(node.free or (node.rests and not needs.whole) for node in candidates)),
         )
         return sieve, _most_free(sieve.dropped, needs), advice, "free GPUs"
@@ -473,8 +539,11 @@ def _sift_gpus(snapshot: Snapshot, request: Request) -> Sifted:
     if too_little is not None and not sieve.put("CPUs and memory", too_little):
         most = max(sieve.dropped, key=lambda node: (node.cpu_milli, node.memory_bytes, node.name))
         miss = f"{most.name} has {most.cpu_milli / 1000:g} CPUs and {most.memory_bytes / GIB:.3g} GiB free"
+        for name, amount in request.resources:
+            if all(node.resources.get(name, 0) < amount for node in sieve.dropped):
+                miss = f"none has {amount / UNIT:g} {name} free"
         advice = _any_of(
-            "ask for less CPU or memory per GPU",
+            f"ask for less CPU or memory{' or custom resources' if request.resources else ''} per GPU",
             "release something" if _others_hold(request, candidates) else "",
             "add a node that has more",
         )
@@ -491,23 +560,38 @@ def _sift_gpus(snapshot: Snapshot, request: Request) -> Sifted:
             )
             return sieve, _spread_miss(request), advice, "spread"
     if request.stages > 1 or request.parts > 1:
-        free = gangs.groups_free(snapshot, request, snapshot.select(sieve.left))
+        places = [snapshot.bit(node.id) for node in sieve.left]  # named GPUs are those of one node
+        places = places if needs.named else [snapshot.select(sieve.left)]
+        free = max(gangs.groups_free(snapshot, request, place) for place in places)
         enough = free >= request.stages
         partly = "has room for a part of the replica"
         if not sieve.put("groups", lambda node: None if enough else partly):
             advice = _any_of(
                 _release(snapshot, request, candidates),
-                _add(request, request.stages - free),
-                _in_stages(snapshot, request, permitted),
+                "name other GPUs" if needs.named else _add(request, request.stages - free),
+                "" if needs.named else _in_stages(snapshot, request, permitted),
                 _fewer(request, True),
             )
             return sieve, f"{_layout(request)}; there is room for {free}", advice, "groups"
     return sieve, short, "", ""
 
 
+def _only_named(node: Node, needs: Needs) -> Node:
+    """A node as one sees it who looks at the GPUs that are named, and no others."""
+    mask = node.named_mask(needs)
+    return replace(
+        node,
+        free=frozenset(gpu for gpu in node.free if mask >> gpu & 1),
+        rests={gpu: rest for gpu, rest in node.rests.items() if mask >> gpu & 1},
+        instances={slot: profile for slot, profile in node.instances.items() if mask >> slot & 1},
+    )
+
+
 def _release(snapshot: Snapshot, request: Request, nodes: Sequence[Node]) -> str:
     """``release something``, if there would be room for one more replica on the nodes once all others had gone."""
-    if request.stages > 1 or request.parts > 1:
+    if request.needs.named and request.stages > 1:
+        helps = any(gangs.has_room_emptied(snapshot, request, snapshot.bit(node.id)) for node in nodes)
+    elif request.stages > 1 or request.parts > 1:
         helps = gangs.has_room_emptied(snapshot, request, snapshot.select(nodes))
     else:
         helps = any(node.emptied().copies(request.needs) > request.standing.get(node.id, 0) for node in nodes)
@@ -516,7 +600,10 @@ def _release(snapshot: Snapshot, request: Request, nodes: Sequence[Node]) -> str
 
 def _others_hold(request: Request, nodes: Sequence[Node]) -> bool:
     """Whether anything but this deployment holds GPUs of the nodes, as far as can be told."""
-    held = sum(WHOLE * len(node.held) - sum(node.rests.values()) for node in nodes)
+    held = 0
+    for node in nodes:
+        mask = node.named_mask(request.needs)
+        held += WHOLE * sum(mask >> gpu & 1 for gpu in node.held) - sum(node.rests.values())
     share = max(request.needs.share_of(node.gpu_memory_bytes) or WHOLE for node in nodes)
     each = share * request.needs.gpus * request.stages * request.parts
     return held > each * sum(request.standing.get(node.id, 0) for node in nodes)
@@ -726,7 +813,12 @@ def _outside(field_name: str, allowed: tuple[str, ...] | None) -> Objection:
 
 
 def _most_free(nodes: Sequence[Node], needs: Needs) -> str:
-    if needs.profile:
+    if needs.named:
+        most = max(nodes, key=lambda node: (len(node.free) + len(node.instances), node.id))
+        free = len(most.free) + len(most.instances)
+        taken = ", ".join(filter(None, (_taken(most, name) for name in needs.named)))
+        text = f"{most.name} has {free or 'none'} of them free" + (f": {taken}" if taken else "")
+    elif needs.profile:
         most = max(nodes, key=lambda node: (list(node.instances.values()).count(needs.profile), node.id))
         free = list(most.instances.values()).count(needs.profile)
         text = (
@@ -741,6 +833,16 @@ def _most_free(nodes: Sequence[Node], needs: Needs) -> str:
         unused = max(most.free_memory.get(gpu, 0) for gpu in most.free | most.instances.keys())
         text += f", with {unused / GIB:.3g} GiB unused at most"
     return text
+
+
+def _taken(node: Node, name: GpuName) -> str:
+    """``GPU 2 is held by 'whisper'``; empty if all of it is free."""
+    slot = node.slot_of(name)
+    if slot is None or slot in node.free or slot in node.instances:
+        return ""
+    names = " and ".join(map(repr, dict.fromkeys(node.holders.get(slot, ()))))
+    rest = f", {node.rests[slot] / WHOLE:g} of it is left" if node.rests.get(slot) else ""
+    return f"{gpu_names([name])} is held by {names or 'another Ray user'}{rest}"
 
 
 def _apart(node: Node, count: int, within: Within) -> str:

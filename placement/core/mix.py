@@ -54,6 +54,8 @@ class Mix:
         """The mix with a request more."""
         if request.provider is not None or not request.needs.gpus:
             return self
+        if request.needs.named:  # just these GPUs: room on others is of no use to it
+            return self
         kind = Kind.of(request)
         sets, cpu, memory = self.kinds.get(kind, (0, 0, 0))
         more = len(request.replicas) * request.stages * request.parts

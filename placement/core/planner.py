@@ -4,8 +4,8 @@ Rules, in order:
 
 1. A replica's GPUs lie on one node; those of a larger one on several, one tensor-parallel group on one node
    or in one NVLink domain (:mod:`placement.core.gangs`); those of a placement group laid out bundle by bundle as its
-   strategy says (:mod:`placement.core.bundles`). A remote replica's capacity lies on one egress node, the CPUs and the
-   memory of a CPU replica on one node.
+   strategy says (:mod:`placement.core.bundles`). Where GPUs are named, all replicas are on one node that has them all.
+   A remote replica's capacity lies on one egress node, the CPUs and the memory of a CPU replica on one node.
 2. All replicas are placed, or none.
 3. A node is left out that has no set of GPUs as close together, or as fast, as the request demands.
 4. A GPU replica goes where the best set on offer is fastest; among equals, to the node with the fewest
@@ -44,7 +44,7 @@ from placement.core.explanation import (
 )
 from placement.core.replicas import Crowd, Placed, Plan, PlannedReplica, take
 from placement.core.request import Request, Strategy, Told
-from placement.core.score import WHOLE
+from placement.core.score import WHOLE, Score, slowest_group
 from placement.core.snapshot import Bits, Node, Policy, Snapshot, Take, rank_of
 from placement.errors import NotEnoughGpus, Unplaceable
 
@@ -102,13 +102,12 @@ def vacate(
             continue
         node = changed.get(replica.node_id) or snapshot.node(replica.node_id)
         if replica.egress_resource is None:
-            node = node.before(replica.gpus, replica.share, replica.profile)
-            if replica.cpu_milli or replica.memory_bytes:
-                node = replace(
-                    node,
-                    cpu_milli=node.cpu_milli + replica.cpu_milli,
-                    memory_bytes=node.memory_bytes + replica.memory_bytes,
-                )
+            node = replace(
+                node.before(replica.gpus, replica.share, replica.profile),
+                cpu_milli=node.cpu_milli + replica.cpu_milli,
+                memory_bytes=node.memory_bytes + replica.memory_bytes,
+                holders=node.holders_without(deployment, replica.gpus),
+            )
         elif replica.egress_resource in node.egress:
             left = node.egress[replica.egress_resource] + replica.egress_units
             node = replace(node, egress={**node.egress, replica.egress_resource: left})
@@ -255,7 +254,38 @@ def _occupied(
 
 def _place_local(snapshot: Snapshot, request: Request) -> tuple[Request, Placed]:
     """Places as many replicas as there is room for, the request cut to pieces if it is larger than a node."""
-    nodes = eligible(snapshot, request)
+    place = _place_on_one_node if request.needs.named else _place_among
+    return place(snapshot, request, eligible(snapshot, request))
+
+
+def _place_on_one_node(snapshot: Snapshot, request: Request, nodes: Bits) -> tuple[Request, Placed]:
+    """The same where GPUs are named: on the best node by the policy of those that have room for the most."""
+    wanted = len(request.replicas) * request.stages
+    ranked = []
+    for bit in (snapshot.bit(node.id) for node in snapshot.nodes):
+        if bit & nodes and (rank := rank_of(snapshot.at(bit), request.needs, request.policy)) is not None:
+            ranked.append((-min(wanted, snapshot.at(bit).copies(request.needs)), rank, bit))
+    # Which GPUs are to be left to others is no question here.
+    asked = replace(request, policy=Policy.TOPOLOGY)
+    found: list[Placed] = [([], {})]
+    for room, _, bit in sorted(ranked):
+        found.append(_place_among(snapshot, asked, bit)[1])
+        # How fast the best set is says nothing of the others that a replica is made of.
+        is_best = request.stages == 1 and len(found[-1][0]) == len(request.replicas)
+        if is_best or -room < wanted:
+            break
+    return request, max(found, key=lambda placed: (len(placed[0]), _slowest(snapshot, request, placed)))
+
+
+def _slowest(snapshot: Snapshot, request: Request, placed: Placed) -> Score:
+    """How good the slowest of the sets is that replicas are made of."""
+    sets = [(snapshot.node(one.node_id).topology, one.gpus) for one in placed[0]]
+    scores = [slowest_group(topology, gpus, request.needs.gpus) for topology, gpus in sets]
+    return min(scores, default=Score(0.0))
+
+
+def _place_among(snapshot: Snapshot, request: Request, nodes: Bits) -> tuple[Request, Placed]:
+    """The same, on some of the nodes."""
     if request.bundles:
         if request.strategy is Strategy.PACK and (one := bundles.on_one_node(request)) is not None:
             placed = _place_singly(snapshot, one, eligible(snapshot, one) & roomy(snapshot, one))

@@ -65,7 +65,7 @@ def take(index: int, node: Node, taken: Take, request: Request) -> tuple[Planned
         node.id,
         taken.gpus,
         share=taken.share,
-        profile=request.needs.profile,
+        profile=node.instances[taken.gpus[0]] if request.needs.profile else "",
         cpu_milli=request.cpu_milli,
         memory_bytes=request.memory_bytes,
     )
@@ -73,6 +73,7 @@ def take(index: int, node: Node, taken: Take, request: Request) -> tuple[Planned
         taken,
         cpu_milli=node.cpu_milli - request.cpu_milli,
         memory_bytes=node.memory_bytes - request.memory_bytes,
+        holders=node.holders_with(request.deployment, taken.gpus),
     )
     return planned, after
 

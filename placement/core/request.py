@@ -25,13 +25,21 @@ class Strategy(StrEnum):
     """Each on a node of its own."""
 
 
+Resources = tuple[tuple[str, int], ...]
+"""Custom resource of Ray's -> amount, sorted."""
+
+
 class Bundle(NamedTuple):
-    """What one bundle of a placement group takes: whole GPUs, CPUs (thousandths), memory; and label -> condition."""
+    """What one bundle of a placement group takes: whole GPUs, CPUs (thousandths), memory, and label -> condition.
+
+    ``resources``: custom ones of Ray's, in its own smallest units; see :data:`~placement.core.snapshot.UNIT`.
+    """
 
     gpus: int
     cpu_milli: int = 0
     memory_bytes: int = 0
     labels: tuple[tuple[str, str], ...] = ()
+    resources: Resources = ()
 
 
 class Place(NamedTuple):
@@ -85,6 +93,8 @@ class Request:
         bundles: what each takes, where a replica may lie on several nodes bundle by bundle. ``needs``, ``cpu_milli``
             and ``memory_bytes`` are then those of all together (:mod:`placement.core.bundles`).
         strategy: how the bundles are spread.
+        domain_label: all bundles are on nodes with one value of this label; ``None`` for any nodes.
+        resources: custom resources that it takes, all bundles together.
         told: where the replicas go, if that is not to be chosen.
     """
 
@@ -116,6 +126,8 @@ class Request:
     standing: Mapping[str, int] = field(default_factory=dict)
     bundles: tuple[Bundle, ...] = ()
     strategy: Strategy = Strategy.STRICT_PACK
+    domain_label: str | None = None
+    resources: Resources = ()
     told: Told | None = None
 
     @property
@@ -142,15 +154,9 @@ class Request:
         ``None`` where it matters who is where, and where a GPU that is taken makes room for CPU replicas.
         """
         stand = any(self.standing.values())
-        if (
-            self.spared_milli
-            or self.apart_from
-            or self.near_to
-            or self.kept_away_by
-            or (stand and self.max_per_domain)
-        ):
+        if self.spared_milli or self.told is not None or self.apart_from or self.near_to or self.kept_away_by:
             return None
-        if self.told is not None:
+        if stand and (self.max_per_domain or self.needs.named):
             return None
         limits = (
             self.only_nodes,
@@ -162,5 +168,5 @@ class Request:
         if self.provider is not None:
             return self.provider, self.egress, limits
         sizes = self.needs, self.stages, self.parts, self.divisible, self.cpu_milli, self.memory_bytes
-        laid_out = self.bundles, self.strategy
+        laid_out = self.bundles, self.strategy, self.domain_label, self.resources
         return sizes, limits, self.accelerators, self.compute_capability, self.policy, laid_out

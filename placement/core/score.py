@@ -38,6 +38,12 @@ Pick = int
 WHOLE = 1000
 """A whole GPU, in thousandths."""
 
+ANY_PROFILE = "any"
+"""Asks for a MIG instance of whatever profile: one that is named by its UUID."""
+
+GpuName = int | str
+"""What somebody calls a GPU: its ordinal on the node, or the UUID of the GPU or of the MIG instance."""
+
 GIB = 1 << 30
 
 LEFTOVER_SIZES = (8, 4, 2)
@@ -99,6 +105,7 @@ class Needs(NamedTuple):
         memory_bytes: another way to ask for a share: as much of one GPU as has this much memory; 0 if not asked.
         free_memory_bytes: the least memory that NVML must show as free on each GPU.
         profile: a MIG instance of this profile instead of a GPU; empty if not asked.
+        named: only these GPUs, which are to be on the node, all of them; empty for any.
     """
 
     gpus: int
@@ -108,6 +115,7 @@ class Needs(NamedTuple):
     memory_bytes: int = 0
     free_memory_bytes: int = 0
     profile: str = ""
+    named: tuple[GpuName, ...] = ()
 
     @property
     def whole(self) -> bool:
@@ -335,12 +343,15 @@ class Shape:
             gpus = self.best(mask, count, within)
             found = None
             if gpus is not None:
-                rest = mask & ~sum(1 << gpu for gpu in gpus)
-                loss = tuple(a - b for a, b in zip(self.on_offer(mask), self.on_offer(rest), strict=True))
                 speed = self.mb_per_s(gpus) if count > 1 else 0
-                found = Offer(-speed, loss, 0, mask.bit_count())
+                found = Offer(-speed, self.loss(mask, gpus), 0, mask.bit_count())
             self._offered[key] = found
             return found
+
+    def loss(self, mask: int, gpus: Iterable[int]) -> tuple[int, ...]:
+        """How much less the free GPUs offer to others once these are taken: :attr:`Offer.loss`."""
+        rest = mask & ~sum(1 << gpu for gpu in gpus)
+        return tuple(a - b for a, b in zip(self.on_offer(mask), self.on_offer(rest), strict=True))
 
     def packed(self, mask: int, needs: Needs) -> list[tuple[int, ...]]:
         """As many disjoint sets that meet ``needs`` as the free GPUs hold, the fastest first."""

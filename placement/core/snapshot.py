@@ -13,7 +13,16 @@ from operator import is_not, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from placement.core.mix import Kind, Mix
-from placement.core.score import LEFTOVER_SIZES, WHOLE, Needs, Offer, Shape, shape_of
+from placement.core.score import (
+    ANY_PROFILE,
+    LEFTOVER_SIZES,
+    WHOLE,
+    GpuName,
+    Needs,
+    Offer,
+    Shape,
+    shape_of,
+)
 from placement.core.topology import Topology
 
 if TYPE_CHECKING:
@@ -41,6 +50,9 @@ GPU_DOMAIN_LABEL = "ray.io/gpu-domain"
 
 NEAR_LABELS = ("ray.io/availability-region", "ray.io/availability-zone", "block", "rack", GPU_DOMAIN_LABEL)
 """What makes nodes near each other unless the operator says otherwise, widest first."""
+
+UNIT = 10_000
+"""Ray counts resources in ten-thousandths (``FixedPoint`` in Ray's ``fixed_point.h``)."""
 
 _PLENTY = 1 << 62
 """More than there is of anything."""
@@ -78,6 +90,9 @@ class Node:
         accelerators: names its GPUs go by: Ray's accelerator type (``"H100"``), words of the product name.
         compute_capability: the lowest of its GPUs; ``None`` if unknown.
         deployments: name -> how many replicas of it, or parts of one, are here.
+        uuids: slot -> UUID of the GPU, or of the MIG instance, as far as it is known.
+        resources: custom resource of Ray's -> free amount in Ray's books, in units of :data:`UNIT`.
+        holders: GPU -> the deployments that hold all or some of it, one for each replica that does, sorted.
     """
 
     id: str
@@ -99,6 +114,9 @@ class Node:
     accelerators: frozenset[str] = frozenset()
     compute_capability: tuple[int, int] | None = None
     deployments: Mapping[str, int] = field(default_factory=dict)
+    uuids: Mapping[int, str] = field(default_factory=dict)
+    holders: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    resources: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def shape(self) -> Shape:
@@ -140,31 +158,54 @@ class Node:
         """The profiles of its MIG instances, as far as they are known."""
         return frozenset(self.slots.values()) - {UNKNOWN_PROFILE}
 
+    @cached_property
+    def _slots_by_uuid(self) -> Mapping[str, int]:
+        return {uuid: slot for slot, uuid in self.uuids.items()}
+
+    def slot_of(self, name: GpuName) -> int | None:
+        """The slot that somebody names; ``None`` if the node has none such, or nobody knows it by that."""
+        if isinstance(name, int):
+            return name if name < len(self.topology) else None
+        return self._slots_by_uuid.get(name)
+
+    def named_mask(self, needs: Needs) -> int:
+        """The GPUs that are named, as a bit mask; all, if none are."""
+        if not needs.named:
+            return -1
+        slots = {self.slot_of(name) for name in needs.named} - {None}
+        return sum(1 << slot for slot in slots if slot is not None)
+
     def best(self, needs: Needs) -> tuple[int, ...] | None:
         """The best free GPUs for a replica, whatever the floor on bandwidth."""
         taken = self.take(needs)
         return None if taken is None else taken.gpus
 
     def free_mask(self, needs: Needs) -> int:
-        """The wholly free GPUs that have as much free memory as is needed, as a bit mask."""
+        """The wholly free GPUs that will do, by their name and by how much free memory they have, as a bit mask."""
+        mask = self.mask & self.named_mask(needs)
         if not needs.free_memory_bytes:
-            return self.mask
-        return sum(1 << gpu for gpu in self.free if self.free_memory.get(gpu, 0) >= needs.free_memory_bytes)
+            return mask
+        least = needs.free_memory_bytes
+        return sum(1 << gpu for gpu in self.free if mask >> gpu & 1 and self.free_memory.get(gpu, 0) >= least)
 
     def shared_with_room(self, needs: Needs, share: int) -> list[tuple[int, int]]:
         """The GPUs that are shared already and have so many thousandths left, as (thousandths left, GPU)."""
+        named = self.named_mask(needs)
         return [
             (rest, gpu)
             for gpu, rest in self.rests.items()
-            if rest >= share and self.free_memory.get(gpu, 0) >= needs.free_memory_bytes
+            if rest >= share and named >> gpu & 1 and self.free_memory.get(gpu, 0) >= needs.free_memory_bytes
         ]
 
     def instances_for(self, needs: Needs) -> list[int]:
         """The free MIG instances of the profile that have as much free memory as is needed."""
+        named = self.named_mask(needs)
         return [
             slot
             for slot, profile in self.instances.items()
-            if profile == needs.profile and self.free_memory.get(slot, 0) >= needs.free_memory_bytes
+            if (profile == needs.profile or (needs.profile == ANY_PROFILE and profile != UNKNOWN_PROFILE))
+            and named >> slot & 1
+            and self.free_memory.get(slot, 0) >= needs.free_memory_bytes
         ]
 
     def take(self, needs: Needs, crowded: Collection[int] = ()) -> Take | None:
@@ -192,7 +233,7 @@ class Node:
     def offer(self, needs: Needs) -> Offer | None:
         """How good what :meth:`take` gives is, and what taking it costs the others."""
         if needs.whole:
-            return self.shape.offer(self.free_mask(needs), needs.gpus, needs.within)
+            return self._offer_whole(needs, needs.gpus)
         taken = self.take(needs)
         if taken is None:
             return None
@@ -200,8 +241,16 @@ class Node:
             return Offer(0, (), 0, len(self.instances))
         if taken.gpus[0] in self.rests:
             return Offer(0, _SHARED_ALREADY, taken.rest, len(self.free))
-        whole = self.shape.offer(self.free_mask(needs), 1)
+        whole = self._offer_whole(needs, 1)
         return None if whole is None else whole._replace(rest=taken.rest)
+
+    def _offer_whole(self, needs: Needs, count: int) -> Offer | None:
+        mask = self.free_mask(needs)
+        offer = self.shape.offer(mask, count, needs.within)
+        if offer is None or not needs.named:
+            return offer
+        gpus = self.shape.best(mask, count, needs.within)  # to others it matters what else is free here
+        return offer._replace(loss=self.shape.loss(self.mask, gpus or ()), free=len(self.free))
 
     def copies(self, needs: Needs) -> int:
         """How often ``needs`` are met by its free GPUs, all at once."""
@@ -232,6 +281,7 @@ class Node:
             free_memory=memory,
             cpu_milli=_PLENTY,
             memory_bytes=_PLENTY,
+            holders={},
         )
 
     def after(self, taken: Take, **fields: Any) -> Node:
@@ -260,6 +310,21 @@ class Node:
         if rest >= WHOLE:
             return replace(self, free=self.free | {gpu}, rests=others)
         return replace(self, rests={**others, gpu: rest})
+
+    def holders_with(self, deployment: str, gpus: Iterable[int]) -> Mapping[int, tuple[str, ...]]:
+        """:attr:`holders` once a replica of a deployment has these GPUs, too, or some of them."""
+        return {**self.holders, **{gpu: (*sorted((*self.holders.get(gpu, ()), deployment)),) for gpu in gpus}}
+
+    def holders_without(self, deployment: str, gpus: Iterable[int]) -> Mapping[int, tuple[str, ...]]:
+        """The same once a replica of a deployment has given them back."""
+        left = dict(self.holders)
+        for gpu in gpus:
+            names = [*left.pop(gpu, ())]
+            if deployment in names:
+                names.remove(deployment)
+            if names:
+                left[gpu] = tuple(names)
+        return left
 
     def occupied(self, replicas: int, deployment: str, serving: tuple[str, str] | None = None) -> Node:
         """The node with so many replicas of a deployment more, or fewer; ``serving`` is what remote ones call."""
@@ -614,6 +679,7 @@ def _is_same_machine(old: Node, new: Node) -> bool:
         and old.compute_capability == new.compute_capability
         and (old.slots is new.slots or old.slots == new.slots)
         and old.gpu_memory_bytes == new.gpu_memory_bytes
+        and (old.uuids is new.uuids or old.uuids == new.uuids)
     )
 
 

@@ -14,7 +14,7 @@ from placement.core.explanation import eligible
 from placement.core.labels import meets
 from placement.core.replicas import PlannedReplica
 from placement.core.request import Request
-from placement.core.score import Within
+from placement.core.score import ANY_PROFILE, Needs, Within
 from placement.core.snapshot import GPU_DOMAIN_LABEL, Node, Snapshot
 
 Replica = Sequence[PlannedReplica]
@@ -37,7 +37,12 @@ def staying(
         after: what is asked for now.
         others: replicas of the deployment that stay in any case; where it is to spread, these count first.
     """
+    others = [*others]
     stay = [index for index, parts in sorted(replicas.items()) if _stays(snapshot, parts, before, after)]
+    if after.needs.named:  # which are those of one node
+        first = [parts for parts in (*others, *(replicas[index] for index in stay))][:1]
+        home = {part.node_id for parts in first for part in parts}
+        stay = [index for index in stay if {part.node_id for part in replicas[index]} <= home]
     asks_anew = (before.spread_label, before.max_per_domain) != (after.spread_label, after.max_per_domain)
     return _spread(snapshot, replicas, stay, after, others) if asks_anew and after.spread_label else stay
 
@@ -62,9 +67,12 @@ def _holds(snapshot: Snapshot, parts: Replica, before: Request, after: Request) 
         return before.on_cpus and takes[0] == takes[1]
     old, new = before.needs, after.needs
     counts = [len(part.gpus) for part in parts]
-    if (before.bundles, before.strategy) != (after.bundles, after.strategy):
+    if old.named != new.named and new.named and not all(_are_named(snapshot, part, after) for part in parts):
         return False
-    if not all(counts) or sum(counts) != new.gpus * after.stages or old.profile != new.profile:
+    laid_out = before.bundles, before.strategy, before.domain_label, before.resources
+    if laid_out != (after.bundles, after.strategy, after.domain_label, after.resources):
+        return False
+    if not all(counts) or sum(counts) != new.gpus * after.stages or not _is_alike(parts, old, new):
         return False
     for was, is_now in ((before.cpu_milli, after.cpu_milli), (before.memory_bytes, after.memory_bytes)):
         if was * new.gpus != is_now * old.gpus:
@@ -76,6 +84,23 @@ def _holds(snapshot: Snapshot, parts: Replica, before: Request, after: Request) 
         return part.share == new.share
     node = snapshot.node(part.node_id) if snapshot.bit(part.node_id) else None
     return node is None or node.gpu_memory_bytes is None or part.share == new.share_of(node.gpu_memory_bytes)
+
+
+def _is_alike(parts: Replica, old: Needs, new: Needs) -> bool:
+    """Whether it has GPUs where these are asked for, and an instance of the profile where that is."""
+    is_any = new.profile == ANY_PROFILE and all(part.profile for part in parts)
+    return old.profile == new.profile or is_any
+
+
+def _are_named(snapshot: Snapshot, part: PlannedReplica, after: Request) -> bool:
+    """Whether the GPUs that a replica holds on a node are among those that are named now; where that is known."""
+    if not snapshot.bit(part.node_id):
+        return True
+    node, names = snapshot.node(part.node_id), after.needs.named
+    slots = {node.slot_of(name) for name in names}
+    if None in slots:
+        return not node.uuids and any(isinstance(name, str) for name in names)
+    return slots.issuperset(part.gpus)
 
 
 def _may_be_on(node: Node, before: Request, after: Request) -> bool:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 from typing import Any
 
 from placement.core.lifecycle import State
-from placement.core.snapshot import NEAR_LABELS
+from placement.core.snapshot import NEAR_LABELS, Snapshot
 from placement.errors import (
     DeploymentConflict,
     GroupStands,
@@ -44,7 +44,7 @@ from placement.runtime.results import PlacementResult
 from placement.runtime.state import DeploymentState, Owner, ServiceState, expiry
 from placement.runtime.sweeper import Sweeper
 from placement.runtime.turns import Turns
-from placement.wire.cluster import ClusterFile
+from placement.wire.cluster import ClusterFile, HeldDeployment
 from placement.wire.deployment import Deployment, Group
 from placement.wire.node_types import NodeType
 from placement.wire.plans import (
@@ -53,6 +53,7 @@ from placement.wire.plans import (
     explain_deployments,
     plan_in_order,
     request_of,
+    request_unchecked,
     require_same_places,
 )
 
@@ -306,7 +307,7 @@ class Controller:
     def plan_in_order(self, wanted: Sequence[Deployment], atomic: bool) -> list[tuple[int, PlacementPlan]]:
         """What applying these would do, in the order in which to apply them; each with its position."""
         return self.cluster.patiently(
-            lambda nodes, lag_seconds, fresh: plan_in_order(*self.cluster.look(), wanted, atomic=atomic)
+            lambda nodes, lag_seconds, fresh: plan_in_order(*self._look(wanted), wanted, atomic=atomic)
         )
 
     def plan_all(self, wanted: Sequence[Deployment], atomic: bool = False) -> list[PlacementPlan]:
@@ -319,7 +320,10 @@ class Controller:
 
     def explain_all(self, wanted: Sequence[Deployment]) -> list[ExplainedPlan]:
         """The same, with what became of every node."""
-        return explain_deployments(*self.cluster.look(), wanted)
+        return explain_deployments(*self._look(wanted), wanted)
+
+    def _look(self, wanted: Iterable[Deployment]) -> tuple[Snapshot, dict[str, HeldDeployment]]:
+        return self.cluster.look(request_unchecked(one, (), {}) for one in wanted)
 
     def snapshot(self) -> ClusterFile:
         """The cluster as the planner sees it now."""

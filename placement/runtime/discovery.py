@@ -11,12 +11,13 @@ import ray
 
 from placement import topologies
 from placement.core.score import WHOLE
-from placement.core.snapshot import Node
+from placement.core.snapshot import UNIT, Node
 from placement.errors import UnknownTopology
 from placement.runtime import ray_internals
 from placement.runtime.orders import GpuHardware
 from placement.runtime.state import Tally
 from placement.wire.accelerators import accelerators_of
+from placement.wire.deployment import is_egress
 
 TOPOLOGY_LABEL = "placement/topology"
 """A node with this label has the topology of that catalogue entry (a simulated node)."""
@@ -43,6 +44,7 @@ class NodeInfo:
         egress: resource name (``egress``, ``egress_<provider>``) -> concurrent requests the node may carry.
         cpu_milli, memory_bytes: CPUs (thousandths) and memory that Ray was told of.
         accelerators: its accelerator types in Ray's books; an operator may have added to Ray's own (A100, A100-80G).
+        resources: all other resources that Ray was told of, or has by itself (``node:10.0.0.1``) -> amount.
     """
 
     id: str
@@ -54,6 +56,7 @@ class NodeInfo:
     cpu_milli: int = 0
     memory_bytes: int = 0
     accelerators: frozenset[str] = frozenset()
+    resources: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def topology_name(self) -> str | None:
@@ -128,6 +131,10 @@ def live_node_ids() -> frozenset[str]:
     return frozenset(row["NodeID"] for row in ray.nodes() if row["Alive"])
 
 
+_PLANNED = ("GPU", "CPU", "memory", "object_store_memory")
+"""Resources that are no custom ones."""
+
+
 def draining_nodes() -> frozenset[str]:
     """The ids of the nodes that Ray is about to take away."""
     return ray_internals.draining_nodes()
@@ -150,10 +157,15 @@ def live_nodes() -> list[NodeInfo]:
                 egress={
                     name: int(amount)
                     for name, amount in sorted(resources.items())
-                    if (name == "egress" or name.startswith("egress_")) and "_group_" not in name
+                    if is_egress(name) and "_group_" not in name
                 },
                 cpu_milli=round(resources.get("CPU", 0) * 1000),
                 memory_bytes=int(resources.get("memory", 0)),
+                resources={
+                    name: amount
+                    for name, amount in sorted(resources.items())
+                    if name not in _PLANNED and "_group_" not in name and not is_egress(name)
+                },
                 accelerators=frozenset(
                     name.removeprefix(_ACCELERATOR)
                     for name in resources
@@ -225,6 +237,11 @@ def node_state(
         memory_bytes=int(amounts["memory"]),
         serving=dict(tally.serving),
         deployments=dict(tally.deployments),
+        resources={
+            name: int((total if available is None else available.get(name, 0.0)) * UNIT + 0.5)
+            for name, total in info.resources.items()
+        },
+        holders={gpu: tuple(sorted(names)) for gpu, names in tally.holders.items()},
         labels=info.labels,
         accelerators=frozenset(name for name in names if name),
         compute_capability=machine.capability,

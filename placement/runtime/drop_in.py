@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -15,6 +15,7 @@ from ray.util.placement_group import placement_group as rays_own
 
 from placement.errors import InvalidDeployment, ServiceNotRunning
 from placement.runtime.client import Client
+from placement.runtime.needs import NODE_ID_LABEL
 from placement.runtime.ray_internals import validate_placement_group
 from placement.wire.deployment import Deployment
 from placement.wire.files import parse_model
@@ -22,18 +23,21 @@ from placement.wire.files import parse_model
 WITHOUT_SERVICE = "PLACEMENT_WITHOUT_SERVICE"
 """The variable that says what is done where the service does not run: ``start`` it, or leave it to ``ray``."""
 
+_START = "start the service with `placement up`"
+
 logger = logging.getLogger(__name__)
 
 
 def placement_group(
     bundles: list[dict[str, float]],
-    strategy: str | None = "PACK",
+    strategy: str | None = None,
     name: str = "",
     lifetime: str | None = None,
     _soft_target_node_id: str | None = None,
     bundle_label_selector: list[dict[str, str]] | None = None,
     topology_strategy: dict[str, str] | None = None,
     *,
+    gpus: Sequence[int | str] | None = None,
     within: str | None = None,
     min_bandwidth_gb_per_s: float | None = None,
     policy: str | None = None,
@@ -54,14 +58,17 @@ def placement_group(
     own then, and one warning says so.
 
     Args:
-        bundles: what each takes of GPU, CPU and memory. GPUs are whole ones, of which actors may take shares; or one
-            bundle has a share of one.
-        strategy: PACK, STRICT_PACK, SPREAD or STRICT_SPREAD; each means what it means in Ray.
+        bundles: what each takes of GPU, CPU, memory and custom resources. GPUs are whole ones, of which actors may take
+            shares; or one bundle has a share of one.
+        strategy: PACK, which is the default, STRICT_PACK, SPREAD or STRICT_SPREAD; each means what it means in Ray.
         name: of the group, for ``ray.util.get_placement_group``.
         lifetime: ``None``, or ``"detached"``: it stays until it is removed, or released by ``placement release``.
         _soft_target_node_id: of no effect; to Ray it is a hint.
         bundle_label_selector: label -> condition, for each bundle.
-        topology_strategy: refused.
+        topology_strategy: in place of ``strategy``, where Ray has it: that by ``ray.io/node-id``, and a label of which
+            all nodes have one value, by ``STRICT_PACK``.
+        gpus: only these, all of one node: ordinals as ``placement status`` shows them, or UUIDs of GPUs or of a MIG
+            instance. Which node that is, ``bundle_label_selector`` may say; else it is one on which they are free.
         within: floor for the GPUs that it has on one node: nvlink, switch, numa or node.
         min_bandwidth_gb_per_s: floor for the same: predicted all-reduce bus bandwidth, GB/s per direction.
         policy: which node goes first among those with room; see :class:`placement.Deployment`.
@@ -69,8 +76,9 @@ def placement_group(
 
     Raises:
         ValueError: what Ray refuses.
-        InvalidDeployment: what is refused here: another resource in a bundle, 1.5 GPUs, several bundles of which one
-            has a share of a GPU, more than 4096 bundles, ``topology_strategy``.
+        InvalidDeployment: what is refused here: egress in a bundle, 1.5 GPUs, several bundles of which one has a share
+            of a GPU, more than 4096 bundles, fewer ``gpus`` than the bundles take.
+        UnknownGpu: no node has a GPU that ``gpus`` names.
         Unplaceable: there is no room in time: ``NoGpuNodes``, ``NotEnoughGpus`` or ``BelowFloor``.
         ReservationFailed, LeaseExpired: others kept taking the GPUs, or this process was too slow, until the time was
             over. In every case nothing stays reserved.
@@ -86,31 +94,39 @@ def placement_group(
     """
     further: dict[str, Any] = {} if topology_strategy is None else {"topology_strategy": topology_strategy}
     asked: dict[str, Any] = {
-        "strategy": strategy,
+        "strategy": strategy if strategy or topology_strategy else "PACK",
         "lifetime": lifetime,
         "bundle_label_selector": bundle_label_selector,
         **further,
     }
     validate_placement_group(bundles, _soft_target_node_id=_soft_target_node_id, **asked)
-    if not any(bundle.get("GPU") for bundle in bundles):
+    if gpus is None and not any(bundle.get("GPU") for bundle in bundles):
         return rays_own(bundles, name=name, **asked)
-    if topology_strategy is not None:
-        problem = (
-            "topology_strategy is not supported; use strategy, and bundle_label_selector for the domain, or call "
-            "ray.util.placement_group, which chooses no GPUs"
-        )
-        raise InvalidDeployment("placement_group", (problem,))
-    layout = {"bundles": bundles, "strategy": strategy, "bundle_label_selector": bundle_label_selector}
-    floors = {"within": within, "min_bandwidth_gb_per_s": min_bandwidth_gb_per_s, "policy": policy}
-    wanted = _deployment(name, layout, floors)
+    by_label = dict(topology_strategy or {})
+    layout = {
+        "bundles": bundles,
+        "strategy": by_label.pop(NODE_ID_LABEL, None) or strategy,
+        "bundle_label_selector": bundle_label_selector,
+        "domain_label": next(iter(by_label), None),
+    }
+    limits: dict[str, Any] = {
+        "within": within,
+        "min_bandwidth_gb_per_s": min_bandwidth_gb_per_s,
+        "policy": policy,
+    }
+    if gpus is not None:
+        limits["constraints"] = {"gpus": [*gpus]}
+    wanted = _deployment(name, layout, limits)
     client = _client()
+    if client is None and gpus is not None:
+        raise InvalidDeployment("placement_group", (f"gpus: {[*gpus]} cannot be had of Ray alone; {_START}",))
     if client is None:
         return rays_own(bundles, name=name, **asked)
     group = client._create_group(wanted, name, lifetime, wait_seconds)
     return PlacementGroup(group.id, bundle_cache=[{k: float(v) for k, v in one.items()} for one in bundles])
 
 
-def _deployment(name: str, layout: Mapping[str, Any], floors: Mapping[str, Any]) -> Deployment:
+def _deployment(name: str, layout: Mapping[str, Any], limits: Mapping[str, Any]) -> Deployment:
     """What the service is told of a group: a deployment, under a name that no other has."""
     known_as = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:48] or "placement-group"
     fields = {
@@ -119,7 +135,7 @@ def _deployment(name: str, layout: Mapping[str, Any], floors: Mapping[str, Any])
         "runtime": "python",
         "owner": "caller",
         "placement_group": {key: value for key, value in layout.items() if value is not None},
-        **{key: value for key, value in floors.items() if value is not None},
+        **{key: value for key, value in limits.items() if value is not None},
     }
     return parse_model(Deployment, fields, "placement_group")
 
@@ -143,6 +159,7 @@ def _client() -> Client | None:
 def _warn_once() -> None:
     logger.warning(
         "the placement service does not run, and %s=ray: placement_group(...) is Ray's own, on whatever GPUs Ray "
-        "gives; start the service with `placement up`",
+        "gives; %s",
         WITHOUT_SERVICE,
+        _START,
     )

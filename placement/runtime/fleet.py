@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -52,6 +53,7 @@ class Fleet:
         agents: the nodes' actors.
         inventory: what their GPUs are.
         foreign: node id -> GPUs that other Ray users held when its actor last looked.
+        located: node id -> when it was last looked at by :meth:`locate`, on the monotonic clock.
         changed_at: when something was last taken or given back here, on the monotonic clock.
     """
 
@@ -66,6 +68,7 @@ class Fleet:
         self.agents = Agents(make_agent, self._holdings, facts.get)
         self.inventory = Inventory(self.agents, facts)
         self.foreign: dict[str, frozenset[int]] = {}
+        self.located: dict[str, float] = {}
         self.changed_at = float("-inf")
         self._prefix = prefix
         self._changed: dict[str, float] = {}
@@ -115,7 +118,7 @@ class Fleet:
         """Forgets nodes that are no more."""
         self.agents.forget_all_but(alive)
         self.inventory.forget_all_but(alive)
-        for known in (self.foreign, self._changed):
+        for known in (self.foreign, self.located, self._changed):
             for node_id in known.keys() - set(alive):
                 known.pop(node_id, None)
 
@@ -244,6 +247,18 @@ class Fleet:
         for node_id, answer in answers.items():
             self._collect(nodes[node_id], answer, by_node[node_id], reserved, refusals)
 
+    def locate(self, nodes: Sequence[NodeInfo]) -> None:
+        """Has nodes looked at for which GPUs other Ray users hold; of one that cannot tell, nothing new is known."""
+        calls: dict[str, Any] = {}
+        with contextlib.suppress(Unanswered), self.agents.sole([info.id for info in nodes]) as leave:
+            calls = {info.id: self.agents.agent(info).locate.remote() for info in nodes}
+            for node_id, answer in self.agents.answers(calls, answered=leave).items():
+                if not isinstance(answer, Refused):
+                    self.foreign[node_id] = frozenset(answer)
+        now = time.monotonic()
+        self.located.update({info.id: now for info in nodes})
+        self.note_change(info.id for info in nodes)
+
     def give_back(self, reserved: Sequence[Reserved]) -> None:
         """Removes groups, by their nodes' actors so that no steering is disturbed, and ends the workers in them.
 
@@ -331,7 +346,7 @@ class Fleet:
                 bundle_indices=list(one.reserved.bundles),
                 node_name=info.name,
                 share=one.reserved.share / WHOLE,
-                mig=one.order.needs.profile,
+                mig=one.mig,
                 cpus_per_gpu=one.order.beside.get("CPU", 0.0),
                 memory_bytes_per_gpu=int(one.order.beside.get("memory", 0)),
                 ray_gpus=list(one.reserved.ray_gpus),
@@ -360,7 +375,7 @@ class Fleet:
                 name, bundle = names[replica.replica_index], _bundle(replica)
                 if create is not None:
                     faults.point("service.lent")
-                    yield replica, create(name, [bundle], [info.id])
+                    yield replica, create(name, [bundle], [info.id], {})
                 else:
                     yield replica, groups.create_group(name, [bundle], [info.id])
 

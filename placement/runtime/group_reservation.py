@@ -36,8 +36,12 @@ MAX_ATTEMPTS = 6
 class Creator(Protocol):
     """Who creates a group for which the GPUs are prepared."""
 
-    def __call__(self, name: str, bundles: list[dict[str, float]], nodes: list[str]) -> PlacementGroup | None:
-        """Creates a group of that name, of which each bundle lies on the node given for it, or, if none is, anywhere.
+    def __call__(
+        self, name: str, bundles: list[dict[str, float]], nodes: list[str], domain: Mapping[str, str]
+    ) -> PlacementGroup | None:
+        """Creates a group of that name, of which each bundle lies on the node given for it.
+
+        If none is, it lies on any node with the labels of the ``domain``: label -> value.
 
         It may take up to :data:`~placement.runtime.node_agent.LEASE_SECONDS`. Whatever it raises ends the reservation,
         and nothing is held then.
@@ -198,6 +202,8 @@ class GroupReservation:
             if isinstance(outcome, Refused):
                 at_most = len(self._bundles[node]) - 1
                 refusal = outcome.at(node, self._nodes[node].name, at_most=at_most)
+                if outcome.foreign_gpus is not None:
+                    self._foreign[node] = frozenset(outcome.foreign_gpus)
             else:
                 prepared[node] = outcome
                 self._foreign[node] = frozenset(outcome.foreign_gpus)
@@ -215,7 +221,11 @@ class GroupReservation:
         if self._create is None:
             return create_detached(f"{self._name}:{attempt}", bundles, nodes)
         faults.point("service.lent")
-        return self._create(f"{self._name}:{attempt}", bundles, nodes)
+        label = None if self._layout is None else self._layout.domain_label
+        labels = self._nodes[self._parts[0].node_id].labels
+        return self._create(
+            f"{self._name}:{attempt}", bundles, nodes, {label: labels[label]} if label else {}
+        )
 
     def _confirm(self, group: PlacementGroup) -> dict[str, Part] | None:
         """Node -> its part; ``None`` if any does not hold just what it prepared."""
@@ -246,7 +256,7 @@ def _assignment(
         bundle_indices=[found.bundle_of[gpu] for gpu in gpus],
         node_name=info.name,
         share=found.share / WHOLE,
-        mig=order.needs.profile,
+        mig=found.mig,
         cpus_per_gpu=order.beside.get("CPU", 0.0),
         memory_bytes_per_gpu=int(order.beside.get("memory", 0)),
         ray_gpus=list(found.ray_gpus),

@@ -69,7 +69,13 @@ class Lending:
         self._is_over = False
         self._outcome: Future[PlacementResult] | None = None
 
-    def create(self, name: str, bundles: list[dict[str, float]], nodes: list[str]) -> Any | None:
+    def create(
+        self,
+        name: str,
+        bundles: list[dict[str, float]],
+        nodes: list[str],
+        domain: Mapping[str, str] | None = None,
+    ) -> Any | None:
         """Has the caller create a group, and waits for it; ``None`` if there is none. In the thread that reserves."""
         answer: Future[str] = Future()
         with self._lock:
@@ -79,7 +85,8 @@ class Lending:
             offered, self._next = self._next, Future()
         loan = Loan(self.id, self._deployment, name, bundles, nodes)
         if self._layout is not None and not all(nodes):
-            loan = replace(loan, strategy=str(self._layout.strategy), labels=self._layout.labels)
+            labels = tuple({**labels, **(domain or {})} for labels in self._layout.labels)
+            loan = replace(loan, strategy=str(self._layout.strategy), labels=labels)
         offered.set_result(loan)
         try:
             group_id = answer.result(timeout=LEND_SECONDS)

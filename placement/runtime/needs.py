@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 from placement.core.explanation import describe, describe_cpus
 from placement.core.labels import meets, parse_condition
-from placement.core.request import Request, Strategy
+from placement.core.request import Request, Resources, Strategy
 from placement.core.score import GIB, WHOLE
+from placement.core.snapshot import UNIT
+from placement.errors import counted
 from placement.wire.accelerators import accelerator_type
 from placement.wire.node_types import NodeType
 from placement.wire.plans import SPARED_MILLI
@@ -154,6 +156,8 @@ def needs_of(
         return conditions
     labels = tuple(sorted((key, _condition(*condition)) for key, condition in conditions.items()))
     need = _remote(request, labels) if request.provider is not None else _local(request, labels)
+    if request.needs.named:  # one node, for all of them
+        return {f"{request.deployment}:{index}:0": need for index in [*indices][:1]}
     sets = 1 if request.provider is not None else request.stages * request.parts
     return {f"{request.deployment}:{index}:{part}": need for index in indices for part in range(sets)}
 
@@ -167,6 +171,10 @@ def _untold(request: Request) -> str:
         return "constraints.near_to asks for a node on which another deployment is"
     if request.provider is not None or request.on_cpus:
         return ""
+    if any(isinstance(name, str) for name in request.needs.named):
+        return "constraints.gpus names GPUs by their UUID, and those of a new node have others"
+    if request.needs.named and any(request.standing.values()):
+        return "constraints.gpus names GPUs of the node on which other replicas are"
     if request.needs.free_memory_bytes:
         return "constraints.min_free_gpu_memory_gib is not known of a node before it is there"
     if request.compute_capability is not None and not request.accelerators:
@@ -221,22 +229,36 @@ def _local(request: Request, labels: tuple[tuple[str, str], ...]) -> Need:
     needs = request.needs
     # How much memory a new node's GPUs have is not known: of one of them, a whole one.
     gpus = needs.share / WHOLE if needs.share < WHOLE and not needs.memory_bytes else float(needs.gpus)
-    ways = [Way((_amounts(gpus, request.cpu_milli, request.memory_bytes),))]
+    what = describe(needs)
+    if needs.named:  # a node has GPU 3 if it has four
+        gpus = 1.0 + max(name for name in needs.named if isinstance(name, int))
+        what = counted(int(gpus), "GPU")
+    ways = [Way((_amounts(gpus, request.cpu_milli, request.memory_bytes, request.resources),))]
     if request.bundles:
-        apart = Way(tuple(_amounts(one.gpus, one.cpu_milli, one.memory_bytes) for one in request.bundles))
+        apart = Way(
+            tuple(_amounts(b.gpus, b.cpu_milli, b.memory_bytes, b.resources) for b in request.bundles)
+        )
         ways = [*ways, apart] if request.strategy is Strategy.PACK else [apart]
-    if request.divisible and request.stages * request.parts == 1 and needs.whole and needs.gpus > 1:
+    if (
+        not needs.named
+        and request.divisible
+        and request.stages * request.parts == 1
+        and needs.whole
+        and needs.gpus > 1
+    ):
         each = _amounts(1.0, request.cpu_milli / needs.gpus, request.memory_bytes // needs.gpus)
         ways.append(Way((each,) * needs.gpus, smaller_than=needs.gpus))
     if request.on_cpus:
         return Need(describe_cpus(request), tuple(ways), labels)
     beside = f", {request.cpu_milli / 1000:g} CPUs" if request.cpu_milli else ""
     beside += f", {request.memory_bytes / GIB:.3g} GiB of memory" if request.memory_bytes else ""
-    return Need(describe(needs) + beside, tuple(ways), labels)
+    beside += "".join(f", {amount / UNIT:g} {resource}" for resource, amount in request.resources)
+    return Need(what + beside, tuple(ways), labels)
 
 
-def _amounts(gpus: float, cpu_milli: float, memory_bytes: int) -> Amounts:
+def _amounts(gpus: float, cpu_milli: float, memory_bytes: int, resources: Resources = ()) -> Amounts:
     amounts = {"GPU": gpus, "CPU": cpu_milli / 1000, "memory": float(memory_bytes)}
+    amounts |= {resource: amount / UNIT for resource, amount in resources}
     return tuple((resource, amount) for resource, amount in amounts.items() if amount)
 
 

@@ -25,12 +25,13 @@ from placement.wire.slots import in_ray_order
 
 @dataclass(frozen=True)
 class Filled:
-    """An order that is reserved and verified."""
+    """An order that is reserved and verified. ``mig``: profile of the instance that it is; empty for GPUs."""
 
     order: Order
     reserved: Reserved
     score: Score
     ray_score: Score
+    mig: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Part:
         ray_gpus: what Ray alone would have given.
         ray_score: that of ``ray_gpus``, if they were for one set.
         share: thousandths of each GPU.
+        mig: profile of the MIG instance that it is; empty for GPUs.
     """
 
     sets: tuple[tuple[int, ...], ...]
@@ -66,6 +68,7 @@ class Part:
     ray_gpus: tuple[int, ...]
     ray_score: Score
     share: int = WHOLE
+    mig: str = ""
 
 
 NAMESPACE = "placement"
@@ -157,11 +160,15 @@ class NodePlacementActor:
                         outcome = replace(outcome, at_most=(len(filled) + 1) * order.needs.gpus - 1)
                     return Reply((), outcome, tuple(sorted(self._reserver.foreign)))
                 ours, rays = score(topology, outcome.gpus), score(topology, outcome.ray_gpus)
-                filled.append(Filled(order, outcome, ours, rays))
+                filled.append(Filled(order, outcome, ours, rays, _profile(machine, order, outcome.gpus)))
         except BaseException:
             self._undo(filled)
             raise
         return Reply(tuple(filled), None, tuple(sorted(self._reserver.foreign)))
+
+    def locate(self) -> tuple[int, ...]:
+        """Which GPUs other Ray users hold; looked at anew."""
+        return tuple(sorted(self._reserver.locate()))
 
     def warm(self, gpus: int) -> None:
         """Answers once everything is there that :meth:`prepare` of so many and :meth:`confirm` need to be quick.
@@ -193,7 +200,7 @@ class NodePlacementActor:
             lease.daemon = True
             lease.start()
             return replace(outcome, fillers=())
-        return outcome
+        return replace(outcome, foreign_gpus=tuple(sorted(self._reserver.foreign)))
 
     def _run_out(self) -> None:
         """Nobody came. GPUs that cannot be let go are so with the end of this process."""
@@ -214,11 +221,13 @@ class NodePlacementActor:
         bundle_of = self._reserver.confirm(order, prepared, group, bundles)
         if bundle_of is None:
             return None
-        topology = hardware_of(self._last_facts(), self._gpu_count).topology
+        machine = hardware_of(self._last_facts(), self._gpu_count)
+        topology = machine.topology
         gpus, size = [gpu for one in prepared.sets for gpu in one], len(prepared.sets[0])
         slowest, resorted = slowest_group(topology, gpus, size), slowest_group(topology, sorted(gpus), size)
         rays = score(topology, prepared.ray_gpus)
-        return Part(prepared.sets, bundle_of, slowest, resorted, prepared.ray_gpus, rays, prepared.share)
+        mig = _profile(machine, order, gpus)
+        return Part(prepared.sets, bundle_of, slowest, resorted, prepared.ray_gpus, rays, prepared.share, mig)
 
     def release(self, orders: Sequence[tuple[str, PlacementGroup]]) -> None:
         """Gives groups back. Harmless if they are gone already."""
@@ -253,3 +262,8 @@ class NodePlacementActor:
 
     def _undo(self, filled: Sequence[Filled]) -> None:
         self.release([(one.order.name, one.reserved.group) for one in filled])
+
+
+def _profile(machine: GpuHardware, order: Order, gpus: Sequence[int]) -> str:
+    """That of the MIG instance that an order has; empty for GPUs."""
+    return machine.instances[gpus[0]] if order.needs.profile else ""

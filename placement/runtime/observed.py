@@ -9,8 +9,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from placement.core.snapshot import Snapshot
-from placement.errors import UnknownNode, Unplaceable
+from placement.core.explanation import eligible
+from placement.core.request import Request
+from placement.core.score import Needs
+from placement.core.snapshot import UNKNOWN_PROFILE, Node, Snapshot
+from placement.errors import UnknownGpu, UnknownNode, Unplaceable
 from placement.runtime import groups
 from placement.runtime.discovery import DeadNode, NodeInfo, NodeView
 from placement.runtime.fleet import MOST_LAG_SECONDS, VIEW_LAG_SECONDS, Fleet
@@ -26,6 +29,11 @@ refused by the node and made anew. Where reading them takes long, which it does 
 READING_SECONDS = 0.005
 """For each time that reading them takes so long, they may be :data:`BOOKS_SECONDS` older: a tenth of the time, at most,
 goes into that."""
+
+
+LOCATED_SECONDS = 30.0
+"""How long it is not asked again which GPUs of a node others hold while they hold as many. They may have changed
+places, but to look takes what is free there for a moment."""
 
 
 @dataclass(frozen=True)
@@ -126,11 +134,49 @@ class ObservedCluster:
         self._view.touch(self._fleet.inventory.pop_changed())
         return overlaid(self._view.snapshot(lag_seconds, believed), full or {}, avoided)
 
-    def look(self) -> tuple[Snapshot, dict[str, HeldDeployment]]:
-        """The cluster as it is now, and what is there; waits for nodes that have not said yet what they have."""
+    def locate(self, snapshot: Snapshot, requests: Iterable[Request]) -> bool:
+        """Has nodes looked at on which named GPUs count as other Ray users'; not under the lock.
+
+        The books tell how many GPUs others hold, but not which: for requests that name none, that is enough.
+
+        Returns:
+            Whether any node was looked at, so that another snapshot may say otherwise.
+        """
+        wanted: set[str] = set()
+        for request in requests:
+            if request.needs.named and request.provider is None:
+                allowed = eligible(snapshot, request)
+                doubtful = (node for node in snapshot.nodes if _counts_as_others(node, request.needs))
+                wanted |= {node.id for node in doubtful if snapshot.bit(node.id) & allowed}
+        wanted = {node_id for node_id in wanted if not self._is_located(snapshot.node(node_id))}
+        wanted -= self._fleet.agents.suspect()
+        if not wanted:
+            return False
+        self._fleet.locate([info for info in self.nodes_lately() if info.id in wanted])
+        with self._state.lock:
+            self.touch(wanted)
+        return True
+
+    def _is_located(self, node: Node) -> bool:
+        """Whether it is known well enough which GPUs of a node others hold: as many as when somebody looked."""
+        since = time.monotonic() - self._fleet.located.get(node.id, float("-inf"))
+        foreign = self._fleet.foreign.get(node.id, frozenset())
+        usable = [gpu for gpu in foreign if node.slots.get(gpu) != UNKNOWN_PROFILE]
+        return since < LOCATED_SECONDS and len(node.held - node.holders.keys()) == len(usable)
+
+    def look(self, requests: Iterable[Request] = ()) -> tuple[Snapshot, dict[str, HeldDeployment]]:
+        """The cluster as it is now, and what is there; waits for nodes that have not said yet what they have.
+
+        Args:
+            requests: what is to be planned with it; see :meth:`locate`.
+        """
         nodes = self.nodes()
         self._fleet.inventory.refresh(nodes)
         self.read()
+        with self._state.lock:
+            snapshot, held = self.snapshot(nodes), self._state.held()
+        if not self.locate(snapshot, requests):
+            return snapshot, held
         with self._state.lock:
             return self.snapshot(nodes), self._state.held()
 
@@ -146,7 +192,7 @@ class ObservedCluster:
             fresh: begin with everything as it is now.
 
         Raises:
-            UnknownNode, Unplaceable: what ``decide`` raised last.
+            UnknownNode, UnknownGpu, Unplaceable: what ``decide`` raised last.
         """
         nodes = self.nodes() if fresh else self.nodes_lately()
         is_fresh = fresh
@@ -154,12 +200,18 @@ class ObservedCluster:
             changed_at = self._fleet.changed_at
             try:
                 return decide(nodes, VIEW_LAG_SECONDS, is_fresh)
-            except (Unplaceable, UnknownNode) as error:
+            except (Unplaceable, UnknownNode, UnknownGpu) as error:
                 refusal = error
                 if not self._fleet.catch_up(changed_at) and is_fresh:
                     break
                 if looks_left:
                     nodes, is_fresh = self.nodes(), True
-        with contextlib.suppress(Unplaceable, UnknownNode):
+        with contextlib.suppress(Unplaceable, UnknownNode, UnknownGpu):
             return decide(nodes, MOST_LAG_SECONDS, True)
         raise refusal
+
+
+def _counts_as_others(node: Node, needs: Needs) -> bool:
+    """Whether GPUs that are named are taken, and by nobody whom this service knows."""
+    mask = node.named_mask(needs)
+    return any(mask >> gpu & 1 and gpu not in node.holders for gpu in node.held)

@@ -26,6 +26,7 @@ class GpuHardware:
         gpu_memory_bytes: memory of one whole GPU; ``None`` if unknown.
         free_memory: GPU -> bytes that NVML shows as free.
         capability: the lowest compute capability; ``None`` if unknown.
+        uuids: slot -> UUID of the GPU, or of the MIG instance, as far as it is known.
     """
 
     topology: Topology
@@ -34,6 +35,7 @@ class GpuHardware:
     gpu_memory_bytes: int | None = None
     free_memory: Mapping[int, int] = field(default_factory=dict)
     capability: tuple[int, int] | None = None
+    uuids: Mapping[int, str] = field(default_factory=dict)
 
     def node(self, free: Iterable[int], rests: Mapping[int, int]) -> Node:
         """The machine as the planner sees it, with these GPUs free."""
@@ -48,6 +50,7 @@ class GpuHardware:
             instances={slot: profile for slot, profile in self.instances.items() if slot in sound},
             gpu_memory_bytes=self.gpu_memory_bytes,
             free_memory=self.free_memory,
+            uuids=self.uuids,
         )
 
 
@@ -66,6 +69,7 @@ def hardware_of(facts: NodeFacts | None, gpu_count: int) -> GpuHardware:
             if gpu.memory_total_bytes is not None and gpu.memory_used_bytes is not None
         },
         capability=facts.compute_capability,
+        uuids=facts.uuids,
     )
 
 
@@ -150,13 +154,14 @@ class Steering:
 class Refused:
     """Nothing is held. ``full``: there were too few free GPUs, rather than too much interference.
 
-    ``at_most``: so many are free, if that is known.
+    ``at_most``: so many are free, if that is known. ``foreign_gpus``: those that other Ray users held, if it was seen.
     """
 
     reason: str
     attempts: int
     full: bool
     at_most: int | None = None
+    foreign_gpus: tuple[int, ...] | None = None
 
     def at(self, node_id: str, node_name: str, at_most: int | None = None) -> Refusal:
         """The same, told of a node; with ``at_most``, where nothing better is known."""

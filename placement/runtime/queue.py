@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -218,6 +219,9 @@ class WaitingQueue:
             snapshot = self._cluster.snapshot(nodes)
             queue = [one for one in self._in_turn(names, tickets) if one.name not in busy]
             found, waiting = self._look_at(queue, snapshot)
+        if self._cluster.locate(snapshot, [desired.request for _, desired, _ in waiting]):
+            with self._state.lock:
+                snapshot = self._cluster.snapshot(nodes)
         decided = admit(waiting, snapshot)
         # What a node has that has not said so yet is nothing to wait for, and no reason to ask for another.
         usable = admit(waiting, _without(snapshot, unknown)) if unknown else decided
@@ -373,6 +377,8 @@ def _unmet(desired: Desired, observed: Mapping[int, Observed], decision: Decisio
         decision = reconcile(replace(desired, gang=False), observed, decision.snapshot)
         waits = _waits(decision)
     request = desired.request
+    if request.needs.named:
+        request = replace(request, standing=Counter(one.parts[0].node_id for one in observed.values()))
     needs = _needs_of(request, waits)
     if request.provider is None and request.stages > 1 and request.parts == 1 and not request.spread_label:
         sets = replace(request, replicas=tuple(range(len(needs))), stages=1)

@@ -26,7 +26,7 @@ from placement.core.replicas import PlannedReplica
 from placement.core.request import Request, Told
 from placement.core.roles import tell
 from placement.core.snapshot import Policy, Snapshot
-from placement.errors import LeaseExpired, ReservationFailed, Unplaceable
+from placement.errors import LeaseExpired, ReservationFailed, UnknownGpu, Unplaceable
 from placement.runtime import faults
 from placement.runtime.actions import Actions
 from placement.runtime.discovery import NodeInfo
@@ -121,7 +121,7 @@ class Reconciler:
         """Decides and acts until nothing is left to do; what is there then.
 
         Raises:
-            UnknownNode: its constraints name a node that is not there, and are new.
+            UnknownNode, UnknownGpu: its constraints name a node or a GPU that is not there, and are new.
             Unplaceable, ReservationFailed: it does not fit, and the change is atomic. What was there before still is;
                 where it had to be released first, it is placed anew, or waits.
             LeaseExpired: its caller has gone.
@@ -278,7 +278,7 @@ class Reconciler:
                 elif isinstance(action, Release):
                     self._release_some(work, action.indices, in_place=reserves)
                 elif isinstance(action, Wait):
-                    request = request_unchecked(work.wanted.deployment, action.indices, {})
+                    request = request_unchecked(work.wanted.deployment, action.indices, work.wanted.nodes())
                     ends = self.outlook(request, action.indices)
                     self._wait(work, {i: f"{action.refusal}{ends.get(i, '')}" for i in action.indices})
                 elif isinstance(action, Reserve) and not self._reserve(work, action, claims.pop(0), nodes):
@@ -302,8 +302,12 @@ class Reconciler:
                 else:
                     inventory.refresh(nodes, patience_seconds=0.0)
                 avoided |= inventory.unknown_nodes(nodes)
+            if deployment.needs.named and fresh:
+                with self.state.lock:
+                    snapshot = self.cluster.snapshot(nodes, lag_seconds)
+                self.cluster.locate(snapshot, [request_unchecked(deployment, (), {})])
             if avoided:
-                with contextlib.suppress(Unplaceable):
+                with contextlib.suppress(Unplaceable, UnknownGpu):
                     return nodes, *self._decide_with(work, nodes, lag_seconds, fresh, avoided)
                 if deployment.gpus_per_replica:
                     inventory.refresh(nodes)
@@ -357,7 +361,7 @@ class Reconciler:
         """Under the lock.
 
         Raises:
-            UnknownNode: its constraints name a node that is not there, and are new.
+            UnknownNode, UnknownGpu: its constraints name a node or a GPU that is not there, and are new.
         """
         desired, observed = self.seen(work.wanted, snapshot, work.strict, lent=work.lending is not None)
         if work.told is not None:
@@ -468,7 +472,7 @@ class Reconciler:
         name = work.wanted.name
         for refusal in refusals:
             work.refused.add(refusal.node_id)
-            if refusal.full:
+            if refusal.full and not work.wanted.deployment.named:  # of these it is known now who has them
                 fewer = work.wanted.deployment.gpus_per_replica - 1
                 work.full[refusal.node_id] = fewer if refusal.at_most is None else refusal.at_most
             work.attempts += refusal.attempts

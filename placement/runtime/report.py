@@ -327,6 +327,7 @@ def _node(info: NodeInfo, seen: Observed, held: _Held) -> dict[str, Any]:
     if available is not None:
         others = max(0, math.ceil(info.gpu_count - available.get("GPU", 0.0) - ours - 1e-6))
         located = located[:others]
+    uuids = facts.uuids if facts is not None else {}
     instances = {gpu.ordinal: gpu.instance for gpu in facts.gpus} if facts is not None else {}
     lost = {gpu.ordinal: ", ".join(gpu.errors) for gpu in facts.gpus if gpu.lost} if facts is not None else {}
     gpus = []
@@ -334,7 +335,7 @@ def _node(info: NodeInfo, seen: Observed, held: _Held) -> dict[str, Any]:
         here = occupants.get(ordinal, [])
         unused = "unknown" if ordinal in lost else "free"
         state = "held" if here else "other" if ordinal in located else unused
-        gpus.append(_gpu(ordinal, state, here, instances.get(ordinal), lost.get(ordinal)))
+        gpus.append(_gpu(ordinal, state, here, instances.get(ordinal), lost.get(ordinal), uuids.get(ordinal)))
     return {
         "id": info.id,
         "name": info.name,
@@ -382,11 +383,17 @@ def _dead_node(dead: DeadNode, held: _Held, at: float) -> dict[str, Any]:
 
 
 def _gpu(
-    ordinal: int, state: str, occupants: list[dict[str, Any]], mig: str | None, problem: str | None
+    ordinal: int,
+    state: str,
+    occupants: list[dict[str, Any]],
+    mig: str | None,
+    problem: str | None,
+    uuid: str | None = None,
 ) -> dict[str, Any]:
     first = occupants[0] if occupants else {"deployment": None, "replica": None}
     return {
         "ordinal": ordinal,
+        "uuid": uuid,
         "state": state,
         "deployment": first["deployment"],
         "replica": first["replica"],

@@ -29,6 +29,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+from placement.core.explanation import gpu_names
 from placement.core.score import WHOLE, Needs, choose, ray_set, score
 from placement.core.snapshot import Node
 from placement.core.topology import Topology
@@ -167,7 +168,8 @@ class NodeReserver:
                 got = tuple(sorted(slots))
                 # Others moved GPUs, and what was got instead is no worse: then it will do.
                 free_then = machine.node(got, {})
-                as_good = not more and needs.whole and len(free_then.free) == count and not order.exactly
+                sound = free_then.free_mask(needs._replace(free_memory_bytes=0))
+                as_good = not more and needs.whole and sound.bit_count() == count and not order.exactly
                 as_good = as_good and score(topology, got) >= score(topology, wanted)
                 if got == wanted or (as_good and choose(topology, got, needs._replace(free_memory_bytes=0))):
                     self._held[order.name] = Holding(order.deployment, got)
@@ -264,6 +266,13 @@ class NodeReserver:
                 self._foreign = None
             time.sleep(BOOKS_LAG_SECONDS / 2)
         return Steering(wanted, got, count, attempt)
+
+    def locate(self) -> frozenset[int]:
+        """Which GPUs other Ray users hold; looked at anew, whatever is known."""
+        self._foreign = None
+        if self._look(1) is None:
+            self._foreign = frozenset(range(self._gpu_count)) - self._ours()
+        return self.foreign
 
     def look_ahead(self, count: int) -> None:
         """Sees to it that :meth:`prepare`, which is about to follow, need neither look nor wait for the books."""
@@ -585,6 +594,8 @@ def _best(node: Node, topology: Topology, needs: Needs, more: int) -> tuple[int,
 
 def _none_free(needs: Needs, sets: int = 1) -> str:
     """Why there are no GPUs for it."""
+    if needs.named:
+        return f"too few of {gpu_names(needs.named)} are free, sound and as close as demanded for {sets * needs.gpus}"
     if needs.profile:
         return f"none of its MIG instances {needs.profile} is free"
     if sets > 1:

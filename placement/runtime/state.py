@@ -386,6 +386,7 @@ class Tally:
         egress: resource -> units of both.
         serving: (provider, key fingerprint) -> replicas of both.
         deployments: name -> replicas of both.
+        holders: GPU -> deployments of both that have all or some of it, one for each replica.
         cpu_milli, memory_bytes: CPUs (thousandths) and memory of both.
     """
 
@@ -395,12 +396,15 @@ class Tally:
     egress: Counter[str] = field(default_factory=Counter)
     serving: Counter[tuple[str, str]] = field(default_factory=Counter)
     deployments: Counter[str] = field(default_factory=Counter)
+    holders: dict[int, list[str]] = field(default_factory=dict)
     cpu_milli: int = 0
     memory_bytes: int = 0
 
     def add(self, deployment: Deployment, replica: PlannedReplica) -> None:
         """Counts one replica, but for its whole GPUs."""
         self.deployments[deployment.name] += 1
+        for gpu in replica.gpus:
+            self.holders.setdefault(gpu, []).append(deployment.name)
         self.cpu_milli += replica.cpu_milli
         self.memory_bytes += replica.memory_bytes
         if replica.share < WHOLE:

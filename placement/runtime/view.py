@@ -12,7 +12,7 @@ from placement.runtime.orders import GpuHardware
 from placement.runtime.state import Tally
 
 _Read = tuple[float | None, ...]
-"""What of Ray's free resources of a node counts here: GPUs, CPUs, memory, and its egress resources."""
+"""What of Ray's free resources of a node counts here: GPUs, CPUs, memory, its egress resources, and custom ones."""
 
 
 class ClusterView:
@@ -88,7 +88,8 @@ class ClusterView:
             if info is None:
                 continue
             free = available.get(node_id, _NOTHING)
-            read = (free.get("GPU"), free.get("CPU"), free.get("memory"), *map(free.get, info.egress))
+            named = ("GPU", "CPU", "memory", *info.egress, *info.resources)
+            read = tuple(map(free.get, named))
             if self._read.get(node_id) != read:
                 self._read[node_id] = read
                 self._dirty.add(node_id)

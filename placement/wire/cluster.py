@@ -26,7 +26,7 @@ from placement.wire.text import printable, read_text
 
 _AS_THEY_ARE = (
     "egress", "problem", "rests", "slots", "instances", "gpu_memory_bytes", "free_memory", "cpu_milli",
-    "memory_bytes", "labels", "compute_capability",
+    "memory_bytes", "labels", "compute_capability", "uuids", "resources",
 )  # fmt: skip
 """Fields that a node has in a file as it has them in a snapshot."""
 
@@ -173,11 +173,17 @@ class ClusterNode(Model):
     rests: dict[int, int] = Field(default_factory=dict, description="shared GPU -> thousandths left")
     slots: dict[int, str] = Field(default_factory=dict, description="slot that is a MIG instance -> profile")
     instances: dict[int, str] = Field(default_factory=dict, description="those of them that are free")
+    uuids: dict[int, str] = Field(
+        default_factory=dict, description="slot -> UUID of the GPU, or of the MIG instance"
+    )
     gpu_memory_bytes: int | None = None
     free_memory: dict[int, int] = Field(default_factory=dict, description="GPU -> bytes free, by NVML")
     cpu_milli: int = 0
     memory_bytes: int = 0
     labels: dict[str, str] = Field(default_factory=dict)
+    resources: dict[str, int] = Field(
+        default_factory=dict, description="custom resource of Ray's -> ten-thousandths free"
+    )
     accelerators: tuple[str, ...] = ()
     compute_capability: tuple[int, int] | None = None
     deployments: tuple[str, ...] = ()
@@ -241,10 +247,13 @@ class ClusterFile(Model):
         machines = {key: _topology(key, machine) for key, machine in self.machines.items()}
         deployments: Counter[tuple[str, str]] = Counter()
         serving: Counter[tuple[str, tuple[str, str]]] = Counter()
+        holders: dict[str, dict[int, list[str]]] = {}
         for held in self.deployments:
             for replica in held.replicas:
                 calls = held.declared(replica).calls
                 deployments[replica.node, held.deployment.name] += 1
+                for gpu in replica.gpus:
+                    holders.setdefault(replica.node, {}).setdefault(gpu, []).append(held.deployment.name)
                 if calls is not None:
                     serving[replica.node, calls] += 1
         nodes: dict[str, Node] = {}
@@ -272,6 +281,7 @@ class ClusterFile(Model):
                 # Of what is about to be placed there only the name is known.
                 deployments={name: max(1, deployments[one.id, name]) for name in one.deployments},
                 serving={calls: max(1, serving[one.id, calls]) for calls in one.serving},
+                holders={gpu: tuple(sorted(names)) for gpu, names in holders.get(one.id, {}).items()},
                 **{name: getattr(one, name) for name in _AS_THEY_ARE},
             )
         seen: set[str] = set()
@@ -333,10 +343,12 @@ def load_cluster(path: Path) -> ClusterFile:
 
 def _contradiction(one: ClusterNode, count: int) -> str | None:
     """What a node cannot be, with so many GPUs; ``None`` if nothing."""
-    for field in ("free", "rests", "slots", "instances", "free_memory"):
+    for field in ("free", "rests", "slots", "instances", "free_memory", "uuids"):
         strange = sorted(set(getattr(one, field)) - set(range(count)))
         if strange:
             return f"{field} names GPU {shortened(str(strange[0]))}, but it has {counted(count, 'GPU')}"
+    if len(set(one.uuids.values())) < len(one.uuids):
+        return "uuids gives two GPUs the same; each has its own"
     for field, clashing in (("rests", one.rests), ("slots", one.slots)):
         both = sorted(set(one.free) & set(clashing))
         if both:
@@ -348,7 +360,7 @@ def _contradiction(one: ClusterNode, count: int) -> str | None:
             here, there = (shortened(text) for text in (profile, one.slots.get(slot, "nothing")))
             return f"instances has {here!r} at GPU {slot}, slots has {there!r}; make them the same"
     amounts = {"cpu_milli": one.cpu_milli, "memory_bytes": one.memory_bytes}
-    for name in ("egress", "rests", "free_memory"):
+    for name in ("egress", "rests", "free_memory", "resources"):
         amounts |= {f"{name}.{key}": amount for key, amount in getattr(one, name).items()}
     for field, amount in amounts.items():
         most = WHOLE - 1 if field.startswith("rests.") else _MOST  # one that is wholly left is free

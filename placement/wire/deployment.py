@@ -29,8 +29,8 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from placement.core.labels import parse_condition
 from placement.core.request import Bundle, Strategy
 from placement.core.roles import RoleLink, Roles, Via
-from placement.core.score import GIB, WHOLE, Needs, Within
-from placement.core.snapshot import Policy
+from placement.core.score import ANY_PROFILE, GIB, WHOLE, GpuName, Needs, Within
+from placement.core.snapshot import UNIT, Policy
 from placement.errors import InvalidDeployment, MissingSecret, counted
 from placement.wire.base import Model
 from placement.wire.runtimes import Runtime, infer_runtime, runtime_before
@@ -57,6 +57,7 @@ _SECRET_PATTERN = re.compile(
     r"api[_-]?key|secret|passw(or)?d|credential|authorization|private[_-]?key|(^|[_-])token$", re.IGNORECASE
 )
 _MIG_PATTERN = re.compile(r"([1-8]c\.)?[1-8]g\.\d{1,3}gb([+-][a-z.]+)?")
+_UUID_PATTERN = re.compile(r"(GPU|MIG)-[A-Za-z0-9/-]{4,120}")
 _PROVIDER_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _WORD_PATTERN = re.compile(r"[A-Za-z_-]{1,31}\d?")
 """What may be shown where a key might have been pasted: no key looks like this."""
@@ -164,6 +165,21 @@ def _check_name(value: str, what: str) -> str:
         raise ValueError(
             f"{value[:80]!r} is not a name Ray groups can carry; use letters, digits, '.', '_' and '-', "
             "start with a letter or digit, at most 63 characters"
+        )
+    return value
+
+
+def _gpu_name(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        if not 0 <= value < MOST:
+            raise ValueError(f"{value} is no GPU of a node; use 0 or more, as `placement status` shows them")
+        return value
+    if not isinstance(value, str) or not _UUID_PATTERN.fullmatch(value):
+        shown = repr(value[:80] if isinstance(value, str) else value)
+        raise ValueError(
+            f"{shown} names no GPU; write its ordinal, such as 2, or its UUID: GPU-... or MIG-..."
         )
     return value
 
@@ -393,6 +409,11 @@ class PlacementConstraints(_Declared):
     """
 
     gpu_nodes: tuple[Named, ...] | None = Field(default=None, min_length=1)
+    gpus: tuple[Annotated[GpuName, BeforeValidator(_gpu_name)], ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="only these GPUs, all of one node: ordinals as `placement status` shows them, or UUIDs",
+    )
     egress_nodes: tuple[Named, ...] | None = Field(default=None, min_length=1)
     egress_preference: tuple[Named, ...] = Field(
         default=(), description="egress nodes to try first, best first"
@@ -430,6 +451,14 @@ class PlacementConstraints(_Declared):
             parse_condition(condition)
         return value
 
+    @field_validator("gpus")
+    @classmethod
+    def _each_once(cls, value: tuple[GpuName, ...] | None) -> tuple[GpuName, ...] | None:
+        twice = next((name for name in value or () if (value or ()).count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"names {twice} twice; name each GPU once")
+        return value and tuple(sorted(value, key=lambda name: (isinstance(name, str), name)))
+
     @model_validator(mode="after")
     def _no_contradiction(self) -> PlacementConstraints:
         both = sorted(set(self.apart_from) & set(self.near_to))
@@ -455,11 +484,14 @@ class BundleLayout(_Declared):
     bundles: tuple[dict[str, float], ...] = Field(
         min_length=1,
         max_length=MOST_BUNDLES,
-        description='what each takes: {"GPU": 1, "CPU": 4, "memory": 1e9}',
+        description='what each takes: {"GPU": 1, "CPU": 4, "memory": 1e9}, and custom resources',
     )
     strategy: Strategy = Field(default=Strategy.PACK, description="as in Ray")
     bundle_label_selector: tuple[dict[Annotated[str, MOST_LABEL], str], ...] = Field(
         default=(), description="label -> condition, in Ray's syntax, for each bundle; as in Ray"
+    )
+    domain_label: Annotated[str, MOST_LABEL] | None = Field(
+        default=None, description="all bundles on nodes with one value of this label; Ray's topology_strategy"
     )
 
     @field_validator("bundles")
@@ -467,10 +499,10 @@ class BundleLayout(_Declared):
     def _amounts(cls, value: tuple[dict[str, float], ...]) -> tuple[dict[str, float], ...]:
         for i, bundle in enumerate(value):
             for resource, amount in bundle.items():
-                if resource not in ("GPU", "CPU", "memory"):
+                if is_egress(resource) or resource == "object_store_memory":
                     raise ValueError(
-                        f"bundle {i} asks for {resource}, and only GPU, CPU and memory are planned with; choose nodes "
-                        "by bundle_label_selector, or call ray.util.placement_group, which chooses no GPUs"
+                        f"bundle {i} asks for {resource}, which is not planned with for a group; leave it out, or "
+                        "call ray.util.placement_group, which chooses no GPUs"
                     )
                 most = 2**60 if resource == "memory" else MOST
                 if not 0 <= amount <= most:
@@ -509,15 +541,25 @@ class BundleLayout(_Declared):
                 "give one for each bundle, or none"
             )
         if self.on_one_node:
-            together: dict[str, str] = {}
-            for labels in self.labels:
-                for key, condition in labels.items():
-                    if together.setdefault(key, condition) != condition:
-                        raise ValueError(
-                            f"bundle_label_selector asks for {key} {together[key]!r} and {condition!r} of one node; "
-                            "write the condition that both mean"
-                        )
+            self.check_labels_agree()
+        for i, (bundle, labels) in enumerate(zip(self.bundles, self.labels, strict=True)):
+            if self.domain_label in labels and not _has_gpus(bundle):
+                raise ValueError(
+                    f"bundle {i} has no GPUs and a condition on {self.domain_label}, which is that of the bundles "
+                    "with GPUs; leave the condition out"
+                )
         return self
+
+    def check_labels_agree(self) -> None:
+        """Refuses conditions that contradict each other where all bundles are on one node."""
+        together: dict[str, str] = {}
+        for labels in self.labels:
+            for key, condition in labels.items():
+                if together.setdefault(key, condition) != condition:
+                    raise ValueError(
+                        f"bundle_label_selector asks for {key} {together[key]!r} and {condition!r} of one node; "
+                        "write the condition that both mean"
+                    )
 
     @property
     def gpus(self) -> int | float:
@@ -548,10 +590,20 @@ class BundleLayout(_Declared):
                 round(bundle.get("CPU", 0) * 1000),
                 round(bundle.get("memory", 0)),
                 tuple(sorted(labels.items())),
+                tuple(
+                    (resource, round(amount * UNIT))
+                    for resource, amount in sorted(bundle.items())
+                    if resource not in ("GPU", "CPU", "memory") and amount
+                ),
             )
             for bundle, labels in zip(self.bundles, self.labels, strict=True)
             if _has_gpus(bundle) or self.strategy is Strategy.STRICT_PACK
         ]
+
+
+def is_egress(resource: str) -> bool:
+    """Whether a resource of Ray's says how many requests a node may carry: ``egress``, ``egress_<provider>``."""
+    return resource == "egress" or resource.startswith("egress_")
 
 
 def _has_gpus(bundle: Mapping[Any, float]) -> bool:
@@ -851,6 +903,7 @@ class Deployment(_Declared):
         self._check_cpus()
         self._check_layout()
         self._check_parallelism()
+        self._check_named()
         if self.mig is not None and (self.gpus or 0) > 1:
             raise ValueError(
                 f"mig: {self.mig} and gpus: {self.gpus} ask for tensor parallelism across MIG instances; "
@@ -958,17 +1011,15 @@ class Deployment(_Declared):
     def _check_layout(self) -> None:
         if self.placement_group is None:
             return
-        say_it_twice = (
-            "gpus",
-            "gpu_memory_gib",
-            "mig",
-            "tensor_parallel",
-            "pipeline_parallel",
-            "constraints",
-        )
-        for field in say_it_twice:
+        for field in ("gpus", "gpu_memory_gib", "mig", "tensor_parallel", "pipeline_parallel"):
             if getattr(self, field) is not None:
                 raise ValueError(f"placement_group says all of what is asked for; leave {field} out")
+        limits = self.constraints or PlacementConstraints()
+        if limits.model_copy(update={"gpus": None}) != PlacementConstraints():
+            raise ValueError(
+                "placement_group says all of what is asked for, but for constraints.gpus; leave the other "
+                "constraints out"
+            )
         if self.replicas > 1:
             raise ValueError(f"placement_group is one replica, not {self.replicas}; leave replicas out")
         if self.remote:
@@ -978,6 +1029,45 @@ class Deployment(_Declared):
                 f"placement_group is created by its caller, and owner is {self.owner}; call "
                 "placement.placement_group, or set owner to caller"
             )
+
+    def _check_named(self) -> None:
+        """Refuses GPUs that are named, and cannot be had as they are asked for."""
+        if not self.named:
+            return
+        if self.remote:
+            raise ValueError(
+                f"constraints.gpus names GPUs, and {self.runtime_name} is remote; leave constraints.gpus out"
+            )
+        kinds = {name[:3] for name in self.named if isinstance(name, str)}
+        if len(kinds) > 1:
+            raise ValueError("constraints.gpus names GPUs and MIG instances; name one kind of them")
+        if "GPU" in kinds and self.mig is not None:
+            raise ValueError(
+                f"constraints.gpus names GPUs, and mig: {self.mig} is an instance; name one of these"
+            )
+        asked, by_memory = self._gpus_asked, self.gpu_memory_gib is not None
+        if "MIG" in kinds and (self.gpus_per_replica > 1 or isinstance(asked, float) or by_memory):
+            raise ValueError(
+                f"constraints.gpus names MIG instances, and a replica is one of them, all of it; "
+                f"{NO_LINKS_BETWEEN_INSTANCES}; ask for 1 GPU per replica"
+            )
+        each = WHOLE // self.needs.share if self.needs.share < WHOLE else 1
+        most = len(self.named) * each // self.gpus_per_replica
+        if self.replicas > most and not by_memory:
+            many = f"{self.replicas} replicas need" if self.replicas > 1 else "a replica needs"
+            needed = -(-self.replicas * self.gpus_per_replica // each)
+            raise ValueError(
+                f"constraints.gpus names {counted(len(self.named), 'GPU')}, and {many} {needed}; name more, or ask "
+                "for less"
+            )
+        if self.placement_group is not None:
+            several = sum(map(_has_gpus, self.placement_group.bundles)) > 1
+            if several and self.placement_group.strategy is Strategy.STRICT_SPREAD:
+                raise ValueError(
+                    "constraints.gpus names GPUs of one node, and STRICT_SPREAD wants each bundle on a node of its "
+                    "own; use PACK, or make a group for each node"
+                )
+            self.placement_group.check_labels_agree()
 
     def _check_parallelism(self) -> None:
         tensor, pipeline = self.tensor_parallel, self.pipeline_parallel
@@ -1053,6 +1143,11 @@ class Deployment(_Declared):
         return gpus if isinstance(gpus, int) else 1
 
     @property
+    def named(self) -> tuple[GpuName, ...]:
+        """The GPUs that are named; empty for any."""
+        return (self.constraints and self.constraints.gpus) or ()
+
+    @property
     def _gpus_asked(self) -> int | float | None:
         return self.gpus if self.placement_group is None else self.placement_group.gpus
 
@@ -1073,6 +1168,7 @@ class Deployment(_Declared):
     def needs(self) -> Needs:
         """What each tensor-parallel group of a replica needs of a node's GPUs; mostly that is all of it."""
         limits, gpus = self.constraints, self._gpus_asked
+        instance = any(str(name).startswith("MIG-") for name in self.named)
         return Needs(
             gpus=self.gpus_per_replica // self.stages,
             within=self.within or Within.NODE,
@@ -1080,7 +1176,8 @@ class Deployment(_Declared):
             share=round(gpus * WHOLE) if isinstance(gpus, float) else WHOLE,
             memory_bytes=round((self.gpu_memory_gib or 0) * GIB),
             free_memory_bytes=round(((limits and limits.min_free_gpu_memory_gib) or 0) * GIB),
-            profile=self.mig or "",
+            profile=self.mig or (ANY_PROFILE if instance else ""),
+            named=self.named,
         )
 
     @property
@@ -1133,7 +1230,7 @@ class Deployment(_Declared):
         of_each_kind: dict[Transport, set[str]] = {
             "local_gpu": {
                 "gpu_nodes", "accelerators", "min_compute_capability", "min_free_gpu_memory_gib", "cpus_per_gpu",
-                "memory_gib_per_gpu",
+                "memory_gib_per_gpu", "gpus",
             },
             "local_cpu": {"cpu_nodes"},
             "remote_network": {"egress_nodes", "egress_preference"},

@@ -118,6 +118,11 @@ class NodeFacts(Model):
         return {gpu.ordinal: gpu.instance for gpu in self.gpus if gpu.instance is not None}
 
     @property
+    def uuids(self) -> dict[int, str]:
+        """Slot -> UUID of the GPU, or of the MIG instance, as far as it is known."""
+        return {gpu.ordinal: gpu.uuid for gpu in self.gpus if gpu.uuid is not None}
+
+    @property
     def gpu_memory_bytes(self) -> int | None:
         """Memory of one whole GPU, the smallest if they differ; ``None`` if that of any is unknown."""
         totals = [gpu.memory_total_bytes for gpu in self.gpus if gpu.instance is None and not gpu.lost]

@@ -9,16 +9,18 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter, itemgetter
 from typing import Any, Literal
 
+from placement.core.bundles import summed
 from placement.core.explanation import Explanation, explain
 from placement.core.mix import Mix
 from placement.core.planner import Step
 from placement.core.reconcile import Decision, Desired, Drop, Observed, Reserve, Wait, outcome, reconcile
 from placement.core.replicas import Plan, PlannedReplica
-from placement.core.request import Bundle, Request, Strategy
+from placement.core.request import Bundle, Request, Resources, Strategy
 from placement.core.roles import tell
 from placement.core.score import WHOLE, slowest_group
-from placement.core.snapshot import Policy, Snapshot
-from placement.errors import GroupStands, UnknownNode, Unplaceable
+from placement.core.snapshot import Node, Policy, Snapshot
+from placement.core.topology import ordinals
+from placement.errors import GroupStands, UnknownGpu, UnknownNode, Unplaceable
 from placement.wire.cluster import HeldDeployment
 from placement.wire.deployment import Deployment, PlacementConstraints
 from placement.wire.groups import groups_of, links_of, located, together
@@ -266,6 +268,7 @@ def request_of(
     Raises:
         UnknownNode: its constraints name a node that is not there; while ``mending``, only such nodes, since a
             node that it named may be the one that died.
+        UnknownGpu: they name a GPU that no node has.
     """
     limits = wanted.constraints or PlacementConstraints()
     for limit in ("gpu_nodes", "egress_nodes", "egress_preference", "cpu_nodes"):
@@ -274,7 +277,18 @@ def request_of(
             if not snapshot.named([name]) and not (mending and snapshot.named(names)):
                 known = tuple(node.name for node in snapshot.nodes)
                 raise UnknownNode(f"constraints.{limit}", name, known)
+    having = [node for node in snapshot.nodes if len(node.topology)]
+    for gpu in limits.gpus or ():
+        if having and not mending and all(node.slot_of(gpu) is None for node in having):
+            raise UnknownGpu("constraints.gpus", gpu, _gpus_like(having, gpu))
     return request_unchecked(wanted, missing, standing, others)
+
+
+def _gpus_like(nodes: Iterable[Node], name: int | str) -> tuple[str, ...]:
+    """The GPUs that there are, each with its node, in the way in which one is named."""
+    if isinstance(name, str):
+        return tuple(f"{uuid} ({node.name})" for node in nodes for uuid in node.uuids.values())
+    return tuple(f"{ordinals(range(len(node.topology)))} ({node.name})" for node in nodes)
 
 
 def request_unchecked(
@@ -285,7 +299,7 @@ def request_unchecked(
 ) -> Request:
     """The same, whether the nodes that it names are there or not."""
     limits = wanted.constraints or PlacementConstraints()
-    labels, bundles = limits.node_labels, tuple[Bundle, ...]()
+    labels, bundles, resources = limits.node_labels, tuple[Bundle, ...](), _NO_RESOURCES
     cpu_milli = wanted.cpu_milli or wanted.cpu_milli_per_gpu * wanted.needs.gpus
     memory_bytes = wanted.memory_bytes or wanted.memory_bytes_per_gpu * wanted.needs.gpus
     if (layout := wanted.placement_group) is not None:
@@ -294,7 +308,8 @@ def request_unchecked(
             sum(one.cpu_milli for one in bundles),
             sum(one.memory_bytes for one in bundles),
         )
-        if layout.on_one_node:
+        resources = summed(one.resources for one in bundles)
+        if layout.on_one_node or limits.gpus:
             labels, bundles = {key: value for one in bundles for key, value in one.labels}, ()
     return Request(
         deployment=wanted.name,
@@ -330,7 +345,12 @@ def request_unchecked(
         standing=dict(standing),
         bundles=bundles,
         strategy=layout.strategy if layout and bundles else Strategy.STRICT_PACK,
+        domain_label=layout.domain_label if layout else None,
+        resources=resources,
     )
+
+
+_NO_RESOURCES: Resources = ()
 
 
 def mix_of(snapshot: Snapshot, deployments: Iterable[Deployment], mix: Mix | None = None) -> Mix:
@@ -340,7 +360,7 @@ def mix_of(snapshot: Snapshot, deployments: Iterable[Deployment], mix: Mix | Non
     """
     mix = mix or Mix()
     for one in deployments:
-        with contextlib.suppress(UnknownNode):
+        with contextlib.suppress(UnknownNode, UnknownGpu):
             mix = mix.plus(request_of(one, range(one.replicas), {}, snapshot))
     return mix
 
@@ -402,7 +422,7 @@ def _planned(
         order = together(wanted, order)
         if order not in tried:
             tried.append(order)
-            with contextlib.suppress(UnknownNode):
+            with contextlib.suppress(UnknownNode, UnknownGpu):
                 again = list(_carry_out(snapshot, held, wanted, order, atomic))
                 done = again if _without_room(again) < _without_room(done) else done
     return done

@@ -177,7 +177,7 @@ def _traced(row: Row, path: Path) -> tuple[Deployment, float, float | None]:
             continue
         if field in times:
             times[field] = _seconds(text, field, where)
-        elif field in PlacementConstraints.model_fields:
+        elif field in PlacementConstraints.model_fields and field not in Deployment.model_fields:
             limits[field] = [one.strip() for one in text.split("|")] if field in _LISTS else _value(text)
         else:
             fields[field] = text if field in ("name", "model", "mig") else _value(text)

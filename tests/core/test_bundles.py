@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
 from itertools import permutations, product
 
 import pytest
 
 from placement import topologies
-from placement.core.bundles import OTHERS
+from placement.core.bundles import ELSEWHERE, OTHERS, summed
 from placement.core.labels import meets
 from placement.core.planner import plan
 from placement.core.replicas import Plan, PlannedReplica
@@ -17,7 +19,7 @@ from placement.core.request import Bundle, Request, Strategy
 from placement.core.score import Needs, Within, score
 from placement.core.snapshot import Node, Snapshot
 from placement.core.topology import Topology
-from placement.errors import BelowFloor, NotEnoughGpus, Unplaceable
+from placement.errors import BelowFloor, NoGpuNodes, NotEnoughGpus, Unplaceable
 
 PACK, SPREAD, STRICT_SPREAD = Strategy.PACK, Strategy.SPREAD, Strategy.STRICT_SPREAD
 PAIRS = "a100-pcie-4x"
@@ -30,7 +32,13 @@ def node(name: str, machine: str | int = 4, free: str = "", cpus: int = 8, **lab
     return Node(f"id-{name}", name, topology=shape, free=gpus, labels=labels, cpu_milli=cpus * 1000)
 
 
-def request(strategy: Strategy, *bundles: Bundle | int, **needs: object) -> Request:
+def with_resource(node: Node, amount: int) -> Node:
+    return replace(node, resources={"nvlink": amount})
+
+
+def request(
+    strategy: Strategy, *bundles: Bundle | int, domain: str | None = None, **needs: object
+) -> Request:
     """What the wire asks for: bundles of so many GPUs with a CPU for each, or as they are given."""
     each = tuple(Bundle(one, one * 1000) if isinstance(one, int) else one for one in bundles)
     return Request(
@@ -40,6 +48,8 @@ def request(strategy: Strategy, *bundles: Bundle | int, **needs: object) -> Requ
         cpu_milli=sum(one.cpu_milli for one in each),
         bundles=each,
         strategy=strategy,
+        domain_label=domain,
+        resources=summed(one.resources for one in each),
     )
 
 
@@ -107,6 +117,30 @@ def where(outcome: Plan | Unplaceable) -> dict[str, tuple[str, list[int]]]:
             {"a": ("01", [0, 1]), "b": ("23", [2, 3])},
         ),
         (
+            "in one domain: the one that has room for all, though another has the better node",
+            [node("a", free="01", zone="x"), node("b", free="01", zone="x"), node("c", zone="y"), node("d")],
+            request(PACK, 1, 1, 1, 1, domain="zone"),
+            {"c": ("0123", [])},
+        ),
+        (
+            "over the nodes of one domain, the fewest",
+            [node("a", zone="x"), node("b", "dgx-1v", "012", zone="y"), node("c", free="01", zone="x"), node("d")],
+            request(PACK, *[1] * 6, domain="zone"),
+            {"a": ("0123", [0, 1, 2, 3]), "c": ("01", [4, 5])},
+        ),
+        (
+            "spread over the nodes of one domain, the most",
+            [node("a", zone="x"), node("b", zone="y"), node("c", zone="y"), node("d"), node("e")],
+            request(SPREAD, 1, 1, 1, domain="zone"),
+            {"b": ("01", [0, 2]), "c": ("0", [1])},
+        ),
+        (
+            "where their custom resource is",
+            [node("a"), with_resource(node("b"), 15), with_resource(node("c"), 10)],
+            request(PACK, *[Bundle(1, resources=(("nvlink", 10),))] * 2),
+            {"b": ("0", [0]), "c": ("0", [1])},
+        ),
+        (
             "a bundle without GPUs is Ray's to place",
             [node("a")],
             request(PACK, Bundle(0, 1000), Bundle(2)),
@@ -157,6 +191,30 @@ def test_bundles_go_where_the_strategy_says(
             {"has no 2 free GPUs within 'nvlink'": 2},
         ),
         (
+            "each domain has room for some",
+            [node("a", zone="x"), node("b", free="01", zone="y"), node("c")],
+            request(PACK, *[1] * 5, domain="zone"),
+            NotEnoughGpus,
+            "a bundle of 1 GPU finds no room on what the other bundles leave",
+            {"has no label zone": 1, OTHERS: 1, ELSEWHERE: 1},
+        ),
+        (
+            "no node is in a domain",
+            [node("a")],
+            request(PACK, 1, 1, domain="zone"),
+            NoGpuNodes,
+            "no GPU node may be used",
+            {"has no label zone": 1},
+        ),
+        (
+            "too little of a custom resource",
+            [node("a"), with_resource(node("b"), 5)],
+            request(PACK, Bundle(1, resources=(("nvlink", 10),)), 1),
+            Unplaceable,
+            "replica 0 finds no node: none has 0.001 nvlink free",
+            {"has less than 0.001 nvlink free": 2},
+        ),
+        (
             "too few CPUs",
             [node("a", cpus=1)],
             request(PACK, 2, 1),
@@ -201,6 +259,7 @@ def holds(node: Node, bundles: list[Bundle]) -> bool:
     return (
         sum(one.gpus for one in bundles) <= len(node.free)
         and sum(one.cpu_milli for one in bundles) <= node.cpu_milli
+        and sum(amount for one in bundles for _, amount in one.resources) <= node.resources.get("nvlink", 0)
         and all(meets(node.labels, *label) for one in bundles for label in one.labels)
     )
 
@@ -210,24 +269,34 @@ def test_bundles_are_placed_exactly_when_they_can_be(seed: int) -> None:
     """Against all ways to place them, of small cases; what PACK does not find, no bundles alike could."""
     some = random.Random(seed)
     nodes = [
-        node(
-            f"n{i}",
-            some.choice([PAIRS, "dgx-1v", 4]),
-            "".join(sorted(some.sample("0123", some.randint(1, 4)))),
-            some.randint(1, 6),
-            zone=some.choice("xy"),
+        with_resource(
+            node(
+                f"n{i}",
+                some.choice([PAIRS, "dgx-1v", 4]),
+                "".join(sorted(some.sample("0123", some.randint(1, 4)))),
+                some.randint(1, 6),
+                zone=some.choice("xy"),
+            ),
+            some.choice((10, 20, 40)),
         )
         for i in range(some.randint(1, 3))
     ]
     size, labels = some.randint(1, 2), ((("zone", "x"),), ())
-    alike = [Bundle(size, 1000) for _ in range(some.randint(1, 4))]
+    resources = some.choice(((), (("nvlink", 10),)))
+    alike = [Bundle(size, 1000, resources=resources) for _ in range(some.randint(1, 4))]
     mixed = [Bundle(some.randint(1, 3), 1000, 0, some.choice(labels)) for _ in range(some.randint(1, 3))]
     strategy = some.choice([PACK, SPREAD, STRICT_SPREAD])
     bundles = mixed if strategy is STRICT_SPREAD else alike
-    outcome = plan(Snapshot(nodes), request(strategy, *bundles))
+    domain = some.choice((None, "zone"))
+    outcome = plan(Snapshot(nodes), request(strategy, *bundles, domain=domain))
+
+    def in_one_domain(chosen: Iterable[Node]) -> bool:
+        return domain is None or len({one.labels[domain] for one in chosen}) == 1
+
     if strategy is STRICT_SPREAD:
         possible = any(
-            all(holds(on, [bundle]) for on, bundle in zip(chosen, bundles, strict=True))
+            in_one_domain(chosen)
+            and all(holds(on, [bundle]) for on, bundle in zip(chosen, bundles, strict=True))
             for chosen in permutations(nodes, len(bundles))
         )
     else:
@@ -235,6 +304,7 @@ def test_bundles_are_placed_exactly_when_they_can_be(seed: int) -> None:
             Counter(chosen)
             for chosen in product(range(len(nodes)), repeat=len(bundles))
             if all(holds(nodes[i], alike[:count]) for i, count in Counter(chosen).items())
+            and in_one_domain(nodes[i] for i in chosen)
         ]
         possible = bool(ways)
     assert isinstance(outcome, Plan) == possible
@@ -242,6 +312,7 @@ def test_bundles_are_placed_exactly_when_they_can_be(seed: int) -> None:
         return
     on = by_bundle(request(strategy, *bundles), outcome.replicas)
     there = {one.id: one for one in nodes}
+    assert in_one_domain(there[part.node_id] for part in outcome.replicas)
     for part in outcome.replicas:
         there_too = [bundle for bundle, at in zip(bundles, on, strict=True) if at == part.node_id]
         assert holds(there[part.node_id], there_too)

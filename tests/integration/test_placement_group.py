@@ -22,8 +22,9 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import placement
-from placement import Client, InvalidDeployment, NotEnoughGpus, placement_group
+from placement import Client, InvalidDeployment, NotEnoughGpus, UnknownGpu, placement_group
 from placement.runtime.embedded import SimulatedNode
+from placement.wire.files import load_deployments
 from tests.integration.conftest import left_over, settled, worker_at
 from tests.integration.test_place import another_user, node_id
 
@@ -47,7 +48,10 @@ lifetime or sys.stdin.read()
 @pytest.fixture(scope="module")
 def cluster_nodes() -> list[SimulatedNode]:
     return [
-        SimulatedNode(name, topology="a100-pcie-4x", labels={"host": name}) for name in ("pcie", "pcie-b")
+        SimulatedNode("pcie", topology="a100-pcie-4x", labels={"host": "pcie", "rack": "1"}),
+        SimulatedNode(
+            "pcie-b", topology="a100-pcie-4x", labels={"host": "pcie-b"}, resources={"nvlink-b": 1}
+        ),
     ]
 
 
@@ -103,6 +107,8 @@ def test_without_the_service_it_is_rays_own_with_one_warning_where_that_is_told(
     assert len(caplog.records) == 1 and "start the service with `placement up`" in caplog.text
     for group in groups:
         remove_placement_group(group)
+    with pytest.raises(InvalidDeployment, match=r"gpus: \[2\] cannot be had of Ray alone; start the service"):
+        placement_group([ONE], gpus=[2])
     monkeypatch.setenv("PLACEMENT_WITHOUT_SERVICE", "pray")
     with pytest.raises(InvalidDeployment, match="'pray' is not what to do without the service"):
         placement_group([ONE])
@@ -261,10 +267,72 @@ def test_what_ray_refuses_is_refused_as_ray_does_and_the_rest_with_the_fix(servi
             placement_group(**wrong)
     with pytest.raises(InvalidDeployment, match="bundle 0 asks for 1.5 GPUs"):
         placement_group([{"GPU": 1.5}])
-    with pytest.raises(InvalidDeployment, match="topology_strategy is not supported; use strategy"):
-        placement_group([ONE], strategy=None, topology_strategy={"ray.io/gpu-domain": "STRICT_PACK"})
+    with pytest.raises(ValueError):
+        placement_group([ONE], strategy="PACK", topology_strategy={"rack": "STRICT_PACK"})
+    with pytest.raises(InvalidDeployment, match=r"gpus: names 2 twice"):
+        placement_group([ONE], gpus=[2, 2])
+    with pytest.raises(InvalidDeployment, match="no bundle asks for a GPU"):
+        placement_group([{"CPU": 1}], gpus=[2])
     with pytest.raises(InvalidDeployment, match="within"):
         placement_group([ONE] * 2, within="rack")
+
+
+def test_just_the_gpus_that_are_named(service: Any, neighbours: None, removed: list[PlacementGroup]) -> None:
+    """The best pair would be 2 and 3, and Ray alone would give 1 and 2 of whichever node it likes."""
+    group = placement_group([ONE] * 2, gpus=[3, 1], wait_seconds=0)
+    removed.append(group)
+    [(node, _), _] = found = bundles_of(group)
+    assert [gpus for _, gpus in found] == [[1], [3]]
+    elsewhere = [{"host": f"!{node}"}] * 2
+    other = placement_group([TWO, {"CPU": 0}], gpus=[1, 3], bundle_label_selector=elsewhere, wait_seconds=0)
+    removed.append(other)
+    [(on, gpus)] = bundles_of(other)
+    assert (on != node, gpus) == (True, [1, 3])
+    with pytest.raises(NotEnoughGpus, match=r"GPU 3 is held by 'placement-group-\w+'"):
+        placement_group([ONE], gpus=[3], wait_seconds=0)
+    with pytest.raises(NotEnoughGpus, match="GPU 0 is held by another Ray user"):
+        placement_group([ONE], gpus=[0], wait_seconds=0)
+    with pytest.raises(UnknownGpu, match=r"no node has GPU 4; there are: 0-3 \(pcie\), 0-3 \(pcie-b\)"):
+        placement_group([ONE], gpus=[4], wait_seconds=0)
+
+
+def test_the_example_with_named_gpus(service: Any) -> None:
+    results = Client().apply_all(load_deployments(ROOT / "examples" / "named_gpus.toml"))
+    found = {one.deployment: [(a.node_name, a.gpus) for a in one.assignments] for one in results}
+    assert found == {"llama": [("pcie", [2, 3])], "whisper": [("pcie", [0]), ("pcie", [1])]}
+
+
+def test_who_names_a_gpu_waits_for_just_that(service: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Two others have GPUs 0 and 1. Once the second leaves, Ray's books say that one is free, but not which."""
+    first, second = another_user("pcie"), another_user("pcie")
+    here = [{"host": "pcie"}]
+    try:
+        with ThreadPoolExecutor() as pool, caplog.at_level(logging.WARNING, "placement"):
+            asked = pool.submit(placement_group, [ONE], gpus=[1], bundle_label_selector=here, wait_seconds=60)
+            assert settled(lambda: "GPU 1 is held by another Ray user" in caplog.text)
+            ray.kill(second)
+            group = asked.result(60)
+        assert bundles_of(group) == [("pcie", [1])]
+        remove_placement_group(group)
+    finally:
+        ray.kill(first)
+        ray.kill(second)
+
+
+def test_bundles_of_one_domain_with_its_resource(service: Any, removed: list[PlacementGroup]) -> None:
+    """As NeMo-RL asks for an NVLink domain; and by Ray's own ``topology_strategy``."""
+    group = placement_group([{"CPU": 1, "GPU": 1, "nvlink-b": 0.001}] * 2, wait_seconds=0)
+    removed.append(group)
+    assert bundles_of(group) == [("pcie-b", [0]), ("pcie-b", [1])]
+    with pytest.raises(placement.Unplaceable, match="has less than 2 nvlink-b free"):
+        placement_group([{"GPU": 1, "nvlink-b": 2}], wait_seconds=0)
+    asked = {"ray.io/node-id": "SPREAD", "rack": "STRICT_PACK"}
+    half = {"GPU": 1, "CPU": 0.5}
+    spread = placement_group([half, half, {"CPU": 0.5}], topology_strategy=asked, wait_seconds=0)
+    removed.append(spread)
+    assert {node for node, _ in bundles_of(spread)} == {"pcie"}, "alone in its rack"
+    with pytest.raises(NotEnoughGpus):
+        placement_group([{"GPU": 1}] * 3, topology_strategy={"rack": "STRICT_PACK"}, wait_seconds=0)
 
 
 def test_without_a_gpu_it_is_rays_own(service: Any, removed: list[PlacementGroup]) -> None:
@@ -288,6 +356,7 @@ class Probe:
         ("OpenRLHF", [ONE] * 4, {"strategy": "PACK"}, 0.25, 4),
         ("slime", [ONE] * 4, {"strategy": "PACK"}, 1, 4),
         ("SkyRL", [TWO] * 2, {"strategy": "PACK"}, 2, 4),
+        ("NeMo-RL", [{"CPU": 1, "GPU": 1, "nvlink-b": 0.001}] * 2, {"strategy": "PACK", "name": "unified"}, 1, 2),
         ("Train", [ONE] * 2, {"strategy": "SPREAD", "bundle_label_selector": [{"host": "!x"}] * 2}, 1, 2),
         ("Data", [ONE] * 2, {"strategy": "PACK", "lifetime": None}, 1, 2),
         ("Serve", [{"CPU": 0.1}, {"GPU": 1}, {"GPU": 1}], {"strategy": "PACK", "name": "replica"}, 1, 2),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from placement import topologies
 from placement.core.request import Request
-from placement.core.score import GIB, WHOLE, Needs, Within
+from placement.core.score import ANY_PROFILE, GIB, WHOLE, GpuName, Needs, Within
 from placement.core.snapshot import GPU_DOMAIN_LABEL, Node, Policy, Snapshot
 from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
 from placement.wire.cluster import HeldDeployment, HeldReplica
@@ -106,10 +106,32 @@ def cluster(chance: Random, mode: str) -> Snapshot:
                 facts["serving"] = counted(chance.choice(((), (("openai", "k"),))))
         made.append((machine, states, facts))
     nodes = [
-        Node(f"id-{i}", f"node-{i}", f"10.0.0.{i}", machine, **gpu_fields(states), **facts)
+        Node(
+            f"id-{i}",
+            f"node-{i}",
+            f"10.0.0.{i}",
+            machine,
+            uuids={gpu: uuid(i, gpu) for gpu in range(len(machine)) if machine.known},
+            **gpu_fields(states),
+            **facts,
+        )
         for i, (machine, states, facts) in enumerate(made)
     ]
     return Snapshot(chance.sample(nodes, k=len(nodes)))
+
+
+def uuid(node: int, gpu: int) -> str:
+    """What a GPU of a node is called."""
+    return f"GPU-{node}000-{gpu}"
+
+
+def named(chance: Random, least: int) -> tuple[GpuName, ...]:
+    """GPUs that are named: ordinals, UUIDs of one node, or both."""
+    node = chance.choice((0, 0, 1, 2))
+    gpus = chance.sample(range(4), k=chance.choice([k for k in (1, 2, 3, 4, 4) if k >= min(least, 4)]))
+    by_uuid = chance.choice((0.0, 0.0, 0.5, 1.0))
+    names = [uuid(node, gpu) if chance.random() < by_uuid else gpu for gpu in gpus]
+    return tuple(sorted(names, key=lambda name: (isinstance(name, str), name)))
 
 
 def gpu_fields(states: Sequence[str | int]) -> dict[str, Any]:
@@ -199,6 +221,10 @@ def gpu_request(chance: Random, mode: str) -> Request:
     if chance.random() < 0.5:
         fields["cpu_milli"] = chance.choice((500, 1000, 1000)) * needs["gpus"]
         fields["memory_bytes"] = chance.choice((0, 4, 6)) * GIB * needs["gpus"]
+    if mode not in ("parts", "larger") and chance.random() < 0.25:
+        needs["named"] = named(chance, needs["gpus"] * fields.get("stages", 1))
+        if mode == "mig" and chance.random() < 0.3:
+            needs["profile"] = ANY_PROFILE
     return Request(
         "d",
         tuple(range(chance.choice((1, 1, 2, 3)))),

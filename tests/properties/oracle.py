@@ -15,7 +15,7 @@ from itertools import combinations
 
 from placement.core.replicas import PlannedReplica
 from placement.core.request import Request
-from placement.core.score import WHOLE, Within, score
+from placement.core.score import ANY_PROFILE, WHOLE, Needs, Within, score
 from placement.core.snapshot import GPU_DOMAIN_LABEL, Node, Snapshot
 from placement.core.topology import Topology
 
@@ -64,13 +64,22 @@ def fulfils(labels: dict[str, str], key: str, condition: str) -> bool:
 
 
 class Oracle:
-    """All placements of a request for GPUs that is made of the sets it says, and not cut any further."""
+    """All placements of a request for GPUs that is made of the sets it says, and not cut any further.
 
-    def __init__(self, snapshot: Snapshot, request: Request) -> None:
+    Args:
+        snapshot: the cluster.
+        request: what is asked for.
+        home: the position of the one node for all replicas, where GPUs are named.
+    """
+
+    def __init__(self, snapshot: Snapshot, request: Request, home: int | None = None) -> None:
         self.nodes = snapshot.nodes
         self.near = snapshot.near
         self.request = request
-        self.allowed = [i for i, node in enumerate(self.nodes) if may_use(node, request)]
+        self.home = home
+        self.allowed = [
+            i for i, node in enumerate(self.nodes) if home in (None, i) and may_use(node, request)
+        ]
         self._units = cache(self._find_units)
 
     # -- states ----------------------------------------------------------------------------------
@@ -105,9 +114,11 @@ class Oracle:
     def _usable(self, node: Node) -> dict[int, int]:
         needs = self.request.needs
         if needs.profile:
-            rests = {slot: WHOLE for slot, profile in node.instances.items() if profile == needs.profile}
+            rests = {slot: WHOLE for slot, profile in node.instances.items() if will_do(profile, needs)}
         else:
             rests = {**dict.fromkeys(node.free, WHOLE), **node.rests}
+        if needs.named:
+            rests = {gpu: rest for gpu, rest in rests.items() if {gpu, node.uuids.get(gpu)} & {*needs.named}}
         least = needs.free_memory_bytes
         return {
             gpu: rest for gpu, rest in rests.items() if not least or node.free_memory.get(gpu, 0) >= least
@@ -277,6 +288,34 @@ class Oracle:
         return min(found)
 
 
+def oracles(snapshot: Snapshot, request: Request) -> Iterator[Oracle]:
+    """All ways in which a request may be placed: in how many pieces, and, where GPUs are named, on which node."""
+    for cut in cuts(snapshot, request):
+        if not cut.needs.named:
+            yield Oracle(snapshot, cut)
+            continue
+        homes = {node_id for node_id, count in cut.standing.items() if count}
+        for i, node in enumerate(snapshot.nodes):
+            if not homes or node.id in homes:
+                yield Oracle(snapshot, cut, i)
+
+
+def will_do(profile: str | None, needs: Needs) -> bool:
+    """Whether a slot is what is asked for: a MIG instance of a profile, or of any that is known; or a GPU."""
+    if needs.profile == ANY_PROFILE:
+        return profile not in (None, "?")
+    return profile == (needs.profile or None)
+
+
+def has_named(node: Node, needs: Needs) -> bool:
+    """Whether a node has all GPUs that are named, each as it is asked for."""
+    slots = {
+        **{gpu: gpu for gpu in range(len(node.topology))},
+        **{uuid: gpu for gpu, uuid in node.uuids.items()},
+    }
+    return all(name in slots and will_do(node.slots.get(slots[name]), needs) for name in needs.named)
+
+
 def may_use(node: Node, request: Request) -> bool:
     """Whether a request for GPUs may go to a node, if there is room."""
     least = request.compute_capability
@@ -290,6 +329,7 @@ def may_use(node: Node, request: Request) -> bool:
             least is None or (node.compute_capability is not None and tuple(node.compute_capability) >= least)
         )
         and may_be_beside(node, request)
+        and has_named(node, request.needs)
         and (request.spread_label is None or request.spread_label in node.labels)
     )
 

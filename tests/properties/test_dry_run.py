@@ -39,7 +39,7 @@ from tests.properties.cases import (
     offered,
     request_of_kind,
 )  # fmt: skip
-from tests.properties.oracle import OnCpus, Oracle, cuts, is_named, may_be_beside, pieces_of
+from tests.properties.oracle import OnCpus, Oracle, is_named, may_be_beside, oracles, pieces_of, will_do
 
 NAMES = ("a", "b", "c", "x")
 
@@ -86,6 +86,12 @@ def carried_out(
                 if rest < WHOLE and (gpu in node.rests or one.share < WHOLE)
             }
             fields["rests"] = {gpu: rests[gpu] for gpu in shared if gpu in node.rests or gpu in one.gpus}
+        holders = {gpu: [*names] for gpu, names in node.holders.items()}
+        for gpu in one.gpus:
+            names = holders.setdefault(gpu, [])
+            if times > 0 or name in names:
+                (names.append if times > 0 else names.remove)(name)
+        fields["holders"] = {gpu: tuple(sorted(names)) for gpu, names in holders.items() if names}
         fields["cpu_milli"] = node.cpu_milli - times * one.cpu_milli
         fields["memory_bytes"] = node.memory_bytes - times * one.memory_bytes
         found[one.node_id] = replace(node, **fields)
@@ -250,6 +256,8 @@ def declaration(chance: Random, name: str, snapshot: Snapshot) -> Deployment:
         }
         picked = chance.sample(sorted(choices), k=chance.choice((0, 0, 0, 0, 1, 2)))
         limits |= {field: choices[field] for field in picked}
+        if chance.random() < 0.2 and (gpus := gpus_of(chance, snapshot, fields)):
+            limits["gpus"] = gpus
     others = [other for other in NAMES if other != name]
     if chance.random() < 0.2:
         limits["apart_from"] = [others.pop(chance.randrange(len(others)))]
@@ -258,6 +266,18 @@ def declaration(chance: Random, name: str, snapshot: Snapshot) -> Deployment:
     if limits:
         fields["constraints"] = limits
     return Deployment.model_validate(fields)
+
+
+def gpus_of(chance: Random, snapshot: Snapshot, fields: Mapping[str, Any]) -> list[int | str]:
+    """GPUs of a node, as many as a deployment needs, or more; none, if it has fewer."""
+    node = chance.choice(snapshot.nodes)
+    gpus = max(1, fields.get("gpus", fields.get("tensor_parallel", 1) * fields.get("pipeline_parallel", 1)))
+    needed, slots = fields["replicas"] * int(gpus), [*range(len(node.topology))]
+    if needed > len(slots):
+        return []
+    chosen = chance.sample(slots, k=chance.randint(needed, len(slots)))
+    by_uuid = chance.choice((0.0, 1.0)) if node.uuids and "mig" not in fields else 0.0
+    return [node.uuids[gpu] if chance.random() < by_uuid else gpu for gpu in chosen]
 
 
 class Model:
@@ -385,7 +405,7 @@ def satisfies(model: Model, wanted: Deployment) -> bool:
         return held.deployment.cpus is not None and are_on_cpus(OnCpus(snapshot, request), replicas)
     if held.deployment.remote:
         return False
-    return any(is_placement(Oracle(snapshot, cut), snapshot, by_index) for cut in cuts(snapshot, request))
+    return any(is_placement(one, snapshot, by_index) for one in oracles(snapshot, request))
 
 
 def are_on_cpus(oracle: OnCpus, replicas: Iterable[PlannedReplica]) -> bool:
@@ -411,7 +431,7 @@ def is_placement(oracle: Oracle, snapshot: Snapshot, replicas: Mapping[int, list
         if gpus != size * request.stages * request.parts:
             return False
         ranked = [replace(part, ranks=part.ranks or tuple(range(gpus))) for part in parts]
-        if any(part.profile != request.needs.profile or len(part.gpus) % size for part in parts):
+        if any(not will_do(part.profile or None, request.needs) or len(part.gpus) % size for part in parts):
             return False
         pieces = pieces_of(snapshot, ranked, size)
         sets = Counter(position for position, _ in pieces)

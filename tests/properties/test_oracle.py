@@ -18,12 +18,12 @@ from placement.core.planner import plan, steps, vacate
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
 from placement.core.room import Room, room_of
-from placement.core.score import GIB, WHOLE, Needs
+from placement.core.score import ANY_PROFILE, GIB, WHOLE, Needs
 from placement.core.snapshot import Node, Policy, Snapshot
 from placement.core.topology import Topology
 from placement.errors import NoGpuNodes, Unplaceable
 from tests.properties.cases import MODES, SEEDS, case, examples, offered
-from tests.properties.oracle import OnCpus, Oracle, Piece, Remote, State, cuts, is_named, pieces_of, speed
+from tests.properties.oracle import OnCpus, Oracle, Piece, Remote, State, is_named, oracles, pieces_of, speed
 
 # -- existence ---------------------------------------------------------------------------------------
 
@@ -54,14 +54,17 @@ def test_so_are_cpu_replicas(seed: int) -> None:
 
 
 def judge(snapshot: Snapshot, request: Request) -> None:
-    oracles = [Oracle(snapshot, cut) for cut in cuts(snapshot, request)]
     outcome = planned(snapshot, request)
     if isinstance(outcome, Plan):
-        first = next((one for one in oracles if one.exists()), None)
+        there = [one for one in oracles(snapshot, request) if one.exists()]
+        homes = {snapshot.nodes[one.home].id: one for one in there if one.home is not None}
+        first = homes.get(outcome.replicas[0].node_id) if homes else next(iter(there), None)
         assert first is not None, "nothing was found by trying all"
         check(first, snapshot, outcome)
+        if homes:
+            check_home(first, there)
     else:
-        assert not any(one.exists() for one in oracles)
+        assert not any(one.exists() for one in oracles(snapshot, request))
         check_refusal(snapshot, request, outcome)
 
 
@@ -111,6 +114,19 @@ def check(oracle: Oracle, snapshot: Snapshot, outcome: Plan) -> None:
         on_node[snapshot.nodes[pieces[0][0]].id] += 1
 
 
+def check_home(chosen: Oracle, there: Sequence[Oracle]) -> None:
+    """That of the nodes which have room for all on the GPUs that are named, the policy has no better one."""
+    request = chosen.request
+    whole = request.needs.whole and request.policy in (Policy.TOPOLOGY, Policy.FRAGMENTATION)
+    if whole and len(request.replicas) == 1:
+        speeds = [one.fastest(one.start()) for one in there]
+        assert chosen.fastest(chosen.start()) == max(speed for speed in speeds if speed is not None)
+    free = {one: len(one.nodes[one.allowed[0]].free) for one in there}
+    if request.stages == 1 and request.needs.whole:
+        assert request.policy is not Policy.PACK or free[chosen] == min(free.values())
+        assert request.policy is not Policy.LEAST_LOADED or free[chosen] == max(free.values())
+
+
 def check_amounts(oracle: Oracle, parts: Iterable[PlannedReplica], pieces: Sequence[Piece]) -> None:
     """That a replica's parts say how much they take of each node."""
     request = oracle.request
@@ -118,7 +134,8 @@ def check_amounts(oracle: Oracle, parts: Iterable[PlannedReplica], pieces: Seque
         [node] = [node for node in oracle.nodes if node.id == part.node_id]
         sets = sum(oracle.nodes[position] is node for position, _ in pieces)
         assert part.share == oracle.share(node)
-        assert part.profile == request.needs.profile
+        asked = request.needs.profile
+        assert part.profile == (node.slots[part.gpus[0]] if asked == ANY_PROFILE else asked)
         assert (part.cpu_milli, part.memory_bytes) == (sets * request.cpu_milli, sets * request.memory_bytes)
         assert (part.egress_resource, part.egress_units) == (None, 0)
 

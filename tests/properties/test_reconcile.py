@@ -27,6 +27,7 @@ from tests.properties.cases import (
     cluster,
     examples,
     gpu_request,
+    named,
     offered,
     remote_request,
     shown,
@@ -70,6 +71,9 @@ def change(chance: Random, before: Request) -> dict[str, Any]:
             {"gpu_nodes": chance.choice((None, ("node-0", "id-1")))},
             {"compute_capability": chance.choice((None, (8, 0)))},
         ]
+        if before.parts == 1 and not before.divisible:
+            names = chance.choice(((), named(chance, needs.gpus * before.stages)))
+            choices += [{"needs": needs._replace(named=names)}] * 2
         if needs.whole and not needs.profile:
             gpus = chance.choice((1, 2, 2, 3, 4))
             choices += [{"needs": Needs(gpus)}] * 3

@@ -39,6 +39,7 @@ def node(dice: random.Random, name: str) -> Node:
         f"id-{name}",
         name,
         topology=machine,
+        uuids={gpu: f"GPU-{name}-{gpu}" for gpu in gpus},
         free=frozenset(gpu for gpu in gpus if state[gpu] == "free" and gpu not in slots),
         rests={gpu: rest for gpu, rest in state.items() if isinstance(rest, int) and gpu not in slots},
         slots=slots,
@@ -81,15 +82,18 @@ def request(dice: random.Random) -> Request:
     if not whole:
         kinds = ({"share": 500}, {"memory_bytes": 20 * GIB}, {"profile": "1g.10gb"})
         needs = needs._replace(**dice.choice(kinds))  # type: ignore[arg-type]
+    names = dice.choice(((), (), (), (0, 1, 2, 3), (1, 2), ("GPU-n1-1",), (0, "GPU-n1-1")))
     spread = dice.choice((None, "zone"))
     stages, parts = (dice.randint(1, 3), dice.choice((1, 1, 2))) if whole else (1, 1)
+    if parts == 1:
+        needs = needs._replace(named=names)
     return Request(
         "d",
         tuple(range(dice.randint(1, 3))),
         needs,
         stages=stages,
         parts=parts,
-        divisible=whole and stages == parts == 1 and dice.random() < 0.5,
+        divisible=whole and stages == parts == 1 and not needs.named and dice.random() < 0.5,
         policy=dice.choice(list(Policy)),
         gpu_nodes=limits,
         cpu_milli=dice.choice((0, 0, 2000)),

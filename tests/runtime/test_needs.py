@@ -123,6 +123,11 @@ def test_a_cpu_replica_asks_for_cpus_and_memory_on_any_node() -> None:
     ("wanted", "why"),
     [
         (request(gpu_nodes=("a",)), "constraints.gpu_nodes names nodes"),
+        (Request("d", (0,), Needs(1, named=(2, "GPU-0001"))), "constraints.gpus names GPUs by their UUID"),
+        (
+            Request("d", (0,), Needs(1, named=(2,)), standing={"n": 1}),
+            "names GPUs of the node on which other replicas",
+        ),
         (request(near_to=("other",)), "constraints.near_to"),
         (replace(request(), needs=Needs(1, free_memory_bytes=GIB)), "constraints.min_free_gpu_memory_gib"),
         (request(compute_capability=(9, 0)), "name constraints.accelerators as well"),
@@ -194,6 +199,22 @@ def test_the_type_that_would_do_is_named_or_what_each_lacks(wanted: Request, sai
 def test_of_many_types_the_first_few_are_named() -> None:
     many = [NodeType(f"t{number}", {"GPU": 1.0}, {}, 1) for number in range(6)]
     assert by_type(the_need(request(2)), many).endswith("t3 has 1 of 2 GPUs; and 2 more)")
+
+
+def test_gpus_that_are_named_by_ordinal_are_asked_for_once_on_a_node_that_has_them() -> None:
+    wanted = Request("d", (0, 1), Needs(1, named=(1, 3)), divisible=True, stages=2)
+    needs = needs_of(wanted, (0, 1))
+    assert isinstance(needs, dict)
+    assert list(needs) == ["d:0:0"]
+    assert (needs["d:0:0"].ways, str(needs["d:0:0"])) == ((Way(((("GPU", 4.0),),)),), "a node with 4 GPUs")
+
+
+def test_custom_resources_are_asked_for_as_well() -> None:
+    need = the_need(request(2, resources=(("nvlink-0", 20),)))
+    assert (need.ways[0].total, str(need)) == (
+        {"GPU": 2.0, "nvlink-0": 0.002},
+        "a node with 2 GPUs, 0.002 nvlink-0",
+    )
 
 
 @pytest.mark.parametrize(

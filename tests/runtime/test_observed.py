@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
 
+from placement.core.request import Request
+from placement.core.score import Needs
 from placement.core.snapshot import NEAR_LABELS
 from placement.runtime import groups, observed
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.fleet import VIEW_LAG_SECONDS, Fleet
-from placement.runtime.observed import BOOKS_SECONDS, ObservedCluster
+from placement.runtime.observed import BOOKS_SECONDS, LOCATED_SECONDS, ObservedCluster
 from placement.runtime.state import ServiceState
 
 NODE = NodeInfo("n", "n", "n", gpu_count=4)
@@ -90,6 +93,40 @@ def test_books_that_were_read_before_our_own_last_change_are_not_believed(world:
     assert world.free_gpus() == 4
     world.cluster.read()
     assert world.free_gpus() == 0
+
+
+def test_where_gpus_are_named_nodes_are_looked_at_for_which_others_hold(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, looked = {1}, 0
+
+    def locate(nodes: Sequence[NodeInfo]) -> None:
+        nonlocal looked
+        looked += len(nodes)
+        world.fleet.foreign["n"] = frozenset(held)
+        world.fleet.located["n"] = world.now
+
+    def is_free(gpu: int) -> bool:
+        world.cluster.read()
+        with world.state.lock:
+            snapshot = world.cluster.snapshot([NODE])
+        if world.cluster.locate(snapshot, [Request("d", (0,), Needs(1, named=(gpu,)))]):
+            with world.state.lock:
+                snapshot = world.cluster.snapshot([NODE])
+        return gpu in snapshot.node("n").free
+
+    monkeypatch.setattr(world.fleet, "locate", locate)
+    monkeypatch.setattr(world.cluster, "nodes_lately", lambda: [NODE])
+    world.free = 3.0
+    assert is_free(2) and not looked, "as far as the books tell, it is free"
+    assert is_free(0) and looked == 1, "by the books it would be the lowest that others hold"
+    assert not is_free(1) and looked == 1, "that is known by now"
+    held, world.free, world.now = {0}, 3.0, world.now + 1
+    assert not is_free(1) and looked == 1, "they hold as many as before, and moved lately"
+    world.now += LOCATED_SECONDS
+    assert is_free(1) and looked == 2
+    held, world.free = {1, 2}, 2.0
+    assert not is_free(1) and looked == 3, "they hold more now"
 
 
 def test_only_what_changed_lately_lags(world: World) -> None:

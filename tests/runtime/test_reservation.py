@@ -154,6 +154,49 @@ def test_just_the_gpus_that_its_group_was_planned_with_are_taken_or_none() -> No
     assert [[4, 6]] == [list(group) for group in slots.groups.values()]
 
 
+def test_just_the_gpus_that_are_named_and_no_better_ones() -> None:
+    slots = Slots(4)
+    machine = GpuHardware(PAIRS, uuids={gpu: f"GPU-{gpu}" for gpu in range(4)})
+    outcome = NodeReserver(slots, 4).reserve(Order("r", Needs(2, named=(1, "GPU-2"))), machine)
+    assert isinstance(outcome, Reserved)
+    assert outcome.gpus == (1, 2)
+    assert [list(group) for group in slots.groups.values()] == [[1, 2]]
+
+
+def test_others_that_are_as_good_will_not_do_where_gpus_are_named() -> None:
+    """Another user takes GPU 0 just before, and gives it back: what was got instead is given back, too."""
+    slots = Slots(4)
+
+    def disturb(slots: Slots) -> None:
+        slots.others = {0} if slots.steps == 1 else set()
+
+    slots.disturb = disturb
+    outcome = NodeReserver(slots, 4).reserve(Order("r", Needs(2, named=(0, 1))), GpuHardware(PAIRS))
+    assert isinstance(outcome, Reserved)
+    assert (outcome.gpus, outcome.attempts) == ((0, 1), 2)
+    assert [list(group) for group in slots.groups.values()] == [[0, 1]]
+
+
+def test_a_named_gpu_that_others_hold_is_not_had() -> None:
+    slots = Slots(4, others={2})
+    reserver = NodeReserver(slots, 4)
+    outcome = reserver.reserve(Order("r", Needs(2, named=(2, 3))), GpuHardware(PAIRS))
+    assert isinstance(outcome, Refused)
+    assert outcome.full and "too few of GPU 2-3 are free" in outcome.reason
+    assert reserver.foreign == {2}
+    slots.others = {0, 1}
+    assert reserver.locate() == {0, 1}, "they have moved"
+    prepared = reserver.prepare(Order("r", Needs(2, named=(2, 3))), GpuHardware(PAIRS), 1)
+    assert not isinstance(prepared, Refused) and prepared.sets == ((2, 3),)
+
+
+@pytest.mark.parametrize("others", [set(), {0, 1, 2, 3}, {3}])
+def test_which_gpus_others_hold_can_be_looked_at(others: set[int]) -> None:
+    slots = Slots(4, others=others)
+    assert NodeReserver(slots, 4).locate() == others
+    assert slots.groups == {}
+
+
 def test_a_full_node_refuses_and_holds_nothing() -> None:
     slots = Slots(4, others={0, 1, 2})
     outcome = NodeReserver(slots, 4).reserve(Order("r", Needs(2)), GpuHardware(PAIRS))

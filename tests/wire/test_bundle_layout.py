@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from placement.core.request import Bundle, Strategy
-from placement.core.score import Needs, Within
+from placement.core.score import ANY_PROFILE, Needs, Within
 from placement.errors import InvalidDeployment
 from placement.wire.deployment import Deployment
 from placement.wire.files import parse_model
@@ -57,6 +57,26 @@ def test_a_share_is_the_only_bundle_with_a_gpu(strategy: Strategy) -> None:
     assert one.placement_group.bundle_of_rank == [0]
 
 
+def test_named_gpus_put_all_bundles_on_one_node() -> None:
+    zones = [{"zone": "a"}, {}, {"disk": "x"}]
+    one = declared(
+        GPU, {"CPU": 2}, GPU, strategy="SPREAD", bundle_label_selector=zones,
+        fields={"constraints": {"gpus": [3, 2]}},
+    )  # fmt: skip
+    request = request_unchecked(one, (0,), {})
+    assert (request.needs, request.bundles) == (Needs(2, named=(2, 3)), ())
+    assert (request.cpu_milli, dict(request.labels)) == (2000, {"zone": "a", "disk": "x"})
+    instance = declared({"GPU": 1}, fields={"constraints": {"gpus": ["MIG-0001"]}})
+    assert instance.needs == Needs(1, profile=ANY_PROFILE, named=("MIG-0001",))
+
+
+def test_custom_resources_and_the_label_of_a_domain_are_planned_with() -> None:
+    one = declared({"GPU": 1, "nvlink-0": 0.001}, {"GPU": 1, "nvlink-0": 0.001, "x": 0}, domain_label="rack")
+    request = request_unchecked(one, (0,), {})
+    assert [bundle.resources for bundle in request.bundles] == [(("nvlink-0", 10),)] * 2
+    assert (request.resources, request.domain_label) == ((("nvlink-0", 20),), "rack")
+
+
 def test_it_is_read_from_the_ledger_as_it_was_written() -> None:
     one = declared(GPU, {"GPU": 2}, strategy="STRICT_SPREAD", bundle_label_selector=[{"zone": "a"}, {}])
     assert Deployment.recorded(one.model_dump(mode="json")) == one
@@ -65,8 +85,9 @@ def test_it_is_read_from_the_ledger_as_it_was_written() -> None:
 def test_another_layout_is_another_shape() -> None:
     shapes = [
         declared(GPU, GPU), declared({"GPU": 2, "CPU": 2}), declared(GPU, GPU, strategy="SPREAD"),
+        declared(GPU, GPU, domain_label="rack"), declared(GPU, GPU, fields={"constraints": {"gpus": [0, 1]}}),
     ]  # fmt: skip
-    assert [one.shape() == shapes[0].shape() for one in shapes] == [True, False, False]
+    assert [one.shape() == shapes[0].shape() for one in shapes] == [True, False, False, False, False]
 
 
 @pytest.mark.parametrize(
@@ -78,14 +99,31 @@ def test_another_layout_is_another_shape() -> None:
         ([{"CPU": 1}], {}, {}, "no bundle asks for a GPU"),
         ([{"GPU": 1, "CPU": -1}], {}, {}, "bundle 0 asks for -1 CPU; use 0 to 100000"),
         ([{"GPU": float("nan")}], {}, {}, "bundle 0 asks for nan GPU; use 0 to"),
-        ([{"GPU": 1, "node:10.0.0.1": 0.001}], {}, {}, "bundle 0 asks for node:10.0.0.1, and only GPU, CPU and memory"),
+        ([{"GPU": 1, "egress_openai": 1}], {}, {}, "bundle 0 asks for egress_openai, which is not planned with"),
+        (
+            [GPU, {"CPU": 1}], {}, {"domain_label": "rack", "bundle_label_selector": [{}, {"rack": "a"}]},
+            "bundle 1 has no GPUs and a condition on rack, which is that of the bundles with GPUs",
+        ),
         ([GPU], {}, {"bundle_label_selector": [{}, {}]}, "has 2 entries for 1 bundles; give one for each bundle"),
         (
             [GPU, GPU], {}, {"strategy": "STRICT_PACK", "bundle_label_selector": [{"z": "a"}, {"z": "b"}]},
             "asks for z 'a' and 'b' of one node; write the condition that both mean",
         ),
         ([GPU], {"gpus": 1}, {}, "placement_group says all of what is asked for; leave gpus out"),
-        ([GPU], {"constraints": {"gpu_nodes": ["a"]}}, {}, "leave constraints out"),
+        ([GPU], {"constraints": {"gpu_nodes": ["a"]}}, {}, "but for constraints.gpus; leave the other constraints out"),
+        ([GPU, GPU], {"constraints": {"gpus": [2]}}, {}, "names 1 GPU, and a replica needs 2; name more"),
+        (
+            [GPU, GPU], {"constraints": {"gpus": [2, 3]}}, {"strategy": "STRICT_SPREAD"},
+            "names GPUs of one node, and STRICT_SPREAD wants each bundle on a node of its own; use PACK",
+        ),
+        (
+            [GPU, GPU], {"constraints": {"gpus": [2, 3]}}, {"bundle_label_selector": [{"z": "a"}, {"z": "b"}]},
+            "asks for z 'a' and 'b' of one node; write the condition that both mean",
+        ),
+        (
+            [GPU, GPU], {"constraints": {"gpus": ["MIG-0001", "MIG-0002"]}}, {},
+            "constraints.gpus names MIG instances, and a replica is one of them, all of it; no NVLink",
+        ),
         ([GPU], {"replicas": 2}, {}, "placement_group is one replica, not 2; leave replicas out"),
         ([GPU], {"runtime": "openai"}, {}, "placement_group has GPUs, and openai is remote; leave it out"),
         ([GPU], {"owner": "detached"}, {}, "owner is detached; call placement.placement_group, or set owner to caller"),

@@ -23,7 +23,16 @@ from placement.wire.plans import explain_deployments, plan_deployments
 CLUSTER = Snapshot(
     (
         Node("id-b", "b", "10.0.0.2", topologies.load("a100-pcie-4x"), frozenset({1, 2, 3})),
-        Node("id-a", "a", "10.0.0.1", topologies.load("a100-pcie-4x"), frozenset({0})),
+        Node(
+            "id-a",
+            "a",
+            "10.0.0.1",
+            topologies.load("a100-pcie-4x"),
+            frozenset({0}),
+            uuids={gpu: f"GPU-a-{gpu}" for gpu in range(4)},
+            holders={2: ("old",), 3: ("old",)},
+            resources={"nvlink_domain": 10_000},
+        ),
         Node("id-c", "c", "10.0.0.3", Topology.unknown(2), frozenset({0, 1}), problem="is ill"),
         Node("id-e", "e", egress={"egress": 4}, serving={("openai", "0123456789abcdef"): 1}),
     )

@@ -43,7 +43,6 @@ MEANT = [
     ("runtime_config.api_key.env", "did you mean from_env?"),
     ("constraints.gpu_type", "did you mean accelerators?"),
     ("constraints.acelerators", "did you mean accelerators?"),
-    ("constraints.gpus", "did you mean the deployment's own gpus?"),
     ("constraints.spread.maximum", "known here: label, max"),
     ("serving.concurrency", "did you mean max_concurrent?"),
     ("budget.usd_a_day", "did you mean usd_per_day?"),
