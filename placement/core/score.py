@@ -13,6 +13,7 @@ spare, so that taking a pick out of another is one subtraction.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -22,13 +23,18 @@ from typing import NamedTuple
 
 from placement.core.bandwidth import (
     Generation,
+    Host,
     generation,
     has_switch,
     hop_mb_per_s,
+    host_of,
+    lanes_mb_per_s,
     nvlink_rings,
+    slowest_host,
+    staged_mb_per_s,
     switch_mb_per_s,
 )
-from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
+from placement.core.topology import UNKNOWN_LINK, Lanes, Link, Path, Topology, components
 
 Links = tuple[tuple[Link, ...], ...]
 
@@ -47,6 +53,8 @@ MAX_PICKS = 1 << 16
 """Machines with more picks (17 GPUs and more, no two of them alike) are not tabulated."""
 
 _PATH_ORDER = {path: order for order, path in enumerate(Path)}
+_BELOW_ONE_SWITCH = (Path.PIX, Path.PXB)
+_BELOW_ONE_BRIDGE = (*_BELOW_ONE_SWITCH, Path.PHB)
 
 
 class Within(StrEnum):
@@ -140,6 +148,13 @@ class Needs(NamedTuple):
 
 NO_GPUS = Needs(0)
 """What a remote replica needs of GPUs."""
+
+
+class Hop(NamedTuple):
+    """What one hop of a ring carries, MB/s, and what the host adds, if the hop goes through its memory; else 0."""
+
+    mb_per_s: int
+    host_mb_per_s: int = 0
 
 
 class Offer(NamedTuple):
@@ -264,13 +279,25 @@ class Shape:
     """
 
     def __init__(
-        self, links: Links, numa: Sequence[tuple[int, ...]], nearest_nic: Sequence[Path], gpu: Generation
+        self,
+        links: Links,
+        numa: Sequence[tuple[int, ...]],
+        nearest_nic: Sequence[Path],
+        gpu: Generation,
+        lanes: Sequence[Lanes | None] = (),
+        host: Host | None = None,
     ) -> None:
-        self._links, self._numa, self._gpu = links, numa, gpu
+        self._links, self._numa, self._gpu, self._host = links, numa, gpu, host
+        self._staging = host or slowest_host(gpu.pcie)
         self._switch = has_switch(links, gpu)
-        self.hops = [[hop_mb_per_s(link, gpu) for link in row] for row in links]
+        self._lanes = [lanes_mb_per_s(one or Lanes(gpu.pcie)) for one in lanes or (None,) * len(links)]
+        everyone = range(len(links))
+        self._uplink = _group_of(components(everyone, lambda a, b: links[a][b].path in _BELOW_ONE_SWITCH))
+        self._bridge = _group_of(components(everyone, lambda a, b: links[a][b].path in _BELOW_ONE_BRIDGE))
+        self._ring_hops = [[self._ring_hop(a, b) for b in everyone] for a in everyone]
+        self.hops = [[self._over_pcie((a, b), self._ring_hops[a][b]) for b in everyone] for a in everyone]
         self._nic = [_PATH_ORDER[path] for path in nearest_nic]
-        self.twins = _twins(links, list(zip(numa, self._nic, strict=True)))
+        self.twins = _twins(links, list(zip(numa, self._nic, self._lanes, strict=True)))
         self.in_order = [gpu for twins in self.twins for gpu in twins] == list(range(len(links)))
         self._chosen: dict[tuple[int, int, Within], tuple[int, ...] | None] = {}
         self._offered: dict[tuple[int, int, Within], Offer | None] = {}
@@ -308,7 +335,8 @@ class Shape:
             return [-self._bandwidth[pick] for pick in picks]
         pairs = list(combinations(range(len(self._links)), 2))
         links = {self._links[a][b].nvlinks for a, b in pairs} - {0} if self._switch else set()
-        speeds = {self.hops[a][b] for a, b in pairs}
+        speeds = {self._ring_hops[a][b] for a, b in pairs}
+        speeds = {speed for hop in speeds for speed in self._all_shares(hop, count)}
         return sorted(
             -speed for speed in speeds | {switch_mb_per_s(each, count, self._gpu) for each in links}
         )
@@ -497,23 +525,23 @@ class Shape:
         members = {pick: self._lowest(pick, -1) for picks in self._picks for pick in picks}
         ring = self._best_hop()
         on_nvlink = self._closed(lambda a, b: self._links[a][b].nvlinks > 0)
+        past_no_host = self._closed(lambda a, b: self._links[a][b].path in (Path.NVLINK, *_BELOW_ONE_SWITCH))
         self._bandwidth: dict[Pick, int] = {}
         self._reach: dict[Pick, frozenset[Within]] = {}
         self._near: dict[Pick, tuple[int, int]] = {}
-        past_no_host = hop_mb_per_s(Link(Path.PXB), self._gpu)
         for pick, gpus in members.items():
             numa = {self._numa[gpu] for gpu in gpus}
             self._near[pick] = max((self._nic[gpu] for gpu in gpus), default=0), len(numa)
             nvlink = len(gpus) < 2 or pick in on_nvlink
             self._bandwidth[pick] = 0
             if len(gpus) > 1:
-                self._bandwidth[pick] = ring[pick]
+                self._bandwidth[pick] = self._over_pcie(gpus, ring[pick])
                 if nvlink:
-                    self._bandwidth[pick] = max(ring[pick], self._over_nvlink(gpus))
+                    self._bandwidth[pick] = max(self._bandwidth[pick], self._over_nvlink(gpus))
             reach = {
                 Within.NODE: True,
                 Within.NVLINK: nvlink,
-                Within.SWITCH: len(gpus) < 2 or ring[pick] >= past_no_host,
+                Within.SWITCH: len(gpus) < 2 or pick in past_no_host,
                 Within.NUMA: len(numa) == 1 and () not in numa,
             }
             self._reach[pick] = frozenset(distance for distance, kept in reach.items() if kept)
@@ -535,13 +563,57 @@ class Shape:
             return fewest * self._gpu.nvlink_mb_per_s
         return 2 * nvlink_rings(self._links, gpus) * self._gpu.nvlink_mb_per_s
 
-    def _best_hop(self) -> dict[Pick, int]:
-        """Per pick of two or more, the slowest hop of the best ring through it, MB/s."""
-        rates = sorted({self.hops[a][b] for a, b in self._pairs()})
-        slowest = rates[0] if rates else 0
+    def _ring_hop(self, a: int, b: int) -> Hop:
+        """What one hop of a ring carries, whatever else shares its way."""
+        link, gpu = self._links[a][b], self._gpu
+        if link.path in (Path.NVLINK, Path.UNKNOWN):
+            return Hop(hop_mb_per_s(link, gpu))
+        if link.path in _BELOW_ONE_SWITCH and link.peer is not False:
+            return Hop(min(hop_mb_per_s(link, gpu), self._lanes[a], self._lanes[b]))
+        if self._host is None and link.peer is not False:
+            return Hop(min(hop_mb_per_s(link, gpu), self._lanes[a], self._lanes[b]))
+        through = self._staging.far if link.path is Path.SYS else self._staging.near
+        return Hop(staged_mb_per_s(through, max(self._lanes), 2, 1, 1), through)
+
+    def _over_pcie(self, gpus: Sequence[int], slowest: Hop) -> int:
+        """The bandwidth of a ring with this slowest hop, with all that the GPUs share on the way."""
+        if not slowest.host_mb_per_s:
+            return slowest.mb_per_s
+        lanes = min(self._lanes[gpu] for gpu in gpus)
+        if len(gpus) == 2 and self._host and self._host.peer and (link := self._links[gpus[0]][gpus[1]]).peer:
+            return min(lanes, self._host.peer) if link.path is Path.SYS else lanes
+        islands = components(gpus, self._direct)
+        uplinks = Counter(self._uplink[island[0]] for island in islands)
+        bridges = Counter(self._bridge[uplink] for uplink in uplinks)
+        bridge = max(bridges.values()) if self._staging.bridged else 1
+        return staged_mb_per_s(slowest.host_mb_per_s, lanes, len(gpus), bridge, max(uplinks.values()))
+
+    def _all_shares(self, hop: Hop, count: int) -> set[int]:
+        """All that rings of so many GPUs with this slowest hop can reach."""
+        if not hop.host_mb_per_s:
+            return {hop.mb_per_s}
+        found = {
+            staged_mb_per_s(hop.host_mb_per_s, lanes, count, bridge, uplink)
+            for lanes in set(self._lanes)
+            for bridge in range(1, count + 1 if self._staging.bridged else 2)
+            for uplink in range(1, count + 1)
+        }
+        if count == 2 and self._staging.peer:
+            found |= {min(lanes, most) for lanes in self._lanes for most in (lanes, self._staging.peer)}
+        return found
+
+    def _direct(self, a: int, b: int) -> bool:
+        """Whether two GPUs reach each other without the host."""
+        link = self._links[a][b]
+        return link.nvlinks > 0 or (link.path in _BELOW_ONE_SWITCH and link.peer is not False)
+
+    def _best_hop(self) -> dict[Pick, Hop]:
+        """Per pick of two or more, the slowest hop of the best ring through it."""
+        rates = sorted({self._ring_hops[a][b] for a, b in self._pairs()})
+        slowest = rates[0] if rates else Hop(0)
         found = {pick: slowest for picks in self._picks[2:] for pick in picks}
         for rate in rates[1:]:
-            closed = self._closed(lambda a, b: self.hops[a][b] >= rate)  # noqa: B023
+            closed = self._closed(lambda a, b: self._ring_hops[a][b] >= rate)  # noqa: B023
             if not closed:
                 break
             found.update(dict.fromkeys(closed, rate))
@@ -620,7 +692,7 @@ class Shape:
         fewest = min(self._links[a][b].nvlinks for a, b in combinations(gpus, 2))
         if self._switch and fewest:
             return switch_mb_per_s(fewest, len(gpus), self._gpu)
-        return min(self.hops[a][b] for a, b in combinations(gpus, 2))
+        return self._over_pcie(gpus, min(self._ring_hops[a][b] for a, b in combinations(gpus, 2)))
 
     def _greedy(self, mask: int, count: int, within: Within) -> tuple[int, ...] | None:
         """Grows a set from each free GPU by whoever is joined best, and takes the best of them."""
@@ -672,6 +744,11 @@ def _twins(links: Links, places: Sequence[object]) -> list[list[int]]:
     return kinds
 
 
+def _group_of(groups: Iterable[Sequence[int]]) -> dict[int, int]:
+    """GPU -> the lowest one of its group."""
+    return {gpu: group[0] for group in groups for gpu in group}
+
+
 class _Same:
     """A topology compared by identity: hashing its n x n links takes longer than an answer.
 
@@ -693,7 +770,14 @@ class _Same:
 @lru_cache(maxsize=4096)
 def _shape_of(same: _Same) -> Shape:
     machine = same.topology
-    return _shape(machine.links, machine.numa, machine.nearest_nic, generation(machine.model))
+    return _shape(
+        machine.links,
+        machine.numa,
+        machine.nearest_nic,
+        generation(machine.model),
+        machine.lanes,
+        host_of(machine.cpu),
+    )
 
 
 _shape = lru_cache(maxsize=256)(Shape)

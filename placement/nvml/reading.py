@@ -19,6 +19,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path as FilePath
 from typing import Any
 
 import pynvml
@@ -52,6 +53,7 @@ _ANCESTORS = {
     pynvml.NVML_TOPOLOGY_NODE: Path.NODE,
     pynvml.NVML_TOPOLOGY_SYSTEM: Path.SYS,
 }
+_CPU_INFO = FilePath("/proc/cpuinfo")
 _PEER_OK, _PEER_UNKNOWN = 0, 6
 _PEER_READ, _PEER_WRITE = 0, 1  # pynvml's own NVML_P2P_CAPS_INDEX_READ is a tuple by mistake
 
@@ -161,6 +163,7 @@ class _Reading:
             instances=tuple(instances),
             pairs=pairs,
             driver_version=driver,
+            cpu=_cpu(),
             problem=self.problem(),
         )
 
@@ -193,6 +196,8 @@ class _Reading:
             memory_used_bytes=memory and memory.total - memory.free,
             compute_capability=capability,
             pci_bus_id=bus_id,
+            pcie_generation=self.ask(one, pynvml.nvmlDeviceGetMaxPcieLinkGeneration, handle),
+            pcie_width=self.ask(one, pynvml.nvmlDeviceGetCurrPcieLinkWidth, handle),
             numa_nodes=_bits(self.ask(one, pynvml.nvmlDeviceGetMemoryAffinity, handle, _NUMA_WORDS, scope)),
             cpus=_bits(self.ask(one, pynvml.nvmlDeviceGetCpuAffinity, handle, _CPU_WORDS)),
             mig_enabled=mig_enabled,
@@ -332,6 +337,18 @@ def _profile(name: str | None, attributes: Any, gpu_memory_bytes: int | None) ->
     slices, of = attributes.computeInstanceSliceCount, attributes.gpuInstanceSliceCount
     part = f"{slices}c." if slices not in (0, of) else ""
     return f"{part}{of}g.{(eighths * gpu_gb + 4) // 8}gb"
+
+
+def _cpu() -> str | None:
+    """The product name of the processors, as Linux tells it; ``None`` where it does not."""
+    try:
+        rows = _CPU_INFO.read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return None
+    names = {
+        name.strip() for row in rows for key, _, name in [row.partition(":")] if key.strip() == "model name"
+    }
+    return names.pop() if len(names) == 1 else None
 
 
 def _field(value: Any) -> int | None:

@@ -99,6 +99,8 @@ def describe(
             f"numa {gpu} {_spaced(topology.numa[gpu])}",
             f"cpus {gpu} {_spaced(topology.cpus[gpu])}",
         ]
+        if lanes := topology.lanes[gpu]:
+            lines.append(f"pcie {gpu} {lanes.generation} {lanes.width}")
         if mig is not None:
             lines.append(f"mig {gpu} {1 if gpu in cut_up else mig}")
         # Ids are distinct on each GPU, whatever the size.
