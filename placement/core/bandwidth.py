@@ -37,14 +37,12 @@ from functools import lru_cache
 
 from placement.core.topology import Lanes, Link, Path
 
-_PCIE_X16 = {3: 12_000, 4: 24_000, 5: 48_000}
-
 _THROUGH_HOST = {Path.PHB: (86, 31_000), Path.NODE: (85, 30_000), Path.SYS: (83, 22_000)}
 """Percent of the PCIe rate, and what host memory and the sockets' link allow. Within a socket the order of
 PHB and NODE is certain, the distance is not."""
 
 _LANES_X16 = {1: 3_200, 2: 6_400, 3: 12_000, 4: 24_000, 5: 48_000, 6: 96_000}
-"""What sixteen lanes of each generation carry: 12 GB/s for the third (NCCL's ``src/graph/topo.h``), others in proportion."""
+"""What sixteen lanes of each generation carry: NCCL's 12 GB/s for the third (``topo.h``), others in proportion."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ _HOSTS: tuple[tuple[str, Host], ...] = (
         Host(78_000, 44_000, peer=39_000),
     ),
     # EPYC of Zen 2 and 3, which have one I/O die: 3090 (3.6, 1.4), 4090 (3.4, between NUMA nodes of a socket).
-    (r"EPYC|Rome|Milan|Threadripper", Host(4_450, 1_440, peer=18_300, bridged=True)),
+    (r"EPYC 7\w{2}[23]|Rome|Milan|Threadripper PRO [35]", Host(4_450, 1_440, peer=18_300, bridged=True)),
     # Xeon Scalable of the first two generations: V100S (5.6, 5.5).
     (r"Xeon\D* [3-9][12]\d\d\D*|Skylake|Cascade", Host(9_500, 9_500)),
 )
@@ -99,9 +97,9 @@ def staged_mb_per_s(host_mb_per_s: int, lanes_mb_per_s: int, count: int, bridge:
     """What a ring reaches whose hops go through the host's memory.
 
     A byte takes its time in the host and on the lanes, one after the other: ``bridge / host + uplink / lanes``, where
-    as many of the ring's GPUs share a host bridge, and an uplink. Longer rings overlap better: ``1 + 0.23 (1 - 2 / k)``.
-    The form follows from what is shared, the two constants from 37 published results on 8 machines, of which one is
-    off by more than 15 % (see ``docs/bandwidth.md``).
+    as many of the ring's GPUs share a host bridge, and an uplink. Longer rings overlap better:
+    ``1 + 0.23 (1 - 2 / k)``. The form follows from what is shared; 0.23 and the hosts' figures are fitted to 36
+    published results on 8 machines, two of which are off by more than 15 % (see ``docs/bandwidth.md``).
 
     Args:
         host_mb_per_s: of :class:`Host`, near or far.
@@ -174,7 +172,7 @@ def hop_mb_per_s(link: Link, gpu: Generation) -> int:
 
     Strictly ordered as :class:`~placement.core.topology.Path` is, and increasing in the number of NVLinks.
     """
-    pcie = _PCIE_X16[gpu.pcie]
+    pcie = _LANES_X16[gpu.pcie]
     if link.path is Path.NVLINK:
         # A single slow link (a degraded bridge on PCIe 5.0) still counts above PCIe: NCCL takes it first.
         return max(link.nvlinks * gpu.nvlink_mb_per_s, pcie + link.nvlinks)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache, lru_cache
@@ -151,10 +151,13 @@ NO_GPUS = Needs(0)
 
 
 class Hop(NamedTuple):
-    """What one hop of a ring carries, MB/s, and what the host adds, if the hop goes through its memory; else 0."""
+    """One hop of a ring: what it carries, MB/s, or, where it goes through the host's memory, what that carries.
 
-    mb_per_s: int
-    host_mb_per_s: int = 0
+    The other one is 0.
+    """
+
+    direct: int
+    host: int
 
 
 class Offer(NamedTuple):
@@ -294,8 +297,8 @@ class Shape:
         everyone = range(len(links))
         self._uplink = _group_of(components(everyone, lambda a, b: links[a][b].path in _BELOW_ONE_SWITCH))
         self._bridge = _group_of(components(everyone, lambda a, b: links[a][b].path in _BELOW_ONE_BRIDGE))
-        self._ring_hops = [[self._ring_hop(a, b) for b in everyone] for a in everyone]
-        self.hops = [[self._over_pcie((a, b), self._ring_hops[a][b]) for b in everyone] for a in everyone]
+        self._hops = [[self._hop(a, b) for b in everyone] for a in everyone]
+        self.hops = [[self._pair(a, b) for b in everyone] for a in everyone]
         self._nic = [_PATH_ORDER[path] for path in nearest_nic]
         self.twins = _twins(links, list(zip(numa, self._nic, self._lanes, strict=True)))
         self.in_order = [gpu for twins in self.twins for gpu in twins] == list(range(len(links)))
@@ -335,8 +338,11 @@ class Shape:
             return [-self._bandwidth[pick] for pick in picks]
         pairs = list(combinations(range(len(self._links)), 2))
         links = {self._links[a][b].nvlinks for a, b in pairs} - {0} if self._switch else set()
-        speeds = {self._ring_hops[a][b] for a, b in pairs}
-        speeds = {speed for hop in speeds for speed in self._all_shares(hop, count)}
+        hops = {self._hops[a][b] for a, b in pairs}
+        speeds = {hop.direct for hop in hops} - {0}
+        speeds |= {speed for hop in hops if hop.host for speed in self._all_staged(hop.host, count)}
+        if count == 2:
+            speeds = {self.hops[a][b] for a, b in pairs}
         return sorted(
             -speed for speed in speeds | {switch_mb_per_s(each, count, self._gpu) for each in links}
         )
@@ -523,7 +529,7 @@ class Shape:
                     self._picks[count] += [pick + taken * unit for pick in self._picks[count - taken]]
 
         members = {pick: self._lowest(pick, -1) for picks in self._picks for pick in picks}
-        ring = self._best_hop()
+        ring = self._best_ring(members)
         on_nvlink = self._closed(lambda a, b: self._links[a][b].nvlinks > 0)
         past_no_host = self._closed(lambda a, b: self._links[a][b].path in (Path.NVLINK, *_BELOW_ONE_SWITCH))
         self._bandwidth: dict[Pick, int] = {}
@@ -535,7 +541,7 @@ class Shape:
             nvlink = len(gpus) < 2 or pick in on_nvlink
             self._bandwidth[pick] = 0
             if len(gpus) > 1:
-                self._bandwidth[pick] = self._over_pcie(gpus, ring[pick])
+                self._bandwidth[pick] = ring[pick]
                 if nvlink:
                     self._bandwidth[pick] = max(self._bandwidth[pick], self._over_nvlink(gpus))
             reach = {
@@ -563,60 +569,60 @@ class Shape:
             return fewest * self._gpu.nvlink_mb_per_s
         return 2 * nvlink_rings(self._links, gpus) * self._gpu.nvlink_mb_per_s
 
-    def _ring_hop(self, a: int, b: int) -> Hop:
-        """What one hop of a ring carries, whatever else shares its way."""
+    def _hop(self, a: int, b: int) -> Hop:
+        """A hop between two GPUs, whatever else shares its way."""
         link, gpu = self._links[a][b], self._gpu
         if link.path in (Path.NVLINK, Path.UNKNOWN):
-            return Hop(hop_mb_per_s(link, gpu))
-        if link.path in _BELOW_ONE_SWITCH and link.peer is not False:
-            return Hop(min(hop_mb_per_s(link, gpu), self._lanes[a], self._lanes[b]))
-        if self._host is None and link.peer is not False:
-            return Hop(min(hop_mb_per_s(link, gpu), self._lanes[a], self._lanes[b]))
-        through = self._staging.far if link.path is Path.SYS else self._staging.near
-        return Hop(staged_mb_per_s(through, max(self._lanes), 2, 1, 1), through)
+            return Hop(hop_mb_per_s(link, gpu), 0)
+        passes_host = link.path not in _BELOW_ONE_SWITCH and self._host is not None
+        if passes_host or link.peer is False:
+            return Hop(0, self._staging.far if link.path is Path.SYS else self._staging.near)
+        return Hop(min(hop_mb_per_s(link, gpu), self._lanes[a], self._lanes[b]), 0)
 
-    def _over_pcie(self, gpus: Sequence[int], slowest: Hop) -> int:
-        """The bandwidth of a ring with this slowest hop, with all that the GPUs share on the way."""
-        if not slowest.host_mb_per_s:
-            return slowest.mb_per_s
-        lanes = min(self._lanes[gpu] for gpu in gpus)
-        if len(gpus) == 2 and self._host and self._host.peer and (link := self._links[gpus[0]][gpus[1]]).peer:
-            return min(lanes, self._host.peer) if link.path is Path.SYS else lanes
-        islands = components(gpus, self._direct)
+    def _pair(self, a: int, b: int) -> int:
+        """What two GPUs reach that are alone."""
+        link, hop = self._links[a][b], self._hops[a][b]
+        if hop.direct:
+            return hop.direct
+        lanes = min(self._lanes[a], self._lanes[b])
+        if link.peer and self._staging.peer:
+            return min(lanes, self._staging.peer) if link.path is Path.SYS else lanes
+        return self._staged((a, b), hop.host)
+
+    def _staged(self, gpus: Sequence[int], host: int) -> int:
+        """What a ring through all of them carries whose slowest hop goes through the host's memory."""
+        islands = components(gpus, lambda a, b: self._hops[a][b].direct > 0)
         uplinks = Counter(self._uplink[island[0]] for island in islands)
         bridges = Counter(self._bridge[uplink] for uplink in uplinks)
         bridge = max(bridges.values()) if self._staging.bridged else 1
-        return staged_mb_per_s(slowest.host_mb_per_s, lanes, len(gpus), bridge, max(uplinks.values()))
+        lanes = min(self._lanes[gpu] for gpu in gpus)
+        return staged_mb_per_s(host, lanes, len(gpus), bridge, max(uplinks.values()))
 
-    def _all_shares(self, hop: Hop, count: int) -> set[int]:
-        """All that rings of so many GPUs with this slowest hop can reach."""
-        if not hop.host_mb_per_s:
-            return {hop.mb_per_s}
-        found = {
-            staged_mb_per_s(hop.host_mb_per_s, lanes, count, bridge, uplink)
+    def _all_staged(self, host: int, count: int) -> set[int]:
+        """All that rings of so many GPUs can carry whose slowest hop goes through the host's memory."""
+        return {
+            staged_mb_per_s(host, lanes, count, bridge, uplink)
             for lanes in set(self._lanes)
             for bridge in range(1, count + 1 if self._staging.bridged else 2)
             for uplink in range(1, count + 1)
         }
-        if count == 2 and self._staging.peer:
-            found |= {min(lanes, most) for lanes in self._lanes for most in (lanes, self._staging.peer)}
-        return found
 
-    def _direct(self, a: int, b: int) -> bool:
-        """Whether two GPUs reach each other without the host."""
-        link = self._links[a][b]
-        return link.nvlinks > 0 or (link.path in _BELOW_ONE_SWITCH and link.peer is not False)
-
-    def _best_hop(self) -> dict[Pick, Hop]:
-        """Per pick of two or more, the slowest hop of the best ring through it."""
-        rates = sorted({self._ring_hops[a][b] for a, b in self._pairs()})
-        slowest = rates[0] if rates else Hop(0)
-        found = {pick: slowest for picks in self._picks[2:] for pick in picks}
-        for rate in rates[1:]:
-            closed = self._closed(lambda a, b: self._ring_hops[a][b] >= rate)  # noqa: B023
-            if not closed:
-                break
-            found.update(dict.fromkeys(closed, rate))
+    def _best_ring(self, members: Mapping[Pick, Sequence[int]]) -> dict[Pick, int]:
+        """Per pick of two or more, what the best ring through it carries, MB/s."""
+        hops = {self._hops[a][b] for a, b in self._pairs()}
+        found = dict.fromkeys((pick for picks in self._picks[2:] for pick in picks), 0)
+        # A ring is as fast as the slowest of its direct hops, and of those through the host: all pairs of bounds.
+        directs = sorted({hop.direct for hop in hops} - {0})
+        for host in sorted({hop.host for hop in hops} | {0}):
+            through = {hop for hop in hops if host and hop.host >= host}
+            for direct in [*directs, 0] if host else directs:
+                usable = through | {hop for hop in hops if direct and hop.direct >= direct}
+                closed = self._closed(lambda a, b: self._hops[a][b] in usable)  # noqa: B023
+                for pick in closed:
+                    rates = [rate for rate in (direct, host and self._staged(members[pick], host)) if rate]
+                    found[pick] = max(found[pick], min(rates))
+        for a, b in self._pairs():
+            found[self._pick(1 << a | 1 << b)] = self.hops[a][b]
         return found
 
     def _pairs(self) -> Iterator[tuple[int, int]]:
@@ -692,7 +698,11 @@ class Shape:
         fewest = min(self._links[a][b].nvlinks for a, b in combinations(gpus, 2))
         if self._switch and fewest:
             return switch_mb_per_s(fewest, len(gpus), self._gpu)
-        return self._over_pcie(gpus, min(self._ring_hops[a][b] for a, b in combinations(gpus, 2)))
+        if len(gpus) == 2:
+            return self.hops[gpus[0]][gpus[1]]
+        hops = {self._hops[a][b] for a, b in combinations(gpus, 2)}
+        rates = {hop.direct or self._staged(gpus, hop.host) for hop in hops}
+        return min(rates)
 
     def _greedy(self, mask: int, count: int, within: Within) -> tuple[int, ...] | None:
         """Grows a set from each free GPU by whoever is joined best, and takes the best of them."""

@@ -16,6 +16,7 @@ What a call that fails means, fact by fact:
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,7 +54,23 @@ _ANCESTORS = {
     pynvml.NVML_TOPOLOGY_NODE: Path.NODE,
     pynvml.NVML_TOPOLOGY_SYSTEM: Path.SYS,
 }
-_CPU_INFO = FilePath("/proc/cpuinfo")
+# Linux: arch/x86/include/asm/intel-family.h, and for AMD arch/x86/kernel/cpu/amd.c.
+_INTEL, _AMD = "GenuineIntel", "AuthenticAMD"
+_FAMILIES = (
+    ("Haswell", _INTEL, "6", "63"),
+    ("Broadwell", _INTEL, "6", "79"),
+    ("Skylake", _INTEL, "6", "85"),  # and Cascade Lake
+    ("Ice Lake", _INTEL, "6", "106"),
+    ("Sapphire Rapids", _INTEL, "6", "143"),
+    ("Emerald Rapids", _INTEL, "6", "207"),
+    ("Granite Rapids", _INTEL, "6", "173"),
+    ("Rome", _AMD, "23", "49"),
+    ("Milan", _AMD, "25", "1"),
+    ("Genoa", _AMD, "25", "17"),
+    ("Bergamo", _AMD, "25", "160"),
+    ("Turin", _AMD, "26", "2"),
+    ("Turin", _AMD, "26", "17"),
+)
 _PEER_OK, _PEER_UNKNOWN = 0, 6
 _PEER_READ, _PEER_WRITE = 0, 1  # pynvml's own NVML_P2P_CAPS_INDEX_READ is a tuple by mistake
 
@@ -340,15 +357,33 @@ def _profile(name: str | None, attributes: Any, gpu_memory_bytes: int | None) ->
 
 
 def _cpu() -> str | None:
-    """The product name of the processors, as Linux tells it; ``None`` where it does not."""
+    """The product name of the processors as Linux tells it, and of their family; ``None`` if they differ or have none.
+
+    A virtual machine's name often says no more than "AMD EPYC"; family and model do.
+    """
     try:
-        rows = _CPU_INFO.read_text("utf-8", "replace").splitlines()
+        text = (_root() / "proc/cpuinfo").read_text("utf-8", "replace")
     except OSError:
         return None
-    names = {
-        name.strip() for row in rows for key, _, name in [row.partition(":")] if key.strip() == "model name"
-    }
-    return names.pop() if len(names) == 1 else None
+    told: dict[str, set[str]] = {}
+    for row in text.splitlines():
+        key, _, value = row.partition(":")
+        told.setdefault(key.strip(), set()).add(value.strip())
+    keys = ("vendor_id", "cpu family", "model")
+    found = next(
+        (name for name, *numbers in _FAMILIES if numbers == [",".join(told.get(key, ())) for key in keys]),
+        None,
+    )
+    names = told.get("model name", set())
+    if len(names) != 1:
+        return None
+    [name] = names
+    return f"{name}, {found}" if found and found.lower() not in name.lower() else name
+
+
+def _root() -> FilePath:
+    """Where the host's ``/proc`` is: elsewhere in a container that has it mounted there."""
+    return FilePath(os.environ.get("PLACEMENT_HOST_ROOT") or "/")
 
 
 def _field(value: Any) -> int | None:

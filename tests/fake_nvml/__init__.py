@@ -38,8 +38,12 @@ def build(directory: FilePath) -> FilePath:
 
 
 def environment(library: FilePath, machine: FilePath) -> dict[str, str]:
-    """The variables under which a new process sees ``machine``, a file, through ``library``."""
-    return {"LD_LIBRARY_PATH": str(library.parent), "FAKE_NVML_MACHINE": str(machine)}
+    """The variables under which a new process sees ``machine``, a file, through ``library``; and no ``/proc``."""
+    return {
+        "LD_LIBRARY_PATH": str(library.parent),
+        "FAKE_NVML_MACHINE": str(machine),
+        "PLACEMENT_HOST_ROOT": str(machine.with_name("host")),
+    }
 
 
 def uuid(gpu: int) -> str:
