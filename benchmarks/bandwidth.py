@@ -1,8 +1,8 @@
 """Predicted all-reduce bandwidth beside published figures: ``python -m benchmarks.bandwidth FOLDER``.
 
 The folder holds ``measured.csv`` (machine, model, gpus, busbw_gb_per_s, message, nccl, forced, source, note), the
-matrix of each machine as ``nvidia-smi topo -m`` prints it (``<machine>.txt``), and ``hosts.toml``, what is known of the hosts:
-cpu, pcie_generation, pcie_width by GPU, peer_to_peer (``ok``, ``none``, or ``acs`` where it is redirected).
+matrix of each machine as ``nvidia-smi topo -m`` prints it (``<machine>.txt``), and ``hosts.toml``, what is known of the
+hosts: cpu, pcie_generation, pcie_width by GPU, peer_to_peer (``ok``, ``none``, or ``acs`` where it is redirected).
 """
 
 from __future__ import annotations

@@ -24,8 +24,7 @@ twice that in each later one (topo.h); through the host, where NCCL by default s
 peer-to-peer, what was measured: 20 GB/s on PCIe 4.0 between sockets (nccl-tests issue 178), 22 and 30 on
 PCIe 5.0 between and within sockets (voipmonitor/rtx6kpro).
 
-Against published figures it is within 15 %, see ``tests/core/test_bandwidth.py``, which also lists the ones
-that it misses.
+Published figures beside it, and the ones that it misses: ``docs/bandwidth.md``, ``tests/core/test_bandwidth.py``.
 """
 
 from __future__ import annotations
@@ -38,8 +37,7 @@ from functools import lru_cache
 from placement.core.topology import Lanes, Link, Path
 
 _THROUGH_HOST = {Path.PHB: (86, 31_000), Path.NODE: (85, 30_000), Path.SYS: (83, 22_000)}
-"""Percent of the PCIe rate, and what host memory and the sockets' link allow. Within a socket the order of
-PHB and NODE is certain, the distance is not."""
+"""Of a host that is not known: percent of the PCIe rate, and what its memory and the sockets' link allow."""
 
 _LANES_X16 = {1: 3_200, 2: 6_400, 3: 12_000, 4: 24_000, 5: 48_000, 6: 96_000}
 """What sixteen lanes of each generation carry: NCCL's 12 GB/s for the third (``topo.h``), others in proportion."""
