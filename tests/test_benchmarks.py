@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
+from pathlib import Path as FilePath
 
 import pytest
 
-from benchmarks import choice, clients, partition, scale
+from benchmarks import bandwidth, choice, clients, partition, scale
 from placement import topologies
 from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
 
@@ -160,3 +162,26 @@ def test_clients_go_on_until_the_time_is_over_and_their_errors_are_counted() -> 
     took, errors = clients.storm(once, clients=3, seconds=0.05)
     assert took and set(errors) == {"KeyError"}
     assert abs(len(took) - errors["KeyError"]) <= 3
+
+
+def test_published_results_are_set_beside_the_prediction(
+    tmp_path: FilePath, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "box.txt").write_text(
+        "\tGPU0\tGPU1\tGPU2\nGPU0\tX\tPIX\tNODE\nGPU1\tPIX\tX\tNODE\nGPU2\tNODE\tNODE\tX\n"
+    )
+    (tmp_path / "hosts.toml").write_text(
+        '[box]\ncpu = "Intel Xeon Gold 6230R"\npcie_generation = 3\npcie_width = { 1 = 8 }\npeer_to_peer = "none"\n'
+    )
+    (tmp_path / "measured.csv").write_text(
+        "machine,model,gpus,busbw_gb_per_s,message,nccl,forced,source,note\n"
+        "box,Tesla V100S-PCIE-32GB,0 1,2.3,6G,2.27.3,,a report,\n"
+        "box,Tesla V100S-PCIE-32GB,0 2,5.5,6G,2.27.3,,a report,\n"
+        "box,Tesla V100S-PCIE-32GB,0 1,6.0,6G,2.27.3,P2P driver,a report,\n"
+    )
+    assert bandwidth.main([str(tmp_path), "--json"]) == 0
+    shared, apart, peer = json.loads(capsys.readouterr().out)
+    assert [(one["gpus"], one["measured"]) for one in (shared, apart)] == [([0, 1], 2.3), ([0, 2], 5.5)]
+    assert [one["predicted"] for one in (shared, apart, peer)] == [2.28, 5.3, 6.0]
+    assert bandwidth.main([str(tmp_path)]) == 0
+    assert "order of equally large sets: 1 right, 0 tied, 0 wrong" in capsys.readouterr().out

@@ -12,7 +12,9 @@ reductions inside the switch (NVLS). So for a set of *k* GPUs:
 - *Direct NVLinks*: every undirected ring over NVLinks through all *k*, edge-disjoint from the others, carries
   ``rate`` in each of its two directions: ``2 x rings x rate``; between two GPUs ``links x rate``. A set
   can be joined by NVLinks and have no such ring: 48 of the 70 quads of a DGX-1V are like that.
-- *Otherwise* one ring over NVLink and PCIe, as fast as its slowest hop: the best such ring.
+- *Otherwise* one ring over NVLink and PCIe, as fast as its slowest hop: the best such ring. Where host and
+  peer-to-peer are known, a hop between GPUs that do not reach each other's memory goes through the host's, and what the
+  set shares counts as well: see :func:`staged_mb_per_s`.
 
 **The figures** (MB/s, so that sums are exact). NVLink: what NCCL charges per link (``src/graph/topo.h`` of
 NVIDIA/nccl: SM60 18, SM70 20, SM86 12, SM90 20.6, SM100 40.1 GB/s), but 19.2 on A100 (SM80 20), whose SMs
@@ -22,8 +24,7 @@ twice that in each later one (topo.h); through the host, where NCCL by default s
 peer-to-peer, what was measured: 20 GB/s on PCIe 4.0 between sockets (nccl-tests issue 178), 22 and 30 on
 PCIe 5.0 between and within sockets (voipmonitor/rtx6kpro).
 
-Against published figures it is within 15 %, see ``tests/core/test_bandwidth.py``, which also lists the ones
-that it misses.
+Published figures beside it, and the ones that it misses: ``docs/bandwidth.md``, ``tests/core/test_bandwidth.py``.
 """
 
 from __future__ import annotations
@@ -33,13 +34,86 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from placement.core.topology import Link, Path
-
-_PCIE_X16 = {3: 12_000, 4: 24_000, 5: 48_000}
+from placement.core.topology import Lanes, Link, Path
 
 _THROUGH_HOST = {Path.PHB: (86, 31_000), Path.NODE: (85, 30_000), Path.SYS: (83, 22_000)}
-"""Percent of the PCIe rate, and what host memory and the sockets' link allow. Within a socket the order of
-PHB and NODE is certain, the distance is not."""
+"""Of a host that is not known: percent of the PCIe rate, and what its memory and the sockets' link allow."""
+
+_LANES_X16 = {1: 3_200, 2: 6_400, 3: 12_000, 4: 24_000, 5: 48_000, 6: 96_000}
+"""What sixteen lanes of each generation carry: NCCL's 12 GB/s for the third (``topo.h``), others in proportion."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """How fast GPUs copy through the memory of a host, MB/s; the lanes on the way there come on top.
+
+    Attributes:
+        near: between GPUs of one NUMA node.
+        far: between NUMA nodes.
+        peer: what two GPUs reach peer-to-peer between NUMA nodes, where NCCL lets them: on AMD, if there are no
+            more than two (``ncclTopoCheckP2p`` in ``src/graph/paths.cc`` of NVIDIA/nccl 2.30); 0 where it does not.
+        bridged: whether GPUs below one host bridge share it.
+    """
+
+    near: int
+    far: int
+    peer: int = 0
+    bridged: bool = False
+
+
+_HOSTS: tuple[tuple[str, Host], ...] = (
+    # EPYC of Zen 4 and 5, 4th and 5th generation: 4090 (18.5 within a socket, 16.4 across), 5090 (28.8, 22.2).
+    (
+        r"EPYC (?:[89]\w{2}[45]|9V\d+)|Genoa|Bergamo|Siena|Turin|Threadripper PRO [79]",
+        Host(78_000, 44_000, peer=39_000),
+    ),
+    # EPYC of Zen 2 and 3, which have one I/O die: 3090 (3.6, 1.4), 4090 (3.4, between NUMA nodes of a socket).
+    (r"EPYC 7\w{2}[23]|Rome|Milan|Threadripper PRO [35]", Host(4_450, 1_440, peer=18_300, bridged=True)),
+    # Xeon Scalable of the first two generations: V100S (5.6, 5.5).
+    (r"Xeon\D* [3-9][12]\d\d\D*|Skylake|Cascade", Host(9_500, 9_500)),
+)
+
+
+@lru_cache(maxsize=256)
+def host_of(cpu: str | None) -> Host | None:
+    """What is known of a host with processors of this product name; ``None``: nothing."""
+    return next((host for names, host in _HOSTS if cpu and re.search(names, cpu, re.IGNORECASE)), None)
+
+
+def slowest_host(pcie: int) -> Host:
+    """The slowest host that was measured with cards of that PCIe generation, for one that nobody knows."""
+    newest, zen2, xeon = (host for _, host in _HOSTS)
+    return xeon if pcie <= 3 else zen2 if pcie == 4 else newest
+
+
+def lanes_mb_per_s(lanes: Lanes) -> int:
+    """What a PCIe link carries per direction."""
+    return _LANES_X16[min(max(lanes.generation, 1), 6)] * lanes.width // 16
+
+
+def staged_mb_per_s(host_mb_per_s: int, lanes_mb_per_s: int, count: int, bridge: int, uplink: int) -> int:
+    """What a ring reaches whose hops go through the host's memory.
+
+    A byte takes its time in the host and on the lanes, one after the other: ``bridge / host + uplink / lanes``, where
+    as many of the ring's GPUs share a host bridge, and an uplink. Longer rings overlap better:
+    ``1 + 0.23 (1 - 2 / k)``. The form follows from what is shared; 0.23 and the hosts' figures are fitted to 36
+    published results on 8 machines, two of which are off by more than 15 % (see ``docs/bandwidth.md``).
+
+    Args:
+        host_mb_per_s: of :class:`Host`, near or far.
+        lanes_mb_per_s: of the GPU with the slowest link.
+        count: how many GPUs.
+        bridge: how many of them, at most, are below one host bridge.
+        uplink: how many of them, at most, send through one switch's link to the host.
+    """
+    per_mille = 1000 + 230 * (count - 2) // count
+    return (
+        per_mille
+        * host_mb_per_s
+        * lanes_mb_per_s
+        // (1000 * (bridge * lanes_mb_per_s + uplink * host_mb_per_s))
+    )
+
 
 _UNKNOWN = 5_000
 """A pair nobody could look at: what GPUs do through host memory where the driver has no peer-to-peer (two
@@ -96,7 +170,7 @@ def hop_mb_per_s(link: Link, gpu: Generation) -> int:
 
     Strictly ordered as :class:`~placement.core.topology.Path` is, and increasing in the number of NVLinks.
     """
-    pcie = _PCIE_X16[gpu.pcie]
+    pcie = _LANES_X16[gpu.pcie]
     if link.path is Path.NVLINK:
         # A single slow link (a degraded bridge on PCIe 5.0) still counts above PCIe: NCCL takes it first.
         return max(link.nvlinks * gpu.nvlink_mb_per_s, pcie + link.nvlinks)

@@ -18,7 +18,7 @@ from placement.core.mix import Kind
 from placement.core.request import Request, Strategy
 from placement.core.score import ANY_PROFILE, GIB, NO_GPUS, WHOLE, GpuName, Needs, Within, score
 from placement.core.snapshot import GPU_DOMAIN_LABEL, UNIT, UNKNOWN_PROFILE, Bits, Node, Snapshot
-from placement.core.topology import Path, Topology, _components, ordinals
+from placement.core.topology import Path, Topology, components, ordinals
 from placement.errors import (
     BelowFloor,
     NoCpuNodes,
@@ -870,7 +870,7 @@ def _groups(node: Node, within: Within) -> list[tuple[int, ...]]:
         path = topology.link(a, b).path
         return path is Path.NVLINK or (within is Within.SWITCH and path in close)
 
-    return _components(sorted(node.free), joined)
+    return components(sorted(node.free), joined)
 
 
 def _wider(nearest: Node, needs: Needs) -> str:

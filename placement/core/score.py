@@ -13,7 +13,8 @@ spare, so that taking a pick out of another is one subtraction.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache, lru_cache
@@ -22,13 +23,18 @@ from typing import NamedTuple
 
 from placement.core.bandwidth import (
     Generation,
+    Host,
     generation,
     has_switch,
     hop_mb_per_s,
+    host_of,
+    lanes_mb_per_s,
     nvlink_rings,
+    slowest_host,
+    staged_mb_per_s,
     switch_mb_per_s,
 )
-from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
+from placement.core.topology import UNKNOWN_LINK, Lanes, Link, Path, Topology, components
 
 Links = tuple[tuple[Link, ...], ...]
 
@@ -53,6 +59,8 @@ MAX_PICKS = 1 << 16
 """Machines with more picks (17 GPUs and more, no two of them alike) are not tabulated."""
 
 _PATH_ORDER = {path: order for order, path in enumerate(Path)}
+_BELOW_ONE_SWITCH = (Path.PIX, Path.PXB)
+_BELOW_ONE_BRIDGE = (*_BELOW_ONE_SWITCH, Path.PHB)
 
 
 class Within(StrEnum):
@@ -148,6 +156,16 @@ class Needs(NamedTuple):
 
 NO_GPUS = Needs(0)
 """What a remote replica needs of GPUs, and one on CPUs."""
+
+
+class Hop(NamedTuple):
+    """One hop of a ring: what it carries, MB/s, or, where it goes through the host's memory, what that carries.
+
+    The other one is 0.
+    """
+
+    direct: int
+    host: int
 
 
 class Offer(NamedTuple):
@@ -272,13 +290,25 @@ class Shape:
     """
 
     def __init__(
-        self, links: Links, numa: Sequence[tuple[int, ...]], nearest_nic: Sequence[Path], gpu: Generation
+        self,
+        links: Links,
+        numa: Sequence[tuple[int, ...]],
+        nearest_nic: Sequence[Path],
+        gpu: Generation,
+        lanes: Sequence[Lanes | None] = (),
+        host: Host | None = None,
     ) -> None:
-        self._links, self._numa, self._gpu = links, numa, gpu
+        self._links, self._numa, self._gpu, self._host = links, numa, gpu, host
+        self._staging = host or slowest_host(gpu.pcie)
         self._switch = has_switch(links, gpu)
-        self.hops = [[hop_mb_per_s(link, gpu) for link in row] for row in links]
+        self._lanes = [lanes_mb_per_s(one or Lanes(gpu.pcie)) for one in lanes or (None,) * len(links)]
+        everyone = range(len(links))
+        self._uplink = _group_of(components(everyone, lambda a, b: links[a][b].path in _BELOW_ONE_SWITCH))
+        self._bridge = _group_of(components(everyone, lambda a, b: links[a][b].path in _BELOW_ONE_BRIDGE))
+        self._hops = [[self._hop(a, b) for b in everyone] for a in everyone]
+        self.hops = [[self._pair(a, b) for b in everyone] for a in everyone]
         self._nic = [_PATH_ORDER[path] for path in nearest_nic]
-        self.twins = twins_of(links, list(zip(numa, self._nic, strict=True)))
+        self.twins = twins_of(links, list(zip(numa, self._nic, self._lanes, strict=True)))
         self.in_order = [gpu for twins in self.twins for gpu in twins] == list(range(len(links)))
         self._chosen: dict[tuple[int, int, Within], tuple[int, ...] | None] = {}
         self._offered: dict[tuple[int, int, Within], Offer | None] = {}
@@ -316,7 +346,11 @@ class Shape:
             return [-self._bandwidth[pick] for pick in picks]
         pairs = list(combinations(range(len(self._links)), 2))
         links = {self._links[a][b].nvlinks for a, b in pairs} - {0} if self._switch else set()
-        speeds = {self.hops[a][b] for a, b in pairs}
+        hops = {self._hops[a][b] for a, b in pairs}
+        speeds = {hop.direct for hop in hops} - {0}
+        speeds |= {speed for hop in hops if hop.host for speed in self._all_staged(hop.host, count)}
+        if count == 2:
+            speeds = {self.hops[a][b] for a, b in pairs}
         return sorted(
             -speed for speed in speeds | {switch_mb_per_s(each, count, self._gpu) for each in links}
         )
@@ -507,12 +541,12 @@ class Shape:
                     self._picks[count] += [pick + taken * unit for pick in self._picks[count - taken]]
 
         members = {pick: self._lowest(pick, -1) for picks in self._picks for pick in picks}
-        ring = self._best_hop()
+        ring = self._best_ring(members)
         on_nvlink = self._closed(lambda a, b: self._links[a][b].nvlinks > 0)
+        past_no_host = self._closed(lambda a, b: self._links[a][b].path in (Path.NVLINK, *_BELOW_ONE_SWITCH))
         self._bandwidth: dict[Pick, int] = {}
         self._reach: dict[Pick, frozenset[Within]] = {}
         self._near: dict[Pick, tuple[int, int]] = {}
-        past_no_host = hop_mb_per_s(Link(Path.PXB), self._gpu)
         for pick, gpus in members.items():
             numa = {self._numa[gpu] for gpu in gpus}
             self._near[pick] = max((self._nic[gpu] for gpu in gpus), default=0), len(numa)
@@ -521,11 +555,11 @@ class Shape:
             if len(gpus) > 1:
                 self._bandwidth[pick] = ring[pick]
                 if nvlink:
-                    self._bandwidth[pick] = max(ring[pick], self._over_nvlink(gpus))
+                    self._bandwidth[pick] = max(self._bandwidth[pick], self._over_nvlink(gpus))
             reach = {
                 Within.NODE: True,
                 Within.NVLINK: nvlink,
-                Within.SWITCH: len(gpus) < 2 or ring[pick] >= past_no_host,
+                Within.SWITCH: len(gpus) < 2 or pick in past_no_host,
                 Within.NUMA: len(numa) == 1 and () not in numa,
             }
             self._reach[pick] = frozenset(distance for distance, kept in reach.items() if kept)
@@ -547,16 +581,60 @@ class Shape:
             return fewest * self._gpu.nvlink_mb_per_s
         return 2 * nvlink_rings(self._links, gpus) * self._gpu.nvlink_mb_per_s
 
-    def _best_hop(self) -> dict[Pick, int]:
-        """Per pick of two or more, the slowest hop of the best ring through it, MB/s."""
-        rates = sorted({self.hops[a][b] for a, b in self._pairs()})
-        slowest = rates[0] if rates else 0
-        found = {pick: slowest for picks in self._picks[2:] for pick in picks}
-        for rate in rates[1:]:
-            closed = self._closed(lambda a, b: self.hops[a][b] >= rate)  # noqa: B023
-            if not closed:
-                break
-            found.update(dict.fromkeys(closed, rate))
+    def _hop(self, a: int, b: int) -> Hop:
+        """A hop between two GPUs, whatever else shares its way."""
+        link, gpu = self._links[a][b], self._gpu
+        if link.path in (Path.NVLINK, Path.UNKNOWN):
+            return Hop(hop_mb_per_s(link, gpu), 0)
+        passes_host = link.path not in _BELOW_ONE_SWITCH and self._host is not None
+        if passes_host or link.peer is False:
+            return Hop(0, self._staging.far if link.path is Path.SYS else self._staging.near)
+        return Hop(min(hop_mb_per_s(link, gpu), self._lanes[a], self._lanes[b]), 0)
+
+    def _pair(self, a: int, b: int) -> int:
+        """What two GPUs reach that are alone."""
+        link, hop = self._links[a][b], self._hops[a][b]
+        if hop.direct:
+            return hop.direct
+        lanes = min(self._lanes[a], self._lanes[b])
+        if link.peer and self._staging.peer:
+            return min(lanes, self._staging.peer) if link.path is Path.SYS else lanes
+        return self._staged((a, b), hop.host)
+
+    def _staged(self, gpus: Sequence[int], host: int) -> int:
+        """What a ring through all of them carries whose slowest hop goes through the host's memory."""
+        islands = components(gpus, lambda a, b: self._hops[a][b].direct > 0)
+        uplinks = Counter(self._uplink[island[0]] for island in islands)
+        bridges = Counter(self._bridge[uplink] for uplink in uplinks)
+        bridge = max(bridges.values()) if self._staging.bridged else 1
+        lanes = min(self._lanes[gpu] for gpu in gpus)
+        return staged_mb_per_s(host, lanes, len(gpus), bridge, max(uplinks.values()))
+
+    def _all_staged(self, host: int, count: int) -> set[int]:
+        """All that rings of so many GPUs can carry whose slowest hop goes through the host's memory."""
+        return {
+            staged_mb_per_s(host, lanes, count, bridge, uplink)
+            for lanes in set(self._lanes)
+            for bridge in range(1, count + 1 if self._staging.bridged else 2)
+            for uplink in range(1, count + 1)
+        }
+
+    def _best_ring(self, members: Mapping[Pick, Sequence[int]]) -> dict[Pick, int]:
+        """Per pick of two or more, what the best ring through it carries, MB/s."""
+        hops = {self._hops[a][b] for a, b in self._pairs()}
+        found = dict.fromkeys((pick for picks in self._picks[2:] for pick in picks), 0)
+        # A ring is as fast as the slowest of its direct hops, and of those through the host: all pairs of bounds.
+        directs = sorted({hop.direct for hop in hops} - {0})
+        for host in sorted({hop.host for hop in hops} | {0}):
+            through = {hop for hop in hops if host and hop.host >= host}
+            for direct in [*directs, 0] if host else directs:
+                usable = through | {hop for hop in hops if direct and hop.direct >= direct}
+                closed = self._closed(lambda a, b: self._hops[a][b] in usable)  # noqa: B023
+                for pick in closed:
+                    rates = [rate for rate in (direct, host and self._staged(members[pick], host)) if rate]
+                    found[pick] = max(found[pick], min(rates))
+        for a, b in self._pairs():
+            found[self._pick(1 << a | 1 << b)] = self.hops[a][b]
         return found
 
     def _pairs(self) -> Iterator[tuple[int, int]]:
@@ -632,7 +710,11 @@ class Shape:
         fewest = min(self._links[a][b].nvlinks for a, b in combinations(gpus, 2))
         if self._switch and fewest:
             return switch_mb_per_s(fewest, len(gpus), self._gpu)
-        return min(self.hops[a][b] for a, b in combinations(gpus, 2))
+        if len(gpus) == 2:
+            return self.hops[gpus[0]][gpus[1]]
+        hops = {self._hops[a][b] for a, b in combinations(gpus, 2)}
+        rates = {hop.direct or self._staged(gpus, hop.host) for hop in hops}
+        return min(rates)
 
     def _greedy(self, mask: int, count: int, within: Within) -> tuple[int, ...] | None:
         """Grows a set from each free GPU by whoever is joined best, and takes the best of them."""
@@ -684,6 +766,11 @@ def twins_of(links: Sequence[Sequence[object]], places: Sequence[object]) -> lis
     return kinds
 
 
+def _group_of(groups: Iterable[Sequence[int]]) -> dict[int, int]:
+    """GPU -> the lowest one of its group."""
+    return {gpu: group[0] for group in groups for gpu in group}
+
+
 class _Same:
     """A topology compared by identity: hashing its n x n links takes longer than an answer.
 
@@ -705,7 +792,14 @@ class _Same:
 @lru_cache(maxsize=4096)
 def _shape_of(same: _Same) -> Shape:
     machine = same.topology
-    return _shape(machine.links, machine.numa, machine.nearest_nic, generation(machine.model))
+    return _shape(
+        machine.links,
+        machine.numa,
+        machine.nearest_nic,
+        generation(machine.model),
+        machine.lanes,
+        host_of(machine.cpu),
+    )
 
 
 _shape = lru_cache(maxsize=256)(Shape)

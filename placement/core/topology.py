@@ -7,7 +7,7 @@ it does here: a pair is joined by *n* NVLinks, or by a PCIe path, or by somethin
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -36,12 +36,19 @@ class Path(StrEnum):
 class Link:
     """What joins two GPUs: a path, and the number of NVLinks where the path is NVLink.
 
+    Attributes:
+        path: what they talk over.
+        nvlinks: how many NVLinks, direct or through NVSwitch.
+        peer: whether one can read and write the other's memory over PCIe without the host's; ``None`` where unknown.
+            Not where the driver forbids it, nor where requests are redirected through the root complex (ACS).
+
     Raises:
         ValueError: NVLinks were counted on another path, or none on an NVLink path.
     """
 
     path: Path
     nvlinks: int = 0
+    peer: bool | None = None
 
     def __post_init__(self) -> None:
         if (self.path is Path.NVLINK) != (self.nvlinks > 0):
@@ -80,6 +87,19 @@ class Nic:
             raise ValueError(f"no NVLink leads to network card {self.name}")
 
 
+@dataclass(frozen=True, slots=True)
+class Lanes:
+    """A GPU's PCIe link.
+
+    Attributes:
+        generation: the highest that card and slot can do; the current one drops when the GPU is idle.
+        width: how many lanes it has.
+    """
+
+    generation: int
+    width: int = 16
+
+
 MAX_NVLINKS_PER_GPU = 18
 """Most NVLinks on one GPU so far: 18 on H100, H200, B200 (NVIDIA data sheets)."""
 
@@ -98,6 +118,8 @@ class Topology:
             Ignored by ``==``: two machines of one shape are one topology.
         below: ``below[a][b]`` is the PCIe path of two GPUs, also below NVLink, which hides it in ``links``; empty where
             that was not read (NVML tells it, ``nvidia-smi topo -m`` does not).
+        lanes: per GPU its PCIe link, ``None`` where unknown.
+        cpu: product name of the host's processors (``"AMD EPYC 7502"``), ``None`` where unknown.
 
     Raises:
         ValueError: the matrix is not square or not symmetric, a list has another length, or two network
@@ -110,13 +132,15 @@ class Topology:
     nics: tuple[Nic, ...] = ()
     model: str | None = field(default=None, compare=False)
     below: tuple[tuple[Path, ...], ...] = ()
+    lanes: tuple[Lanes | None, ...] = ()
+    cpu: str | None = None
 
     def __post_init__(self) -> None:
         count = len(self.links)
-        for name in ("numa", "cpus"):
+        for name, unknown in (("numa", ()), ("cpus", ()), ("lanes", None)):
             values = getattr(self, name)
             if not values:
-                object.__setattr__(self, name, ((),) * count)
+                object.__setattr__(self, name, (unknown,) * count)
             elif len(values) != count:
                 raise ValueError(f"{name} describes {len(values)} GPUs, the matrix {count}")
         for nic in self.nics:
@@ -190,14 +214,15 @@ class Topology:
     @cached_property
     def islands(self) -> tuple[tuple[int, ...], ...]:
         """GPUs joined by NVLink, directly or over others, each island ascending; a lone GPU is its own."""
-        return tuple(_components(range(len(self)), lambda a, b: self.links[a][b].nvlinks > 0))
+        return tuple(components(range(len(self)), lambda a, b: self.links[a][b].nvlinks > 0))
 
     def island_of(self, ordinal: int) -> int:
         """Index into :attr:`islands` of the island that holds ``ordinal``."""
         return next(i for i, island in enumerate(self.islands) if ordinal in island)
 
 
-def _components(items: Iterable[int], joined) -> list[tuple[int, ...]]:  # type: ignore[no-untyped-def]
+def components(items: Iterable[int], joined: Callable[[int, int], bool]) -> list[tuple[int, ...]]:
+    """The groups that are joined, directly or over others, each ascending."""
     found: list[tuple[int, ...]] = []
     left = list(items)
     while left:

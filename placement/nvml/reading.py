@@ -16,9 +16,11 @@ What a call that fails means, fact by fact:
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path as FilePath
 from typing import Any
 
 import pynvml
@@ -52,6 +54,23 @@ _ANCESTORS = {
     pynvml.NVML_TOPOLOGY_NODE: Path.NODE,
     pynvml.NVML_TOPOLOGY_SYSTEM: Path.SYS,
 }
+# Linux: arch/x86/include/asm/intel-family.h, and for AMD arch/x86/kernel/cpu/amd.c.
+_INTEL, _AMD = "GenuineIntel", "AuthenticAMD"
+_FAMILIES = (
+    ("Haswell", _INTEL, "6", "63"),
+    ("Broadwell", _INTEL, "6", "79"),
+    ("Skylake", _INTEL, "6", "85"),  # and Cascade Lake
+    ("Ice Lake", _INTEL, "6", "106"),
+    ("Sapphire Rapids", _INTEL, "6", "143"),
+    ("Emerald Rapids", _INTEL, "6", "207"),
+    ("Granite Rapids", _INTEL, "6", "173"),
+    ("Rome", _AMD, "23", "49"),
+    ("Milan", _AMD, "25", "1"),
+    ("Genoa", _AMD, "25", "17"),
+    ("Bergamo", _AMD, "25", "160"),
+    ("Turin", _AMD, "26", "2"),
+    ("Turin", _AMD, "26", "17"),
+)
 _PEER_OK, _PEER_UNKNOWN = 0, 6
 _PEER_READ, _PEER_WRITE = 0, 1  # pynvml's own NVML_P2P_CAPS_INDEX_READ is a tuple by mistake
 
@@ -161,6 +180,7 @@ class _Reading:
             instances=tuple(instances),
             pairs=pairs,
             driver_version=driver,
+            cpu=_cpu(),
             problem=self.problem(),
         )
 
@@ -193,6 +213,8 @@ class _Reading:
             memory_used_bytes=memory and memory.total - memory.free,
             compute_capability=capability,
             pci_bus_id=bus_id,
+            pcie_generation=self.ask(one, pynvml.nvmlDeviceGetMaxPcieLinkGeneration, handle),
+            pcie_width=self.ask(one, pynvml.nvmlDeviceGetCurrPcieLinkWidth, handle),
             numa_nodes=_bits(self.ask(one, pynvml.nvmlDeviceGetMemoryAffinity, handle, _NUMA_WORDS, scope)),
             cpus=_bits(self.ask(one, pynvml.nvmlDeviceGetCpuAffinity, handle, _CPU_WORDS)),
             mig_enabled=mig_enabled,
@@ -332,6 +354,36 @@ def _profile(name: str | None, attributes: Any, gpu_memory_bytes: int | None) ->
     slices, of = attributes.computeInstanceSliceCount, attributes.gpuInstanceSliceCount
     part = f"{slices}c." if slices not in (0, of) else ""
     return f"{part}{of}g.{(eighths * gpu_gb + 4) // 8}gb"
+
+
+def _cpu() -> str | None:
+    """The product name of the processors as Linux tells it, and of their family; ``None`` if they differ or have none.
+
+    A virtual machine's name often says no more than "AMD EPYC"; family and model do.
+    """
+    try:
+        text = (_root() / "proc/cpuinfo").read_text("utf-8", "replace")
+    except OSError:
+        return None
+    told: dict[str, set[str]] = {}
+    for row in text.splitlines():
+        key, _, value = row.partition(":")
+        told.setdefault(key.strip(), set()).add(value.strip())
+    keys = ("vendor_id", "cpu family", "model")
+    found = next(
+        (name for name, *numbers in _FAMILIES if numbers == [",".join(told.get(key, ())) for key in keys]),
+        None,
+    )
+    names = told.get("model name", set())
+    if len(names) != 1:
+        return None
+    [name] = names
+    return f"{name}, {found}" if found and found.lower() not in name.lower() else name
+
+
+def _root() -> FilePath:
+    """Where the host's ``/proc`` is: elsewhere in a container that has it mounted there."""
+    return FilePath(os.environ.get("PLACEMENT_HOST_ROOT") or "/")
 
 
 def _field(value: Any) -> int | None:

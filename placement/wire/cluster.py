@@ -9,15 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from placement.core.matrix import parse_matrix, render_matrix
 from placement.core.pasted import shortened
 from placement.core.replicas import PlannedReplica
 from placement.core.score import WHOLE
 from placement.core.snapshot import NEAR_LABELS, Node, Snapshot
+from placement.core.topology import Lanes, Topology, ordinals
 from placement.core.topology import Path as PciePath
-from placement.core.topology import Topology, ordinals
 from placement.errors import InvalidClusterFile, InvalidDeployment, MatrixError, counted
 from placement.wire.base import Model
 from placement.wire.deployment import REMOTE_RUNTIMES, STANDS, Deployment, with_runtime
@@ -152,6 +152,9 @@ def _as_placed(
     return with_runtime(declared, placed_as)
 
 
+_PEERS = {True: "Y", False: "N", None: "?"}
+
+
 class Machine(Model):
     """A make of GPU node, written once for all nodes of that make."""
 
@@ -160,6 +163,54 @@ class Machine(Model):
     below: tuple[tuple[PciePath, ...], ...] = Field(
         default=(), description="PCIe paths, also below NVLink, where they are known: a row for each GPU"
     )
+    cpu: str | None = Field(default=None, description="product name of the processors")
+    pcie: tuple[tuple[PositiveInt, PositiveInt] | None, ...] = Field(
+        default=(), description="per GPU its PCIe generation and how many lanes; empty if unknown"
+    )
+    peers: tuple[str, ...] = Field(
+        default=(),
+        description="per GPU a letter for each: Y or N, whether peer-to-peer works over PCIe, or ?; empty if unknown",
+    )
+
+    @classmethod
+    def of(cls, topology: Topology) -> Machine:
+        """What a file says of such a machine."""
+        peers = tuple("".join(_PEERS[link.peer] for link in row) for row in topology.links)
+        pcie = tuple((one.generation, one.width) if one else None for one in topology.lanes)
+        return cls(
+            matrix=render_matrix(topology),
+            model=topology.model,
+            cpu=topology.cpu,
+            pcie=pcie if any(pcie) else (),
+            peers=peers if {"Y", "N"} & set("".join(peers)) else (),
+            below=topology.below,
+        )
+
+    def topology(self) -> Topology:
+        """The machine.
+
+        Raises:
+            MatrixError: the matrix cannot be read.
+            ValueError: the rest describes another number of GPUs, or holds something else.
+        """
+        read = parse_matrix(self.matrix)
+        links = read.links
+        if self.peers:
+            if {len(self.peers), *map(len, self.peers)} != {len(read)} or set("".join(self.peers)) - {
+                *_PEERS.values()
+            }:
+                raise ValueError(
+                    f"peers must be {len(read)} rows of {len(read)} letters Y, N or ?, as the matrix has GPUs"
+                )
+            told = {letter: peer for peer, letter in _PEERS.items()}
+            links = tuple(
+                tuple(replace(link, peer=told[letter]) for link, letter in zip(row, letters, strict=True))
+                for row, letters in zip(links, self.peers, strict=True)
+            )
+        if self.pcie and len(self.pcie) != len(read):
+            raise ValueError(f"pcie describes {len(self.pcie)} GPUs, the matrix {len(read)}")
+        lanes = tuple(Lanes(*one) if one else None for one in self.pcie)
+        return replace(read, links=links, model=self.model, cpu=self.cpu, lanes=lanes, below=self.below)
 
 
 class ClusterNode(Model):
@@ -212,13 +263,12 @@ class ClusterFile(Model):
     @classmethod
     def of(cls, snapshot: Snapshot, held: Iterable[HeldDeployment]) -> ClusterFile:
         """The file that describes a snapshot."""
-        keys: dict[tuple[str, str | None, tuple[tuple[PciePath, ...], ...]], str] = {}
+        keys: dict[Machine, str] = {}
         nodes = []
         for node in snapshot.nodes:
             key = None
             if len(node.topology):
-                make = render_matrix(node.topology), node.topology.model, node.topology.below
-                key = keys.setdefault(make, f"machine-{len(keys) + 1}")
+                key = keys.setdefault(Machine.of(node.topology), f"machine-{len(keys) + 1}")
             nodes.append(
                 ClusterNode(
                     id=node.id,
@@ -232,10 +282,7 @@ class ClusterFile(Model):
                     **{name: getattr(node, name) for name in _AS_THEY_ARE},
                 )
             )
-        machines = {
-            key: Machine(matrix=matrix, model=model, below=below)
-            for (matrix, model, below), key in keys.items()
-        }
+        machines = {key: machine for machine, key in keys.items()}
         return cls(machines=machines, near=snapshot.near, nodes=tuple(nodes), deployments=tuple(held))
 
     def snapshot(self) -> Snapshot:
@@ -412,10 +459,8 @@ def _false_holding(replica: HeldReplica, node: Node | None) -> str | None:
 def _topology(key: str, machine: Machine) -> Topology:
     where = f"machines.{shortened(printable(key))}"
     try:
-        topology = replace(parse_matrix(machine.matrix), model=machine.model)
+        return machine.topology()
     except MatrixError as error:
         raise InvalidClusterFile(f"{where}.matrix: {error}") from None
-    try:
-        return replace(topology, below=machine.below)
     except ValueError as error:
         raise InvalidClusterFile(f"{where}: {error}; write it with `placement snapshot`") from None

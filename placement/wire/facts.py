@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from placement.core.snapshot import UNKNOWN_PROFILE
-from placement.core.topology import UNKNOWN_LINK, Link, Nic, Path, Topology
+from placement.core.topology import UNKNOWN_LINK, Lanes, Link, Nic, Path, Topology
 from placement.wire.base import Model
 
 Source = Literal["nvml", "catalogue", "none"]
@@ -24,6 +24,10 @@ class GpuFacts(Model):
     memory_used_bytes: int | None = None
     compute_capability: tuple[int, int] | None = Field(default=None, description="major, minor")
     pci_bus_id: str | None = Field(default=None, description="as sysfs writes it: 0000:1b:00.0")
+    pcie_generation: int | None = Field(
+        default=None, description="the highest that card and slot can do; the current one drops when idle"
+    )
+    pcie_width: int | None = Field(default=None, description="lanes in use")
     numa_nodes: tuple[int, ...] = Field(default=(), description="NUMA nodes near the GPU; empty if unknown")
     cpus: tuple[int, ...] = Field(default=(), description="CPUs near the GPU; empty if unknown")
     mig_enabled: bool | None = None
@@ -34,6 +38,13 @@ class GpuFacts(Model):
         default=None, description="NVLinks of this GPU that end in an NVSwitch"
     )
     errors: tuple[str, ...] = Field(default=(), description="NVML calls that failed on this GPU, and how")
+
+    @property
+    def lanes(self) -> Lanes | None:
+        """Its PCIe link, if both numbers are known."""
+        return (
+            Lanes(self.pcie_generation, self.pcie_width) if self.pcie_generation and self.pcie_width else None
+        )
 
     @property
     def lost(self) -> bool:
@@ -79,7 +90,17 @@ class PairFacts(Model):
         """The cell that ``nvidia-smi topo -m`` prints for the pair."""
         if self.nvlinks:
             return Link(Path.NVLINK, self.nvlinks)
-        return UNKNOWN_LINK if self.common_ancestor is Path.UNKNOWN else Link(self.common_ancestor)
+        return (
+            UNKNOWN_LINK
+            if self.common_ancestor is Path.UNKNOWN
+            else Link(self.common_ancestor, peer=self.peer)
+        )
+
+    @property
+    def peer(self) -> bool | None:
+        """Whether the driver allows both; ``None`` if one is unknown and the other not forbidden."""
+        allowed = (self.peer_read, self.peer_write)
+        return False if False in allowed else None if None in allowed else True
 
 
 class NicFacts(Model):
@@ -101,6 +122,7 @@ class NodeFacts(Model):
     pairs: tuple[PairFacts, ...] = ()
     nics: tuple[NicFacts, ...] = Field(default=(), description="empty if unknown; NVML does not tell them")
     driver_version: str | None = None
+    cpu: str | None = Field(default=None, description="product name of the host's processors")
     age_seconds: float | None = Field(
         default=None, description="how old the reading is, set when it is handed out"
     )
@@ -135,17 +157,18 @@ class NodeFacts(Model):
 
     def topology(self) -> Topology:
         """The reading as a :class:`~placement.core.topology.Topology`; the same object for machines that are alike."""
-        places = tuple((gpu.numa_nodes, gpu.cpus) for gpu in self.gpus)
+        places = tuple((gpu.numa_nodes, gpu.cpus, gpu.lanes) for gpu in self.gpus)
         names = frozenset(gpu.name for gpu in self.gpus if not gpu.lost)
-        return _topology(self.pairs, self.nics, places, names)
+        return _topology(self.pairs, self.nics, places, names, self.cpu)
 
 
 @lru_cache(maxsize=256)
 def _topology(
     pairs: tuple[PairFacts, ...],
     nics: tuple[NicFacts, ...],
-    places: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...],
+    places: tuple[tuple[tuple[int, ...], tuple[int, ...], Lanes | None], ...],
     names: frozenset[str | None],
+    cpu: str | None,
 ) -> Topology:
     matrix = [[UNKNOWN_LINK] * len(places) for _ in places]
     below = [[Path.UNKNOWN] * len(places) for _ in places]
@@ -156,9 +179,11 @@ def _topology(
     [model] = names if len(names) == 1 else [None]
     return Topology(
         links=tuple(map(tuple, matrix)),
-        numa=tuple(numa for numa, _ in places),
-        cpus=tuple(cpus for _, cpus in places),
+        numa=tuple(numa for numa, _, _ in places),
+        cpus=tuple(cpus for _, cpus, _ in places),
         nics=tuple(Nic(nic.name, nic.paths) for nic in nics),
         model=model,
         below=tuple(map(tuple, below)) if hidden else (),
+        lanes=tuple(lanes for _, _, lanes in places),
+        cpu=cpu,
     )

@@ -14,9 +14,16 @@ from dataclasses import dataclass, replace
 import pytest
 
 from placement import topologies
-from placement.core.bandwidth import generation, has_switch, hop_mb_per_s, nvlink_rings, switch_mb_per_s
-from placement.core.score import score
-from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
+from placement.core.bandwidth import (
+    generation,
+    has_switch,
+    hop_mb_per_s,
+    host_of,
+    nvlink_rings,
+    switch_mb_per_s,
+)
+from placement.core.score import best_set, score
+from placement.core.topology import UNKNOWN_LINK, Lanes, Link, Path, Topology
 
 TOLERANCE = 0.15
 
@@ -195,6 +202,136 @@ def test_one_order_is_known_to_be_wrong() -> None:
     (a100,), (h100,) = figures("A100 PCIe, bridged pair"), figures("H100 PCIe, bridged pair")
     assert a100.gb_per_s > h100.gb_per_s
     assert a100.predicted < h100.predicted
+
+
+# -- through the host --------------------------------------------------------------------------------
+
+
+def cards(
+    levels: Sequence[Path], cpu: str, pcie: int, narrow: Sequence[int] = (), peer: bool = False
+) -> Topology:
+    """Eight cards over PCIe: two below what the first level joins, four below the second, then the third."""
+    pairs = [[next(i for i in (1, 2, 3) if a >> i == b >> i) for b in range(8)] for a in range(8)]
+    links = tuple(
+        tuple(UNKNOWN_LINK if a == b else Link(levels[level - 1], peer=peer) for b, level in enumerate(row))
+        for a, row in enumerate(pairs)
+    )
+    lanes = tuple(Lanes(pcie, 8 if gpu in narrow else 16) for gpu in range(8))
+    return Topology(links, lanes=lanes, cpu=cpu)
+
+
+SOCKETS = (Path.NODE, Path.NODE, Path.SYS)
+ROME = cards(SOCKETS, "AMD EPYC, Rome", 4)
+ROME_NARROW = cards(SOCKETS, "AMD EPYC, Rome", 4, narrow=(3, 4))
+ROME_BRIDGES = cards((Path.PHB, Path.NODE, Path.SYS), "AMD EPYC 7502 32-Core Processor", 4)
+ROME_SWITCHES = cards((Path.PIX, Path.NODE, Path.NODE), "AMD EPYC, Rome", 2)
+GENOA = cards(SOCKETS, "AMD EPYC, Genoa", 4, narrow=(1,))
+GENOA_5 = cards((Path.NODE, Path.SYS, Path.SYS), "AMD EPYC 9V74 80-Core Processor", 5)
+XEON_SWITCHES = cards((Path.PIX, Path.NODE, Path.SYS), "Intel(R) Xeon(R) Gold 6230R CPU @ 2.10GHz", 3)
+
+GEFORCE = "WU-CVGL 05_GPU_P2P_GeForce_and_CMP.md"
+NEU = "d2l-neu NCCL PCIe investigation"
+V100S = "V100S comm report, ACS on"
+MACHINE_NOTES = "machine notes, torch probe"
+
+
+@pytest.mark.parametrize(
+    ("machine", "gpus", "gb_per_s", "source"),
+    [
+        (ROME, (0, 1), 3.6, GEFORCE),
+        (ROME, (0, 1, 2, 3), 4.0, GEFORCE),
+        (ROME, (0, 4), 1.4, GEFORCE),
+        (ROME, tuple(range(8)), 1.6, GEFORCE),
+        (ROME_NARROW, (0, 1, 2, 3), 3.6, GEFORCE),
+        (ROME_NARROW, (4, 5, 6), 3.3, GEFORCE),
+        (ROME_NARROW, (0, 4), 1.3, GEFORCE),
+        (ROME_BRIDGES, (0, 1), 2.24, NEU),
+        (ROME_BRIDGES, (0, 2), 3.35, NEU),
+        (ROME_BRIDGES, (0, 1, 2, 3), 2.19, NEU),
+        (ROME_SWITCHES, (0, 1), 1.7, GEFORCE),
+        (ROME_SWITCHES, (0, 2), 3.0, GEFORCE),
+        (ROME_SWITCHES, (0, 1, 2, 3), 1.93, GEFORCE),
+        (ROME_SWITCHES, tuple(range(8)), 2.17, GEFORCE),
+        (GENOA, (2, 3), 18.5, GEFORCE),
+        (GENOA, (3, 7), 16.4, GEFORCE),
+        (GENOA, (4, 5, 6, 7), 21.1, GEFORCE),
+        (GENOA, tuple(range(8)), 10.6, GEFORCE),
+        (GENOA_5, (0, 1), 28.8, MACHINE_NOTES),
+        (GENOA_5, (0, 2), 22.2, MACHINE_NOTES),
+        (GENOA_5, (0, 1, 2, 3), 25.6, MACHINE_NOTES),
+        (XEON_SWITCHES, (0, 1), 3.3, V100S),
+        (XEON_SWITCHES, (0, 2), 5.56, V100S),
+        (XEON_SWITCHES, (0, 4), 5.45, V100S),
+        (XEON_SWITCHES, (0, 1, 2, 3), 3.74, V100S),
+        (XEON_SWITCHES, (0, 2, 4, 6), 6.81, V100S),
+    ],
+)
+def test_through_the_host_the_prediction_is_near_what_was_measured(
+    machine: Topology, gpus: tuple[int, ...], gb_per_s: float, source: str
+) -> None:
+    assert pytest.approx(gb_per_s, rel=TOLERANCE) == score(machine, gpus).bandwidth_gb_per_s, source
+
+
+def test_four_cards_that_share_no_uplink_are_known_to_be_faster() -> None:
+    predicted = score(ROME_SWITCHES, (0, 2, 4, 6)).bandwidth_gb_per_s
+    assert predicted < 0.75 * 4.19, GEFORCE
+    assert predicted > score(ROME_SWITCHES, (0, 1, 2, 3)).bandwidth_gb_per_s
+
+
+def test_without_peer_to_peer_one_card_per_uplink_is_the_best_set() -> None:
+    assert best_set(XEON_SWITCHES, range(8), 2) == (0, 2)
+    assert best_set(XEON_SWITCHES, range(8), 4) == (0, 2, 4, 6)
+    assert best_set(ROME, (0, 4, 5), 2) == (4, 5)
+    switches = cards((Path.PIX, Path.NODE, Path.SYS), "Intel(R) Xeon(R) Gold 6230R", 3, peer=True)
+    assert best_set(switches, range(8), 2) == (0, 1), "with it the switch is"
+
+
+def test_two_cards_that_are_alone_on_amd_go_peer_to_peer_past_the_host() -> None:
+    machine = cards(SOCKETS, "AMD EPYC, Rome", 4, peer=True)
+    assert score(machine, (0, 1)).bandwidth_gb_per_s == pytest.approx(24.0, rel=TOLERANCE), GEFORCE
+    assert score(machine, (0, 4)).bandwidth_gb_per_s == pytest.approx(18.3, rel=TOLERANCE), GEFORCE
+    assert score(machine, (0, 1, 2)).bandwidth_gb_per_s == score(ROME, (0, 1, 2)).bandwidth_gb_per_s
+    xeon = cards(SOCKETS, "Intel(R) Xeon(R) Gold 6230R", 3, peer=True)
+    assert score(xeon, (0, 1)).bandwidth_gb_per_s < 6
+
+
+def test_nvlink_pairs_share_an_uplink_once_each() -> None:
+    """A ring over two bridged pairs below one switch leaves it twice, not four times."""
+    bare = cards((Path.PIX,) * 3, "Intel(R) Xeon(R) Gold 6230R", 3)
+    paired = replace(
+        bare,
+        links=tuple(
+            tuple(Link(Path.NVLINK, 4) if {a, b} in ({0, 1}, {2, 3}) else link for b, link in enumerate(row))
+            for a, row in enumerate(bare.links)
+        ),
+    )
+    alone, both = (score(one, (0, 1, 2, 3)).bandwidth_gb_per_s for one in (bare, paired))
+    assert both > 1.4 * alone
+
+
+@pytest.mark.parametrize(
+    ("cpu", "known"),
+    [
+        ("AMD EPYC 7763 64-Core Processor", "zen2"),
+        ("AMD Ryzen Threadripper PRO 5975WX 32-Cores", "zen2"),
+        ("AMD EPYC 9354 32-Core Processor", "zen4"),
+        ("AMD EPYC, Turin", "zen4"),
+        ("AMD Ryzen Threadripper PRO 7995WX 96-Cores", "zen4"),
+        ("Intel(R) Xeon(R) Platinum 8260 CPU @ 2.40GHz", "xeon"),
+        ("Intel(R) Xeon(R) CPU @ 2.00GHz, Skylake", "xeon"),
+        ("Intel(R) Xeon(R) Gold 6330 CPU @ 2.00GHz", None),
+        ("Intel(R) Xeon(R) Platinum 8470", None),
+        ("Intel(R) Xeon(R) CPU E5-2680 v4 @ 2.40GHz", None),
+        ("AMD EPYC", None),
+        ("Neoverse-V2", None),
+        (None, None),
+    ],
+)
+def test_hosts_are_told_by_the_names_of_their_processors(cpu: str | None, known: str | None) -> None:
+    """Those that nobody has published a figure for are not known, as a virtual machine that hides its own."""
+    hosts = {"zen2": ROME.cpu, "zen4": GENOA.cpu, "xeon": XEON_SWITCHES.cpu}
+    assert host_of(cpu) == (host_of(hosts[known]) if known else None)
+    assert None not in map(host_of, hosts.values())
 
 
 # -- rings -------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path as FilePath
 
 from placement.core.topology import Path, Topology
@@ -38,8 +39,12 @@ def build(directory: FilePath) -> FilePath:
 
 
 def environment(library: FilePath, machine: FilePath) -> dict[str, str]:
-    """The variables under which a new process sees ``machine``, a file, through ``library``."""
-    return {"LD_LIBRARY_PATH": str(library.parent), "FAKE_NVML_MACHINE": str(machine)}
+    """The variables under which a new process sees ``machine``, a file, through ``library``; and no ``/proc``."""
+    return {
+        "LD_LIBRARY_PATH": str(library.parent),
+        "FAKE_NVML_MACHINE": str(machine),
+        "PLACEMENT_HOST_ROOT": str(machine.with_name("host")),
+    }
 
 
 def uuid(gpu: int) -> str:
@@ -99,6 +104,8 @@ def describe(
             f"numa {gpu} {_spaced(topology.numa[gpu])}",
             f"cpus {gpu} {_spaced(topology.cpus[gpu])}",
         ]
+        if lanes := topology.lanes[gpu]:
+            lines.append(f"pcie {gpu} {lanes.generation} {lanes.width}")
         if mig is not None:
             lines.append(f"mig {gpu} {1 if gpu in cut_up else mig}")
         # Ids are distinct on each GPU, whatever the size.
@@ -121,6 +128,12 @@ def describe(
                 lines.append(f"ancestor {a} {b} {_LEVELS[level]}")
             lines.append(f"peer {a} {b} {peer[0]} {peer[1]}")
     return "\n".join([*lines, *more]) + "\n"
+
+
+def as_matrix(topology: Topology) -> Topology:
+    """What ``nvidia-smi topo -m`` would tell of a machine: no PCIe path below NVLink, no peer-to-peer, no lanes."""
+    links = tuple(tuple(replace(link, peer=None) for link in row) for row in topology.links)
+    return replace(topology, links=links, below=(), lanes=(), cpu=None)
 
 
 def _spaced(numbers: Iterable[int]) -> str:

@@ -10,6 +10,7 @@
  *   uuid 0 GPU-...              numa 0 0 1                links 0 1 2         2 NVLinks straight from 0 to 1
  *   name 0 NVIDIA H100 ...      cpus 0 0 1 2 3            switch 0 18         18 NVLinks of GPU 0 to a switch
  *   pci 0 0 1b 0                memory 0 total reserved used    (bytes)
+ *   pcie 0 4 16                 highest PCIe generation, lanes in use
  *   idle 0 2                    2 more NVLinks of GPU 0 that are there, but inactive
  *   hidden                      the PCI address of a switch reads FFFFFFFF:FF:FF.0, and its kind is unknown
  *   instance 0 2 5 0 total used 1 3 MIG-... NVIDIA H100 ... MIG 1c.3g.40gb
@@ -64,6 +65,7 @@ typedef struct {
     char uuid[96], name[96];
     unsigned domain, bus, device;
     int has_memory, major, minor, mig; /* mig < 0: not supported */
+    unsigned pcie_generation, pcie_width; /* 0: not supported */
     unsigned long long total, reserved, used;
     unsigned long long nodes[MAX_NODES / 64], cpus[MAX_CPUS / 64];
     int links, link_to[MAX_LINKS];
@@ -149,6 +151,9 @@ static void read_line(const char *line) {
     } else if (IS("capability")) {
         Gpu *gpu = gpu_at(a, line);
         if (sscanf(text, "%d %d", &gpu->major, &gpu->minor) != 2) refuse(line);
+    } else if (IS("pcie")) {
+        Gpu *gpu = gpu_at(a, line);
+        if (sscanf(text, "%u %u", &gpu->pcie_generation, &gpu->pcie_width) != 2) refuse(line);
     } else if (IS("instance")) {
         add_instance(a, text, line);
     } else if (IS("mig")) {
@@ -302,6 +307,18 @@ int nvmlDeviceGetPciInfo_v3(Gpu *gpu, Pci *pci) {
     CHECK(gpu->index, ANY);
     fill_pci(pci, gpu->domain, gpu->bus, gpu->device);
     return SUCCESS;
+}
+
+int nvmlDeviceGetMaxPcieLinkGeneration(Gpu *gpu, unsigned *generation) {
+    CHECK(gpu->index, ANY);
+    *generation = gpu->pcie_generation;
+    return *generation ? SUCCESS : NOT_SUPPORTED;
+}
+
+int nvmlDeviceGetCurrPcieLinkWidth(Gpu *gpu, unsigned *width) {
+    CHECK(gpu->index, ANY);
+    *width = gpu->pcie_width;
+    return *width ? SUCCESS : NOT_SUPPORTED;
 }
 
 /* The first version counts what the driver keeps for itself as used, the second apart. */

@@ -39,6 +39,7 @@ def read_machine(
     # pynvml loads its library unless it has one, and keeps every function that it found.
     monkeypatch.setattr(pynvml, "nvmlLib", ctypes.CDLL(str(library)))
     monkeypatch.setenv("FAKE_NVML_MACHINE", str(machine))
+    monkeypatch.setenv("PLACEMENT_HOST_ROOT", str(machine.with_name("host")))
     pynvml._nvmlGetFunctionPointer_cache.clear()
 
     def read(description: str) -> NodeFacts:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import pynvml
 import pytest
 
 from placement import topologies
-from placement.core.topology import Path
+from placement.core.topology import Lanes, Path
 from placement.wire.facts import GpuFacts, NodeFacts
 from tests import fake_nvml
 
@@ -46,6 +46,8 @@ CALLS = {
     "nvmlDeviceGetCudaComputeCapability": Lost(gpu={"compute_capability": None}),
     # A straight link names its far end by address: without addresses it leads nowhere.
     "nvmlDeviceGetPciInfo_v3": Lost(gpu={"pci_bus_id": None}, direct={"nvlinks": None}),
+    "nvmlDeviceGetMaxPcieLinkGeneration": Lost(gpu={"pcie_generation": None}),
+    "nvmlDeviceGetCurrPcieLinkWidth": Lost(gpu={"pcie_width": None}),
     "nvmlDeviceGetMemoryAffinity": Lost(gpu={"numa_nodes": ()}),
     "nvmlDeviceGetCpuAffinity": Lost(gpu={"cpus": ()}),
     "nvmlDeviceGetMigMode": Lost(gpu={"mig_enabled": None}),
@@ -69,9 +71,9 @@ NODE_CALLS = {
 
 @cache
 def description(name: str) -> str:
-    return fake_nvml.describe(
-        topologies.load(name), capability=topologies.describe(name).compute_capability, peer=(0, 1)
-    )
+    recorded = topologies.load(name)
+    machine = replace(recorded, lanes=(Lanes(4),) * len(recorded))
+    return fake_nvml.describe(machine, capability=topologies.describe(name).compute_capability, peer=(0, 1))
 
 
 def without_errors(facts: NodeFacts) -> NodeFacts:

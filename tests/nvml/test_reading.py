@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path as FilePath
 
 import pytest
 
 from placement import topologies
 from placement.core.matrix import parse_matrix
-from placement.core.topology import Path
+from placement.core.topology import Lanes, Link, Path
 from placement.wire.facts import GpuFacts, NodeFacts, PairFacts
 from tests import fake_nvml
 
 Read = Callable[[str], NodeFacts]
+
 
 WHOLE = [name for name in topologies.names() if not topologies.describe(name).instances]
 """Machines that are not cut up; for the others see test_mig.py."""
@@ -29,6 +31,7 @@ memory 0 85899345920 1073741824 3221225472
 numa 0 0 5 64
 cpus 0 0 1 63 64 8191
 mig 0 1
+pcie 0 4 8
 uuid 1 GPU-b
 name 1 NVIDIA A100 80GB PCIe
 pci 1 0 a 0
@@ -52,7 +55,7 @@ def test_every_recorded_machine_reads_as_what_its_matrix_says(name: str, read_ma
     recorded = replace(topologies.load(name), nics=())  # NVML does not tell them
     capability = topologies.describe(name).compute_capability
     facts = read_machine(fake_nvml.describe(recorded, capability=capability))
-    assert recorded == facts.topology()
+    assert recorded == fake_nvml.as_matrix(facts.topology())
     assert (recorded.model, None) == (facts.topology().model, facts.problem)
 
 
@@ -82,6 +85,8 @@ def test_all_facts_of_two_gpus(read_machine: Read) -> None:
         numa_nodes=(0, 5, 64),
         cpus=(0, 1, 63, 64, 8191),
         mig_enabled=True,
+        pcie_generation=4,
+        pcie_width=8,
         nvswitch_links=0,
     )
     assert second == GpuFacts(
@@ -96,6 +101,51 @@ def test_all_facts_of_two_gpus(read_machine: Read) -> None:
         PairFacts(a=0, b=1, common_ancestor=Path.NODE, nvlinks=0, peer_read=True, peer_write=False),
     ) == facts.pairs
     assert ("nvml", "580.95.05", None) == (facts.source, facts.driver_version, facts.problem)
+    topology = facts.topology()
+    assert topology.link(0, 1) == Link(Path.NODE, peer=False), "writes are not allowed"
+    assert topology.lanes == (Lanes(4, 8), None)
+
+
+@pytest.mark.parametrize(
+    ("reads", "writes", "peer"),
+    [(0, 0, True), (0, 3, False), (3, 0, False), (6, 0, None), (0, 6, None), (6, 6, None), (6, 3, False)],
+)
+def test_peer_to_peer_is_known_only_if_both_ways_are(
+    reads: int, writes: int, peer: bool | None, read_machine: Read
+) -> None:
+    """NVML's own codes: 0 allowed, 3 the GPU does not support it, 6 unknown."""
+    facts = read_machine(f"gpus 2\nancestor 0 1 10\npeer 0 1 {reads} {writes}\n")
+    assert facts.topology().link(0, 1) == Link(Path.PIX, peer=peer)
+
+
+VIRTUAL = "processor\t: 0\nvendor_id\t: {}\ncpu family\t: {}\nmodel\t\t: {}\nmodel name\t: {}\n\n"
+EPYC = VIRTUAL.format("AuthenticAMD", 23, 49, "AMD EPYC 7502 32-Core Processor")
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (EPYC + EPYC, "AMD EPYC 7502 32-Core Processor, Rome"),
+        (VIRTUAL.format("AuthenticAMD", 25, 17, "AMD EPYC"), "AMD EPYC, Genoa"),
+        (VIRTUAL.format("AuthenticAMD", 25, 1, "AMD EPYC-Milan Processor"), "AMD EPYC-Milan Processor"),
+        (
+            VIRTUAL.format("GenuineIntel", 6, 85, "Intel(R) Xeon(R) CPU @ 2.00GHz"),
+            "Intel(R) Xeon(R) CPU @ 2.00GHz, Skylake",
+        ),
+        (VIRTUAL.format("AuthenticAMD", 99, 1, "AMD EPYC"), "AMD EPYC"),
+        (EPYC + "processor: 1\nmodel name: Intel Xeon\n", None),
+        ("processor : 0\nBogoMIPS : 50.00\n", None),  # Arm tells no name
+        (None, None),
+    ],
+)
+def test_the_hosts_processors_are_named_where_linux_tells(
+    text: str | None, name: str | None, machine: FilePath, read_machine: Read
+) -> None:
+    if text is not None:
+        (folder := machine.with_name("host") / "proc").mkdir(parents=True)
+        (folder / "cpuinfo").write_text(text)
+    facts = read_machine("driver 1\ngpus 1\n")
+    assert (facts.cpu, facts.topology().cpu) == (name, name)
 
 
 def test_a_driver_without_gpus_is_a_reading_of_none(read_machine: Read) -> None:
@@ -144,7 +194,8 @@ def test_a_switch_whose_address_is_hidden_is_still_a_switch(read_machine: Read) 
     # Virtual machines: no kind, and FFFFFFFF:FF:FF.0 as the address.
     recorded = replace(topologies.load("dgx-a100"), nics=())
     # Without field 147, the switch can only be concluded.
-    assert recorded == read_machine(fake_nvml.describe(recorded, "hidden", "fail field147 3")).topology()
+    facts = read_machine(fake_nvml.describe(recorded, "hidden", "fail field147 3"))
+    assert recorded == fake_nvml.as_matrix(facts.topology())
 
 
 def test_a_gpu_with_fewer_live_links_to_the_switch_limits_its_pairs(read_machine: Read) -> None:
@@ -173,9 +224,5 @@ def test_links_to_a_gpu_that_this_container_may_not_see_count_for_nobody(read_ma
 
 def test_from_hopper_on_a_field_tells_the_state_of_a_link(read_machine: Read) -> None:
     # The older call is deprecated there; a library without it still tells everything.
-    assert (
-        QUAD
-        == read_machine(
-            fake_nvml.describe(QUAD, "fail nvmlDeviceGetNvLinkState 13", capability=(9, 0))
-        ).topology()
-    )
+    facts = read_machine(fake_nvml.describe(QUAD, "fail nvmlDeviceGetNvLinkState 13", capability=(9, 0)))
+    assert fake_nvml.as_matrix(facts.topology()) == QUAD

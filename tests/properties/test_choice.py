@@ -7,7 +7,7 @@ The oracle is written from the promise of :func:`best_set`. It shares with the s
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import chain, combinations, pairwise, permutations
 
@@ -16,14 +16,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement import topologies
-from placement.core.bandwidth import generation, has_switch, hop_mb_per_s, nvlink_rings, switch_mb_per_s
+from placement.core.bandwidth import (
+    generation,
+    has_switch,
+    hop_mb_per_s,
+    host_of,
+    lanes_mb_per_s,
+    nvlink_rings,
+    slowest_host,
+    staged_mb_per_s,
+    switch_mb_per_s,
+)
 from placement.core.score import Needs, Within, best_set, ray_set, score, shape_of
-from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
+from placement.core.topology import UNKNOWN_LINK, Lanes, Link, Path, Topology
 
 Gpus = tuple[int, ...]
 
 PALETTE = [Link(path) for path in Path if path is not Path.NVLINK]
 PALETTE += [Link(Path.NVLINK, links) for links in (1, 2)]  # more, and the search for rings may be cut short
+PALETTE += [
+    Link(path, peer=peer) for path in (Path.PIX, Path.PHB, Path.NODE, Path.SYS) for peer in (True, False)
+]
+CPUS = [None, "AMD EPYC 7502", "AMD EPYC 9354", "Intel(R) Xeon(R) Gold 6230R"]
+LANES = [None, Lanes(4), Lanes(4, 8), Lanes(3, 4)]
 MODELS = [None, "Tesla V100-SXM2-32GB", "NVIDIA GeForce RTX 3090", "NVIDIA H100 PCIe"]
 SMALL = [name for name in topologies.names() if len(topologies.load(name)) <= 8]
 LARGE = [name for name in topologies.names() if len(topologies.load(name)) > 8]
@@ -37,23 +52,71 @@ class Oracle:
         self.machine = machine
         self.gpu = generation(machine.model)
         self.switch = has_switch(machine.links, self.gpu)
+        self.known_host = host_of(machine.cpu)
+        self.host = self.known_host or slowest_host(self.gpu.pcie)
         self.bandwidth = cache(self._bandwidth)
         self.on_offer = cache(self._on_offer)
 
     def _rings(self, gpus: Gpus) -> list[list[Link]]:
         """Every ring through all of them, as its links."""
+        return [[self.machine.link(a, b) for a, b in ring] for ring in self._ways(gpus)]
+
+    def _ways(self, gpus: Gpus) -> list[list[tuple[int, int]]]:
         first, *others = gpus
         return [
-            [self.machine.link(a, b) for a, b in pairwise((first, *order, first))]
-            for order in permutations(others)
-            if order[0] <= order[-1]
+            list(pairwise((first, *order, first))) for order in permutations(others) if order[0] <= order[-1]
         ]
+
+    def _staged(self, a: int, b: int) -> bool:
+        """Whether the two talk through the host's memory, as far as is known."""
+        link = self.machine.link(a, b)
+        if link.path in (Path.NVLINK, Path.UNKNOWN):
+            return False
+        return link.peer is False or (self.known_host is not None and link.path not in (Path.PIX, Path.PXB))
+
+    def _lanes(self, gpu: int) -> int:
+        return lanes_mb_per_s(self.machine.lanes[gpu] or Lanes(self.gpu.pcie))
+
+    def _met(self, gpus: Gpus, gpu: int, joined: Callable[[int, int], bool]) -> set[int]:
+        """All that can be reached from one of them."""
+        met = {gpu}
+        while more := {b for b in gpus if b not in met and any(joined(a, b) for a in met)}:
+            met |= more
+        return met
+
+    def _carries(self, gpus: Gpus, ring: list[tuple[int, int]]) -> int:
+        """As much as its slowest hop, through the host with all that the GPUs share on the way there."""
+        machine = self.machine
+        rates = [
+            min(hop_mb_per_s(machine.link(a, b), self.gpu), self._lanes(a), self._lanes(b))
+            if machine.link(a, b).path not in (Path.NVLINK, Path.UNKNOWN)
+            else hop_mb_per_s(machine.link(a, b), self.gpu)
+            for a, b in ring
+            if not self._staged(a, b)
+        ]
+        staged = [machine.link(a, b) for a, b in ring if self._staged(a, b)]
+        if not staged:
+            return min(rates)
+        if len(gpus) == 2 and staged[0].peer and self.host.peer:
+            most = self.host.peer if staged[0].path is Path.SYS else max(map(self._lanes, gpus))
+            return min(most, *map(self._lanes, gpus))
+        everyone = tuple(range(len(machine)))
+        host = min(self.host.far if link.path is Path.SYS else self.host.near for link in staged)
+        islands = {min(self._met(gpus, gpu, lambda a, b: not self._staged(a, b))) for gpu in gpus}
+        up = [min(self._met(everyone, gpu, self._one(Path.PIX, Path.PXB))) for gpu in islands]
+        at = [min(self._met(everyone, gpu, self._one(Path.PIX, Path.PXB, Path.PHB))) for gpu in set(up)]
+        bridge = max(map(at.count, at)) if self.host.bridged else 1
+        slowest = min(map(self._lanes, gpus))
+        return min([*rates, staged_mb_per_s(host, slowest, len(gpus), bridge, max(map(up.count, up)))])
+
+    def _one(self, *paths: Path) -> Callable[[int, int], bool]:
+        return lambda a, b: self.machine.link(a, b).path in paths
 
     def _bandwidth(self, gpus: Gpus) -> int:
         if len(gpus) < 2:
             return 0
         rings = self._rings(gpus)
-        best = max(min(hop_mb_per_s(link, self.gpu) for link in ring) for ring in rings)
+        best = max(self._carries(gpus, ring) for ring in self._ways(gpus))
         if not any(all(link.nvlinks for link in ring) for ring in rings):
             return best
         fewest = min(self.machine.link(a, b).nvlinks for a, b in combinations(gpus, 2))
@@ -118,7 +181,9 @@ def machines(draw: st.DrawFn, most: int = 6) -> Topology:
         for b in range(a):
             rows[a][b] = rows[b][a] = chance.choice(kinds)
     numa = tuple(chance.choice([(0,), (1,)]) for _ in range(count))
-    return Topology(tuple(map(tuple, rows)), numa=numa, model=draw(st.sampled_from(MODELS)))
+    lanes = tuple(chance.choice(LANES) for _ in range(count))
+    cpu, model = draw(st.sampled_from(CPUS)), draw(st.sampled_from(MODELS))
+    return Topology(tuple(map(tuple, rows)), numa=numa, model=model, lanes=lanes, cpu=cpu)
 
 
 @st.composite
@@ -132,7 +197,8 @@ def islands(draw: st.DrawFn) -> Topology:
         a, b = order[a], order[b]
         return near if a // 2 == b // 2 else middle if a // 4 == b // 4 else far
 
-    return Topology(tuple(tuple(link(a, b) for b in range(count)) for a in range(count)))
+    links = tuple(tuple(link(a, b) for b in range(count)) for a in range(count))
+    return Topology(links, cpu=draw(st.sampled_from(CPUS)))
 
 
 @given(machines() | islands(), st.data())

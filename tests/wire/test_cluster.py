@@ -11,9 +11,10 @@ import pytest
 from pydantic import ValidationError
 
 from placement import topologies
+from placement.core.score import score
 from placement.core.snapshot import Node, Snapshot
+from placement.core.topology import UNKNOWN_LINK, Lanes, Link, Topology
 from placement.core.topology import Path as PciePath
-from placement.core.topology import Topology
 from placement.errors import InvalidClusterFile, NotEnoughGpus, UnknownNode
 from placement.wire.cluster import ClusterFile, HeldDeployment, HeldReplica, load_cluster
 from placement.wire.deployment import STANDS as STANDS_ALREADY
@@ -37,6 +38,7 @@ CLUSTER = Snapshot(
         Node("id-e", "e", egress={"egress": 4}, serving={("openai", "0123456789abcdef"): 1}),
     )
 )
+TWO = "\tGPU0\tGPU1\nGPU0\t X \tNV2\nGPU1\tNV2\t X \n"
 STANDS = HeldDeployment(
     deployment=Deployment(name="old", model="m", gpus=2),
     replicas=(HeldReplica(replica_index=0, node="id-a", gpus=(2, 3)),),
@@ -69,9 +71,42 @@ def test_pcie_paths_below_nvlink_survive_the_file() -> None:
         ClusterFile.model_validate_json(cut).snapshot()
 
 
+def test_what_links_carry_is_the_same_from_its_file() -> None:
+    peers = (
+        (None, False, True, None),
+        (False, None, None, True),
+        (True, None, None, False),
+        (None, True, False, None),
+    )
+    links = tuple(
+        tuple(
+            UNKNOWN_LINK if a == b else Link(PciePath.PIX if a // 2 == b // 2 else PciePath.NODE, peer=peer)
+            for b, peer in enumerate(row)
+        )
+        for a, row in enumerate(peers)
+    )
+    lanes = (Lanes(4), Lanes(4, 8), None, Lanes(3, 4))
+    machine = Topology(links, lanes=lanes, cpu="AMD EPYC, Rome", model="NVIDIA GeForce RTX 3090")
+    file = ClusterFile.of(Snapshot((Node("id", "a", topology=machine, free=frozenset(range(4))),)), [])
+    [again] = ClusterFile.model_validate_json(file.model_dump_json(exclude_none=True)).snapshot().nodes
+    assert again.topology == machine
+    assert score(again.topology, range(4)) == score(machine, range(4))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            {"machines": {"m": {"matrix": TWO, "peers": ["Y"]}}},
+            "machines.m: peers must be 2 rows of 2 letters",
+        ),
+        ({"machines": {"m": {"matrix": TWO, "peers": ["?X", "X?"]}}}, "letters Y, N or \\?"),
+        ({"machines": {"m": {"matrix": TWO, "peers": ["?Y", "N?"]}}}, "machines.m: GPU 1 to 0 is"),
+        (
+            {"machines": {"m": {"matrix": TWO, "pcie": [[4, 16]]}}},
+            "machines.m: pcie describes 1 GPUs, the matrix 2",
+        ),
+        ({"machines": {"m": {"matrix": TWO, "pcie": [[4, 0], None]}}}, "machines.m.pcie.0.1: "),
         ({"version": 2}, "version: Input should be 1"),
         ({"nodes": [{"name": "a"}]}, "nodes.0.id: Field required"),
         ({"nodes": [{"id": "a", "name": "a", "colour": 1}]}, "nodes.0.colour: Extra inputs"),
@@ -90,9 +125,6 @@ def test_a_bad_file_is_refused_with_the_field(
         path.write_text(json.dumps(change))
     with pytest.raises(InvalidClusterFile, match=message):
         load_cluster(path).snapshot()
-
-
-TWO = "\tGPU0\tGPU1\nGPU0\t X \tNV2\nGPU1\tNV2\t X \n"
 
 
 def lying(held: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
