@@ -200,7 +200,8 @@ class PlacementResult:
           core in looks for it, and another one may run on the same machine.
         - With a rank, ``RANK`` and ``WORLD_SIZE`` as torch.distributed reads them. A worker sees one GPU, ``cuda:0``.
 
-        The first three are for GPUs, so that a remote replica and a CPU replica have none of them.
+        The first three are for GPUs, so that a remote replica and a CPU replica have none of them. That of a CPU
+        replica has ``CUDA_VISIBLE_DEVICES`` empty: Ray lets a worker without GPUs see all GPUs of its node.
 
         Raises:
             IndexError: there is no such replica, or it has no such rank.
@@ -216,6 +217,8 @@ class PlacementResult:
             variables["VLLM_RAY_BUNDLE_INDICES"] = ",".join(map(str, bundle_of.values()))
             variables["VLLM_RAY_PER_WORKER_GPUS"] = f"{parts[0].share:g}"
             variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+        elif parts[0].cpus:
+            variables["CUDA_VISIBLE_DEVICES"] = ""
         if ray.is_initialized():
             variables["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
         if rank is not None:

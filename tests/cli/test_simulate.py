@@ -118,7 +118,7 @@ LOCAL = "arrive_seconds,depart_seconds,name,gpus\n0,50,a,1\n"
 @pytest.mark.parametrize(
     ("workload", "cluster", "content", "placed"),
     [
-        (CPU_PODS, "cpunodes.csv", CPU_NODES, 0),
+        (CPU_PODS, "cpunodes.csv", CPU_NODES, 2),
         (REMOTE, "egressonly.json", EGRESS, 1),
         (LOCAL, "egressonly.json", EGRESS, 0),
         (LOCAL, "NODES.CSV", CPU_NODES, 0),

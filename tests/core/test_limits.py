@@ -83,7 +83,7 @@ def test_every_limit_must_be_met() -> None:
 
 @pytest.mark.parametrize(
     ("cpu_milli", "memory_bytes", "passes"),
-    [(0, 0, "abc"), (2000, 0, "abcd"), (2001, 0, ""), (0, GIB, "abcd"), (0, GIB + 1, ""), (1, GIB + 1, "")],
+    [(0, 0, "abcd"), (2000, 0, "abcd"), (2001, 0, ""), (0, GIB, "abcd"), (0, GIB + 1, ""), (1, GIB + 1, "")],
 )
 def test_room_beside_the_gpus(cpu_milli: int, memory_bytes: int, passes: str) -> None:
     """Nodes that are ill are left out elsewhere."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections import Counter
 from pathlib import Path
@@ -59,6 +60,9 @@ class Worker:
         context = ray.get_runtime_context()
         return context.get_node_id(), context.get_assigned_resources(), ray.get_gpu_ids()
 
+    def visible_gpus(self) -> str | None:
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
 
 def test_replicas_share_nodes_spread_and_hold_their_cpus_and_memory(service: Any) -> None:
     result = ray.get(service.place.remote(on_cpus("embed", replicas=4, memory_gib=0.25)))
@@ -82,6 +86,11 @@ def test_replicas_share_nodes_spread_and_hold_their_cpus_and_memory(service: Any
 def test_gpu_nodes_give_what_their_free_gpus_can_spare(service: Any) -> None:
     result = ray.get(service.place.remote(on_cpus("large", 4, replicas=6)))
     assert Counter(nodes_of(result)) == {"cpu-a": 2, "cpu-b": 2, "gpu": 2}
+    beside = next(a.replica_index for a in result.assignments if a.node_name == "gpu")
+    worker = Worker.options(
+        **result.actor_options(beside, 0), runtime_env={"env_vars": result.environment(beside)}
+    ).remote()
+    assert ray.get(worker.visible_gpus.remote()) == "", "it cannot use GPUs that are others'"
     with pytest.raises(
         placement.NoCpuNodes,
         match="at best head has 2 CPUs .* 1 node: has not 4 CPUs to spare beside its free GPUs",

@@ -78,7 +78,7 @@ def test_a_worker_of_a_cpu_replica_takes_its_cpus_and_memory_and_no_gpu() -> Non
     result = PlacementResult("d", [part])
     assert result.actor_options(0, 0).keys() == {"num_cpus", "memory", "scheduling_strategy"}
     assert result.engine_options(0)["num_cpus"] == 0
-    assert result.environment(0) == {}
+    assert result.environment(0) == {"CUDA_VISIBLE_DEVICES": ""}
     with pytest.raises(IndexError, match="replica 0 has ranks 0 to 0, not 1"):
         part.actor_options(1)
     assert (part.to_dict()["cpus"], part.to_dict()["memory_bytes"]) == (2.5, 7)

@@ -60,16 +60,18 @@ def test_a_trace_has_times_and_fields_of_a_deployment(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         "trace.csv",
-        "arrive_seconds,depart_seconds,name,gpus,replicas,accelerators,cpus_per_gpu\n"
-        "0,60,llama,2,3,H100|H200,4\n"
-        "5.5,,,0.25,,,\n",
+        "arrive_seconds,depart_seconds,name,gpus,replicas,accelerators,cpus_per_gpu,cpus\n"
+        "0,60,llama,2,3,H100|H200,4,\n"
+        "5.5,,,0.25,,,,\n"
+        "6,,router,,,,,2.5\n",
     )
-    first, second = load_workload(path)(CLUSTER)
+    first, second, third = load_workload(path)(CLUSTER)
     assert (first.at_seconds, first.stays_seconds) == (0, 60)
     assert first.request.replicas == (0, 1, 2)
     assert first.request.accelerators == ("H100", "H200")
     assert first.request.cpu_milli == 8000
     assert (second.at_seconds, second.stays_seconds, second.request.needs) == (5.5, None, Needs(1, share=250))
+    assert (third.request.on_cpus, third.request.cpu_milli) == (True, 2500)
 
 
 PODS = """name,cpu_milli,memory_mib,num_gpu,gpu_milli,gpu_spec,creation_time,deletion_time
