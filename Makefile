@@ -78,5 +78,5 @@ clean: ## remove .venv and those of test-ray, builds and caches
 .venv-ray-%/stamp: pyproject.toml
 	@echo "installing Ray $* into .venv-ray-$* (once, about a minute)"
 	@$(PYTHON) -m venv --clear .venv-ray-$*
-	@.venv-ray-$*/bin/python -m pip install -qq --disable-pip-version-check --editable '.[dev]' 'ray[default]==$*'
+	@.venv-ray-$*/bin/python -m pip install -qq --disable-pip-version-check --editable '.[test]' 'ray[default]==$*'
 	@touch $@

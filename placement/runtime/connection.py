@@ -51,7 +51,12 @@ def cluster(address: str | None = None) -> Iterator[str]:
             **_loopback_options(found),
         )
     except (ConnectionError, RuntimeError, TimeoutError, ValueError, OSError) as error:
-        raise ClusterUnreachable(found, str(error).strip().splitlines()[0][:200]) from None
+        # Ray 2.52 has no word for a token that is wrong.
+        reason = (
+            str(error).strip()
+            or f"{type(error).__name__}; is the token right, in RAY_AUTH_TOKEN or its file?"
+        )
+        raise ClusterUnreachable(found, reason.splitlines()[0][:200]) from None
     try:
         yield found
     finally:
