@@ -50,7 +50,12 @@ def _release(service: Any, report: dict[str, Any], names: tuple[str, ...], as_js
             error.add_note(f"nor is {name!r}")
         error.add_note("nothing was released")
         raise error
+    group_of = {one["name"]: one.get("group") or one["name"] for one in report["deployments"]}
+    ended: set[str] = set()
     for name in wanted:
+        if (one_with := group_of.get(name, name)) in ended:  # its group is released already
+            continue
+        ended.add(one_with)
         before = f"released before: {', '.join(released)}" if released else "nothing was released"
         with (
             common.noted(KeyboardInterrupt, f"the placement service goes on releasing {name}"),

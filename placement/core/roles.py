@@ -14,10 +14,9 @@ replica of the other. All units are placed, or none; in this order,
 Among equals, one replica after the other goes where the fewest of its deployment are, then to what others miss least,
 to the node with the fewest free GPUs, and the lowest ordinals.
 
-The choice is exact unless a round of the search is cut off after :data:`STEPS` steps, which
-:attr:`GroupPlan.bounded` says. GPUs,
-and nodes, that can change places without any difference are tried once; and what is known to be the least that a unit
-costs ends the search as soon as all do.
+The choice is exact unless a round of the search is cut off, after :data:`STEPS` places, which
+:attr:`GroupPlan.bounded` says. GPUs, and nodes, that can change places without any difference are tried once; and what
+is known to be the least that a unit costs ends the search as soon as all do.
 """
 
 from __future__ import annotations
@@ -38,8 +37,9 @@ from placement.core.snapshot import GPU_DOMAIN_LABEL, Bits, Node, Snapshot
 from placement.core.topology import Link, Path, Topology, ordinals
 from placement.errors import BelowFloor, NotEnoughGpus, Unplaceable, counted
 
-STEPS = 5_000
-"""So many times one round of the search gives a replica a place, at most; there are a few. About a second each."""
+STEPS = 20_000
+"""So many places one round of the search looks at, and then it only goes on as it would if each first choice were the
+best; there are a few rounds. Some tenths of a second each."""
 
 MOST_SETS = 3_000
 """So many sets of GPUs of one node are looked at for one replica; the slowest are left out."""
@@ -196,8 +196,9 @@ def route(near: Sequence[str], via: Via, one: Located, other: Located) -> Route:
         len(near),
     )
     where = f", one {near[len(near) - 1 - level]}" if level < len(near) else ""
-    slowness, path, pair = max((_to_card(a, b, g, h)) for g, h in product(gpus, others))
-    return Route(level, slowness, path, f"network{where}", None, pair)
+    here, there = _to_card(a.topology, gpus), _to_card(b.topology, others)
+    slowness, path, _ = max(here, there)
+    return Route(level, slowness, path, f"network{where}", None, (here[2], there[2]))
 
 
 def _on_node(topology: Topology, via: Via, gpus: Gpus, others: Gpus) -> Route:
@@ -224,13 +225,11 @@ def _fastest(node: Node, gpu: int) -> int:
     return hop_mb_per_s(best, generation(node.topology.model)) if best.nvlinks else 0
 
 
-def _to_card(a: Node, b: Node, gpu: int, other: int) -> tuple[int, Path, tuple[int, int]]:
-    ends = ((a.topology, gpu), (b.topology, other))
-    return max(
-        (-hop_mb_per_s(Link(path), generation(topology.model)), path, (gpu, other))
-        for topology, end in ends
-        for path in [topology.nearest_nic[end]]
-    )
+def _to_card(topology: Topology, gpus: Gpus) -> tuple[int, Path, int]:
+    """The GPU that is farthest from a network card: how slow the way there is, and over what it leads."""
+    gpu = max(gpus, key=lambda gpu: (_ORDER[topology.nearest_nic[gpu]], -gpu))
+    path = topology.nearest_nic[gpu]
+    return -hop_mb_per_s(Link(path), generation(topology.model)), path, gpu
 
 
 _ORDER = {path: order for order, path in enumerate(Path)}
@@ -597,7 +596,9 @@ class _Search:
         together = self._is_connected and run.limit[0] == -2
         wanted = run.gpus_to_come() if together else 0
         bits = [bit for bit in run.left if bit & allowed]
-        for alike in self._classes:
+        if together and talks:
+            bits = [bit for bit in bits if bit == talks[0][1][0]]
+        for alike in self._classes if not (together and talks) else ():
             if alike[0] & allowed and (bit := next((one for one in alike if one not in run.left), 0)):
                 bits.append(bit)
         for bit in bits:
@@ -609,7 +610,9 @@ class _Search:
             node = self._snapshot.at(bit)
             crowd = node.deployments.get(name, 0) + run.crowd.get((bit, name), 0)
             mask = left.mask if not self._exact_gpus else left.mask & node.free_mask(request.needs)
-            for slowness, loss, gpus in self._sets_on(node, mask, request.needs):
+            sets = self._sets_on(node, mask, request.needs)
+            run.seen += len(sets)
+            for slowness, loss, gpus in sets:
                 worst, cost = _NONE, (0, _FASTEST + slowness, 0, 0)
                 for link, place in talks:
                     way, steps = self._route(link.via, (bit, gpus), place)
@@ -759,6 +762,13 @@ class _Run:
         limit: no route is slower.
         bound: the least that a unit costs of which nothing stands.
         stood: the units of which something does.
+
+    Attributes:
+        limit: as given.
+        left: what is left of the nodes that are not like others any more.
+        at: where replicas are.
+        crowd: (node, deployment) -> how many replicas have been placed there.
+        seen: how many places have been looked at.
     """
 
     def __init__(
@@ -782,11 +792,11 @@ class _Run:
                 self._least[i] = max(self._least[i], _plus(self._least[self._ends[i]], bound))
         self.left, self.at = search.start(), search.placed()
         self.crowd: dict[tuple[Bits, str], int] = {}
-        self._seen: dict[object, Cost] = {}
+        self._states: dict[object, Cost] = {}
         self._found: _Found | None = None
         self._any = False
         self._now = 0
-        self._steps = max(STEPS, 4 * len(todo))
+        self.seen = 0
 
     def gpus_to_come(self) -> int:
         """GPUs of the replica that is being placed, and of those of its unit that come after it."""
@@ -811,18 +821,17 @@ class _Run:
         name = member[0]
         unit = sorted((one, self.at[one, index]) for one, index in self._todo[self._begins[i] : i])
         state = i, tuple(unit), tuple(sorted(self.left.items()))
-        if state in self._seen and (self._any or self._seen[state] <= cost):
+        if state in self._states and (self._any or self._states[state] <= cost):
             return False
-        self._seen[state] = cost
+        self._states[state] = cost
         self._now = i
-        for option in self._search.options(self, member):
+        for turn, option in enumerate(self._search.options(self, member)):
             later = _plus(cost, option.cost)
             if self._found is not None and _plus(later, self._least[i + 1]) >= self._found.cost:
                 continue
-            if not self._steps:
+            if turn and self.seen > STEPS:
                 self._search.bounded = True
                 return True
-            self._steps -= 1
             bit, before = option.bit, self.left.get(option.bit)
             self.left[bit] = self._search.taken(name, before, option)
             self.at[member] = bit, option.gpus

@@ -78,3 +78,13 @@ def test_members_that_cannot_be_planned_are_asked_about_together(monkeypatch: py
     assert 1 == shown.exit_code
     assert [2, 2] == [len(args[0]) for args, _ in service.asked("plan_all")]
     assert [] == service.asked("plan")
+
+
+def test_members_of_one_group_are_released_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    members = [{"name": name, "group": "qwen"} for name in ("prefill", "decode")]
+    service = FakeService(status={**report(*members), "groups": [{"name": "qwen"}]}, release=3)
+    use(monkeypatch, service)
+    shown = run("release", "decode", "prefill")
+    assert (0, "released decode: 3 replicas\n") == (shown.exit_code, shown.stdout)
+    assert 0 == run("release", "qwen").exit_code
+    assert [("decode",), ("qwen",)] == [args for args, _ in service.asked("release")]

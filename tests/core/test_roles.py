@@ -254,9 +254,16 @@ def everything(nodes: list[Node], members: list[Member], requests: dict[str, Req
                 yield {(name, index): (one, gpus), **others}
 
 
-def cost(roles: Roles, near: tuple[str, ...], where: Where) -> tuple[object, ...] | None:
-    """What the module's docstring promises to keep small, in its order; ``None`` if a floor is not met."""
-    found = joined(roles, near, where)
+def cost(
+    roles: Roles, near: tuple[str, ...], where: Where, stands: Where | None = None
+) -> tuple[object, ...] | None:
+    """What the module's docstring promises to keep small, in its order; ``None`` if a floor is not met.
+
+    Of what stands already only the routes count that lead to others.
+    """
+    new = where.keys()
+    where = {**where, **(stands or {})}
+    found = [one for one in joined(roles, near, where) if one.one in new or one.other in new]
     if not all(meets(one.link, one.route, where[one.one], where[one.other]) for one in found):
         return None
     order = list(Path)
@@ -265,7 +272,7 @@ def cost(roles: Roles, near: tuple[str, ...], where: Where) -> tuple[object, ...
         sum(one.route.level + 2 for one in found),
         -sum(
             round(score(n.topology, gpus).bandwidth_gb_per_s * 1000)
-            for n, gpus in where.values()
+            for n, gpus in (where[member] for member in new)
             if len(gpus) > 1
         ),
         sum(one.route.slowness for one in found),
@@ -339,3 +346,36 @@ def test_no_other_places_are_better(seed: int) -> None:
     assert members == sorted(where, key=members.index)
     assert best == cost(roles, snapshot.near, where)
     assert not found.bounded
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_nothing_better_can_stand_beside_what_stands(seed: int) -> None:
+    chance = Random(seed)
+    snapshot, roles, requests = case(chance)
+    first = plan(
+        snapshot, roles, {name: replace(one, needs=Needs(one.needs.gpus)) for name, one in requests.items()}
+    )
+    if isinstance(first, Unplaceable):
+        return
+    standing = {member: place for member, place in first.places.items() if chance.random() < 0.5}
+    held = {(place.node_id, gpu) for place in standing.values() for gpu in place.gpus}
+    nodes = [
+        replace(one, free=frozenset(gpu for gpu in one.free if (one.id, gpu) not in held))
+        for one in snapshot.nodes
+    ]
+    missing = [member for member in first.places if member not in standing]
+    left = {
+        name: replace(one, replicas=tuple(i for i in one.replicas if (name, i) in missing))
+        for name, one in requests.items()
+    }
+    found = plan(Snapshot(nodes, near=("rack",)), roles, left, standing)
+    by_id = {one.id: one for one in nodes}
+    stands = {member: (by_id[place.node_id], place.gpus) for member, place in standing.items()}
+    costs = [cost(roles, ("rack",), where, stands) for where in everything(nodes, missing, left)]
+    best = min((one for one in costs if one is not None), default=None)
+    if isinstance(found, Unplaceable):
+        assert best is None, (found, best)
+        return
+    where = {member: (by_id[place.node_id], place.gpus) for member, place in found.places.items()}
+    assert set(missing) == where.keys()
+    assert best == cost(roles, ("rack",), where, stands)

@@ -106,6 +106,8 @@ def test_all_of_it_waits_until_there_is_room_for_all(outside: Ray, service: Dire
     assert [] == placed(again)["b"]
     reasons = [event["text"] for event in again.events("b") if event["state"] == "pending"]
     assert "cannot place 'g'" in reasons[-1]
+    a_while_passes(again)
+    assert reasons == [event["text"] for event in again.events("b") if event["state"] == "pending"]
     again.release("other")
     a_while_passes(again)
     assert {"a": ["x", "y"], "b": ["x", "x", "y", "y"]} == placed(again)
