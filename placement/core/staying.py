@@ -98,9 +98,11 @@ def _are_named(snapshot: Snapshot, part: PlannedReplica, after: Request) -> bool
         return True
     node, names = snapshot.node(part.node_id), after.needs.named
     slots = {node.slot_of(name) for name in names}
-    if None in slots:
-        return not node.uuids and any(isinstance(name, str) for name in names)
-    return slots.issuperset(part.gpus)
+    if None not in slots:
+        return slots.issuperset(part.gpus)
+    uuids = [name for name in names if isinstance(name, str)]
+    known = node.uuids or any(other.slot_of(uuid) is not None for other in snapshot.nodes for uuid in uuids)
+    return bool(uuids) and not known
 
 
 def _may_be_on(node: Node, before: Request, after: Request) -> bool:

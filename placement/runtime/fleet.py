@@ -375,7 +375,7 @@ class Fleet:
                 name, bundle = names[replica.replica_index], _bundle(replica)
                 if create is not None:
                     faults.point("service.lent")
-                    yield replica, create(name, [bundle], [info.id], {})
+                    yield replica, create(name, [bundle], [info.id])
                 else:
                     yield replica, groups.create_group(name, [bundle], [info.id])
 

@@ -37,7 +37,11 @@ class Creator(Protocol):
     """Who creates a group for which the GPUs are prepared."""
 
     def __call__(
-        self, name: str, bundles: list[dict[str, float]], nodes: list[str], domain: Mapping[str, str]
+        self,
+        name: str,
+        bundles: list[dict[str, float]],
+        nodes: list[str],
+        domain: Mapping[str, str] | None = None,
     ) -> PlacementGroup | None:
         """Creates a group of that name, of which each bundle lies on the node given for it.
 
@@ -223,9 +227,8 @@ class GroupReservation:
         faults.point("service.lent")
         label = None if self._layout is None else self._layout.domain_label
         labels = self._nodes[self._parts[0].node_id].labels
-        return self._create(
-            f"{self._name}:{attempt}", bundles, nodes, {label: labels[label]} if label else {}
-        )
+        domain = {label: labels[label]} if label else None
+        return self._create(f"{self._name}:{attempt}", bundles, nodes, domain)
 
     def _confirm(self, group: PlacementGroup) -> dict[str, Part] | None:
         """Node -> its part; ``None`` if any does not hold just what it prepared."""

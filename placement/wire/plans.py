@@ -287,7 +287,8 @@ def request_of(
 def _gpus_like(nodes: Iterable[Node], name: int | str) -> tuple[str, ...]:
     """The GPUs that there are, each with its node, in the way in which one is named."""
     if isinstance(name, str):
-        return tuple(f"{uuid} ({node.name})" for node in nodes for uuid in node.uuids.values())
+        alike = [(uuid, node) for node in nodes for uuid in node.uuids.values() if uuid[:4] == name[:4]]
+        return tuple(f"{uuid} ({node.name})" for uuid, node in alike)
     return tuple(f"{ordinals(range(len(node.topology)))} ({node.name})" for node in nodes)
 
 

@@ -284,7 +284,9 @@ def test_just_the_gpus_that_are_named(service: Any, neighbours: None, removed: l
     [(node, _), _] = found = bundles_of(group)
     assert [gpus for _, gpus in found] == [[1], [3]]
     elsewhere = [{"host": f"!{node}"}] * 2
-    other = placement_group([TWO, {"CPU": 0}], gpus=[1, 3], bundle_label_selector=elsewhere, wait_seconds=0)
+    other = placement_group(
+        [{"GPU": 2}, {"CPU": 0.5}], gpus=[1, 3], bundle_label_selector=elsewhere, wait_seconds=0
+    )
     removed.append(other)
     [(on, gpus)] = bundles_of(other)
     assert (on != node, gpus) == (True, [1, 3])

@@ -125,7 +125,7 @@ def test_where_gpus_are_named_nodes_are_looked_at_for_which_others_hold(
     assert not is_free(1) and looked == 1, "they hold as many as before, and moved lately"
     world.now += LOCATED_SECONDS
     assert is_free(1) and looked == 2
-    held, world.free = {1, 2}, 2.0
+    held, world.free, world.now = {1, 2}, 2.0, world.now + 1
     assert not is_free(1) and looked == 3, "they hold more now"
 
 
