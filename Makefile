@@ -11,16 +11,19 @@ BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test chaos soak mutants lint format bench wheel release clean
+.PHONY: help demo test test-engines chaos soak mutants lint format bench wheel release clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/stamp ## place on simulated GPU nodes, on this machine (no GPU needed)
 	@$(BIN)/placement demo $(ARGS)
 
 test: .venv/stamp ## run the tests, by file, in two processes: make test WORKERS=0
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-engines: .venv-engines/stamp ## run the engines for real, vLLM on CPUs and Ray Serve: a venv of 4 GB of its own; skipped where it cannot be had
+	@test ! -e .venv-engines/stamp || .venv-engines/bin/python -m pytest tests/engines $(ARGS)
 
 chaos: .venv/stamp ## kill the service, its node actors, nodes and the head, and tell how long recovery took: make chaos ROUNDS=5
 	@$(BIN)/python -m tests.chaos --rounds $(ROUNDS)
@@ -54,8 +57,8 @@ wheel: .venv/stamp ## build dist/ray_placement-*.whl
 release: .venv/stamp ## check, build and tag a release, and print how to publish it: docs/releasing.md
 	@scripts/release
 
-clean: ## remove .venv, builds and caches
-	@rm -rf .venv dist build mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+clean: ## remove .venv, .venv-engines, builds and caches
+	@rm -rf .venv .venv-engines dist build mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Made again when the dependencies change; the editable install follows the sources by itself.
@@ -68,3 +71,14 @@ clean: ## remove .venv, builds and caches
 	@$(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[dev]'
 	@touch $@
+
+# Where a wheel cannot be had there is no stamp, and the tests are skipped.
+.venv-engines/stamp: tests/engines/requirements.txt
+	@echo "installing into .venv-engines (once, about three minutes)"
+	@$(PYTHON) -m venv --clear .venv-engines
+	@if .venv-engines/bin/python -m pip install -qq --disable-pip-version-check --no-deps --only-binary :all: \
+		-r tests/engines/requirements.txt 2>.venv-engines/pip.log; then \
+		.venv-engines/bin/python -m pip install -qq --disable-pip-version-check --no-deps --editable . && touch $@; \
+	else \
+		echo "tests/engines: skipped, since its wheels cannot be had here: $$(tail -n 1 .venv-engines/pip.log)"; \
+	fi

@@ -102,7 +102,7 @@ def placement_group(
     layout = {"bundles": bundles, "strategy": strategy, "bundle_label_selector": bundle_label_selector}
     floors = {"within": within, "min_bandwidth_gb_per_s": min_bandwidth_gb_per_s, "policy": policy}
     wanted = _deployment(name, layout, floors)
-    client = _client()
+    client = service_or_rays_own()
     if client is None:
         return rays_own(bundles, name=name, **asked)
     group = client._create_group(wanted, name, lifetime, wait_seconds)
@@ -123,8 +123,8 @@ def _deployment(name: str, layout: Mapping[str, Any], floors: Mapping[str, Any])
     return parse_model(Deployment, fields, "placement_group")
 
 
-def _client() -> Client | None:
-    """The service, started if need be; ``None`` where it does not run and is not to be started."""
+def service_or_rays_own() -> Client | None:
+    """The service, started if need be; ``None`` where it does not run and, as WITHOUT_SERVICE says, is not to be."""
     try:
         return Client()
     except ServiceNotRunning:
@@ -141,7 +141,7 @@ def _client() -> Client | None:
 @cache
 def _warn_once() -> None:
     logger.warning(
-        "the placement service does not run, and %s=ray: placement_group(...) is Ray's own, on whatever GPUs Ray "
-        "gives; start the service with `placement up`",
+        "the placement service does not run, and %s=ray: placement groups are Ray's own, on whatever GPUs Ray gives; "
+        "start the service with `placement up`",
         WITHOUT_SERVICE,
     )
