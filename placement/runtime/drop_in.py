@@ -138,6 +138,21 @@ def service_or_rays_own() -> Client | None:
         return None
 
 
+def detached_group(client: Client, layout: Mapping[str, Any], name: str, known_as: str) -> PlacementGroup:
+    """A detached group by a client that one has already, if there is room now; else as :func:`placement_group`.
+
+    Args:
+        client: asks the service.
+        layout: ``bundles``, ``strategy`` and ``bundle_label_selector``.
+        name: of the group.
+        known_as: what ``placement status`` calls it, with a suffix.
+    """
+    group = client._create_group(_deployment(known_as, layout, {}), name, "detached", 0.0)
+    return PlacementGroup(
+        group.id, bundle_cache=[{k: float(v) for k, v in one.items()} for one in layout["bundles"]]
+    )
+
+
 @cache
 def _warn_once() -> None:
     logger.warning(
