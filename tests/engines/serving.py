@@ -73,17 +73,14 @@ class Unchanged:
 
 @contextmanager
 def serve_on(
-    nodes: Sequence[SimulatedNode], variables: Mapping[str, str], port: int | None = None
+    nodes: Sequence[SimulatedNode], variables: Mapping[str, str], **options: Any
 ) -> Iterator[EmbeddedCluster]:
-    """A cluster with Serve on it; its head is started with these variables, and answers HTTP at that port, if any."""
+    """A cluster with Serve on it; its head is started with these variables, and Serve with these options."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.setenv(name, value)
         with embedded_cluster(nodes) as cluster:
-            if port is None:
-                serve.start(proxy_location="Disabled")
-            else:
-                serve.start(proxy_location="HeadOnly", http_options={"host": cluster.host, "port": port})
+            serve.start(**{"proxy_location": "Disabled", **options})
             try:
                 yield cluster
             finally:

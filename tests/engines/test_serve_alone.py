@@ -22,7 +22,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[EmbeddedCluster]:
     nodes = [SimulatedNode(name, topology="a100-pcie-4x") for name in ("pcie", "pcie-b")]
-    with serve_on(nodes, INSTALL) as running:
+    by_serves_own_configuration = {"runtime_env": {"env_vars": INSTALL}}
+    with serve_on(nodes, {}, controller_options=by_serves_own_configuration) as running:
         yield running
 
 

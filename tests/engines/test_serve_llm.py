@@ -53,11 +53,12 @@ def served(variables: dict[str, str], wanted: dict[str, Any]) -> Iterator[str]:
     from ray.serve.llm import LLMConfig, build_openai_app
 
     port = free_port("127.0.0.1")
-    with serve_on(NODES, variables, port) as cluster:
+    at = {"host": "127.0.0.1", "port": port}
+    with serve_on(NODES, variables, proxy_location="HeadOnly", http_options=at):
         user = another_user("pcie")
         app = build_openai_app({"llm_configs": [LLMConfig(**wanted)]})
         serve.run(app, name="llm", route_prefix="/")
-        yield f"http://{cluster.host}:{port}"
+        yield f"http://127.0.0.1:{port}"
         serve.delete("llm")
         ray.kill(user)
         assert settled(lambda: not left_over(), 60), left_over()
