@@ -78,7 +78,8 @@ clean: ## remove .venv, .venv-engines, builds and caches
 	@$(PYTHON) -m venv --clear .venv-engines
 	@if .venv-engines/bin/python -m pip install -qq --disable-pip-version-check --no-deps --only-binary :all: \
 		-r tests/engines/requirements.txt 2>.venv-engines/pip.log; then \
-		.venv-engines/bin/python -m pip install -qq --disable-pip-version-check --no-deps --editable . && touch $@; \
+		.venv-engines/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation \
+			--editable . && touch $@; \
 	else \
 		echo "tests/engines: skipped, since its wheels cannot be had here: $$(tail -n 1 .venv-engines/pip.log)"; \
 	fi
