@@ -12,7 +12,7 @@ BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test chaos soak mutants lint format bench wheel release clean
+.PHONY: help demo test test-engines chaos soak mutants lint format bench wheel release clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ test: .venv/stamp ## run the tests, by file, in two processes: make test WORKERS
 test-ray: .venv-ray-$(RAY)/stamp ## run the demo and the tests with another Ray, in a venv of its own: make test-ray RAY=2.55.1 ARGS=tests/integration/test_mig.py
 	@.venv-ray-$(RAY)/bin/placement demo
 	@.venv-ray-$(RAY)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(or $(ARGS),tests/integration)
+
+test-engines: .venv-engines/stamp ## run the engines for real, vLLM on CPUs and Ray Serve: a venv of 4 GB of its own; skipped where it cannot be had
+	@test ! -e .venv-engines/stamp || .venv-engines/bin/python -m pytest tests/engines $(ARGS)
 
 chaos: .venv/stamp ## kill the service, its node actors, nodes and the head, and tell how long recovery took: make chaos ROUNDS=5
 	@$(BIN)/python -m tests.chaos --rounds $(ROUNDS)
@@ -60,8 +63,9 @@ wheel: .venv/stamp ## build dist/ray_placement-*.whl
 release: .venv/stamp ## check, build and tag a release, and print how to publish it: docs/releasing.md
 	@scripts/release
 
-clean: ## remove .venv and those of test-ray, builds and caches
-	@rm -rf .venv .venv-ray-* dist build mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+clean: ## remove .venv and those of test-ray and test-engines, builds and caches
+	@rm -rf .venv .venv-ray-* .venv-engines dist build mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis \
+		.import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Made again when the dependencies change; the editable install follows the sources by itself.
@@ -80,3 +84,15 @@ clean: ## remove .venv and those of test-ray, builds and caches
 	@$(PYTHON) -m venv --clear .venv-ray-$*
 	@.venv-ray-$*/bin/python -m pip install -qq --disable-pip-version-check --editable '.[test]' 'ray[default]==$*'
 	@touch $@
+
+# Where a wheel cannot be had there is no stamp, and the tests are skipped.
+.venv-engines/stamp: tests/engines/requirements.txt
+	@echo "installing into .venv-engines (once, about three minutes)"
+	@$(PYTHON) -m venv --clear .venv-engines
+	@if .venv-engines/bin/python -m pip install -qq --disable-pip-version-check --no-deps --only-binary :all: \
+		-r tests/engines/requirements.txt 2>.venv-engines/pip.log; then \
+		.venv-engines/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation \
+			--editable . && touch $@; \
+	else \
+		echo "tests/engines: skipped, since its wheels cannot be had here: $$(tail -n 1 .venv-engines/pip.log)"; \
+	fi

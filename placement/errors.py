@@ -442,7 +442,7 @@ class ClusterUnreachable(PlacementError):
 
     def __str__(self) -> str:
         reason = f" ({self.reason})" if self.reason else ""
-        fix = "start one with `ray start --head`, or pass --address HOST:PORT"
+        fix = "start one with `ray start --head`, or name another: --address HOST:PORT, RAY_ADDRESS"
         return f"no Ray cluster at {self.address}{reason}; {fix}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import pickle
@@ -28,6 +29,19 @@ def test_every_public_name_is_there_and_documented() -> None:
 def test_importing_the_package_imports_neither_ray_nor_pydantic() -> None:
     code = "import sys, placement; print([m for m in ('ray', 'pydantic', 'pynvml') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_what_serve_needs_is_imported_without_serve_and_documented() -> None:
+    serve = importlib.import_module("placement.serve")
+    for name in serve.__all__:
+        assert inspect.getdoc(getattr(serve, name)), f"{name} has no docstring"
+
+
+def test_without_vllm_its_executor_says_what_to_install() -> None:
+    with pytest.raises(
+        ImportError, match=r"needs vLLM 0.21 or later.*\(No module named 'vllm'\).*pip install"
+    ):
+        importlib.import_module("placement.vllm")
 
 
 ERRORS = [

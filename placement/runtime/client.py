@@ -371,17 +371,29 @@ class Client(_Connected):
             {} if lifetime else caller(),
             {"lifetime": lifetime} | ({"group_name": name} if name else {}),
         )
+        result = self._borrow_patiently(deployment, wait_seconds, "placement_group(...)", who, own)
+        return result.assignments[0].placement_group
+
+    def _borrow_patiently(
+        self,
+        deployment: Deployment,
+        wait_seconds: float | None,
+        what: str,
+        who: dict[str, str],
+        own: Mapping[str, Any] | None = None,
+    ) -> PlacementResult:
+        """Groups of this process's own. While there is no room it waits; a warning says that ``what`` does, and why."""
         end = math.inf if wait_seconds is None else time.monotonic() + wait_seconds
         left = 0.0
         while True:
             try:
-                return self._borrow(deployment, None, left, who, own).assignments[0].placement_group
+                return self._borrow(deployment, None, left, who, own)
             except (Unplaceable, ReservationFailed, LeaseExpired) as refusal:
                 waits, left = left > 0, max(0.0, end - time.monotonic())
                 if not left:
                     raise
                 if not waits:
-                    logger.warning("placement_group(...) waits: %s", refusal)
+                    logger.warning("%s waits: %s", what, refusal)
 
     def _ask(self, reference: Any) -> Any:
         return ask(reference)

@@ -23,13 +23,27 @@ CONNECT_DEADLINE_SECONDS = 5.0
 
 @contextmanager
 def cluster(address: str | None = None) -> Iterator[str]:
-    """Connects this process to a running Ray cluster, quietly, and disconnects at the end.
+    """Connects this process to a running Ray cluster, quietly, and disconnects at the end; see :func:`connect_ray`.
+
+    Yields:
+        The address it connected to.
+    """
+    found = connect_ray(address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+    try:
+        yield found
+    finally:
+        ray.shutdown()
+
+
+def connect_ray(address: str | None = None, **options: Any) -> str:
+    """Connects this process to a running Ray cluster, and starts none.
 
     Args:
         address: ``host:port`` of the head; ``None`` or ``"auto"`` takes RAY_ADDRESS, else the cluster
             that was started on this machine.
+        options: further ones of ``ray.init``.
 
-    Yields:
+    Returns:
         The address it connected to.
 
     Raises:
@@ -43,13 +57,7 @@ def cluster(address: str | None = None) -> Iterator[str]:
     if not found.startswith("ray://"):
         _require_listener(found)
     try:
-        ray.init(
-            address=found,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=True,
-            **_loopback_options(found),
-        )
+        ray.init(address=found, **options, **_loopback_options(found))
     except (ConnectionError, RuntimeError, TimeoutError, ValueError, OSError) as error:
         # Ray 2.52 has no word for a token that is wrong.
         reason = (
@@ -57,10 +65,7 @@ def cluster(address: str | None = None) -> Iterator[str]:
             or f"{type(error).__name__}; is the token right, in RAY_AUTH_TOKEN or its file?"
         )
         raise ClusterUnreachable(found, reason.splitlines()[0][:200]) from None
-    try:
-        yield found
-    finally:
-        ray.shutdown()
+    return found
 
 
 def ask(reference: Any) -> Any:

@@ -117,7 +117,7 @@ def placement_group(
     if gpus is not None:
         limits["constraints"] = {"gpus": [*gpus]}
     wanted = _deployment(name, layout, limits)
-    client = _client()
+    client = service_or_rays_own()
     if client is None and gpus is not None:
         raise InvalidDeployment("placement_group", (f"gpus: {[*gpus]} cannot be had of Ray alone; {_START}",))
     if client is None:
@@ -140,8 +140,8 @@ def _deployment(name: str, layout: Mapping[str, Any], limits: Mapping[str, Any])
     return parse_model(Deployment, fields, "placement_group")
 
 
-def _client() -> Client | None:
-    """The service, started if need be; ``None`` where it does not run and is not to be started."""
+def service_or_rays_own() -> Client | None:
+    """The service, started if need be; ``None`` where it does not run and, as WITHOUT_SERVICE says, is not to be."""
     try:
         return Client()
     except ServiceNotRunning:
@@ -155,11 +155,26 @@ def _client() -> Client | None:
         return None
 
 
+def detached_group(client: Client, layout: Mapping[str, Any], name: str, known_as: str) -> PlacementGroup:
+    """A detached group by a client that one has already, if there is room now; else as :func:`placement_group`.
+
+    Args:
+        client: asks the service.
+        layout: ``bundles``, ``strategy`` and ``bundle_label_selector``.
+        name: of the group.
+        known_as: what ``placement status`` calls it, with a suffix.
+    """
+    group = client._create_group(_deployment(known_as, layout, {}), name, "detached", 0.0)
+    return PlacementGroup(
+        group.id, bundle_cache=[{k: float(v) for k, v in one.items()} for one in layout["bundles"]]
+    )
+
+
 @cache
 def _warn_once() -> None:
     logger.warning(
-        "the placement service does not run, and %s=ray: placement_group(...) is Ray's own, on whatever GPUs Ray "
-        "gives; %s",
+        "the placement service does not run, and %s=ray: placement groups are Ray's own, on whatever GPUs Ray gives; "
+        "%s",
         WITHOUT_SERVICE,
         _START,
     )

@@ -1,0 +1,160 @@
+"""vLLM on exact GPUs: ``vllm serve MODEL --distributed-executor-backend placement.vllm.Executor``.
+
+For vLLM 0.21 and later; nothing else of this package imports it. How it is used, and what is not: docs/vllm.md.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+import ray
+from ray.util.placement_group import get_current_placement_group, remove_placement_group
+
+from placement.errors import InvalidDeployment
+from placement.runtime.connection import caller, connect_ray
+from placement.runtime.drop_in import service_or_rays_own
+from placement.runtime.results import PlacementResult
+from placement.wire.deployment import Deployment
+from placement.wire.files import parse_model
+
+try:
+    from vllm.logger import init_logger
+    from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
+except ImportError as error:
+    raise ImportError(
+        f"placement.vllm needs vLLM 0.21 or later, in the Python that runs it and on all GPU nodes ({error}); "
+        'install one: pip install "vllm>=0.21"'
+    ) from error
+
+OPTIONS = "additional_config.placement"
+"""Where an engine says what it wants: ``--additional-config '{"placement": {"within": "nvlink"}}'``."""
+
+_FROM_VLLM = {
+    "model": "the model",
+    "runtime": "vLLM itself",
+    "gpus": "--tensor-parallel-size and --pipeline-parallel-size",
+    "tensor_parallel": "--tensor-parallel-size",
+    "pipeline_parallel": "--pipeline-parallel-size",
+    "replicas": "there being one engine",
+    "owner": "there being one engine",
+}
+"""Fields of a deployment that an engine does not say, and what says them."""
+
+logger = init_logger("vllm.placement")
+
+
+class Executor(RayExecutorV2):  # type: ignore[misc]
+    """vLLM's own Ray executor, on the best GPUs that are free.
+
+    It is vLLM's, but for the placement group. That is a deployment of the placement service: the process of vLLM's
+    engine core owns it, so that it ends with that process, however it ends, and is never placed anew. It is as large
+    as tensor, pipeline and prefill-context parallelism say; the GPUs of each pipeline stage are one set on one node,
+    and ranks go by these (``docs/rank-order.md``). Without pipeline parallelism it lies on several nodes only where no
+    node has so many GPUs.
+
+    In an actor that runs in a placement group, or where ``parallel_config.placement_group`` is set, that group is used.
+
+    What else it is to have stands in vLLM's ``additional_config``, under ``placement``: ``wait_seconds``, how long to
+    wait for room (as long as it takes, if left out; vLLM itself gives up after VLLM_ENGINE_READY_TIMEOUT_S), and any
+    field of :class:`placement.Deployment` that vLLM does not say: ``name``, ``within``, ``min_bandwidth_gb_per_s``,
+    ``policy``, ``constraints``. Without a name it is called by the model, with a suffix of its own.
+
+    The cluster is that of RAY_ADDRESS, else the one that was started on this machine. If the service does not run it
+    is started; with PLACEMENT_WITHOUT_SERVICE=ray in the environment the group is vLLM's own then.
+
+    Raises:
+        ClusterUnreachable: there is no Ray cluster.
+        InvalidDeployment: the options are refused.
+        DeploymentConflict: another engine of that name runs.
+        Unplaceable: there is no room in time: ``NoGpuNodes``, ``NotEnoughGpus`` or ``BelowFloor``.
+        ReservationFailed, LeaseExpired: others kept taking the GPUs, or this process was too slow, until the time was
+            over.
+        ServiceNotRunning: the service cannot be started.
+
+    Example:
+        ::
+
+            from vllm import LLM
+            from placement.vllm import Executor
+
+            llm = LLM("meta-llama/Llama-3.1-8B-Instruct", tensor_parallel_size=2, distributed_executor_backend=Executor)
+    """
+
+    def _init_executor(self) -> None:
+        config = self.parallel_config
+        if not ray.is_initialized():
+            connect_ray(runtime_env=config.ray_runtime_env)
+        self._placed = None
+        if config.placement_group is None and get_current_placement_group() is None:
+            self._placed = _place(self.vllm_config)
+        if self._placed is not None:
+            config.placement_group = self._placed.assignments[0].placement_group
+            os.environ.update(self._placed.environment(0))
+        config.distributed_executor_backend = "ray"  # which vLLM's workers ask for by that name
+        super()._init_executor()
+
+    def shutdown(self) -> None:
+        """Ends the workers, and gives back the GPUs that were placed for them."""
+        super().shutdown()
+        placed, self._placed = getattr(self, "_placed", None), None
+        if placed is not None and ray.is_initialized():
+            remove_placement_group(placed.assignments[0].placement_group)
+
+
+def _place(vllm_config: Any) -> PlacementResult | None:
+    """The GPUs of an engine; ``None`` where the service does not run and is not to be started."""
+    options = _options(vllm_config.additional_config)
+    wait_seconds = options.pop("wait_seconds", None)
+    wanted = _deployment(vllm_config, options)
+    client = service_or_rays_own()
+    if client is None:
+        return None
+    placed = client._borrow_patiently(wanted, wait_seconds, wanted.name, caller())
+    for one in placed.assignments:
+        link = f", {one.weakest_link}" if one.weakest_link else ""
+        logger.info("%s has GPUs %s of %s%s", wanted.name, one.gpus, one.node_name, link)
+    return placed
+
+
+def _options(additional_config: Any) -> dict[str, Any]:
+    said = additional_config.get("placement", {}) if isinstance(additional_config, Mapping) else {}
+    if not isinstance(said, Mapping):
+        raise InvalidDeployment(OPTIONS, (f'{said!r} holds no options; write {{"within": "nvlink"}}',))
+    problems = [
+        f"{field}: that follows from {_FROM_VLLM[field]}; leave it out"
+        for field in said
+        if field in _FROM_VLLM
+    ]
+    seconds = said.get("wait_seconds")
+    if seconds is not None and (
+        isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds < 0
+    ):
+        problems.append(
+            f"wait_seconds: {seconds!r} is no time to wait; use seconds, or leave it out to wait as long as it takes"
+        )
+    if problems:
+        raise InvalidDeployment(OPTIONS, tuple(problems))
+    return dict(said)
+
+
+def _deployment(vllm_config: Any, options: Mapping[str, Any]) -> Deployment:
+    """An engine as the service knows it."""
+    parallel, model = vllm_config.parallel_config, str(vllm_config.model_config.model)
+    stages = parallel.pipeline_parallel_size
+    name = options.get("name")
+    if name is None:
+        known_as = re.sub(r"[^A-Za-z0-9._-]+", "-", PurePath(model).name).strip("._-")[:48] or "vllm"
+        name = f"{known_as}-{secrets.token_hex(4)}"
+    elif parallel.data_parallel_size > 1:
+        name = f"{name}-{parallel.data_parallel_rank}"
+    if stages > 1:
+        gpus = {"tensor_parallel": parallel.world_size // stages, "pipeline_parallel": stages}
+    else:
+        gpus = {"gpus": parallel.world_size}
+    fields = {**options, "name": name, "model": model, "runtime": "vllm", "owner": "caller", **gpus}
+    return parse_model(Deployment, fields, OPTIONS)

@@ -1,0 +1,83 @@
+"""``placement.serve.install`` where the placement service hangs or is gone: Serve starts its replicas all the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+import placement
+from placement import Client, ServiceNotRunning
+from placement.runtime.embedded import EmbeddedCluster, SimulatedNode
+from tests.engines.serving import INSTALL, Unchanged, controllers_log, replicas, serve, serve_on
+from tests.integration.conftest import left_over, settled
+from tests.integration.test_place import another_user
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[EmbeddedCluster]:
+    nodes = [SimulatedNode(name, topology="a100-pcie-4x") for name in ("pcie", "pcie-b")]
+    by_serves_own_configuration = {"runtime_env": {"env_vars": INSTALL}}
+    with serve_on(nodes, {}, controller_options=by_serves_own_configuration) as running:
+        yield running
+
+
+@pytest.fixture
+def neighbours(cluster: EmbeddedCluster) -> Iterator[None]:
+    """Another Ray user has GPU 0 of each node. After the test, nothing else is held."""
+    users = [another_user("pcie"), another_user("pcie-b")]
+    yield
+    serve.delete("app")
+    for user in users:
+        ray.kill(user)
+    assert settled(lambda: not left_over(), 60), left_over()
+
+
+def gpus_of_a_new_replica() -> tuple[int, ...]:
+    handle = serve.run(Unchanged.bind("a"), name="app", route_prefix=None)
+    [replica] = replicas(handle, 1, "a")
+    return replica.gpus
+
+
+def test_a_service_that_hangs_is_not_waited_for_and_used_again_once_it_answers(neighbours: None) -> None:
+    service = placement.start()  # install() has it started as well
+    pid = ray.get(service.__ray_call__.remote(lambda self: os.getpid()))
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        assert gpus_of_a_new_replica() == (1, 2), "Ray's choice"
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert "has not answered within 5 s: placement group SERVE_REPLICA::app#Unchanged#" in controllers_log()
+    assert settled(lambda: Client().status()["deployments"] == [])
+
+    def is_exact_again() -> bool:
+        serve.delete("app")
+        return gpus_of_a_new_replica() == (2, 3)
+
+    assert settled(is_exact_again, 240)
+
+
+def test_without_a_service_the_replica_starts_and_the_warning_names_the_fix(neighbours: None) -> None:
+    service = placement.start()
+    ray.get(service.stop_agents.remote())
+    ray.kill(service, no_restart=True)
+
+    def is_gone() -> bool:
+        try:
+            placement.connect()
+        except ServiceNotRunning:
+            return True
+        return False
+
+    assert settled(is_gone)
+    assert gpus_of_a_new_replica() == (1, 2), "Ray's choice"
+    assert "start it with `placement up`" in controllers_log()
+    assert (
+        "is Ray's own, on whatever GPUs Ray gives, once it finds room: no placement service"
+        in controllers_log()
+    )
