@@ -6,7 +6,7 @@
 PYTHON ?= python3
 ARGS ?=
 ROUNDS ?= 1
-WORKERS ?= 2
+WORKERS ?= 3
 RAY ?= 2.52.1
 BIN := .venv/bin
 
@@ -20,7 +20,7 @@ help: ## list these targets
 demo: .venv/stamp ## place on simulated GPU nodes, on this machine (no GPU needed)
 	@$(BIN)/placement demo $(ARGS)
 
-test: .venv/stamp ## run the tests, by file, in two processes: make test WORKERS=0
+test: .venv/stamp ## run the tests, by file, in three processes: make test WORKERS=0
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .PHONY: test-ray
