@@ -23,14 +23,10 @@ import ray
 from ray.util.placement_group import PlacementGroup
 
 from placement.errors import InvalidDeployment
+from placement.runtime import ray_internals
 from placement.runtime.client import Client
 from placement.runtime.connection import own_errors
 from placement.runtime.drop_in import WITHOUT_SERVICE, detached_group, placement_group
-
-try:
-    from ray.llm._internal.common.callbacks.base import CallbackBase
-except ImportError:  # this Ray's Serve LLM has none; all but Callback works
-    CallbackBase = object
 
 __all__ = ["Callback", "install", "replica_group"]
 
@@ -73,7 +69,7 @@ def install() -> None:
     Where Ray differs from what this relies on, an error is logged, and Serve makes its groups as without it.
     """
     try:
-        ray_serve = import_module("ray.serve._private.default_impl")
+        ray_serve = ray_internals.serve_defaults()
         problem = _difference(ray_serve)
         seconds = float(os.environ.get(SECONDS_VARIABLE, SECONDS))
     except Exception as error:  # raised, it would end Serve's controller
@@ -214,7 +210,7 @@ async def replica_group(
     return await asyncio.to_thread(placement_group, bundles, strategy, name, **options)
 
 
-class Callback(CallbackBase):  # type: ignore[misc]
+class Callback(ray_internals.serve_llm_callback()):  # type: ignore[misc]
     """Gives the vLLM engine of one Serve LLM deployment exact GPUs, for clusters on which :func:`install` is not set.
 
     The replica itself asks for no GPU, the engine's workers get :func:`replica_group`. All others of

@@ -13,7 +13,8 @@ from pathlib import PurePath
 from typing import Any
 
 import ray
-from ray.util.placement_group import get_current_placement_group, remove_placement_group
+from ray.util import get_current_placement_group
+from ray.util.placement_group import remove_placement_group
 
 from placement.errors import InvalidDeployment
 from placement.runtime.connection import caller, connect_ray

@@ -12,6 +12,8 @@ import re
 import signal
 from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
+from importlib import import_module
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import ray
@@ -304,6 +306,25 @@ def is_second_autoscaler(timeout_seconds: float) -> bool:
         timeout=timeout_seconds,
     )
     return found == b"1"
+
+
+# -- Ray Serve -------------------------------------------------------------------------------------------
+
+
+def serve_defaults() -> ModuleType:
+    """Where Serve's controller has the function by which it makes placement groups; :mod:`placement.serve` looks
+    whether it still is what it was.
+    """
+    return import_module("ray.serve._private.default_impl")
+
+
+def serve_llm_callback() -> type:
+    """What a callback of an ``LLMConfig`` must inherit from; any class where this Ray has none."""
+    try:
+        found: type = import_module("ray.llm._internal.common.callbacks.base").CallbackBase
+    except ImportError:
+        return object
+    return found
 
 
 # -- simulated clusters ----------------------------------------------------------------------------------

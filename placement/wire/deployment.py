@@ -1038,6 +1038,10 @@ class Deployment(_Declared):
             raise ValueError(
                 f"constraints.gpus names GPUs, and {self.runtime_name} is remote; leave constraints.gpus out"
             )
+        if self.cpus is not None:
+            raise ValueError(
+                f"constraints.gpus names GPUs, and cpus: {self.cpus:g} is for replicas without; leave one of them out"
+            )
         kinds = {name[:3] for name in self.named if isinstance(name, str)}
         if len(kinds) > 1:
             raise ValueError("constraints.gpus names GPUs and MIG instances; name one kind of them")

@@ -84,7 +84,7 @@ def test_the_address_of_a_job_server_is_told_from_that_of_a_head(
         f"no Ray cluster at {address} (that is the job server, which only `ray job submit` talks to); "
         in (result.stderr)
     )
-    assert "pass --address HOST:PORT" in result.stderr
+    assert "or name another: --address HOST:PORT" in result.stderr
 
 
 def test_errors_are_json_too_where_json_is_asked_for() -> None:

@@ -256,7 +256,7 @@ def declaration(chance: Random, name: str, snapshot: Snapshot) -> Deployment:
         }
         picked = chance.sample(sorted(choices), k=chance.choice((0, 0, 0, 0, 1, 2)))
         limits |= {field: choices[field] for field in picked}
-        if chance.random() < 0.2 and (gpus := gpus_of(chance, snapshot, fields)):
+        if kind != "cpus" and chance.random() < 0.2 and (gpus := gpus_of(chance, snapshot, fields)):
             limits["gpus"] = gpus
     others = [other for other in NAMES if other != name]
     if chance.random() < 0.2:

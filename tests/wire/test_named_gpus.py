@@ -64,6 +64,7 @@ def test_in_another_order_it_is_the_same() -> None:
         ((2, 3), {"replicas": 3}, "constraints.gpus names 2 GPUs, and 3 replicas need 3; name more, or ask for less"),
         ((2,), {"gpus": 0.3, "replicas": 4}, "names 1 GPU, and 4 replicas need 2; name more"),
         ((2, 3), {"tensor_parallel": 2, "pipeline_parallel": 2}, "names 2 GPUs, and a replica needs 4"),
+        ((2,), {"cpus": 2}, "constraints.gpus names GPUs, and cpus: 2 is for replicas without; leave one of them out"),
         ((2,), {"model": "gpt-4o"}, "constraints.gpus names GPUs, and openai is remote; leave constraints.gpus out"),
         (("GPU-0001", "MIG-0001"), {}, "names GPUs and MIG instances; name one kind of them"),
         (("GPU-0001",), {"mig": "1g.10gb"}, "names GPUs, and mig: 1g.10gb is an instance; name one of these"),
