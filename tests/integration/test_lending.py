@@ -110,7 +110,9 @@ def neighbours() -> Iterator[list[Any]]:
         ray.kill(user)
 
 
-def here(name: str, bundles: list[dict[str, float]], nodes: list[str]) -> PlacementGroup | None:
+def here(
+    name: str, bundles: list[dict[str, float]], nodes: list[str], domain: Any = None
+) -> PlacementGroup | None:
     """This driver creates the group, which ends with it."""
     group = groups.create_group(name, bundles, nodes, lifetime=None)
     return group if groups.ready_or_removed(group) else None
@@ -179,11 +181,13 @@ def test_egress_units(leases: Leases) -> None:
     assert settled(lambda: ray.available_resources()["egress"] == 5)
 
 
-def late(name: str, bundles: list[dict[str, float]], nodes: list[str]) -> None:
+def late(name: str, bundles: list[dict[str, float]], nodes: list[str], domain: Any = None) -> None:
     time.sleep(LEASE_SECONDS + 0.1)
 
 
-def raises(name: str, bundles: list[dict[str, float]], nodes: list[str]) -> PlacementGroup | None:
+def raises(
+    name: str, bundles: list[dict[str, float]], nodes: list[str], domain: Any = None
+) -> PlacementGroup | None:
     if ":1:" in name:
         raise ConnectionError("the caller is gone")
     return here(name, bundles, nodes)
@@ -212,7 +216,9 @@ def test_a_group_with_other_gpus_than_those_prepared_does_not_stay(
     """Another user is quicker than the caller, the first time."""
     others: list[PlacementGroup] = []
 
-    def second(name: str, bundles: list[dict[str, float]], nodes: list[str]) -> PlacementGroup | None:
+    def second(
+        name: str, bundles: list[dict[str, float]], nodes: list[str], domain: Any = None
+    ) -> PlacementGroup | None:
         if not others:
             others.append(groups.create_group("theirs", [{"GPU": 1}], [node_id("pcie")]))
             request.addfinalizer(lambda: remove_placement_group(others[0]))
@@ -242,9 +248,9 @@ def caller(address: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def creates(caller: subprocess.Popen[str]) -> Callable[..., PlacementGroup | None]:
-    def create(*asked: Any) -> PlacementGroup | None:
+    def create(name: str, bundles: Any, nodes: Any, domain: Any = None) -> PlacementGroup | None:
         assert caller.stdin is not None and caller.stdout is not None
-        print(json.dumps(asked), file=caller.stdin, flush=True)
+        print(json.dumps([name, bundles, nodes]), file=caller.stdin, flush=True)
         made = caller.stdout.readline().strip()
         return groups.group_from_hex(made) if made else None
 
