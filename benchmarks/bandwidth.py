@@ -24,6 +24,7 @@ from placement.core.bandwidth import generation
 from placement.core.matrix import parse_matrix
 from placement.core.score import score
 from placement.core.topology import Lanes, Link, Topology
+from placement.core.topology import Path as Way
 
 DEFAULTS = ""
 """What ``forced`` says where NCCL had its own way."""
@@ -90,8 +91,6 @@ def described(matrix: Topology, host: dict[str, Any], forced: str) -> Topology:
 
 def over_pcie(link: Link, peer: bool | None) -> Link:
     """The link without its NVLinks, which are not used without peer-to-peer either; the path below is not told."""
-    from placement.core.topology import Path as Way
-
     return Link(Way.NODE if link.nvlinks else link.path, peer=peer)
 
 

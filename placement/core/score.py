@@ -627,11 +627,14 @@ class Shape:
         directs = sorted({hop.direct for hop in hops} - {0})
         for host in sorted({hop.host for hop in hops} | {0}):
             through = {hop for hop in hops if host and hop.host >= host}
+            staged: dict[Pick, int] = {}
             for direct in [*directs, 0] if host else directs:
                 usable = through | {hop for hop in hops if direct and hop.direct >= direct}
                 closed = self._closed(lambda a, b: self._hops[a][b] in usable)  # noqa: B023
                 for pick in closed:
-                    rates = [rate for rate in (direct, host and self._staged(members[pick], host)) if rate]
+                    if host and pick not in staged:
+                        staged[pick] = self._staged(members[pick], host)
+                    rates = [rate for rate in (direct, staged.get(pick)) if rate]
                     found[pick] = max(found[pick], min(rates))
         for a, b in self._pairs():
             found[self._pick(1 << a | 1 << b)] = self.hops[a][b]
