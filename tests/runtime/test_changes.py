@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from placement.errors import NotEnoughGpus, ReservationFailed, Unplaceable
 from placement.runtime.clock import Clock
-from tests.properties.test_service import AtOnce, DirectService, Ray, make_believe
-
-
-@pytest.fixture
-def outside() -> Iterator[Ray]:
-    """Two nodes of four GPUs and eight egress units."""
-    ray = Ray(nodes={"x", "y"})
-    with make_believe(ray):
-        yield ray
-
-
-@pytest.fixture
-def service(outside: Ray) -> DirectService:
-    return DirectService()
+from tests.properties.test_service import AtOnce, DirectService, Ray
 
 
 def one(name: str = "a", **fields: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -37,22 +36,13 @@ from tests.properties.test_service import (
     Group,
     NoAutoscaler,
     Ray,
-    make_believe,
     places,
 )
 
 
 @pytest.fixture
-def outside() -> Iterator[Ray]:
-    """One node of four GPUs and eight egress units."""
-    ray = Ray(nodes={"x"})
-    with make_believe(ray):
-        yield ray
-
-
-@pytest.fixture
-def service(outside: Ray) -> DirectService:
-    return DirectService()
+def node_names() -> set[str]:
+    return {"x"}
 
 
 def one(name: str = "a", **fields: Any) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,20 +16,7 @@ from placement.errors import (
     Unplaceable,
 )
 from placement.runtime.clock import Clock
-from tests.properties.test_service import AtOnce, DirectService, Killed, Ray, make_believe
-
-
-@pytest.fixture
-def outside() -> Iterator[Ray]:
-    """Two nodes of four GPUs of which nothing is known."""
-    ray = Ray(nodes={"x", "y"})
-    with make_believe(ray):
-        yield ray
-
-
-@pytest.fixture
-def service(outside: Ray) -> DirectService:
-    return DirectService()
+from tests.properties.test_service import AtOnce, DirectService, Killed, Ray
 
 
 def pd(units: int = 2, owner: str = "detached", **link: Any) -> list[Deployment]:

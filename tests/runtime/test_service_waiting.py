@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -14,17 +14,14 @@ from placement.errors import InvalidDeployment, LeaseExpired, UnknownDeployment
 from placement.runtime import queue
 from placement.runtime import service as service_module
 from placement.runtime.service import DeploymentPlacementActor
-from tests.properties.test_service import Ray, make_believe
+from tests.properties.test_service import Ray
 
 A, B = {"job": "0a000000"}, {"job": "0b000000"}
 
 
 @pytest.fixture
-def outside() -> Iterator[Ray]:
-    """One node of four GPUs."""
-    ray = Ray(nodes={"x"})
-    with make_believe(ray):
-        yield ray
+def node_names() -> set[str]:
+    return {"x"}
 
 
 @pytest.fixture
