@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import signal
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,8 @@ SIZE = {"object_store_memory": 80_000_000}
 NETWORKS = tuple(f"127.0.{number}" for number in (0, *range(16, 64)))
 IN_USE_PORT = 6378
 """Who has this port at address 1 of a network has the network."""
+PORTS = range(24_000, 32_768)
+"""Above those that Ray takes for workers and clients, below those that Linux gives to whoever asks for any."""
 
 
 @dataclass(frozen=True)
@@ -182,10 +185,15 @@ class Network:
 
 
 def free_port(host: str) -> int:
-    """A port that nobody listens on at this address now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody has at this address now, and that the kernel gives to nobody who does not name it.
+
+    Of those that it does give, one that is free now may be somebody's before the server to be started has it.
+    """
+    for port in random.sample(PORTS, len(PORTS)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((host, port))
+            return port
+    raise OSError(f"each port from {PORTS[0]} to {PORTS[-1]} is in use at {host}")
 
 
 @contextmanager
