@@ -24,10 +24,11 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
+from placement.core.policy import Policy
 from placement.core.replicas import Crowd, Placed, PlannedReplica, take
 from placement.core.request import Request
 from placement.core.score import WHOLE, Shape, Within
-from placement.core.snapshot import GPU_DOMAIN_LABEL, Bits, Node, Policy, Snapshot, Take
+from placement.core.snapshot import GPU_DOMAIN_LABEL, Bits, Node, Snapshot, Take
 
 Gpus = tuple[int, ...]
 

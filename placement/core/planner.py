@@ -42,10 +42,11 @@ from placement.core.explanation import (
     short_of,
     sift,
 )
+from placement.core.policy import Policy
 from placement.core.replicas import Crowd, Placed, Plan, PlannedReplica, take
 from placement.core.request import Request, Strategy, Told
 from placement.core.score import WHOLE, Score, slowest_group
-from placement.core.snapshot import Bits, Node, Policy, Snapshot, Take, rank_of
+from placement.core.snapshot import Bits, Node, Snapshot, Take, rank_of
 from placement.errors import NotEnoughGpus, Unplaceable
 
 

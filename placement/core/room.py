@@ -24,9 +24,10 @@ import numpy.typing as npt
 
 from placement.core.explanation import open_to
 from placement.core.mix import Kind, Mix
+from placement.core.policy import Policy
 from placement.core.request import Request
 from placement.core.score import WHOLE, Needs
-from placement.core.snapshot import Bits, Node, Policy, Snapshot, Take, rank_of
+from placement.core.snapshot import Bits, Node, Snapshot, Take, rank_of
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -38,7 +39,7 @@ TIE = 1e-9
 
 def room_of(snapshot: Snapshot) -> Room:
     """The room in a cluster; worked out once, and carried on from snapshot to snapshot."""
-    if snapshot.room is None:
+    if not isinstance(snapshot.room, Room):
         snapshot.room = Room(snapshot)
     return snapshot.room
 

@@ -9,11 +9,12 @@ import pytest
 from placement import topologies
 from placement.core.mix import Kind, Mix
 from placement.core.planner import advance, plan
+from placement.core.policy import Policy
 from placement.core.replicas import Plan
 from placement.core.request import Request
 from placement.core.room import Room, room_of, ways
 from placement.core.score import GIB, WHOLE, Needs, Within
-from placement.core.snapshot import Node, Policy, Snapshot, Take
+from placement.core.snapshot import Node, Snapshot, Take
 from placement.core.topology import Topology
 
 FOUR = Topology.unknown(4)

@@ -9,10 +9,11 @@ import pytest
 from placement import topologies
 from placement.core.mix import Kind, Mix
 from placement.core.planner import plan
+from placement.core.policy import Policy
 from placement.core.replicas import Plan
 from placement.core.request import Request
 from placement.core.score import GIB, WHOLE, Needs, Offer, Within
-from placement.core.snapshot import Node, Offers, Policy, Snapshot, Take
+from placement.core.snapshot import Node, Offers, Snapshot, Take
 from placement.core.topology import Topology
 
 FOUR = Topology.unknown(4)
