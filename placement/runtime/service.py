@@ -1,7 +1,7 @@
 """The placement service: the actor that callers talk to. It validates, has the controller act, and waits.
 
 Every method is asynchronous, so that who waits costs no thread: not for the outcome of a call, nor for events. What
-blocks (Ray's own calls) runs in threads, of which reads, releases and placements have their own.
+blocks (Ray's own calls) runs in threads, of which status, plans, releases and placements have their own.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ from placement.wire.plans import ExplainedPlan, PlacementPlan
 
 T = TypeVar("T")
 
-READERS, RELEASERS, CHANGERS = 16, 512, 512
-"""How many threads look something up, give something back, and place, at most; all are made when needed."""
+READERS, PLANNERS, RELEASERS, CHANGERS = 16, 64, 512, 512
+"""How many threads tell the status, plan and ask nodes what they have, give something back, and place, at most; all are
+made when needed. All but the first may have to wait for a node."""
 CALLS = 4096
 """So many calls change something or wait to, at once. Together with the watchers these are fewer than Ray lets in, so
 that a release, and who only looks, never waits for them."""
@@ -87,6 +88,7 @@ class DeploymentPlacementActor:
         self._controller = Controller(make_agent, near, idle_seconds, node_types)
         gc.freeze()  # what was restored stays; to look through it again and again would cost each answer
         self._reads = ThreadPoolExecutor(READERS, "read")
+        self._plans = ThreadPoolExecutor(PLANNERS, "plan")
         self._releases = ThreadPoolExecutor(RELEASERS, "release")
         self._changes = ThreadPoolExecutor(CHANGERS, "change")
         self._queues, self._outcomes = Queues(), Outcomes()
@@ -369,7 +371,7 @@ class DeploymentPlacementActor:
     ) -> list[PlacementPlan]:
         """What :meth:`apply_all` would do now, each deployment planned on top of the ones before."""
         wanted = [parse(one, None) for one in deployments]
-        return await self._in(self._reads, self._controller.plan_all, wanted, atomic)
+        return await self._in(self._plans, self._controller.plan_all, wanted, atomic)
 
     async def explain_all(self, deployments: Sequence[DeploymentLike]) -> list[ExplainedPlan]:
         """:meth:`plan_all`, with what became of every node; a refusal is an answer here, and ends the list.
@@ -377,11 +379,11 @@ class DeploymentPlacementActor:
         With one look: for a moment after a change, Ray's books may show less room than there is.
         """
         wanted = [parse(one, None) for one in deployments]
-        return await self._in(self._reads, self._controller.explain_all, wanted)
+        return await self._in(self._plans, self._controller.explain_all, wanted)
 
     async def snapshot(self) -> dict[str, Any]:
         """The cluster as the planner sees it now; JSON-ready, for ``placement plan --file``."""
-        found = await self._in(self._reads, self._controller.snapshot)
+        found = await self._in(self._plans, self._controller.snapshot)
         return found.model_dump(mode="json", exclude_none=True)
 
     async def get(self, name: str) -> PlacementResult:
@@ -482,11 +484,11 @@ class DeploymentPlacementActor:
         Raises:
             UnknownNode: ``node`` is given and no GPU node has that id, name or address.
         """
-        return await self._in(self._reads, self._controller.topology, node)
+        return await self._in(self._plans, self._controller.topology, node)
 
     async def stop_agents(self) -> None:
         """Ends the node actors. Placement groups stay as they are."""
-        await self._in(self._reads, self._controller.fleet.agents.stop)
+        await self._in(self._plans, self._controller.fleet.agents.stop)
 
     # -- helpers -------------------------------------------------------------------------------------
 

@@ -205,7 +205,7 @@ def test_releases_of_what_is_being_placed_keep_no_other_waiting(
 def test_whose_time_is_over_in_the_middle_of_an_attempt_keeps_nobody_from_looking(
     service: DeploymentPlacementActor, outside: Ray
 ) -> None:
-    service._reads = ThreadPoolExecutor(1)
+    service._reads = service._plans = ThreadPoolExecutor(1)
 
     async def scene() -> None:
         await service.place(one("holds", gpus=4))
@@ -263,5 +263,31 @@ def test_how_many_calls_wait_is_bounded_and_who_looks_or_releases_is_let_in(
             call.cancel()
         await asyncio.wait(calls)
         assert (await service.place(one())).assignments
+
+    asyncio.run(scene())
+
+
+def test_plans_that_wait_for_a_node_keep_nobody_from_the_status(
+    service: DeploymentPlacementActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service._plans, over = ThreadPoolExecutor(1), threading.Event()
+    monkeypatch.setattr(service._controller.cluster, "look", lambda wanted=(): over.wait())
+
+    async def scene() -> None:
+        await service.place(one())
+        ask = (
+            service.plan(one("b")),
+            service.explain_all([one("b")]),
+            service.snapshot(),
+            service.topology(),
+        )
+        calls = [asyncio.create_task(call) for call in ask]
+        await asyncio.sleep(0)  # they are asked for first
+        try:
+            assert [told["name"] for told in (await service.status())["deployments"]] == ["a"]
+            assert not any(call.done() for call in calls)
+        finally:
+            over.set()
+        await asyncio.wait(calls)
 
     asyncio.run(scene())
