@@ -69,7 +69,7 @@ def place(snapshot: Snapshot, request: Request, allowed: Bits) -> tuple[Request,
     changed: dict[Bits, Node] = {}
     for bit, bundles in layout.items():
         together, node = room.together(bundles), snapshot.at(bit)
-        taken = node.take(together.needs)
+        taken = node.choose(together.needs)
         assert taken is not None
         part, changed[bit] = take(index, node, taken._replace(gpus=tuple(sorted(taken.gpus))), together)
         if len(layout) > 1:

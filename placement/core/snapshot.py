@@ -26,7 +26,7 @@ from placement.core.score import (
 from placement.core.topology import Topology
 
 
-class Take(NamedTuple):
+class Choice(NamedTuple):
     """GPUs of a node for one replica: whole ones, one MIG instance, or a share of one GPU.
 
     Attributes:
@@ -61,7 +61,7 @@ MOST_KINDS = 256
 """Of so many kinds of requests it is remembered which nodes are how welcome to them."""
 
 Bits = int
-"""A set of nodes: bit *i* is the *i*-th node by name and id. Thousands of nodes are met in one operation."""
+"""A set of nodes: bit *i* is the *i*-th node by name and id. Thousands of nodes are compared in one operation."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class Node:
 
     def best(self, needs: Needs) -> tuple[int, ...] | None:
         """The best free GPUs for a replica, whatever the floor on bandwidth."""
-        taken = self.take(needs)
+        taken = self.choose(needs)
         return None if taken is None else taken.gpus
 
     def free_mask(self, needs: Needs) -> int:
@@ -205,17 +205,17 @@ class Node:
             and self.free_memory.get(slot, 0) >= needs.free_memory_bytes
         ]
 
-    def take(self, needs: Needs, crowded: Collection[int] = ()) -> Take | None:
+    def choose(self, needs: Needs, crowded: Collection[int] = ()) -> Choice | None:
         """The best GPUs that are free for a replica; ``None`` if there are none (floors on bandwidth aside).
 
         A share goes on the GPU that is shared already and on which it leaves the least; only if there is none
         on a whole one, the one that others miss least. ``crowded`` GPUs are avoided where that costs nothing.
         """
         if not needs.gpus:
-            return Take((), WHOLE, 0)
+            return Choice((), WHOLE, 0)
         if needs.profile:
             slots = self.instances_for(needs)
-            return Take((min(slots),), WHOLE, 0) if slots else None
+            return Choice((min(slots),), WHOLE, 0) if slots else None
         share = needs.share_of(self.gpu_memory_bytes)
         if share is None:
             return None
@@ -223,15 +223,15 @@ class Node:
             fitting = [(rest, gpu in crowded, gpu) for rest, gpu in self.shared_with_room(needs, share)]
             if fitting:
                 rest, _, gpu = min(fitting)
-                return Take((gpu,), share, rest - share)
+                return Choice((gpu,), share, rest - share)
         gpus = self.shape.best(self.free_mask(needs), needs.gpus, needs.within)
-        return None if gpus is None else Take(gpus, share, WHOLE - share)
+        return None if gpus is None else Choice(gpus, share, WHOLE - share)
 
     def offer(self, needs: Needs) -> Offer | None:
-        """How good what :meth:`take` gives is, and what taking it costs the others."""
+        """How good what :meth:`choose` gives is, and what taking it costs the others."""
         if needs.whole:
             return self._offer_whole(needs, needs.gpus)
-        taken = self.take(needs)
+        taken = self.choose(needs)
         if taken is None:
             return None
         if needs.profile:
@@ -281,7 +281,7 @@ class Node:
             holders={},
         )
 
-    def after(self, taken: Take, **fields: Any) -> Node:
+    def after(self, taken: Choice, **fields: Any) -> Node:
         """The node once that has been taken, and with other ``fields`` changed, too."""
         if not taken.gpus:
             return replace(self, **fields) if fields else self
