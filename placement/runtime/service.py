@@ -256,8 +256,12 @@ class DeploymentPlacementActor:
             UnreadableRecord: a later version of the service wrote its record. (If it is just broken, it is removed
                 with all groups of that name, which are counted then.)
         """
-        async with self._queues.turn(name):
-            return await self._in(self._releases, self._controller.release, name)
+
+        async def begin() -> int:
+            async with self._queues.turn(name):
+                return await self._in(self._releases, self._controller.release, name)
+
+        return await self._outcomes.share(("release", name), begin)
 
     async def release_all(self) -> list[str]:
         """Releases every deployment.
