@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import ray
 
-from placement.errors import UnsupportedRay
+from placement.errors import ClusterUnreachable, UnsupportedRay
 
 OLDEST, NEWEST = (2, 52), (2, 60)
 """The minor versions that were run, the first and the last; docs/ray.md says with what."""
@@ -63,6 +63,8 @@ _WHY_NOT = {
 
 _STANDS_ON = (
     "_private.services.canonicalize_bootstrap_address",
+    "_private.services.find_bootstrap_address",
+    "_private.services.find_gcs_addresses",
     "_private.state.GlobalState._connect_and_get_accessor",
     "_private.state.GlobalState.actor_table",
     "_private.state.GlobalState.get_draining_nodes",
@@ -165,7 +167,17 @@ def is_ray_client() -> bool:
 
 
 def local_address() -> str | None:
-    """``host:port`` of the cluster that was started on this machine, if one was; ``ray.init`` would start one."""
+    """``host:port`` of the cluster that was started on this machine, if one was; ``ray.init`` would start one.
+
+    Raises:
+        ClusterUnreachable: there are several, and none of them was started last by `ray start`, with this RAY_TMPDIR.
+            Ray would take any of them.
+    """
+    services = ray._private.services
+    if len(found := services.find_gcs_addresses()) > 1 and services.find_bootstrap_address(None) is None:
+        raise ClusterUnreachable(
+            "auto", f"which of those on this machine is not said: {', '.join(sorted(found))}"
+        )
     try:
         return str(ray._private.services.canonicalize_bootstrap_address("auto") or "") or None
     except ConnectionError:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+import ray
 from click.testing import CliRunner, Result
 
 from placement import topologies
@@ -71,6 +72,25 @@ def test_an_address_that_is_none_is_said() -> None:
     result = run("status", "--address", "nonsense")
     assert result.exit_code == 3
     assert "no Ray cluster at nonsense (not of the form HOST:PORT)" in result.stderr
+
+
+def test_of_several_clusters_on_this_machine_none_is_taken_unless_it_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    services = ray._private.services
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda folder: None)
+    monkeypatch.setattr(services, "find_gcs_addresses", lambda: frozenset({"127.0.0.9:2", "127.0.0.9:1"}))
+    result = run("release", "--all", "--yes")
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert (
+        "no Ray cluster at auto (which of those on this machine is not said: 127.0.0.9:1, 127.0.0.9:2); start one with "
+        "`ray start --head`, or name another: --address HOST:PORT, RAY_ADDRESS"
+    ) in result.stderr
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda folder: "127.0.0.9:1")
+    assert "no Ray cluster at 127.0.0.9:1 (Connection refused)" in run("status").stderr, (
+        "the last that was started"
+    )
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.9:8265", "https://ray.example"])
