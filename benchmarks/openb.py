@@ -32,10 +32,11 @@ import highspy
 
 from placement.cli.simulate import cluster_of
 from placement.core.planner import advance
+from placement.core.policy import Policy
 from placement.core.replicas import Plan
 from placement.core.request import Request
 from placement.core.score import WHOLE
-from placement.core.snapshot import Node, Policy, Snapshot
+from placement.core.snapshot import Node, Snapshot
 from placement.wire.workload import openb_request, read_rows
 
 NODES = "openb_node_list_gpu_node.csv"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.openb import arrivals, bound, load, milli, most, run, total_of
-from placement.core.snapshot import Policy
+from placement.core.policy import Policy
 
 NODES = "sn,cpu_milli,memory_mib,gpu,model\n" + "".join(f"n{i},32000,65536,4,T4\n" for i in range(3))
 

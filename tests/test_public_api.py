@@ -31,6 +31,16 @@ def test_importing_the_package_imports_neither_ray_nor_pydantic() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
+def test_the_services_actor_has_what_the_clients_ask_of_it_and_no_method_blocks() -> None:
+    service = importlib.import_module("placement.runtime.service").DeploymentPlacementActor
+    names = {name for name, _ in inspect.getmembers(service, inspect.isfunction) if not name.startswith("_")}
+    theirs = {name for name, _ in inspect.getmembers(placement.Client, inspect.isroutine)}
+    assert names - theirs == {"lend", "confirm", "cancel", "explain_all", "settings", "stop_agents"}
+    for name in names:
+        method = getattr(service, name)
+        assert inspect.iscoroutinefunction(method) and inspect.getdoc(method), name
+
+
 def test_what_serve_needs_is_imported_without_serve_and_documented() -> None:
     serve = importlib.import_module("placement.serve")
     for name in serve.__all__:

@@ -89,12 +89,15 @@ def plan(
         listed = explained if explain else plans
         common.dump({"deployments": [one.to_dict() for one in listed]})
     else:
+        from placement.cli.views.difference import unmanaged_line
         from placement.cli.views.tables import explanation_view
 
         for one in explained:
             common.show(*explanation_view(one.to_dict()))
-        pruned = unmanaged(standing, [one.name for one in wanted]) if prune else []
-        _show(plans, standing, pruned, failures)
+        others = unmanaged(standing, [one.name for one in wanted])
+        _show(plans, standing, others if prune else [], failures)
+        if others and not prune:
+            common.note(unmanaged_line(others))
     if failures:
         raise _first(failures)
     if refusal is not None:

@@ -11,9 +11,10 @@ from typing import Any
 import click
 
 from placement import topologies
+from placement.core.policy import Policy
 from placement.core.score import GIB
 from placement.core.simulation import Report, simulate
-from placement.core.snapshot import Node, Policy, Snapshot
+from placement.core.snapshot import Node, Snapshot
 from placement.errors import InvalidClusterFile, InvalidDeployment
 from placement.wire.accelerators import accelerators_of
 from placement.wire.cluster import load_cluster

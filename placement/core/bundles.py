@@ -16,10 +16,11 @@ from dataclasses import replace
 from itertools import accumulate, chain, groupby
 
 from placement.core.labels import meets
+from placement.core.policy import Rank
 from placement.core.replicas import Placed, PlannedReplica, take
 from placement.core.request import Bundle, Request, Resources, Strategy
 from placement.core.score import Needs, Within
-from placement.core.snapshot import Bits, Node, Rank, Snapshot, rank_of
+from placement.core.snapshot import Bits, Node, Snapshot, rank_of
 
 OTHERS = "has other bundles of the group"
 ELSEWHERE = "is in another domain than other bundles of the group"
@@ -68,7 +69,7 @@ def place(snapshot: Snapshot, request: Request, allowed: Bits) -> tuple[Request,
     changed: dict[Bits, Node] = {}
     for bit, bundles in layout.items():
         together, node = room.together(bundles), snapshot.at(bit)
-        taken = node.take(together.needs)
+        taken = node.choose(together.needs)
         assert taken is not None
         part, changed[bit] = take(index, node, taken._replace(gpus=tuple(sorted(taken.gpus))), together)
         if len(layout) > 1:

@@ -24,10 +24,11 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
+from placement.core.policy import Policy
 from placement.core.replicas import Crowd, Placed, PlannedReplica, take
 from placement.core.request import Request
 from placement.core.score import WHOLE, Shape, Within
-from placement.core.snapshot import GPU_DOMAIN_LABEL, Bits, Node, Policy, Snapshot, Take
+from placement.core.snapshot import GPU_DOMAIN_LABEL, Bits, Choice, Node, Snapshot
 
 Gpus = tuple[int, ...]
 
@@ -102,27 +103,27 @@ def _cut(request: Request, size: int) -> Request:
 
 def place(snapshot: Snapshot, request: Request, allowed: Bits) -> Placed:
     """Places as many replicas as there is room for."""
-    room = _Room(snapshot, request, allowed)
+    free = _FreeSets(snapshot, request, allowed)
     planned: list[PlannedReplica] = []
     for to_come, index in zip(range(len(request.replicas) - 1, -1, -1), request.replicas, strict=True):
-        chosen = room.choose(to_come)
+        chosen = free.choose(to_come)
         if chosen is None:
             break
-        planned += room.take(index, chosen)
-    return planned, room.changed
+        planned += free.take(index, chosen)
+    return planned, free.changed
 
 
 def groups_free(snapshot: Snapshot, request: Request, allowed: Bits) -> int:
     """For how many tensor-parallel groups there is room where a replica may lie: the most of any such place."""
-    room = _Room(snapshot, request, allowed)
-    return max(map(room.groups, room.places()), default=0)
+    free = _FreeSets(snapshot, request, allowed)
+    return max(map(free.groups, free.places()), default=0)
 
 
 def has_room_emptied(snapshot: Snapshot, request: Request, allowed: Bits) -> bool:
     """Whether there would be room for one replica more than stand, if all else went."""
     emptied = {node.id: node.emptied() for node in _members(snapshot, allowed)}
     others = Snapshot((emptied.get(node.id, node) for node in snapshot.nodes), snapshot.near)
-    return _Room(others, request, allowed).more_than_stand()
+    return _FreeSets(others, request, allowed).more_than_stand()
 
 
 def _each(nodes: Bits) -> Iterator[Bits]:
@@ -136,7 +137,7 @@ def _members(snapshot: Snapshot, nodes: Bits) -> Iterator[Node]:
     return map(snapshot.at, _each(nodes))
 
 
-class _Room:
+class _FreeSets:
     """The sets that are free.
 
     A *place* is nodes with GPUs of one model, in one domain of the label that the deployment spreads over, if it
@@ -171,11 +172,13 @@ class _Room:
 
     def places(self) -> list[Bits]:
         """Where replicas may still lie."""
-        return [bits & alike for bits, _ in self._crowd.rooms() for alike in self._alike if bits & alike]
+        return [
+            bits & alike for bits, _ in self._crowd.open_domains() for alike in self._alike if bits & alike
+        ]
 
     def more_than_stand(self) -> bool:
         """Whether more replicas fit in a domain of the spread, or anywhere, than stand there."""
-        for bits, _ in self._crowd.rooms():
+        for bits, _ in self._crowd.open_domains():
             standing = sum(self._crowd.on(bit) for bit in _each(bits))
             if sum(self.groups(bits & alike) // self._request.stages for alike in self._alike) > standing:
                 return True
@@ -286,7 +289,7 @@ class _Room:
     def _replicas(self, without: Bits = 0) -> int:
         """How many replicas there is room for, once there is one more on a node."""
         total = 0
-        for bits, most in self._crowd.rooms():
+        for bits, most in self._crowd.open_domains():
             fit = sum(self.groups(bits & alike) // self._request.stages for alike in self._alike)
             if most is not None:
                 fit = min(fit, most - bool(bits & without))
@@ -417,7 +420,7 @@ class _Room:
         parts: dict[Bits, PlannedReplica] = {}
         for position, unit in enumerate(chosen):
             part, self.changed[unit.node] = take(
-                index, self._node(unit.node), Take(unit.gpus, WHOLE, 0), self._request
+                index, self._node(unit.node), Choice(unit.gpus, WHOLE, 0), self._request
             )
             alone = len(chosen) == 1
             ranks = () if alone else tuple(range(position * size, (position + 1) * size))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from placement.core.request import Request
 from placement.core.score import Needs
-
-if TYPE_CHECKING:
-    from placement.core.request import Request
 
 
 class Kind(NamedTuple):

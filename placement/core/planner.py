@@ -42,10 +42,11 @@ from placement.core.explanation import (
     short_of,
     sift,
 )
+from placement.core.policy import Policy
 from placement.core.replicas import Crowd, Placed, Plan, PlannedReplica, take
 from placement.core.request import Request, Strategy, Told
 from placement.core.score import WHOLE, Score, slowest_group
-from placement.core.snapshot import Bits, Node, Policy, Snapshot, Take, rank_of
+from placement.core.snapshot import Bits, Choice, Node, Snapshot, rank_of
 from placement.errors import NotEnoughGpus, Unplaceable
 
 
@@ -237,7 +238,7 @@ def _as_told(snapshot: Snapshot, request: Request, told: Told) -> tuple[Step, Sn
             return withheld(
                 NotEnoughGpus(request.deployment, why, {}, "the group is planned again in a moment")
             )
-        replica, changed[bit] = take(index, node, Take(place.gpus, WHOLE, 0), request)
+        replica, changed[bit] = take(index, node, Choice(place.gpus, WHOLE, 0), request)
         planned.append(replica)
     plan = Plan(request.deployment, tuple(planned), request.needs.gpus)
     mix = snapshot.mix.plus(request)
@@ -331,7 +332,7 @@ def _place_singly(snapshot: Snapshot, request: Request, allowed: Bits) -> Placed
         if not bit:
             break
         node = changed.get(bit) or snapshot.at(bit)
-        taken = node.take(needs, shared.get(bit, ()))
+        taken = node.choose(needs, shared.get(bit, ()))
         assert taken is not None
         replica, after = take(index, node, taken, request)
         planned.append(replica)

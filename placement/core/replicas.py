@@ -9,7 +9,7 @@ from operator import or_
 
 from placement.core.request import Request
 from placement.core.score import WHOLE
-from placement.core.snapshot import Bits, Node, Snapshot, Take
+from placement.core.snapshot import Bits, Choice, Node, Snapshot
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ Placed = tuple[list[PlannedReplica], dict[Bits, Node]]
 """Replicas that found a place, and the nodes as they are then."""
 
 
-def take(index: int, node: Node, taken: Take, request: Request) -> tuple[PlannedReplica, Node]:
+def take(index: int, node: Node, taken: Choice, request: Request) -> tuple[PlannedReplica, Node]:
     """The replica on a node that takes this there, and the node afterwards."""
     planned = PlannedReplica(
         index,
@@ -132,7 +132,7 @@ class Crowd:
                 by_count.setdefault(count, []).append(bits & self._allowed)
         return [domains for _, domains in sorted(by_count.items())]
 
-    def rooms(self) -> list[tuple[Bits, int | None]]:
+    def open_domains(self) -> list[tuple[Bits, int | None]]:
         """The domains that may take more replicas, and how many; all nodes, and no limit, without domains."""
         if not self._domains:
             return [(self._allowed, None)]

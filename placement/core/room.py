@@ -24,9 +24,10 @@ import numpy.typing as npt
 
 from placement.core.explanation import open_to
 from placement.core.mix import Kind, Mix
+from placement.core.policy import Policy
 from placement.core.request import Request
 from placement.core.score import WHOLE, Needs
-from placement.core.snapshot import Bits, Node, Policy, Snapshot, Take, rank_of
+from placement.core.snapshot import Bits, Choice, Node, Snapshot, rank_of
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -38,7 +39,7 @@ TIE = 1e-9
 
 def room_of(snapshot: Snapshot) -> Room:
     """The room in a cluster; worked out once, and carried on from snapshot to snapshot."""
-    if snapshot.room is None:
+    if not isinstance(snapshot.room, Room):
         snapshot.room = Room(snapshot)
     return snapshot.room
 
@@ -94,7 +95,7 @@ class Room:
 
     def choose(
         self, request: Request, mix: Mix, wanted: Iterable[Bits], crowded: Callable[[Bits], int]
-    ) -> tuple[Bits, Take] | None:
+    ) -> tuple[Bits, Choice] | None:
         """The node and the GPUs on it for one replica; ``None`` if there are none.
 
         Args:
@@ -120,7 +121,7 @@ class Room:
 
     def _least(
         self, request: Request, mix: Mix, nodes: Ints, afterwards: Ints, crowded: Callable[[Bits], int]
-    ) -> tuple[Bits, Take]:
+    ) -> tuple[Bits, Choice]:
         """Of these nodes, which would then be in these states, the one that costs least."""
         costs = self._costs(request, mix, nodes, afterwards)
         equal = np.flatnonzero(costs <= costs.min() + TIE * np.abs(costs).max())
@@ -257,19 +258,19 @@ class Room:
         )
 
 
-def ways(node: Node, needs: Needs) -> Sequence[Take]:
+def ways(node: Node, needs: Needs) -> Sequence[Choice]:
     """What a replica may take on a node: for a share one GPU of each fullness, the fullest first; else the best set."""
     share = needs.share_of(node.gpu_memory_bytes)
     if needs.profile or share is None or share == WHOLE:
         offer = rank_of(node, needs, Policy.TOPOLOGY)
-        taken = None if offer is None else node.take(needs)
+        taken = None if offer is None else node.choose(needs)
         return [] if taken is None else [taken]
-    found: dict[int, Take] = {}
+    found: dict[int, Choice] = {}
     for rest, gpu in sorted(node.shared_with_room(needs, share)):
-        found.setdefault(rest, Take((gpu,), share, rest - share))
+        found.setdefault(rest, Choice((gpu,), share, rest - share))
     whole = node.shape.best(node.free_mask(needs), 1)
     if whole is not None:
-        found[WHOLE] = Take(whole, share, WHOLE - share)
+        found[WHOLE] = Choice(whole, share, WHOLE - share)
     return list(found.values())
 
 

@@ -6,13 +6,13 @@ from bisect import insort
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from functools import cached_property
 from itertools import compress, groupby
 from operator import is_not, itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from placement.core.mix import Kind, Mix
+from placement.core.policy import Policy, Rank
 from placement.core.score import (
     ANY_PROFILE,
     LEFTOVER_SIZES,
@@ -25,11 +25,8 @@ from placement.core.score import (
 )
 from placement.core.topology import Topology
 
-if TYPE_CHECKING:
-    from placement.core.room import Room
 
-
-class Take(NamedTuple):
+class Choice(NamedTuple):
     """GPUs of a node for one replica: whole ones, one MIG instance, or a share of one GPU.
 
     Attributes:
@@ -64,7 +61,7 @@ MOST_KINDS = 256
 """Of so many kinds of requests it is remembered which nodes are how welcome to them."""
 
 Bits = int
-"""A set of nodes: bit *i* is the *i*-th node by name and id. Thousands of nodes are met in one operation."""
+"""A set of nodes: bit *i* is the *i*-th node by name and id. Thousands of nodes are compared in one operation."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +174,7 @@ class Node:
 
     def best(self, needs: Needs) -> tuple[int, ...] | None:
         """The best free GPUs for a replica, whatever the floor on bandwidth."""
-        taken = self.take(needs)
+        taken = self.choose(needs)
         return None if taken is None else taken.gpus
 
     def free_mask(self, needs: Needs) -> int:
@@ -208,17 +205,17 @@ class Node:
             and self.free_memory.get(slot, 0) >= needs.free_memory_bytes
         ]
 
-    def take(self, needs: Needs, crowded: Collection[int] = ()) -> Take | None:
+    def choose(self, needs: Needs, crowded: Collection[int] = ()) -> Choice | None:
         """The best GPUs that are free for a replica; ``None`` if there are none (floors on bandwidth aside).
 
         A share goes on the GPU that is shared already and on which it leaves the least; only if there is none
         on a whole one, the one that others miss least. ``crowded`` GPUs are avoided where that costs nothing.
         """
         if not needs.gpus:
-            return Take((), WHOLE, 0)
+            return Choice((), WHOLE, 0)
         if needs.profile:
             slots = self.instances_for(needs)
-            return Take((min(slots),), WHOLE, 0) if slots else None
+            return Choice((min(slots),), WHOLE, 0) if slots else None
         share = needs.share_of(self.gpu_memory_bytes)
         if share is None:
             return None
@@ -226,15 +223,15 @@ class Node:
             fitting = [(rest, gpu in crowded, gpu) for rest, gpu in self.shared_with_room(needs, share)]
             if fitting:
                 rest, _, gpu = min(fitting)
-                return Take((gpu,), share, rest - share)
+                return Choice((gpu,), share, rest - share)
         gpus = self.shape.best(self.free_mask(needs), needs.gpus, needs.within)
-        return None if gpus is None else Take(gpus, share, WHOLE - share)
+        return None if gpus is None else Choice(gpus, share, WHOLE - share)
 
     def offer(self, needs: Needs) -> Offer | None:
-        """How good what :meth:`take` gives is, and what taking it costs the others."""
+        """How good what :meth:`choose` gives is, and what taking it costs the others."""
         if needs.whole:
             return self._offer_whole(needs, needs.gpus)
-        taken = self.take(needs)
+        taken = self.choose(needs)
         if taken is None:
             return None
         if needs.profile:
@@ -284,7 +281,7 @@ class Node:
             holders={},
         )
 
-    def after(self, taken: Take, **fields: Any) -> Node:
+    def after(self, taken: Choice, **fields: Any) -> Node:
         """The node once that has been taken, and with other ``fields`` changed, too."""
         if not taken.gpus:
             return replace(self, **fields) if fields else self
@@ -352,65 +349,6 @@ def _plus(counts: Mapping[K, int], key: K, more: int) -> Mapping[K, int]:
     return {key: count for key, count in changed.items() if count > 0}
 
 
-class Policy(StrEnum):
-    """Which node goes first among those with room.
-
-    For CPU replicas it is one without GPUs under every policy; then CPUs count instead of GPUs (:meth:`rank_of_cpus`).
-    """
-
-    TOPOLOGY = "topology"
-    """The fastest set on offer; then fewest replicas of the same deployment; then what others miss least.
-
-    A share of a GPU goes where others miss it least; only among equals replicas spread."""
-    PACK = "pack"
-    """The fullest node."""
-    SPREAD = "spread"
-    """The node with the fewest replicas of the same deployment; then as topology."""
-    ROUND_ROBIN = "round_robin"
-    """The nodes in turn: the fewest replicas of the same deployment, then of all, then by name."""
-    LEAST_LOADED = "least_loaded"
-    """The node with the most free GPUs; then as topology."""
-    FRAGMENTATION = "fragmentation"
-    """The fastest set on offer; then what leaves most room for all that is asked for (:mod:`placement.core.room`);
-    then fewest replicas of the same deployment. For fleets of shares, single GPUs and large sets."""
-
-    def rank(self, offer: Offer, shared: bool = False, replicas: int = 0) -> Rank:
-        """Sorts offers, of shares if ``shared``, of nodes with so many replicas (which only round robin asks).
-
-        Before the second half, replicas of the same deployment count.
-        """
-        slowness, loss, rest, free = offer
-        match self:
-            case Policy.TOPOLOGY if shared:
-                return (slowness, loss, rest, free), ()
-            case Policy.TOPOLOGY | Policy.FRAGMENTATION:
-                return (slowness,), (loss, rest, free)
-            case Policy.PACK:
-                return (free, rest, slowness, loss), ()
-            case Policy.SPREAD:
-                return (), (slowness, loss, rest, free)
-            case Policy.ROUND_ROBIN:
-                return (), (replicas,)
-            case Policy.LEAST_LOADED:
-                return (-free,), (slowness, loss, rest)
-
-    def rank_of_cpus(self, node: Node) -> Rank:
-        """Sorts nodes by how welcome their CPUs are to CPU replicas: under every policy those without GPUs first."""
-        gpus = len(node.topology) > 0
-        match self:
-            case Policy.PACK:
-                return (gpus, node.cpu_milli), ()
-            case Policy.ROUND_ROBIN:
-                return (gpus,), (node.replicas,)
-            case Policy.LEAST_LOADED:
-                return (gpus, -node.cpu_milli), ()
-            case _:  # the fullest: fewest others could use what is left
-                return (gpus,), (node.free_slots if gpus else node.cpu_milli,)
-
-
-Rank = tuple[tuple[Any, ...], tuple[Any, ...]]
-
-
 class Offers:
     """Which nodes are how welcome to one kind of request: rank -> nodes, the best rank first."""
 
@@ -456,6 +394,13 @@ class Offers:
         return 0
 
 
+class Follower(Protocol):
+    """What is worked out of all nodes, and kept up to date: :class:`placement.core.room.Room`."""
+
+    def update(self, bit: Bits, node: Node) -> None:
+        """Notes that a node has changed."""
+
+
 class Snapshot:
     """All nodes that are alive.
 
@@ -476,7 +421,7 @@ class Snapshot:
     ) -> None:
         self.near = tuple(near)
         self.mix = mix or Mix()
-        self.room: Room | None = None
+        self.room: Follower | None = None
         self.open_to: dict[Kind, Bits] = {}
         self.nodes: tuple[Node, ...] = tuple(sorted(nodes, key=lambda node: (node.name, node.id)))
         self._offers: dict[tuple[Needs, Policy], Offers] = {}
@@ -694,7 +639,7 @@ def rank_of(node: Node, needs: Needs, policy: Policy) -> Rank | None:
     Whether it has the CPUs is not looked at.
     """
     if not needs.gpus:
-        return policy.rank_of_cpus(node)
+        return _rank_of_cpus(node, policy)
     offer = node.offer(needs)
     if offer is None or offer.slowness > needs.slowest:
         return None
@@ -706,3 +651,17 @@ def _usable_rank(node: Node, needs: Needs, policy: Policy) -> Rank | None:
     """The same; ``None`` too if nothing may be placed there."""
     usable = _is_usable(node) if needs.gpus else node.problem is None
     return rank_of(node, needs, policy) if usable else None
+
+
+def _rank_of_cpus(node: Node, policy: Policy) -> Rank:
+    """Sorts nodes by how welcome their CPUs are to CPU replicas: under every policy those without GPUs first."""
+    gpus = len(node.topology) > 0
+    match policy:
+        case Policy.PACK:
+            return (gpus, node.cpu_milli), ()
+        case Policy.ROUND_ROBIN:
+            return (gpus,), (node.replicas,)
+        case Policy.LEAST_LOADED:
+            return (gpus, -node.cpu_milli), ()
+        case _:  # the fullest: fewest others could use what is left
+            return (gpus,), (node.free_slots if gpus else node.cpu_milli,)

@@ -146,8 +146,8 @@ class ObservedCluster:
         for request in requests:
             if request.needs.named and request.provider is None:
                 allowed = eligible(snapshot, request)
-                doubtful = (node for node in snapshot.nodes if _counts_as_others(node, request.needs))
-                wanted |= {node.id for node in doubtful if snapshot.bit(node.id) & allowed}
+                unclear = (node for node in snapshot.nodes if _counts_as_others(node, request.needs))
+                wanted |= {node.id for node in unclear if snapshot.bit(node.id) & allowed}
         wanted = {node_id for node_id in wanted if not self._is_located(snapshot.node(node_id))}
         wanted -= self._fleet.agents.suspect()
         if not wanted:

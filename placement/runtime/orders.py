@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from placement.core.policy import Policy
 from placement.core.replicas import PlannedReplica
 from placement.core.score import WHOLE, Needs
-from placement.core.snapshot import UNKNOWN_PROFILE, Node, Policy
+from placement.core.snapshot import UNKNOWN_PROFILE, Node
 from placement.core.topology import Topology
 from placement.wire.deployment import Deployment
 from placement.wire.facts import NodeFacts

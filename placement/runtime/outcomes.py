@@ -5,18 +5,43 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from placement.errors import Busy
 
-WAITING = 4096
-"""So many wait for their turn at once, over all names."""
-
 T = TypeVar("T")
+
+
+class Bound:
+    """How many calls of a kind may be under way at once; of use in one event loop.
+
+    Args:
+        what: the calls, in words.
+        limit: the most of them.
+    """
+
+    def __init__(self, what: str, limit: int) -> None:
+        self._what, self.limit = what, limit
+        self._count = 0
+
+    @contextmanager
+    def one_more(self) -> Iterator[None]:
+        """Within, one more is under way.
+
+        Raises:
+            Busy: there are as many as may be.
+        """
+        if self._count >= self.limit:
+            raise Busy(self._what, self.limit)
+        self._count += 1
+        try:
+            yield
+        finally:
+            self._count -= 1
 
 
 @dataclass(eq=False, slots=True)
@@ -134,15 +159,10 @@ class Queues:
         # Reentrant: the garbage collector may close the coroutine of one who waits while its thread is in here.
         self._lock = threading.RLock()
         self._by_name: dict[str, deque[_Place]] = {}
-        self._count = 0
 
     @asynccontextmanager
     async def turn(self, name: str) -> AsyncIterator[None]:
-        """Within, the caller alone has this name. Waiting costs no thread.
-
-        Raises:
-            Busy: 4,096 wait already.
-        """
+        """Within, the caller alone has this name. Waiting costs no thread."""
         loop = asyncio.get_running_loop()
         begun = loop.create_future()
         place = _Place(lambda: loop.call_soon_threadsafe(_finish, begun))
@@ -161,15 +181,9 @@ class Queues:
     def _enter(self, name: str, place: _Place) -> bool:
         """Whether it is this one's turn at once."""
         with self._lock:
-            queue = self._by_name.get(name)
-            if queue is None:
-                self._by_name[name] = deque([place])
-            elif self._count - len(self._by_name) >= WAITING:
-                raise Busy("changes that wait", WAITING)
-            else:
-                queue.append(place)
-            self._count += 1
-            return queue is None
+            queue = self._by_name.setdefault(name, deque())
+            queue.append(place)
+            return len(queue) == 1
 
     def _leave(self, name: str, place: _Place) -> None:
         """Gives up the turn, or the place in the queue; of no effect if there is none."""
@@ -179,14 +193,12 @@ class Queues:
             if place not in queue:
                 return
             queue.remove(place)
-            self._count -= 1
             while had_turn and queue:
                 try:
                     queue[0].begin()
                     return
                 except RuntimeError:  # its loop is closed: it will never go on
                     queue.popleft()
-                    self._count -= 1
             if not queue:
                 del self._by_name[name]
 

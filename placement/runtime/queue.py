@@ -148,9 +148,6 @@ class Tickets:
 Waiting = DeploymentState | Ticket[object]
 """A declaration or a call."""
 
-Told = Mapping[str, Asked]
-"""``deployment:replica:set`` -> what became of it."""
-
 
 class WaitingQueue:
     """All that waits for room, oldest first. Thread-safe.
@@ -274,7 +271,11 @@ class WaitingQueue:
         return sorted([*known, *tickets], key=_turn)
 
     def _reasons_changed(
-        self, one: DeploymentState, waits: Sequence[Wait], needs: Mapping[str, Need | str], told: Told
+        self,
+        one: DeploymentState,
+        waits: Sequence[Wait],
+        needs: Mapping[str, Need | str],
+        told: Mapping[str, Asked],
     ) -> None:
         """Has those who look know why replicas wait, as it is now."""
         ends = self._ends(needs, told)
@@ -290,7 +291,7 @@ class WaitingQueue:
         """What the autoscaler is asked for replicas that wait, or will be; as the end of the reason why they do."""
         return self._ends(_needs_of(request, indices), self.demand.poll())
 
-    def _ends(self, needs: Mapping[str, Need | str], told: Told) -> dict[int, str]:
+    def _ends(self, needs: Mapping[str, Need | str], told: Mapping[str, Asked]) -> dict[int, str]:
         ends: dict[int, str] = {}
         for key, need in needs.items():
             index = int(key.rsplit(":", 2)[1])

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from placement.core.policy import Policy
 from placement.core.reconcile import (
     Decision,
     Desired,
@@ -25,7 +26,7 @@ from placement.core.reconcile import (
 from placement.core.replicas import PlannedReplica
 from placement.core.request import Request, Told
 from placement.core.roles import tell
-from placement.core.snapshot import Policy, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.errors import LeaseExpired, ReservationFailed, UnknownGpu, Unplaceable
 from placement.runtime import faults
 from placement.runtime.actions import Actions

@@ -160,7 +160,9 @@ class NodeReserver:
                 time.sleep(BOOKS_LAG_SECONDS / 2)
                 continue
             name, bundle = f"{order.name}:{attempt}", {"GPU": 1, **order.beside}
-            outcome = self._take(partial(self._groups.reserve, name, bundle, len(wanted)), free, wanted)
+            outcome = self._create_steered(
+                partial(self._groups.reserve, name, bundle, len(wanted)), free, wanted
+            )
             if outcome is None:
                 reason, full = "another Ray user took GPUs meanwhile, or CPUs or memory are short", False
             else:
@@ -255,7 +257,7 @@ class NodeReserver:
                 return Steering(None, None, 0, attempt)
             if free:
                 wanted, count = max(free), len(free)
-                outcome = self._take(partial(self._groups.hold, 1), free, (wanted,))
+                outcome = self._create_steered(partial(self._groups.hold, 1), free, (wanted,))
                 got = None
                 if outcome is not None:
                     group, [got] = outcome
@@ -311,23 +313,23 @@ class NodeReserver:
     def _share(self, order: Order, machine: GpuHardware, share: int) -> Reserved | Refused:
         """A share of one GPU."""
 
-        def take(attempt: int, free: frozenset[int], wanted: int) -> Reserved | None:
-            group = self._take_share(f"{order.name}:{attempt}", order.beside, share, free, wanted)
+        def create(attempt: int, free: frozenset[int], wanted: int) -> Reserved | None:
+            group = self._create_share_steered(f"{order.name}:{attempt}", order.beside, share, free, wanted)
             if group is None:
                 return None
             self._held[order.name] = Holding(order.deployment, (wanted,), share)
             return Reserved(group, (wanted,), (0,), (wanted,), attempt, share)
 
-        return self._with_share(order, machine, share, take)
+        return self._with_share(order, machine, share, create)
 
     def _with_share(
         self,
         order: Order,
         machine: GpuHardware,
         share: int,
-        take: Callable[[int, frozenset[int], int], T | None],
+        create: Callable[[int, frozenset[int], int], T | None],
     ) -> T | Refused:
-        """Chooses a GPU for a share, until ``take(attempt, wholly free GPUs, GPU)`` succeeds with one."""
+        """Chooses a GPU for a share, until ``create(attempt, wholly free GPUs, GPU)`` succeeds with one."""
         reason, full, attempt = "", False, 0
         crowded = {
             gpu for held in self._held.values() if held.deployment == order.deployment for gpu in held.gpus
@@ -348,7 +350,7 @@ class NodeReserver:
                 unsure.clear()
                 time.sleep(BOOKS_LAG_SECONDS / 2)
                 continue
-            outcome = take(attempt, free, wanted)
+            outcome = create(attempt, free, wanted)
             if outcome is not None:
                 return outcome
             reason, full = f"another Ray user has some of GPU {wanted}, or CPUs or memory are short", False
@@ -368,10 +370,10 @@ class NodeReserver:
         to_be_sure: bool,
     ) -> tuple[int | None, frozenset[int]]:
         """The GPU that is shared already and has just room for a share, else a whole one; and which are free."""
-        taken, free = machine.node((), rests).take(order.needs, crowded), frozenset[int]()
+        taken, free = machine.node((), rests).choose(order.needs, crowded), frozenset[int]()
         if taken is None:
             free = self._look(1, to_be_sure) or frozenset()
-            taken = machine.node(free - self._ours(), {}).take(order.needs)
+            taken = machine.node(free - self._ours(), {}).choose(order.needs)
         return (None if taken is None else taken.gpus[0]), free
 
     def _ours(self) -> frozenset[int]:
@@ -451,7 +453,7 @@ class NodeReserver:
                 return
             time.sleep(min(left, max(0.005, 3 * (time.monotonic() - began))))
 
-    def _take(
+    def _create_steered(
         self, create: Callable[[], Any], free: frozenset[int], wanted: tuple[int, ...]
     ) -> tuple[Any, list[int]] | None:
         """Creates the real group with the wanted GPUs made the lowest free ones. Leaves nothing else held."""
@@ -501,7 +503,7 @@ class NodeReserver:
             for group in holds + ([] if done else fillers):
                 groups.remove(group)
 
-    def _take_share(
+    def _create_share_steered(
         self, name: str, beside: Mapping[str, float], share: int, free: frozenset[int], wanted: int
     ) -> Any:
         """Creates the real group on the wanted GPU, every rest that Ray would prefer filled meanwhile.
@@ -586,7 +588,7 @@ class NodeReserver:
 def _best(node: Node, topology: Topology, needs: Needs, more: int) -> tuple[int, ...] | None:
     """The best of a node's free GPUs for one replica, or its MIG instance; ``None`` if there is none."""
     if needs.profile:
-        taken = node.take(needs)
+        taken = node.choose(needs)
         return None if taken is None else taken.gpus
     mask = node.free_mask(needs)
     return choose(topology, [gpu for gpu in node.free if mask >> gpu & 1], needs, more)

@@ -1,7 +1,7 @@
 """The placement service: the actor that callers talk to. It validates, has the controller act, and waits.
 
 Every method is asynchronous, so that who waits costs no thread: not for the outcome of a call, nor for events. What
-blocks (Ray's own calls) runs in threads, of which reads, releases and placements have their own.
+blocks (Ray's own calls) runs in threads, of which status, plans, releases and placements have their own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from placement.runtime.clock import Clock
 from placement.runtime.controller import IDLE_SECONDS, Controller
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.leases import Lending, Loan
-from placement.runtime.outcomes import Outcomes, Queues
+from placement.runtime.outcomes import Bound, Outcomes, Queues
 from placement.runtime.owners import asker_of, owner_of
 from placement.runtime.queue import Ticket
 from placement.runtime.results import PlacementResult
@@ -40,8 +40,12 @@ from placement.wire.plans import ExplainedPlan, PlacementPlan
 
 T = TypeVar("T")
 
-READERS, RELEASERS, CHANGERS = 16, 64, 512
-"""How many threads look something up, give something back, and place, at most; all are made when needed."""
+READERS, PLANNERS, RELEASERS, CHANGERS = 16, 64, 512, 512
+"""How many threads tell the status, plan and ask nodes what they have, give something back, and place, at most; all are
+made when needed. All but the first may have to wait for a node."""
+CALLS = 4096
+"""So many calls change something or wait to, at once. Together with the watchers these are fewer than Ray lets in, so
+that a release, and who only looks, never waits for them."""
 WATCH_SECONDS = 60.0
 """The longest that one watcher waits: one that has died is not noticed before."""
 MOST_SECONDS = 24 * 3600.0
@@ -84,9 +88,11 @@ class DeploymentPlacementActor:
         self._controller = Controller(make_agent, near, idle_seconds, node_types)
         gc.freeze()  # what was restored stays; to look through it again and again would cost each answer
         self._reads = ThreadPoolExecutor(READERS, "read")
+        self._plans = ThreadPoolExecutor(PLANNERS, "plan")
         self._releases = ThreadPoolExecutor(RELEASERS, "release")
         self._changes = ThreadPoolExecutor(CHANGERS, "change")
         self._queues, self._outcomes = Queues(), Outcomes()
+        self._calls = Bound("calls that change deployments", CALLS)
         self._lendings: dict[str, Lending] = {}
         Clock(self._controller).start()
 
@@ -143,7 +149,8 @@ class DeploymentPlacementActor:
         # Of several who wait for the same, each has a ticket, which ends with him.
         waits = (wait_seconds, owner_key(asker)) if wait_seconds > 0 else ()
         key = "place", wanted.model_dump_json(), owner_key(owner), waits
-        return await self._outcomes.share(key, lambda: self._wait_for(ticket, wait_seconds), ticket.end)
+        with self._calls.one_more():
+            return await self._outcomes.share(key, lambda: self._wait_for(ticket, wait_seconds), ticket.end)
 
     async def _wait_for(self, ticket: Ticket[PlacementResult], wait_seconds: float) -> PlacementResult:
         """Tries it now, and again in its turn for as long as there is time, and nobody ends it."""
@@ -164,7 +171,7 @@ class DeploymentPlacementActor:
             raise
         finally:
             tickets.remove(ticket)
-        return await self._in(self._reads, ticket.result)
+        return await self._in(self._changes, ticket.result)  # which may be in the middle of an attempt
 
     async def apply(
         self,
@@ -198,9 +205,10 @@ class DeploymentPlacementActor:
             async with self._queues.turn(wanted.name):
                 return await self._in(self._changes, self._controller.apply, wanted, atomic, owner)
 
-        return await self._outcomes.share(
-            ("apply", wanted.model_dump_json(), atomic, owner_key(owner)), begin
-        )
+        with self._calls.one_more():
+            return await self._outcomes.share(
+                ("apply", wanted.model_dump_json(), atomic, owner_key(owner)), begin
+            )
 
     async def apply_all(
         self, deployments: Sequence[DeploymentLike], atomic: bool = False, caller: Caller = None
@@ -223,11 +231,17 @@ class DeploymentPlacementActor:
             InvalidDeployment: one is refused, or a group lacks a member; nothing is changed.
             GroupStands: a group is placed, and what is declared anew would move its replicas.
             UnknownNode, Unplaceable, ReservationFailed, UnreadableRecord: as :meth:`apply`, if it is atomic.
+            Busy: too many calls wait already.
         """
         wanted = [parse(one, None) for one in deployments]
         groups_of(wanted)
         owners = {one.name: self._owner(one, caller, ONE_BY_ONE) for one in wanted}
-        return await self._in(self._changes, self._controller.apply_all, wanted, atomic, owners)
+        asked = tuple((one.model_dump_json(), owner_key(owners[one.name])) for one in wanted)
+        with self._calls.one_more():
+            return await self._outcomes.share(
+                ("apply_all", asked, atomic),
+                lambda: self._in(self._changes, self._controller.apply_all, wanted, atomic, owners),
+            )
 
     async def release(self, name: str) -> int:
         """Gives back everything that a deployment holds, and ends the workers in its groups.
@@ -242,7 +256,8 @@ class DeploymentPlacementActor:
             UnreadableRecord: a later version of the service wrote its record. (If it is just broken, it is removed
                 with all groups of that name, which are counted then.)
         """
-        return await self._in(self._releases, self._controller.release, name)
+        async with self._queues.turn(name):
+            return await self._in(self._releases, self._controller.release, name)
 
     async def release_all(self) -> list[str]:
         """Releases every deployment.
@@ -270,7 +285,8 @@ class DeploymentPlacementActor:
         Raises:
             UnknownDeployment: no deployment of that name stands.
         """
-        return await self._in(self._releases, self._controller.renew, name)
+        async with self._queues.turn(name):
+            return await self._in(self._releases, self._controller.renew, name)
 
     # -- leases: the caller creates the groups -------------------------------------------------------
 
@@ -294,15 +310,16 @@ class DeploymentPlacementActor:
         owner = owner_of(wanted, caller)
         ticket = Ticket(wanted, lambda: self._controller.place(wanted, owner, lending), (owner,))
         outcome: Future[PlacementResult] = Future()
-        task = asyncio.ensure_future(self._wait_for(ticket, wait_seconds))
-        task.add_done_callback(lambda done: self._lent(lending, done, outcome))
-        lending.begin(outcome)
-        self._lendings[lending.id] = lending
-        try:
-            return await self._next(lending)
-        except asyncio.CancelledError:
-            task.cancel()
-            raise
+        with self._calls.one_more():
+            task = asyncio.ensure_future(self._wait_for(ticket, wait_seconds))
+            task.add_done_callback(lambda done: self._lent(lending, done, outcome))
+            lending.begin(outcome)
+            self._lendings[lending.id] = lending
+            try:
+                return await self._next(lending)
+            except asyncio.CancelledError:
+                task.cancel()
+                raise
 
     def _lent(self, lending: Lending, done: Awaitable[Any], outcome: Future[PlacementResult]) -> None:
         """It is over; who has yet to ask what it came to may do so for a while."""
@@ -354,7 +371,7 @@ class DeploymentPlacementActor:
     ) -> list[PlacementPlan]:
         """What :meth:`apply_all` would do now, each deployment planned on top of the ones before."""
         wanted = [parse(one, None) for one in deployments]
-        return await self._in(self._reads, self._controller.plan_all, wanted, atomic)
+        return await self._in(self._plans, self._controller.plan_all, wanted, atomic)
 
     async def explain_all(self, deployments: Sequence[DeploymentLike]) -> list[ExplainedPlan]:
         """:meth:`plan_all`, with what became of every node; a refusal is an answer here, and ends the list.
@@ -362,11 +379,11 @@ class DeploymentPlacementActor:
         With one look: for a moment after a change, Ray's books may show less room than there is.
         """
         wanted = [parse(one, None) for one in deployments]
-        return await self._in(self._reads, self._controller.explain_all, wanted)
+        return await self._in(self._plans, self._controller.explain_all, wanted)
 
     async def snapshot(self) -> dict[str, Any]:
         """The cluster as the planner sees it now; JSON-ready, for ``placement plan --file``."""
-        found = await self._in(self._reads, self._controller.snapshot)
+        found = await self._in(self._plans, self._controller.snapshot)
         return found.model_dump(mode="json", exclude_none=True)
 
     async def get(self, name: str) -> PlacementResult:
@@ -467,11 +484,11 @@ class DeploymentPlacementActor:
         Raises:
             UnknownNode: ``node`` is given and no GPU node has that id, name or address.
         """
-        return await self._in(self._reads, self._controller.topology, node)
+        return await self._in(self._plans, self._controller.topology, node)
 
     async def stop_agents(self) -> None:
         """Ends the node actors. Placement groups stay as they are."""
-        await self._in(self._reads, self._controller.fleet.agents.stop)
+        await self._in(self._plans, self._controller.fleet.agents.stop)
 
     # -- helpers -------------------------------------------------------------------------------------
 

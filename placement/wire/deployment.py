@@ -27,10 +27,11 @@ from pydantic import (
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from placement.core.labels import parse_condition
+from placement.core.policy import Policy
 from placement.core.request import Bundle, Strategy
 from placement.core.roles import RoleLink, Roles, Via
 from placement.core.score import ANY_PROFILE, GIB, WHOLE, GpuName, Needs, Within
-from placement.core.snapshot import UNIT, Policy
+from placement.core.snapshot import UNIT
 from placement.errors import InvalidDeployment, MissingSecret, counted
 from placement.wire.base import Model
 from placement.wire.runtimes import Runtime, infer_runtime, runtime_before

@@ -344,7 +344,9 @@ def test_what_no_file_names_is_a_difference_only_where_it_would_be_released(
     assert (0, 1) == (left.exit_code, pruned.exit_code)
     assert "not in these files, left alone: old" in left.stderr
     assert "  - old: released; ends 1 running worker" in lines(pruned.stdout)
-    assert "  - old: released; ends 1 running worker" in lines(run("plan", file, "--prune").stdout)
+    planned, pruned = run("plan", file), run("plan", file, "--prune")
+    assert "not in these files, left alone: old; --prune releases them\n" == planned.stderr
+    assert ("", True) == (pruned.stderr, "  - old: released; ends 1 running worker" in lines(pruned.stdout))
 
 
 def test_a_plan_says_what_would_wait_and_exits_with_0(file: str, monkeypatch: pytest.MonkeyPatch) -> None:

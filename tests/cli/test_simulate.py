@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from placement.cli import simulate as simulation
 from placement.cli.main import POLICIES, main
 from placement.cli.simulate import cluster_of
-from placement.core.snapshot import Policy
+from placement.core.policy import Policy
 from placement.errors import InvalidClusterFile, UnknownTopology
 
 MIX = Path(__file__).parents[2] / "examples" / "workloads" / "mix.toml"

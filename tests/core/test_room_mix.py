@@ -9,11 +9,12 @@ import pytest
 from placement import topologies
 from placement.core.mix import Kind, Mix
 from placement.core.planner import advance, plan
+from placement.core.policy import Policy
 from placement.core.replicas import Plan
 from placement.core.request import Request
 from placement.core.room import Room, room_of, ways
 from placement.core.score import GIB, WHOLE, Needs, Within
-from placement.core.snapshot import Node, Policy, Snapshot, Take
+from placement.core.snapshot import Choice, Node, Snapshot
 from placement.core.topology import Topology
 
 FOUR = Topology.unknown(4)
@@ -131,22 +132,22 @@ BRIDGED = Node("p", "p", topology=topologies.load("a100-pcie-4x"), free=frozense
 @pytest.mark.parametrize(
     ("there", "needs", "expected"),
     [
-        (SHARED, Needs(1, share=250), [Take((1,), 250, 0), Take((0,), 250, 450), Take((2,), 250, 750)]),
-        (SHARED, Needs(1, share=701), [Take((2,), 701, 299)]),
-        (SHARED, Needs(1, memory_bytes=40 * GIB), [Take((0,), 500, 200), Take((2,), 500, 500)]),
-        (SHARED, Needs(1, memory_bytes=80 * GIB), [Take((2,), WHOLE, 0)]),
+        (SHARED, Needs(1, share=250), [Choice((1,), 250, 0), Choice((0,), 250, 450), Choice((2,), 250, 750)]),
+        (SHARED, Needs(1, share=701), [Choice((2,), 701, 299)]),
+        (SHARED, Needs(1, memory_bytes=40 * GIB), [Choice((0,), 500, 200), Choice((2,), 500, 500)]),
+        (SHARED, Needs(1, memory_bytes=80 * GIB), [Choice((2,), WHOLE, 0)]),
         (SHARED, Needs(1, memory_bytes=81 * GIB), []),
-        (SHARED, Needs(1, share=250, free_memory_bytes=2 * GIB), [Take((2,), 250, 750)]),
-        (SHARED, Needs(2), [Take((2, 3), WHOLE, 0)]),
+        (SHARED, Needs(1, share=250, free_memory_bytes=2 * GIB), [Choice((2,), 250, 750)]),
+        (SHARED, Needs(2), [Choice((2, 3), WHOLE, 0)]),
         (SHARED, Needs(3), []),
-        (CUT_UP, Needs(1, profile="1g.10gb"), [Take((0,), WHOLE, 0)]),
+        (CUT_UP, Needs(1, profile="1g.10gb"), [Choice((0,), WHOLE, 0)]),
         (CUT_UP, Needs(1, profile="7g.80gb"), []),
-        (BRIDGED, Needs(2, min_bandwidth_gb_per_s=230.4), [Take((2, 3), WHOLE, 0)]),
+        (BRIDGED, Needs(2, min_bandwidth_gb_per_s=230.4), [Choice((2, 3), WHOLE, 0)]),
         (BRIDGED, Needs(2, min_bandwidth_gb_per_s=231.0), []),
-        (EQUAL, Needs(1, share=300), [Take((0,), 300, 0), Take((2,), 300, 300)]),
+        (EQUAL, Needs(1, share=300), [Choice((0,), 300, 0), Choice((2,), 300, 300)]),
     ],
 )  # fmt: skip
-def test_what_may_be_taken(there: Node, needs: Needs, expected: list[Take]) -> None:
+def test_what_may_be_taken(there: Node, needs: Needs, expected: list[Choice]) -> None:
     assert list(ways(there, needs)) == expected
 
 

@@ -9,10 +9,11 @@ import pytest
 from placement import topologies
 from placement.core.mix import Kind, Mix
 from placement.core.planner import plan
+from placement.core.policy import Policy
 from placement.core.replicas import Plan
 from placement.core.request import Request
 from placement.core.score import GIB, WHOLE, Needs, Offer, Within
-from placement.core.snapshot import Node, Offers, Policy, Snapshot, Take
+from placement.core.snapshot import Choice, Node, Offers, Snapshot
 from placement.core.topology import Topology
 
 FOUR = Topology.unknown(4)
@@ -36,39 +37,39 @@ def unused(gib: int, **fields: object) -> Needs:
 @pytest.mark.parametrize(
     ("case", "node", "needs", "expected"),
     [
-        ("a share: where it leaves the least", SHARED, Needs(1, share=200), Take((1,), 200, 50)),
-        ("just so much is left", SHARED, Needs(1, share=250), Take((1,), 250, 0)),
-        ("the fullest has too little", SHARED, Needs(1, share=251), Take((0,), 251, 349)),
-        ("no shared GPU has so much: a whole one", SHARED, Needs(1, share=601), Take((2,), 601, 399)),
-        ("whole GPUs are not those that are shared", SHARED, Needs(2), Take((2, 3), WHOLE, 0)),
+        ("a share: where it leaves the least", SHARED, Needs(1, share=200), Choice((1,), 200, 50)),
+        ("just so much is left", SHARED, Needs(1, share=250), Choice((1,), 250, 0)),
+        ("the fullest has too little", SHARED, Needs(1, share=251), Choice((0,), 251, 349)),
+        ("no shared GPU has so much: a whole one", SHARED, Needs(1, share=601), Choice((2,), 601, 399)),
+        ("whole GPUs are not those that are shared", SHARED, Needs(2), Choice((2, 3), WHOLE, 0)),
         ("and not more than are free", SHARED, Needs(3), None),
-        ("memory is a share", MEMORY, Needs(1, memory_bytes=20 * GIB), Take((1,), 250, 0)),
+        ("memory is a share", MEMORY, Needs(1, memory_bytes=20 * GIB), Choice((1,), 250, 0)),
         ("of a size that nobody knows it is none", SHARED, Needs(1, memory_bytes=GIB), None),
-        ("free memory counts on a shared GPU", MEMORY, unused(70, share=200), Take((1,), 200, 50)),
-        ("and keeps it off", MEMORY, unused(11, share=300), Take((3,), 300, 700)),
-        ("a free GPU whose memory is unknown is passed over", MEMORY, unused(1), Take((3,), WHOLE, 0)),
+        ("free memory counts on a shared GPU", MEMORY, unused(70, share=200), Choice((1,), 200, 50)),
+        ("and keeps it off", MEMORY, unused(11, share=300), Choice((3,), 300, 700)),
+        ("a free GPU whose memory is unknown is passed over", MEMORY, unused(1), Choice((3,), WHOLE, 0)),
         ("too little is free anywhere", MEMORY, unused(71, share=300), None),
-        ("an instance of that profile", CUT_UP, Needs(1, profile="1g.10gb"), Take((1,), WHOLE, 0)),
-        ("with the memory that is asked", CUT_UP, unused(30, profile="3g.40gb"), Take((2,), WHOLE, 0)),
+        ("an instance of that profile", CUT_UP, Needs(1, profile="1g.10gb"), Choice((1,), WHOLE, 0)),
+        ("with the memory that is asked", CUT_UP, unused(30, profile="3g.40gb"), Choice((2,), WHOLE, 0)),
         ("or none", CUT_UP, unused(10, profile="1g.10gb"), None),
         ("a profile that it has not", CUT_UP, Needs(1, profile="7g.80gb"), None),
-        ("a whole GPU beside instances", CUT_UP, Needs(1), Take((3,), WHOLE, 0)),
+        ("a whole GPU beside instances", CUT_UP, Needs(1), Choice((3,), WHOLE, 0)),
     ],
     ids=lambda value: value if isinstance(value, str) and " " in value else "",
 )  # fmt: skip
-def test_what_a_node_gives(case: str, node: Node, needs: Needs, expected: Take | None) -> None:
-    assert node.take(needs) == expected
+def test_what_a_node_gives(case: str, node: Node, needs: Needs, expected: Choice | None) -> None:
+    assert node.choose(needs) == expected
     assert node.best(needs) == (None if expected is None else expected.gpus)
     assert (node.offer(needs) is None) == (expected is None)
 
 
 def test_of_equal_rests_a_gpu_without_a_replica_of_the_same_deployment_is_taken() -> None:
     equal = replace(SHARED, rests={0: 600, 1: 600})
-    assert equal.take(Needs(1, share=100)) == Take((0,), 100, 500)
-    assert equal.take(Needs(1, share=100), crowded=(0,)) == Take((1,), 100, 500)
-    assert equal.take(Needs(1, share=100), crowded=(0, 1)) == Take((0,), 100, 500)
+    assert equal.choose(Needs(1, share=100)) == Choice((0,), 100, 500)
+    assert equal.choose(Needs(1, share=100), crowded=(0,)) == Choice((1,), 100, 500)
+    assert equal.choose(Needs(1, share=100), crowded=(0, 1)) == Choice((0,), 100, 500)
     fuller = replace(SHARED, rests={0: 500, 1: 600})
-    assert fuller.take(Needs(1, share=100), crowded=(0,)) == Take((0,), 100, 400), "it would cost room"
+    assert fuller.choose(Needs(1, share=100), crowded=(0,)) == Choice((0,), 100, 400), "it would cost room"
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def test_what_that_costs_others(node: Node, needs: Needs, expected: Offer) -> No
     ],
 )
 def test_what_is_taken_and_given_back_leaves_the_node_as_it_was(node: Node, needs: Needs) -> None:
-    taken = node.take(needs)
+    taken = node.choose(needs)
     assert taken is not None
     after = node.after(taken)
     assert after != node
@@ -104,12 +105,12 @@ def test_what_is_taken_and_given_back_leaves_the_node_as_it_was(node: Node, need
 
 
 def test_a_share_is_taken_off_the_rest_of_its_gpu_and_of_no_other() -> None:
-    after = SHARED.after(Take((1,), 200, 50))
+    after = SHARED.after(Choice((1,), 200, 50))
     assert (after.free, after.rests) == ({2, 3}, {0: 600, 1: 50})
-    after = SHARED.after(Take((3,), 700, 300))
+    after = SHARED.after(Choice((3,), 700, 300))
     assert (after.free, after.rests) == ({2}, {0: 600, 1: 250, 3: 300})
-    assert SHARED.after(Take((), WHOLE, 0)) is SHARED
-    after = CUT_UP.after(Take((2,), WHOLE, 0))
+    assert SHARED.after(Choice((), WHOLE, 0)) is SHARED
+    after = CUT_UP.after(Choice((2,), WHOLE, 0))
     assert (after.free, after.instances) == ({3}, {1: "1g.10gb"})
 
 

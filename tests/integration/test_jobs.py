@@ -124,25 +124,27 @@ def test_the_example_of_rays_own_call_runs_as_a_job(jobs: JobSubmissionClient, s
 
 
 OWNER = """
-import os, sys, time, ray
+import os, signal, sys, time, ray
 ray.init(logging_level="ERROR")
 from placement import Client
-name, until = sys.argv[1:]
+name, until, ends = sys.argv[1:]
 Client().place({"name": name, "model": "m", "owner": "job"})
 while not os.path.exists(until):
     time.sleep(0.05)
+if ends == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
 os._exit(3)
 """
 
 
-@pytest.mark.parametrize("ends", ["crashes", "is stopped"])
+@pytest.mark.parametrize("ends", ["crashes", "killed", "stopped"])
 def test_what_a_submitted_job_owns_ends_with_it(
     ends: str, jobs: JobSubmissionClient, service: Any, tmp_path: Path
 ) -> None:
     """Not with the driver that asked, if the job goes on."""
     (tmp_path / "job.py").write_text(OWNER)
-    goes_on = "; sleep 600" if ends == "is stopped" else ""
-    command = f"{sys.executable} job.py owned {tmp_path / 'end'}{goes_on}"
+    goes_on = "; sleep 600" if ends == "stopped" else ""
+    command = f"{sys.executable} job.py owned {tmp_path / 'end'} {ends}{goes_on}"
     job = jobs.submit_job(entrypoint=command, runtime_env={"working_dir": str(tmp_path)})
     stands = lambda: placement.UnknownDeployment not in kinds(service)  # noqa: E731
     assert settled(stands, 120), jobs.get_job_logs(job)

@@ -65,6 +65,7 @@ class MakeBelieve:
         return Group("CREATED", {self.on[group]: self.groups[group][0].total})
 
     def remove(self, group: str) -> None:
+        assert group in self.groups, "what others ask for is theirs"
         self.gone.add(group)
 
     def free(self) -> dict[str, dict[str, float]]:
@@ -119,6 +120,7 @@ def test_what_waits_is_asked_for_oldest_first_and_no_longer_than_it_waits(clock:
     assert "names nodes" == world.asks.told["d:0:0"].reason
     assert [4.0, 8.0] == [world.ray.groups[group][0].total["GPU"] for group in world.ray.open]
     first = world.ray.open
+    world.ray.infeasible = {"another's"}
     world.run(60)
     assert first == world.ray.open, "nothing changes while nothing happens"
     del world.wanted["b:0:0"]

@@ -15,7 +15,7 @@ from placement.core.planner import plan
 from placement.core.replicas import Plan
 from placement.core.request import Request
 from placement.core.score import WHOLE, Needs
-from placement.core.snapshot import Snapshot, Take
+from placement.core.snapshot import Choice, Snapshot
 from placement.core.topology import Topology
 from placement.runtime import discovery
 from placement.runtime.discovery import ACCELERATOR_LABEL, TOPOLOGY_LABEL, NodeInfo, node_state
@@ -111,8 +111,8 @@ def test_no_share_is_planned_on_a_lost_gpu() -> None:
     machine = lost_one()
     node = node_state(NodeInfo("id", "a", "", 4), machine, {"GPU": 3.75}, tally, frozenset())
     assert node.rests == {}
-    assert node.take(Needs(1, share=250)) == Take((3,), 250, 750)
-    assert machine.node((), {2: 750}).take(Needs(1, share=250)) is None
+    assert node.choose(Needs(1, share=250)) == Choice((3,), 250, 750)
+    assert machine.node((), {2: 750}).choose(Needs(1, share=250)) is None
 
 
 def test_what_is_given_back_on_a_lost_gpu_is_not_free() -> None:
@@ -128,7 +128,7 @@ def test_gpus_that_ray_has_and_nvml_does_not_show_are_never_free() -> None:
     machine = hardware_of(in_ray_order(reading, 8, None), 8)
     node = node_state(NodeInfo("id", "a", "", 8), machine, {"GPU": 8.0}, Tally(), frozenset())
     assert (node.free, node.whole_gpus) == ({0, 1, 2, 3}, 4)
-    assert node.take(Needs(5)) is None
+    assert node.choose(Needs(5)) is None
 
 
 def test_free_egress_is_the_less_of_what_the_books_and_we_know() -> None:

@@ -10,8 +10,7 @@ from contextlib import suppress
 import pytest
 
 from placement.errors import Busy, UnknownDeployment
-from placement.runtime import outcomes
-from placement.runtime.outcomes import Outcomes, Queues
+from placement.runtime.outcomes import Bound, Outcomes, Queues
 
 
 class Call:
@@ -212,31 +211,16 @@ def test_who_is_cancelled_gives_its_place_to_the_next(when: str) -> None:
     asyncio.run(scene())
 
 
-def test_how_many_wait_for_their_turn_is_bounded_over_all_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outcomes, "WAITING", 2)
-
-    async def scene() -> None:
-        queues = Queues()
-
-        async def change(name: str) -> None:
-            async with queues.turn(name):
-                pass
-
-        async with queues.turn("a"), queues.turn("b"):
-            tasks = [asyncio.create_task(change(name)) for name in "ab"]
-            await turns()
-            with pytest.raises(Busy) as busy:
-                await change("b")
-            assert busy.value.args == ("changes that wait", 2)
-            await change("free")
-            tasks[0].cancel()
-            await turns()
-            tasks[0] = asyncio.create_task(change("b"))
-            await turns()
-        await asyncio.gather(*tasks)
-        assert queues.names() == []
-
-    asyncio.run(scene())
+def test_how_many_calls_are_under_way_is_bounded() -> None:
+    bound = Bound("calls", 2)
+    with bound.one_more():
+        with bound.one_more(), pytest.raises(Busy) as busy, bound.one_more():
+            pass
+        assert busy.value.args == ("calls", 2)
+        with pytest.raises(UnknownDeployment), bound.one_more():
+            raise UnknownDeployment("a", ())
+        with bound.one_more():
+            pass
 
 
 def test_several_loops_take_turns() -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 
-from placement.errors import InvalidDeployment, LeaseExpired, UnknownDeployment
+from placement.errors import Busy, InvalidDeployment, LeaseExpired, UnknownDeployment
 from placement.runtime import queue
 from placement.runtime import service as service_module
+from placement.runtime.bootstrap import MOST_CALLS
+from placement.runtime.feed import WATCHERS
 from placement.runtime.service import DeploymentPlacementActor
 from tests.properties.test_service import Ray
 
@@ -160,5 +165,129 @@ def test_what_a_lease_came_to_is_not_known_for_ever(
         monkeypatch.setattr(service_module, "KEPT_SECONDS", 0.0)
         assert await service.lend(one(), caller=A)
         await until(lambda: not service._lendings)
+
+    asyncio.run(scene())
+
+
+@contextmanager
+def a_node_hangs(outside: Ray) -> Iterator[threading.Event]:
+    """The next reservation does not come to an end before this does; what is handed on is set once it has begun."""
+    begun, over = threading.Event(), threading.Event()
+    outside.meanwhile.append(lambda: (begun.set(), over.wait())[0])
+    try:
+        yield begun
+    finally:
+        over.set()
+
+
+def test_releases_of_what_is_being_placed_keep_no_other_waiting(
+    service: DeploymentPlacementActor, outside: Ray
+) -> None:
+    service._releases = ThreadPoolExecutor(1)
+
+    async def scene() -> None:
+        await service.place(one("other"))
+        with a_node_hangs(outside) as begun:
+            placing = asyncio.create_task(service.place(one()))
+            await until(begun.is_set)
+            ask = (service.release, service.renew, service.release)
+            behind = [asyncio.create_task(call("a")) for call in ask]
+            await asyncio.sleep(0)  # they are asked for first
+            assert await service.release("other") == 1
+            assert not any(call.done() for call in (placing, *behind))
+        await placing
+        released, renewed, unknown = await asyncio.gather(*behind, return_exceptions=True)
+        assert (released, type(renewed), type(unknown)) == (1, UnknownDeployment, UnknownDeployment)
+
+    asyncio.run(scene())
+
+
+def test_whose_time_is_over_in_the_middle_of_an_attempt_keeps_nobody_from_looking(
+    service: DeploymentPlacementActor, outside: Ray
+) -> None:
+    service._reads = service._plans = ThreadPoolExecutor(1)
+
+    async def scene() -> None:
+        await service.place(one("holds", gpus=4))
+        call = asyncio.create_task(service.place(one(), None, 0.2))
+        await until(lambda: waiting(service))
+        with a_node_hangs(outside) as begun:
+            coming = asyncio.create_task(room_comes(service))
+            await until(begun.is_set)
+            await until(lambda: not waiting(service))
+            assert len(await service.plan_all([one("b", gpus=1)])) == 1
+            assert not call.done()
+        await coming
+        assert (await call).assignments, "it came just in time"
+
+    asyncio.run(scene())
+
+
+def test_the_same_file_applied_twice_at_once_is_applied_once(
+    service: DeploymentPlacementActor, outside: Ray
+) -> None:
+    async def scene() -> None:
+        with a_node_hangs(outside) as begun:
+            first = asyncio.create_task(service.apply_all([one("a"), one("b")]))
+            await until(begun.is_set)
+            second = asyncio.create_task(service.apply_all([one("a"), one("b")]))
+            another = asyncio.create_task(service.apply_all([one("a")]))
+            await until(lambda: service._outcomes.running() == 2)
+        results, same, _ = await asyncio.gather(first, second, another)
+        assert results is same
+
+    asyncio.run(scene())
+
+
+def test_how_many_calls_wait_is_bounded_and_who_looks_or_releases_is_let_in(
+    service: DeploymentPlacementActor,
+) -> None:
+    assert service_module.CALLS + WATCHERS < MOST_CALLS, "so that Ray lets others in"
+    service._calls.limit = 2
+
+    async def scene() -> None:
+        await service.place(one("holds", gpus=4))
+        calls = [
+            asyncio.create_task(ask(one(ask.__name__), None, 600.0)) for ask in (service.place, service.lend)
+        ]
+        await until(lambda: len(waiting(service)) == 2)
+        for refused in (
+            service.place(one()), service.lend(one()), service.apply(one()), service.apply_all([one()]),
+        ):  # fmt: skip
+            with pytest.raises(Busy, match="2 calls that change deployments"):
+                await refused
+        assert len(waiting(service)) == 2
+        assert (await service.get("holds")).assignments
+        assert await service.release("holds") == 1
+        for call in calls:
+            call.cancel()
+        await asyncio.wait(calls)
+        assert (await service.place(one())).assignments
+
+    asyncio.run(scene())
+
+
+def test_plans_that_wait_for_a_node_keep_nobody_from_the_status(
+    service: DeploymentPlacementActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service._plans, over = ThreadPoolExecutor(1), threading.Event()
+    monkeypatch.setattr(service._controller.cluster, "look", lambda wanted=(): over.wait())
+
+    async def scene() -> None:
+        await service.place(one())
+        ask = (
+            service.plan(one("b")),
+            service.explain_all([one("b")]),
+            service.snapshot(),
+            service.topology(),
+        )
+        calls = [asyncio.create_task(call) for call in ask]
+        await asyncio.sleep(0)  # they are asked for first
+        try:
+            assert [told["name"] for told in (await service.status())["deployments"]] == ["a"]
+            assert not any(call.done() for call in calls)
+        finally:
+            over.set()
+        await asyncio.wait(calls)
 
     asyncio.run(scene())

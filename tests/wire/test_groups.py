@@ -57,9 +57,9 @@ def held(
 
 
 def _take(gpus: tuple[int, ...]) -> Any:
-    from placement.core.snapshot import Take
+    from placement.core.snapshot import Choice
 
-    return Take(gpus, 1000, 0)
+    return Choice(gpus, 1000, 0)
 
 
 def test_the_example_is_planned_unit_by_unit_on_its_numa_node() -> None:
