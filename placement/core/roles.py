@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 from placement.core import planner
 from placement.core.bandwidth import generation, hop_mb_per_s
-from placement.core.explanation import eligible
+from placement.core.limits import eligible
 from placement.core.reconcile import Desired, Observed
 from placement.core.request import Place, Request, Told
 from placement.core.score import Needs, Within, twins_of

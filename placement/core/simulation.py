@@ -14,7 +14,7 @@ from statistics import fmean
 
 import numpy as np
 
-from placement.core.explanation import open_to
+from placement.core.limits import open_to
 from placement.core.mix import Kind
 from placement.core.planner import advance, vacate
 from placement.core.reconcile import Desired

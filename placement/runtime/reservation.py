@@ -29,10 +29,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from placement.core.explanation import gpu_names
 from placement.core.score import WHOLE, Needs, choose, ray_set, score
 from placement.core.snapshot import Node
 from placement.core.topology import Topology
+from placement.core.wording import gpu_names
 from placement.runtime import faults
 from placement.runtime.orders import GpuHardware, Holding, Order, Prepared, Refused, Reserved, Steering
 
