@@ -20,7 +20,8 @@ from placement.core.planner import advance, vacate
 from placement.core.reconcile import Desired
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
-from placement.core.roles import Roles, joined, tell
+from placement.core.roles import tell
+from placement.core.routes import Roles, joined
 from placement.core.score import WHOLE
 from placement.core.snapshot import Snapshot
 from placement.errors import Unplaceable

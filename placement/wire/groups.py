@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from placement.core.replicas import PlannedReplica
-from placement.core.roles import Located, Member, RoleLink, Roles, Via, joined
+from placement.core.routes import Located, Member, RoleLink, Roles, Via, joined
 from placement.core.snapshot import Node
 from placement.errors import InvalidDeployment
 from placement.wire.fields import MOST_LABEL, Amount, Count, Declared, Named, check_name
