@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from placement.core import planner
+from placement.core.limits import eligible
 from placement.core.reconcile import Desired, Observed
 from placement.core.request import Place, Request, Told
 from placement.core.role_search import Search
@@ -126,6 +127,25 @@ def tell(
         name: replace(desired, request=replace(desired.request, told=told[name]), gang=True)
         for name, (desired, _) in members.items()
     }
+
+
+def still_free(snapshot: Snapshot, told: Mapping[str, Desired]) -> bool:
+    """Whether the places can be had that were chosen some time before.
+
+    Args:
+        snapshot: the cluster as it is now.
+        told: what :func:`tell` returned.
+    """
+    for desired in told.values():
+        places = desired.request.told.places if desired.request.told else {}
+        request = replace(desired.request, replicas=tuple(sorted(places)))
+        allowed = eligible(snapshot, request)
+        step, snapshot = planner.advance(snapshot, request)
+        if isinstance(step.outcome, Unplaceable):
+            return False
+        if not all(snapshot.bit(place.node_id) & allowed for place in places.values()):
+            return False
+    return True
 
 
 def _refusal(

@@ -406,6 +406,14 @@ class Controller:
             raise UnknownDeployment(name, self.state.names())
         return known
 
+    def members(self, name: str) -> list[str]:
+        """The deployments that a name means; see the service."""
+        names = [name] if self.state.get(name) is not None else self._members(name)
+        found = [one for one in names if self.state.get(one) is not None]
+        if not found:
+            raise UnknownDeployment(name, self.state.names())
+        return found
+
     def events(self, name: str | None, since: int) -> list[Event]:
         """What happened to a deployment, or to all; see the service."""
         if name is not None and not self.feed.known(name) and self.state.get(name) is None:
