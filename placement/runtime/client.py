@@ -242,7 +242,7 @@ class Client(_Connected):
                 return result
 
     def renew(self, name: str) -> float | None:
-        """Has a deployment with ``ttl_seconds`` stand for so long from now on.
+        """Has a deployment with ``ttl_seconds`` stand for so long from now on. To ask for it again does the same.
 
         Returns:
             Until when, in seconds since 1970; ``None`` if it has no such limit.

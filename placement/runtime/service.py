@@ -262,7 +262,7 @@ class DeploymentPlacementActor:
         return [name for name in released if name is not None]
 
     async def renew(self, name: str) -> float | None:
-        """Has a deployment with ``ttl_seconds`` stand for so long from now on.
+        """Has a deployment with ``ttl_seconds`` stand for so long from now on. To ask for it again does the same.
 
         Returns:
             Until when, in seconds since 1970; ``None`` if it has no such limit.

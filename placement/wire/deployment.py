@@ -112,7 +112,8 @@ class Deployment(Declared):
         description="whose end ends it: nobody's, that of the process that asks, or that of its Ray job",
     )
     ttl_seconds: Amount | None = Field(
-        default=None, description="how long it stands unless it is renewed; without limit if left out"
+        default=None,
+        description="how long it stands unless it is renewed, or asked for again; without limit if left out",
     )
     group: Group | None = Field(
         default=None, description="the group that it is a member of; a file says it under [[groups]]"
