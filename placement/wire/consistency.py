@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 from placement.core.policy import Policy
 from placement.core.request import Strategy
 from placement.core.score import WHOLE
 from placement.errors import counted
 from placement.wire.constraints import PlacementConstraints
+from placement.wire.declaration import Declaration
 from placement.wire.layout import has_gpus
-
-if TYPE_CHECKING:
-    from placement.wire.deployment import Deployment
 
 GPU_RUNTIMES = ("tensorrt", "cudarc")
 """Those that run on nothing but GPUs."""
@@ -26,7 +23,7 @@ NO_LINKS_BETWEEN_INSTANCES = (
 """Why one replica cannot have several; https://github.com/NVIDIA/nccl/issues/1716."""
 
 
-def require_consistent(one: Deployment, stands: bool) -> None:
+def require_consistent(one: Declaration, stands: bool) -> None:
     """Checks a deployment whose fields are each as they may be.
 
     Args:
@@ -48,7 +45,7 @@ def require_consistent(one: Deployment, stands: bool) -> None:
         _check_group(one)
 
 
-def _check_runtime(one: Deployment) -> None:
+def _check_runtime(one: Declaration) -> None:
     config = one.runtime_config
     if config and one.runtime and config.runtime and config.runtime != one.runtime:
         raise ValueError(
@@ -63,7 +60,7 @@ def _check_runtime(one: Deployment) -> None:
             raise ValueError("a custom remote runtime needs runtime_config.provider, such as openai")
 
 
-def _check_endpoint(one: Deployment) -> None:
+def _check_endpoint(one: Declaration) -> None:
     """Refuses what only remote runtimes, or only custom ones, have a use for."""
     config, runtime = one.runtime_config, one.runtime_name
     if config is None:
@@ -97,7 +94,7 @@ def _check_endpoint(one: Deployment) -> None:
             )
 
 
-def _check_floors(one: Deployment) -> None:
+def _check_floors(one: Declaration) -> None:
     """Refuses a floor on links where each set is one GPU."""
     if one.needs.gpus != 1 or one.gpus_per_replica == 1:
         return
@@ -112,7 +109,7 @@ def _check_floors(one: Deployment) -> None:
             )
 
 
-def _check_asked(one: Deployment) -> None:
+def _check_asked(one: Declaration) -> None:
     """Refuses two ways to ask for GPUs, and limits on GPUs that there are not."""
     if one.mig is not None and (one.gpus or 0) > 1:
         raise ValueError(
@@ -146,7 +143,7 @@ def _check_asked(one: Deployment) -> None:
         )
 
 
-def _check_cpus(one: Deployment) -> None:
+def _check_cpus(one: Declaration) -> None:
     if one.cpus is None:
         if one.memory_gib is not None:
             raise ValueError(
@@ -184,7 +181,7 @@ def _check_cpus(one: Deployment) -> None:
         raise ValueError(f"{asked} with transport local_gpu; set runtime_config.transport to local_cpu")
 
 
-def _check_group(one: Deployment) -> None:
+def _check_group(one: Declaration) -> None:
     """Refuses what a member of a group cannot be."""
     group = one.group
     if group is None:
@@ -221,7 +218,7 @@ def _check_group(one: Deployment) -> None:
             )
 
 
-def _check_layout(one: Deployment) -> None:
+def _check_layout(one: Declaration) -> None:
     if one.placement_group is None:
         return
     for field in ("gpus", "gpu_memory_gib", "mig", "tensor_parallel", "pipeline_parallel"):
@@ -244,7 +241,7 @@ def _check_layout(one: Deployment) -> None:
         )
 
 
-def _check_named(one: Deployment) -> None:
+def _check_named(one: Declaration) -> None:
     """Refuses GPUs that are named, and cannot be had as they are asked for."""
     if not one.named:
         return
@@ -286,7 +283,7 @@ def _check_named(one: Deployment) -> None:
         one.placement_group.check_labels_agree()
 
 
-def _check_parallelism(one: Deployment) -> None:
+def _check_parallelism(one: Declaration) -> None:
     tensor, pipeline = one.tensor_parallel, one.pipeline_parallel
     asked = {"tensor_parallel": tensor, "pipeline_parallel": pipeline}
     for name, value in asked.items():

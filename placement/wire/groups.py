@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Protocol, Self, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,11 +13,30 @@ from placement.core.snapshot import Node
 from placement.errors import InvalidDeployment
 from placement.wire.fields import MOST_LABEL, Amount, Count, Declared, Named, check_name
 
-if TYPE_CHECKING:  # a deployment has its group as a field
-    from placement.wire.deployment import Deployment
-
 MOST_MEMBERS = 512
 """More replicas than this in one group are a slip of the pen: they are placed all at once."""
+
+
+class Grouped(Protocol):
+    """What a deployment is to its group."""
+
+    @property
+    def name(self) -> str:
+        """Unique in the cluster."""
+
+    @property
+    def group(self) -> Group | None:
+        """The group that it is a member of."""
+
+    def model_dump(self, *, exclude_unset: bool) -> dict[str, Any]:
+        """Its fields."""
+
+    @classmethod
+    def model_validate(cls, obj: Any) -> Self:
+        """One that has these fields."""
+
+
+D = TypeVar("D", bound=Grouped)
 
 
 class GroupLink(Declared):
@@ -112,7 +131,7 @@ class Group(Declared):
         """How many replicas a member has in all units."""
         return self.units * self.members[member]
 
-    def of(self, deployments: Iterable[Deployment]) -> list[Deployment]:
+    def of(self, deployments: Iterable[D]) -> list[D]:
         """The members, as they are declared: what ``apply_all`` and ``plan_all`` take.
 
         Args:
@@ -137,7 +156,7 @@ class Group(Declared):
             raise InvalidDeployment(f"group {self.name!r}", tuple(problems))
         return [type(given[name]).model_validate(self.bound(given[name])) for name in self.members]
 
-    def bound(self, deployment: Deployment) -> dict[str, Any]:
+    def bound(self, deployment: Grouped) -> dict[str, Any]:
         """The fields of a deployment as a member: with the group, and as many replicas as that says."""
         declared = deployment.model_dump(exclude_unset=True)
         return {"replicas": self.replicas(deployment.name), **declared, "group": self}
@@ -147,7 +166,7 @@ class Group(Declared):
         return Roles(self.name, self.members, self.units, tuple(link.planned() for link in self.links))
 
 
-def groups_of(wanted: Sequence[Deployment]) -> dict[str, Group]:
+def groups_of(wanted: Sequence[Grouped]) -> dict[str, Group]:
     """The groups that deployments are members of, by name.
 
     Raises:
@@ -176,7 +195,7 @@ def groups_of(wanted: Sequence[Deployment]) -> dict[str, Group]:
     return found
 
 
-def together(wanted: Sequence[Deployment], order: Iterable[int]) -> list[int]:
+def together(wanted: Sequence[Grouped], order: Iterable[int]) -> list[int]:
     """Positions in the same order, but that the members of a group follow the first of them."""
     left = list(order)
     found: list[int] = []
