@@ -20,7 +20,6 @@ pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NAMED = f"ray_placement-{__version__}"
-PIP = ("-m", "pip", "--quiet", "--disable-pip-version-check")
 
 
 def output(*command: str | Path, cwd: Path) -> str:
@@ -32,8 +31,14 @@ def output(*command: str | Path, cwd: Path) -> str:
 
 def environment(folder: Path) -> Path:
     """The Python of a new, empty virtual environment."""
-    venv.create(folder, with_pip=True)
+    venv.create(folder)
     return folder / "bin" / "python"
+
+
+def pip(python: Path, *command: str | Path, cwd: Path) -> str:
+    """What this environment's pip prints, for the environment of this Python, which has none: that takes long."""
+    options = ("--python", python, "--quiet", "--disable-pip-version-check")
+    return output(sys.executable, "-m", "pip", *options, *command, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +66,7 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(wheel: Path) -> None
 def test_the_wheel_installs_into_an_empty_environment_and_runs(wheel: Path, tmp_path: Path) -> None:
     # From a folder of its own, so that the checkout cannot stand in for what was not packed.
     python = environment(tmp_path / "environment")
-    output(python, *PIP, "install", wheel, cwd=tmp_path)
+    pip(python, "install", wheel, cwd=tmp_path)
 
     assert "Usage: placement" in output(python.parent / "placement", "--help", cwd=tmp_path)
 
@@ -86,8 +91,8 @@ def test_an_allowed_ray_that_is_there_already_stays(wheel: Path, tmp_path: Path)
     requirement = next(text for text in PROJECT["dependencies"] if text.startswith("ray"))
     lowest = re.search(r">=(\d+\.\d+)", requirement)[1] + ".0"
     python = environment(tmp_path / "environment")
-    output(python, *PIP, "install", "--no-deps", f"ray=={lowest}", cwd=tmp_path)
-    report = output(python, *PIP, "install", "--dry-run", "--report", "-", wheel, cwd=tmp_path)
+    pip(python, "install", "--no-deps", f"ray=={lowest}", cwd=tmp_path)
+    report = pip(python, "install", "--dry-run", "--report", "-", wheel, cwd=tmp_path)
     installs = {one["metadata"]["name"] for one in json.loads(report)["install"]}
     assert "ray-placement" in installs
     assert "ray" not in installs
@@ -102,13 +107,13 @@ def test_what_overwrites_its_files_is_told_with_a_fix_that_helps(
     wheel: Path, tmp_path: Path, other: str
 ) -> None:
     python = environment(tmp_path / "environment")
-    output(python, *PIP, "install", "--no-deps", wheel, cwd=tmp_path)
-    output(python, *PIP, "install", "--no-deps", other, cwd=tmp_path)
+    pip(python, "install", "--no-deps", wheel, cwd=tmp_path)
+    pip(python, "install", "--no-deps", other, cwd=tmp_path)
     failed = subprocess.run([python.parent / "placement", "up"], cwd=tmp_path, capture_output=True, text=True)
     *_, said = failed.stderr.splitlines()
     assert said.startswith("ImportError: "), failed.stderr
     assert {OPENSTACK: "are both imported as `placement`", "placement": "is not whole"}[other] in said
-    fix = re.search("`python (-m pip uninstall .*?)`", said)[1].split()
-    output(python, *fix, cwd=tmp_path)
-    output(python, *PIP, "install", "--no-deps", wheel, cwd=tmp_path)
+    fix = re.search("`python -m pip (uninstall .*?)`", said)[1].split()
+    pip(python, *fix, cwd=tmp_path)
+    pip(python, "install", "--no-deps", wheel, cwd=tmp_path)
     output(python, "-c", "import placement", cwd=tmp_path)

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,15 @@ def ask(reference: Any) -> Any:
     from placement.runtime import client
 
     return client.ask(reference)
+
+
+def members(service: Any, names: Iterable[str]) -> list[str]:
+    """The deployments that names mean, each once: of a group its members.
+
+    Raises:
+        UnknownDeployment: one means none.
+    """
+    return list(dict.fromkeys(one for name in names for one in ask(service.members.remote(name))))
 
 
 @contextmanager

@@ -56,8 +56,8 @@ def up(
         options["idle_seconds"] = idle_seconds
     asked = dict(options)
     if node_types is not None:
-        options["node_types"] = node_types
-        asked["node_types"] = [one.name for one in read_node_types(node_types)]
+        options["node_types"] = read_node_types(node_types)
+        asked["node_types"] = [one.name for one in options["node_types"]]
     with (
         common.cluster(address) as found,
         common.noted(KeyboardInterrupt, "`placement up` again finds what it started"),

@@ -30,7 +30,9 @@ def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
     "  placement status --json",
 )
 @_filters
-@click.option("--deployment", metavar="NAME", help="Only this deployment, and the nodes that it is on.")
+@click.option(
+    "--deployment", metavar="NAME", help="Only this deployment, or group, and the nodes that it is on."
+)
 @click.option(
     "--watch",
     cls=OptionalNumber,
@@ -133,11 +135,11 @@ def list_(
 @common.with_address
 @common.with_json
 def get(names: tuple[str, ...], output: str | None, address: str | None, as_json: bool) -> None:
-    """Shows what is declared of deployments, and where their replicas are."""
+    """Shows what is declared of deployments, or of the members of groups, and where their replicas are."""
     from placement.cli.views.declared import declared_view, declared_yaml
 
     with common.service(address) as service:
-        found = [common.ask(service.describe.remote(name)) for name in dict.fromkeys(names)]
+        found = [common.ask(service.describe.remote(name)) for name in common.members(service, names)]
     if as_json or output == "json":
         common.dump({"deployments": found})
     elif output == "yaml":

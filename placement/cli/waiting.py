@@ -56,13 +56,12 @@ class Waited:
 @common.with_address
 @common.with_json
 def wait(names: tuple[str, ...], timeout: float, address: str | None, as_json: bool) -> None:
-    """Waits until all replicas of deployments are placed as they are declared. Exits with 1 if they are not in time."""
+    """Waits until all replicas of deployments, or groups, are placed as they are declared.
+
+    Exits with 1 if they are not in time.
+    """
     with common.service(address) as service:
-        for name in dict.fromkeys(names):
-            common.ask(
-                service.describe.remote(name)
-            )  # one that is not known is refused before any is waited for
-        waited = until_placed(service, names, timeout, not as_json)
+        waited = until_placed(service, common.members(service, names), timeout, not as_json)
     if as_json:
         common.dump({"deployments": [*waited.results.values()]})
     else:

@@ -33,15 +33,8 @@ from functools import cached_property, reduce
 from operator import or_
 
 from placement.core import bundles, gangs
-from placement.core.explanation import (
-    Sifted,
-    eligible,
-    limits_without_gpus,
-    refusal_of,
-    roomy,
-    short_of,
-    sift,
-)
+from placement.core.explanation import Sifted, refusal_of, sift
+from placement.core.limits import eligible, limits_without_gpus, roomy, short_of
 from placement.core.policy import Policy
 from placement.core.replicas import Crowd, Placed, Plan, PlannedReplica, take
 from placement.core.request import Request, Strategy, Told

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from placement.core.explanation import open_to
+from placement.core.limits import open_to
 from placement.core.mix import Kind, Mix
 from placement.core.policy import Policy
 from placement.core.request import Request

@@ -14,13 +14,14 @@ from statistics import fmean
 
 import numpy as np
 
-from placement.core.explanation import open_to
+from placement.core.limits import open_to
 from placement.core.mix import Kind
 from placement.core.planner import advance, vacate
 from placement.core.reconcile import Desired
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
-from placement.core.roles import Roles, joined, tell
+from placement.core.roles import tell
+from placement.core.routes import Roles, joined
 from placement.core.score import WHOLE
 from placement.core.snapshot import Snapshot
 from placement.errors import Unplaceable

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from placement.core import gangs
-from placement.core.explanation import eligible
 from placement.core.labels import meets
+from placement.core.limits import eligible
 from placement.core.replicas import PlannedReplica
 from placement.core.request import Request
 from placement.core.score import ANY_PROFILE, Needs, Within

@@ -82,7 +82,7 @@ def make_agent(info: NodeInfo) -> Any:
 def start(
     near: Sequence[str] = NEAR_LABELS,
     idle_seconds: float = IDLE_SECONDS,
-    node_types: str | Path | None = None,
+    node_types: str | Path | Sequence[NodeType] | None = None,
 ) -> Any:
     """Gets the placement service of the connected cluster, started if need be. Safe to call at any time.
 
@@ -98,7 +98,8 @@ def start(
             that node about a second quicker, and keeps Ray's autoscaler from removing the node; ``math.inf`` where
             nodes are never removed. Of no effect on a service that runs.
         node_types: the cluster configuration that ``ray up`` was given, here: where there is no room, it is said which
-            of its node types would hold what is asked for, or what they lack. Of no effect on a service that runs.
+            of its node types would hold what is asked for, or what they lack. Its path, or what was read of it. Of no
+            effect on a service that runs.
 
     Returns:
         The actor handle; see :class:`~placement.runtime.service.DeploymentPlacementActor` for its methods.
@@ -113,7 +114,7 @@ def start(
     _require_ray()
     if untested := ray_internals.require_supported():
         logger.warning(untested)
-    types = [] if node_types is None else read_node_types(node_types)
+    types = read_node_types(node_types) if isinstance(node_types, str | Path) else node_types or ()
     if not _has_environment():
         return start_in_this_job(near, idle_seconds, types)
     try:

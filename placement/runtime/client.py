@@ -217,6 +217,14 @@ class Client(_Connected):
         """
         return self._ask(self._handle.describe.remote(name))
 
+    def members(self, name: str) -> list[str]:
+        """The deployments that a name means: the members of the group of that name, or the one of that name.
+
+        Raises:
+            UnknownDeployment: neither stands.
+        """
+        return self._ask(self._handle.members.remote(name))
+
     def wait(self, name: str, timeout_seconds: float | None = None) -> PlacementResult:
         """Where a deployment's replicas are, once none of them is pending; after the time, as it is then.
 
@@ -234,7 +242,7 @@ class Client(_Connected):
                 return result
 
     def renew(self, name: str) -> float | None:
-        """Has a deployment with ``ttl_seconds`` stand for so long from now on.
+        """Has a deployment with ``ttl_seconds`` stand for so long from now on. To ask for it again does the same.
 
         Returns:
             Until when, in seconds since 1970; ``None`` if it has no such limit.
@@ -273,7 +281,7 @@ class Client(_Connected):
 
         Args:
             node: only this node, by its name, id or address.
-            deployment: only this deployment.
+            deployment: only this deployment, or the members of this group.
             state: only deployments with a replica that is ``placed``, ``pending``, ``lost`` or ``releasing``.
         """
         return self._ask(self._handle.status.remote(node, deployment, state))
@@ -477,6 +485,10 @@ class AsyncClient(_Connected):
     async def describe(self, name: str) -> dict[str, Any]:
         """See :meth:`Client.describe`."""
         return await self._ask(self._handle.describe.remote(name))
+
+    async def members(self, name: str) -> list[str]:
+        """See :meth:`Client.members`."""
+        return await self._ask(self._handle.members.remote(name))
 
     async def wait(self, name: str, timeout_seconds: float | None = None) -> PlacementResult:
         """See :meth:`Client.wait`."""

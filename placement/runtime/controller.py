@@ -132,7 +132,7 @@ class Controller:
                 if known.owner != owner:
                     raise _others(known, owner)
                 if lending is None or not known.missing():
-                    return known.result()
+                    return self._renewed(known).result()
                 with self._refusal_told(wanted.name):  # its owner has removed some of its groups
                     work = Work(known, known, atomic=True, lending=lending)
                     return self.reconciler.bring_about(work).result()
@@ -245,7 +245,7 @@ class Controller:
                 raise _others(known, owner)
             require_same_places(known.deployment, wanted, bool(known.replicas))
             if known.deployment == wanted and known.owner == owner and not known.unfinished():
-                return known.result(), False
+                return self._renewed(known).result(), False
             with self._refusal_told(wanted.name):
                 anew = known.renewed(owner).declared(wanted)
                 strict = known.deployment.shape() != wanted.shape()
@@ -406,6 +406,14 @@ class Controller:
             raise UnknownDeployment(name, self.state.names())
         return known
 
+    def members(self, name: str) -> list[str]:
+        """The deployments that a name means; see the service."""
+        names = [name] if self.state.get(name) is not None else self._members(name)
+        found = [one for one in names if self.state.get(one) is not None]
+        if not found:
+            raise UnknownDeployment(name, self.state.names())
+        return found
+
     def events(self, name: str | None, since: int) -> list[Event]:
         """What happened to a deployment, or to all; see the service."""
         if name is not None and not self.feed.known(name) and self.state.get(name) is None:
@@ -418,11 +426,16 @@ class Controller:
             known = self._known(name)
             if known is None:
                 raise UnknownDeployment(name, self.state.names())
-            expires_at = expiry(known.deployment)
-            if expires_at is None:
-                return None
-            self.actions.commit(replace(known, expires_at=expires_at))
-            return expires_at
+            return self._renewed(known).expires_at
+
+    def _renewed(self, known: DeploymentState) -> DeploymentState:
+        """The same with all its ``ttl_seconds`` before it, if it has any."""
+        expires_at = expiry(known.deployment)
+        if expires_at is None:
+            return known
+        later = replace(known, expires_at=expires_at)
+        self.actions.commit(later)
+        return later
 
     # -- one deployment --------------------------------------------------------------------------------
 

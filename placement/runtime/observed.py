@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from placement.core.explanation import eligible
+from placement.core.limits import eligible
 from placement.core.request import Request
 from placement.core.score import Needs
 from placement.core.snapshot import UNKNOWN_PROFILE, Node, Snapshot

@@ -84,7 +84,6 @@ class Order:
         deployment: replicas of one deployment avoid each other's GPUs where that costs nothing.
         beside: what each bundle takes beside its GPU: ``{"CPU": 4, "memory": 8589934592}``.
         planned: of a share, the GPU that the plan has in mind; ``None`` leaves it to the node.
-        exactly: just these GPUs, since what was planned with them counts on it; empty leaves it to the node.
     """
 
     name: str
@@ -92,7 +91,6 @@ class Order:
     deployment: str = ""
     beside: Mapping[str, float] = field(default_factory=dict)
     planned: int | None = None
-    exactly: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -192,11 +190,10 @@ def order_of(
     if deployment.memory_bytes_per_gpu:
         beside["memory"] = deployment.memory_bytes_per_gpu
     needs = deployment.needs if set_size is None else deployment.needs._replace(gpus=set_size)
+    if planned is not None and deployment.group is not None:  # the places of the other members count on it
+        needs = needs._replace(named=planned.gpus)
     exact = deployment.policy is Policy.FRAGMENTATION and planned is not None and planned.share < WHOLE
-    exactly = planned.gpus if planned and deployment.group is not None else ()
-    return Order(
-        name, needs, deployment.name, beside, planned.gpus[0] if planned and exact else None, exactly
-    )
+    return Order(name, needs, deployment.name, beside, planned.gpus[0] if planned and exact else None)
 
 
 def order_name(prefix: str, deployment: str, replica_index: int) -> str:

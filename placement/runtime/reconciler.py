@@ -25,7 +25,7 @@ from placement.core.reconcile import (
 )
 from placement.core.replicas import PlannedReplica
 from placement.core.request import Request, Told
-from placement.core.roles import tell
+from placement.core.roles import still_free, tell
 from placement.core.snapshot import Snapshot
 from placement.errors import LeaseExpired, ReservationFailed, UnknownGpu, Unplaceable
 from placement.runtime import faults
@@ -232,34 +232,45 @@ class Reconciler:
         def decide_with(
             nodes: list[NodeInfo], lag_seconds: float, fresh: bool, avoided: Collection[str] = ()
         ) -> tuple[dict[str, Told], dict[str, Claim]]:
+            def look() -> tuple[Snapshot, dict[str, tuple[Desired, dict[int, Observed]]]]:
+                snapshot = self.cluster.snapshot(nodes, lag_seconds, refused, avoided=avoided)
+                return snapshot, {name: self.seen(self._declared(name), snapshot) for name in roles.counts}
+
             self.cluster.read(fresh or bool(refused))
             with self.state.lock:
-                snapshot = self.cluster.snapshot(nodes, lag_seconds, refused, avoided=avoided)
-                members = {name: self.seen(self._declared(name), snapshot) for name in roles.counts}
-                told: dict[str, Told] = {}
-                claims: dict[str, Claim] = {}
-                for name, desired in tell(snapshot, roles, members).items():
-                    found = told[name] = desired.request.told or Told()
-                    if found.refusal is not None:
-                        raise found.refusal
-                for name, found in told.items():
-                    request = members[name][0].request
-                    planned = [
-                        PlannedReplica(
-                            index, *place, cpu_milli=request.cpu_milli, memory_bytes=request.memory_bytes
-                        )
-                        for index, place in found.places.items()
-                    ]
-                    if planned:
-                        claims[name] = self.state.claim(
-                            Claim(self._declared(name).deployment, tuple(planned))
-                        )
-                return told, claims
+                snapshot, members = look()
+            found = tell(snapshot, roles, members)  # others plan meanwhile: to search may take a second
+            with self.state.lock:
+                snapshot, members = look()
+                if not still_free(snapshot, found):  # they were quicker, and wait this time
+                    found = tell(snapshot, roles, members)
+                return self._claimed(found)
 
         try:
             return self.cluster.patiently(decide, fresh=True)
         except Unplaceable as refusal:
             return dict.fromkeys(roles.counts, Told(refusal=refusal)), {}
+
+    def _claimed(self, members: Mapping[str, Desired]) -> tuple[dict[str, Told], dict[str, Claim]]:
+        """What the members of a group are told, and claims of that. Under the lock.
+
+        Raises:
+            Unplaceable: they are told that there is no place.
+        """
+        told = {name: desired.request.told or Told() for name, desired in members.items()}
+        if refusal := next((one.refusal for one in told.values() if one.refusal is not None), None):
+            raise refusal
+        claims: dict[str, Claim] = {}
+        for name, desired in members.items():
+            takes = desired.request.cpu_milli, desired.request.memory_bytes
+            planned = [
+                PlannedReplica(index, *place, cpu_milli=takes[0], memory_bytes=takes[1])
+                for index, place in told[name].places.items()
+            ]
+            if planned:
+                claim = Claim(self._declared(name).deployment, tuple(planned))
+                claims[name] = self.state.claim(claim)
+        return told, claims
 
     def _with_types(self, refusal: Unplaceable, deployment: Deployment) -> Unplaceable:
         """A refusal that names the node type that would do, if it is known which there are."""

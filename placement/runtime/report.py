@@ -113,19 +113,17 @@ def cluster_status(
     Args:
         seen: what is the case.
         node: id, name or address of a node.
-        deployment: name of a deployment.
+        deployment: name of a deployment, or of a group.
         state: what a replica is shown as, one of :data:`SHOWN_STATES`.
 
     Raises:
         UnknownNode: no node goes by that, alive or dead.
-        UnknownDeployment: there is none of that name, not even a record that cannot be read.
+        UnknownDeployment: there is neither of that name, not even a record that cannot be read.
         ValueError: a replica is never in such a state.
     """
     if state is not None and state not in SHOWN_STATES:
         raise ValueError(f"no replica is ever {state!r}: choose one of {', '.join(SHOWN_STATES)}")
-    names = {*seen.deployments, *seen.unreadable}
-    if deployment is not None and deployment not in names:
-        raise UnknownDeployment(deployment, tuple(sorted(names)))
+    wanted = None if deployment is None else _meant(seen, deployment)
     everywhere = [*seen.nodes, *(one.info for one in seen.dead)]
     at = (
         None
@@ -146,7 +144,7 @@ def cluster_status(
         shown = _deployment(name, one, assignments, alive, places.get(name), seen.at)
         pending += sum(each["state"] == "pending" for each in shown["replica_states"])
         replicas += shown["replicas"]
-        if deployment not in (None, name):
+        if wanted is not None and name not in wanted:
             continue
         if at is None and state is None:
             matches, nodes = True, {a.node for a in assignments} if deployment is not None else set()
@@ -188,9 +186,20 @@ def cluster_status(
         "unreadable": [
             {"name": name, "problem": str(UnreadableRecord(name, record.problem, record.newer))}
             for name, record in sorted(seen.unreadable.items())
-            if deployment in (None, name)
+            if wanted is None or name in wanted
         ],
     }
+
+
+def _meant(seen: Observed, name: str) -> set[str]:
+    """The deployment of that name, or the members of the group of that name."""
+    names = {*seen.deployments, *seen.unreadable}
+    if name in names:
+        return {name}
+    groups = ((each, one.deployment.group) for each, one in seen.deployments.items())
+    if members := {each for each, group in groups if group is not None and group.name == name}:
+        return members
+    raise UnknownDeployment(name, tuple(sorted(names)))
 
 
 def _groups(seen: Observed, shown: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -29,10 +29,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from placement.core.explanation import gpu_names
 from placement.core.score import WHOLE, Needs, choose, ray_set, score
 from placement.core.snapshot import Node
 from placement.core.topology import Topology
+from placement.core.wording import gpu_names
 from placement.runtime import faults
 from placement.runtime.orders import GpuHardware, Holding, Order, Prepared, Refused, Reserved, Steering
 
@@ -145,16 +145,9 @@ class NodeReserver:
             free = self._look(count, attempt >= MAX_LOOKS)
             wanted = None
             if free is not None:
-                node = machine.node(free - self._ours(), {})
-                wanted = _best(node, topology, needs, more)
-                if order.exactly:
-                    wanted = order.exactly if node.free.issuperset(order.exactly) else None
+                wanted = _best(machine.node(free - self._ours(), {}), topology, needs, more)
             if free is None or wanted is None:
-                reason, full = _none_free(needs), not order.exactly
-                if order.exactly:
-                    reason = (
-                        f"of GPUs {list(order.exactly)}, which its group was planned with, others have some"
-                    )
+                reason, full = _none_free(needs), True
                 if attempt >= MAX_LOOKS:
                     break
                 time.sleep(BOOKS_LAG_SECONDS / 2)
@@ -171,7 +164,7 @@ class NodeReserver:
                 # Others moved GPUs, and what was got instead is no worse: then it will do.
                 free_then = machine.node(got, {})
                 sound = free_then.free_mask(needs._replace(free_memory_bytes=0))
-                as_good = not more and needs.whole and sound.bit_count() == count and not order.exactly
+                as_good = not more and needs.whole and sound.bit_count() == count
                 as_good = as_good and score(topology, got) >= score(topology, wanted)
                 if got == wanted or (as_good and choose(topology, got, needs._replace(free_memory_bytes=0))):
                     self._held[order.name] = Holding(order.deployment, got)

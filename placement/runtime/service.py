@@ -281,7 +281,7 @@ class DeploymentPlacementActor:
         return [name for name in released if name is not None]
 
     async def renew(self, name: str) -> float | None:
-        """Has a deployment with ``ttl_seconds`` stand for so long from now on.
+        """Has a deployment with ``ttl_seconds`` stand for so long from now on. To ask for it again does the same.
 
         Returns:
             Until when, in seconds since 1970; ``None`` if it has no such limit.
@@ -417,6 +417,14 @@ class DeploymentPlacementActor:
             "expires_at": one.expires_at,
         }
 
+    async def members(self, name: str) -> list[str]:
+        """The deployments that a name means: the members of the group of that name, or the one of that name.
+
+        Raises:
+            UnknownDeployment: neither stands.
+        """
+        return self._controller.members(name)
+
     async def wait(self, name: str, timeout_seconds: float = MOST_SECONDS) -> PlacementResult:
         """Where a deployment's replicas are, once none is pending any more, or what is has been given up; as they are
         when the time is over.
@@ -440,7 +448,7 @@ class DeploymentPlacementActor:
 
         Args:
             node: only this node, by id, name or address, and what is on it.
-            deployment: only this deployment, and the nodes that it is on.
+            deployment: only this deployment, or the members of this group, and the nodes that they are on.
             state: only deployments in this state: ``placed``, ``pending``, ``lost`` or ``releasing``.
         """
         return await self._in(self._reads, self._controller.status, node, deployment, state)

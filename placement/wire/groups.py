@@ -1,18 +1,172 @@
-"""Groups among deployments: that they are whole, and what path each of their links got."""
+"""Groups of roles as they are declared: that they are whole, and what path each of their links got."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Protocol, Self, TypeVar
+
+from pydantic import Field, field_validator, model_validator
 
 from placement.core.replicas import PlannedReplica
-from placement.core.roles import Located, Member, joined
+from placement.core.routes import Located, Member, RoleLink, Roles, Via, joined
 from placement.core.snapshot import Node
 from placement.errors import InvalidDeployment
-from placement.wire.deployment import Deployment, Group
+from placement.wire.fields import MOST_LABEL, Amount, Count, Declared, Named, check_name
+
+MOST_MEMBERS = 512
+"""More replicas than this in one group are a slip of the pen: they are placed all at once."""
 
 
-def groups_of(wanted: Sequence[Deployment]) -> dict[str, Group]:
+class Grouped(Protocol):
+    """What a deployment is to its group."""
+
+    @property
+    def name(self) -> str:
+        """Unique in the cluster."""
+
+    @property
+    def group(self) -> Group | None:
+        """The group that it is a member of."""
+
+    def model_dump(self, *, exclude_unset: bool) -> dict[str, Any]:
+        """Its fields."""
+
+    @classmethod
+    def model_validate(cls, obj: Any) -> Self:
+        """One that has these fields."""
+
+
+D = TypeVar("D", bound=Grouped)
+
+
+class GroupLink(Declared):
+    """Two members of a group that talk: within a unit, each replica of the one with each replica of the other."""
+
+    between: tuple[Named, Named] = Field(description="two members")
+    via: Via = Field(
+        description="what their transport can use: nvlink (else PCIe), pcie (also where there is NVLink), or network"
+    )
+    within: Annotated[str, MOST_LABEL] | None = Field(
+        default=None,
+        min_length=1,
+        description="floor: nvlink, switch (past no CPU), numa, node; or a node label whose value both nodes share",
+    )
+    min_bandwidth_gb_per_s: Amount | None = Field(
+        default=None, description="floor: what the route between any two of their GPUs carries per direction"
+    )
+
+    @model_validator(mode="after")
+    def _can_be_met(self) -> GroupLink:
+        if self.between[0] == self.between[1]:
+            raise ValueError(
+                f"between names {self.between[0]!r} twice; name two members (how close the GPUs of one replica are is "
+                "the deployment's own within)"
+            )
+        if self.via is Via.NETWORK and self.min_bandwidth_gb_per_s is not None:
+            raise ValueError(
+                f"min_bandwidth_gb_per_s: {self.min_bandwidth_gb_per_s:g} via 'network' cannot be checked, since "
+                "nothing is known of the network's bandwidth; leave it out, or say how near by within"
+            )
+        impossible = {Via.PCIE: ("nvlink",), Via.NETWORK: ("nvlink", "switch", "numa")}.get(self.via, ())
+        if self.within in impossible:
+            raise ValueError(
+                f"within: {self.within!r} contradicts via: {str(self.via)!r}, whose routes are not over that; use "
+                f"{'switch, numa, node' if self.via is Via.PCIE else 'node'} or a node label"
+            )
+        return self
+
+    def planned(self) -> RoleLink:
+        """The same in the planner's terms."""
+        return RoleLink(self.between, self.via, self.within or "", self.min_bandwidth_gb_per_s or 0.0)
+
+
+class Group(Declared):
+    """Deployments whose replicas talk to each other: placed all or none, near each other, and released as one.
+
+    It consists of ``units``, each with so many replicas of every member. Replicas 0 and 1 of a member that has two in
+    each unit are in the first unit, 2 and 3 in the second.
+
+    Example:
+        >>> pd = Group(name="pd", members={"prefill": 1, "decode": 2}, units=4,
+        ...            links=[{"between": ("prefill", "decode"), "via": "pcie"}])
+        >>> pd.replicas("decode")
+        8
+    """
+
+    name: str = Field(description="unique in the cluster, among deployments, too")
+    members: dict[Named, Count] = Field(
+        min_length=1, description="deployment -> how many of its replicas are in each unit"
+    )
+    units: Count = Field(default=1, description="how many units there are")
+    links: tuple[GroupLink, ...] = Field(default=(), description="which members talk")
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        return check_name(value, "group")
+
+    @model_validator(mode="after")
+    def _links_exist(self) -> Group:
+        seen: set[frozenset[str]] = set()
+        for link in self.links:
+            for end in link.between:
+                if end not in self.members:
+                    raise ValueError(
+                        f"links: {end!r} is no member of group {self.name!r}; use two of: {', '.join(self.members)}"
+                    )
+            if frozenset(link.between) in seen:
+                raise ValueError(f"links: {' and '.join(link.between)} are joined twice; keep one of the two")
+            seen.add(frozenset(link.between))
+        if self.name in self.members:
+            raise ValueError(f"name: {self.name!r} is the name of a member, too; rename one of them")
+        total = self.units * sum(self.members.values())
+        if total > MOST_MEMBERS:
+            raise ValueError(
+                f"units: {self.units} make {total} replicas, which are placed all at once; use at most {MOST_MEMBERS}, "
+                "and several groups"
+            )
+        return self
+
+    def replicas(self, member: str) -> int:
+        """How many replicas a member has in all units."""
+        return self.units * self.members[member]
+
+    def of(self, deployments: Iterable[D]) -> list[D]:
+        """The members, as they are declared: what ``apply_all`` and ``plan_all`` take.
+
+        Args:
+            deployments: the declarations of all members, and no others; ``replicas`` may be left out.
+
+        Raises:
+            InvalidDeployment: one is missing, or is no member.
+            ValidationError: one cannot be a member, as its replicas are not of whole GPUs on one node each.
+        """
+        given = {one.name: one for one in deployments}
+        problems = [
+            f"members: there is no deployment {name!r} among those given ({', '.join(given) or 'none'}); declare it"
+            for name in self.members
+            if name not in given
+        ]
+        problems += [
+            f"members: {name!r} is given, and is no member; add it, or leave it out"
+            for name in given
+            if name not in self.members
+        ]
+        if problems:
+            raise InvalidDeployment(f"group {self.name!r}", tuple(problems))
+        return [type(given[name]).model_validate(self.bound(given[name])) for name in self.members]
+
+    def bound(self, deployment: Grouped) -> dict[str, Any]:
+        """The fields of a deployment as a member: with the group, and as many replicas as that says."""
+        declared = deployment.model_dump(exclude_unset=True)
+        return {"replicas": self.replicas(deployment.name), **declared, "group": self}
+
+    def planned(self) -> Roles:
+        """The same in the planner's terms."""
+        return Roles(self.name, self.members, self.units, tuple(link.planned() for link in self.links))
+
+
+def groups_of(wanted: Sequence[Grouped]) -> dict[str, Group]:
     """The groups that deployments are members of, by name.
 
     Raises:
@@ -41,7 +195,7 @@ def groups_of(wanted: Sequence[Deployment]) -> dict[str, Group]:
     return found
 
 
-def together(wanted: Sequence[Deployment], order: Iterable[int]) -> list[int]:
+def together(wanted: Sequence[Grouped], order: Iterable[int]) -> list[int]:
     """Positions in the same order, but that the members of a group follow the first of them."""
     left = list(order)
     found: list[int] = []

@@ -34,7 +34,7 @@ class FakeService:
     """
 
     def __init__(self, **answers: Any) -> None:
-        self.answers = {"status": report()} | answers
+        self.answers = {"status": report(), "members": lambda name: [name]} | answers
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
 
     def __getattr__(self, method: str) -> Any:

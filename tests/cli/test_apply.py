@@ -236,16 +236,14 @@ def test_a_wait_that_is_stopped_says_that_what_is_declared_stays(
 def test_wait_ends_when_nothing_is_pending_and_tells_what_is_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     pending = described("b", pending={0: "no room"})
     gone = errors.UnknownDeployment("b", ())
-    service = FakeService(
-        describe=iter([pending, pending, gone]), watch=repeat([event(3, "b", "ended", None)])
-    )
+    service = FakeService(describe=iter([pending, gone]), watch=repeat([event(3, "b", "ended", None)]))
     use(monkeypatch, service)
     done = run("wait", "b", "--json")
     assert (1, {"deployments": []}) == (done.exit_code, json.loads(done.stdout))
     assert (["b"], {}) == tuple(told(done.stderr)[key] for key in ("gone", "pending"))
     service.answers["describe"] = described("b", 0)
     assert 0 == run("wait", "b").exit_code
-    service.answers["describe"] = gone
+    service.answers["members"] = gone
     unknown = run("wait", "b", "--json")
     assert (1, "unknown_deployment", "") == (unknown.exit_code, told(unknown.stderr)["code"], unknown.stdout)
 
@@ -273,7 +271,7 @@ def test_what_is_to_be_replaced_is_waited_for_though_nothing_of_it_is_pending(
     assert (1, said) == (done.exit_code, lines(done.stderr)[-1][: len(said)])
     use(
         monkeypatch,
-        FakeService(describe=iter([outdated, outdated, described("b", 0)]), watch=[event(2, "b")]),
+        FakeService(describe=iter([outdated, described("b", 0)]), watch=[event(2, "b")]),
     )
     assert 0 == run("wait", "b").exit_code
 
@@ -282,14 +280,22 @@ def test_waiting_asks_only_after_those_of_which_something_was_heard(monkeypatch:
     rounds = count()
 
     def describe(name: str) -> Any:
-        return described(name, 0) if next(rounds) > 6 else described(name, pending={0: "no room"})
+        return described(name, 0) if next(rounds) > 4 else described(name, pending={0: "no room"})
 
     heard = iter([[event(1, "a"), event(2, "b")], [event(3, "a")], [event(4, "a")], [event(5, "b")]])
     service = FakeService(describe=describe, watch=heard)
     use(monkeypatch, service)
     assert 0 == run("wait", "a", "b").exit_code
     looked = [args[0] for args, _ in service.asked("describe")]
-    assert ["a", "b", "a", "b", "a", "b", "a", "a", "b"] == looked
+    assert ["a", "b", "a", "b", "a", "a", "b"] == looked
+
+
+def test_a_group_is_waited_for_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = FakeService(members=lambda name: {"g": ["a", "b"]}.get(name, [name]), describe=look, watch=[])
+    use(monkeypatch, service)
+    done = run("wait", "b", "g", "--timeout", "0", "--json")
+    assert {"b": {"1": "no room"}} == told(done.stderr)["pending"]
+    assert ["b", "a"] == [args[0] for args, _ in service.asked("describe")]
 
 
 @pytest.mark.parametrize(

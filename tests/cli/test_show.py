@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from placement import errors
+from placement import Deployment, Group, errors
 from placement.cli import common
 from placement.wire.files import parse_deployments
 from tests.cli.fake_service import FakeService, assignment, report, result, run, standing, use
@@ -108,6 +108,22 @@ def test_what_get_prints_as_yaml_can_be_applied_again(monkeypatch: pytest.Monkey
     shown = lines(run("get", "b").stdout)
     assert "b: pending, 1 of 2 replicas, generation 4, 5m old, owner detached" == shown[0]
     assert "  model: 'org/m: large'" in shown
+
+
+def test_a_group_is_got_by_its_name_and_can_be_applied_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Group(name="g", members={"a": 1, "b": 2}, links=[{"between": ("a", "b"), "via": "pcie"}])
+    wanted = {one.name: one for one in group.of([Deployment(name=name, model="org/m") for name in "ab"])}
+
+    def describe(name: str) -> dict[str, Any]:
+        declared = wanted[name].model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+        return {**DESCRIBED, "deployment": declared, "result": result(name, 0).to_dict()}
+
+    use(
+        monkeypatch,
+        FakeService(members=lambda name: ["a", "b"] if name == "g" else [name], describe=describe),
+    )
+    text = run("get", "g", "b", "-o", "yaml").stdout
+    assert [*wanted.values()] == parse_deployments(text, ".yaml", "stdout")
 
 
 def test_get_of_what_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

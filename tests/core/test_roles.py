@@ -11,20 +11,10 @@ from random import Random
 import pytest
 
 from placement import topologies
-from placement.core import roles as module
+from placement.core import role_search
 from placement.core.request import Place, Request
-from placement.core.roles import (
-    GroupPlan,
-    Member,
-    RoleLink,
-    Roles,
-    Route,
-    Via,
-    joined,
-    meets,
-    plan,
-    route,
-)
+from placement.core.roles import GroupPlan, plan
+from placement.core.routes import Member, RoleLink, Roles, Route, Via, joined, meets, route
 from placement.core.score import Needs, Within, score
 from placement.core.snapshot import GPU_DOMAIN_LABEL, Node, Snapshot
 from placement.core.topology import Link, Path, Topology
@@ -213,7 +203,7 @@ def test_floors(link: dict[str, object], fits: bool) -> None:
 
 
 def test_a_search_that_is_cut_off_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "STEPS", 1)
+    monkeypatch.setattr(role_search, "STEPS", 1)
     busy = [node(f"n{i}", "dgx-1v", free=Random(i).sample(range(8), 5)) for i in range(4)]
     found = plan(Snapshot(busy), *prefill_decode(4, 2, via=NVLINK))
     assert isinstance(found, GroupPlan)

@@ -13,11 +13,15 @@ import ray
 from ray.util.placement_group import PlacementGroup, get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from placement import Client
 from placement.runtime.embedded import EmbeddedCluster, SimulatedNode, embedded_cluster
-from tests.integration.conftest import settled
+from tests.integration.conftest import left_over, settled
+from tests.integration.test_place import another_user
 
 serve = pytest.importorskip("ray.serve", reason='Ray Serve is not installed: pip install "ray[serve]"')
 
+NODES = [SimulatedNode(name, topology="a100-pcie-4x") for name in ("pcie", "pcie-b")]
+"""Four GPUs each, with NVLink between 0 and 1 and between 2 and 3."""
 PAIR = [{"CPU": 0.1}, {"GPU": 1}, {"GPU": 1}]
 """A replica, and its two workers."""
 INSTALL = {"RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH": "placement.serve.install"}
@@ -85,6 +89,23 @@ def serve_on(
                 yield cluster
             finally:
                 serve.shutdown()
+
+
+@contextmanager
+def neighbours() -> Iterator[None]:
+    """Other Ray users have GPU 0 of each of the :data:`NODES`. Afterwards all applications go, and no GPU is held."""
+    users = [another_user(node.name) for node in NODES]
+    yield
+    for name in serve.status().applications:
+        serve.delete(name)
+    for user in users:
+        ray.kill(user)
+    assert settled(lambda: not left_over(), 60), left_over()
+
+
+def known() -> list[str]:
+    """The deployments that the service knows."""
+    return [one["name"] for one in Client().status()["deployments"]]
 
 
 def run(deployment: Any, version: str, **options: Any) -> Any:

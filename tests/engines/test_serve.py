@@ -12,10 +12,11 @@ import pytest
 import ray
 
 from examples import serve_app
-from placement import Client, placement_group
-from placement.runtime.embedded import EmbeddedCluster, SimulatedNode
+from placement import placement_group
+from placement.runtime.embedded import EmbeddedCluster
 from tests.engines import serving
 from tests.engines.serving import (
+    NODES,
     PATIENT,
     QUICK,
     Replica,
@@ -23,18 +24,16 @@ from tests.engines.serving import (
     controller,
     controllers_log,
     groups_of_serve,
+    known,
     names_of_nodes,
     replicas,
     serve,
     serve_on,
 )
-from tests.integration.conftest import left_over, settled
+from tests.integration.conftest import settled
 from tests.integration.test_place import another_user
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
-
-NODES = [SimulatedNode(name, topology="a100-pcie-4x") for name in ("pcie", "pcie-b")]
-"""Four GPUs each, with NVLink between 0 and 1 and between 2 and 3."""
 
 
 @pytest.fixture(scope="module")
@@ -45,20 +44,10 @@ def cluster() -> Iterator[EmbeddedCluster]:
 
 @pytest.fixture
 def neighbours(cluster: EmbeddedCluster) -> Iterator[None]:
-    """Another Ray user has GPU 0 of each node. After the test, nothing else is held, and nothing is known to be."""
-    users = [another_user("pcie"), another_user("pcie-b")]
-    yield
-    for name in serve.status().applications:
-        serve.delete(name)
-    for user in users:
-        ray.kill(user)
-    assert settled(lambda: not left_over(), 30), left_over()
+    """Other Ray users have GPU 0 of each node. After the test, nothing else is held, and nothing is known to be."""
+    with serving.neighbours():
+        yield
     assert settled(lambda: not known(), 30), known()
-
-
-def known() -> list[str]:
-    """The deployments that the service knows."""
-    return [one["name"] for one in Client().status()["deployments"]]
 
 
 def run(version: str = "a", **options: Any) -> Any:

@@ -11,31 +11,26 @@ import ray
 
 import placement
 from placement import Client, ServiceNotRunning
-from placement.runtime.embedded import EmbeddedCluster, SimulatedNode
-from tests.engines.serving import INSTALL, Unchanged, controllers_log, replicas, serve, serve_on
-from tests.integration.conftest import left_over, settled
-from tests.integration.test_place import another_user
+from placement.runtime.embedded import EmbeddedCluster
+from tests.engines import serving
+from tests.engines.serving import INSTALL, NODES, Unchanged, controllers_log, replicas, serve, serve_on
+from tests.integration.conftest import settled
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[EmbeddedCluster]:
-    nodes = [SimulatedNode(name, topology="a100-pcie-4x") for name in ("pcie", "pcie-b")]
     by_serves_own_configuration = {"runtime_env": {"env_vars": INSTALL}}
-    with serve_on(nodes, {}, controller_options=by_serves_own_configuration) as running:
+    with serve_on(NODES, {}, controller_options=by_serves_own_configuration) as running:
         yield running
 
 
 @pytest.fixture
 def neighbours(cluster: EmbeddedCluster) -> Iterator[None]:
-    """Another Ray user has GPU 0 of each node. After the test, nothing else is held."""
-    users = [another_user("pcie"), another_user("pcie-b")]
-    yield
-    serve.delete("app")
-    for user in users:
-        ray.kill(user)
-    assert settled(lambda: not left_over(), 60), left_over()
+    """Other Ray users have GPU 0 of each node. After the test, nothing else is held."""
+    with serving.neighbours():
+        yield
 
 
 def gpus_of_a_new_replica() -> tuple[int, ...]:

@@ -14,12 +14,21 @@ import ray
 
 from deploy.kuberay import app as kuberay_app
 from examples import serve_app
-from placement import Client
-from placement.runtime.embedded import EmbeddedCluster, SimulatedNode
+from placement.runtime.embedded import EmbeddedCluster
 from placement.serve import replica_group
 from tests.engines import serving
-from tests.engines.serving import QUICK, Replica, names_of_nodes, ranks_in, replicas, serve, serve_on
-from tests.integration.conftest import left_over, settled
+from tests.engines.serving import (
+    NODES,
+    QUICK,
+    Replica,
+    known,
+    names_of_nodes,
+    ranks_in,
+    replicas,
+    serve,
+    serve_on,
+)
+from tests.integration.conftest import settled
 from tests.integration.test_place import another_user
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -41,27 +50,16 @@ class Own:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[EmbeddedCluster]:
-    with serve_on(
-        [SimulatedNode(name, topology="a100-pcie-4x") for name in ("pcie", "pcie-b")], {}
-    ) as running:
+    with serve_on(NODES, {}) as running:
         yield running
 
 
 @pytest.fixture
-def neighbours(service: Any) -> Iterator[list[Any]]:
-    """Other Ray users, of whom two have GPU 0 of each node. After the test, nothing else is held, nor known to be."""
-    users = [another_user("pcie"), another_user("pcie-b")]
-    yield users
-    serve.delete("app")
-    for user in users:
-        ray.kill(user)
-    assert settled(lambda: not left_over(), 30), left_over()
+def neighbours(service: Any) -> Iterator[None]:
+    """Other Ray users have GPU 0 of each node. After the test, nothing else is held, nor known to be."""
+    with serving.neighbours():
+        yield
     assert settled(lambda: not known(), 30), known()
-
-
-def known() -> list[str]:
-    """The deployments that the service knows."""
-    return [one["name"] for one in Client().status()["deployments"]]
 
 
 def run(version: str = "a", **options: Any) -> Any:
@@ -81,7 +79,7 @@ def waiting(service: Any) -> int:
 BOTH = [("pcie", (2, 3)), ("pcie-b", (2, 3))]
 
 
-def test_scaling_up_and_down(neighbours: list[Any]) -> None:
+def test_scaling_up_and_down(neighbours: None) -> None:
     [first] = replicas(run(), 1, "a")
     assert first.gpus == (2, 3)
     [name] = known()
@@ -91,7 +89,7 @@ def test_scaling_up_and_down(neighbours: list[Any]) -> None:
     assert settled(lambda: len(known()) == 1, 30)
 
 
-def test_a_replica_that_is_killed_frees_its_gpus_and_comes_back_on_the_best(neighbours: list[Any]) -> None:
+def test_a_replica_that_is_killed_frees_its_gpus_and_comes_back_on_the_best(neighbours: None) -> None:
     handle = run()
     [first] = replicas(handle, 1, "a")
     os.kill(first.pid, signal.SIGKILL)
@@ -100,12 +98,12 @@ def test_a_replica_that_is_killed_frees_its_gpus_and_comes_back_on_the_best(neig
     assert settled(lambda: len(known()) == 1, 30)
 
 
-def test_a_rolling_update_without_room_waits_for_the_pairs_of_the_old_replicas(neighbours: list[Any]) -> None:
+def test_a_rolling_update_without_room_waits_for_the_pairs_of_the_old_replicas(neighbours: None) -> None:
     assert places(replicas(run("a", num_replicas=2), 2, "a")) == BOTH
     assert places(replicas(run("b", num_replicas=2), 2, "b")) == BOTH
 
 
-def test_it_waits_for_room_and_gets_the_best(neighbours: list[Any], service: Any) -> None:
+def test_it_waits_for_room_and_gets_the_best(neighbours: None, service: Any) -> None:
     others = [another_user("pcie", 3), another_user("pcie-b", 3)]
     with ThreadPoolExecutor(1) as beside:
         handle = beside.submit(run)
@@ -116,12 +114,12 @@ def test_it_waits_for_room_and_gets_the_best(neighbours: list[Any], service: Any
     ray.kill(others.pop())
 
 
-def test_the_example_that_makes_its_own_group(neighbours: list[Any]) -> None:
+def test_the_example_that_makes_its_own_group(neighbours: None) -> None:
     handle = serve.run(serve_app.own_group, name="app", route_prefix=None)
     assert handle.remote().result(timeout_s=120) == [2, 3]
 
 
-def test_the_application_for_kuberay_places_its_workers_one_by_one(neighbours: list[Any]) -> None:
+def test_the_application_for_kuberay_places_its_workers_one_by_one(neighbours: None) -> None:
     handle = serve.run(kuberay_app.app, name="app", route_prefix=None)
     said = handle.remote(None).result(timeout_s=120)
     assert said["placed"] == said["workers"] == [2, 3]

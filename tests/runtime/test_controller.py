@@ -208,6 +208,22 @@ def test_what_outlives_its_owner_or_its_time_is_released(outside: Ray, service: 
     assert service.state.names() == () and not outside.groups
 
 
+@pytest.mark.parametrize("again", ["apply", "place"])
+def test_to_ask_for_it_again_renews_its_time(outside: Ray, service: DirectService, again: str) -> None:
+    wanted = one("brief", ttl_seconds=100)
+    service.place(wanted)
+    first = service.state.deployments["brief"].expires_at
+    assert first is not None
+    getattr(service, again)(wanted)
+    service = DirectService()
+    a_while_passes_at(service, first, set())
+    assert service.state.names() == ("brief",), "it would have been over by now"
+    service.apply(one("endless"))
+    writes = len(outside.store)
+    getattr(service, again)(one("endless"))
+    assert (None, writes) == (service.state.deployments["endless"].expires_at, len(outside.store))
+
+
 def a_while_passes_at(service: DirectService, now: float, ended: set[str]) -> None:
     service.end_what_is_over(lambda owner: owner["job"] in ended, now)
 

@@ -65,6 +65,12 @@ def test_the_gpu_of_the_plan_is_handed_on_where_the_policy_needs_just_that_one(
     assert order_of("o", declared, planned=planned).planned == expected
 
 
+def test_a_member_of_a_group_is_given_the_gpus_of_the_plan() -> None:
+    member = deployment(gpus=2, group={"name": "g", "members": {"d": 1}})
+    assert order_of("o", member, planned=PlannedReplica(0, "n", (4, 6))).needs.named == (4, 6)
+    assert order_of("o", deployment(gpus=2), planned=PlannedReplica(0, "n", (4, 6))).needs.named == ()
+
+
 def test_a_group_tells_its_order_and_an_order_its_deployment() -> None:
     first, second = (order_name("placement:0123abcd:", "llama-3.1", 12) for _ in range(2))
     assert first != second

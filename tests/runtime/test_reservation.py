@@ -142,15 +142,15 @@ def test_several_runs_are_steered_with_every_hold_given_back() -> None:
     assert outcome.gpus == wanted
 
 
-def test_just_the_gpus_that_its_group_was_planned_with_are_taken_or_none() -> None:
+def test_just_the_gpus_that_are_named_are_taken_or_none() -> None:
     slots = Slots(8, others={3})
-    outcome = NodeReserver(slots, 8).reserve(Order("r", Needs(2), exactly=(4, 6)), GpuHardware(DGX1))
+    outcome = NodeReserver(slots, 8).reserve(Order("r", Needs(2, named=(4, 6))), GpuHardware(DGX1))
     assert isinstance(outcome, Reserved)
     assert (4, 6) == outcome.gpus
-    refused = NodeReserver(slots, 8).reserve(Order("s", Needs(2), exactly=(3, 5)), GpuHardware(DGX1))
+    refused = NodeReserver(slots, 8).reserve(Order("s", Needs(2, named=(3, 5))), GpuHardware(DGX1))
     assert isinstance(refused, Refused)
-    assert not refused.full
-    assert "of GPUs [3, 5], which its group was planned with, others have some" == refused.reason
+    assert refused.full
+    assert "too few of GPU 3,5 are free, sound and as close as demanded for 2" == refused.reason
     assert [[4, 6]] == [list(group) for group in slots.groups.values()]
 
 

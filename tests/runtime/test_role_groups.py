@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from placement import Deployment, Group
+from placement.core.roles import tell
 from placement.errors import (
     DeploymentConflict,
     GroupStands,
     NotEnoughGpus,
     PartlyApplied,
     ReservationFailed,
+    UnknownDeployment,
     Unplaceable,
 )
+from placement.runtime import reconciler
 from placement.runtime.clock import Clock
 from tests.properties.test_service import AtOnce, DirectService, Killed, Ray
 
@@ -99,6 +103,30 @@ def test_all_of_it_waits_until_there_is_room_for_all(outside: Ray, service: Dire
     assert {"a": ["x", "y"], "b": ["x", "x", "y", "y"]} == placed(again)
 
 
+@pytest.mark.parametrize("takes", [{"gpus": 2}, {"apart_from": ["a"]}])
+def test_others_are_placed_while_the_places_of_a_group_are_searched(
+    outside: Ray, service: DirectService, monkeypatch: pytest.MonkeyPatch, takes: dict[str, Any]
+) -> None:
+    chosen: list[str] = []
+
+    def search(*args: Any) -> Any:
+        found = tell(*args)
+        [place] = found["a"].request.told.places.values()
+        chosen.append(place.node_id)
+        if len(chosen) == 1:
+            limits = {"gpu_nodes": [place.node_id], "apart_from": takes.get("apart_from", ())}
+            other = {"name": "other", "model": "m", "gpus": takes.get("gpus"), "constraints": limits}
+            with ThreadPoolExecutor(1) as elsewhere:
+                elsewhere.submit(service.place, other).result(30)
+        return found
+
+    monkeypatch.setattr(reconciler, "tell", search)
+    service.apply_all(pd(1), atomic=True)
+    assert ["x", "y"] == chosen
+    assert {"a": ["y"], "b": ["y", "y"], "other": ["x"]} == placed(service)
+    assert not service.state.claims
+
+
 @pytest.mark.parametrize("point", ["service.planned", "service.reserved", "service.kept"])
 def test_a_service_that_dies_in_between_goes_on_with_all_of_it(
     outside: Ray, service: DirectService, point: str
@@ -145,6 +173,15 @@ def test_units_come_and_go(outside: Ray, service: DirectService) -> None:
     service.apply_all(pd(1))
     assert {"a": 1, "b": 2} == {name: len(nodes) for name, nodes in placed(service).items()}
     assert 3 == len(outside.groups)
+
+
+def test_its_name_means_its_members(service: DirectService) -> None:
+    service.apply_all(pd())
+    assert (["a", "b"], ["b"]) == (service.members("g"), service.members("b"))
+    service.release("g")
+    for name in ("g", "b"):
+        with pytest.raises(UnknownDeployment):
+            service.members(name)
 
 
 def test_what_would_part_or_move_it_is_refused(service: DirectService) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement import topologies
-from placement.core.explanation import eligible
+from placement.core.limits import eligible
 from placement.core.planner import plan
 from placement.core.policy import Policy
 from placement.core.request import Request

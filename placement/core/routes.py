@@ -1,0 +1,224 @@
+"""Roles that talk, and the routes between their replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import product
+from typing import Any, NamedTuple
+
+from placement.core.bandwidth import generation, hop_mb_per_s
+from placement.core.score import Within
+from placement.core.snapshot import GPU_DOMAIN_LABEL, Node
+from placement.core.topology import Link, Path, Topology
+
+Gpus = tuple[int, ...]
+
+Member = tuple[str, int]
+"""A replica of a group: its deployment, and its index there."""
+
+
+class Via(StrEnum):
+    """What the transport between two roles can use."""
+
+    NVLINK = "nvlink"
+    """NVLink where there is one, else PCIe; between nodes NVLink in one NVLink domain, else the network."""
+    PCIE = "pcie"
+    """PCIe also where there is NVLink; between nodes the network."""
+    NETWORK = "network"
+    """Network cards, on one node as well."""
+
+
+@dataclass(frozen=True)
+class RoleLink:
+    """Two roles talk.
+
+    Attributes:
+        between: their deployments.
+        via: what their transport can use.
+        within: how far apart they may be: a :class:`~placement.core.score.Within`, or a node label of which their
+            nodes must share the value; empty for no limit.
+        min_gb_per_s: the least that the route between any two of their GPUs must carry, GB/s per direction.
+    """
+
+    between: tuple[str, str]
+    via: Via
+    within: str = ""
+    min_gb_per_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Roles:
+    """A group as it is declared.
+
+    Attributes:
+        counts: deployment -> its replicas in each unit.
+        units: how many there are. Unit *u* has the replicas *u* x count to (*u* + 1) x count - 1 of each.
+    """
+
+    name: str
+    counts: Mapping[str, int]
+    units: int = 1
+    links: tuple[RoleLink, ...] = ()
+
+    def unit_of(self, member: Member) -> int:
+        """The unit of a replica."""
+        return member[1] // self.counts[member[0]]
+
+    def members(self, unit: int, name: str) -> list[Member]:
+        """The replicas of a deployment in a unit."""
+        count = self.counts[name]
+        return [(name, index) for index in range(unit * count, (unit + 1) * count)]
+
+
+@dataclass(frozen=True, order=True)
+class Route:
+    """The slowest way between the GPUs of two replicas. A smaller one is better.
+
+    Attributes:
+        level: -2 on one node, -1 between nodes of one NVLink domain; else of the narrowest region that holds both
+            nodes, 0 for the narrowest label.
+        slowness: minus what it carries per direction, MB/s; between nodes, what the PCIe path to the nearest network
+            card carries, since nothing is known of the network.
+        path: what it leads over; over the network, the path from a GPU to its nearest card.
+        name: as people say it: ``NV18``, ``PHB``, ``network, one rack``.
+        gb_per_s: what it carries, GB/s (10^9 bytes) per direction; ``None`` where that is not known.
+        pair: the two GPUs.
+    """
+
+    level: int
+    slowness: int
+    path: Path = field(compare=False)
+    name: str = field(compare=False)
+    gb_per_s: float | None = field(compare=False)
+    pair: tuple[int, int] = field(compare=False)
+
+    def __str__(self) -> str:
+        """``NV18, 371 GB/s``; ``network, one rack``."""
+        return self.name if self.gb_per_s is None else f"{self.name}, {self.gb_per_s:.3g} GB/s"
+
+
+class Joined(NamedTuple):
+    """Two replicas that talk, and their route."""
+
+    link: RoleLink
+    one: Member
+    other: Member
+    route: Route
+
+    def to_dict(self, unit: int) -> dict[str, Any]:
+        """The same as JSON-ready values."""
+        return {
+            "unit": unit,
+            "between": [f"{name}/{index}" for name, index in (self.one, self.other)],
+            "via": str(self.link.via),
+            "route": self.route.name,
+            "gb_per_s": self.route.gb_per_s,
+            "gpus": list(self.route.pair),
+        }
+
+
+Located = tuple[Node, Gpus]
+"""Where a replica is."""
+
+
+def route(near: Sequence[str], via: Via, one: Located, other: Located) -> Route:
+    """The slowest way between the GPUs of two replicas.
+
+    Args:
+        near: labels of which nodes near each other share the values, widest first.
+        via: what their transport can use.
+        one: a node and GPUs there.
+        other: the others.
+    """
+    (a, gpus), (b, others) = one, other
+    if a.id == b.id:
+        return on_node(a.topology, via, gpus, others)
+    domain = a.labels.get(GPU_DOMAIN_LABEL)
+    if via is Via.NVLINK and domain is not None and domain == b.labels.get(GPU_DOMAIN_LABEL):
+        ends = [(fastest_nvlink(a, g), fastest_nvlink(b, h), (g, h)) for g, h in product(gpus, others)]
+        slowest, pair = min((min(x, y), pair) for x, y, pair in ends)
+        if slowest:
+            name = f"NVLink, {GPU_DOMAIN_LABEL} {domain}"
+            return Route(-1, -slowest, Path.NVLINK, name, slowest / 1000, pair)
+    level = next(
+        (
+            len(near) - widest
+            for widest in range(len(near), 0, -1)
+            if near[widest - 1] in a.labels
+            and all(a.labels.get(key) == b.labels.get(key) for key in near[:widest])
+        ),
+        len(near),
+    )
+    where = f", one {near[len(near) - 1 - level]}" if level < len(near) else ""
+    here, there = _to_card(a.topology, gpus), _to_card(b.topology, others)
+    slowness, path, _ = max(here, there)
+    return Route(level, slowness, path, f"network{where}", None, (here[2], there[2]))
+
+
+def on_node(topology: Topology, via: Via, gpus: Gpus, others: Gpus) -> Route:
+    """The same on one node."""
+    kind = generation(topology.model)
+
+    def way(pair: tuple[int, int]) -> Link:
+        if via is Via.NETWORK:
+            return Link(max((topology.nearest_nic[gpu] for gpu in pair), key=PATH_ORDER.__getitem__))
+        link = topology.link(*pair)
+        if link.path is Path.NVLINK and via is Via.NVLINK:
+            return link
+        return Link(topology.pcie_path(*pair))
+
+    ways = ((-hop_mb_per_s(link := way(pair), kind), pair, link) for pair in product(gpus, others))
+    slowness, pair, link = max(ways, key=lambda found: (found[0], [-gpu for gpu in found[1]]))
+    known = link.path is not Path.UNKNOWN and via is not Via.NETWORK
+    name = f"network, {link} to the card" if via is Via.NETWORK else str(link)
+    return Route(-2, slowness, link.path, name, -slowness / 1000 if known else None, pair)
+
+
+def fastest_nvlink(node: Node, gpu: int) -> int:
+    """What the NVLinks of a GPU carry that lead to one peer, or into the switch, MB/s; 0 if it has none."""
+    best = max(node.topology.links[gpu], key=lambda link: link.nvlinks)
+    return hop_mb_per_s(best, generation(node.topology.model)) if best.nvlinks else 0
+
+
+def _to_card(topology: Topology, gpus: Gpus) -> tuple[int, Path, int]:
+    """The GPU that is farthest from a network card: how slow the way there is, and over what it leads."""
+    gpu = max(gpus, key=lambda gpu: (PATH_ORDER[topology.nearest_nic[gpu]], -gpu))
+    path = topology.nearest_nic[gpu]
+    return -hop_mb_per_s(Link(path), generation(topology.model)), path, gpu
+
+
+PATH_ORDER = {path: order for order, path in enumerate(Path)}
+
+
+def meets(link: RoleLink, found: Route, one: Located, other: Located) -> bool:
+    """Whether the route between two replicas is as near, and as fast, as their link asks for."""
+    if link.min_gb_per_s and (found.gb_per_s is None or found.gb_per_s < link.min_gb_per_s):
+        return False
+    (a, gpus), (b, others) = one, other
+    on_node, on_nvlink = found.level == -2, found.path is Path.NVLINK
+    match link.within:
+        case "":
+            return True
+        case Within.NVLINK:
+            return on_nvlink
+        case Within.SWITCH:
+            return on_nvlink or (on_node and PATH_ORDER[found.path] <= PATH_ORDER[Path.PXB])
+        case Within.NUMA:
+            return on_node and len({a.topology.numa[gpu] for gpu in (*gpus, *others)} | {()}) == 2
+        case Within.NODE:
+            return on_node
+        case label:
+            return label in a.labels and a.labels[label] == b.labels.get(label)
+
+
+def joined(roles: Roles, near: Sequence[str], placed: Mapping[Member, Located]) -> list[Joined]:
+    """All that talk of those that are placed, by unit and link."""
+    return [
+        Joined(link, one, other, route(near, link.via, placed[one], placed[other]))
+        for unit in range(roles.units)
+        for link in roles.links
+        for one, other in product(*(roles.members(unit, name) for name in link.between))
+        if one in placed and other in placed
+    ]

@@ -1,0 +1,153 @@
+"""A replica as a Ray placement group, bundle by bundle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator, model_validator
+
+from placement.core.labels import parse_condition
+from placement.core.request import Bundle, Strategy
+from placement.core.snapshot import UNIT
+from placement.wire.fields import MOST, MOST_LABEL, Declared, gpu_amount
+
+MOST_BUNDLES = 4096
+"""More bundles than this in one placement group are a slip of the pen."""
+
+
+class BundleLayout(Declared):
+    """A replica as a Ray placement group, bundle by bundle: what :func:`placement.placement_group` asks for.
+
+    The GPUs that it has on one node are one set; its bundles get them in ascending order.
+    """
+
+    bundles: tuple[dict[str, float], ...] = Field(
+        min_length=1,
+        max_length=MOST_BUNDLES,
+        description='what each takes: {"GPU": 1, "CPU": 4, "memory": 1e9}, and custom resources',
+    )
+    strategy: Strategy = Field(default=Strategy.PACK, description="as in Ray")
+    bundle_label_selector: tuple[dict[Annotated[str, MOST_LABEL], str], ...] = Field(
+        default=(), description="label -> condition, in Ray's syntax, for each bundle; as in Ray"
+    )
+    domain_label: Annotated[str, MOST_LABEL] | None = Field(
+        default=None, description="all bundles on nodes with one value of this label; Ray's topology_strategy"
+    )
+
+    @field_validator("bundles")
+    @classmethod
+    def _amounts(cls, value: tuple[dict[str, float], ...]) -> tuple[dict[str, float], ...]:
+        for i, bundle in enumerate(value):
+            for resource, amount in bundle.items():
+                if is_egress(resource) or resource == "object_store_memory":
+                    raise ValueError(
+                        f"bundle {i} asks for {resource}, which is not planned with for a group; leave it out, or "
+                        "call ray.util.placement_group, which chooses no GPUs"
+                    )
+                most = 2**60 if resource == "memory" else MOST
+                if not 0 <= amount <= most:
+                    raise ValueError(f"bundle {i} asks for {amount:g} {resource}; use 0 to {most}")
+            if (amount := bundle.get("GPU", 0.0)) > 1 and not amount.is_integer():
+                raise ValueError(
+                    f"bundle {i} asks for {amount:g} GPUs, and a share cannot span two GPUs; use a whole number, or a "
+                    "share below 1"
+                )
+        gpus = [bundle["GPU"] for bundle in value if bundle.get("GPU")]
+        if not gpus:
+            raise ValueError("no bundle asks for a GPU, so that there is none to choose; give one a GPU")
+        if any(amount < 1 for amount in gpus) and len(gpus) > 1:
+            raise ValueError(
+                f"{len(gpus)} bundles have GPUs, one of them {min(gpus):g} of one, and a share must be alone in its "
+                "group; give each bundle whole GPUs, of which actors may take shares, or make a group for each share"
+            )
+        for amount in gpus:
+            if amount < 1:
+                gpu_amount(amount)
+        return value
+
+    @field_validator("bundle_label_selector")
+    @classmethod
+    def _conditions(cls, value: tuple[dict[str, str], ...]) -> tuple[dict[str, str], ...]:
+        for labels in value:
+            for condition in labels.values():
+                parse_condition(condition)
+        return value
+
+    @model_validator(mode="after")
+    def _selectors_fit(self) -> BundleLayout:
+        if len(self.bundle_label_selector) not in (0, len(self.bundles)):
+            raise ValueError(
+                f"bundle_label_selector has {len(self.bundle_label_selector)} entries for {len(self.bundles)} bundles; "
+                "give one for each bundle, or none"
+            )
+        if self.on_one_node:
+            self.check_labels_agree()
+        for i, (bundle, labels) in enumerate(zip(self.bundles, self.labels, strict=True)):
+            if self.domain_label in labels and not has_gpus(bundle):
+                raise ValueError(
+                    f"bundle {i} has no GPUs and a condition on {self.domain_label}, which is that of the bundles "
+                    "with GPUs; leave the condition out"
+                )
+        return self
+
+    def check_labels_agree(self) -> None:
+        """Refuses conditions that contradict each other where all bundles are on one node."""
+        together: dict[str, str] = {}
+        for labels in self.labels:
+            for key, condition in labels.items():
+                if together.setdefault(key, condition) != condition:
+                    raise ValueError(
+                        f"bundle_label_selector asks for {key} {together[key]!r} and {condition!r} of one node; "
+                        "write the condition that both mean"
+                    )
+
+    @property
+    def gpus(self) -> int | float:
+        """GPUs of all bundles, or the share of the one that has any."""
+        total = sum(bundle.get("GPU", 0) for bundle in self.bundles)
+        return total if total < 1 else round(total)
+
+    @property
+    def labels(self) -> tuple[Mapping[str, str], ...]:
+        """The conditions for each bundle."""
+        return self.bundle_label_selector or ({},) * len(self.bundles)
+
+    @property
+    def on_one_node(self) -> bool:
+        """Whether all its GPUs are to be on one node."""
+        return self.strategy is Strategy.STRICT_PACK or sum(map(has_gpus, self.bundles)) == 1
+
+    @property
+    def bundle_of_rank(self) -> list[int]:
+        """The bundle of each GPU, by rank: the first bundle has the first ranks."""
+        return [i for i, bundle in enumerate(self.bundles) for _ in range(math.ceil(bundle.get("GPU", 0)))]
+
+    def planned(self) -> list[Bundle]:
+        """The bundles as the planner sees them. Of those without GPUs what they take counts where a node holds all."""
+        return [
+            Bundle(
+                math.ceil(bundle.get("GPU", 0)),
+                round(bundle.get("CPU", 0) * 1000),
+                round(bundle.get("memory", 0)),
+                tuple(sorted(labels.items())),
+                tuple(
+                    (resource, round(amount * UNIT))
+                    for resource, amount in sorted(bundle.items())
+                    if resource not in ("GPU", "CPU", "memory") and amount
+                ),
+            )
+            for bundle, labels in zip(self.bundles, self.labels, strict=True)
+            if has_gpus(bundle) or self.strategy is Strategy.STRICT_PACK
+        ]
+
+
+def is_egress(resource: str) -> bool:
+    """Whether a resource of Ray's says how many requests a node may carry: ``egress``, ``egress_<provider>``."""
+    return resource == "egress" or resource.startswith("egress_")
+
+
+def has_gpus(bundle: Mapping[Any, float]) -> bool:
+    """Whether a bundle takes GPUs, or a share of one."""
+    return bundle.get("GPU", 0) > 0
