@@ -169,7 +169,9 @@ def cluster_status(
         gpus["other"] += unlocated
         listed.append(told)
     listed += [_dead_node(one, held[one.info.id], seen.at) for one in seen.dead if one.info.id not in alive]
-    if at is None and (deployment is not None or state is not None):
+    filtered = (node, deployment, state) != (None, None, None)
+    listed_names = {shown["name"] for shown in deployments} if filtered else None
+    if at is None and filtered:
         at = used
     return {
         "totals": {
@@ -179,7 +181,7 @@ def cluster_status(
             "replicas": replicas,
             "pending": pending,
         },
-        "demand": list(seen.demand),
+        "demand": [row for row in seen.demand if listed_names is None or row["deployment"] in listed_names],
         "nodes": [told for told in listed if at is None or told["id"] in at],
         "deployments": deployments,
         "groups": _groups(seen, deployments),

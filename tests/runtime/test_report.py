@@ -205,7 +205,7 @@ def cluster() -> Observed:
         draining=frozenset({"2"}),
         dead=[DeadNode(nodes[2], 970.0)],
         queue=["first", "waits", "changed"],
-        demand=[{"text": "a node with 4 GPUs"}],
+        demand=[{"deployment": name, "asked": "a node with 4 GPUs"} for name in ("first", "waits", "a call")],
         at=1000.0,
     )
 
@@ -225,7 +225,7 @@ def test_the_whole_comes_first_and_then_what_waits() -> None:
         ("lost", None, "lost"),
         ("placed", None, "placed"),
     ]
-    assert report["demand"] == [{"text": "a node with 4 GPUs"}]
+    assert [row["deployment"] for row in report["demand"]] == ["first", "waits", "a call"]
     assert [one["name"] for one in report["unreadable"]] == ["broken"]
 
 
@@ -283,6 +283,7 @@ def test_filters_leave_who_matches_and_where_it_is(
     report = cluster_status(cluster(), **filters)
     assert [one["name"] for one in report["deployments"]] == deployments.split()
     assert [one["id"] for one in report["nodes"]] == nodes.split()
+    assert {row["deployment"] for row in report["demand"]} == {"first", "waits"} & set(deployments.split())
     assert report["totals"] == cluster_status(cluster())["totals"]
     assert len(report["unreadable"]) == (filters.get("deployment") in (None, "broken"))
 
