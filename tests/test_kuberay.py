@@ -259,7 +259,7 @@ def test_a_node_with_instances_tells_ray_all_of_them() -> None:
 
 @pytest.mark.parametrize("group", HEADS.values(), ids=HEADS)
 def test_the_head_starts_the_service(group: Json) -> None:
-    assert ["(until placement up; do sleep 5; done &)"] == ray_container(group)["command"]
+    assert ["(until sleep 10; placement up; do :; done &)"] == ray_container(group)["command"]
 
 
 def test_the_job_runs_an_example_as_it_can_be_called() -> None:
