@@ -37,8 +37,9 @@ from functools import lru_cache
 
 from placement.core.topology import Lanes, Link, Path
 
-_THROUGH_HOST = {Path.PHB: 86, Path.NODE: 85, Path.SYS: 83}
-"""Percent of the PCIe rate: an order of what is like, and no prediction; that is :func:`staged_mb_per_s`."""
+_PAST_HOST = {Path.PHB: (86, 31_000), Path.NODE: (85, 30_000), Path.SYS: (83, 22_000)}
+"""Percent of the PCIe rate, and the most: a copy between two GPUs past a host bridge, on a fast host (nccl-tests issue
+178, voipmonitor/rtx6kpro). For routes between roles; collectives are predicted by :func:`staged_mb_per_s`."""
 
 _LANES_X16 = {1: 3_200, 2: 6_400, 3: 12_000, 4: 24_000, 5: 48_000, 6: 96_000}
 """What sixteen lanes of each generation carry: NCCL's 12 GB/s for the third (``topo.h``), others in proportion."""
@@ -181,7 +182,7 @@ def has_switch(links: Sequence[Sequence[Link]], gpu: Generation) -> bool:
 
 
 def hop_mb_per_s(link: Link, gpu: Generation) -> int:
-    """What one hop of a ring carries per direction that does not go through the host; of others, only an order.
+    """What one hop carries per direction between two GPUs that reach each other's memory.
 
     Strictly ordered as :class:`~placement.core.topology.Path` is, and increasing in the number of NVLinks.
     """
@@ -189,8 +190,9 @@ def hop_mb_per_s(link: Link, gpu: Generation) -> int:
     if link.path is Path.NVLINK:
         # A single slow link (a degraded bridge on PCIe 5.0) still counts above PCIe: NCCL takes it first.
         return max(link.nvlinks * gpu.nvlink_mb_per_s, pcie + link.nvlinks)
-    if link.path in _THROUGH_HOST:
-        return pcie * _THROUGH_HOST[link.path] // 100
+    if link.path in _PAST_HOST:
+        percent, most = _PAST_HOST[link.path]
+        return min(pcie * percent // 100, most)
     return {Path.PIX: pcie, Path.PXB: pcie * 95 // 100}.get(link.path, _UNKNOWN)
 
 

@@ -16,7 +16,7 @@ from placement.core.bundles import ELSEWHERE, OTHERS
 from placement.core.labels import meets
 from placement.core.mix import Kind
 from placement.core.request import Request, Strategy
-from placement.core.score import ANY_PROFILE, GIB, NO_GPUS, WHOLE, GpuName, Needs, Within, score
+from placement.core.score import ANY_PROFILE, GIB, NO_GPUS, WHOLE, GpuName, Needs, Score, Within, score
 from placement.core.snapshot import GPU_DOMAIN_LABEL, UNIT, UNKNOWN_PROFILE, Bits, Node, Snapshot
 from placement.core.topology import Path, Topology, components, ordinals
 from placement.errors import (
@@ -878,14 +878,21 @@ def _wider(nearest: Node, needs: Needs) -> str:
     looser = [other.value for other in Within if nearest.offer(needs._replace(within=other)) is not None]
     return (
         f"ask for within: {looser[0]} "
-        f"({_gb(reached.bandwidth_gb_per_s)}, weakest link {reached.link_name}, on {nearest.name})"
+        f"({_reached(reached)}, weakest link {reached.link_name}, on {nearest.name})"
     )
 
 
 def _too_slow(node: Node, needs: Needs) -> str:
     best = score(node.topology, node.best(needs) or ())
-    speed = _gb(best.bandwidth_gb_per_s)
-    return f"{node.name} has {needs.gpus} free GPUs that reach {speed} (weakest link {best.link_name})"
+    return (
+        f"{node.name} has {needs.gpus} free GPUs that reach {_reached(best)} (weakest link {best.link_name})"
+    )
+
+
+def _reached(best: Score) -> str:
+    if best.upper_gb_per_s is None:
+        return _gb(best.bandwidth_gb_per_s)
+    return f"between {best.bandwidth_gb_per_s:g} and {_gb(best.upper_gb_per_s)}"
 
 
 def _gb(bandwidth: float) -> str:

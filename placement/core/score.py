@@ -839,4 +839,4 @@ def _at(machine: Topology, best: int) -> Shape:
     )
 
 
-_shape = lru_cache(maxsize=256)(Shape)
+_shape = lru_cache(maxsize=512)(Shape)

@@ -54,6 +54,7 @@ class Oracle:
         self.switch = has_switch(machine.links, self.gpu)
         self.host = hosts_of(machine.cpu, self.gpu.pcie)[best]
         self.bandwidth = cache(self._bandwidth)
+        self.shared = cache(self._shared)
         self.on_offer = cache(self._on_offer)
 
     def _rings(self, gpus: Gpus) -> list[list[Link]]:
@@ -102,14 +103,17 @@ class Oracle:
         if len(gpus) == 2 and self._peer(staged[0]) and self.host.peer:
             most = self.host.peer if staged[0].path is Path.SYS else max(map(self._lanes, gpus))
             return min(most, *map(self._lanes, gpus))
-        everyone = tuple(range(len(machine)))
         host = min(self.host.far if link.path is Path.SYS else self.host.near for link in staged)
+        return min([*rates, staged_mb_per_s(host, *self.shared(gpus))])
+
+    def _shared(self, gpus: Gpus) -> tuple[int, int, int, int]:
+        """The slowest lanes, how many GPUs, and how many of them share a host bridge and an uplink."""
+        everyone = tuple(range(len(self.machine)))
         islands = {min(self._met(gpus, gpu, lambda a, b: not self._staged(a, b))) for gpu in gpus}
         up = [min(self._met(everyone, gpu, self._one(Path.PIX, Path.PXB))) for gpu in islands]
         at = [min(self._met(everyone, gpu, self._one(Path.PIX, Path.PXB, Path.PHB))) for gpu in set(up)]
         bridge = max(map(at.count, at)) if self.host.bridged else 1
-        slowest = min(map(self._lanes, gpus))
-        return min([*rates, staged_mb_per_s(host, slowest, len(gpus), bridge, max(map(up.count, up)))])
+        return min(map(self._lanes, gpus)), len(gpus), bridge, max(map(up.count, up))
 
     def _one(self, *paths: Path) -> Callable[[int, int], bool]:
         return lambda a, b: self.machine.link(a, b).path in paths
