@@ -3,6 +3,9 @@
 The folder holds ``measured.csv`` (machine, model, gpus, busbw_gb_per_s, message, nccl, forced, source, note), the
 matrix of each machine as ``nvidia-smi topo -m`` prints it (``<machine>.txt``), and ``hosts.toml``, what is known of the
 hosts: cpu, pcie_generation, pcie_width by GPU, peer_to_peer (``ok``, ``none``, or ``acs`` where it is redirected).
+Where that is not told, it is what NVIDIA's driver says of such cards: none between GeForce and CMP cards.
+
+``--plot FILE.svg`` draws NCCL's own choices, predicted against measured.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
+import re
 import sys
 import tomllib
 from collections import Counter
@@ -20,9 +25,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from placement.cli.views.svg import INK, PALE, Drawing
 from placement.core.bandwidth import generation
 from placement.core.matrix import parse_matrix
-from placement.core.score import score
+from placement.core.score import Within, best_set, score
 from placement.core.topology import Lanes, Link, Topology
 from placement.core.topology import Path as Way
 
@@ -43,6 +49,7 @@ class Case:
     measured: float
     predicted: float
     kind: str
+    upper: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -66,15 +73,20 @@ def read(folder: Path) -> list[Case]:
         for row in csv.DictReader(file):
             gpus = tuple(map(int, row["gpus"].split()))
             topology = machine(row["machine"], row["model"], row["forced"])
-            predicted = round(score(topology, gpus).bandwidth_gb_per_s, 2)
+            found = score(topology, gpus)
+            predicted = round(found.bandwidth_gb_per_s, 2)
+            upper = found.upper_gb_per_s and round(found.upper_gb_per_s, 2)
             measured = float(row["busbw_gb_per_s"])
-            cases.append(Case(row["machine"], gpus, row["forced"], measured, predicted, kind(topology, gpus)))
+            cases.append(
+                Case(row["machine"], gpus, row["forced"], measured, predicted, kind(topology, gpus), upper)
+            )
     return cases
 
 
 def described(matrix: Topology, host: dict[str, Any], forced: str) -> Topology:
     """The machine with what is known of its host, as a reader would have found it."""
-    peer = {"ok": True, "none": False, "acs": False}.get(host.get("peer_to_peer", ""))
+    allowed = re.search(r"GeForce|CMP", matrix.model or "") is None
+    peer = {"ok": True, "none": False, "acs": False}.get(host.get("peer_to_peer", ""), allowed)
     if forced == "P2P_DISABLE":
         peer = False
     elif forced == "P2P driver":
@@ -96,12 +108,10 @@ def over_pcie(link: Link, peer: bool | None) -> Link:
 
 def kind(topology: Topology, gpus: Sequence[int]) -> str:
     """By what it is over."""
-    links = [topology.link(a, b) for a, b in combinations(gpus, 2)]
-    if all(link.nvlinks for link in links) or topology.nvswitch:
+    if best_set(topology, gpus, len(gpus), Within.NVLINK):
         return "NVLink"
-    if any(link.nvlinks for link in links) and all(link.peer is None for link in links):
-        return "NVLink"
-    return "PCIe, peer-to-peer" if any(link.peer for link in links) else "PCIe, through the host"
+    peers = (topology.link(a, b).peer for a, b in combinations(gpus, 2))
+    return "PCIe, peer-to-peer" if any(peers) else "PCIe, through the host"
 
 
 def orders(cases: Sequence[Case]) -> Counter[str]:
@@ -123,12 +133,71 @@ def orders(cases: Sequence[Case]) -> Counter[str]:
     return found
 
 
+COLOURS = {"NVLink": "#3f7d00", "PCIe, peer-to-peer": "#4a6fa5", "PCIe, through the host": "#b86e00"}
+LEAST, MOST = 1, 1000
+"""GB/s, at the ends of both axes."""
+
+
+def plot(cases: Sequence[Case]) -> str:
+    """Predicted against measured, both logarithmic, as SVG; a line where what is not known makes a range."""
+    draw, left, top, side = Drawing(), 70, 50, 480
+
+    def at(gb_per_s: float) -> float:
+        return side * math.log(min(max(gb_per_s, LEAST), MOST) / LEAST) / math.log(MOST / LEAST)
+
+    draw.rect(left, top, side, side, "#fbfbf9", PALE)
+    for decade in (1, 10, 100):
+        for step in range(1, 10):
+            x, y = left + at(decade * step), top + side - at(decade * step)
+            if step > 1 or decade > 1:
+                draw.line(x, top, x, top + side, "#d5d9dd" if step == 1 else "#eef0f2")
+                draw.line(left, y, left + side, y, "#d5d9dd" if step == 1 else "#eef0f2")
+    for mark in (1, 10, 100, 1000):
+        draw.text(left + at(mark), top + side + 18, str(mark), size=12, fill=PALE)
+        draw.text(left - 8, top + side - at(mark) + 4, str(mark), size=12, fill=PALE, anchor="end")
+    draw.line(left, top + side, left + side, top, INK, 1.2)
+    for part in (0.7, 0.85, 1.15, 1.3):
+        shift = side * math.log(part) / math.log(MOST / LEAST)
+        start, end = max(0, -shift), min(side, side - shift)
+        draw.line(
+            left + start,
+            top + side - start - shift,
+            left + end,
+            top + side - end - shift,
+            PALE,
+            0.8,
+            dashed=True,
+        )
+    for case in cases:
+        x, y, colour = left + at(case.measured), top + side - at(case.predicted), COLOURS[case.kind]
+        if case.upper:
+            draw.line(x, y, x, top + side - at(case.upper), colour, 1.5)
+        draw.circle(x, y, 4.5, colour, "#ffffff")
+    draw.text(
+        left, 28, "All-reduce bus bandwidth, GB/s: NCCL's own choices", size=15, anchor="start", bold=True
+    )
+    draw.text(left + side / 2, top + side + 42, "measured", size=13)
+    draw.text(24, top + side / 2, "predicted", size=13, upward=True)
+    y = top + 26
+    for name in sorted({case.kind for case in cases}):
+        these = [case for case in cases if case.kind == name]
+        near = sum(case.within(0.15) for case in these)
+        draw.circle(left + 20, y - 4, 4.5, COLOURS[name])
+        draw.text(left + 32, y, f"{name}: {near} of {len(these)} within 15 %", size=12, anchor="start")
+        y += 20
+    draw.text(left + 32, y, "dashed: 15 % and 30 % off", size=12, fill=PALE, anchor="start")
+    return draw.svg(left + side + 30, top + side + 60)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw NCCL's own choices")
     options = parser.parse_args(arguments)
     cases = read(options.folder)
+    if options.plot:
+        options.plot.write_text(plot([case for case in cases if case.forced == DEFAULTS]), encoding="utf-8")
     if options.json:
         json.dump([asdict(case) | {"ratio": round(case.ratio, 3)} for case in cases], sys.stdout, indent=2)
         print()
@@ -137,8 +206,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in cases:
         gpus = " ".join(map(str, case.gpus))
         mark = "" if case.within(0.15) else " *" if case.within(0.3) else " **"
+        most = f" (at most {case.upper:.2f})" if case.upper else ""
         print(
-            f"{case.machine:30}{gpus:26}{case.forced:20}{case.measured:9.2f}{case.predicted:10.2f}{case.ratio:7.2f}{mark}"
+            f"{case.machine:30}{gpus:26}{case.forced:20}{case.measured:9.2f}{case.predicted:10.2f}{case.ratio:7.2f}"
+            f"{mark}{most}"
         )
     print("\n* off by more than 15 %   ** by more than 30 %\n")
     for title, some in (("NCCL's defaults", [c for c in cases if c.forced == DEFAULTS]), ("all", cases)):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path as FilePath
 
 import pytest
 
 from benchmarks import bandwidth, choice, clients, partition, scale
 from placement import topologies
+from placement.core.matrix import parse_matrix
 from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
 
 
@@ -185,3 +187,17 @@ def test_published_results_are_set_beside_the_prediction(
     assert [one["predicted"] for one in (shared, apart, peer)] == [2.28, 5.3, 6.0]
     assert bandwidth.main([str(tmp_path)]) == 0
     assert "order of equally large sets: 1 right, 0 tied, 0 wrong" in capsys.readouterr().out
+    plot = tmp_path / "plot.svg"
+    assert bandwidth.main([str(tmp_path), "--plot", str(plot)]) == 0
+    drawn = plot.read_text("utf-8")
+    assert drawn.count('r="4.5"') == 2 + 1, "NCCL's own choices, and one kind in the legend"
+    assert "PCIe, through the host: 2 of 2 within 15 %" in drawn
+
+
+def test_what_a_source_does_not_tell_of_peer_to_peer_is_what_the_driver_says_of_such_cards() -> None:
+    pair = parse_matrix("\tGPU0\tGPU1\nGPU0\tX\tPIX\nGPU1\tPIX\tX\n")
+    found = [
+        bandwidth.described(replace(pair, model=model), {}, "").link(0, 1).peer
+        for model in ("NVIDIA L40S", "NVIDIA GeForce RTX 4090", "NVIDIA CMP 170HX")
+    ]
+    assert found == [True, False, False]

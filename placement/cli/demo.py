@@ -122,9 +122,11 @@ def _beside_ray(deployments: list[dict[str, Any]]) -> Table:
                 f"{deployment['deployment']}/{a['replica_index']}",
                 a["node_name"],
                 f"GPU {ordinals(a['gpus'])}",
-                bandwidth_text(a["bandwidth_gb_per_s"], a["weakest_link"]),
+                bandwidth_text(a["bandwidth_gb_per_s"], a["weakest_link"], a["upper_bandwidth_gb_per_s"]),
                 f"GPU {ordinals(a['ray_gpus'])}",
-                bandwidth_text(a["ray_bandwidth_gb_per_s"], a["ray_weakest_link"]),
+                bandwidth_text(
+                    a["ray_bandwidth_gb_per_s"], a["ray_weakest_link"], a["ray_upper_bandwidth_gb_per_s"]
+                ),
                 slowdown(a),
             )
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from placement.cli.group import Command
 
 @click.command(
     cls=Command,
-    epilog="\b\nExample:\n  placement topology --node gpu-a\n  placement topology --name dgx-1v\n"
+    epilog="\b\nExample:\n  placement topology --node gpu-a\n"
+    "  placement topology --name dgx-1v --picture topology.svg\n"
     "  nvidia-smi topo -m | placement topology --file -",
 )
 @click.option("--node", help="Only this node: its id, name or address.")
@@ -26,6 +28,12 @@ from placement.cli.group import Command
     help="Output of `nvidia-smi topo -m` instead; - for stdin. Needs no cluster.",
 )
 @click.option("--gpu", metavar="NAME", help="With --file: the GPUs' product name, which the text lacks.")
+@click.option(
+    "--picture",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.svg",
+    help="Draws it as well: GPUs, links, PCIe switches, NUMA nodes, network cards.",
+)
 @common.with_address
 @common.with_json
 def topology(
@@ -33,6 +41,7 @@ def topology(
     name: str | None,
     file: Path | None,
     gpu: str | None,
+    picture: Path | None,
     address: str | None,
     as_json: bool,
 ) -> None:
@@ -44,6 +53,8 @@ def topology(
         raise click.UsageError("--name and --file ask no cluster; leave out --address")
     if gpu is not None and file is None:
         raise click.UsageError("--gpu goes with --file; elsewhere the product name is known")
+    if picture is not None and picture.suffix.lower() != ".svg":
+        raise click.UsageError(f"--picture: {picture.name!r} does not end in .svg; name it so")
     from placement.cli.views.machine import topology_view
 
     if recorded:
@@ -51,6 +62,8 @@ def topology(
     else:
         with common.service(address) as service:
             reports = common.ask(service.topology.remote(node))
+    if picture is not None:
+        _draw(reports, picture)
     if as_json:
         common.dump({"nodes": reports})
         return
@@ -84,6 +97,17 @@ def _recorded(name: str | None, file: Path | None, gpu: str | None) -> dict[str,
         "problem": "; ".join(notes) or None,
         "facts": topologies.facts(name).model_dump(mode="json") if name is not None else None,
     }
+
+
+def _draw(reports: Sequence[Mapping[str, Any]], path: Path) -> None:
+    from placement.cli.views import picture
+
+    try:
+        path.write_text(picture.picture(reports), encoding="utf-8")
+    except OSError as error:
+        raise click.UsageError(
+            f"--picture: {path} cannot be written: {error.strerror}; check the path"
+        ) from None
 
 
 def _text(file: Path) -> str:

@@ -11,7 +11,7 @@ from placement.core.request import Request
 from placement.core.score import GIB, WHOLE, GpuName, Needs, Within, score
 from placement.core.snapshot import GPU_DOMAIN_LABEL, Node, Snapshot
 from placement.core.topology import Path, Topology, components, ordinals
-from placement.core.wording import any_of, describe, gb_per_s, gpu_names, sets_of
+from placement.core.wording import any_of, describe, gpu_names, reached, sets_of
 from placement.errors import counted
 
 
@@ -168,16 +168,13 @@ def _groups(node: Node, within: Within) -> list[tuple[int, ...]]:
 
 def asking_for_wider(nearest: Node, needs: Needs) -> str:
     """``ask for within: node (...)``: the nearest distance that a node offers, and what it is worth."""
-    reached = score(nearest.topology, nearest.best(needs._replace(within=Within.NODE)) or ())
+    best = score(nearest.topology, nearest.best(needs._replace(within=Within.NODE)) or ())
     looser = [other.value for other in Within if nearest.offer(needs._replace(within=other)) is not None]
-    return (
-        f"ask for within: {looser[0]} "
-        f"({gb_per_s(reached.bandwidth_gb_per_s)}, weakest link {reached.link_name}, on {nearest.name})"
-    )
+    return f"ask for within: {looser[0]} ({reached(best)}, weakest link {best.link_name}, on {nearest.name})"
 
 
 def how_slow(node: Node, needs: Needs) -> str:
     """``gpu-a has 2 free GPUs that reach 20 GB/s (weakest link SYS)``."""
     best = score(node.topology, node.best(needs) or ())
-    speed = gb_per_s(best.bandwidth_gb_per_s)
-    return f"{node.name} has {needs.gpus} free GPUs that reach {speed} (weakest link {best.link_name})"
+    speed = f"{reached(best)} (weakest link {best.link_name})"
+    return f"{node.name} has {needs.gpus} free GPUs that reach {speed}"

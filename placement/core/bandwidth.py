@@ -12,17 +12,18 @@ reductions inside the switch (NVLS). So for a set of *k* GPUs:
 - *Direct NVLinks*: every undirected ring over NVLinks through all *k*, edge-disjoint from the others, carries
   ``rate`` in each of its two directions: ``2 x rings x rate``; between two GPUs ``links x rate``. A set
   can be joined by NVLinks and have no such ring: 48 of the 70 quads of a DGX-1V are like that.
-- *Otherwise* one ring over NVLink and PCIe, as fast as its slowest hop: the best such ring. Where host and
-  peer-to-peer are known, a hop between GPUs that do not reach each other's memory goes through the host's, and what the
-  set shares counts as well: see :func:`staged_mb_per_s`.
+- *Otherwise* one ring over NVLink and PCIe, as fast as its slowest hop: the best such ring. A hop between GPUs that do
+  not reach each other's memory goes through the host's, and what the set shares counts as well: see
+  :func:`staged_mb_per_s`.
+
+What is not known of a machine, its processors or whether its GPUs have peer-to-peer, makes the figure a range: the
+least is that of the slowest host that it may be, without peer-to-peer; the most that of the fastest, with it.
 
 **The figures** (MB/s, so that sums are exact). NVLink: what NCCL charges per link (``src/graph/topo.h`` of
 NVIDIA/nccl: SM60 18, SM70 20, SM86 12, SM90 20.6, SM100 40.1 GB/s), but 19.2 on A100 (SM80 20), whose SMs
 limit 12 links to about 230 GB/s (NVIDIA/nccl-tests issue 149). NVLS efficiency 0.85 on Hopper, 0.74 on
 Blackwell (``src/graph/tuning.cc`` of the same). PCIe: 12 GB/s for sixteen lanes of the third generation and
-twice that in each later one (topo.h); through the host, where NCCL by default stages in memory instead of
-peer-to-peer, what was measured: 20 GB/s on PCIe 4.0 between sockets (nccl-tests issue 178), 22 and 30 on
-PCIe 5.0 between and within sockets (voipmonitor/rtx6kpro).
+twice that in each later one (topo.h). Hosts: fitted to what was published of them.
 
 Published figures beside it, and the ones that it misses: ``docs/bandwidth.md``, ``tests/core/test_bandwidth.py``.
 """
@@ -36,8 +37,9 @@ from functools import lru_cache
 
 from placement.core.topology import Lanes, Link, Path
 
-_THROUGH_HOST = {Path.PHB: (86, 31_000), Path.NODE: (85, 30_000), Path.SYS: (83, 22_000)}
-"""Of a host that is not known: percent of the PCIe rate, and what its memory and the sockets' link allow."""
+_PAST_HOST = {Path.PHB: (86, 31_000), Path.NODE: (85, 30_000), Path.SYS: (83, 22_000)}
+"""Percent of the PCIe rate, and the most: a copy between two GPUs past a host bridge, on a fast host (nccl-tests issue
+178, voipmonitor/rtx6kpro). For routes between roles; collectives are predicted by :func:`staged_mb_per_s`."""
 
 _LANES_X16 = {1: 3_200, 2: 6_400, 3: 12_000, 4: 24_000, 5: 48_000, 6: 96_000}
 """What sixteen lanes of each generation carry: NCCL's 12 GB/s for the third (``topo.h``), others in proportion."""
@@ -61,29 +63,44 @@ class Host:
     bridged: bool = False
 
 
-_HOSTS: tuple[tuple[str, Host], ...] = (
-    # EPYC of Zen 4 and 5, 4th and 5th generation: 4090 (18.5 within a socket, 16.4 across), 5090 (28.8, 22.2).
-    (
-        r"EPYC (?:[89]\w{2}[45]|9V\d+)|Genoa|Bergamo|Siena|Turin|Threadripper PRO [79]",
-        Host(78_000, 44_000, peer=39_000),
-    ),
-    # EPYC of Zen 2 and 3, which have one I/O die: 3090 (3.6, 1.4), 4090 (3.4, between NUMA nodes of a socket).
-    (r"EPYC 7\w{2}[23]|Rome|Milan|Threadripper PRO [35]", Host(4_450, 1_440, peer=18_300, bridged=True)),
-    # Xeon Scalable of the first two generations: V100S (5.6, 5.5).
-    (r"Xeon\D* [3-9][12]\d\d\D*|Skylake|Cascade", Host(9_500, 9_500)),
+_ZEN_2 = Host(4_450, 1_440, peer=18_300, bridged=True)
+"""EPYC of Zen 2 and 3, which have one I/O die: 3090 (3.6, 1.4), 4090 (3.4, between NUMA nodes of a socket)."""
+
+_XEON = Host(9_500, 9_500)
+"""Xeon Scalable of the first two generations: V100S (5.6, 5.5)."""
+
+_ZEN_4 = Host(78_000, 39_000, peer=39_000)
+"""EPYC of Zen 4 and 5: 4090 (18.5 within a socket, 16.4 across), 5090 (28.8, 22.2), RTX PRO 6000 (30, 22.2)."""
+
+_XEON_4 = Host(78_000, 39_000)
+"""Xeon Scalable of the fourth generation and later, as fast: 5090 on Xeon 8480+ (35, 28: NVIDIA/nccl issue 1639)."""
+
+_HOSTS: tuple[tuple[str, Host, Host], ...] = (
+    (r"EPYC (?:[89]\w{2}[45]|9V\d+)|Genoa|Bergamo|Siena|Turin|Threadripper PRO [79]", _ZEN_4, _ZEN_4),
+    (r"EPYC 7\w{2}[23]|Rome|Milan|Threadripper PRO [35]", _ZEN_2, _ZEN_2),
+    (r"Xeon\D* [3-9][12]\d\d\D*|Skylake|Cascade", _XEON, _XEON),
+    # Nobody has published a figure of the third generation: between the one before and the one after.
+    (r"Xeon\D* [3-9]3\d\d\D*|Ice Lake", _XEON, _XEON_4),
+    (r"Xeon\D* (?:[3-9][45]|6[5-9])\d\d\D*|Sapphire|Emerald|Granite", _XEON_4, _XEON_4),
 )
+"""Product names of processors, and between which hosts they are; one host twice: they were measured."""
 
 
 @lru_cache(maxsize=256)
-def host_of(cpu: str | None) -> Host | None:
-    """What is known of a host with processors of this product name; ``None``: nothing."""
-    return next((host for names, host in _HOSTS if cpu and re.search(names, cpu, re.IGNORECASE)), None)
+def hosts_of(cpu: str | None, pcie: int) -> tuple[Host, Host]:
+    """The slowest and the fastest host that one with these processors can be; twice the same where it is known.
 
+    Of processors that nobody knows: the slowest that was measured with cards of that PCIe generation, and the
+    fastest of all.
 
-def slowest_host(pcie: int) -> Host:
-    """The slowest host that was measured with cards of that PCIe generation, for one that nobody knows."""
-    newest, zen2, xeon = (host for _, host in _HOSTS)
-    return xeon if pcie <= 3 else zen2 if pcie == 4 else newest
+    Args:
+        cpu: product name of the processors, ``None`` where unknown.
+        pcie: generation of the GPUs.
+    """
+    for names, slowest, fastest in _HOSTS:
+        if cpu and re.search(names, cpu, re.IGNORECASE):
+            return slowest, fastest
+    return _XEON if pcie <= 3 else _ZEN_2 if pcie == 4 else _XEON_4, _ZEN_4
 
 
 def lanes_mb_per_s(lanes: Lanes) -> int:
@@ -96,8 +113,8 @@ def staged_mb_per_s(host_mb_per_s: int, lanes_mb_per_s: int, count: int, bridge:
 
     A byte takes its time in the host and on the lanes, one after the other: ``bridge / host + uplink / lanes``, where
     as many of the ring's GPUs share a host bridge, and an uplink. Longer rings overlap better:
-    ``1 + 0.23 (1 - 2 / k)``. The form follows from what is shared; 0.23 and the hosts' figures are fitted to 36
-    published results on 8 machines, two of which are off by more than 15 % (see ``docs/bandwidth.md``).
+    ``1 + 0.23 (1 - 2 / k)``. The form follows from what is shared; 0.23 and the hosts' figures are fitted to 40
+    published results on 10 machines, two of which are off by more than 15 % (see ``docs/bandwidth.md``).
 
     Args:
         host_mb_per_s: of :class:`Host`, near or far.
@@ -115,9 +132,8 @@ def staged_mb_per_s(host_mb_per_s: int, lanes_mb_per_s: int, count: int, bridge:
     )
 
 
-_UNKNOWN = 5_000
-"""A pair nobody could look at: what GPUs do through host memory where the driver has no peer-to-peer (two
-2080 Ti on one switch copy 5.7 GB/s). Below every path that is known."""
+_UNKNOWN = 100
+"""A pair nobody could look at: below every path that is known, on the slowest host."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +182,7 @@ def has_switch(links: Sequence[Sequence[Link]], gpu: Generation) -> bool:
 
 
 def hop_mb_per_s(link: Link, gpu: Generation) -> int:
-    """What one hop of a ring carries per direction.
+    """What one hop carries per direction between two GPUs that reach each other's memory.
 
     Strictly ordered as :class:`~placement.core.topology.Path` is, and increasing in the number of NVLinks.
     """
@@ -174,8 +190,8 @@ def hop_mb_per_s(link: Link, gpu: Generation) -> int:
     if link.path is Path.NVLINK:
         # A single slow link (a degraded bridge on PCIe 5.0) still counts above PCIe: NCCL takes it first.
         return max(link.nvlinks * gpu.nvlink_mb_per_s, pcie + link.nvlinks)
-    if link.path in _THROUGH_HOST:
-        percent, most = _THROUGH_HOST[link.path]
+    if link.path in _PAST_HOST:
+        percent, most = _PAST_HOST[link.path]
         return min(pcie * percent // 100, most)
     return {Path.PIX: pcie, Path.PXB: pcie * 95 // 100}.get(link.path, _UNKNOWN)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cache, lru_cache
 from itertools import combinations, groupby
@@ -27,10 +27,9 @@ from placement.core.bandwidth import (
     generation,
     has_switch,
     hop_mb_per_s,
-    host_of,
+    hosts_of,
     lanes_mb_per_s,
     nvlink_rings,
-    slowest_host,
     staged_mb_per_s,
     switch_mb_per_s,
 )
@@ -60,6 +59,7 @@ MAX_PICKS = 1 << 16
 
 _PATH_ORDER = {path: order for order, path in enumerate(Path)}
 _BELOW_ONE_SWITCH = (Path.PIX, Path.PXB)
+_OVER_PCIE = (*_BELOW_ONE_SWITCH, Path.PHB, Path.NODE, Path.SYS)
 _BELOW_ONE_BRIDGE = (*_BELOW_ONE_SWITCH, Path.PHB)
 
 
@@ -85,11 +85,15 @@ class Score:
             GPU and direction, as nccl-tests reports it; infinite for fewer than two GPUs.
         weakest: the slowest link between two of them; not part of the order.
         weakest_pair: that pair (its lowest ordinals, if several tie); not part of the order.
+        upper_gb_per_s: what it may be at most, where something that decides it is not known: the host's processors, or
+            whether the GPUs have peer-to-peer; ``bandwidth_gb_per_s`` is the least then. ``None`` where nothing is
+            missing. Not part of the order.
     """
 
     bandwidth_gb_per_s: float
     weakest: Link | None = field(default=None, compare=False)
     weakest_pair: tuple[int, int] | None = field(default=None, compare=False)
+    upper_gb_per_s: float | None = field(default=None, compare=False)
 
     @property
     def link_name(self) -> str | None:
@@ -100,6 +104,11 @@ class Score:
     def known_gb_per_s(self) -> float | None:
         """The bandwidth where every link is known: for people, who would take a guess for a fact."""
         return None if self.weakest in (None, UNKNOWN_LINK) else self.bandwidth_gb_per_s
+
+    @property
+    def known_upper_gb_per_s(self) -> float | None:
+        """:attr:`upper_gb_per_s` where every link is known."""
+        return None if self.known_gb_per_s is None else self.upper_gb_per_s
 
 
 class Needs(NamedTuple):
@@ -191,7 +200,8 @@ def score(topology: Topology, gpus: Collection[int]) -> Score:
         return Score(math.inf)
     shape = shape_of(topology)
     _, pair = min((shape.hops[a][b], (a, b)) for a, b in combinations(ordered, 2))
-    return Score(shape.mb_per_s(ordered) / 1000, topology.link(*pair), pair)
+    least, most = shape.mb_per_s(ordered), _at_best(_Same(topology)).mb_per_s(ordered)
+    return Score(least / 1000, topology.link(*pair), pair, most / 1000 if most > least else None)
 
 
 def slowest_group(topology: Topology, gpus: Sequence[int], size: int) -> Score:
@@ -205,7 +215,10 @@ def slowest_group(topology: Topology, gpus: Sequence[int], size: int) -> Score:
         size: of each group; 0 if all are one.
     """
     size = size or max(1, len(gpus))
-    return min(score(topology, gpus[i : i + size]) for i in range(0, max(1, len(gpus)), size))
+    scores = [score(topology, gpus[i : i + size]) for i in range(0, max(1, len(gpus)), size)]
+    slowest = min(scores)
+    upper = min(one.upper_gb_per_s or one.bandwidth_gb_per_s for one in scores)
+    return replace(slowest, upper_gb_per_s=upper if upper > slowest.bandwidth_gb_per_s else None)
 
 
 def ray_set(free: Collection[int], count: int) -> tuple[int, ...] | None:
@@ -287,6 +300,10 @@ class Shape:
         twins: the groups of GPUs that can change places without any difference.
         in_order: each group's ordinals come after those of the groups before, so that of equally good sets the
             lowest is the same pick wherever as many of each group are free.
+
+    Args:
+        host: what they copy through.
+        peer: whether GPUs have peer-to-peer over PCIe of which that is not known.
     """
 
     def __init__(
@@ -295,13 +312,13 @@ class Shape:
         numa: Sequence[tuple[int, ...]],
         nearest_nic: Sequence[Path],
         gpu: Generation,
-        lanes: Sequence[Lanes | None] = (),
-        host: Host | None = None,
+        lanes: Sequence[Lanes | None],
+        host: Host,
+        peer: bool,
     ) -> None:
-        self._links, self._numa, self._gpu, self._host = links, numa, gpu, host
-        self._staging = host or slowest_host(gpu.pcie)
+        self._links, self._numa, self._gpu, self._host, self._peer = links, numa, gpu, host, peer
         self._switch = has_switch(links, gpu)
-        self._lanes = [lanes_mb_per_s(one or Lanes(gpu.pcie)) for one in lanes or (None,) * len(links)]
+        self._lanes = [lanes_mb_per_s(one or Lanes(gpu.pcie)) for one in lanes]
         everyone = range(len(links))
         self._uplink = _group_of(components(everyone, lambda a, b: links[a][b].path in _BELOW_ONE_SWITCH))
         self._bridge = _group_of(components(everyone, lambda a, b: links[a][b].path in _BELOW_ONE_BRIDGE))
@@ -586,10 +603,13 @@ class Shape:
         link, gpu = self._links[a][b], self._gpu
         if link.path in (Path.NVLINK, Path.UNKNOWN):
             return Hop(hop_mb_per_s(link, gpu), 0)
-        passes_host = link.path not in _BELOW_ONE_SWITCH and self._host is not None
-        if passes_host or link.peer is False:
-            return Hop(0, self._staging.far if link.path is Path.SYS else self._staging.near)
-        return Hop(min(hop_mb_per_s(link, gpu), self._lanes[a], self._lanes[b]), 0)
+        if link.path in _BELOW_ONE_SWITCH and self._reaches(link):
+            return Hop(min(hop_mb_per_s(link, gpu), self._lanes[a], self._lanes[b]), 0)
+        return Hop(0, self._host.far if link.path is Path.SYS else self._host.near)
+
+    def _reaches(self, link: Link) -> bool:
+        """Whether two GPUs have peer-to-peer over PCIe."""
+        return self._peer if link.peer is None else link.peer
 
     def _pair(self, a: int, b: int) -> int:
         """What two GPUs reach that are alone."""
@@ -597,8 +617,8 @@ class Shape:
         if hop.direct:
             return hop.direct
         lanes = min(self._lanes[a], self._lanes[b])
-        if link.peer and self._staging.peer:
-            return min(lanes, self._staging.peer) if link.path is Path.SYS else lanes
+        if self._host.peer and self._reaches(link):
+            return min(lanes, self._host.peer) if link.path is Path.SYS else lanes
         return self._staged((a, b), hop.host)
 
     def _staged(self, gpus: Sequence[int], host: int) -> int:
@@ -606,7 +626,7 @@ class Shape:
         islands = components(gpus, lambda a, b: self._hops[a][b].direct > 0)
         uplinks = Counter(self._uplink[island[0]] for island in islands)
         bridges = Counter(self._bridge[uplink] for uplink in uplinks)
-        bridge = max(bridges.values()) if self._staging.bridged else 1
+        bridge = max(bridges.values()) if self._host.bridged else 1
         lanes = min(self._lanes[gpu] for gpu in gpus)
         return staged_mb_per_s(host, lanes, len(gpus), bridge, max(uplinks.values()))
 
@@ -615,7 +635,7 @@ class Shape:
         return {
             staged_mb_per_s(host, lanes, count, bridge, uplink)
             for lanes in set(self._lanes)
-            for bridge in range(1, count + 1 if self._staging.bridged else 2)
+            for bridge in range(1, count + 1 if self._host.bridged else 2)
             for uplink in range(1, count + 1)
         }
 
@@ -794,15 +814,29 @@ class _Same:
 
 @lru_cache(maxsize=4096)
 def _shape_of(same: _Same) -> Shape:
-    machine = same.topology
+    """The shape at the worst that is possible."""
+    return _at(same.topology, 0)
+
+
+@lru_cache(maxsize=4096)
+def _at_best(same: _Same) -> Shape:
+    """The shape at the best that is possible; the same one where nothing is unknown that matters."""
+    return _at(same.topology, 1)
+
+
+def _at(machine: Topology, best: int) -> Shape:
+    gpu = generation(machine.model)
+    hosts = hosts_of(machine.cpu, gpu.pcie)
+    asked = any(link.peer is None for row in machine.links for link in row if link.path in _OVER_PCIE)
     return _shape(
         machine.links,
         machine.numa,
         machine.nearest_nic,
-        generation(machine.model),
+        gpu,
         machine.lanes,
-        host_of(machine.cpu),
+        hosts[best],
+        bool(best) and asked,
     )
 
 
-_shape = lru_cache(maxsize=256)(Shape)
+_shape = lru_cache(maxsize=512)(Shape)

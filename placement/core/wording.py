@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from placement.core.request import Request
-from placement.core.score import ANY_PROFILE, GIB, WHOLE, GpuName, Needs
+from placement.core.score import ANY_PROFILE, GIB, WHOLE, GpuName, Needs, Score
 from placement.core.snapshot import GPU_DOMAIN_LABEL
 from placement.core.topology import ordinals
 from placement.errors import counted
@@ -69,6 +69,13 @@ def layout_of(request: Request) -> str:
 def gb_per_s(bandwidth: float) -> str:
     """``200 GB/s``."""
     return f"{bandwidth:g} GB/s"
+
+
+def reached(best: Score) -> str:
+    """``200 GB/s``, or ``between 5 and 25 GB/s`` where an input of the prediction is not known."""
+    if best.upper_gb_per_s is None:
+        return gb_per_s(best.bandwidth_gb_per_s)
+    return f"between {best.bandwidth_gb_per_s:g} and {gb_per_s(best.upper_gb_per_s)}"
 
 
 def any_of(*options: str) -> str:

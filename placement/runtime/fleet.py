@@ -355,6 +355,8 @@ class Fleet:
                 sorted_bandwidth_gb_per_s=one.score.known_gb_per_s,
                 ray_bandwidth_gb_per_s=one.ray_score.known_gb_per_s,
                 ray_weakest_link=one.ray_score.link_name,
+                upper_bandwidth_gb_per_s=one.score.known_upper_gb_per_s,
+                ray_upper_bandwidth_gb_per_s=one.ray_score.known_upper_gb_per_s,
             )
             reserved.append(self._note_reserved(one.order.name, assignment))
 

@@ -31,7 +31,10 @@ class NodeAssignment:
         ray_gpus: what Ray alone would have given at that moment: the lowest-numbered free GPUs.
         bandwidth_gb_per_s, ray_bandwidth_gb_per_s: predicted bus bandwidth of an all-reduce between the GPUs,
             GB/s per direction, and between ``ray_gpus``; ``None`` for fewer than two GPUs, or where a link
-            is unknown. The formula is in :mod:`placement.core.bandwidth`.
+            is unknown. The least that it can be where the host's processors or peer-to-peer are not known. The formula
+            is in :mod:`placement.core.bandwidth`.
+        upper_bandwidth_gb_per_s, ray_upper_bandwidth_gb_per_s: the most that it can be then; ``None`` where nothing
+            that decides it is unknown.
         weakest_link, ray_weakest_link: slowest link between two of them as ``nvidia-smi topo -m`` names it;
             ``None`` for fewer than two GPUs, ``"?"`` where the topology is unknown.
         sorted_bandwidth_gb_per_s: what ``bandwidth_gb_per_s`` comes to in an engine that sorts the node's GPUs and cuts
@@ -59,6 +62,8 @@ class NodeAssignment:
     ray_bandwidth_gb_per_s: float | None = None
     ray_weakest_link: str | None = None
     sorted_bandwidth_gb_per_s: float | None = None
+    upper_bandwidth_gb_per_s: float | None = None
+    ray_upper_bandwidth_gb_per_s: float | None = None
     egress_resource: str | None = None
     egress_units: int = 0
     cpus: float = 0.0
@@ -134,6 +139,8 @@ class NodeAssignment:
             "ray_bandwidth_gb_per_s": self.ray_bandwidth_gb_per_s,
             "ray_weakest_link": self.ray_weakest_link,
             "sorted_bandwidth_gb_per_s": self.sorted_bandwidth_gb_per_s,
+            "upper_bandwidth_gb_per_s": self.upper_bandwidth_gb_per_s,
+            "ray_upper_bandwidth_gb_per_s": self.ray_upper_bandwidth_gb_per_s,
             "egress_resource": self.egress_resource,
             "egress_units": self.egress_units,
             "cpus": self.cpus,

@@ -33,6 +33,9 @@ class Entry:
         memory_gib: nominal memory per GPU, GiB.
         compute_capability: major, minor.
         source: where the matrix is from, and what it leaves open.
+        cpu: product name of the processors; ``None`` where the source does not tell.
+        lanes: PCIe generation and width of each GPU's link; ``None`` where the source does not tell.
+        peer: whether GPUs that no NVLink joins have peer-to-peer over PCIe; ``None`` where the source does not tell.
         instances: GPU that is cut up -> the profiles of its MIG instances.
     """
 
@@ -42,6 +45,9 @@ class Entry:
     memory_gib: int
     compute_capability: tuple[int, int]
     source: str
+    cpu: str | None = None
+    lanes: tuple[int, int] | None = None
+    peer: bool | None = None
     instances: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -69,7 +75,7 @@ def load(name: str) -> Topology:
     Raises:
         UnknownTopology: the catalogue has no such name.
     """
-    return facts(name).topology() if describe(name).instances else _matrix(name)
+    return facts(name).topology()
 
 
 @cache
@@ -90,6 +96,8 @@ def facts(name: str) -> NodeFacts:
                 name=entry.gpu,
                 memory_total_bytes=entry.memory_gib << 30,
                 compute_capability=entry.compute_capability,
+                pcie_generation=entry.lanes[0] if entry.lanes else None,
+                pcie_width=entry.lanes[1] if entry.lanes else None,
                 numa_nodes=shape.numa[gpu],
                 cpus=shape.cpus[gpu],
                 # A switch offers each peer all the links that a GPU has.
@@ -103,8 +111,9 @@ def facts(name: str) -> NodeFacts:
             for gpu, profiles in sorted(entry.instances.items())
             for profile in profiles
         ),
-        pairs=tuple(_pair(shape, a, b) for a in range(count) for b in range(a + 1, count)),
+        pairs=tuple(_pair(shape, a, b, entry.peer) for a in range(count) for b in range(a + 1, count)),
         nics=tuple(NicFacts(name=nic.name, paths=nic.paths) for nic in shape.nics),
+        cpu=entry.cpu,
     )
     slots: list[GpuFacts | MigFacts] = []
     for gpu in machine.gpus:
@@ -122,11 +131,13 @@ def _nominal_bytes(profile: str) -> int:
     return int(profile.rpartition(".")[2].removesuffix("gb")) << 30
 
 
-def _pair(shape: Topology, a: int, b: int) -> PairFacts:
+def _pair(shape: Topology, a: int, b: int, peer: bool | None) -> PairFacts:
     link = shape.link(a, b)
     # Where there is NVLink, the matrix hides the PCIe path below it.
     ancestor = Path.UNKNOWN if link.path is Path.NVLINK else link.path
-    return PairFacts(a=a, b=b, common_ancestor=ancestor, nvlinks=link.nvlinks)
+    return PairFacts(
+        a=a, b=b, common_ancestor=ancestor, nvlinks=link.nvlinks, peer_read=peer, peer_write=peer
+    )
 
 
 @cache
@@ -135,6 +146,7 @@ def _entries() -> dict[str, Entry]:
     entries = {}
     for name, table in tables.items():
         table["compute_capability"] = tuple(table["compute_capability"])
+        table["lanes"] = tuple(table["lanes"]) if "lanes" in table else None
         table["instances"] = {int(gpu): tuple(cut) for gpu, cut in table.get("instances", {}).items()}
         entries[name] = Entry(name=name, **table)
     return entries

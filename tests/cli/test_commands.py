@@ -136,6 +136,10 @@ def test_a_catalogue_machine_is_drawn_without_a_cluster() -> None:
     result = run("topology", "--name", "a100-pcie-4x")
     assert result.exit_code == 0
     assert "NVLink islands: [0-1]  [2-3]" in result.output
+    said = (
+        "processors: Intel Xeon Platinum 8470  ·  PCIe lanes: not known  ·  peer-to-peer over PCIe: not known"
+    )
+    assert said in " ".join(result.output.split("\n")[:5])
     report = json.loads(run("topology", "--name", "dgx-1v", "--json").output)
     assert report["nodes"][0]["gpu_count"] == 8
 
@@ -169,6 +173,7 @@ def test_a_drawn_machine_shows_what_is_near(tmp_path: Path) -> None:
     assert [
         ["2", "x", "NVIDIA", "L4"],
         ["NVLink", "islands:", "[0-1]"],
+        ["processors:", "not", "known", "·", "PCIe", "lanes:", "not", "known"],
         ["GPU", "0", "1", "NUMA", "CPUs", "nearest", "NIC"],
         ["0", "X", "NV4", "0", "0-7", "PIX", "mlx5_0", "and", "1", "more"],
         ["1", "NV4", "X", "1-2", "8-15", "NODE", "mlx5_1"],

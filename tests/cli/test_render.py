@@ -141,6 +141,32 @@ def test_a_node_of_which_no_gpu_can_be_told_is_drawn() -> None:
     ]
 
 
+def test_a_machine_tells_lanes_where_they_differ_and_who_has_peer_to_peer() -> None:
+    facts = topologies.facts("l40s-4x")
+    lanes = ((4, 16), (4, 8), (None, None), (4, 16))
+    gpus = [
+        gpu.model_copy(update={"pcie_generation": generation, "pcie_width": width})
+        for gpu, (generation, width) in zip(facts.gpus, lanes, strict=True)
+    ]
+    told = [(True, True), (False, True), (None, True), (True, None), (True, True), (None, None)]
+    pairs = [
+        pair.model_copy(update={"peer_read": read, "peer_write": write})
+        for pair, (read, write) in zip(facts.pairs, told, strict=True)
+    ]
+    facts = facts.model_copy(update={"gpus": tuple(gpus), "pairs": tuple(pairs), "cpu": "AMD EPYC 9654"})
+    shape = facts.topology()
+    report = {
+        "name": "a", "gpu_count": 4, "gpu_model": shape.model, "known": True, "nvswitch": False,
+        "islands": [list(island) for island in shape.islands], "matrix": render_matrix(shape),
+        "problem": None, "facts": facts.model_dump(mode="json"),
+    }  # fmt: skip
+    lines = text(*machine.topology_view(report)).splitlines()
+    assert lines[2] == "processors: AMD EPYC 9654  ·  peer-to-peer over PCIe: 2 of 6 pairs, 3 not known"
+    assert lines[3].split()[:6] == ["GPU", "0", "1", "2", "3", "PCIe"]
+    assert [line.split()[5] for line in lines[5:9]] == ["4.0", "4.0", "?", "4.0"]
+    assert "4.0 x8" in lines[6]
+
+
 def test_a_machine_lists_the_slots_that_nobody_can_tell() -> None:
     facts = topologies.facts("a100-pcie-4x")
     lost = facts.gpus[3].model_copy(update={"name": None, "errors": ("GPU is lost",)})
@@ -239,9 +265,14 @@ def test_rays_own_choice_stands_beside_ours() -> None:
         ray_bandwidth_gb_per_s=19.92,
     )
     assert tables.ray_alone(ours) == "GPU 1-2, 19.9 GB/s: 12x slower"
+    ranged = ours | {"ray_bandwidth_gb_per_s": 1.36, "ray_upper_bandwidth_gb_per_s": 19.2}
+    assert tables.ray_alone(ranged) == "GPU 1-2, 1.36 to 19.2 GB/s: at least 12x slower"
+    both = ranged | {"bandwidth_gb_per_s": 3.75, "upper_bandwidth_gb_per_s": 19.2}
+    assert tables.slowdown(both) == "perhaps slower"
     assert tables.ray_alone(ours | {"gpus": [1, 2]}) == "the same"
     assert tables.ray_alone(assignment()) == ""
     assert tables.bandwidth_text(230.4, "NV12") == "230 GB/s, NV12"
+    assert tables.bandwidth_text(4.039, "NODE", 19.747) == "4.04 to 19.7 GB/s, NODE"
     assert (tables.bandwidth_text(None, "?"), tables.bandwidth_text(None, None)) == ("unknown", "")
 
 

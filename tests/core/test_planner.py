@@ -385,14 +385,14 @@ def test_a_floor_excludes_nodes_and_names_the_nearest_miss() -> None:
     assert str(refusal) == (
         "cannot place 'd': replica 0 needs 4 GPUs within 'nvlink'; at best gpu-a has 4 free GPUs, but in NVLink "
         "islands of 2 + 2 (1 node: has no 4 free GPUs within 'nvlink'); add a node that has "
-        "them, or ask for within: node (19.92 GB/s, weakest link SYS, on gpu-a)"
+        "them, or ask for within: node (16.565 GB/s, weakest link SYS, on gpu-a)"
     )
     refusal = plan(bridged, local(4, min_bandwidth_gb_per_s=100.0))
     assert isinstance(refusal, BelowFloor)
     assert str(refusal) == (
-        "cannot place 'd': replica 0 needs 4 GPUs at 100 GB/s; at best gpu-a has 4 free GPUs that reach 19.92 GB/s "
+        "cannot place 'd': replica 0 needs 4 GPUs at 100 GB/s; at best gpu-a has 4 free GPUs that reach 16.565 GB/s "
         "(weakest link SYS) (1 node: its best 4 free GPUs reach less than 100 GB/s); lower "
-        "min_bandwidth_gb_per_s to 19.92, or add a faster node"
+        "min_bandwidth_gb_per_s to 16.565, or add a faster node"
     )
     assert where(plan(bridged, local(2, replicas=2, within=Within.NVLINK, min_bandwidth_gb_per_s=230.4))) == [
         ("gpu-a", (0, 1)),

@@ -10,7 +10,7 @@ import pytest
 
 from placement import topologies
 from placement.core import score as module
-from placement.core.bandwidth import generation
+from placement.core.bandwidth import generation, hosts_of
 from placement.core.score import (
     GIB,
     WHOLE,
@@ -84,7 +84,7 @@ def test_what_is_a_floor_and_what_a_whole_gpu(needs: Needs, slowest: int, floor:
 
 def test_what_is_not_known_is_not_told_as_a_fact() -> None:
     unknown, alone = score(Topology.unknown(2), (0, 1)), score(BRIDGED, (0,))
-    assert (unknown.known_gb_per_s, unknown.link_name, unknown.bandwidth_gb_per_s) == (None, "?", 5.0)
+    assert (unknown.known_gb_per_s, unknown.link_name, unknown.bandwidth_gb_per_s) == (None, "?", 0.1)
     assert (alone.known_gb_per_s, alone.link_name, alone.bandwidth_gb_per_s) == (None, None, math.inf)
     pair = score(BRIDGED, (1, 0))
     assert (pair.known_gb_per_s, pair.link_name, pair.weakest_pair) == (230.4, "NV12", (0, 1))
@@ -96,7 +96,7 @@ def test_what_is_not_known_is_not_told_as_a_fact() -> None:
 @pytest.mark.parametrize(
     ("case", "machine", "free", "needs", "expected"),
     [
-        ("a pair costs the four", BRIDGED, (0, 1, 2, 3), Needs(2), Offer(-230_400, (0, 19_920, 0), 0, 4)),
+        ("a pair costs the four", BRIDGED, (0, 1, 2, 3), Needs(2), Offer(-230_400, (0, 16_565, 0), 0, 4)),
         ("the last pair costs itself", BRIDGED, (2, 3), Needs(2), Offer(-230_400, (0, 0, 230_400), 0, 2)),
         ("one GPU has no speed", BRIDGED, (1, 2, 3), Needs(1), Offer(0, (0, 0, 0), 0, 3)),
         ("and breaks a pair where it must", BRIDGED, (2, 3), Needs(1), Offer(0, (0, 0, 230_400), 0, 2)),
@@ -221,7 +221,8 @@ def test_the_slowest_group_is_that_of_the_order_given() -> None:
     ours = (1, 5, 2, 3, 4, 7)
     assert slowest_group(DGX1, ours, 2) == score(DGX1, (1, 5))
     resorted = slowest_group(DGX1, sorted(ours), 2)
-    assert (resorted.known_gb_per_s, resorted.link_name) == (9.96, "SYS")
+    assert (resorted.known_gb_per_s, resorted.link_name) == (5.302, "SYS")
+    assert resorted.known_upper_gb_per_s == 12.0, "whatever the host is, its lanes carry no more"
     assert slowest_group(DGX1, ours, 0) == slowest_group(DGX1, ours, 6) == score(DGX1, ours)
     assert slowest_group(DGX1, (), 0) == score(DGX1, ())
 
@@ -232,7 +233,9 @@ def test_the_slowest_group_is_that_of_the_order_given() -> None:
 def large(machine: Topology) -> Shape:
     """The machine as if it were too large: made anew, since shapes are kept for all who ask later."""
     with mock.patch.object(module, "MAX_PICKS", 1):
-        shape = Shape(machine.links, machine.numa, machine.nearest_nic, generation(machine.model))
+        gpu = generation(machine.model)
+        host, _ = hosts_of(machine.cpu, gpu.pcie)
+        shape = Shape(machine.links, machine.numa, machine.nearest_nic, gpu, machine.lanes, host, peer=False)
     assert not shape.tabulated
     return shape
 
@@ -287,8 +290,8 @@ def test_growing_starts_from_each_gpu_and_takes_whoever_is_joined_best() -> None
 def test_the_speed_on_a_large_machine_is_that_of_its_slowest_link() -> None:
     shape = large(PCIE8)
     for gpus in combinations(range(8), 3):
-        slowest = min(shape.hops[a][b] for a, b in combinations(gpus, 2))
-        assert shape.mb_per_s(gpus) == slowest
+        slowest = shape.mb_per_s(gpus)
+        assert slowest == round(score(PCIE8, gpus).bandwidth_gb_per_s * 1000)
         offer = shape.offer(mask(*gpus), 3)
         assert offer == Offer(-slowest, (0, 0, 0), 0, 3)
     switched = large(H100)

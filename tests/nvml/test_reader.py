@@ -23,7 +23,7 @@ from placement.wire.facts import NodeFacts
 from tests import fake_nvml
 
 PACKAGE_ROOT = Path(placement.__file__).parents[1]
-DGX = replace(topologies.load("dgx-1v"), nics=())  # NVML does not tell them
+DGX = fake_nvml.as_matrix(replace(topologies.load("dgx-1v"), nics=()))  # NVML does not tell them
 PATIENT, SHORT = 120.0, 0.5
 """Deadlines in seconds: one that a busy machine keeps, and one for a reading that hangs anyway."""
 HANG = "hang nvmlDeviceGetCount_v2\n"

@@ -20,10 +20,9 @@ from placement.core.bandwidth import (
     generation,
     has_switch,
     hop_mb_per_s,
-    host_of,
+    hosts_of,
     lanes_mb_per_s,
     nvlink_rings,
-    slowest_host,
     staged_mb_per_s,
     switch_mb_per_s,
 )
@@ -46,15 +45,16 @@ NEAREST_FIRST = list(Path)
 
 
 class Oracle:
-    """A machine, with every answer by trying all."""
+    """A machine, with every answer by trying all; what is unknown of it at its worst, or at its best."""
 
-    def __init__(self, machine: Topology) -> None:
+    def __init__(self, machine: Topology, best: bool = False) -> None:
         self.machine = machine
+        self.best_case = best
         self.gpu = generation(machine.model)
         self.switch = has_switch(machine.links, self.gpu)
-        self.known_host = host_of(machine.cpu)
-        self.host = self.known_host or slowest_host(self.gpu.pcie)
+        self.host = hosts_of(machine.cpu, self.gpu.pcie)[best]
         self.bandwidth = cache(self._bandwidth)
+        self.shared = cache(self._shared)
         self.on_offer = cache(self._on_offer)
 
     def _rings(self, gpus: Gpus) -> list[list[Link]]:
@@ -68,11 +68,14 @@ class Oracle:
         ]
 
     def _staged(self, a: int, b: int) -> bool:
-        """Whether the two talk through the host's memory, as far as is known."""
+        """Whether the two talk through the host's memory."""
         link = self.machine.link(a, b)
         if link.path in (Path.NVLINK, Path.UNKNOWN):
             return False
-        return link.peer is False or (self.known_host is not None and link.path not in (Path.PIX, Path.PXB))
+        return link.path not in (Path.PIX, Path.PXB) or not self._peer(link)
+
+    def _peer(self, link: Link) -> bool:
+        return self.best_case if link.peer is None else link.peer
 
     def _lanes(self, gpu: int) -> int:
         return lanes_mb_per_s(self.machine.lanes[gpu] or Lanes(self.gpu.pcie))
@@ -97,17 +100,20 @@ class Oracle:
         staged = [machine.link(a, b) for a, b in ring if self._staged(a, b)]
         if not staged:
             return min(rates)
-        if len(gpus) == 2 and staged[0].peer and self.host.peer:
+        if len(gpus) == 2 and self._peer(staged[0]) and self.host.peer:
             most = self.host.peer if staged[0].path is Path.SYS else max(map(self._lanes, gpus))
             return min(most, *map(self._lanes, gpus))
-        everyone = tuple(range(len(machine)))
         host = min(self.host.far if link.path is Path.SYS else self.host.near for link in staged)
+        return min([*rates, staged_mb_per_s(host, *self.shared(gpus))])
+
+    def _shared(self, gpus: Gpus) -> tuple[int, int, int, int]:
+        """The slowest lanes, how many GPUs, and how many of them share a host bridge and an uplink."""
+        everyone = tuple(range(len(self.machine)))
         islands = {min(self._met(gpus, gpu, lambda a, b: not self._staged(a, b))) for gpu in gpus}
         up = [min(self._met(everyone, gpu, self._one(Path.PIX, Path.PXB))) for gpu in islands]
         at = [min(self._met(everyone, gpu, self._one(Path.PIX, Path.PXB, Path.PHB))) for gpu in set(up)]
         bridge = max(map(at.count, at)) if self.host.bridged else 1
-        slowest = min(map(self._lanes, gpus))
-        return min([*rates, staged_mb_per_s(host, slowest, len(gpus), bridge, max(map(up.count, up)))])
+        return min(map(self._lanes, gpus)), len(gpus), bridge, max(map(up.count, up))
 
     def _one(self, *paths: Path) -> Callable[[int, int], bool]:
         return lambda a, b: self.machine.link(a, b).path in paths
@@ -210,6 +216,20 @@ def test_the_choice_is_that_of_brute_force(machine: Topology, data: st.DataObjec
     oracle = Oracle(machine)
     for size in range(len(free) + 2):
         oracle.check(free, size, within)
+
+
+@given(machines() | islands())
+@settings(max_examples=60, deadline=None)
+def test_a_score_is_between_the_worst_and_the_best_that_is_possible(machine: Topology) -> None:
+    worst, best = Oracle(machine), Oracle(machine, best=True)
+    for size in range(2, len(machine) + 1):
+        for gpus in combinations(range(len(machine)), size):
+            found = score(machine, gpus)
+            least, most = (oracle.bandwidth(gpus) / 1000 for oracle in (worst, best))
+            assert (least, most if most > least else None) == (
+                found.bandwidth_gb_per_s,
+                found.upper_gb_per_s,
+            )
 
 
 @pytest.mark.parametrize("name", SMALL)

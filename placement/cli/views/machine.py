@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 from rich import box
@@ -11,7 +14,9 @@ from rich.text import Text
 
 from placement.cli.views.nodes import by_profile
 from placement.core.matrix import parse_matrix
-from placement.core.topology import Topology, ordinals
+from placement.core.topology import Lanes, Topology, ordinals
+from placement.errors import counted
+from placement.wire.facts import NodeFacts
 
 
 def topology_view(report: Mapping[str, Any]) -> list[Any]:
@@ -31,9 +36,11 @@ def topology_view(report: Mapping[str, Any]) -> list[Any]:
     parts: list[Any] = [heading]
     if report["known"]:
         islands = "  ".join(f"[{ordinals(island)}]" for island in report["islands"] if island[0] in whole)
+        shape = shape_in(report)
         parts.append(f"{'NVSwitch' if report['nvswitch'] else 'NVLink islands'}: {islands}")
+        parts.append(Text("  ·  ".join(host_texts(shape, whole)), style="dim"))
     if report["known"] or (report["gpu_count"] == 1 and whole):
-        parts.append(_links(parse_matrix(report["matrix"]), whole))
+        parts.append(_links(shape_in(report), whole))
     for profile, slots in profiles.items():
         parts.append(f"MIG {profile}: {'slot' if len(slots) == 1 else 'slots'} {ordinals(slots)}")
     if lost:
@@ -44,6 +51,46 @@ def topology_view(report: Mapping[str, Any]) -> list[Any]:
     if facts.get("gpus") and facts.get("source") == "nvml":
         parts.append(_gpus(facts["gpus"]))
     return parts
+
+
+def shape_in(report: Mapping[str, Any]) -> Topology:
+    """The machine of a report: as it was read, where that is told, else as its matrix says."""
+    if report["facts"] and report["facts"]["gpus"]:
+        return NodeFacts.model_validate(report["facts"]).topology()
+    return replace(parse_matrix(report["matrix"]), model=report["gpu_model"])
+
+
+def cpu_of(shape: Topology) -> str | None:
+    """The processors' product name without its marks: ``Intel Xeon Platinum 8480C``."""
+    return (
+        " ".join(re.sub(r"\((?:R|TM)\)|\bCPU\b|@.*", " ", shape.cpu, flags=re.IGNORECASE).split())
+        if shape.cpu
+        else None
+    )
+
+
+def lanes_text(lanes: Lanes | None) -> str:
+    """``4.0 x16``: generation and width; ``?`` where unknown."""
+    return f"{lanes.generation}.0 x{lanes.width}" if lanes else "?"
+
+
+def host_texts(shape: Topology, gpus: Sequence[int]) -> list[str]:
+    """What is known beside the links: the processors, the GPUs' PCIe lanes if all have the same, peer-to-peer."""
+    said = [f"processors: {cpu_of(shape) or 'not known'}"]
+    lanes = {shape.lanes[gpu] for gpu in gpus}
+    if len(lanes) == 1:
+        (each,) = lanes
+        said.append(f"PCIe {lanes_text(each)}" if each else "PCIe lanes: not known")
+    pairs = [link.peer for a, b in combinations(gpus, 2) if not (link := shape.link(a, b)).nvlinks]
+    if pairs:
+        with_it, unknown = pairs.count(True), pairs.count(None)
+        peer = "not known" if unknown == len(pairs) else "yes" if with_it == len(pairs) else "no"
+        if 0 < with_it < len(pairs):
+            peer = f"{with_it} of {counted(len(pairs), 'pair')}"
+        said.append(
+            f"peer-to-peer over PCIe: {peer}{f', {unknown} not known' if 0 < unknown < len(pairs) else ''}"
+        )
+    return said
 
 
 def _instance(gpu: Mapping[str, Any]) -> str | None:
@@ -72,11 +119,13 @@ def _links(shape: Topology, gpus: Sequence[int]) -> Table:
     table.add_column("GPU", no_wrap=True)
     for gpu in gpus:
         table.add_column(str(gpu), no_wrap=True)
-    for heading in ("NUMA", "CPUs", *(["nearest NIC"] if shape.nics else [])):
-        table.add_column(heading, overflow="fold")
+    lanes = len({shape.lanes[gpu] for gpu in gpus}) > 1
+    for heading in (*(["PCIe"] if lanes else []), "NUMA", "CPUs", *(["nearest NIC"] if shape.nics else [])):
+        table.add_column(heading, overflow="fold", no_wrap=heading == "PCIe")
     for gpu in gpus:
         links = ["X" if other == gpu else str(shape.link(gpu, other)) for other in gpus]
-        near = [ordinals(shape.numa[gpu]) or "?", ordinals(shape.cpus[gpu]) or "?"]
+        near = [lanes_text(shape.lanes[gpu])] if lanes else []
+        near += [ordinals(shape.numa[gpu]) or "?", ordinals(shape.cpus[gpu]) or "?"]
         table.add_row(str(gpu), *links, *near, *([_nearest_nic(shape, gpu)] if shape.nics else []))
     return table
 

@@ -48,7 +48,7 @@ class AssignmentsTable:
                 str(a["replica_index"]),
                 a["node_name"],
                 holds(a) + ranks,
-                bandwidth_text(a["bandwidth_gb_per_s"], a["weakest_link"]),
+                bandwidth_text(a["bandwidth_gb_per_s"], a["weakest_link"], a.get("upper_bandwidth_gb_per_s")),
                 *([ray_alone(a)] if self._beside_ray else []),
             ]
 
@@ -169,20 +169,29 @@ def holds(a: Mapping[str, Any]) -> str:
     return f"{share}GPU {ordinals(a['gpus'])}"
 
 
-def bandwidth_text(gb_per_s: float | None, weakest_link: str | None) -> str:
-    """``230 GB/s, NV12``; empty for a single GPU."""
+def bandwidth_text(gb_per_s: float | None, weakest_link: str | None, upper: float | None = None) -> str:
+    """``230 GB/s, NV12``, ``4.04 to 19.7 GB/s, NODE`` where it is not known better; empty for a single GPU."""
     if weakest_link is None:
         return ""
-    return "unknown" if gb_per_s is None else f"{gb_per_s:.3g} GB/s, {weakest_link}"
+    return "unknown" if gb_per_s is None else f"{_range(gb_per_s, upper)} GB/s, {weakest_link}"
+
+
+def _range(least: float, most: float | None) -> str:
+    return f"{least:.3g}" if most is None else f"{least:.3g} to {most:.3g}"
 
 
 def slowdown(assignment: Mapping[str, Any]) -> str:
-    """How much slower Ray's own choice would have been."""
+    """How much slower Ray's own choice would have been, at least."""
     ours, theirs = assignment["bandwidth_gb_per_s"], assignment.get("ray_bandwidth_gb_per_s")
     if not ours or not theirs or ours <= theirs:
         return "the same"
     ratio = ours / theirs
-    return f"{ratio:.0f}x slower" if ratio >= 10 else f"{ratio:.1f}x slower"
+    if upper := assignment.get("ray_upper_bandwidth_gb_per_s"):
+        ratio = min(ratio, (assignment.get("upper_bandwidth_gb_per_s") or ours) / upper)
+        if ratio <= 1:
+            return "perhaps slower"
+    slower = f"{ratio:.0f}x slower" if ratio >= 10 else f"{ratio:.1f}x slower"
+    return f"at least {slower}" if upper else slower
 
 
 def ray_alone(assignment: Mapping[str, Any]) -> str:
@@ -192,7 +201,8 @@ def ray_alone(assignment: Mapping[str, Any]) -> str:
         return "the same" if ray_gpus else ""
     text = f"{'slot' if assignment['mig'] else 'GPU'} {ordinals(ray_gpus)}"
     if (slower := slowdown(assignment)) != "the same":
-        text += f", {assignment['ray_bandwidth_gb_per_s']:.3g} GB/s: {slower}"
+        theirs = assignment["ray_bandwidth_gb_per_s"], assignment.get("ray_upper_bandwidth_gb_per_s")
+        text += f", {_range(*theirs)} GB/s: {slower}"
     return text
 
 
