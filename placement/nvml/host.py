@@ -72,6 +72,7 @@ class Host:
     def __init__(self) -> None:
         self._root = FilePath(os.environ.get("PLACEMENT_HOST_ROOT") or "/")
         self._sys = self._root / "sys"
+        self._acs: dict[FilePath, bool | None] = {}
 
     @cached_property
     def cpu(self) -> str | None:
@@ -162,7 +163,9 @@ class Host:
             for device in (a, b)
             for folder in [*device.folder.parents][: len(device.chain) - common - 1]
         }
-        states = {_redirects(folder / "config") for folder in bridges}
+        for folder in bridges - self._acs.keys():
+            self._acs[folder] = _redirects(folder / "config")
+        states = {self._acs[folder] for folder in bridges}
         return True if True in states else None if None in states or not states else False
 
     def nics(self, gpus: Sequence[Device | None]) -> tuple[NicFacts, ...]:

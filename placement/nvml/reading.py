@@ -339,7 +339,7 @@ class _Reading:
         state = _FABRIC.get(info.state)
         if state != "completed":
             return state
-        health = getattr(info, "healthSummary", None)
+        health = getattr(info, "healthSummary", 0)
         return _HEALTH.get(health, state) if info.status == pynvml.NVML_SUCCESS else "failed"
 
     def errors_of(self, gpu: int) -> tuple[str, ...]:

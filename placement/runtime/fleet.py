@@ -355,6 +355,7 @@ class Fleet:
                 sorted_bandwidth_gb_per_s=one.score.known_gb_per_s,
                 ray_bandwidth_gb_per_s=one.ray_score.known_gb_per_s,
                 ray_weakest_link=one.ray_score.link_name,
+                affinities=list(one.affinities),
             )
             reserved.append(self._note_reserved(one.order.name, assignment))
 

@@ -268,4 +268,5 @@ def _assignment(
         sorted_bandwidth_gb_per_s=found.sorted_score.known_gb_per_s,
         ray_bandwidth_gb_per_s=None if alone is None else alone.known_gb_per_s,
         ray_weakest_link=None if alone is None else alone.link_name,
+        affinities=list(found.affinities),
     )
