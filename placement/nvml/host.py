@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -270,13 +270,7 @@ def _names(folder: FilePath) -> list[str]:
         found = os.listdir(folder)
     except OSError:
         return []
-    return sorted(
-        found, key=lambda name: [(len(run), run) if run.isdigit() else (0, run) for run in _runs(name)]
-    )
-
-
-def _runs(name: str) -> Collection[str]:
-    return re.findall(r"\d+|\D+", name)
+    return sorted(found, key=lambda name: [(bool(n), int(n or 0), rest) for n, rest in _RUNS.findall(name)])
 
 
 def _numbered(folder: FilePath, prefix: str) -> list[FilePath]:
