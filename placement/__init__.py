@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         UnreadableRecord,
         UnsupportedRay,
     )
+    from placement.runtime.binding import bind
     from placement.runtime.bootstrap import connect, start
     from placement.runtime.client import AsyncClient, Client
     from placement.runtime.drop_in import placement_group
@@ -67,6 +68,7 @@ _HOME = {
         "ServiceNotRunning", "UnknownDeployment", "UnknownGpu", "UnknownNode", "UnknownTopology", "Unplaceable",
         "UnreadableRecord", "UnsupportedRay",
     ),
+    "placement.runtime.binding": ("bind",),
     "placement.runtime.bootstrap": ("connect", "start"),
     "placement.runtime.client": ("AsyncClient", "Client"),
     "placement.runtime.drop_in": ("placement_group",),
@@ -120,6 +122,7 @@ __all__ = [
     "UnreadableRecord",
     "UnsupportedRay",
     "__version__",
+    "bind",
     "connect",
     "load_deployments",
     "placement_group",

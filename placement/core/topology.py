@@ -61,7 +61,7 @@ class Link:
 
 UNKNOWN_LINK = Link(Path.UNKNOWN)
 
-_NIC_NAME = re.compile(r"(?!(?:GPU\d+|X)$)[\w.:-]+", re.ASCII)
+NIC_NAME = re.compile(r"(?!(?:GPU\d+|X)$)[\w.:-]+", re.ASCII)
 """One word that ``nvidia-smi topo -m`` does not use for something else."""
 
 
@@ -72,6 +72,8 @@ class Nic:
     Attributes:
         name: what the column is called: ``"mlx5_0"``; newer drivers say ``"NIC0"``.
         paths: ``paths[g]`` leads from GPU ``g`` to the card.
+        ports: those of its RDMA ports that work: ``"mlx5_0:1"``; empty where unknown.
+        interfaces: those of its network interfaces that packets are sent over: ``"eth0"``; empty where unknown.
 
     Raises:
         ValueError: the name is no word of its own, or a path is NVLink.
@@ -79,12 +81,31 @@ class Nic:
 
     name: str
     paths: tuple[Path, ...]
+    ports: tuple[str, ...] = ()
+    interfaces: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not _NIC_NAME.fullmatch(self.name):
+        if not NIC_NAME.fullmatch(self.name):
             raise ValueError(f"{self.name!r} cannot be the name of a network card")
         if Path.NVLINK in self.paths:
             raise ValueError(f"no NVLink leads to network card {self.name}")
+
+
+@dataclass(frozen=True, slots=True)
+class NumaNode:
+    """A NUMA node of the host.
+
+    Attributes:
+        number: what Linux calls it.
+        cores: the CPUs of each of its cores that may be used, ascending; empty where unknown, and where it has none.
+        memory_bytes: its memory, ``None`` where unknown.
+        socket: the processor that it is of, ``None`` where unknown.
+    """
+
+    number: int
+    cores: tuple[tuple[int, ...], ...] = ()
+    memory_bytes: int | None = None
+    socket: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +134,14 @@ class Topology:
             The diagonal is :data:`UNKNOWN_LINK` and is never read.
         numa: per GPU its NUMA nodes, ascending; empty where unknown.
         cpus: per GPU the CPUs near it, ascending; empty where unknown.
-        nics: the network cards; empty where unknown (NVML does not tell them).
+        nics: the network cards; empty where unknown.
         model: product name shared by the GPUs (``"NVIDIA H100 80GB HBM3"``), ``None`` where unknown.
             Ignored by ``==``: two machines of one shape are one topology.
         below: ``below[a][b]`` is the PCIe path of two GPUs, also below NVLink, which hides it in ``links``; empty where
             that was not read (NVML tells it, ``nvidia-smi topo -m`` does not).
         lanes: per GPU its PCIe link, ``None`` where unknown.
         cpu: product name of the host's processors (``"AMD EPYC 7502"``), ``None`` where unknown.
+        numa_nodes: the NUMA nodes of the host; empty where unknown.
 
     Raises:
         ValueError: the matrix is not square or not symmetric, a list has another length, or two network
@@ -134,6 +156,7 @@ class Topology:
     below: tuple[tuple[Path, ...], ...] = ()
     lanes: tuple[Lanes | None, ...] = ()
     cpu: str | None = None
+    numa_nodes: tuple[NumaNode, ...] = ()
 
     def __post_init__(self) -> None:
         count = len(self.links)

@@ -10,23 +10,24 @@ What a call that fails means, fact by fact:
 - A fact that another call tells as well is taken from there: the memory from the older call, the links of a
   GPU from their other ends, the links to a switch from field 147, the profile and the memory of a MIG instance
   from its attributes.
+- A GPU that is not registered with its NVSwitch has no links there, and the problem says so.
 - What fails on a MIG instance is reported in its ``MigFacts.errors``, and for the node under its GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
+import ctypes
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path as FilePath
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pynvml
 
 from placement.core.topology import Path, ordinals
-from placement.wire.facts import GpuFacts, MigFacts, NodeFacts, PairFacts
+from placement.nvml.host import Device, Host
+from placement.wire.facts import Fabric, GpuFacts, MigFacts, NodeFacts, PairFacts
 
 _NO_FEATURE = {
     pynvml.NVML_ERROR_NOT_SUPPORTED,
@@ -54,24 +55,18 @@ _ANCESTORS = {
     pynvml.NVML_TOPOLOGY_NODE: Path.NODE,
     pynvml.NVML_TOPOLOGY_SYSTEM: Path.SYS,
 }
-# Linux: arch/x86/include/asm/intel-family.h, and for AMD arch/x86/kernel/cpu/amd.c.
-_INTEL, _AMD = "GenuineIntel", "AuthenticAMD"
-_FAMILIES = (
-    ("Haswell", _INTEL, "6", "63"),
-    ("Broadwell", _INTEL, "6", "79"),
-    ("Skylake", _INTEL, "6", "85"),  # and Cascade Lake
-    ("Ice Lake", _INTEL, "6", "106"),
-    ("Sapphire Rapids", _INTEL, "6", "143"),
-    ("Emerald Rapids", _INTEL, "6", "207"),
-    ("Granite Rapids", _INTEL, "6", "173"),
-    ("Rome", _AMD, "23", "49"),
-    ("Milan", _AMD, "25", "1"),
-    ("Genoa", _AMD, "25", "17"),
-    ("Bergamo", _AMD, "25", "160"),
-    ("Turin", _AMD, "26", "2"),
-    ("Turin", _AMD, "26", "17"),
-)
 _PEER_OK, _PEER_UNKNOWN = 0, 6
+_FABRIC: dict[int, Fabric] = {
+    pynvml.NVML_GPU_FABRIC_STATE_NOT_STARTED: "not started",
+    pynvml.NVML_GPU_FABRIC_STATE_IN_PROGRESS: "in progress",
+    pynvml.NVML_GPU_FABRIC_STATE_COMPLETED: "completed",
+}
+_HEALTH: dict[int, Fabric] = {
+    pynvml.NVML_GPU_FABRIC_HEALTH_SUMMARY_UNHEALTHY: "unhealthy",
+    pynvml.NVML_GPU_FABRIC_HEALTH_SUMMARY_LIMITED_CAPACITY: "limited capacity",
+}
+_NO_FABRIC: tuple[Fabric, ...] = ("not started", "in progress", "failed")
+"""What a GPU says whose NVLinks to the switch lead nowhere, though each of them is up: they train without it."""
 _PEER_READ, _PEER_WRITE = 0, 1  # pynvml's own NVML_P2P_CAPS_INDEX_READ is a tuple by mistake
 
 
@@ -116,6 +111,7 @@ class _Reading:
     """One pass over all GPUs. Keeps what failed: (call, error) -> the GPUs that each such call was about."""
 
     failures: dict[tuple[str, str], set[tuple[int, ...]]] = field(default_factory=dict)
+    host: Host = field(default_factory=Host)
 
     def ask(
         self,
@@ -163,14 +159,16 @@ class _Reading:
                 gpus.append(GpuFacts(ordinal=gpu, errors=self.errors_of(gpu)))
                 continue
             capability = self.ask((gpu,), pynvml.nvmlDeviceGetCudaComputeCapability, handle)
-            links.append(self.nvlinks(gpu, handle, capability, bus_ids))
+            nvlinks = self.nvlinks(gpu, handle, capability, bus_ids)
             mig = self.ask((gpu,), pynvml.nvmlDeviceGetMigMode, handle)
             enabled = mig and mig[0] == pynvml.NVML_DEVICE_MIG_ENABLE  # of (now, after the next reset)
             parts = self.instance_handles(gpu, handle) if enabled else []
-            gpus.append(self.gpu(gpu, handle, bus_ids[gpu], capability, links[-1].switch, enabled))
+            gpus.append(self.gpu(gpu, handle, bus_ids[gpu], capability, nvlinks.switch, enabled))
+            links.append(replace(nvlinks, switch=0) if gpus[gpu].fabric in _NO_FABRIC else nvlinks)
             instances += [self.instance(gpu, part, gpus[gpu].memory_total_bytes) for part in parts]
+        devices = [self.host.device(gpu.pci_bus_id, gpu.numa_nodes) for gpu in gpus]
         pairs = tuple(
-            self.pair(a, b, handles, _between(links[a], links[b], bus_ids[a], bus_ids[b]))
+            self.pair(a, b, handles, _between(links[a], links[b], bus_ids[a], bus_ids[b]), devices)
             for a in range(count)
             for b in range(a + 1, count)
         )
@@ -180,8 +178,10 @@ class _Reading:
             instances=tuple(instances),
             pairs=pairs,
             driver_version=driver,
-            cpu=_cpu(),
-            problem=self.problem(),
+            nics=self.host.nics(devices),
+            numa_nodes=self.host.numa_nodes,
+            cpu=self.host.cpu,
+            problem="; ".join(filter(None, (_fabric_problem(gpus), self.problem()))) or None,
         )
 
     def handle(self, gpu: int) -> Any:
@@ -204,7 +204,6 @@ class _Reading:
         one = (gpu,)
         # With MIG on, only the privileged may ask for the memory of all instances together.
         memory = self.memory(one, handle, fine={pynvml.NVML_ERROR_NO_PERMISSION} if mig_enabled else ())
-        scope = pynvml.NVML_AFFINITY_SCOPE_NODE
         return GpuFacts(
             ordinal=gpu,
             uuid=self.ask(one, pynvml.nvmlDeviceGetUUID, handle),
@@ -215,12 +214,20 @@ class _Reading:
             pci_bus_id=bus_id,
             pcie_generation=self.ask(one, pynvml.nvmlDeviceGetMaxPcieLinkGeneration, handle),
             pcie_width=self.ask(one, pynvml.nvmlDeviceGetCurrPcieLinkWidth, handle),
-            numa_nodes=_bits(self.ask(one, pynvml.nvmlDeviceGetMemoryAffinity, handle, _NUMA_WORDS, scope)),
+            numa_nodes=self.numa_nodes(one, handle, bus_id),
             cpus=_bits(self.ask(one, pynvml.nvmlDeviceGetCpuAffinity, handle, _CPU_WORDS)),
             mig_enabled=mig_enabled,
             nvswitch_links=switch_links,
+            fabric=self.fabric(gpu, handle) if switch_links else None,
             errors=self.errors_of(gpu),
         )
+
+    def numa_nodes(self, gpus: tuple[int, ...], handle: Any, bus_id: str | None) -> tuple[int, ...]:
+        """Those near a GPU, as NVML tells them, or else Linux."""
+        scope = pynvml.NVML_AFFINITY_SCOPE_NODE
+        found = _bits(self.ask(gpus, pynvml.nvmlDeviceGetMemoryAffinity, handle, _NUMA_WORDS, scope))
+        device = None if found else self.host.device(bus_id)
+        return found if device is None or device.numa is None else (device.numa,)
 
     def memory(self, gpus: tuple[int, ...], handle: Any, fine: Collection[int] = ()) -> Any:
         newer = self.ask(gpus, pynvml.nvmlDeviceGetMemoryInfo, handle, pynvml.nvmlMemory_v2, report=False)
@@ -254,7 +261,14 @@ class _Reading:
             self.failures.setdefault(failure, set()).update(where)
         return facts
 
-    def pair(self, a: int, b: int, handles: Sequence[Any], nvlinks: int | None) -> PairFacts:
+    def pair(
+        self,
+        a: int,
+        b: int,
+        handles: Sequence[Any],
+        nvlinks: int | None,
+        devices: Sequence[Device | None],
+    ) -> PairFacts:
         near, far = handles[a], handles[b]
         if near is None or far is None:
             return PairFacts(a=a, b=b, nvlinks=nvlinks)
@@ -266,6 +280,7 @@ class _Reading:
             nvlinks=nvlinks,
             peer_read=_allowed(self.ask((a, b), pynvml.nvmlDeviceGetP2PStatus, near, far, _PEER_READ)),
             peer_write=_allowed(self.ask((a, b), pynvml.nvmlDeviceGetP2PStatus, near, far, _PEER_WRITE)),
+            redirected=self.host.redirected(devices[a], devices[b]),
         )
 
     def nvlinks(
@@ -312,6 +327,21 @@ class _Reading:
                 return unknown
         return _NvLinks(peers=peers, switch=switch)
 
+    def fabric(self, gpu: int, handle: Any) -> Fabric | None:
+        """How far a GPU is registered with its NVSwitch; ``None`` where it need not be (A100), or does not tell."""
+        # The newer version tells the health, too; older drivers do not have it.
+        for info in (pynvml.c_nvmlGpuFabricInfo_v3_t(), pynvml.c_nvmlGpuFabricInfo_v2_t()):
+            call = pynvml.nvmlDeviceGetGpuFabricInfoV
+            if self.ask((gpu,), call, handle, ctypes.byref(info)) is not None:
+                break
+        else:
+            return None
+        state = _FABRIC.get(info.state)
+        if state != "completed":
+            return state
+        health = getattr(info, "healthSummary", 0)
+        return _HEALTH.get(health, state) if info.status == pynvml.NVML_SUCCESS else "failed"
+
     def errors_of(self, gpu: int) -> tuple[str, ...]:
         return tuple(f"{call}: {error}" for (call, error), where in self.failures.items() if (gpu,) in where)
 
@@ -338,6 +368,19 @@ def _between(one: _NvLinks, other: _NvLinks, one_bus_id: str | None, other_bus_i
     return max(known) if len(known) == 2 or any(known) else None
 
 
+def _fabric_problem(gpus: Sequence[GpuFacts]) -> str:
+    """Which GPUs cannot use their NVSwitch, or not well, and what to look at; empty if there are none."""
+    found: dict[Fabric, list[int]] = {}
+    for gpu in gpus:
+        if gpu.fabric is not None and gpu.fabric != "completed":
+            found.setdefault(gpu.fabric, []).append(gpu.ordinal)
+    return "; ".join(
+        f"NVSwitch {'cannot be used' if state in _NO_FABRIC else 'is impaired'} on GPU {ordinals(ours)}, "
+        f"since the state of its fabric is {state!r}: look at nvidia-fabricmanager there"
+        for state, ours in found.items()
+    )
+
+
 def _profile(name: str | None, attributes: Any, gpu_memory_bytes: int | None) -> str | None:
     """What a MIG instance is called for its size: ``1g.10gb``.
 
@@ -354,36 +397,6 @@ def _profile(name: str | None, attributes: Any, gpu_memory_bytes: int | None) ->
     slices, of = attributes.computeInstanceSliceCount, attributes.gpuInstanceSliceCount
     part = f"{slices}c." if slices not in (0, of) else ""
     return f"{part}{of}g.{(eighths * gpu_gb + 4) // 8}gb"
-
-
-def _cpu() -> str | None:
-    """The product name of the processors as Linux tells it, and of their family; ``None`` if they differ or have none.
-
-    A virtual machine's name often says no more than "AMD EPYC"; family and model do.
-    """
-    try:
-        text = (_root() / "proc/cpuinfo").read_text("utf-8", "replace")
-    except OSError:
-        return None
-    told: dict[str, set[str]] = {}
-    for row in text.splitlines():
-        key, _, value = row.partition(":")
-        told.setdefault(key.strip(), set()).add(value.strip())
-    keys = ("vendor_id", "cpu family", "model")
-    found = next(
-        (name for name, *numbers in _FAMILIES if numbers == [",".join(told.get(key, ())) for key in keys]),
-        None,
-    )
-    names = told.get("model name", set())
-    if len(names) != 1:
-        return None
-    [name] = names
-    return f"{name}, {found}" if found and found.lower() not in name.lower() else name
-
-
-def _root() -> FilePath:
-    """Where the host's ``/proc`` is: elsewhere in a container that has it mounted there."""
-    return FilePath(os.environ.get("PLACEMENT_HOST_ROOT") or "/")
 
 
 def _field(value: Any) -> int | None:

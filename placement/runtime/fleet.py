@@ -357,6 +357,7 @@ class Fleet:
                 ray_weakest_link=one.ray_score.link_name,
                 upper_bandwidth_gb_per_s=one.score.known_upper_gb_per_s,
                 ray_upper_bandwidth_gb_per_s=one.ray_score.known_upper_gb_per_s,
+                affinities=list(one.affinities),
             )
             reserved.append(self._note_reserved(one.order.name, assignment))
 

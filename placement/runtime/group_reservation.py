@@ -270,4 +270,5 @@ def _assignment(
         ray_weakest_link=None if alone is None else alone.link_name,
         upper_bandwidth_gb_per_s=found.score.known_upper_gb_per_s,
         ray_upper_bandwidth_gb_per_s=None if alone is None else alone.known_upper_gb_per_s,
+        affinities=list(found.affinities),
     )

@@ -13,6 +13,7 @@ import ray.util
 from ray.util.placement_group import PlacementGroup
 
 from placement import topologies
+from placement.core.affinity import Affinity, affinities
 from placement.core.score import WHOLE, Score, score, slowest_group
 from placement.nvml import Reader
 from placement.runtime.groups import NodeGroups
@@ -25,13 +26,17 @@ from placement.wire.slots import in_ray_order
 
 @dataclass(frozen=True)
 class Filled:
-    """An order that is reserved and verified. ``mig``: profile of the instance that it is; empty for GPUs."""
+    """An order that is reserved and verified, and what is near each of its GPUs.
+
+    ``mig``: profile of the instance that it is; empty for GPUs.
+    """
 
     order: Order
     reserved: Reserved
     score: Score
     ray_score: Score
     mig: str = ""
+    affinities: Sequence[Affinity] = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class Part:
         ray_score: that of ``ray_gpus``, if they were for one set.
         share: thousandths of each GPU.
         mig: profile of the MIG instance that it is; empty for GPUs.
+        affinities: what is near each GPU of the sets, in their order; empty if nothing is known.
     """
 
     sets: tuple[tuple[int, ...], ...]
@@ -69,6 +75,7 @@ class Part:
     ray_score: Score
     share: int = WHOLE
     mig: str = ""
+    affinities: Sequence[Affinity] = ()
 
 
 NAMESPACE = "placement"
@@ -160,7 +167,8 @@ class NodePlacementActor:
                         outcome = replace(outcome, at_most=(len(filled) + 1) * order.needs.gpus - 1)
                     return Reply((), outcome, tuple(sorted(self._reserver.foreign)))
                 ours, rays = score(topology, outcome.gpus), score(topology, outcome.ray_gpus)
-                filled.append(Filled(order, outcome, ours, rays, _profile(machine, order, outcome.gpus)))
+                mig, near = _profile(machine, order, outcome.gpus), affinities(topology, outcome.gpus)
+                filled.append(Filled(order, outcome, ours, rays, mig, near))
         except BaseException:
             self._undo(filled)
             raise
@@ -227,7 +235,17 @@ class NodePlacementActor:
         slowest, resorted = slowest_group(topology, gpus, size), slowest_group(topology, sorted(gpus), size)
         rays = score(topology, prepared.ray_gpus)
         mig = _profile(machine, order, gpus)
-        return Part(prepared.sets, bundle_of, slowest, resorted, prepared.ray_gpus, rays, prepared.share, mig)
+        return Part(
+            prepared.sets,
+            bundle_of,
+            slowest,
+            resorted,
+            prepared.ray_gpus,
+            rays,
+            prepared.share,
+            mig,
+            affinities(topology, gpus),
+        )
 
     def release(self, orders: Sequence[tuple[str, PlacementGroup]]) -> None:
         """Gives groups back. Harmless if they are gone already."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,8 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from placement.core.affinity import Affinity
+from placement.runtime.binding import CPUS, NUMA_NODE
 from placement.wire.deployment import Budget, RuntimeConfig, Serving
 
 
@@ -43,6 +46,7 @@ class NodeAssignment:
         egress_resource, egress_units: what a remote replica holds.
         cpus, memory_bytes: what a CPU replica holds.
         set_size: GPUs of each tensor-parallel group that the replica is made of; 0 where all of its GPUs are one.
+        affinities: what is near each of ``gpus``; empty if nothing is known. :meth:`environment` tells a worker.
     """
 
     replica_index: int
@@ -69,6 +73,7 @@ class NodeAssignment:
     cpus: float = 0.0
     memory_bytes: int = 0
     set_size: int = 0
+    affinities: list[Affinity] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.ranks:
@@ -84,10 +89,7 @@ class NodeAssignment:
         Raises:
             IndexError: the assignment has no such rank.
         """
-        if not 0 <= rank < len(self.bundle_indices):
-            raise IndexError(
-                f"replica {self.replica_index} has ranks 0 to {len(self.bundle_indices) - 1}, not {rank}"
-            )
+        self._check(rank)
         strategy = PlacementGroupSchedulingStrategy(
             self.placement_group, placement_group_bundle_index=self.bundle_indices[rank]
         )
@@ -119,6 +121,28 @@ class NodeAssignment:
         # Ray asks one CPU to be free where an actor is created that names none, and a bundle need not have any.
         return {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": strategy}
 
+    def environment(self, rank: int = 0) -> dict[str, str]:
+        """Environment variables for the worker on ``gpus[rank]``: see :meth:`PlacementResult.environment`.
+
+        One assignment of a replica over several nodes does not know the others: what tells of all ranks
+        (``VLLM_RAY_BUNDLE_INDICES``, ``RANK``, ``WORLD_SIZE``) or goes by all nodes (``NCCL_...``) is left out then.
+
+        Raises:
+            IndexError: the assignment has no such rank.
+        """
+        self._check(rank)
+        variables = _variables([self], self.ranks[rank])
+        if self.gpus and len(self.bundle_indices) < self.placement_group.bundle_count:
+            for name in _OF_ALL_NODES:
+                variables.pop(name, None)
+        return variables
+
+    def _check(self, rank: int) -> None:
+        if not 0 <= rank < len(self.bundle_indices):
+            raise IndexError(
+                f"replica {self.replica_index} has ranks 0 to {len(self.bundle_indices) - 1}, not {rank}"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """The assignment as JSON-ready values; the group by its id."""
         return {
@@ -146,6 +170,7 @@ class NodeAssignment:
             "cpus": self.cpus,
             "memory_bytes": self.memory_bytes,
             "set_size": self.set_size,
+            "affinities": [dict(one) for one in self.affinities],
         }
 
 
@@ -206,6 +231,11 @@ class PlacementResult:
         - ``RAY_ADDRESS``: the cluster, if this process is connected to it. The process that vLLM starts its engine
           core in looks for it, and another one may run on the same machine.
         - With a rank, ``RANK`` and ``WORLD_SIZE`` as torch.distributed reads them. A worker sees one GPU, ``cuda:0``.
+        - With a rank, what is near its GPU, as far as it is known: ``PLACEMENT_CPUS`` and ``PLACEMENT_NUMA_NODE``, by
+          which :func:`placement.bind` binds the worker; ``UCX_NET_DEVICES``, the nearest RDMA ports; and
+          ``NCCL_IB_HCA``, those near any GPU of the replica on that node, since NCCL wants all ranks of a node to have
+          the same (NVIDIA/nccl#1478) and each node to have as many: it is left out where they have not. Where no RDMA
+          port is near, ``NCCL_SOCKET_IFNAME`` has the network interfaces that are.
 
         The first three are for GPUs, so that a remote replica and a CPU replica have none of them. That of a CPU
         replica has ``CUDA_VISIBLE_DEVICES`` empty: Ray lets a worker without GPUs see all GPUs of its node.
@@ -216,21 +246,9 @@ class PlacementResult:
         parts = self.replica(replica_index)
         if not parts:
             raise IndexError(f"{self.deployment} has no replica {replica_index}")
-        bundle_of = dict(sorted(pair for a in parts for pair in zip(a.ranks, a.bundle_indices, strict=True)))
-        if rank is not None and rank not in bundle_of:
+        if rank is not None and not any(rank in a.ranks for a in parts):
             raise IndexError(f"{self.deployment} has no rank {rank} of a replica {replica_index}")
-        variables: dict[str, str] = {}
-        if parts[0].gpus:
-            variables["VLLM_RAY_BUNDLE_INDICES"] = ",".join(map(str, bundle_of.values()))
-            variables["VLLM_RAY_PER_WORKER_GPUS"] = f"{parts[0].share:g}"
-            variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-        elif parts[0].cpus:
-            variables["CUDA_VISIBLE_DEVICES"] = ""
-        if ray.is_initialized():
-            variables["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-        if rank is not None:
-            variables |= {"RANK": str(rank), "WORLD_SIZE": str(len(bundle_of))}
-        return variables
+        return _variables(parts, rank)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON-ready values, but for ``runtime_config``: it may name endpoints and keys."""
@@ -243,3 +261,51 @@ class PlacementResult:
             "serving": self.serving.model_dump(mode="json"),
             "budget": None if self.budget is None else self.budget.model_dump(mode="json", exclude_none=True),
         }
+
+
+_OF_ALL_NODES = ("VLLM_RAY_BUNDLE_INDICES", "RANK", "WORLD_SIZE", "NCCL_IB_HCA", "NCCL_SOCKET_IFNAME")
+"""Variables that take all parts of a replica to tell."""
+
+
+def _variables(parts: Sequence[NodeAssignment], rank: int | None) -> dict[str, str]:
+    """The environment of a replica with these parts, or of its worker of that rank, which one of them has."""
+    bundle_of = dict(sorted(pair for a in parts for pair in zip(a.ranks, a.bundle_indices, strict=True)))
+    variables: dict[str, str] = {}
+    if parts[0].gpus:
+        variables["VLLM_RAY_BUNDLE_INDICES"] = ",".join(map(str, bundle_of.values()))
+        variables["VLLM_RAY_PER_WORKER_GPUS"] = f"{parts[0].share:g}"
+        variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    elif parts[0].cpus:
+        variables["CUDA_VISIBLE_DEVICES"] = ""
+    if ray.is_initialized():
+        variables["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    if rank is not None:
+        variables |= {"RANK": str(rank), "WORLD_SIZE": str(len(bundle_of))}
+        variables |= _near(parts, next(a for a in parts if rank in a.ranks), rank)
+    return variables
+
+
+def _near(parts: Sequence[NodeAssignment], part: NodeAssignment, rank: int) -> dict[str, str]:
+    """What tells a worker of ``part`` what is near its GPU."""
+    if not part.affinities:
+        return {}
+    near = part.affinities[part.ranks.index(rank)]
+    found: dict[str, str] = {}
+    if "cpus" in near:
+        found[CPUS] = near["cpus"]
+    if "numa_node" in near:
+        found[NUMA_NODE] = str(near["numa_node"])
+    if "ports" in near:
+        found["UCX_NET_DEVICES"] = ",".join(near["ports"])
+    ports = [_names(one.get("ports", []) for one in a.affinities) for a in parts]
+    interfaces = [_names(one.get("interfaces", []) for one in a.affinities) for a in parts]
+    variable, names = ("NCCL_IB_HCA", ports) if any(ports) else ("NCCL_SOCKET_IFNAME", interfaces)
+    here = names[parts.index(part)]
+    if here and len({len(one) for one in names}) == 1:
+        found[variable] = f"={','.join(here)}"  # just these: mlx5_1 would mean mlx5_10, too
+    return found
+
+
+def _names(lists: Iterable[list[str]]) -> list[str]:
+    """All names, each once."""
+    return list(dict.fromkeys(name for one in lists for name in one))

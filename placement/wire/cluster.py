@@ -21,6 +21,7 @@ from placement.core.topology import Path as PciePath
 from placement.errors import InvalidClusterFile, InvalidDeployment, MatrixError, counted
 from placement.wire.base import Model
 from placement.wire.deployment import REMOTE_RUNTIMES, STANDS, Deployment, with_runtime
+from placement.wire.facts import NumaFacts
 from placement.wire.runtimes import infer_runtime
 from placement.wire.text import printable, read_text
 
@@ -155,6 +156,14 @@ def _as_placed(
 _PEERS = {True: "Y", False: "N", None: "?"}
 
 
+class NicNames(Model):
+    """What programs call a network card of the matrix."""
+
+    name: str
+    ports: tuple[str, ...] = Field(default=(), description="its RDMA ports that work")
+    interfaces: tuple[str, ...] = Field(default=(), description="its network interfaces that work")
+
+
 class Machine(Model):
     """A make of GPU node, written once for all nodes of that make."""
 
@@ -171,6 +180,10 @@ class Machine(Model):
         default=(),
         description="per GPU a letter for each: Y or N, whether peer-to-peer works over PCIe, or ?; empty if unknown",
     )
+    numa_nodes: tuple[NumaFacts, ...] = Field(
+        default=(), description="the NUMA nodes of the host; empty if unknown"
+    )
+    nics: tuple[NicNames, ...] = Field(default=(), description="those of which it is known")
 
     @classmethod
     def of(cls, topology: Topology) -> Machine:
@@ -184,6 +197,12 @@ class Machine(Model):
             pcie=pcie if any(pcie) else (),
             peers=peers if {"Y", "N"} & set("".join(peers)) else (),
             below=topology.below,
+            numa_nodes=tuple(map(NumaFacts.of, topology.numa_nodes)),
+            nics=tuple(
+                NicNames(name=nic.name, ports=nic.ports, interfaces=nic.interfaces)
+                for nic in topology.nics
+                if nic.ports or nic.interfaces
+            ),
         )
 
     def topology(self) -> Topology:
@@ -210,7 +229,25 @@ class Machine(Model):
         if self.pcie and len(self.pcie) != len(read):
             raise ValueError(f"pcie describes {len(self.pcie)} GPUs, the matrix {len(read)}")
         lanes = tuple(Lanes(*one) if one else None for one in self.pcie)
-        return replace(read, links=links, model=self.model, cpu=self.cpu, lanes=lanes, below=self.below)
+        names = {nic.name: nic for nic in self.nics}
+        if unknown := names.keys() - {nic.name for nic in read.nics}:
+            raise ValueError(f"nics names {min(unknown)}, which is no network card of the matrix")
+        nics = tuple(
+            replace(nic, ports=names[nic.name].ports, interfaces=names[nic.name].interfaces)
+            if nic.name in names
+            else nic
+            for nic in read.nics
+        )
+        return replace(
+            read,
+            links=links,
+            model=self.model,
+            cpu=self.cpu,
+            lanes=lanes,
+            below=self.below,
+            nics=nics,
+            numa_nodes=tuple(one.node for one in self.numa_nodes),
+        )
 
 
 class ClusterNode(Model):

@@ -8,10 +8,12 @@ from typing import Literal
 from pydantic import Field
 
 from placement.core.snapshot import UNKNOWN_PROFILE
-from placement.core.topology import UNKNOWN_LINK, Lanes, Link, Nic, Path, Topology
+from placement.core.topology import UNKNOWN_LINK, Lanes, Link, Nic, NumaNode, Path, Topology
 from placement.wire.base import Model
 
 Source = Literal["nvml", "catalogue", "none"]
+Fabric = Literal["not started", "in progress", "failed", "completed", "limited capacity", "unhealthy"]
+"""How far a GPU is registered with the fabric of its NVSwitch, and from ``completed`` on what is wrong with that."""
 
 
 class GpuFacts(Model):
@@ -36,6 +38,9 @@ class GpuFacts(Model):
     )
     nvswitch_links: int | None = Field(
         default=None, description="NVLinks of this GPU that end in an NVSwitch"
+    )
+    fabric: Fabric | None = Field(
+        default=None, description="whether its NVSwitch can be used; None if unknown"
     )
     errors: tuple[str, ...] = Field(default=(), description="NVML calls that failed on this GPU, and how")
 
@@ -84,6 +89,9 @@ class PairFacts(Model):
     nvlinks: int | None = Field(default=None, description="active NVLinks between the two; None if unknown")
     peer_read: bool | None = Field(default=None, description="driver allows peer-to-peer reads")
     peer_write: bool | None = Field(default=None, description="driver allows peer-to-peer writes")
+    redirected: bool | None = Field(
+        default=None, description="ACS sends what they say below one switch through the root complex"
+    )
 
     @property
     def link(self) -> Link:
@@ -98,8 +106,11 @@ class PairFacts(Model):
 
     @property
     def peer(self) -> bool | None:
-        """Whether the driver allows both; ``None`` if one is unknown and the other not forbidden."""
-        allowed = (self.peer_read, self.peer_write)
+        """Whether the driver allows both, and ACS does not redirect them; ``None`` if the driver's part is unknown.
+
+        Nobody but root can see what ACS does: where that is unknown, the driver has to do.
+        """
+        allowed = (self.peer_read, self.peer_write, not self.redirected)
         return False if False in allowed else None if None in allowed else True
 
 
@@ -108,6 +119,36 @@ class NicFacts(Model):
 
     name: str = Field(description="as `nvidia-smi topo -m` calls its column")
     paths: tuple[Path, ...] = Field(description="PCIe level from each GPU, in order")
+    pci_bus_id: str | None = Field(default=None, description="as sysfs writes it: 0000:1b:00.0")
+    numa_node: int | None = None
+    ports: tuple[str, ...] = Field(
+        default=(), description="RDMA ports that are active, and may be used here: mlx5_0:1"
+    )
+    interfaces: tuple[str, ...] = Field(
+        default=(), description="network interfaces that are up and have a route"
+    )
+
+
+class NumaFacts(Model):
+    """One NUMA node of the host."""
+
+    number: int = Field(ge=0)
+    socket: int | None = Field(default=None, description="the processor that it is of")
+    cores: tuple[tuple[int, ...], ...] = Field(
+        default=(),
+        description="CPUs of each core, those that Ray's processes may use; empty if unknown or none",
+    )
+    memory_bytes: int | None = None
+
+    @classmethod
+    def of(cls, node: NumaNode) -> NumaFacts:
+        """The same of a machine's."""
+        return cls(number=node.number, socket=node.socket, cores=node.cores, memory_bytes=node.memory_bytes)
+
+    @property
+    def node(self) -> NumaNode:
+        """The same as the core has it."""
+        return NumaNode(self.number, self.cores, self.memory_bytes, self.socket)
 
 
 class NodeFacts(Model):
@@ -120,7 +161,8 @@ class NodeFacts(Model):
         default=(), description="MIG instances of all GPUs; empty as well where NVML could not list them"
     )
     pairs: tuple[PairFacts, ...] = ()
-    nics: tuple[NicFacts, ...] = Field(default=(), description="empty if unknown; NVML does not tell them")
+    nics: tuple[NicFacts, ...] = Field(default=(), description="empty if unknown")
+    numa_nodes: tuple[NumaFacts, ...] = Field(default=(), description="empty if unknown")
     driver_version: str | None = None
     cpu: str | None = Field(default=None, description="product name of the host's processors")
     age_seconds: float | None = Field(
@@ -159,7 +201,7 @@ class NodeFacts(Model):
         """The reading as a :class:`~placement.core.topology.Topology`; the same object for machines that are alike."""
         places = tuple((gpu.numa_nodes, gpu.cpus, gpu.lanes) for gpu in self.gpus)
         names = frozenset(gpu.name for gpu in self.gpus if not gpu.lost)
-        return _topology(self.pairs, self.nics, places, names, self.cpu)
+        return _topology(self.pairs, self.nics, places, names, self.cpu, self.numa_nodes)
 
 
 @lru_cache(maxsize=256)
@@ -169,6 +211,7 @@ def _topology(
     places: tuple[tuple[tuple[int, ...], tuple[int, ...], Lanes | None], ...],
     names: frozenset[str | None],
     cpu: str | None,
+    numa_nodes: tuple[NumaFacts, ...],
 ) -> Topology:
     matrix = [[UNKNOWN_LINK] * len(places) for _ in places]
     below = [[Path.UNKNOWN] * len(places) for _ in places]
@@ -181,9 +224,10 @@ def _topology(
         links=tuple(map(tuple, matrix)),
         numa=tuple(numa for numa, _, _ in places),
         cpus=tuple(cpus for _, cpus, _ in places),
-        nics=tuple(Nic(nic.name, nic.paths) for nic in nics),
+        nics=tuple(Nic(nic.name, nic.paths, nic.ports, nic.interfaces) for nic in nics),
         model=model,
         below=tuple(map(tuple, below)) if hidden else (),
         lanes=tuple(lanes for _, _, lanes in places),
         cpu=cpu,
+        numa_nodes=tuple(one.node for one in numa_nodes),
     )

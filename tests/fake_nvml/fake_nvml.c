@@ -11,6 +11,7 @@
  *   name 0 NVIDIA H100 ...      cpus 0 0 1 2 3            switch 0 18         18 NVLinks of GPU 0 to a switch
  *   pci 0 0 1b 0                memory 0 total reserved used    (bytes)
  *   pcie 0 4 16                 highest PCIe generation, lanes in use
+ *   fabric 0 3 0 1              NVML's state of the fabric, its status, its health; absent: not supported
  *   idle 0 2                    2 more NVLinks of GPU 0 that are there, but inactive
  *   hidden                      the PCI address of a switch reads FFFFFFFF:FF:FF.0, and its kind is unknown
  *   instance 0 2 5 0 total used 1 3 MIG-... NVIDIA H100 ... MIG 1c.3g.40gb
@@ -51,6 +52,14 @@ typedef struct {
     unsigned long long value;
 } Field;
 
+/* The second version ends before the health's summary. */
+typedef struct {
+    unsigned version;
+    unsigned char cluster[16];
+    unsigned status, clique, state, health_mask;
+    unsigned char health;
+} Fabric;
+
 typedef struct {
     unsigned multiprocessors, copy_engines, decoders, encoders, jpeg, ofa;
     unsigned gpu_instance_slices, compute_instance_slices;
@@ -66,6 +75,8 @@ typedef struct {
     unsigned domain, bus, device;
     int has_memory, major, minor, mig; /* mig < 0: not supported */
     unsigned pcie_generation, pcie_width; /* 0: not supported */
+    int has_fabric;
+    unsigned fabric_state, fabric_status, fabric_health;
     unsigned long long total, reserved, used;
     unsigned long long nodes[MAX_NODES / 64], cpus[MAX_CPUS / 64];
     int links, link_to[MAX_LINKS];
@@ -154,6 +165,10 @@ static void read_line(const char *line) {
     } else if (IS("pcie")) {
         Gpu *gpu = gpu_at(a, line);
         if (sscanf(text, "%u %u", &gpu->pcie_generation, &gpu->pcie_width) != 2) refuse(line);
+    } else if (IS("fabric")) {
+        Gpu *gpu = gpu_at(a, line);
+        gpu->has_fabric = 1;
+        if (sscanf(text, "%u %u %u", &gpu->fabric_state, &gpu->fabric_status, &gpu->fabric_health) != 3) refuse(line);
     } else if (IS("instance")) {
         add_instance(a, text, line);
     } else if (IS("mig")) {
@@ -319,6 +334,20 @@ int nvmlDeviceGetCurrPcieLinkWidth(Gpu *gpu, unsigned *width) {
     CHECK(gpu->index, ANY);
     *width = gpu->pcie_width;
     return *width ? SUCCESS : NOT_SUPPORTED;
+}
+
+/* fabric_v3 is no function: what fails with it is the newer of the two versions. */
+int nvmlDeviceGetGpuFabricInfoV(Gpu *gpu, Fabric *fabric) {
+    CHECK(gpu->index, ANY);
+    int newer = fabric->version == (sizeof *fabric | 3U << 24);
+    int code = newer ? fault("fabric_v3", gpu->index, ANY, ANY) : SUCCESS;
+    if (code != SUCCESS) return code;
+    if (!newer && fabric->version != (36 | 2U << 24)) return ARGUMENT_VERSION_MISMATCH;
+    if (!gpu->has_fabric) return NOT_SUPPORTED;
+    fabric->state = gpu->fabric_state;
+    fabric->status = gpu->fabric_status;
+    if (newer) fabric->health = (unsigned char)gpu->fabric_health;
+    return SUCCESS;
 }
 
 /* The first version counts what the driver keeps for itself as used, the second apart. */

@@ -59,6 +59,7 @@ CALLS = {
     # The far end's address tells whether it is a GPU, field 147 whether it is a switch.
     "nvmlDeviceGetNvLinkRemoteDeviceType": Lost(),
     "nvmlDeviceGetFieldValues": Lost(),
+    "nvmlDeviceGetGpuFabricInfoV": Lost(gpu={"fabric": None}),
 }
 NODE_CALLS = {
     "nvmlInitWithFlags",
@@ -73,7 +74,9 @@ NODE_CALLS = {
 def description(name: str) -> str:
     recorded = topologies.load(name)
     machine = replace(recorded, lanes=(Lanes(4),) * len(recorded))
-    return fake_nvml.describe(machine, capability=topologies.describe(name).compute_capability, peer=(0, 1))
+    fabric = [f"fabric {gpu} 3 0 1" for gpu in range(len(machine)) if machine.nvswitch]
+    capability = topologies.describe(name).compute_capability
+    return fake_nvml.describe(machine, *fabric, capability=capability, peer=(0, 1))
 
 
 def without_errors(facts: NodeFacts) -> NodeFacts:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from placement.core.affinity import Affinity
 from placement.runtime.results import NodeAssignment, PlacementResult
 
 GROUP: Any = SimpleNamespace(id=SimpleNamespace(hex=lambda: "00"))
@@ -82,6 +83,76 @@ def test_a_worker_of_a_cpu_replica_takes_its_cpus_and_memory_and_no_gpu() -> Non
     with pytest.raises(IndexError, match="replica 0 has ranks 0 to 0, not 1"):
         part.actor_options(1)
     assert (part.to_dict()["cpus"], part.to_dict()["memory_bytes"]) == (2.5, 7)
+
+
+NEAR: list[Affinity] = [
+    {"cpus": "0-1", "numa_node": 0, "ports": ["mlx5_0:1"]},
+    {"cpus": "2-3", "numa_node": 0, "ports": ["mlx5_1:1", "mlx5_0:1"]},
+]
+FAR: list[Affinity] = [{"cpus": "0-7", "numa_node": 1, "ports": ["mlx5_7:1"]}, {}]
+
+
+def near(*ranks: int, affinities: list[Affinity], node: str = "a", of: int = 2) -> NodeAssignment:
+    """One assignment of a replica of so many ranks."""
+    group: Any = SimpleNamespace(id=None, bundle_count=of)
+    return NodeAssignment(
+        0, node, [4, 5], group, list(ranks), node_name=node, ranks=list(ranks), affinities=affinities
+    )
+
+
+def test_a_worker_is_told_what_is_near_its_gpu_and_its_node_what_is_near_any() -> None:
+    part = near(0, 1, affinities=NEAR)
+    told = {rank: PlacementResult("d", [part]).environment(0, rank) for rank in (0, 1)}
+    assert [told[rank]["PLACEMENT_CPUS"] for rank in (0, 1)] == ["0-1", "2-3"]
+    assert [told[rank]["PLACEMENT_NUMA_NODE"] for rank in (0, 1)] == ["0", "0"]
+    assert [told[rank]["UCX_NET_DEVICES"] for rank in (0, 1)] == ["mlx5_0:1", "mlx5_1:1,mlx5_0:1"]
+    assert {told[rank]["NCCL_IB_HCA"] for rank in (0, 1)} == {"=mlx5_0:1,mlx5_1:1"}
+    assert told[1] == part.environment(1), "an assignment that is all of its replica"
+    assert "NCCL_SOCKET_IFNAME" not in told[0]
+    assert not any(
+        "PLACEMENT" in name or "NCCL" in name for name in PlacementResult("d", [part]).environment(0)
+    )
+
+
+def test_what_nccl_is_told_is_the_same_for_a_node_and_as_many_on_each() -> None:
+    one, same, other = (
+        near(*ranks, affinities=affinities, node=node, of=4)
+        for ranks, affinities, node in (
+            ((0, 1), FAR, "a"), ((2, 3), NEAR[:1] * 2, "b"), ((2, 3), NEAR, "b"),
+        )
+    )  # fmt: skip
+    even = PlacementResult("d", [one, same])
+    assert [even.environment(0, rank)["NCCL_IB_HCA"] for rank in range(4)] == [
+        "=mlx5_7:1", "=mlx5_7:1", "=mlx5_0:1", "=mlx5_0:1",
+    ]  # fmt: skip
+    uneven = PlacementResult("d", [one, other])
+    assert [name for name in uneven.environment(0, 2) if name.startswith("NCCL")] == []
+    assert uneven.environment(0, 3)["UCX_NET_DEVICES"] == "mlx5_1:1,mlx5_0:1", "each for itself"
+    unknown = PlacementResult("d", [one, near(2, 3, affinities=[], node="b", of=4)])
+    assert [name for name in unknown.environment(0, 0) if name.startswith("NCCL")] == []
+    assert other.environment(1) == {
+        "VLLM_RAY_PER_WORKER_GPUS": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "PLACEMENT_CPUS": "2-3",
+        "PLACEMENT_NUMA_NODE": "0", "UCX_NET_DEVICES": "mlx5_1:1,mlx5_0:1",
+    }, "a part of a replica does not know the rest"  # fmt: skip
+
+
+def test_interfaces_are_for_nccl_where_no_rdma_is_near() -> None:
+    plain: list[Affinity] = [{"interfaces": ["eth0"]}, {"interfaces": ["eth1"]}]
+    told = near(0, 1, affinities=plain).environment()
+    assert told["NCCL_SOCKET_IFNAME"] == "=eth0,eth1"
+    assert "UCX_NET_DEVICES" not in told and "PLACEMENT_CPUS" not in told
+    with_rdma = near(0, 1, affinities=[plain[0], NEAR[0]]).environment()
+    assert (with_rdma["NCCL_IB_HCA"], "NCCL_SOCKET_IFNAME" in with_rdma) == ("=mlx5_0:1", False)
+
+
+def test_without_facts_nothing_is_told_and_a_rank_that_is_not_there_is_refused() -> None:
+    part = near(0, 1, affinities=[])
+    assert part.environment(1) == PlacementResult("d", [part]).environment(0, 1)
+    assert part.environment(1).keys() == {
+        "VLLM_RAY_BUNDLE_INDICES", "VLLM_RAY_PER_WORKER_GPUS", "CUDA_DEVICE_ORDER", "RANK", "WORLD_SIZE",
+    }  # fmt: skip
+    with pytest.raises(IndexError, match="replica 0 has ranks 0 to 1, not 2"):
+        part.environment(2)
 
 
 def test_the_readme_starts_an_engine_with_options_that_there_are() -> None:

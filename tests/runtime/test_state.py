@@ -107,7 +107,7 @@ def test_a_record_is_read_as_it_was_written(monkeypatch: pytest.MonkeyPatch) -> 
     whole = on(
         "n", 0, 4, 5, ranks=[0, 1], node_name="gpu-n", cpus_per_gpu=1.5, memory_bytes_per_gpu=7, ray_gpus=[0, 1],
         bandwidth_gb_per_s=230.4, weakest_link="NV12", ray_bandwidth_gb_per_s=19.92, ray_weakest_link="SYS",
-        sorted_bandwidth_gb_per_s=9.96, set_size=1,
+        sorted_bandwidth_gb_per_s=9.96, set_size=1, affinities=[{"cpus": "0-3", "ports": ["mlx5_0:1"]}, {}],
     )  # fmt: skip
     part = on("n", 2, 3, share=0.25, mig="1g.10gb", cpus=2.5, memory_bytes=9)
     one = placed(local(replicas=4), whole, part)

@@ -10,6 +10,7 @@ from placement import (
     PlacementConstraints,
     PlacementPlan,
     PlacementResult,
+    bind,
     placement_group,
 )
 from placement.runtime.client import Event, Status
@@ -23,6 +24,8 @@ def blocking(wanted: Deployment) -> None:
     assert_type(result.assignments, list[NodeAssignment])
     assert_type(result.assignments[0].gpus, list[int])
     assert_type(result.environment(0, rank=1), dict[str, str])
+    assert_type(result.assignments[0].environment(1), dict[str, str])
+    assert_type(bind().cpus, frozenset[int])
     assert_type(client.place({"name": "d", "model": "m"}, {"gpu_nodes": ["a"]}), PlacementResult)
     assert_type(client.apply(wanted, atomic=True), PlacementResult)
     assert_type(client.apply_all([wanted, {"name": "d"}]), list[PlacementResult])

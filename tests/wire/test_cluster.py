@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from placement import topologies
 from placement.core.score import score
 from placement.core.snapshot import Node, Snapshot
-from placement.core.topology import UNKNOWN_LINK, Lanes, Link, Topology
+from placement.core.topology import UNKNOWN_LINK, Lanes, Link, Nic, NumaNode, Topology
 from placement.core.topology import Path as PciePath
 from placement.errors import InvalidClusterFile, NotEnoughGpus, UnknownNode
 from placement.wire.cluster import ClusterFile, HeldDeployment, HeldReplica, load_cluster
@@ -93,9 +93,27 @@ def test_what_links_carry_is_the_same_from_its_file() -> None:
     assert score(again.topology, range(4)) == score(machine, range(4))
 
 
+def test_what_is_known_of_the_host_is_the_same_from_its_file() -> None:
+    machine = replace(
+        Topology.unknown(2),
+        nics=(
+            Nic("mlx5_0", (PciePath.PIX, PciePath.SYS), ("mlx5_0:1",), ("ens1", "ens2")),
+            Nic("eth0", (PciePath.NODE, PciePath.UNKNOWN)),
+        ),
+        numa_nodes=(NumaNode(0, ((0, 2), (1, 3)), 1 << 30, 0), NumaNode(1)),
+    )
+    file = ClusterFile.of(Snapshot((Node("id", "a", topology=machine),)), [])
+    [again] = ClusterFile.model_validate_json(file.model_dump_json(exclude_none=True)).snapshot().nodes
+    assert again.topology == machine
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            {"machines": {"m": {"matrix": TWO, "nics": [{"name": "mlx5_0", "ports": ["mlx5_0:1"]}]}}},
+            "machines.m: nics names mlx5_0, which is no network card of the matrix",
+        ),
         (
             {"machines": {"m": {"matrix": TWO, "peers": ["Y"]}}},
             "machines.m: peers must be 2 rows of 2 letters",
