@@ -34,7 +34,8 @@ from placement.core.bandwidth import (
     staged_mb_per_s,
     switch_mb_per_s,
 )
-from placement.core.topology import UNKNOWN_LINK, Lanes, Link, Path, Topology, components
+from placement.core.measured import Rates, is_suspect
+from placement.core.topology import UNKNOWN_LINK, Lanes, Link, MeasuredRates, Path, Topology, components
 
 Links = tuple[tuple[Link, ...], ...]
 
@@ -81,15 +82,17 @@ class Score:
     """How good a set of GPUs is. Orderable: a greater score is a better set.
 
     Attributes:
-        bandwidth_gb_per_s: predicted bus bandwidth of a large all-reduce over the set, GB/s (10^9 bytes) per
-            GPU and direction, as nccl-tests reports it; infinite for fewer than two GPUs.
+        bandwidth_gb_per_s: bus bandwidth of a large all-reduce over the set, GB/s (10^9 bytes) per
+            GPU and direction, as nccl-tests reports it: measured or predicted; infinite for fewer than two GPUs.
         weakest: the slowest link between two of them; not part of the order.
         weakest_pair: that pair (its lowest ordinals, if several tie); not part of the order.
+        measured: whether the bandwidth was measured, on the set or one alike; not part of the order.
     """
 
     bandwidth_gb_per_s: float
     weakest: Link | None = field(default=None, compare=False)
     weakest_pair: tuple[int, int] | None = field(default=None, compare=False)
+    measured: bool = field(default=False, compare=False)
 
     @property
     def link_name(self) -> str | None:
@@ -98,8 +101,9 @@ class Score:
 
     @property
     def known_gb_per_s(self) -> float | None:
-        """The bandwidth where every link is known: for people, who would take a guess for a fact."""
-        return None if self.weakest in (None, UNKNOWN_LINK) else self.bandwidth_gb_per_s
+        """The bandwidth where it was measured or every link is known: for people, who would take a guess for a fact."""
+        unknown = self.weakest is None or (self.weakest == UNKNOWN_LINK and not self.measured)
+        return None if unknown else self.bandwidth_gb_per_s
 
 
 class Needs(NamedTuple):
@@ -191,7 +195,22 @@ def score(topology: Topology, gpus: Collection[int]) -> Score:
         return Score(math.inf)
     shape = shape_of(topology)
     _, pair = min((shape.hops[a][b], (a, b)) for a, b in combinations(ordered, 2))
-    return Score(shape.mb_per_s(ordered) / 1000, topology.link(*pair), pair)
+    return Score(
+        shape.mb_per_s(ordered) / 1000,
+        topology.link(*pair),
+        pair,
+        shape.measured_mb_per_s(ordered) is not None,
+    )
+
+
+def suspect_pairs(topology: Topology) -> list[tuple[tuple[int, ...], int, int]]:
+    """The pairs that were measured at less than half of what is predicted: GPUs, measured and predicted MB/s."""
+    pairs = [(gpus, rate) for gpus, rate in topology.measured if len(gpus) == 2]
+    if not pairs:
+        return []
+    predicted = shape_of(topology).predicted
+    found = [(gpus, rate, predicted.mb_per_s(gpus)) for gpus, rate in pairs]
+    return [one for one in found if is_suspect(*one[1:])]
 
 
 def slowest_group(topology: Topology, gpus: Sequence[int], size: int) -> Score:
@@ -287,6 +306,7 @@ class Shape:
         twins: the groups of GPUs that can change places without any difference.
         in_order: each group's ordinals come after those of the groups before, so that of equally good sets the
             lowest is the same pick wherever as many of each group are free.
+        predicted: the same machine, if nothing had been measured; itself if nothing was.
     """
 
     def __init__(
@@ -297,7 +317,10 @@ class Shape:
         gpu: Generation,
         lanes: Sequence[Lanes | None] = (),
         host: Host | None = None,
+        measured: MeasuredRates = (),
     ) -> None:
+        self.predicted: Shape = _shape(links, numa, nearest_nic, gpu, lanes, host, ()) if measured else self
+        self._rates = Rates(measured, links, lanes, self.predicted.mb_per_s) if measured else None
         self._links, self._numa, self._gpu, self._host = links, numa, gpu, host
         self._staging = host or slowest_host(gpu.pcie)
         self._switch = has_switch(links, gpu)
@@ -309,6 +332,8 @@ class Shape:
         self.hops = [[self._pair(a, b) for b in everyone] for a in everyone]
         self._nic = [_PATH_ORDER[path] for path in nearest_nic]
         self.twins = twins_of(links, list(zip(numa, self._nic, self._lanes, strict=True)))
+        if self._rates is not None:
+            self.twins = self._rates.split(self.twins)
         self.in_order = [gpu for twins in self.twins for gpu in twins] == list(range(len(links)))
         self._chosen: dict[tuple[int, int, Within], tuple[int, ...] | None] = {}
         self._offered: dict[tuple[int, int, Within], Offer | None] = {}
@@ -332,10 +357,14 @@ class Shape:
     # -- asking ----------------------------------------------------------------------------------
 
     def mb_per_s(self, gpus: Sequence[int]) -> int:
-        """The predicted bus bandwidth of two or more GPUs."""
+        """The bus bandwidth of two or more GPUs: measured, else predicted."""
         if self.tabulated:
             return self._bandwidth[self._pick(sum(1 << gpu for gpu in gpus))]
-        return self._at_least(gpus)
+        return self.measured_mb_per_s(gpus) or self._at_least(gpus)
+
+    def measured_mb_per_s(self, gpus: Sequence[int]) -> int | None:
+        """What was measured of two or more GPUs, or of others that are alike; ``None`` if nothing was."""
+        return None if self._rates is None else self._rates.of(tuple(sorted(gpus)))
 
     def slownesses(self, count: int) -> list[int]:
         """The :attr:`Offer.slowness` that sets of so many GPUs can have, the fastest first."""
@@ -351,9 +380,10 @@ class Shape:
         speeds |= {speed for hop in hops if hop.host for speed in self._all_staged(hop.host, count)}
         if count == 2:
             speeds = {self.hops[a][b] for a, b in pairs}
-        return sorted(
-            -speed for speed in speeds | {switch_mb_per_s(each, count, self._gpu) for each in links}
-        )
+        speeds |= {switch_mb_per_s(each, count, self._gpu) for each in links}
+        if self._rates is not None:
+            speeds |= self._rates.all_of(count)
+        return sorted(-speed for speed in speeds)
 
     def best(self, mask: int, count: int, within: Within = Within.NODE) -> tuple[int, ...] | None:
         """:func:`best_set`, with the free GPUs as a bit mask."""
@@ -556,6 +586,7 @@ class Shape:
                 self._bandwidth[pick] = ring[pick]
                 if nvlink:
                     self._bandwidth[pick] = max(self._bandwidth[pick], self._over_nvlink(gpus))
+                self._bandwidth[pick] = self.measured_mb_per_s(gpus) or self._bandwidth[pick]
             reach = {
                 Within.NODE: True,
                 Within.NVLINK: nvlink,
@@ -731,7 +762,7 @@ class Shape:
                     break
                 gpus.append(max(others, key=lambda gpu: (min(self.hops[gpu][one] for one in gpus), -gpu)))
             if len(gpus) == count:
-                speed = self._at_least(gpus) if count > 1 else 0
+                speed = self.mb_per_s(gpus) if count > 1 else 0
                 found.append((-speed, tuple(sorted(gpus))))
         if not count:
             return ()
@@ -740,7 +771,7 @@ class Shape:
     def _packed_greedily(self, mask: int, needs: Needs) -> list[tuple[int, ...]]:
         sets: list[tuple[int, ...]] = []
         while gpus := self._greedy(mask, needs.gpus, needs.within):
-            if needs.gpus > 1 and -self._at_least(gpus) > needs.slowest:
+            if needs.gpus > 1 and -self.mb_per_s(gpus) > needs.slowest:
                 break
             sets.append(gpus)
             mask &= ~sum(1 << gpu for gpu in gpus)
@@ -802,6 +833,7 @@ def _shape_of(same: _Same) -> Shape:
         generation(machine.model),
         machine.lanes,
         host_of(machine.cpu),
+        machine.measured,
     )
 
 
