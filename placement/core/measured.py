@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import combinations
 from statistics import median_low
@@ -10,12 +9,18 @@ from statistics import median_low
 from placement.core.topology import Lanes, Link, MeasuredRates, Topology
 
 Gpus = tuple[int, ...]
-Likeness = tuple[int, int, frozenset[tuple[Link, int]], frozenset[tuple[Lanes | None, int]]]
-"""How many GPUs, what is predicted, and how many of which links and PCIe links: the same for sets that are alike."""
+Likeness = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+"""How many GPUs, what is predicted, their links and their PCIe links: the same for sets that are alike."""
 
 NOISE_PERCENT = 10
-"""Alike sets that differ by no more are equally fast. One machine's figures differ by a few percent from run to run,
-and by as much from those of the next machine; a choice that went by that would be chance."""
+"""Sets that differ by no more are equally fast, if they are alike, or the same on two machines of one make. One
+machine's figures differ by a few percent from run to run, and by as much from those of the next machine; a choice that
+went by that would be chance."""
+
+
+def is_apart(rate: int, usual: int) -> bool:
+    """Whether a rate differs from the usual one by more than noise."""
+    return 100 * abs(rate - usual) > NOISE_PERCENT * usual
 
 
 def is_suspect(measured_mb_per_s: int, predicted_mb_per_s: int) -> bool:
@@ -23,13 +28,50 @@ def is_suspect(measured_mb_per_s: int, predicted_mb_per_s: int) -> bool:
     return 2 * measured_mb_per_s < predicted_mb_per_s
 
 
-def of_all(own: Mapping[Gpus, int], others: Iterable[Mapping[Gpus, int]]) -> MeasuredRates:
-    """The rates that hold for a machine: its own, and where it has none the median of others of the same make."""
-    found: dict[Gpus, list[int]] = {}
-    for rates in others:
+def of_all(own: Mapping[Gpus, int], of_make: Iterable[Mapping[Gpus, int]]) -> MeasuredRates:
+    """The rates that hold for a machine: of each set the median of its make, and its own where that is apart.
+
+    So machines that are sound have the same rates, and none is preferred for noise.
+
+    Args:
+        own: what was measured on it.
+        of_make: what was measured on each machine of its make, itself among them.
+    """
+    all_rates: dict[Gpus, list[int]] = {}
+    for rates in of_make:
         for gpus, rate in rates.items():
-            found.setdefault(gpus, []).append(rate)
-    return tuple(sorted(({gpus: median_low(rates) for gpus, rates in found.items()} | dict(own)).items()))
+            all_rates.setdefault(gpus, []).append(rate)
+    usual = {gpus: median_low(rates) for gpus, rates in all_rates.items()}
+    apart = {gpus: rate for gpus, rate in own.items() if gpus not in usual or is_apart(rate, usual[gpus])}
+    return tuple(sorted((usual | apart).items()))
+
+
+class Alike:
+    """Which sets are alike: those of one :data:`Likeness`.
+
+    Args:
+        links: between each two GPUs.
+        lanes: of each GPU.
+        predicted: what is predicted of a set, MB/s.
+    """
+
+    def __init__(
+        self,
+        links: Sequence[Sequence[Link]],
+        lanes: Sequence[Lanes | None],
+        predicted: Callable[[Sequence[int]], int],
+    ) -> None:
+        # By number, as links take long to compare.
+        numbers: dict[object, int] = {}
+        self._links = [[numbers.setdefault(link, len(numbers)) for link in row] for row in links]
+        self._lanes = [numbers.setdefault(one, len(numbers)) for one in lanes]
+        self._predicted = predicted
+
+    def __call__(self, gpus: Sequence[int]) -> Likeness:
+        """The likeness of a set."""
+        between = sorted(self._links[a][b] for a, b in combinations(gpus, 2))
+        lanes = sorted(self._lanes[gpu] for gpu in gpus)
+        return len(gpus), self._predicted(gpus), tuple(between), tuple(lanes)
 
 
 def sets_to_measure(
@@ -51,10 +93,11 @@ def sets_to_measure(
     if pairs_only:
         return list(pairs)
     sizes = sorted(range(3, len(free) + 1), key=lambda size: (size & (size - 1) != 0, size))
+    likeness = Alike(topology.links, topology.lanes, predicted)
     first: dict[Likeness, Gpus] = {}
     for size in sizes:
         for one in combinations(free, size):
-            first.setdefault(_likeness(one, topology.links, topology.lanes, predicted), one)
+            first.setdefault(likeness(one), one)
     return [*pairs, *first.values()]
 
 
@@ -83,7 +126,8 @@ class Rates:
         lanes: Sequence[Lanes | None],
         predicted: Callable[[Sequence[int]], int],
     ) -> None:
-        self._links, self._lanes, self._predicted = links, lanes, predicted
+        self._likeness = Alike(links, lanes, predicted)
+        self._sizes = {len(gpus) for gpus, _ in measured}
         alike: dict[Likeness, dict[Gpus, int]] = {}
         for gpus, rate in measured:
             alike.setdefault(self._likeness(gpus), {})[gpus] = rate
@@ -92,11 +136,13 @@ class Rates:
             gpus: rate
             for likeness, rates in alike.items()
             for gpus, rate in rates.items()
-            if 100 * abs(rate - self._usual[likeness]) > NOISE_PERCENT * self._usual[likeness]
+            if is_apart(rate, self._usual[likeness])
         }
 
     def of(self, gpus: Gpus) -> int | None:
         """The rate of a set, ascending; ``None`` if neither it nor any that is alike was measured."""
+        if len(gpus) not in self._sizes:  # soon said: a machine of 16 GPUs has 65,519 sets
+            return None
         own = self.apart.get(gpus)
         return self._usual.get(self._likeness(gpus)) if own is None else own
 
@@ -113,17 +159,3 @@ class Rates:
                 member_of = tuple(i for i, gpus in enumerate(self.apart) if gpu in gpus)
                 found.setdefault((number, *member_of), []).append(gpu)
         return sorted(found.values())
-
-    def _likeness(self, gpus: Sequence[int]) -> Likeness:
-        return _likeness(gpus, self._links, self._lanes, self._predicted)
-
-
-def _likeness(
-    gpus: Sequence[int],
-    links: Sequence[Sequence[Link]],
-    lanes: Sequence[Lanes | None],
-    predicted: Callable[[Sequence[int]], int],
-) -> Likeness:
-    between = Counter(links[a][b] for a, b in combinations(gpus, 2))
-    of_each = Counter(lanes[gpu] for gpu in gpus)
-    return len(gpus), predicted(gpus), frozenset(between.items()), frozenset(of_each.items())

@@ -8,7 +8,7 @@ from itertools import combinations
 import pytest
 
 from placement import topologies
-from placement.core.measured import is_suspect, of_all
+from placement.core.measured import is_suspect, of_all, sets_to_measure
 from placement.core.score import Needs, best_set, score, shape_of
 from placement.core.topology import UNKNOWN_LINK, MeasuredRates, Topology
 
@@ -70,10 +70,21 @@ def test_what_is_predicted_stays_known() -> None:
     assert shape_of(BRIDGED).predicted is shape_of(BRIDGED)
 
 
-def test_a_nodes_own_rate_counts_before_the_median_of_others() -> None:
-    others = [{(0, 1): 100}, {(0, 1): 120, (2, 3): 90}, {(0, 1): 500}]
-    assert of_all({}, others) == (((0, 1), 120), ((2, 3), 90))
-    assert of_all({(0, 1): 7}, others) == (((0, 1), 7), ((2, 3), 90))
+@pytest.mark.parametrize(
+    ("case", "own", "rate"),
+    [
+        ("nothing of its own", {}, 120),
+        ("its own, as others have it", {(0, 1): 125}, 120),
+        ("its own, which is apart", {(0, 1): 135}, 135),
+        ("its own, which is apart", {(0, 1): 7}, 7),
+    ],
+)
+def test_a_machine_has_the_rates_of_its_make_but_where_its_own_are_apart(
+    case: str, own: dict[tuple[int, ...], int], rate: int
+) -> None:
+    of_make = [{(0, 1): 100}, {(0, 1): 120, (2, 3): 90}, {(0, 1): 500}]
+    assert of_all(own, of_make) == (((0, 1), rate), ((2, 3), 90))
+    assert of_all(own | {(1, 2): 5}, of_make) == (((0, 1), rate), ((1, 2), 5), ((2, 3), 90))
 
 
 def test_less_than_half_is_suspect() -> None:
@@ -96,10 +107,20 @@ def test_what_is_no_rate_of_a_set_is_refused(rates: MeasuredRates) -> None:
         replace(BRIDGED, measured=rates)
 
 
-def test_sixteen_gpus_of_which_every_pair_is_apart_are_still_chosen_from() -> None:
-    machine = topologies.load("dgx-2")
-    rates = tuple((pair, 1000 * (i + 1)) for i, pair in enumerate(combinations(range(16), 2)))
-    shape = shape_of(replace(machine, measured=rates))
-    assert shape.mb_per_s((14, 15)) == 120_000
-    assert shape.mb_per_s((3, 2)) == shape.mb_per_s((2, 3))
-    assert -120_000 in shape.slownesses(2)
+def test_many_gpus_of_which_every_pair_is_apart_are_still_chosen_from() -> None:
+    rates = {pair: 1000 * (i + 1) for i, pair in enumerate(combinations(range(17), 2))}
+    machine = measured(Topology.unknown(17), *rates.items())
+    shape = shape_of(machine)
+    assert not shape.tabulated
+    assert (shape.mb_per_s((16, 15)), shape.mb_per_s((0, 1))) == (136_000, 1_000)
+    assert {-shape.mb_per_s(pair) for pair in rates} <= set(shape.slownesses(2))
+    assert best_set(machine, range(17), 2) == (15, 16)
+
+
+def test_pairs_are_measured_first_then_one_of_each_kind_of_larger_sets() -> None:
+    predicted = shape_of(BRIDGED).mb_per_s
+    pairs = [(1, 2), (2, 3), (1, 3)]
+    assert sets_to_measure(BRIDGED, {3, 1, 2}, True, predicted) == pairs
+    assert sets_to_measure(BRIDGED, {3, 1, 2}, False, predicted) == [*pairs, (1, 2, 3)]
+    sets = sets_to_measure(HGX, range(8), False, shape_of(HGX).mb_per_s)
+    assert [len(gpus) for gpus in sets[28:]] == [4, 8, 3, 5, 6, 7]
