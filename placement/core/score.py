@@ -753,6 +753,11 @@ class Shape:
     def _greedy(self, mask: int, count: int, within: Within) -> tuple[int, ...] | None:
         """Grows a set from each free GPU by whoever is joined best, and takes the best of them."""
         free = [gpu for gpu in range(mask.bit_length()) if mask >> gpu & 1]
+        joined = self.hops
+        if self._rates is not None:
+            joined = [[*row] for row in joined]
+            for a, b in combinations(free, 2):
+                joined[a][b] = joined[b][a] = self.measured_mb_per_s((a, b)) or joined[a][b]
         found: list[tuple[int, tuple[int, ...]]] = []
         for seed in free:
             gpus = [seed]
@@ -760,7 +765,7 @@ class Shape:
                 others = [gpu for gpu in free if gpu not in gpus and self._reachable([*gpus, gpu], within)]
                 if not others:
                     break
-                gpus.append(max(others, key=lambda gpu: (min(self.hops[gpu][one] for one in gpus), -gpu)))
+                gpus.append(max(others, key=lambda gpu: (min(joined[gpu][one] for one in gpus), -gpu)))
             if len(gpus) == count:
                 speed = self.mb_per_s(gpus) if count > 1 else 0
                 found.append((-speed, tuple(sorted(gpus))))
