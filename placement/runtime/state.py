@@ -26,7 +26,7 @@ RECORDED = (
     "replica_index", "node", "node_name", "gpus", "bundle_indices", "ranks", "share", "mig", "cpus_per_gpu",
     "memory_bytes_per_gpu", "ray_gpus", "bandwidth_gb_per_s", "sorted_bandwidth_gb_per_s",
     "weakest_link", "ray_bandwidth_gb_per_s", "ray_weakest_link", "egress_resource", "egress_units", "cpus",
-    "memory_bytes", "set_size",
+    "memory_bytes", "set_size", "bandwidth_measured",
 )  # fmt: skip
 
 Owner = Mapping[str, str]

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, ValidationError, field_validator, model_validator
 
@@ -152,6 +152,15 @@ def _as_placed(
     return with_runtime(declared, placed_as)
 
 
+GbPerSecond = Annotated[float, Field(ge=0.001, le=1_000_000)]
+"""A rate in GB/s: at least 1 MB/s, which is as fine as rates are compared."""
+
+
+def mb_per_s(gb_per_s: float) -> int:
+    """The same in MB/s."""
+    return round(gb_per_s * 1000)
+
+
 _PEERS = {True: "Y", False: "N", None: "?"}
 
 
@@ -172,6 +181,16 @@ class Machine(Model):
         description="per GPU a letter for each: Y or N, whether peer-to-peer works over PCIe, or ?; empty if unknown",
     )
 
+    measured: tuple[tuple[tuple[int, ...], GbPerSecond], ...] = Field(
+        default=(),
+        description="sets of GPUs with the all-reduce bus bandwidth that was measured on them, GB/s; empty if none was",
+    )
+
+    @classmethod
+    def make(cls, topology: Topology) -> Machine:
+        """What machines of one make have in common: all of this but what was measured."""
+        return cls.of(replace(topology, measured=()))
+
     @classmethod
     def of(cls, topology: Topology) -> Machine:
         """What a file says of such a machine."""
@@ -184,6 +203,7 @@ class Machine(Model):
             pcie=pcie if any(pcie) else (),
             peers=peers if {"Y", "N"} & set("".join(peers)) else (),
             below=topology.below,
+            measured=tuple((gpus, rate / 1000) for gpus, rate in topology.measured),
         )
 
     def topology(self) -> Topology:
@@ -210,7 +230,15 @@ class Machine(Model):
         if self.pcie and len(self.pcie) != len(read):
             raise ValueError(f"pcie describes {len(self.pcie)} GPUs, the matrix {len(read)}")
         lanes = tuple(Lanes(*one) if one else None for one in self.pcie)
-        return replace(read, links=links, model=self.model, cpu=self.cpu, lanes=lanes, below=self.below)
+        return replace(
+            read,
+            links=links,
+            model=self.model,
+            cpu=self.cpu,
+            lanes=lanes,
+            below=self.below,
+            measured=tuple((gpus, mb_per_s(rate)) for gpus, rate in self.measured),
+        )
 
 
 class ClusterNode(Model):

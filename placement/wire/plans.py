@@ -35,8 +35,9 @@ class PlannedAssignment:
     """Where a replica would go. ``gpus`` is a prediction: other Ray users may take or free some meanwhile.
 
     Attributes:
-        bandwidth_gb_per_s: predicted all-reduce bus bandwidth between the GPUs, GB/s per direction; ``None``
-            for fewer than two GPUs, or where a link is unknown.
+        bandwidth_gb_per_s: all-reduce bus bandwidth between the GPUs, GB/s per direction, measured or predicted;
+            ``None`` for fewer than two GPUs, or where nothing was measured and a link is unknown.
+        bandwidth_measured: whether it was measured.
         weakest_link: slowest link between two of them as ``nvidia-smi topo -m`` names it.
         share: how much of the GPU, 1 for whole ones.
         mig: profile of the MIG instance that ``gpus`` is; empty for GPUs.
@@ -63,6 +64,7 @@ class PlannedAssignment:
     memory_bytes: int = 0
     set_size: int = 0
     sorted_bandwidth_gb_per_s: float | None = None
+    bandwidth_measured: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The planned assignment as JSON-ready values."""
@@ -683,4 +685,5 @@ def _assignment(snapshot: Snapshot, part: PlannedReplica, of: Observed) -> Plann
         part.memory_bytes if alone else 0,
         part.set_size,
         slowest_group(node.topology, sorted(part.gpus), size).known_gb_per_s,
+        value.measured,
     )

@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from placement.cli.views.measured import measured_lines
 from placement.cli.views.nodes import by_profile
 from placement.core.matrix import parse_matrix
 from placement.core.topology import Topology, ordinals
@@ -34,6 +35,7 @@ def topology_view(report: Mapping[str, Any]) -> list[Any]:
         parts.append(f"{'NVSwitch' if report['nvswitch'] else 'NVLink islands'}: {islands}")
     if report["known"] or (report["gpu_count"] == 1 and whole):
         parts.append(_links(parse_matrix(report["matrix"]), whole))
+    parts += measured_lines(report.get("measured", ()))
     for profile, slots in profiles.items():
         parts.append(f"MIG {profile}: {'slot' if len(slots) == 1 else 'slots'} {ordinals(slots)}")
     if lost:

@@ -48,7 +48,9 @@ class AssignmentsTable:
                 str(a["replica_index"]),
                 a["node_name"],
                 holds(a) + ranks,
-                bandwidth_text(a["bandwidth_gb_per_s"], a["weakest_link"]),
+                bandwidth_text(
+                    a["bandwidth_gb_per_s"], a["weakest_link"], a.get("bandwidth_measured", False)
+                ),
                 *([ray_alone(a)] if self._beside_ray else []),
             ]
 
@@ -169,11 +171,11 @@ def holds(a: Mapping[str, Any]) -> str:
     return f"{share}GPU {ordinals(a['gpus'])}"
 
 
-def bandwidth_text(gb_per_s: float | None, weakest_link: str | None) -> str:
-    """``230 GB/s, NV12``; empty for a single GPU."""
+def bandwidth_text(gb_per_s: float | None, weakest_link: str | None, measured: bool = False) -> str:
+    """``230 GB/s, NV12``, ``225 GB/s measured, NV12``; empty for a single GPU."""
     if weakest_link is None:
         return ""
-    return "unknown" if gb_per_s is None else f"{gb_per_s:.3g} GB/s, {weakest_link}"
+    return "unknown" if gb_per_s is None else f"{gb_per_s:.3g} GB/s{' measured' * measured}, {weakest_link}"
 
 
 def slowdown(assignment: Mapping[str, Any]) -> str:
