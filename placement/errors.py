@@ -524,6 +524,48 @@ class LeaseExpired(PlacementError):
         return f"cannot place {self.deployment!r} for its caller: {self.problem}; ask again"
 
 
+class InvalidMeasurement(PlacementError):
+    """A file that ``placement measure --import`` cannot take: not its own, not of nccl-tests, or not of this node.
+
+    Args:
+        source: the file.
+        problem: what is wrong with it, and the fix.
+    """
+
+    code = "invalid_measurement"
+
+    def __init__(self, source: str, problem: str) -> None:
+        super().__init__(source, problem)
+        self.source, self.problem = source, problem
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.problem}"
+
+
+class CannotMeasure(PlacementError):
+    """Nothing could be measured on a node; nothing stays held.
+
+    Args:
+        node: its name.
+        problem: why not, and the fix.
+    """
+
+    code = "cannot_measure"
+
+    def __init__(self, node: str, problem: str) -> None:
+        super().__init__(node, problem)
+        self.node, self.problem = node, problem
+
+    def __str__(self) -> str:
+        return f"cannot measure node {self.node!r}: {self.problem}"
+
+
+class NoCollectiveLibrary(CannotMeasure):
+    """The Python of the node's workers has no collective library for its GPUs."""
+
+    code = "no_collective_library"
+
+
 def counted(count: int, noun: str) -> str:
     """``1 node``, ``2 nodes``."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -23,6 +23,7 @@ _AS_JSON, _SIGNAL = "placement.as_json", "placement.signal"
 _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (errors.InvalidDeployment, BAD_INPUT),
     (errors.InvalidClusterFile, BAD_INPUT),
+    (errors.InvalidMeasurement, BAD_INPUT),
     (errors.UnknownTopology, BAD_INPUT),
     (errors.MatrixError, BAD_INPUT),
     (errors.ClusterUnreachable, NO_SERVICE),

@@ -33,7 +33,8 @@ from placement.core.bandwidth import (
     staged_mb_per_s,
     switch_mb_per_s,
 )
-from placement.core.topology import UNKNOWN_LINK, Lanes, Link, Path, Topology, components
+from placement.core.measured import Rates, is_suspect
+from placement.core.topology import UNKNOWN_LINK, Lanes, Link, MeasuredRates, Path, Topology, components
 
 Links = tuple[tuple[Link, ...], ...]
 
@@ -81,19 +82,21 @@ class Score:
     """How good a set of GPUs is. Orderable: a greater score is a better set.
 
     Attributes:
-        bandwidth_gb_per_s: predicted bus bandwidth of a large all-reduce over the set, GB/s (10^9 bytes) per
-            GPU and direction, as nccl-tests reports it; infinite for fewer than two GPUs.
+        bandwidth_gb_per_s: bus bandwidth of a large all-reduce over the set, GB/s (10^9 bytes) per
+            GPU and direction, as nccl-tests reports it: measured or predicted; infinite for fewer than two GPUs.
         weakest: the slowest link between two of them; not part of the order.
         weakest_pair: that pair (its lowest ordinals, if several tie); not part of the order.
         upper_gb_per_s: what it may be at most, where something that decides it is not known: the host's processors, or
             whether the GPUs have peer-to-peer; ``bandwidth_gb_per_s`` is the least then. ``None`` where nothing is
             missing. Not part of the order.
+        measured: whether the bandwidth was measured, on the set or one alike; not part of the order.
     """
 
     bandwidth_gb_per_s: float
     weakest: Link | None = field(default=None, compare=False)
     weakest_pair: tuple[int, int] | None = field(default=None, compare=False)
     upper_gb_per_s: float | None = field(default=None, compare=False)
+    measured: bool = field(default=False, compare=False)
 
     @property
     def link_name(self) -> str | None:
@@ -102,8 +105,9 @@ class Score:
 
     @property
     def known_gb_per_s(self) -> float | None:
-        """The bandwidth where every link is known: for people, who would take a guess for a fact."""
-        return None if self.weakest in (None, UNKNOWN_LINK) else self.bandwidth_gb_per_s
+        """The bandwidth where it was measured or every link is known: for people, who would take a guess for a fact."""
+        unknown = self.weakest is None or (self.weakest == UNKNOWN_LINK and not self.measured)
+        return None if unknown else self.bandwidth_gb_per_s
 
     @property
     def known_upper_gb_per_s(self) -> float | None:
@@ -200,8 +204,21 @@ def score(topology: Topology, gpus: Collection[int]) -> Score:
         return Score(math.inf)
     shape = shape_of(topology)
     _, pair = min((shape.hops[a][b], (a, b)) for a, b in combinations(ordered, 2))
-    least, most = shape.mb_per_s(ordered), _at_best(_Same(topology)).mb_per_s(ordered)
-    return Score(least / 1000, topology.link(*pair), pair, most / 1000 if most > least else None)
+    measured = shape.measured_mb_per_s(ordered) is not None
+    least = shape.mb_per_s(ordered)
+    most = least if measured else _at_best(_Same(topology)).mb_per_s(ordered)
+    upper = most / 1000 if most > least else None
+    return Score(least / 1000, topology.link(*pair), pair, upper, measured)
+
+
+def suspect_pairs(topology: Topology) -> list[tuple[tuple[int, ...], int, int]]:
+    """The pairs that were measured at less than half of what is predicted: GPUs, measured and predicted MB/s."""
+    pairs = [(gpus, rate) for gpus, rate in topology.measured if len(gpus) == 2]
+    if not pairs:
+        return []
+    predicted = shape_of(topology).predicted
+    found = [(gpus, rate, predicted.mb_per_s(gpus)) for gpus, rate in pairs]
+    return [one for one in found if is_suspect(*one[1:])]
 
 
 def slowest_group(topology: Topology, gpus: Sequence[int], size: int) -> Score:
@@ -300,6 +317,7 @@ class Shape:
         twins: the groups of GPUs that can change places without any difference.
         in_order: each group's ordinals come after those of the groups before, so that of equally good sets the
             lowest is the same pick wherever as many of each group are free.
+        predicted: the same machine, if nothing had been measured; itself if nothing was.
 
     Args:
         host: what they copy through.
@@ -315,7 +333,12 @@ class Shape:
         lanes: Sequence[Lanes | None],
         host: Host,
         peer: bool,
+        measured: MeasuredRates,
     ) -> None:
+        self.predicted: Shape = (
+            _shape(links, numa, nearest_nic, gpu, lanes, host, peer, ()) if measured else self
+        )
+        self._rates = Rates(measured, links, lanes, self.predicted.mb_per_s) if measured else None
         self._links, self._numa, self._gpu, self._host, self._peer = links, numa, gpu, host, peer
         self._switch = has_switch(links, gpu)
         self._lanes = [lanes_mb_per_s(one or Lanes(gpu.pcie)) for one in lanes]
@@ -326,6 +349,8 @@ class Shape:
         self.hops = [[self._pair(a, b) for b in everyone] for a in everyone]
         self._nic = [_PATH_ORDER[path] for path in nearest_nic]
         self.twins = twins_of(links, list(zip(numa, self._nic, self._lanes, strict=True)))
+        if self._rates is not None:
+            self.twins = self._rates.split(self.twins)
         self.in_order = [gpu for twins in self.twins for gpu in twins] == list(range(len(links)))
         self._chosen: dict[tuple[int, int, Within], tuple[int, ...] | None] = {}
         self._offered: dict[tuple[int, int, Within], Offer | None] = {}
@@ -349,10 +374,14 @@ class Shape:
     # -- asking ----------------------------------------------------------------------------------
 
     def mb_per_s(self, gpus: Sequence[int]) -> int:
-        """The predicted bus bandwidth of two or more GPUs."""
+        """The bus bandwidth of two or more GPUs: measured, else predicted."""
         if self.tabulated:
             return self._bandwidth[self._pick(sum(1 << gpu for gpu in gpus))]
-        return self._at_least(gpus)
+        return self.measured_mb_per_s(gpus) or self._at_least(gpus)
+
+    def measured_mb_per_s(self, gpus: Sequence[int]) -> int | None:
+        """What was measured of two or more GPUs, or of others that are alike; ``None`` if nothing was."""
+        return None if self._rates is None else self._rates.of(tuple(sorted(gpus)))
 
     def slownesses(self, count: int) -> list[int]:
         """The :attr:`Offer.slowness` that sets of so many GPUs can have, the fastest first."""
@@ -368,9 +397,10 @@ class Shape:
         speeds |= {speed for hop in hops if hop.host for speed in self._all_staged(hop.host, count)}
         if count == 2:
             speeds = {self.hops[a][b] for a, b in pairs}
-        return sorted(
-            -speed for speed in speeds | {switch_mb_per_s(each, count, self._gpu) for each in links}
-        )
+        speeds |= {switch_mb_per_s(each, count, self._gpu) for each in links}
+        if self._rates is not None:
+            speeds |= self._rates.all_of(count)
+        return sorted(-speed for speed in speeds)
 
     def best(self, mask: int, count: int, within: Within = Within.NODE) -> tuple[int, ...] | None:
         """:func:`best_set`, with the free GPUs as a bit mask."""
@@ -573,6 +603,7 @@ class Shape:
                 self._bandwidth[pick] = ring[pick]
                 if nvlink:
                     self._bandwidth[pick] = max(self._bandwidth[pick], self._over_nvlink(gpus))
+                self._bandwidth[pick] = self.measured_mb_per_s(gpus) or self._bandwidth[pick]
             reach = {
                 Within.NODE: True,
                 Within.NVLINK: nvlink,
@@ -742,6 +773,11 @@ class Shape:
     def _greedy(self, mask: int, count: int, within: Within) -> tuple[int, ...] | None:
         """Grows a set from each free GPU by whoever is joined best, and takes the best of them."""
         free = [gpu for gpu in range(mask.bit_length()) if mask >> gpu & 1]
+        joined = self.hops
+        if self._rates is not None:
+            joined = [[*row] for row in joined]
+            for a, b in combinations(free, 2):
+                joined[a][b] = joined[b][a] = self.measured_mb_per_s((a, b)) or joined[a][b]
         found: list[tuple[int, tuple[int, ...]]] = []
         for seed in free:
             gpus = [seed]
@@ -749,9 +785,9 @@ class Shape:
                 others = [gpu for gpu in free if gpu not in gpus and self._reachable([*gpus, gpu], within)]
                 if not others:
                     break
-                gpus.append(max(others, key=lambda gpu: (min(self.hops[gpu][one] for one in gpus), -gpu)))
+                gpus.append(max(others, key=lambda gpu: (min(joined[gpu][one] for one in gpus), -gpu)))
             if len(gpus) == count:
-                speed = self._at_least(gpus) if count > 1 else 0
+                speed = self.mb_per_s(gpus) if count > 1 else 0
                 found.append((-speed, tuple(sorted(gpus))))
         if not count:
             return ()
@@ -760,7 +796,7 @@ class Shape:
     def _packed_greedily(self, mask: int, needs: Needs) -> list[tuple[int, ...]]:
         sets: list[tuple[int, ...]] = []
         while gpus := self._greedy(mask, needs.gpus, needs.within):
-            if needs.gpus > 1 and -self._at_least(gpus) > needs.slowest:
+            if needs.gpus > 1 and -self.mb_per_s(gpus) > needs.slowest:
                 break
             sets.append(gpus)
             mask &= ~sum(1 << gpu for gpu in gpus)
@@ -836,6 +872,7 @@ def _at(machine: Topology, best: int) -> Shape:
         machine.lanes,
         hosts[best],
         bool(best) and asked,
+        () if best else machine.measured,
     )
 
 

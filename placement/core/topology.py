@@ -121,6 +121,9 @@ class Lanes:
     width: int = 16
 
 
+MeasuredRates = tuple[tuple[tuple[int, ...], int], ...]
+"""Sets of GPUs, ascending, each with the bus bandwidth of a large all-reduce that was measured on it, MB/s."""
+
 MAX_NVLINKS_PER_GPU = 18
 """Most NVLinks on one GPU so far: 18 on H100, H200, B200 (NVIDIA data sheets)."""
 
@@ -142,10 +145,11 @@ class Topology:
         lanes: per GPU its PCIe link, ``None`` where unknown.
         cpu: product name of the host's processors (``"AMD EPYC 7502"``), ``None`` where unknown.
         numa_nodes: the NUMA nodes of the host; empty where unknown.
+        measured: what was measured, on this machine or on others of its make; empty if nothing was.
 
     Raises:
-        ValueError: the matrix is not square or not symmetric, a list has another length, or two network
-            cards have one name.
+        ValueError: the matrix is not square or not symmetric, a list has another length, two network
+            cards have one name, or what was measured is no set of its GPUs, or no rate.
     """
 
     links: tuple[tuple[Link, ...], ...]
@@ -157,6 +161,7 @@ class Topology:
     lanes: tuple[Lanes | None, ...] = ()
     cpu: str | None = None
     numa_nodes: tuple[NumaNode, ...] = ()
+    measured: MeasuredRates = ()
 
     def __post_init__(self) -> None:
         count = len(self.links)
@@ -173,6 +178,15 @@ class Topology:
             raise ValueError(f"network cards share a name: {', '.join(nic.name for nic in self.nics)}")
         if self.below and [len(row) for row in self.below] != [count] * count:
             raise ValueError(f"below is not a matrix of {count} x {count}")
+        if len({gpus for gpus, _ in self.measured}) != len(self.measured):
+            raise ValueError("measured has a set of GPUs twice")
+        for gpus, rate in self.measured:
+            if len(gpus) < 2 or list(gpus) != sorted(set(gpus)) or not 0 <= gpus[0] <= gpus[-1] < count:
+                raise ValueError(
+                    f"measured has {gpus}, which is no ascending set of two or more of {count} GPUs"
+                )
+            if rate <= 0:
+                raise ValueError(f"measured has {rate} MB/s for {gpus}; a rate is more than 0")
         for a, row in enumerate(self.links):
             if len(row) != count:
                 raise ValueError(f"row {a} has {len(row)} links, expected {count}")

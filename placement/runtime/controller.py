@@ -39,13 +39,14 @@ from placement.runtime.owners import has_ended
 from placement.runtime.queue import WaitingQueue
 from placement.runtime.reconciler import Reconciler, Work, differences
 from placement.runtime.report import Observed as Seen
-from placement.runtime.report import cluster_status, topology_report
+from placement.runtime.report import cluster_status, measured_report, topology_report
 from placement.runtime.results import PlacementResult
 from placement.runtime.state import DeploymentState, Owner, ServiceState, expiry
 from placement.runtime.sweeper import Sweeper
 from placement.runtime.turns import Turns
 from placement.wire.cluster import ClusterFile, HeldDeployment
 from placement.wire.deployment import Deployment, Group
+from placement.wire.measurements import Measurement
 from placement.wire.node_types import NodeType
 from placement.wire.plans import (
     ExplainedPlan,
@@ -364,8 +365,20 @@ class Controller:
             if not chosen:
                 raise UnknownNode("--node", node, tuple(info.name for info in nodes))
             nodes = chosen
-        self.fleet.inventory.refresh(nodes, again=True)
-        return [topology_report(info, self.fleet.inventory.facts.get(info.id)) for info in nodes]
+        inventory = self.fleet.inventory
+        inventory.refresh(nodes, again=True)
+        found = []
+        for info in nodes:
+            hardware = inventory.hardware(info)
+            own = inventory.measurements.of(info.name, hardware)
+            measured = measured_report(hardware.topology, own)
+            found.append(topology_report(info, inventory.facts.get(info.id), measured))
+        return found
+
+    def record_measurements(self, measurements: Sequence[Measurement]) -> None:
+        """Keeps what was measured on hosts; see the service."""
+        for one in measurements:
+            self.fleet.inventory.record_measurement(one)
 
     def release(self, name: str) -> int:
         """Gives back everything that a deployment holds, or all members of a group; how many replicas that were.

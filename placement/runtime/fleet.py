@@ -15,6 +15,7 @@ from ray.util.placement_group import PlacementGroup
 
 from placement.core.replicas import PlannedReplica
 from placement.core.score import WHOLE
+from placement.core.topology import MeasuredRates
 from placement.runtime import faults, groups
 from placement.runtime.agents import Agents, Unanswered
 from placement.runtime.discovery import NodeInfo
@@ -237,7 +238,11 @@ class Fleet:
         try:
             with self.agents.sole(by_node) as leave:
                 for node_id, replicas in by_node.items():
-                    orders = [order_of(names[r.replica_index], claim.deployment, planned=r) for r in replicas]
+                    measured = self._measured(nodes[node_id])
+                    orders = [
+                        order_of(names[r.replica_index], claim.deployment, planned=r, measured=measured)
+                        for r in replicas
+                    ]
                     calls[node_id] = self.agents.agent(nodes[node_id]).reserve.remote(orders)
                 faults.point("service.ordered")
                 answers = self.agents.answers(calls, answered=leave)
@@ -246,6 +251,10 @@ class Fleet:
             return
         for node_id, answer in answers.items():
             self._collect(nodes[node_id], answer, by_node[node_id], reserved, refusals)
+
+    def _measured(self, info: NodeInfo) -> MeasuredRates:
+        """What was measured of a node."""
+        return self.inventory.hardware(info).topology.measured
 
     def locate(self, nodes: Sequence[NodeInfo]) -> None:
         """Has nodes looked at for which GPUs other Ray users hold; of one that cannot tell, nothing new is known."""
@@ -311,11 +320,12 @@ class Fleet:
         for part in claim.replicas:
             replicas.setdefault(part.replica_index, []).append(part)
         to_follow = Counter(part.node_id for part in claim.replicas)
+        measured = {node_id: self._measured(nodes[node_id]) for node_id in to_follow}
         for index, parts in replicas.items():
             to_follow.subtract(part.node_id for part in parts)
             more = 0 if parts[0].ranks else to_follow[parts[0].node_id]
             outcome = GroupReservation(
-                self.agents, self.foreign, nodes, claim, names[index], parts, create, more
+                self.agents, self.foreign, nodes, claim, names[index], parts, create, more, measured
             ).reserve()
             if isinstance(outcome, Refusal):
                 refusals.append(outcome)
@@ -358,6 +368,7 @@ class Fleet:
                 upper_bandwidth_gb_per_s=one.score.known_upper_gb_per_s,
                 ray_upper_bandwidth_gb_per_s=one.ray_score.known_upper_gb_per_s,
                 affinities=list(one.affinities),
+                bandwidth_measured=one.score.measured,
             )
             reserved.append(self._note_reserved(one.order.name, assignment))
 

@@ -20,6 +20,7 @@ from ray.util.placement_group import PlacementGroup
 from placement.core.replicas import PlannedReplica
 from placement.core.request import Strategy
 from placement.core.score import WHOLE
+from placement.core.topology import MeasuredRates
 from placement.runtime import faults, groups
 from placement.runtime.agents import DEADLINE_SECONDS, Agents, Unanswered
 from placement.runtime.discovery import NodeInfo
@@ -73,6 +74,7 @@ class GroupReservation:
         parts: the replica, by node.
         create: who creates the group; the service itself, if not given.
         more: how many replicas like it will follow on its node.
+        measured: node id -> what was measured of it.
     """
 
     def __init__(
@@ -85,10 +87,12 @@ class GroupReservation:
         parts: Sequence[PlannedReplica],
         create: Creator | None = None,
         more: int = 0,
+        measured: Mapping[str, MeasuredRates] | None = None,
     ) -> None:
         self._all, self._foreign, self._nodes = agents, foreign, nodes
         self._name, self._parts, self._create, self._more = name, parts, create, more
         self._over_nodes = bool(parts[0].ranks)
+        self._measured = measured or {}
         self._layout = layout = claim.deployment.placement_group
         # The bundle of each rank of a part, ascending: the rank itself, where nobody has said how bundles are laid out.
         of = range(sum(len(part.gpus) for part in parts)) if layout is None else layout.bundle_of_rank
@@ -103,7 +107,9 @@ class GroupReservation:
     def _order(self, claim: Claim, part: PlannedReplica) -> Order:
         in_sets = self._over_nodes and self._layout is None
         set_size = claim.set_size if in_sets else len(part.gpus)
-        order = order_of(self._name, claim.deployment, set_size, None if self._over_nodes else part)
+        planned = None if self._over_nodes else part
+        measured = self._measured.get(part.node_id, ())
+        order = order_of(self._name, claim.deployment, set_size, planned, measured)
         if self._layout is None:
             return order
         per_gpu = {"CPU": part.cpu_milli / 1000 / set_size, "memory": part.memory_bytes // set_size}
@@ -271,4 +277,5 @@ def _assignment(
         upper_bandwidth_gb_per_s=found.score.known_upper_gb_per_s,
         ray_upper_bandwidth_gb_per_s=None if alone is None else alone.known_upper_gb_per_s,
         affinities=list(found.affinities),
+        bandwidth_measured=found.score.measured,
     )

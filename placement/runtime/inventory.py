@@ -15,8 +15,10 @@ from placement.runtime import ledger
 from placement.runtime.agents import Agents
 from placement.runtime.backoff import Backoff
 from placement.runtime.discovery import NodeInfo
+from placement.runtime.measurements import Measurements, make_of
 from placement.runtime.orders import GpuHardware, hardware_of
 from placement.wire.facts import NodeFacts
+from placement.wire.measurements import Measurement
 
 DEADLINE_SECONDS = 45.0
 """A first NVML reading takes 30 s on an 8-GPU machine without persistence mode (Azure/aks-gpu#105)."""
@@ -47,6 +49,7 @@ class Inventory:
 
     def __init__(self, agents: Agents, facts: dict[str, NodeFacts]) -> None:
         self.facts = facts
+        self.measurements = Measurements()
         self._agents = agents
         self._lock = threading.Lock()
         self._hardware: dict[str, GpuHardware] = {}
@@ -62,8 +65,22 @@ class Inventory:
         known = self._hardware.get(info.id)
         if known is None:
             with self._lock:
-                known = self._hardware[info.id] = hardware_of(self.facts.get(info.id), info.gpu_count)
+                found = hardware_of(self.facts.get(info.id), info.gpu_count)
+                known = self._hardware[info.id] = self.measurements.applied(info.name, found)
         return known
+
+    def record_measurement(self, measurement: Measurement) -> None:
+        """Keeps what was measured on a host; :meth:`hardware` of all nodes of its make tells it from now on."""
+        self.measurements.record(measurement)
+        with self._lock:
+            concerned = {
+                node_id
+                for node_id, known in self._hardware.items()
+                if make_of(known.topology) == measurement.machine
+            }
+            for node_id in concerned:
+                del self._hardware[node_id]
+            self._changed |= concerned
 
     def pop_changed(self) -> frozenset[str]:
         """The nodes of which :meth:`hardware` is another one than when this was last called."""
@@ -204,6 +221,7 @@ class Inventory:
 
     def restore(self, alive: Collection[str]) -> None:
         """Takes over what an earlier service knew, and forgets what is no more."""
+        self.measurements.restore()
         for node_id, facts in ledger.facts().items():
             if node_id not in alive:
                 ledger.forget_facts(node_id)

@@ -4,7 +4,8 @@ One record for each deployment: its declaration, since when it waits, whose end 
 and id of its group and what it holds; of a replica that is to be replaced also the declaration it was placed under. No
 secret is in it: a declaration holds references to API keys only. Beside them, for a while, a note for each deployment
 that was released, for a caller whose answer was lost with the service; for each node what its GPUs are, so that a
-service that starts anew need not wake the nodes that hold nothing; and which numbers no event has had yet.
+service that starts anew need not wake the nodes that hold nothing; what was measured on hosts, whether they are there
+or not; and which numbers no event has had yet.
 
 Version 1 had no ``releasing``, version 2 no generations, owners or queue. A record that this version cannot read is
 left byte for byte as it is.
@@ -12,6 +13,8 @@ left byte for byte as it is.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import secrets
 from collections.abc import Iterator, Mapping
@@ -20,12 +23,14 @@ from typing import Any
 
 from placement.runtime import ray_internals
 from placement.wire.facts import NodeFacts
+from placement.wire.measurements import Measurement
 
 VERSION = 3
 _NAMESPACE = b"placement"
 _RECORD = "deployment/"
 _ENDED = "ended/"
 _FACTS = "facts/"
+_MEASURED = "measured/"
 _TOKEN = b"token"
 _EVENT_NUMBERS = b"event numbers"
 
@@ -118,6 +123,23 @@ def facts() -> dict[str, NodeFacts | None]:
             found[node_id] = NodeFacts.model_validate_json(value)
         except ValueError:
             found[node_id] = None
+    return found
+
+
+def save_measurement(measurement: Measurement) -> None:
+    """Keeps what was measured on a host, in the place of what was kept of it before."""
+    value = measurement.model_dump_json(exclude_none=True).encode()
+    which = repr((measurement.identity, measurement.machine.model_dump_json())).encode()
+    key = (_MEASURED + hashlib.sha256(which).hexdigest()[:32]).encode()
+    ray_internals.kv_put(key, value, _NAMESPACE)
+
+
+def measurements() -> list[Measurement]:
+    """What was measured on all hosts; what this version cannot read is left as it is."""
+    found = []
+    for value in _all(_MEASURED).values():
+        with contextlib.suppress(ValueError):
+            found.append(Measurement.model_validate_json(value))
     return found
 
 

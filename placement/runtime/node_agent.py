@@ -17,7 +17,16 @@ from placement.core.affinity import Affinity, affinities
 from placement.core.score import WHOLE, Score, score, slowest_group
 from placement.nvml import Reader
 from placement.runtime.groups import NodeGroups
-from placement.runtime.orders import GpuHardware, Holding, Order, Prepared, Refused, Reserved, hardware_of
+from placement.runtime.orders import (
+    GpuHardware,
+    Holding,
+    Order,
+    Prepared,
+    Refused,
+    Reserved,
+    hardware_of,
+    with_rates,
+)
 from placement.runtime.ray_internals import visible_devices
 from placement.runtime.reservation import NodeReserver
 from placement.wire.facts import NodeFacts
@@ -229,7 +238,7 @@ class NodePlacementActor:
         bundle_of = self._reserver.confirm(order, prepared, group, bundles)
         if bundle_of is None:
             return None
-        machine = hardware_of(self._last_facts(), self._gpu_count)
+        machine = with_rates(hardware_of(self._last_facts(), self._gpu_count), order.measured)
         topology = machine.topology
         gpus, size = [gpu for one in prepared.sets for gpu in one], len(prepared.sets[0])
         slowest, resorted = slowest_group(topology, gpus, size), slowest_group(topology, sorted(gpus), size)
@@ -264,7 +273,8 @@ class NodePlacementActor:
     def _machine(self, orders: Sequence[Order]) -> GpuHardware:
         """What the GPUs are; read anew where it matters how much of their memory is in use."""
         fresh = any(order.needs.free_memory_bytes for order in orders)
-        return hardware_of(self._last_facts(FRESH_SECONDS if fresh else None), self._gpu_count)
+        hardware = hardware_of(self._last_facts(FRESH_SECONDS if fresh else None), self._gpu_count)
+        return with_rates(hardware, orders[0].measured) if orders else hardware
 
     def _last_facts(self, max_age_seconds: float | None = None) -> NodeFacts:
         has_read = self._reader is None or self._reader.has_read

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from placement.core.policy import Policy
 from placement.core.replicas import PlannedReplica
 from placement.core.score import WHOLE, Needs
 from placement.core.snapshot import UNKNOWN_PROFILE, Node
-from placement.core.topology import Topology
+from placement.core.topology import MeasuredRates, Topology
 from placement.wire.deployment import Deployment
 from placement.wire.facts import NodeFacts
 
@@ -55,6 +56,19 @@ class GpuHardware:
         )
 
 
+def with_rates(hardware: GpuHardware, rates: MeasuredRates) -> GpuHardware:
+    """The same hardware, with what was measured of it, or of others of its make."""
+    if not rates:
+        return hardware
+    return replace(hardware, topology=_measured(hardware.topology, hardware.topology.model, rates))
+
+
+@lru_cache(maxsize=1024)
+def _measured(topology: Topology, model: str | None, rates: MeasuredRates) -> Topology:
+    """The same object for machines that are alike, so that they share their tables; ``==`` ignores the model."""
+    return replace(topology, measured=rates)
+
+
 def hardware_of(facts: NodeFacts | None, gpu_count: int) -> GpuHardware:
     """What is known of a node's GPUs; nothing at all without facts."""
     if facts is None or not facts.gpus:
@@ -84,6 +98,7 @@ class Order:
         deployment: replicas of one deployment avoid each other's GPUs where that costs nothing.
         beside: what each bundle takes beside its GPU: ``{"CPU": 4, "memory": 8589934592}``.
         planned: of a share, the GPU that the plan has in mind; ``None`` leaves it to the node.
+        measured: the rates that it was planned with, which the node's actor chooses by, too.
     """
 
     name: str
@@ -91,6 +106,7 @@ class Order:
     deployment: str = ""
     beside: Mapping[str, float] = field(default_factory=dict)
     planned: int | None = None
+    measured: MeasuredRates = ()
 
 
 @dataclass(frozen=True)
@@ -181,7 +197,11 @@ class Refusal:
 
 
 def order_of(
-    name: str, deployment: Deployment, set_size: int | None = None, planned: PlannedReplica | None = None
+    name: str,
+    deployment: Deployment,
+    set_size: int | None = None,
+    planned: PlannedReplica | None = None,
+    measured: MeasuredRates = (),
 ) -> Order:
     """The order for one replica; for one set of ``set_size`` GPUs of it, if that is given."""
     beside: dict[str, float] = {}
@@ -193,7 +213,14 @@ def order_of(
     if planned is not None and deployment.group is not None:  # the places of the other members count on it
         needs = needs._replace(named=planned.gpus)
     exact = deployment.policy is Policy.FRAGMENTATION and planned is not None and planned.share < WHOLE
-    return Order(name, needs, deployment.name, beside, planned.gpus[0] if planned and exact else None)
+    return Order(
+        name,
+        needs,
+        deployment.name,
+        beside,
+        planned.gpus[0] if planned and exact else None,
+        measured,
+    )
 
 
 def order_name(prefix: str, deployment: str, replica_index: int) -> str:

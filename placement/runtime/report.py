@@ -11,10 +11,12 @@ from typing import Any, Protocol
 
 from placement.core.lifecycle import State
 from placement.core.matrix import render_matrix
+from placement.core.measured import is_suspect
 from placement.core.replicas import PlannedReplica
+from placement.core.score import shape_of, suspect_pairs
 from placement.core.snapshot import Node
 from placement.core.topology import Topology, ordinals
-from placement.errors import UnknownDeployment, UnknownNode, UnreadableRecord
+from placement.errors import UnknownDeployment, UnknownNode, UnreadableRecord, counted
 from placement.runtime.discovery import DeadNode, NodeInfo
 from placement.runtime.ledger import Record
 from placement.runtime.orders import GpuHardware
@@ -22,6 +24,7 @@ from placement.runtime.results import NodeAssignment
 from placement.wire.deployment import Deployment, Group
 from placement.wire.facts import NodeFacts
 from placement.wire.groups import links_of, located
+from placement.wire.measurements import Measurement
 
 SHOWN_STATES = ("placed", "pending", "lost", "releasing")
 """What a replica is shown as: it holds its GPUs, waits for room, lost its node, or is being given back."""
@@ -341,6 +344,8 @@ def _node(info: NodeInfo, seen: Observed, held: _Held) -> dict[str, Any]:
     uuids = facts.uuids if facts is not None else {}
     instances = {gpu.ordinal: gpu.instance for gpu in facts.gpus} if facts is not None else {}
     lost = {gpu.ordinal: ", ".join(gpu.errors) for gpu in facts.gpus if gpu.lost} if facts is not None else {}
+    suspects = suspect_pairs(topology)
+    problems = [*_problems(facts), _suspicion(suspects)]
     gpus = []
     for ordinal in range(info.gpu_count):
         here = occupants.get(ordinal, [])
@@ -366,8 +371,24 @@ def _node(info: NodeInfo, seen: Observed, held: _Held) -> dict[str, Any]:
             for name, total in info.egress.items()
         ],
         "cpus": {"total": info.cpu_milli / 1000, "held": round(held.cpus, 3)},
-        "problem": info.label_problem() or "; ".join(filter(None, _problems(facts))) or None,
+        "suspects": [_suspect(*one) for one in suspects],
+        "problem": info.label_problem() or "; ".join(filter(None, problems)) or None,
     }
+
+
+def _suspect(gpus: Sequence[int], measured: int, predicted: int) -> dict[str, Any]:
+    """A pair that reaches less than half of what is predicted."""
+    return {"gpus": list(gpus), "gb_per_s": measured / 1000, "predicted_gb_per_s": predicted / 1000}
+
+
+def _suspicion(suspects: Sequence[tuple[Sequence[int], int, int]]) -> str | None:
+    """``suspect: GPU 2 and 3 measured at 11.9 of 230 GB/s``, of the worst of several."""
+    if not suspects:
+        return None
+    (a, b), measured, predicted = min(suspects, key=lambda one: one[1] / one[2])
+    more = f", and {counted(len(suspects) - 1, 'pair')} more" if len(suspects) > 1 else ""
+    rates = f"{measured / 1000:.3g} of {predicted / 1000:.3g} GB/s"
+    return f"suspect: GPU {a} and {b} measured at {rates}{more}; see `placement topology`"
 
 
 def _dead_node(dead: DeadNode, held: _Held, at: float) -> dict[str, Any]:
@@ -389,6 +410,7 @@ def _dead_node(dead: DeadNode, held: _Held, at: float) -> dict[str, Any]:
         "others_unlocated": 0,
         "egress": [],
         "cpus": {"total": info.cpu_milli / 1000, "held": round(held.cpus, 3)},
+        "suspects": [],
         "problem": "the node died",
     }
 
@@ -421,8 +443,28 @@ def _problems(facts: NodeFacts | None) -> tuple[str | None, str | None]:
     return (facts.problem if facts is not None else None), unused
 
 
-def topology_report(info: NodeInfo, facts: NodeFacts | None) -> dict[str, Any]:
-    """One GPU node: what was read, the islands, and the matrix as ``nvidia-smi topo -m`` prints it."""
+def measured_report(topology: Topology, own: Measurement | None) -> list[dict[str, Any]]:
+    """The measured rates that a node goes by, beside what is predicted; where they are its own, with the rest."""
+    predicted = shape_of(topology).predicted
+    of = {one.gpus: one for one in own.rates} if own is not None else {}
+    found = []
+    for gpus, rate in topology.measured:
+        told = (
+            of[gpus].model_dump(mode="json") if gpus in of else {"gpus": list(gpus), "gb_per_s": rate / 1000}
+        )
+        expected = predicted.mb_per_s(gpus)
+        suspect = is_suspect(rate, expected)
+        found.append({**told, "predicted_gb_per_s": expected / 1000, "suspect": suspect, "own": gpus in of})
+    return found
+
+
+def topology_report(
+    info: NodeInfo, facts: NodeFacts | None, measured: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """One GPU node: what was read, the islands, and the matrix as ``nvidia-smi topo -m`` prints it.
+
+    And what was measured: see :func:`measured_report`.
+    """
     shape = facts.topology() if facts is not None and facts.gpus else Topology.unknown(info.gpu_count)
     return {
         "id": info.id,
@@ -437,4 +479,5 @@ def topology_report(info: NodeInfo, facts: NodeFacts | None) -> dict[str, Any]:
         "matrix": render_matrix(shape),
         "problem": info.label_problem() or _problems(facts)[1],
         "facts": facts.model_dump(mode="json") if facts is not None else None,
+        "measured": list(measured),
     }

@@ -32,12 +32,13 @@ class NodeAssignment:
         mig: profile of the MIG instance that ``gpus`` is; empty for GPUs.
         cpus_per_gpu, memory_bytes_per_gpu: what each bundle holds beside its GPU.
         ray_gpus: what Ray alone would have given at that moment: the lowest-numbered free GPUs.
-        bandwidth_gb_per_s, ray_bandwidth_gb_per_s: predicted bus bandwidth of an all-reduce between the GPUs,
-            GB/s per direction, and between ``ray_gpus``; ``None`` for fewer than two GPUs, or where a link
-            is unknown. The least that it can be where the host's processors or peer-to-peer are not known. The formula
-            is in :mod:`placement.core.bandwidth`.
+        bandwidth_gb_per_s, ray_bandwidth_gb_per_s: bus bandwidth of an all-reduce between the GPUs,
+            GB/s per direction, and between ``ray_gpus``: measured or predicted; ``None`` for fewer than two GPUs, or
+            where nothing was measured and a link is unknown. The least that it can be where the host's processors or
+            peer-to-peer are not known. The formula is in :mod:`placement.core.bandwidth`.
         upper_bandwidth_gb_per_s, ray_upper_bandwidth_gb_per_s: the most that it can be then; ``None`` where nothing
             that decides it is unknown.
+        bandwidth_measured: whether ``bandwidth_gb_per_s`` was measured (``docs/measuring.md``).
         weakest_link, ray_weakest_link: slowest link between two of them as ``nvidia-smi topo -m`` names it;
             ``None`` for fewer than two GPUs, ``"?"`` where the topology is unknown.
         sorted_bandwidth_gb_per_s: what ``bandwidth_gb_per_s`` comes to in an engine that sorts the node's GPUs and cuts
@@ -74,6 +75,7 @@ class NodeAssignment:
     memory_bytes: int = 0
     set_size: int = 0
     affinities: list[Affinity] = field(default_factory=list)
+    bandwidth_measured: bool = False
 
     def __post_init__(self) -> None:
         if not self.ranks:
@@ -159,6 +161,7 @@ class NodeAssignment:
             "memory_bytes_per_gpu": self.memory_bytes_per_gpu,
             "ray_gpus": list(self.ray_gpus),
             "bandwidth_gb_per_s": self.bandwidth_gb_per_s,
+            "bandwidth_measured": self.bandwidth_measured,
             "weakest_link": self.weakest_link,
             "ray_bandwidth_gb_per_s": self.ray_bandwidth_gb_per_s,
             "ray_weakest_link": self.ray_weakest_link,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import time
 import warnings
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -35,6 +36,7 @@ from placement.runtime.state import Owner
 from placement.wire.deployment import Deployment, PlacementConstraints
 from placement.wire.files import parse_model
 from placement.wire.groups import groups_of
+from placement.wire.measurements import as_file, read_measurements
 from placement.wire.node_types import NodeType
 from placement.wire.plans import ExplainedPlan, PlacementPlan
 
@@ -497,6 +499,24 @@ class DeploymentPlacementActor:
             UnknownNode: ``node`` is given and no GPU node has that id, name or address.
         """
         return await self._in(self._plans, self._controller.topology, node)
+
+    async def record_measurements(self, measurements: Sequence[Mapping[str, Any]]) -> None:
+        """Keeps what was measured on hosts; nodes that are these, or of their make, go by it from now on.
+
+        Args:
+            measurements: as ``placement measure --export`` writes them.
+
+        Raises:
+            InvalidMeasurement: one is not of that form; nothing is kept.
+        """
+        file = json.dumps({"measurements": list(measurements)})
+        found = read_measurements(file, "measurements")
+        await self._in(self._reads, self._controller.record_measurements, found)
+
+    async def measurements(self) -> list[dict[str, Any]]:
+        """What was measured on all hosts, whether they are there now or not; JSON-ready."""
+        found = as_file(self._controller.fleet.inventory.measurements.all())
+        return list(found["measurements"])
 
     async def stop_agents(self) -> None:
         """Ends the node actors. Placement groups stay as they are."""

@@ -27,7 +27,7 @@ RECORDED = (
     "memory_bytes_per_gpu", "ray_gpus", "bandwidth_gb_per_s", "sorted_bandwidth_gb_per_s",
     "upper_bandwidth_gb_per_s", "ray_upper_bandwidth_gb_per_s",
     "weakest_link", "ray_bandwidth_gb_per_s", "ray_weakest_link", "egress_resource", "egress_units", "cpus",
-    "memory_bytes", "set_size", "affinities",
+    "memory_bytes", "set_size", "affinities", "bandwidth_measured",
 )  # fmt: skip
 
 Owner = Mapping[str, str]

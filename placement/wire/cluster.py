@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, ValidationError, field_validator, model_validator
 
@@ -153,6 +153,15 @@ def _as_placed(
     return with_runtime(declared, placed_as)
 
 
+GbPerSecond = Annotated[float, Field(ge=0.001, le=1_000_000)]
+"""A rate in GB/s: at least 1 MB/s, which is as fine as rates are compared."""
+
+
+def mb_per_s(gb_per_s: float) -> int:
+    """The same in MB/s."""
+    return round(gb_per_s * 1000)
+
+
 _PEERS = {True: "Y", False: "N", None: "?"}
 
 
@@ -185,6 +194,16 @@ class Machine(Model):
     )
     nics: tuple[NicNames, ...] = Field(default=(), description="those of which it is known")
 
+    measured: tuple[tuple[tuple[int, ...], GbPerSecond], ...] = Field(
+        default=(),
+        description="sets of GPUs with the all-reduce bus bandwidth that was measured on them, GB/s; empty if none was",
+    )
+
+    @classmethod
+    def make(cls, topology: Topology) -> Machine:
+        """What machines of one make have in common: all of this but what was measured."""
+        return cls.of(replace(topology, measured=()))
+
     @classmethod
     def of(cls, topology: Topology) -> Machine:
         """What a file says of such a machine."""
@@ -203,6 +222,7 @@ class Machine(Model):
                 for nic in topology.nics
                 if nic.ports or nic.interfaces
             ),
+            measured=tuple((gpus, rate / 1000) for gpus, rate in topology.measured),
         )
 
     def topology(self) -> Topology:
@@ -247,6 +267,7 @@ class Machine(Model):
             below=self.below,
             nics=nics,
             numa_nodes=tuple(one.node for one in self.numa_nodes),
+            measured=tuple((gpus, mb_per_s(rate)) for gpus, rate in self.measured),
         )
 
 

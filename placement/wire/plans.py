@@ -36,10 +36,11 @@ class PlannedAssignment:
     """Where a replica would go. ``gpus`` is a prediction: other Ray users may take or free some meanwhile.
 
     Attributes:
-        bandwidth_gb_per_s: predicted all-reduce bus bandwidth between the GPUs, GB/s per direction; ``None``
-            for fewer than two GPUs, or where a link is unknown. The least that it can be, where the host's processors
-            or peer-to-peer are not known.
+        bandwidth_gb_per_s: all-reduce bus bandwidth between the GPUs, GB/s per direction, measured or predicted;
+            ``None`` for fewer than two GPUs, or where nothing was measured and a link is unknown. The least that it can
+            be, where the host's processors or peer-to-peer are not known.
         upper_bandwidth_gb_per_s: the most that it can be then; ``None`` where nothing that decides it is unknown.
+        bandwidth_measured: whether it was measured.
         weakest_link: slowest link between two of them as ``nvidia-smi topo -m`` names it.
         share: how much of the GPU, 1 for whole ones.
         mig: profile of the MIG instance that ``gpus`` is; empty for GPUs.
@@ -67,6 +68,7 @@ class PlannedAssignment:
     set_size: int = 0
     sorted_bandwidth_gb_per_s: float | None = None
     upper_bandwidth_gb_per_s: float | None = None
+    bandwidth_measured: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The planned assignment as JSON-ready values."""
@@ -688,4 +690,5 @@ def _assignment(snapshot: Snapshot, part: PlannedReplica, of: Observed) -> Plann
         part.set_size,
         slowest_group(node.topology, sorted(part.gpus), size).known_gb_per_s,
         value.known_upper_gb_per_s,
+        value.measured,
     )

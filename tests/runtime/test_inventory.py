@@ -55,6 +55,7 @@ def ray() -> Iterator[Ray]:
         mock.patch.object(inventory.time, "monotonic", lambda: ray.now),
         mock.patch.object(inventory.ledger, "save_facts", lambda node, facts: ray.saved.append(node)),
         mock.patch.object(inventory.ledger, "forget_facts", lambda node: ray.saved.remove(node)),
+        mock.patch.object(inventory.ledger, "measurements", list),
     ):
         yield ray
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -91,3 +92,15 @@ def test_a_new_preparation_lets_go_of_the_one_before(actor: NodePlacementActor, 
     assert held, "GPU 1 is kept from Ray"
     group = create(slots, QUARTER, actor.prepare(QUARTER, 1))
     assert actor.confirm(QUARTER, group, [0]) and set(slots.groups) == {group}
+
+
+def test_it_chooses_by_the_rates_that_the_plan_was_made_with(slots: Slots) -> None:
+    slots.others = set()
+    actor = NodePlacementActor("n", 4, "a100-pcie-4x", None)
+    slow = replace(PAIR, measured=(((0, 1), 12_000), ((2, 3), 207_000)))
+    [filled] = actor.reserve([slow]).filled
+    assert (filled.reserved.gpus, filled.score.known_gb_per_s, filled.score.measured) == ((2, 3), 207.0, True)
+    group = create(slots, slow, actor.prepare(slow, 1))
+    part = actor.confirm(slow, group, [0, 1])
+    assert isinstance(part, Part) and part.sets == ((0, 1),)
+    assert (part.score.known_gb_per_s, part.score.measured) == (12.0, True), "no others are left"

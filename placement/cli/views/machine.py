@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from placement.cli.views.measured import measured_lines
 from placement.cli.views.nodes import by_profile
 from placement.core.matrix import parse_matrix
 from placement.core.topology import Lanes, Topology, ordinals
@@ -41,6 +42,7 @@ def topology_view(report: Mapping[str, Any]) -> list[Any]:
         parts.append(Text("  ·  ".join(host_texts(shape, whole)), style="dim"))
     if report["known"] or (report["gpu_count"] == 1 and whole):
         parts.append(_links(shape_in(report), whole))
+    parts += measured_lines(report.get("measured", ()))
     for profile, slots in profiles.items():
         parts.append(f"MIG {profile}: {'slot' if len(slots) == 1 else 'slots'} {ordinals(slots)}")
     if lost:

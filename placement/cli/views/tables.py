@@ -48,7 +48,12 @@ class AssignmentsTable:
                 str(a["replica_index"]),
                 a["node_name"],
                 holds(a) + ranks,
-                bandwidth_text(a["bandwidth_gb_per_s"], a["weakest_link"], a.get("upper_bandwidth_gb_per_s")),
+                bandwidth_text(
+                    a["bandwidth_gb_per_s"],
+                    a["weakest_link"],
+                    a.get("upper_bandwidth_gb_per_s"),
+                    a.get("bandwidth_measured", False),
+                ),
                 *([ray_alone(a)] if self._beside_ray else []),
             ]
 
@@ -169,11 +174,17 @@ def holds(a: Mapping[str, Any]) -> str:
     return f"{share}GPU {ordinals(a['gpus'])}"
 
 
-def bandwidth_text(gb_per_s: float | None, weakest_link: str | None, upper: float | None = None) -> str:
-    """``230 GB/s, NV12``, ``4.04 to 19.7 GB/s, NODE`` where it is not known better; empty for a single GPU."""
+def bandwidth_text(
+    gb_per_s: float | None, weakest_link: str | None, upper: float | None = None, measured: bool = False
+) -> str:
+    """``230 GB/s, NV12``, ``225 GB/s measured, NV12``, ``4.04 to 19.7 GB/s, NODE`` where it is not known better; empty
+    for a single GPU.
+    """
     if weakest_link is None:
         return ""
-    return "unknown" if gb_per_s is None else f"{_range(gb_per_s, upper)} GB/s, {weakest_link}"
+    if gb_per_s is None:
+        return "unknown"
+    return f"{_range(gb_per_s, upper)} GB/s{' measured' * measured}, {weakest_link}"
 
 
 def _range(least: float, most: float | None) -> str:

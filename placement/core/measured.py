@@ -1,0 +1,161 @@
+"""What was measured of a machine's sets of GPUs, and which other sets that speaks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import combinations
+from statistics import median_low
+
+from placement.core.topology import Lanes, Link, MeasuredRates, Topology
+
+Gpus = tuple[int, ...]
+Likeness = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+"""How many GPUs, what is predicted, their links and their PCIe links: the same for sets that are alike."""
+
+NOISE_PERCENT = 10
+"""Sets that differ by no more are equally fast, if they are alike, or the same on two machines of one make. One
+machine's figures differ by a few percent from run to run, and by as much from those of the next machine; a choice that
+went by that would be chance."""
+
+
+def is_apart(rate: int, usual: int) -> bool:
+    """Whether a rate differs from the usual one by more than noise."""
+    return 100 * abs(rate - usual) > NOISE_PERCENT * usual
+
+
+def is_suspect(measured_mb_per_s: int, predicted_mb_per_s: int) -> bool:
+    """Whether a set reaches so little that something must be wrong: less than half of what is predicted."""
+    return 2 * measured_mb_per_s < predicted_mb_per_s
+
+
+def of_all(own: Mapping[Gpus, int], of_make: Iterable[Mapping[Gpus, int]]) -> MeasuredRates:
+    """The rates that hold for a machine: of each set the median of its make, and its own where that is apart.
+
+    So machines that are sound have the same rates, and none is preferred for noise.
+
+    Args:
+        own: what was measured on it.
+        of_make: what was measured on each machine of its make, itself among them.
+    """
+    all_rates: dict[Gpus, list[int]] = {}
+    for rates in of_make:
+        for gpus, rate in rates.items():
+            all_rates.setdefault(gpus, []).append(rate)
+    usual = {gpus: median_low(rates) for gpus, rates in all_rates.items()}
+    apart = {gpus: rate for gpus, rate in own.items() if gpus not in usual or is_apart(rate, usual[gpus])}
+    return tuple(sorted((usual | apart).items()))
+
+
+class Alike:
+    """Which sets are alike: those of one :data:`Likeness`.
+
+    Args:
+        links: between each two GPUs.
+        lanes: of each GPU.
+        predicted: what is predicted of a set, MB/s.
+    """
+
+    def __init__(
+        self,
+        links: Sequence[Sequence[Link]],
+        lanes: Sequence[Lanes | None],
+        predicted: Callable[[Sequence[int]], int],
+    ) -> None:
+        # By number, as links take long to compare.
+        numbers: dict[object, int] = {}
+        self._links = [[numbers.setdefault(link, len(numbers)) for link in row] for row in links]
+        self._lanes = [numbers.setdefault(one, len(numbers)) for one in lanes]
+        self._predicted = predicted
+
+    def __call__(self, gpus: Sequence[int]) -> Likeness:
+        """The likeness of a set."""
+        between = sorted(self._links[a][b] for a, b in combinations(gpus, 2))
+        lanes = sorted(self._lanes[gpu] for gpu in gpus)
+        return len(gpus), self._predicted(gpus), tuple(between), tuple(lanes)
+
+
+def sets_to_measure(
+    topology: Topology, gpus: Collection[int], pairs_only: bool, predicted: Callable[[Sequence[int]], int]
+) -> list[Gpus]:
+    """Which sets of free GPUs are worth measuring, the most telling first.
+
+    All pairs, since each link may be worse than it should be, neighbours first; then of each larger size one set of
+    those that are alike, sizes that are powers of two first, as replicas are.
+
+    Args:
+        topology: how the GPUs are linked.
+        gpus: those that are free.
+        pairs_only: no larger sets.
+        predicted: what is predicted of a set, MB/s.
+    """
+    free = sorted(gpus)
+    pairs = sorted(combinations(free, 2), key=lambda pair: (pair[1] - pair[0], pair))
+    if pairs_only:
+        return list(pairs)
+    sizes = sorted(range(3, len(free) + 1), key=lambda size: (size & (size - 1) != 0, size))
+    likeness = Alike(topology.links, topology.lanes, predicted)
+    first: dict[Likeness, Gpus] = {}
+    for size in sizes:
+        for one in combinations(free, size):
+            first.setdefault(likeness(one), one)
+    return [*pairs, *first.values()]
+
+
+class Rates:
+    """Measured rates of a machine's sets, and of sets that are alike.
+
+    Sets are *alike* if nothing that is known tells them apart but which GPUs they are: as many GPUs, the same links
+    between them, as many of each, the same PCIe lanes, and the same prediction. They count as equally fast: the rate
+    of all is the median of those that were measured. A set whose own rate differs from that by more than
+    :data:`NOISE_PERCENT` is *apart*: it has its own.
+
+    Args:
+        measured: the rates, MB/s.
+        links: between each two GPUs.
+        lanes: of each GPU.
+        predicted: what is predicted of a set, MB/s.
+
+    Attributes:
+        apart: the sets that have their own rate.
+    """
+
+    def __init__(
+        self,
+        measured: MeasuredRates,
+        links: Sequence[Sequence[Link]],
+        lanes: Sequence[Lanes | None],
+        predicted: Callable[[Sequence[int]], int],
+    ) -> None:
+        self._likeness = Alike(links, lanes, predicted)
+        self._sizes = {len(gpus) for gpus, _ in measured}
+        alike: dict[Likeness, dict[Gpus, int]] = {}
+        for gpus, rate in measured:
+            alike.setdefault(self._likeness(gpus), {})[gpus] = rate
+        self._usual = {likeness: median_low(rates.values()) for likeness, rates in alike.items()}
+        self.apart = {
+            gpus: rate
+            for likeness, rates in alike.items()
+            for gpus, rate in rates.items()
+            if is_apart(rate, self._usual[likeness])
+        }
+
+    def of(self, gpus: Gpus) -> int | None:
+        """The rate of a set, ascending; ``None`` if neither it nor any that is alike was measured."""
+        if len(gpus) not in self._sizes:  # soon said: a machine of 16 GPUs has 65,519 sets
+            return None
+        own = self.apart.get(gpus)
+        return self._usual.get(self._likeness(gpus)) if own is None else own
+
+    def all_of(self, count: int) -> set[int]:
+        """All rates that sets of so many GPUs may have."""
+        usual = {rate for likeness, rate in self._usual.items() if likeness[0] == count}
+        return usual | {rate for gpus, rate in self.apart.items() if len(gpus) == count}
+
+    def split(self, twins: Iterable[Sequence[int]]) -> list[list[int]]:
+        """Groups of twins, cut so that no two of a group are told apart by a set that is apart."""
+        found: dict[Gpus, list[int]] = {}
+        for number, kind in enumerate(twins):
+            for gpu in kind:
+                member_of = tuple(i for i, gpus in enumerate(self.apart) if gpu in gpus)
+                found.setdefault((number, *member_of), []).append(gpu)
+        return sorted(found.values())

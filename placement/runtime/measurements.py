@@ -1,0 +1,85 @@
+"""What was measured on nodes: kept in the ledger, and which nodes go by it."""
+
+from __future__ import annotations
+
+import threading
+from functools import lru_cache
+
+from placement.core.measured import is_suspect, of_all
+from placement.core.score import shape_of
+from placement.core.topology import Topology
+from placement.runtime import ledger
+from placement.runtime.orders import GpuHardware, with_rates
+from placement.wire.cluster import Machine
+from placement.wire.measurements import Measurement, identity_of
+
+
+class Measurements:
+    """One for each host and make; a host whose links have changed is of another make. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._of_make: dict[Machine, dict[tuple[object, ...], Measurement]] = {}
+
+    def restore(self) -> None:
+        """Takes over what an earlier service kept."""
+        for measurement in ledger.measurements():
+            self._put(measurement)
+
+    def all(self) -> list[Measurement]:
+        """All of them, by host."""
+        with self._lock:
+            found = [one for hosts in self._of_make.values() for one in hosts.values()]
+        return sorted(found, key=lambda one: (one.host, one.uuids != (), str(one.uuids)))
+
+    def record(self, measurement: Measurement) -> None:
+        """Keeps a measurement; what was measured before of other sets of the host stays."""
+        ledger.save_measurement(self._put(measurement))
+
+    def _put(self, later: Measurement) -> Measurement:
+        with self._lock:
+            hosts = self._of_make.setdefault(later.machine, {})
+            known = hosts.get(later.identity)
+            kept = hosts[later.identity] = later if known is None else known.updated(later)
+            return kept
+
+    def of(self, name: str, hardware: GpuHardware) -> Measurement | None:
+        """What was measured on a node itself."""
+        with self._lock:
+            return self._of_make.get(make_of(hardware.topology), {}).get(_identity(name, hardware))
+
+    def applied(self, name: str, hardware: GpuHardware) -> GpuHardware:
+        """The hardware of a node with the rates that it goes by: those of its make, and its own where these are apart.
+
+        A suspect figure is no reason to think ill of other nodes.
+
+        Args:
+            name: of the node.
+            hardware: with nothing measured.
+        """
+        topology = hardware.topology
+        if not self._of_make:
+            return hardware
+        with self._lock:
+            hosts = dict(self._of_make.get(make_of(topology), {}))
+        own = hosts.get(_identity(name, hardware))
+        predicted = shape_of(topology).mb_per_s
+        sound = [
+            {gpus: rate for gpus, rate in one.mb_per_s().items() if not is_suspect(rate, predicted(gpus))}
+            for one in hosts.values()
+        ]
+        return with_rates(hardware, of_all({} if own is None else own.mb_per_s(), sound))
+
+
+def _identity(name: str, hardware: GpuHardware) -> tuple[object, ...]:
+    return identity_of(name, [hardware.uuids.get(gpu) for gpu in range(len(hardware.topology))])
+
+
+def make_of(topology: Topology) -> Machine:
+    """The make of a node."""
+    return _make(topology, topology.model)
+
+
+@lru_cache(maxsize=1024)
+def _make(topology: Topology, model: str | None) -> Machine:
+    return Machine.make(topology)
