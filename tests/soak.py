@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -391,7 +392,7 @@ def main() -> int:
                     )
                     number += 1
             except (Exception, Found) as error:
-                print(f"\nseed {number} found: {error}", *getattr(error, "__notes__", ()), sep="\n")
+                print(f"\nseed {number} found:", *traceback.format_exception(error), sep="\n")
                 failed = 1
             if where := planted():
                 print(f"\nthe planted key is in {where}")
