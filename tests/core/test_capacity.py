@@ -83,7 +83,7 @@ def test_a_request_that_takes_no_cpus_needs_none() -> None:
 
 def test_a_floor_does_not_lift_the_limit_of_cpus() -> None:
     """Where sets are packed exactly, CPUs still bound them."""
-    needs = Needs(2, min_bandwidth_gb_per_s=1.0)
+    needs = Needs(2, min_bandwidth_gb_per_s=0.1)
     snapshot = Snapshot([node("a", cpus=4)])
     two, three = (Request("d", tuple(range(n)), needs, cpu_milli=2000) for n in (2, 3))
     assert where(plan(snapshot, two)) == ["a", "a"]
