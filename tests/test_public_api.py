@@ -35,7 +35,16 @@ def test_the_services_actor_has_what_the_clients_ask_of_it_and_no_method_blocks(
     service = importlib.import_module("placement.runtime.service").DeploymentPlacementActor
     names = {name for name, _ in inspect.getmembers(service, inspect.isfunction) if not name.startswith("_")}
     theirs = {name for name, _ in inspect.getmembers(placement.Client, inspect.isroutine)}
-    assert names - theirs == {"lend", "confirm", "cancel", "explain_all", "settings", "stop_agents"}
+    measured = {"measurements", "record_measurements"}
+    assert names - theirs == {
+        "lend",
+        "confirm",
+        "cancel",
+        "explain_all",
+        "settings",
+        "stop_agents",
+        *measured,
+    }
     for name in names:
         method = getattr(service, name)
         assert inspect.iscoroutinefunction(method) and inspect.getdoc(method), name
