@@ -333,7 +333,7 @@ class Shape:
         lanes: Sequence[Lanes | None],
         host: Host,
         peer: bool,
-        measured: MeasuredRates,
+        measured: MeasuredRates = (),
     ) -> None:
         self.predicted: Shape = (
             _shape(links, numa, nearest_nic, gpu, lanes, host, peer, ()) if measured else self
