@@ -203,17 +203,20 @@ def test_releases_of_what_is_being_placed_keep_no_other_waiting(
 
 
 def test_whose_time_is_over_in_the_middle_of_an_attempt_keeps_nobody_from_looking(
-    service: DeploymentPlacementActor, outside: Ray
+    service: DeploymentPlacementActor, outside: Ray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service._reads = service._plans = ThreadPoolExecutor(1)
 
     async def scene() -> None:
+        over = asyncio.Event()
+        monkeypatch.setattr(asyncio, "wait", lambda outcomes, timeout: over.wait())
         await service.place(one("holds", gpus=4))
-        call = asyncio.create_task(service.place(one(), None, 0.2))
+        call = asyncio.create_task(service.place(one(), None, 600.0))
         await until(lambda: waiting(service))
         with a_node_hangs(outside) as begun:
             coming = asyncio.create_task(room_comes(service))
             await until(begun.is_set)
+            over.set()
             await until(lambda: not waiting(service))
             assert len(await service.plan_all([one("b", gpus=1)])) == 1
             assert not call.done()
