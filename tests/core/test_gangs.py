@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from placement import topologies
 from placement.core.planner import plan, vacate
+from placement.core.policy import Policy
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
 from placement.core.score import Needs, Within, score
@@ -79,6 +81,21 @@ def test_a_replica_larger_than_every_node_is_cut() -> None:
     assert isinstance(plan(snapshot, request(16)), NotEnoughGpus), "tensor parallelism stays on a node"
     busy = Snapshot([node("a", free=7), node("b", free=5), node("c", free=4)])
     assert [len(gpus) for _, _, gpus, _ in where(plan(busy, request(12, divisible=True)))] == [4, 4, 4]
+
+
+def test_a_set_that_is_cut_has_its_cpus_and_memory_with_its_gpus() -> None:
+    fields = {"cpu_milli": 8000, "memory_bytes": 64}
+    nodes = [replace(node(name), **fields) for name in "ab"]  # type: ignore[arg-type]
+    cut = plan(Snapshot(nodes), request(16, divisible=True, cpu_milli=16000, memory_bytes=128))
+    assert isinstance(cut, Plan), cut
+    assert [(part.cpu_milli, part.memory_bytes) for part in cut.replicas] == [(8000, 64)] * 2
+
+
+@pytest.mark.parametrize(("policy", "names"), [(Policy.TOPOLOGY, "ab"), (Policy.LEAST_LOADED, "bc")])
+def test_of_nodes_with_equal_sets_the_policy_decides(policy: Policy, names: str) -> None:
+    nodes = [node(name, free=free) for name, free in zip("abc", (4, 5, 6), strict=True)]
+    chosen = where(plan(Snapshot(nodes), request(4, stages=2, policy=policy)))
+    assert sorted(name for _, name, *_ in chosen) == [*names]
 
 
 def test_a_group_may_span_the_nodes_of_one_nvlink_domain() -> None:
