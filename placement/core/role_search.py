@@ -9,7 +9,6 @@ from typing import NamedTuple
 from placement.core.limits import eligible
 from placement.core.request import Place, Request
 from placement.core.routes import (
-    PATH_ORDER,
     Gpus,
     Member,
     RoleLink,
@@ -23,7 +22,7 @@ from placement.core.routes import (
 )
 from placement.core.score import Needs, twins_of
 from placement.core.snapshot import GPU_DOMAIN_LABEL, Bits, Node, Snapshot
-from placement.core.topology import Topology
+from placement.core.topology import PATH_ORDER, Topology
 from placement.errors import BelowFloor, Unplaceable
 
 STEPS = 20_000

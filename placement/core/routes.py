@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from placement.core.bandwidth import generation, hop_mb_per_s
 from placement.core.score import Within
 from placement.core.snapshot import GPU_DOMAIN_LABEL, Node
-from placement.core.topology import Link, Path, Topology
+from placement.core.topology import PATH_ORDER, Link, Path, Topology
 
 Gpus = tuple[int, ...]
 
@@ -187,9 +187,6 @@ def _to_card(topology: Topology, gpus: Gpus) -> tuple[int, Path, int]:
     gpu = max(gpus, key=lambda gpu: (PATH_ORDER[topology.nearest_nic[gpu]], -gpu))
     path = topology.nearest_nic[gpu]
     return -hop_mb_per_s(Link(path), generation(topology.model)), path, gpu
-
-
-PATH_ORDER = {path: order for order, path in enumerate(Path)}
 
 
 def meets(link: RoleLink, found: Route, one: Located, other: Located) -> bool:

@@ -34,7 +34,16 @@ from placement.core.bandwidth import (
     switch_mb_per_s,
 )
 from placement.core.measured import Rates, is_suspect
-from placement.core.topology import UNKNOWN_LINK, Lanes, Link, MeasuredRates, Path, Topology, components
+from placement.core.topology import (
+    PATH_ORDER,
+    UNKNOWN_LINK,
+    Lanes,
+    Link,
+    MeasuredRates,
+    Path,
+    Topology,
+    components,
+)
 
 Links = tuple[tuple[Link, ...], ...]
 
@@ -58,7 +67,6 @@ LEFTOVER_SIZES = (8, 4, 2)
 MAX_PICKS = 1 << 16
 """Machines with more picks (17 GPUs and more, no two of them alike) are not tabulated."""
 
-_PATH_ORDER = {path: order for order, path in enumerate(Path)}
 _BELOW_ONE_SWITCH = (Path.PIX, Path.PXB)
 _OVER_PCIE = (*_BELOW_ONE_SWITCH, Path.PHB, Path.NODE, Path.SYS)
 _BELOW_ONE_BRIDGE = (*_BELOW_ONE_SWITCH, Path.PHB)
@@ -347,7 +355,7 @@ class Shape:
         self._bridge = _group_of(components(everyone, lambda a, b: links[a][b].path in _BELOW_ONE_BRIDGE))
         self._hops = [[self._hop(a, b) for b in everyone] for a in everyone]
         self.hops = [[self._pair(a, b) for b in everyone] for a in everyone]
-        self._nic = [_PATH_ORDER[path] for path in nearest_nic]
+        self._nic = [PATH_ORDER[path] for path in nearest_nic]
         self.twins = twins_of(links, list(zip(numa, self._nic, self._lanes, strict=True)))
         if self._rates is not None:
             self.twins = self._rates.split(self.twins)
@@ -807,7 +815,7 @@ class Shape:
             return len({self._numa[gpu] for gpu in gpus} | {()}) == 2
         links = [self._links[a][b].path for a, b in combinations(gpus, 2)]
         farthest = {Within.NVLINK: Path.NVLINK, Within.SWITCH: Path.PXB}.get(within, Path.UNKNOWN)
-        return all(_PATH_ORDER[path] <= _PATH_ORDER[farthest] for path in links)
+        return all(PATH_ORDER[path] <= PATH_ORDER[farthest] for path in links)
 
 
 def twins_of(links: Sequence[Sequence[object]], places: Sequence[object]) -> list[list[int]]:

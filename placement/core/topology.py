@@ -32,6 +32,10 @@ class Path(StrEnum):
     """Nobody could tell. Never treated as fast, and never as absent."""
 
 
+PATH_ORDER = {path: order for order, path in enumerate(Path)}
+"""A path -> its place, the best first."""
+
+
 @dataclass(frozen=True, slots=True)
 class Link:
     """What joins two GPUs: a path, and the number of NVLinks where the path is NVLink.

@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from placement.core.topology import Path, Topology, components
+from placement.core.topology import PATH_ORDER, Path, Topology, components
 
 SLICES = 7
 """Compute slices of a GPU that is cut up (NVIDIA's MIG user guide)."""
-
-_NEAREST = {path: order for order, path in enumerate(Path)}
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def pcie_tree(shape: Topology, every: Sequence[Gpu]) -> tuple[list[Place], list[
         a, b = one.slots[0], other.slots[0]
         if level is Path.NODE and numa_known:
             return shape.numa[a] == shape.numa[b]
-        return _NEAREST[path[a, b]] <= _NEAREST[level]
+        return PATH_ORDER[path[a, b]] <= PATH_ORDER[level]
 
     def split(gpus: Sequence[Gpu], level: Path) -> list[list[Gpu]]:
         found = components(range(len(gpus)), lambda i, j: near(gpus[i], gpus[j], level))
@@ -91,7 +89,7 @@ def pcie_tree(shape: Topology, every: Sequence[Gpu]) -> tuple[list[Place], list[
         here = [
             name
             for name, nic in left.items()
-            if min(_NEAREST[nic.paths[slot]] for slot in slots) <= _NEAREST[level]
+            if min(PATH_ORDER[nic.paths[slot]] for slot in slots) <= PATH_ORDER[level]
         ]
         for name in here:
             del left[name]
@@ -125,7 +123,7 @@ def _told(shape: Topology, a: int, b: int) -> bool:
     return (
         any(path not in (Path.NVLINK, Path.UNKNOWN) for path in told)
         or any(nic.paths[a] is not nic.paths[b] for nic in shape.nics)
-        or _NEAREST[shape.pcie_path(a, b)] <= _NEAREST[Path.PHB]
+        or PATH_ORDER[shape.pcie_path(a, b)] <= PATH_ORDER[Path.PHB]
     )
 
 
