@@ -117,6 +117,21 @@ def noted(kind: type[BaseException], note: str) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def writing(option: str, path: Path) -> Iterator[None]:
+    """Within, a file is written that an option names.
+
+    Raises:
+        click.UsageError: it cannot be.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise click.UsageError(
+            f"{option}: {path} cannot be written: {error.strerror}; check the path"
+        ) from None
+
+
 def agreed(what: str, instead: str, as_json: bool) -> bool:
     """Whether something may be done; asked on a terminal.
 

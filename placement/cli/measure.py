@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,9 +76,11 @@ def measure(
     other. It takes PyTorch on the nodes. The rates are kept: choices on that node, and on others of its make, go by
     them from then on, and `placement status` tells of pairs that reach less than half of what is predicted.
     """
+    from placement.wire.text import read_input
+
     if file is not None and export is not None:
         raise click.UsageError("--import and --export exclude each other; give one of them")
-    text = None if file is None else _text(file)
+    text = None if file is None else read_input(file)
     with common.service(address) as service:
         if export is not None:
             _export(service, node, export)
@@ -139,12 +140,6 @@ def _measure(service: Any, node: str | None, pairs_only: bool, max_seconds: floa
     return {"nodes": outcomes}
 
 
-def _text(file: Path) -> str:
-    from placement.wire.text import decoded, read_text
-
-    return decoded(sys.stdin.buffer.read(), "-") if file == Path("-") else read_text(file)
-
-
 def _import(service: Any, node: str | None, text: str, source: str) -> dict[str, Any]:
     """Has the service keep what a file says.
 
@@ -160,7 +155,7 @@ def _import(service: Any, node: str | None, text: str, source: str) -> dict[str,
         measurements = _of_nccl_tests(text, source, _targets(service, node), node)
     kept = [one.model_dump(mode="json") for one in measurements]
     common.ask(service.record_measurements.remote(kept))
-    return {"nodes": [measuring.beside_predicted(one) for one in measurements]}
+    return {"nodes": [measuring.as_report(one) for one in measurements]}
 
 
 def _of_nccl_tests(text: str, source: str, targets: Sequence[Target], node: str | None) -> list[Measurement]:
@@ -201,5 +196,6 @@ def _export(service: Any, node: str | None, file: Path) -> None:
     if file == Path("-"):
         common.say(text)
     else:
-        file.write_text(text + "\n", "utf-8")
+        with common.writing("--export", file):
+            file.write_text(text + "\n", "utf-8")
         common.note(f"wrote what was measured on {len(kept)} hosts to {file}")

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from placement import topologies
+from placement.cli import common
 from placement.core.policy import Policy
 from placement.core.score import GIB
 from placement.core.simulation import Report, simulate
@@ -170,11 +171,8 @@ def draw(reports: Mapping[str, Report], path: Path) -> None:
         plot.legend(loc="upper left", ncols=3, frameon=False, fontsize=8)
     axes[-1, 0].set_xlabel("hours")
     try:
-        figure.savefig(path)
-    except OSError as error:
-        raise click.UsageError(
-            f"--picture: {path} cannot be written: {error.strerror}; check the path"
-        ) from None
+        with common.writing("--picture", path):
+            figure.savefig(path)
     finally:
         pyplot.close(figure)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,13 +76,14 @@ def _recorded(name: str | None, file: Path | None, gpu: str | None) -> dict[str,
 
     from placement import topologies
     from placement.core.matrix import read_matrix, render_matrix
+    from placement.wire.text import read_input
 
     notes: tuple[str, ...] = ()
     if name is not None:
         shape = topologies.load(name)
     else:
         assert file is not None
-        reading = read_matrix(_text(file))
+        reading = read_matrix(read_input(file))
         shape, notes = replace(reading.topology, model=gpu), reading.notes
     return {
         "name": name or ("stdin" if file == Path("-") else str(file)),
@@ -102,15 +102,5 @@ def _recorded(name: str | None, file: Path | None, gpu: str | None) -> dict[str,
 def _draw(reports: Sequence[Mapping[str, Any]], path: Path) -> None:
     from placement.cli.views import picture
 
-    try:
+    with common.writing("--picture", path):
         path.write_text(picture.picture(reports), encoding="utf-8")
-    except OSError as error:
-        raise click.UsageError(
-            f"--picture: {path} cannot be written: {error.strerror}; check the path"
-        ) from None
-
-
-def _text(file: Path) -> str:
-    from placement.wire.text import decoded, read_text
-
-    return decoded(sys.stdin.buffer.read(), "-") if file == Path("-") else read_text(file)

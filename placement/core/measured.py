@@ -28,6 +28,12 @@ def is_suspect(measured_mb_per_s: int, predicted_mb_per_s: int) -> bool:
     return 2 * measured_mb_per_s < predicted_mb_per_s
 
 
+def beside_predicted(measured_mb_per_s: int, predicted_mb_per_s: int) -> dict[str, object]:
+    """What is said beside a measured rate, JSON-ready."""
+    suspect = is_suspect(measured_mb_per_s, predicted_mb_per_s)
+    return {"predicted_gb_per_s": predicted_mb_per_s / 1000, "suspect": suspect}
+
+
 def of_all(own: Mapping[Gpus, int], of_make: Iterable[Mapping[Gpus, int]]) -> MeasuredRates:
     """The rates that hold for a machine: of each set the median of its make, and its own where that is apart.
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from placement.core.measured import is_suspect, sets_to_measure
+from placement.core.measured import beside_predicted, sets_to_measure
 from placement.core.score import shape_of
 from placement.errors import CannotMeasure, NoCollectiveLibrary, PlacementError
 from placement.runtime.client import Client
@@ -87,21 +87,19 @@ class Outcome:
     def to_dict(self) -> dict[str, Any]:
         """The outcome as JSON-ready values."""
         return {
-            **beside_predicted(self.target.measurement(self.rates)),
+            **as_report(self.target.measurement(self.rates)),
             "failed": [{"gpus": list(gpus), "problem": problem} for gpus, problem in self.failed.items()],
             "left_out": self.left_out,
         }
 
 
-def beside_predicted(measurement: Measurement) -> dict[str, Any]:
+def as_report(measurement: Measurement) -> dict[str, Any]:
     """A measurement as JSON-ready values: node, and its sets beside what is predicted."""
     predicted = shape_of(measurement.machine.topology()).mb_per_s
-    sets = []
-    for one in measurement.rates:
-        expected = predicted(one.gpus)
-        suspect = is_suspect(mb_per_s(one.gb_per_s), expected)
-        told = {"predicted_gb_per_s": expected / 1000, "suspect": suspect}
-        sets.append({**one.model_dump(mode="json"), **told})
+    sets = [
+        {**one.model_dump(mode="json"), **beside_predicted(mb_per_s(one.gb_per_s), predicted(one.gpus))}
+        for one in measurement.rates
+    ]
     return {"node": measurement.host, "sets": sets}
 
 

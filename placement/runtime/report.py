@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from placement.core.lifecycle import State
 from placement.core.matrix import render_matrix
-from placement.core.measured import is_suspect
+from placement.core.measured import beside_predicted
 from placement.core.replicas import PlannedReplica
 from placement.core.score import shape_of, suspect_pairs
 from placement.core.snapshot import Node
@@ -452,9 +452,7 @@ def measured_report(topology: Topology, own: Measurement | None) -> list[dict[st
         told = (
             of[gpus].model_dump(mode="json") if gpus in of else {"gpus": list(gpus), "gb_per_s": rate / 1000}
         )
-        expected = predicted.mb_per_s(gpus)
-        suspect = is_suspect(rate, expected)
-        found.append({**told, "predicted_gb_per_s": expected / 1000, "suspect": suspect, "own": gpus in of})
+        found.append({**told, **beside_predicted(rate, predicted.mb_per_s(gpus)), "own": gpus in of})
     return found
 
 

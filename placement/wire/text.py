@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from placement.errors import InvalidDeployment
@@ -19,6 +20,11 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise InvalidDeployment(str(path), (f"cannot be read: {error.strerror}; check the path",)) from None
     return decoded(content, str(path))
+
+
+def read_input(file: Path) -> str:
+    """The same, of stdin where the file is ``-``."""
+    return decoded(sys.stdin.buffer.read(), "-") if file == Path("-") else read_text(file)
 
 
 def decoded(content: bytes, source: str) -> str:

@@ -89,6 +89,9 @@ def test_what_was_exported_is_imported(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert [one["host"] for one in kept(service)] == ["gpu-a", "gpu-b"]
     alone = run("measure", "--export", "-", "--node", "gpu-b")
     assert [one["host"] for one in json.loads(alone.stdout)["measurements"]] == ["gpu-b"]
+    lost = run("measure", "--export", str(tmp_path / "nowhere" / "rates.json"))
+    assert (lost.exit_code, lost.stdout) == (2, "")
+    assert "--export: " in lost.stderr and "cannot be written: No such file or directory" in lost.stderr
     nothing = run("measure", "--export", "-", "--node", "gpu-c")
     assert (nothing.exit_code, nothing.stdout) == (1, "")
     assert "cannot measure node 'gpu-c': nothing was measured there" in nothing.stderr
