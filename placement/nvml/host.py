@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path as FilePath
@@ -131,7 +131,7 @@ class Host:
         if not found:
             return None
         if found.numa is None and numa:
-            return Device(found.folder, found.chain, numa[0])
+            return replace(found, numa=numa[0])
         return found
 
     def path(self, a: Device | None, b: Device | None) -> Path:

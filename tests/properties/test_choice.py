@@ -210,10 +210,15 @@ def islands(draw: st.DrawFn) -> Topology:
 @given(machines() | islands(), st.data())
 @settings(max_examples=120, deadline=None)
 def test_the_choice_is_that_of_brute_force(machine: Topology, data: st.DataObject) -> None:
-    busy = data.draw(st.frozensets(st.sampled_from(range(len(machine))), max_size=3))
+    check_any(Oracle(machine), data)
+
+
+def check_any(oracle: Oracle, data: st.DataObject) -> None:
+    """Checks sets of all sizes of some free GPUs, within some distance."""
+    everyone = range(len(oracle.machine))
+    busy = data.draw(st.frozensets(st.sampled_from(everyone), max_size=3))
     within = data.draw(st.sampled_from(Within))
-    free = tuple(gpu for gpu in range(len(machine)) if gpu not in busy)
-    oracle = Oracle(machine)
+    free = tuple(gpu for gpu in everyone if gpu not in busy)
     for size in range(len(free) + 2):
         oracle.check(free, size, within)
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement import topologies
-from placement.core.score import Within, score
+from placement.core.score import score
 from placement.core.topology import MeasuredRates, Topology
-from tests.properties.test_choice import Gpus, Oracle, islands, machines
+from tests.properties.test_choice import Gpus, Oracle, check_any, islands, machines
 
 RATES = [1_000, 5_000, 5_200, 20_000, 21_900, 22_100, 50_000, 230_000, 240_000]
 """Some of them near enough to each other to be noise, on either side of 10 percent."""
@@ -52,12 +52,8 @@ def measurements(draw: st.DrawFn, machine: Topology) -> MeasuredRates:
 @settings(max_examples=120, deadline=None)
 def test_the_choice_is_that_of_brute_force(machine: Topology, data: st.DataObject) -> None:
     machine = replace(machine, measured=data.draw(measurements(machine)))
-    busy = data.draw(st.frozensets(st.sampled_from(range(len(machine))), max_size=3))
-    within = data.draw(st.sampled_from(Within))
-    free = tuple(gpu for gpu in range(len(machine)) if gpu not in busy)
     oracle = MeasuredOracle(machine)
-    for size in range(len(free) + 2):
-        oracle.check(free, size, within)
+    check_any(oracle, data)
     for size in range(2, len(machine) + 1):
         for gpus in combinations(range(len(machine)), size):
             assert score(machine, gpus).bandwidth_gb_per_s == oracle.bandwidth(gpus) / 1000
