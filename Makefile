@@ -56,6 +56,11 @@ bench: .venv/stamp ## measure what placing costs, what the choice is worth, and 
 	@$(BIN)/python -m benchmarks.plan
 	@$(BIN)/python -m benchmarks.scale
 
+.PHONY: docs
+docs: .venv/stamp .venv-docs/stamp ## build the documentation into site/; a warning is an error
+	@$(BIN)/python -m scripts.reference
+	@.venv-docs/bin/mkdocs build --quiet
+
 wheel: .venv/stamp ## build dist/ray_placement-*.whl
 	@rm -rf dist
 	@$(BIN)/python -m build --wheel --no-isolation .
@@ -63,8 +68,8 @@ wheel: .venv/stamp ## build dist/ray_placement-*.whl
 release: .venv/stamp ## check, build and tag a release, and print how to publish it: docs/releasing.md
 	@scripts/release
 
-clean: ## remove .venv and those of test-ray and test-engines, builds and caches
-	@rm -rf .venv .venv-ray-* .venv-engines dist build mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis \
+clean: ## remove .venv and those of test-ray, test-engines and docs, builds and caches
+	@rm -rf .venv .venv-ray-* .venv-engines .venv-docs site dist build mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis \
 		.import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -83,6 +88,12 @@ clean: ## remove .venv and those of test-ray and test-engines, builds and caches
 	@echo "installing Ray $* into .venv-ray-$* (once, about a minute)"
 	@$(PYTHON) -m venv --clear .venv-ray-$*
 	@.venv-ray-$*/bin/python -m pip install -qq --disable-pip-version-check --editable '.[test]' 'ray[default]==$*'
+	@touch $@
+
+.venv-docs/stamp: docs/requirements.txt
+	@echo "installing into .venv-docs (once, about half a minute)"
+	@$(PYTHON) -m venv --clear .venv-docs
+	@.venv-docs/bin/python -m pip install -qq --disable-pip-version-check -r $<
 	@touch $@
 
 # Where a wheel cannot be had there is no stamp, and the tests are skipped.

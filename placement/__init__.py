@@ -1,4 +1,4 @@
-"""Distributed GPU placement on Ray: exact GPUs, chosen by topology, held in Ray's own books.
+"""Distributed GPU placement on Ray: exact GPUs, chosen by topology, reserved by Ray itself.
 
 Names are imported when first used, so that ``import placement`` costs nothing and needs no Ray.
 """

@@ -1,4 +1,4 @@
-"""``placement apply``: makes what stands be as files declare."""
+"""``placement apply``: makes the cluster match what files declare."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ AFTER_PRUNE_SECONDS = 5.0
 @click.option(
     "--atomic",
     is_flag=True,
-    help="All of it, now, or nothing is changed; without it, what finds no room waits.",
+    help="If any deployment does not fit now, change nothing; without it, what finds no room waits.",
 )
-@click.option("--prune", is_flag=True, help="Release what stands and is in none of the files. Asks first.")
+@click.option("--prune", is_flag=True, help="Release deployments that none of the files names. Asks first.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option(
     "--wait",
@@ -54,10 +54,10 @@ def apply(
     address: str | None,
     as_json: bool,
 ) -> None:
-    """Makes what stands be as each FILE (TOML or YAML, a folder of them, or - for stdin) declares.
+    """Makes the cluster match each FILE (TOML or YAML, a folder of them, or - for stdin).
 
-    What finds no room waits for it: that is said, and is no error. Where one deployment cannot be applied, the others
-    are. Deployments that no FILE names are left alone.
+    Replicas that find no room wait for it; the command says which, and this is no error. If one deployment cannot be
+    applied, the others still are. Deployments that no FILE names stay as they are.
     """
     from placement.wire.files import load_all
 

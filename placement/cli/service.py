@@ -26,23 +26,23 @@ from placement.errors import counted
     "--idle-seconds",
     metavar="SECONDS",
     type=click.FloatRange(min=1),
-    help="A node that has held nothing for so long has its node actor ended, so that an autoscaler can remove it: "
-    "60 unless told; inf keeps it, and the next placement there quick.",
+    help="After a node has held nothing for this long its node actor ends, so that an autoscaler can remove the node; "
+    "60 if left out. With inf the actor stays, and the next placement on that node need not start one.",
 )
 @click.option(
     "--node-types",
     metavar="FILE",
     type=click.Path(dir_okay=False),
-    help="The cluster configuration of `ray up`: where there is no room, it is said which of its node types would do.",
+    help="The cluster configuration of `ray up`: refusals for lack of room then name the node types that would do.",
 )
 @common.with_json
 def up(
     address: str | None, near: str | None, idle_seconds: float | None, node_types: str | None, as_json: bool
 ) -> None:
-    """Starts the service, or finds it running. It stays when this command ends.
+    """Starts the service, or finds it running. The service stays when this command ends.
 
-    A service that runs is left as it is; if it is of another version, or has other settings than those given here,
-    this is refused.
+    A running service is not changed. If it has another version, or other settings than those given here, the command
+    refuses.
     """
     from placement.runtime import bootstrap
     from placement.wire.node_types import node_types as read_node_types

@@ -8,7 +8,7 @@ given the one where, in this order,
 2. the slowest set is fastest;
 3. the nodes are nearest to each other: on one node, in the narrowest region by the operator's labels;
 4. it lies on the fewest nodes, its ranks go by ascending GPU on the most of them, in the region with the least room,
-   on nodes others miss least.
+   on the nodes whose loss costs others least.
 
 Of equally fast sets of a node those are taken whose ranks go by ascending GPU, as engines sort the GPUs of a node.
 

@@ -19,7 +19,7 @@ class Policy(StrEnum):
     """
 
     TOPOLOGY = "topology"
-    """The fastest set on offer; then fewest replicas of the same deployment; then what others miss least.
+    """The fastest set on offer; then fewest replicas of the same deployment; then the set that costs others least.
 
     A share of a GPU goes where others miss it least; only among equals replicas spread."""
     PACK = "pack"

@@ -1,4 +1,4 @@
-"""The policy ``fragmentation``: of all GPUs that a request could take, those that the others miss least.
+"""The policy ``fragmentation``: of all GPUs that a request could take, those that cost the others least.
 
 *Room* is how often a kind of request would fit on a node if nothing else came: whole sets of GPUs or shares of
 them, limited by the node's CPUs and memory, which are not counted in whole requests. What a choice costs is

@@ -42,9 +42,11 @@ class Spread(Declared):
     path = "constraints.spread."
 
     label: Annotated[str, MOST_LABEL] = Field(
-        min_length=1, description="a node label, such as ray.io/availability-zone"
+        min_length=1, description="a node label", examples=["ray.io/availability-zone"]
     )
-    max: Count = 1
+    max: Count = Field(
+        default=1, description="most replicas on nodes with the same value of it", examples=[1]
+    )
 
 
 class PlacementConstraints(Declared):
@@ -55,40 +57,70 @@ class PlacementConstraints(Declared):
 
     path = "constraints."
 
-    gpu_nodes: tuple[Named, ...] | None = Field(default=None, min_length=1)
+    gpu_nodes: tuple[Named, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="only these nodes, for replicas on GPUs",
+        examples=[["gpu-a", "gpu-b"]],
+    )
     gpus: tuple[Annotated[GpuName, BeforeValidator(_gpu_name)], ...] | None = Field(
         default=None,
         min_length=1,
         description="only these GPUs, all of one node: ordinals as `placement status` shows them, or UUIDs",
+        examples=[[2, 3]],
     )
-    egress_nodes: tuple[Named, ...] | None = Field(default=None, min_length=1)
+    egress_nodes: tuple[Named, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="only these nodes, for replicas that call a provider",
+        examples=[["egress-a"]],
+    )
     egress_preference: tuple[Named, ...] = Field(
-        default=(), description="egress nodes to try first, best first"
+        default=(), description="egress nodes to try first, best first", examples=[["egress-b", "egress-a"]]
     )
     cpu_nodes: tuple[Named, ...] | None = Field(
-        default=None, min_length=1, description="for replicas that cpus is set for"
+        default=None,
+        min_length=1,
+        description="only these nodes, for replicas with cpus",
+        examples=[["cpu-a"]],
     )
     accelerators: tuple[Named, ...] | None = Field(
-        default=None, min_length=1, description='accelerator types, as Ray names them: ["H100", "H200"]'
+        default=None,
+        min_length=1,
+        description="only GPUs of these accelerator types, as Ray names them",
+        examples=[["H100", "H200"]],
     )
     min_compute_capability: Annotated[str, BeforeValidator(_capability)] | None = Field(
-        default=None, description='the least that will do: "8.0"'
+        default=None, description="the least CUDA compute capability that will do", examples=["8.0"]
     )
     min_free_gpu_memory_gib: Amount | None = Field(
-        default=None, description="that NVML must show as free on each GPU"
+        default=None, description="memory that NVML must show as free on each GPU", examples=[40]
     )
     node_labels: dict[Annotated[str, MOST_LABEL], str] = Field(
-        default_factory=dict, description="label -> a, !a, in(a, b) or !in(a, b), as Ray's label_selector"
+        default_factory=dict,
+        description="label -> a, !a, in(a, b) or !in(a, b), as in Ray's label_selector",
+        examples=[{"team": "in(search, ads)"}],
     )
-    cpus_per_gpu: Amount | None = None
-    memory_gib_per_gpu: Amount | None = None
-    spread: Spread | None = None
+    cpus_per_gpu: Amount | None = Field(
+        default=None, description="CPUs that each GPU's bundle holds as well", examples=[8]
+    )
+    memory_gib_per_gpu: Amount | None = Field(
+        default=None, description="memory that each GPU's bundle holds as well", examples=[64]
+    )
+    spread: Spread | None = Field(
+        default=None,
+        description="keeps replicas apart, by a node label",
+        examples=[{"label": "ray.io/availability-zone", "max": 1}],
+    )
     apart_from: tuple[Named, ...] = Field(
-        default=(), description="deployments that must not be on the node; they keep away from this one, too"
+        default=(),
+        description="deployments that must not be on the node; they keep away from this one, too",
+        examples=[["noisy"]],
     )
     near_to: tuple[Named, ...] = Field(
         default=(),
         description="deployments that must be on the node; they may be on others, too, and may leave",
+        examples=[["embed"]],
     )
 
     @field_validator("node_labels")

@@ -31,26 +31,46 @@ class Declaration(Declared):
 
     path = ""
 
-    name: str = Field(description="unique in the cluster; letters, digits, '.', '_' and '-', at most 63")
-    model: str = Field(description="what the runtime loads or the provider is asked for")
+    name: str = Field(
+        description="unique in the cluster; letters, digits, '.', '_' and '-', at most 63 characters",
+        examples=["llama-70b"],
+    )
+    model: str = Field(
+        description="what the runtime loads, or what the provider is asked for",
+        examples=["meta-llama/Llama-3.1-70B-Instruct"],
+    )
     runtime: NamedRuntime | None = Field(
         default=None,
-        description="else runtime_config.runtime, else by the model's name: wire/runtimes.py says how",
+        description="what runs the model; if left out, runtime_config.runtime, else what the model's name says",
+        examples=["vllm"],
     )
-    runtime_config: RuntimeConfig | None = None
+    runtime_config: RuntimeConfig | None = Field(
+        default=None,
+        description="how the runtime is reached and configured",
+        examples=[{"api_key": {"from_env": "OPENAI_API_KEY"}}],
+    )
     gpus: Annotated[int | float, BeforeValidator(gpu_amount)] | None = Field(
         default=None,
         description="GPUs per replica, or a share of one (0.25); 1 if left out; never on a remote runtime",
+        examples=[4, 0.25],
     )
     gpu_memory_gib: Amount | None = Field(
-        default=None, description="instead of gpus: as much of one GPU as has this much memory"
+        default=None,
+        description="instead of gpus: the share of one GPU that has this much memory",
+        examples=[20],
     )
-    mig: str | None = Field(default=None, description="instead of gpus: one MIG instance, such as 1g.10gb")
+    mig: str | None = Field(
+        default=None, description="instead of gpus: one MIG instance of this profile", examples=["1g.10gb"]
+    )
     tensor_parallel: Count | None = Field(
-        default=None, description="GPUs of a replica that one node, or one NVLink domain, must hold together"
+        default=None,
+        description="GPUs of a replica that must be on one node, or in one NVLink domain",
+        examples=[8],
     )
     pipeline_parallel: Count | None = Field(
-        default=None, description="how many such groups a replica is made of; they may lie on several nodes"
+        default=None,
+        description="how many such groups a replica has; they may be on several nodes",
+        examples=[2],
     )
     placement_group: BundleLayout | None = Field(
         default=None, description="instead of gpus: a Ray placement group laid out bundle by bundle"
@@ -59,36 +79,59 @@ class Declaration(Declared):
         default=None,
         description="instead of gpus: CPUs per replica, which has no GPU and calls no provider (an embedding model "
         "on CPUs, a tokenizer, a router); CPUs beside GPUs are constraints.cpus_per_gpu",
+        examples=[4],
     )
-    memory_gib: Amount | None = Field(default=None, description="with cpus: memory per replica")
-    replicas: Count = 1
+    memory_gib: Amount | None = Field(default=None, description="with cpus: memory per replica", examples=[8])
+    replicas: Count = Field(default=1, description="how many replicas there are to be", examples=[2])
     min_bandwidth_gb_per_s: Amount | None = Field(
         default=None,
-        description="floor: predicted all-reduce bus bandwidth between a replica's GPUs, GB/s per direction; "
-        "of one made of several groups, between those of each group",
+        description="floor: the least all-reduce bus bandwidth between a replica's GPUs, per direction, measured or "
+        "predicted; of a replica with several groups, within each group",
+        examples=[200],
     )
     within: Within | None = Field(
         default=None,
         description="floor for the same GPUs: nvlink (a collective runs on NVLink alone), switch (past no CPU), numa, "
         "or node",
+        examples=["nvlink"],
     )
-    policy: Policy = Field(default=Policy.TOPOLOGY, description="which node goes first among those with room")
-    serving: Serving = Serving()
-    budget: Budget | None = None
-    idempotent: bool = Field(default=False, description="requests may be sent twice")
-    constraints: PlacementConstraints | None = None
-    gang: bool = Field(default=False, description="replicas get their places all at once, or wait all")
+    policy: Policy = Field(
+        default=Policy.TOPOLOGY,
+        description="which node goes first among those with room",
+        examples=["fragmentation"],
+    )
+    serving: Serving = Field(
+        default=Serving(), description="how a replica serves", examples=[{"max_concurrent": 16}]
+    )
+    budget: Budget | None = Field(
+        default=None,
+        description="spending limits, for the workers to keep",
+        examples=[{"usd_per_day": 200.0}],
+    )
+    idempotent: bool = Field(
+        default=False, description="requests may be sent twice; for the workers to know", examples=[True]
+    )
+    constraints: PlacementConstraints | None = Field(
+        default=None, description="limits on nodes and GPUs", examples=[{"gpu_nodes": ["gpu-a"]}]
+    )
+    gang: bool = Field(
+        default=False, description="all replicas are placed at once, or all wait", examples=[True]
+    )
     deadline_seconds: Amount | None = Field(
         default=None,
         description="how long replicas may wait for room; those that still wait then are given up",
+        examples=[3600],
     )
     owner: Literal["detached", "caller", "job"] = Field(
         default="detached",
-        description="whose end ends it: nobody's, that of the process that asks, or that of its Ray job",
+        description="whose end releases it: nobody's (detached), that of the process that asks (caller), or that of "
+        "its Ray job (job)",
+        examples=["job"],
     )
     ttl_seconds: Amount | None = Field(
         default=None,
-        description="how long it stands unless it is renewed, or asked for again; without limit if left out",
+        description="how long it stays placed unless it is renewed or asked for again; without limit if left out",
+        examples=[3600],
     )
     group: Group | None = Field(
         default=None, description="the group that it is a member of; a file says it under [[groups]]"

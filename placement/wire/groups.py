@@ -42,17 +42,21 @@ D = TypeVar("D", bound=Grouped)
 class GroupLink(Declared):
     """Two members of a group that talk: within a unit, each replica of the one with each replica of the other."""
 
-    between: tuple[Named, Named] = Field(description="two members")
+    between: tuple[Named, Named] = Field(description="two members", examples=[["prefill", "decode"]])
     via: Via = Field(
-        description="what their transport can use: nvlink (else PCIe), pcie (also where there is NVLink), or network"
+        description="what their transport can use: nvlink (else PCIe), pcie (also where there is NVLink), or network",
+        examples=["pcie"],
     )
     within: Annotated[str, MOST_LABEL] | None = Field(
         default=None,
         min_length=1,
         description="floor: nvlink, switch (past no CPU), numa, node; or a node label whose value both nodes share",
+        examples=["numa"],
     )
     min_bandwidth_gb_per_s: Amount | None = Field(
-        default=None, description="floor: what the route between any two of their GPUs carries per direction"
+        default=None,
+        description="floor: what the route between any two of their GPUs carries per direction",
+        examples=[20],
     )
 
     @model_validator(mode="after")
@@ -93,12 +97,18 @@ class Group(Declared):
         8
     """
 
-    name: str = Field(description="unique in the cluster, among deployments, too")
+    name: str = Field(description="unique in the cluster, among deployments, too", examples=["qwen"])
     members: dict[Named, Count] = Field(
-        min_length=1, description="deployment -> how many of its replicas are in each unit"
+        min_length=1,
+        description="deployment -> how many of its replicas are in each unit",
+        examples=[{"prefill": 1, "decode": 2}],
     )
-    units: Count = Field(default=1, description="how many units there are")
-    links: tuple[GroupLink, ...] = Field(default=(), description="which members talk")
+    units: Count = Field(default=1, description="how many units there are", examples=[4])
+    links: tuple[GroupLink, ...] = Field(
+        default=(),
+        description="which members talk",
+        examples=[[{"between": ["prefill", "decode"], "via": "pcie"}]],
+    )
 
     @field_validator("name")
     @classmethod

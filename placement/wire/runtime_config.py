@@ -35,9 +35,13 @@ class ApiKey(Declared):
     path = "runtime_config.api_key."
 
     from_env: str | None = Field(
-        default=None, description="name of an environment variable on the egress node"
+        default=None,
+        description="name of an environment variable on the egress node",
+        examples=["OPENAI_API_KEY"],
     )
-    from_file: str | None = Field(default=None, description="path of a file on the egress node")
+    from_file: str | None = Field(
+        default=None, description="path of a file on the egress node", examples=["/etc/keys/openai"]
+    )
 
     @field_validator("from_env")
     @classmethod
@@ -103,15 +107,30 @@ class RuntimeConfig(Declared):
     path = "runtime_config."
 
     runtime: NamedRuntime | None = Field(
-        default=None, description="the runtime, where the deployment does not say"
+        default=None, description="the runtime, where the deployment does not say", examples=["litellm"]
     )
     transport: NamedTransport | None = Field(
-        default=None, description="required by, and only for, runtime custom"
+        default=None,
+        description="whether a custom runtime runs on GPUs, on CPUs, or calls a provider; required by runtime custom, "
+        "and only for it",
+        examples=["local_cpu"],
     )
-    provider: str | None = Field(default=None, description="provider that a custom remote runtime calls")
-    api_key: ApiKey | None = Field(default=None, description="remote runtimes: a reference to the key")
-    base_url: str | None = Field(default=None, description="remote runtimes: endpoint of a proxy or gateway")
-    options: dict[str, JsonValue] = Field(default_factory=dict, description="handed to the runtime unread")
+    provider: str | None = Field(
+        default=None, description="the provider that a custom remote runtime calls", examples=["openai"]
+    )
+    api_key: ApiKey | None = Field(
+        default=None,
+        description="remote runtimes: a reference to the key, never the key",
+        examples=[{"from_env": "OPENAI_API_KEY"}],
+    )
+    base_url: str | None = Field(
+        default=None,
+        description="remote runtimes: endpoint of a proxy or gateway",
+        examples=["https://gateway.example/v1"],
+    )
+    options: dict[str, JsonValue] = Field(
+        default_factory=dict, description="handed to the runtime unread", examples=[{"max_model_len": 8192}]
+    )
 
     @field_validator("provider")
     @classmethod
@@ -161,10 +180,14 @@ class Serving(Declared):
     path = "serving."
 
     max_concurrent: Count = Field(
-        default=1, description="requests in flight per replica; egress units it takes"
+        default=1,
+        description="requests in flight per replica, which are the egress units it takes",
+        examples=[16],
     )
     on_capacity_exhausted: Literal["queue", "reject"] = Field(
-        default="queue", description="what the replica does with a request above max_concurrent"
+        default="queue",
+        description="what the replica does with a request above max_concurrent; for the workers to keep",
+        examples=["reject"],
     )
 
 
@@ -173,9 +196,11 @@ class Budget(Declared):
 
     path = "budget."
 
-    usd_per_day: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    tokens_per_minute: int | None = Field(default=None, gt=0)
-    requests_per_minute: int | None = Field(default=None, gt=0)
+    usd_per_day: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="most to spend", examples=[200.0]
+    )
+    tokens_per_minute: int | None = Field(default=None, gt=0, description="most tokens", examples=[100_000])
+    requests_per_minute: int | None = Field(default=None, gt=0, description="most requests", examples=[600])
 
 
 def _keys(value: JsonValue) -> Iterator[str]:
