@@ -59,7 +59,7 @@ bench: .venv/stamp ## measure what placing costs, what the choice is worth, and 
 .PHONY: docs
 docs: .venv/stamp .venv-docs/stamp ## build the documentation into site/; a warning is an error
 	@$(BIN)/python -m scripts.reference
-	@.venv-docs/bin/mkdocs build --quiet
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet
 
 wheel: .venv/stamp ## build dist/ray_placement-*.whl
 	@rm -rf dist

@@ -172,7 +172,10 @@ class NoEgressNodes(Unplaceable):
     """No node may call out to the provider, or none that the constraints allow.
 
     Args:
-        deployment, summary, excluded, advice: as in :class:`Unplaceable`.
+        deployment: its name.
+        summary: one sentence, what is missing.
+        excluded: reason -> how many nodes it excluded.
+        advice: what would make it fit.
         provider: ``"openai"``, ``"anthropic"``, ...
     """
 
@@ -196,7 +199,10 @@ class NotEnoughGpus(Unplaceable):
     """There are GPU nodes, but not this many GPUs free together.
 
     Args:
-        deployment, summary, excluded, advice: as in :class:`Unplaceable`.
+        deployment: its name.
+        summary: one sentence, what is missing.
+        excluded: reason -> how many nodes it excluded.
+        advice: what would make it fit.
         requested: GPUs per replica.
         largest_node: GPUs of the largest node that was considered.
     """

@@ -11,8 +11,8 @@ one talks to each replica of the other. All units are placed, or none; in this o
 4. all routes are fastest in sum;
 5. all pairs of GPUs that talk are nearest in sum by PCIe, also below NVLink: on one switch, one root, one NUMA node.
 
-Among equals, one replica after the other goes where the fewest of its deployment are, then to the set that costs others least,
-to the node with the fewest free GPUs, and the lowest ordinals.
+Among equals, one replica after the other goes where the fewest of its deployment are, then to the set that costs
+others least, to the node with the fewest free GPUs, and the lowest ordinals.
 
 The choice is exact unless a round of the search is cut off, after :data:`~placement.core.role_search.STEPS` places,
 which :attr:`GroupPlan.bounded` says. GPUs, and nodes, that can change places without any difference are tried once; and
