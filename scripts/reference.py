@@ -89,11 +89,7 @@ def deployment() -> str:
     for path, heading, model in MODELS:
         text.append(f"## {heading}")
         text.append(_summary(model))
-        own = [(name, field) for at, name, field in fields() if at == path]
-        rows = [_row(path, name, field) for name, field in own]
-        text.append(
-            "\n".join(["| field | type | default | unit | example | meaning |", "| --- " * 6 + "|", *rows])
-        )
+        text += [_section(path, name, field) for at, name, field in fields() if at == path]
     return "\n\n".join(text) + "\n"
 
 
@@ -102,20 +98,16 @@ def _summary(model: type[BaseModel]) -> str:
     return re.sub(r":\w+:`~?([^`]*)`", r"`\1`", first.replace("``", "`"))
 
 
-def _row(path: str, name: str, field: FieldInfo) -> str:
+def _section(path: str, name: str, field: FieldInfo) -> str:
+    """A field, with its type, default, unit and examples."""
     unit = next((unit for end, unit in reversed(UNITS) if name.endswith(end)), "")
     if name == "gpus" and path:
         unit = ""  # names of GPUs, not a number of them
-    example = ", ".join(f"`{_toml(one)}`" for one in field.examples or ())
-    cells = (
-        f"`{path}{name}`",
-        _type(field.annotation),
-        _default(field),
-        unit,
-        example,
-        field.description or "",
-    )
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    facts = {"Type": _type(field.annotation), "Default": _default(field), "Unit": unit}
+    facts["Example"] = ", ".join(f"`{_toml(one)}`" for one in field.examples or ())
+    listed = "\n".join(f"- {fact}: {text}" for fact, text in facts.items() if text)
+    meaning = field.description or ""
+    return f"### {path}{name}\n\n{meaning[:1].upper()}{meaning[1:]}.\n\n{listed}"
 
 
 def _type(kind: Any) -> str:
@@ -210,8 +202,8 @@ def _option(one: click.Option) -> str:
 
 
 PLACES = {
-    None: (60, 150), State.RESERVING: (230, 150), State.PENDING: (230, 40), State.PLACED: (430, 150),
-    State.DEGRADED: (620, 150), State.LOST: (430, 260), State.RELEASING: (620, 40),
+    None: (70, 280), State.RESERVING: (270, 50), State.PENDING: (270, 165), State.PLACED: (445, 50),
+    State.DEGRADED: (620, 50), State.LOST: (445, 165), State.RELEASING: (620, 280),
 }  # fmt: skip
 """Where each state is drawn."""
 
@@ -219,12 +211,12 @@ PLACES = {
 def states() -> str:
     """The states of a replica, and what leads from one to another."""
     lines = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 310" font-family="sans-serif" font-size="13" '
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 320" font-family="sans-serif" font-size="13" '
         'role="img" aria-label="States of a replica">',
         "<title>States of a replica</title>",
         '<defs><marker id="head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" '
         'orient="auto-start-reverse"><path d="M0 0L10 5L0 10z" fill="#666"/></marker></defs>',
-        '<rect width="720" height="310" rx="6" fill="#fff"/>',
+        '<rect width="700" height="320" rx="6" fill="#fff"/>',
     ]
     for (source, event), target in TRANSITIONS.items():
         lines += _arrow(source, event.value, target)
@@ -242,14 +234,16 @@ def _arrow(source: State | None, event: str, target: State | None) -> Iterator[s
     (x1, y1), (x2, y2) = PLACES[source], PLACES[target]
     length = ((x2 - x1) ** 2 + (y2 - y1) ** 2) ** 0.5
     dx, dy = (x2 - x1) / length, (y2 - y1) / length
-    aside = 8.0
+    both_ways = any(one == target and after == source for (one, _), after in TRANSITIONS.items())
+    aside = 8.0 if both_ways else 0.0
     x1, y1, x2, y2 = x1 - dy * aside, y1 + dx * aside, x2 - dy * aside, y2 + dx * aside
     reach = min(50 / abs(dx) if dx else 1e9, 18 / abs(dy) if dy else 1e9)
     ax, ay, bx, by = x1 + dx * reach, y1 + dy * reach, x2 - dx * reach, y2 - dy * reach
+    text_aside = 8 + 20 * abs(dy)  # a text is wider than it is high
+    x, y = (ax + bx) / 2 - dy * text_aside, (ay + by) / 2 + dx * text_aside + 4
     yield (
         f'<path d="M{ax:.0f} {ay:.0f}L{bx:.0f} {by:.0f}" stroke="#666" fill="none" marker-end="url(#head)"/>'
-        f'<text x="{(ax + bx) / 2 - dy * 9:.0f}" y="{(ay + by) / 2 + dx * 9 + 4:.0f}" text-anchor="middle" '
-        f'fill="#444" font-size="11">{escape(event)}</text>'
+        f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="middle" fill="#444" font-size="11">{escape(event)}</text>'
     )
 
 
