@@ -19,7 +19,7 @@ from tests.integration.conftest import left_over, settled, worker_at
 
 pytestmark = pytest.mark.integration
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "python-client.md"
 
 
 @ray.remote
@@ -125,12 +125,12 @@ class Engine:
 def test_an_engine_that_makes_its_own_workers_gets_exactly_the_gpus(
     service: Any, limits: dict[str, float]
 ) -> None:
-    """Started as the README says. Ray alone would give the pair 1 and 2."""
+    """Started as docs/python-client.md says. Ray alone would give the pair 1 and 2."""
     neighbour = another_user("pcie")
     wanted = {"name": "engine", "model": "m", "gpus": 2, "constraints": {"gpu_nodes": ["pcie"], **limits}}
     try:
         (a,) = ray.get(service.place.remote(wanted)).assignments
-        [said] = re.findall(r"`(Engine\.options\([^`]*)`", README.read_text())
+        [said] = re.findall(r"`(Engine\.options\([^`]*)`", PAGE.read_text())
         engine = eval(said, {"Engine": Engine, "a": a})
         each, own = ray.get(engine.workers_gpus.remote(a.bundle_indices), timeout=60)
         assert (a.gpus, each) == ([2, 3], [[2], [3]])

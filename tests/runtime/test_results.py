@@ -13,7 +13,7 @@ from placement.core.affinity import Affinity
 from placement.runtime.results import NodeAssignment, PlacementResult
 
 GROUP: Any = SimpleNamespace(id=SimpleNamespace(hex=lambda: "00"))
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "python-client.md"
 
 
 def over_two_nodes() -> PlacementResult:
@@ -155,11 +155,11 @@ def test_without_facts_nothing_is_told_and_a_rank_that_is_not_there_is_refused()
         part.environment(2)
 
 
-def test_the_readme_starts_an_engine_with_options_that_there_are() -> None:
+def test_the_page_starts_an_engine_with_options_that_there_are() -> None:
     [said] = re.findall(
-        r"started with\s+`Engine\.options\(\*\*(a\.engine_options\(\))\)\.remote\(\)`", README.read_text()
+        r"started with\s+`Engine\.options\(\*\*(a\.engine_options\(\))\)\.remote\(\)`", PAGE.read_text()
     )
     result = over_two_nodes()
     assert eval(said, {"a": result.assignments[0]})["num_cpus"] == 0
-    assert "`result.engine_options(replica)`" in README.read_text()
+    assert "`result.engine_options(replica)`" in PAGE.read_text()
     assert eval("result.engine_options(replica)", {"result": result, "replica": 0})["num_gpus"] == 0
