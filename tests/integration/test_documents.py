@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def cluster_nodes() -> list[SimulatedNode]:
-    return [SimulatedNode("a", topology="dgx-1v"), SimulatedNode("b", topology="dgx-1v")]
+    return [SimulatedNode(name, topology="dgx-h100", cpus=16) for name in ("a", "b")]
 
 
 @ray.remote(num_cpus=0)
