@@ -26,8 +26,9 @@ _home = Path(tempfile.mkdtemp(prefix="placement-home-"))
 os.environ.setdefault("XDG_CONFIG_HOME", str(_real_home / ".config"))
 os.environ.setdefault("XDG_CACHE_HOME", str(_real_home / ".cache"))
 os.environ["HOME"] = str(_home)
-# Some machines set it; the hundreds of processes that tests start would each compile the package anew, 0.4 s of a CPU.
+# Some machines set it; then each process that tests start compiles the package anew (0.4 s of a CPU), and pytest the tests.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # Ray would start a worker for each driver, which is what each command of the command line is.
