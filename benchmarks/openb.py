@@ -31,11 +31,11 @@ from statistics import fmean, stdev
 import highspy
 
 from placement.cli.simulate import cluster_of
+from placement.core.needs import WHOLE
 from placement.core.planner import advance
 from placement.core.policy import Policy
 from placement.core.replicas import Plan
 from placement.core.request import Request
-from placement.core.score import WHOLE
 from placement.core.snapshot import Node, Snapshot
 from placement.wire.workload import openb_request, read_rows
 

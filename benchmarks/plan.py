@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable
 
 from placement import topologies
+from placement.core.needs import Needs
 from placement.core.planner import plan, steps
 from placement.core.replicas import Plan
 from placement.core.request import Request
-from placement.core.score import Needs
 from placement.core.snapshot import Node, Snapshot
 
 MAKES = ("dgx-1v", "dgx-a100", "dgx-h100", "gcp-a4", "a100-pcie-8x", "rtx-4090-8x")

@@ -12,8 +12,8 @@ import click
 
 from placement import topologies
 from placement.cli import common
+from placement.core.needs import GIB
 from placement.core.policy import Policy
-from placement.core.score import GIB
 from placement.core.simulation import Report, simulate
 from placement.core.snapshot import Node, Snapshot
 from placement.errors import InvalidClusterFile, InvalidDeployment

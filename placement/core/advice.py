@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from placement.core import gangs
 from placement.core.limits import roomy
+from placement.core.needs import GIB, WHOLE, GpuName, Needs, Within
 from placement.core.request import Request
-from placement.core.score import GIB, WHOLE, GpuName, Needs, Within, score
+from placement.core.score import score
 from placement.core.snapshot import GPU_DOMAIN_LABEL, Node, Snapshot
 from placement.core.topology import Path, Topology, components, ordinals
 from placement.core.wording import any_of, describe, gpu_names, reached, sets_of

@@ -16,10 +16,10 @@ from dataclasses import replace
 from itertools import accumulate, chain, groupby
 
 from placement.core.labels import meets
+from placement.core.needs import Needs, Within
 from placement.core.policy import Rank
 from placement.core.replicas import Placed, PlannedReplica, take
 from placement.core.request import Bundle, Request, Resources, Strategy
-from placement.core.score import Needs, Within
 from placement.core.snapshot import Bits, Node, Snapshot, rank_of
 
 OTHERS = "has other bundles of the group"

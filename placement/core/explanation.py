@@ -34,8 +34,8 @@ from placement.core.limits import (
     short_of,
     too_small,
 )
+from placement.core.needs import GIB, Needs, Within
 from placement.core.request import Request, Strategy
-from placement.core.score import GIB, Needs, Within
 from placement.core.snapshot import UNIT, Node, Snapshot
 from placement.core.wording import (
     any_of,

@@ -35,10 +35,11 @@ from operator import or_
 from placement.core import bundles, gangs
 from placement.core.explanation import Sifted, refusal_of, sift
 from placement.core.limits import eligible, limits_without_gpus, roomy, short_of
+from placement.core.needs import WHOLE
 from placement.core.policy import Policy
 from placement.core.replicas import Crowd, Placed, Plan, PlannedReplica, take
 from placement.core.request import Request, Strategy, Told
-from placement.core.score import WHOLE, Score, slowest_group
+from placement.core.score import Score, slowest_group
 from placement.core.snapshot import Bits, Choice, Node, Snapshot, rank_of
 from placement.errors import NotEnoughGpus, Unplaceable
 

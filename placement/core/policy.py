@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any
 
-from placement.core.score import Offer
+from placement.core.shape import Offer
 
 Rank = tuple[tuple[Any, ...], tuple[Any, ...]]
 """How welcome a node is to a request; the least is best. Between the halves, replicas of the same deployment count."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 
+from placement.core.needs import WHOLE
 from placement.core.request import Request
-from placement.core.score import WHOLE
 from placement.core.snapshot import Bits, Choice, Node, Snapshot
 
 

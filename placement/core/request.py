@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
+from placement.core.needs import NO_GPUS, Needs
 from placement.core.policy import Policy
-from placement.core.score import NO_GPUS, Needs
 from placement.errors import Unplaceable
 
 

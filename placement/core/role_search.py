@@ -7,6 +7,7 @@ from itertools import product
 from typing import NamedTuple
 
 from placement.core.limits import eligible
+from placement.core.needs import Needs
 from placement.core.request import Place, Request
 from placement.core.routes import (
     Gpus,
@@ -20,9 +21,9 @@ from placement.core.routes import (
     on_node,
     route,
 )
-from placement.core.score import Needs, twins_of
 from placement.core.snapshot import GPU_DOMAIN_LABEL, Bits, Node, Snapshot
 from placement.core.topology import PATH_ORDER, Topology
+from placement.core.twins import twins_of
 from placement.errors import BelowFloor, Unplaceable
 
 STEPS = 20_000

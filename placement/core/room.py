@@ -24,9 +24,9 @@ import numpy.typing as npt
 
 from placement.core.limits import open_to
 from placement.core.mix import Kind, Mix
+from placement.core.needs import WHOLE, Needs
 from placement.core.policy import Policy
 from placement.core.request import Request
-from placement.core.score import WHOLE, Needs
 from placement.core.snapshot import Bits, Choice, Node, Snapshot, rank_of
 
 Floats = npt.NDArray[np.float64]

@@ -12,17 +12,10 @@ from operator import is_not, itemgetter
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from placement.core.mix import Kind, Mix
+from placement.core.needs import ANY_PROFILE, WHOLE, GpuName, Needs
 from placement.core.policy import Policy, Rank
-from placement.core.score import (
-    ANY_PROFILE,
-    LEFTOVER_SIZES,
-    WHOLE,
-    GpuName,
-    Needs,
-    Offer,
-    Shape,
-    shape_of,
-)
+from placement.core.shape import Offer, Shape, shape_of
+from placement.core.tables import LEFTOVER_SIZES
 from placement.core.topology import Topology
 
 

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from placement.core import gangs
 from placement.core.labels import meets
 from placement.core.limits import eligible
+from placement.core.needs import ANY_PROFILE, Needs, Within
 from placement.core.replicas import PlannedReplica
 from placement.core.request import Request
-from placement.core.score import ANY_PROFILE, Needs, Within
 from placement.core.snapshot import GPU_DOMAIN_LABEL, Node, Snapshot
 
 Replica = Sequence[PlannedReplica]

@@ -10,7 +10,7 @@ from operator import is_
 import ray
 
 from placement import topologies
-from placement.core.score import WHOLE
+from placement.core.needs import WHOLE
 from placement.core.snapshot import UNIT, Node
 from placement.errors import UnknownTopology
 from placement.runtime import ray_internals

@@ -18,7 +18,7 @@ from typing import Any
 import ray
 
 from placement.core.measured import beside_predicted, sets_to_measure
-from placement.core.score import shape_of
+from placement.core.shape import shape_of
 from placement.errors import CannotMeasure, NoCollectiveLibrary, PlacementError
 from placement.runtime.client import Client
 from placement.runtime.connection import ask, own_errors

@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from placement.core.labels import meets, parse_condition
+from placement.core.needs import GIB, WHOLE
 from placement.core.request import Request, Resources, Strategy
-from placement.core.score import GIB, WHOLE
 from placement.core.snapshot import UNIT
 from placement.core.wording import describe, describe_cpus
 from placement.errors import counted

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from placement.core.limits import eligible
+from placement.core.needs import Needs
 from placement.core.request import Request
-from placement.core.score import Needs
 from placement.core.snapshot import UNKNOWN_PROFILE, Node, Snapshot
 from placement.errors import UnknownGpu, UnknownNode, Unplaceable
 from placement.runtime import groups

@@ -29,7 +29,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from placement.core.score import WHOLE, Needs, choose, ray_set, score
+from placement.core.needs import WHOLE, Needs
+from placement.core.score import choose, ray_set, score
 from placement.core.snapshot import Node
 from placement.core.topology import Topology
 from placement.core.wording import gpu_names

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from placement.core.lifecycle import Event, State, after
+from placement.core.needs import WHOLE
 from placement.core.replicas import PlannedReplica
-from placement.core.score import WHOLE
 from placement.runtime import groups, ledger
 from placement.runtime.orders import Holding
 from placement.runtime.results import NodeAssignment, PlacementResult

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from placement.core.matrix import parse_matrix, render_matrix
+from placement.core.needs import WHOLE
 from placement.core.pasted import shortened
 from placement.core.replicas import PlannedReplica
-from placement.core.score import WHOLE
 from placement.core.snapshot import NEAR_LABELS, Node, Snapshot
 from placement.core.topology import Lanes, Topology, ordinals
 from placement.core.topology import Path as PciePath

@@ -15,9 +15,9 @@ from typing import Any
 
 from pydantic import Field
 
+from placement.core.needs import WHOLE, Needs
 from placement.core.policy import Policy
 from placement.core.request import Request
-from placement.core.score import WHOLE, Needs
 from placement.core.simulation import Arrival, gpus_asked
 from placement.core.snapshot import Node, Snapshot
 from placement.core.topology import Topology

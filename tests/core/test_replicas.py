@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from placement.core.needs import NO_GPUS
 from placement.core.replicas import Crowd
 from placement.core.request import Request
-from placement.core.score import NO_GPUS
 from placement.core.snapshot import Node, Snapshot
 
 ZONES = Snapshot(

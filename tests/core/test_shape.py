@@ -9,20 +9,11 @@ from unittest import mock
 import pytest
 
 from placement import topologies
-from placement.core import score as module
+from placement.core import shape as module
 from placement.core.bandwidth import generation, hosts_of
-from placement.core.score import (
-    GIB,
-    WHOLE,
-    Needs,
-    Offer,
-    Shape,
-    Within,
-    choose,
-    score,
-    shape_of,
-    slowest_group,
-)
+from placement.core.needs import GIB, WHOLE, Needs, Within
+from placement.core.score import choose, score, slowest_group
+from placement.core.shape import Offer, Shape, shape_of
 from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
 
 DGX1, BRIDGED, H100 = (topologies.load(name) for name in ("dgx-1v", "a100-pcie-4x", "dgx-h100"))

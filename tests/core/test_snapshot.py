@@ -8,11 +8,12 @@ import pytest
 
 from placement import topologies
 from placement.core.mix import Kind, Mix
+from placement.core.needs import GIB, WHOLE, Needs, Within
 from placement.core.planner import plan
 from placement.core.policy import Policy
 from placement.core.replicas import Plan
 from placement.core.request import Request
-from placement.core.score import GIB, WHOLE, Needs, Offer, Within
+from placement.core.shape import Offer
 from placement.core.snapshot import Choice, Node, Offers, Snapshot
 from placement.core.topology import Topology
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from placement import topologies
+from placement.core.needs import GIB, Needs, Within
 from placement.core.replicas import PlannedReplica
 from placement.core.request import Request
-from placement.core.score import GIB, Needs, Within
 from placement.core.snapshot import GPU_DOMAIN_LABEL, Node, Snapshot
 from placement.core.staying import staying
 from placement.core.topology import Topology

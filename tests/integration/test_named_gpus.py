@@ -9,7 +9,7 @@ import pytest
 
 import placement
 from placement import Client, Deployment, topologies
-from placement.core.score import WHOLE
+from placement.core.needs import WHOLE
 from placement.runtime.embedded import SimulatedNode, embedded_cluster
 from placement.runtime.probing import another_user
 from placement.wire.cluster import ClusterFile

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
 
+from placement.core.needs import ANY_PROFILE, WHOLE, Needs, Within
 from placement.core.replicas import PlannedReplica
 from placement.core.request import Request
-from placement.core.score import ANY_PROFILE, WHOLE, Needs, Within, score
+from placement.core.score import score
 from placement.core.snapshot import GPU_DOMAIN_LABEL, Node, Snapshot
 from placement.core.topology import Topology
 

@@ -15,11 +15,11 @@ from typing import Any
 from hypothesis import given, note
 
 from placement import topologies
+from placement.core.needs import WHOLE, Within
 from placement.core.planner import advance, plan, steps, vacate
 from placement.core.policy import Policy
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
-from placement.core.score import WHOLE, Within
 from placement.core.snapshot import Node, Snapshot
 from placement.core.topology import Topology
 from placement.errors import Unplaceable

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement import topologies
-from placement.core.score import WHOLE
+from placement.core.needs import WHOLE
 from placement.core.snapshot import Node, Snapshot
 from placement.core.topology import Topology
 from placement.errors import Unplaceable

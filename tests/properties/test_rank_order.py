@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from placement import topologies
-from placement.core.score import Needs, score
+from placement.core.needs import Needs
+from placement.core.score import score
 from placement.core.snapshot import GPU_DOMAIN_LABEL, Node, Snapshot
 from placement.runtime.results import NodeAssignment, PlacementResult
 from placement.wire.deployment import Deployment

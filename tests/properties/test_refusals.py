@@ -10,11 +10,11 @@ from dataclasses import replace
 
 from placement import topologies
 from placement.core.explanation import explain
+from placement.core.needs import GIB, Needs, Within
 from placement.core.planner import advance, plan
 from placement.core.policy import Policy
 from placement.core.replicas import Plan
 from placement.core.request import Request
-from placement.core.score import GIB, Needs, Within
 from placement.core.snapshot import GPU_DOMAIN_LABEL, Node, Snapshot
 from placement.core.topology import Topology
 from placement.errors import Unplaceable

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from placement import topologies
 from placement.core.limits import eligible
+from placement.core.needs import Needs
 from placement.core.planner import plan
 from placement.core.policy import Policy
 from placement.core.request import Request
-from placement.core.score import Needs
 from placement.core.snapshot import Node, Snapshot
 from placement.runtime import view
 from placement.runtime.discovery import NodeInfo, node_state

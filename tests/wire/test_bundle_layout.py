@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from placement.core.needs import ANY_PROFILE, Needs, Within
 from placement.core.request import Bundle, Strategy
-from placement.core.score import ANY_PROFILE, Needs, Within
 from placement.errors import InvalidDeployment
 from placement.wire.deployment import Deployment
 from placement.wire.files import parse_model

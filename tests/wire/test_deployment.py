@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from placement.core.score import NO_GPUS
+from placement.core.needs import NO_GPUS
 from placement.errors import InvalidDeployment, MissingSecret
 from placement.wire.deployment import ApiKey, Deployment, PlacementConstraints
 from placement.wire.files import load_deployments, parse_deployments, parse_model

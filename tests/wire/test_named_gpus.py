@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from placement import topologies
-from placement.core.score import ANY_PROFILE, Needs
+from placement.core.needs import ANY_PROFILE, Needs
 from placement.core.snapshot import Node, Snapshot
 from placement.errors import InvalidDeployment, NotEnoughGpus, UnknownGpu, Unplaceable
 from placement.wire.cluster import ClusterFile

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from placement.core.needs import GIB, WHOLE, Needs
 from placement.core.policy import Policy
-from placement.core.score import GIB, WHOLE, Needs
 from placement.core.snapshot import Node, Snapshot
 from placement.core.topology import Topology
 from placement.errors import InvalidDeployment
