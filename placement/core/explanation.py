@@ -35,8 +35,9 @@ from placement.core.limits import (
     too_small,
 )
 from placement.core.needs import GIB, Needs, Within
+from placement.core.node import UNIT, Node
 from placement.core.request import Request, Strategy
-from placement.core.snapshot import UNIT, Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.core.wording import (
     any_of,
     cpus,

@@ -15,7 +15,7 @@ class Policy(StrEnum):
     """Which node goes first among those with room.
 
     For CPU replicas it is one without GPUs under every policy; then CPUs count instead of GPUs
-    (:func:`placement.core.snapshot.rank_of`).
+    (:func:`placement.core.offers.rank_of`).
     """
 
     TOPOLOGY = "topology"

@@ -8,8 +8,10 @@ from functools import reduce
 from operator import or_
 
 from placement.core.needs import WHOLE
+from placement.core.node import Choice, Node
+from placement.core.offers import Bits
 from placement.core.request import Request
-from placement.core.snapshot import Bits, Choice, Node, Snapshot
+from placement.core.snapshot import Snapshot
 
 
 @dataclass(frozen=True)

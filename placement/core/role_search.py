@@ -6,8 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import NamedTuple
 
+from placement.core.labels import GPU_DOMAIN_LABEL
 from placement.core.limits import eligible
 from placement.core.needs import Needs
+from placement.core.node import Node
+from placement.core.offers import Bits
 from placement.core.request import Place, Request
 from placement.core.routes import (
     Gpus,
@@ -21,7 +24,7 @@ from placement.core.routes import (
     on_node,
     route,
 )
-from placement.core.snapshot import GPU_DOMAIN_LABEL, Bits, Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.core.topology import PATH_ORDER, Topology
 from placement.core.twins import twins_of
 from placement.errors import BelowFloor, Unplaceable

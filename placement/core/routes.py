@@ -9,8 +9,9 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from placement.core.bandwidth import generation, hop_mb_per_s
+from placement.core.labels import GPU_DOMAIN_LABEL
 from placement.core.needs import Within
-from placement.core.snapshot import GPU_DOMAIN_LABEL, Node
+from placement.core.node import Node
 from placement.core.topology import PATH_ORDER, Link, Path, Topology
 
 Gpus = tuple[int, ...]

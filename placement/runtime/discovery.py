@@ -11,7 +11,7 @@ import ray
 
 from placement import topologies
 from placement.core.needs import WHOLE
-from placement.core.snapshot import UNIT, Node
+from placement.core.node import UNIT, Node
 from placement.errors import UnknownTopology
 from placement.runtime import ray_internals
 from placement.runtime.orders import GpuHardware

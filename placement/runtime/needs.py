@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from placement.core.labels import meets, parse_condition
 from placement.core.needs import GIB, WHOLE
+from placement.core.node import UNIT
 from placement.core.request import Request, Resources, Strategy
-from placement.core.snapshot import UNIT
 from placement.core.wording import describe, describe_cpus
 from placement.errors import counted
 from placement.wire.accelerators import accelerator_type

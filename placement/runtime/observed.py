@@ -11,8 +11,9 @@ from typing import TypeVar
 
 from placement.core.limits import eligible
 from placement.core.needs import Needs
+from placement.core.node import UNKNOWN_PROFILE, Node
 from placement.core.request import Request
-from placement.core.snapshot import UNKNOWN_PROFILE, Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.errors import UnknownGpu, UnknownNode, Unplaceable
 from placement.runtime import groups
 from placement.runtime.discovery import DeadNode, NodeInfo, NodeView

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 from placement.core.lifecycle import State
 from placement.core.matrix import render_matrix
 from placement.core.measured import beside_predicted
+from placement.core.node import Node
 from placement.core.replicas import PlannedReplica
 from placement.core.score import suspect_pairs
 from placement.core.shape import shape_of
-from placement.core.snapshot import Node
 from placement.core.topology import Topology, ordinals
 from placement.errors import UnknownDeployment, UnknownNode, UnreadableRecord, counted
 from placement.runtime.discovery import DeadNode, NodeInfo

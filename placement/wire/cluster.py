@@ -13,9 +13,10 @@ from pydantic import Field, PositiveInt, ValidationError, field_validator, model
 
 from placement.core.matrix import parse_matrix, render_matrix
 from placement.core.needs import WHOLE
+from placement.core.node import Node
 from placement.core.pasted import shortened
 from placement.core.replicas import PlannedReplica
-from placement.core.snapshot import NEAR_LABELS, Node, Snapshot
+from placement.core.snapshot import NEAR_LABELS, Snapshot
 from placement.core.topology import Lanes, Topology, ordinals
 from placement.core.topology import Path as PciePath
 from placement.errors import InvalidClusterFile, InvalidDeployment, MatrixError, counted

@@ -13,6 +13,7 @@ from placement.core.bundles import summed
 from placement.core.explanation import Explanation, explain
 from placement.core.mix import Mix
 from placement.core.needs import WHOLE
+from placement.core.node import Node
 from placement.core.planner import Step
 from placement.core.policy import Policy
 from placement.core.reconcile import Decision, Desired, Drop, Observed, Reserve, Wait, outcome, reconcile
@@ -20,7 +21,7 @@ from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Bundle, Request, Resources, Strategy
 from placement.core.roles import tell
 from placement.core.score import slowest_group
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.core.topology import ordinals
 from placement.errors import GroupStands, UnknownGpu, UnknownNode, Unplaceable
 from placement.wire.cluster import HeldDeployment

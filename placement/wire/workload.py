@@ -16,10 +16,11 @@ from typing import Any
 from pydantic import Field
 
 from placement.core.needs import WHOLE, Needs
+from placement.core.node import Node
 from placement.core.policy import Policy
 from placement.core.request import Request
 from placement.core.simulation import Arrival, gpus_asked
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.core.topology import Topology
 from placement.errors import InvalidDeployment, counted
 from placement.wire.base import Model

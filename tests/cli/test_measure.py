@@ -11,7 +11,8 @@ from rich.console import Console
 
 from placement import topologies
 from placement.cli.views.measured import measured_lines, measured_view
-from placement.core.snapshot import Node, Snapshot
+from placement.core.node import Node
+from placement.core.snapshot import Snapshot
 from placement.errors import UnknownNode
 from placement.runtime.measuring import Target, targets
 from placement.wire.cluster import ClusterFile, Machine

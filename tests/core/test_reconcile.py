@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from placement.core.needs import Needs
+from placement.core.node import Node
 from placement.core.reconcile import (
     Action,
     Desired,
@@ -23,7 +24,6 @@ from placement.core.reconcile import (
 )
 from placement.core.replicas import PlannedReplica
 from placement.core.request import Request
-from placement.core.snapshot import Node
 from placement.core.topology import Topology
 from placement.errors import NotEnoughGpus
 from tests.properties.rounds import World, checked, lost, waiting

@@ -16,11 +16,12 @@ from hypothesis import given, note
 
 from placement import topologies
 from placement.core.needs import WHOLE, Within
+from placement.core.node import Node
 from placement.core.planner import advance, plan, steps, vacate
 from placement.core.policy import Policy
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.core.topology import Topology
 from placement.errors import Unplaceable
 from placement.wire.cluster import ClusterFile, HeldDeployment, HeldReplica

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from placement import topologies
 from placement.core.needs import WHOLE
-from placement.core.snapshot import Node, Snapshot
+from placement.core.node import Node
+from placement.core.snapshot import Snapshot
 from placement.core.topology import Topology
 from placement.errors import Unplaceable
 from placement.wire.cluster import ClusterFile, HeldDeployment

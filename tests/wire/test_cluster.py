@@ -11,8 +11,9 @@ import pytest
 from pydantic import ValidationError
 
 from placement import topologies
+from placement.core.node import Node
 from placement.core.score import score
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.core.topology import UNKNOWN_LINK, Lanes, Link, Nic, NumaNode, Topology
 from placement.core.topology import Path as PciePath
 from placement.errors import InvalidClusterFile, NotEnoughGpus, UnknownNode

@@ -10,8 +10,9 @@ from pydantic import ValidationError
 
 import placement
 from placement import Deployment, Group, topologies
+from placement.core.node import Node
 from placement.core.simulation import simulate
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.errors import BelowFloor, GroupStands, InvalidDeployment, NotEnoughGpus
 from placement.wire.cluster import ClusterFile, HeldDeployment
 from placement.wire.files import load_deployments, parse_deployments
@@ -57,7 +58,7 @@ def held(
 
 
 def _take(gpus: tuple[int, ...]) -> Any:
-    from placement.core.snapshot import Choice
+    from placement.core.node import Choice
 
     return Choice(gpus, 1000, 0)
 

@@ -8,7 +8,8 @@ import pytest
 
 from placement import topologies
 from placement.core.needs import ANY_PROFILE, Needs
-from placement.core.snapshot import Node, Snapshot
+from placement.core.node import Node
+from placement.core.snapshot import Snapshot
 from placement.errors import InvalidDeployment, NotEnoughGpus, UnknownGpu, Unplaceable
 from placement.wire.cluster import ClusterFile
 from placement.wire.deployment import Deployment

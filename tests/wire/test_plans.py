@@ -11,9 +11,10 @@ import pytest
 from pydantic import ValidationError
 
 from placement import topologies
+from placement.core.node import Node
 from placement.core.planner import plan
 from placement.core.replicas import Plan
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.core.topology import Topology
 from placement.errors import NotEnoughGpus, UnknownNode, Unplaceable
 from placement.wire.cluster import ClusterFile, HeldDeployment, HeldReplica
