@@ -33,12 +33,13 @@ from functools import cached_property, reduce
 from operator import or_
 
 from placement.core import bundles, gangs
-from placement.core.explanation import Sifted, refusal_of, sift
+from placement.core.explanation import Sifted, sift
 from placement.core.limits import eligible, limits_without_gpus, roomy, short_of
 from placement.core.needs import WHOLE
 from placement.core.node import Choice, Node
 from placement.core.offers import Bits, rank_of
 from placement.core.policy import Policy
+from placement.core.refusal import refusal_of
 from placement.core.replicas import Crowd, Placed, Plan, PlannedReplica, take
 from placement.core.request import Request, Strategy, Told
 from placement.core.score import Score, slowest_group
