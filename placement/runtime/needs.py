@@ -18,7 +18,7 @@ from placement.core.wording import describe, describe_cpus
 from placement.errors import counted
 from placement.wire.accelerators import accelerator_type
 from placement.wire.node_types import NodeType
-from placement.wire.plans import SPARED_MILLI
+from placement.wire.requests import SPARED_MILLI
 
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
 

@@ -26,7 +26,7 @@ from placement.errors import InvalidDeployment, counted
 from placement.wire.base import Model
 from placement.wire.deployment import Deployment, Group, PlacementConstraints
 from placement.wire.files import check_depth, load_model, parse_model
-from placement.wire.plans import request_of
+from placement.wire.requests import request_of
 from placement.wire.text import read_text
 
 OPENB_PODS = {"cpu_milli", "memory_mib", "num_gpu", "gpu_milli"}

@@ -26,7 +26,9 @@ from placement.core.topology import Topology
 from placement.errors import Unplaceable
 from placement.wire.cluster import ClusterFile, HeldDeployment, HeldReplica
 from placement.wire.deployment import Deployment
-from placement.wire.plans import PlacementPlan, plan_deployments, plan_in_order, request_of
+from placement.wire.dry_run import plan_deployments, plan_in_order
+from placement.wire.plans import PlacementPlan
+from placement.wire.requests import request_of
 from tests.properties.cases import (
     EVERYTHING,
     LARGE,

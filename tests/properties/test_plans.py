@@ -18,7 +18,8 @@ from placement.core.topology import Topology
 from placement.errors import Unplaceable
 from placement.wire.cluster import ClusterFile, HeldDeployment
 from placement.wire.deployment import Deployment
-from placement.wire.plans import PlacementPlan, plan_deployments, plan_in_order
+from placement.wire.dry_run import plan_deployments, plan_in_order
+from placement.wire.plans import PlacementPlan
 from tests.properties.cases import held_as
 
 CPUS, UNITS = 6000, 8

@@ -24,7 +24,8 @@ from placement.core.score import score
 from placement.core.snapshot import Snapshot
 from placement.runtime.results import NodeAssignment, PlacementResult
 from placement.wire.deployment import Deployment
-from placement.wire.plans import PlannedAssignment, plan_deployments
+from placement.wire.dry_run import plan_deployments
+from placement.wire.plans import PlannedAssignment
 
 
 class Place(NamedTuple):

@@ -11,7 +11,7 @@ from placement.core.request import Bundle, Strategy
 from placement.errors import InvalidDeployment
 from placement.wire.deployment import Deployment
 from placement.wire.files import parse_model
-from placement.wire.plans import request_unchecked
+from placement.wire.requests import request_unchecked
 
 GPU = {"GPU": 1, "CPU": 1}
 

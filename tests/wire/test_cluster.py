@@ -20,7 +20,7 @@ from placement.errors import InvalidClusterFile, NotEnoughGpus, UnknownNode
 from placement.wire.cluster import ClusterFile, HeldDeployment, HeldReplica, load_cluster
 from placement.wire.deployment import STANDS as STANDS_ALREADY
 from placement.wire.deployment import Deployment
-from placement.wire.plans import explain_deployments, plan_deployments
+from placement.wire.dry_run import explain_deployments, plan_deployments
 
 CLUSTER = Snapshot(
     (

@@ -13,8 +13,8 @@ from placement.core.snapshot import Snapshot
 from placement.errors import InvalidDeployment, NotEnoughGpus, UnknownGpu, Unplaceable
 from placement.wire.cluster import ClusterFile
 from placement.wire.deployment import Deployment
+from placement.wire.dry_run import explain_deployments, plan_deployments
 from placement.wire.files import parse_model
-from placement.wire.plans import explain_deployments, plan_deployments
 
 UUIDS = {gpu: f"GPU-a-0000-{gpu}" for gpu in range(4)}
 CLUSTER = Snapshot(

@@ -19,7 +19,8 @@ from placement.core.topology import Topology
 from placement.errors import NotEnoughGpus, UnknownNode, Unplaceable
 from placement.wire.cluster import ClusterFile, HeldDeployment, HeldReplica
 from placement.wire.deployment import Deployment
-from placement.wire.plans import explain_deployments, plan_deployments, plan_in_order, request_of
+from placement.wire.dry_run import explain_deployments, plan_deployments, plan_in_order
+from placement.wire.requests import request_of
 
 
 def one(name: str, replicas: int = 1, **fields: Any) -> Deployment:
