@@ -10,7 +10,7 @@ from placement.core.shape import shape_of
 from placement.core.topology import Topology
 from placement.runtime import ledger
 from placement.runtime.orders import GpuHardware, with_rates
-from placement.wire.cluster import Machine
+from placement.wire.machine import Machine
 from placement.wire.measurements import Measurement, identity_of
 
 

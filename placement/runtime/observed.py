@@ -20,7 +20,7 @@ from placement.runtime.discovery import DeadNode, NodeInfo, NodeView
 from placement.runtime.fleet import MOST_LAG_SECONDS, VIEW_LAG_SECONDS, Fleet
 from placement.runtime.state import ServiceState
 from placement.runtime.view import ClusterView, overlaid
-from placement.wire.cluster import HeldDeployment
+from placement.wire.held import HeldDeployment
 
 T = TypeVar("T")
 

@@ -19,8 +19,8 @@ from placement.core.replicas import PlannedReplica
 from placement.runtime import groups, ledger
 from placement.runtime.orders import Holding
 from placement.runtime.results import NodeAssignment, PlacementResult
-from placement.wire.cluster import HeldDeployment, HeldReplica
 from placement.wire.deployment import Deployment
+from placement.wire.held import HeldDeployment, HeldReplica
 
 RECORDED = (
     "replica_index", "node", "node_name", "gpus", "bundle_indices", "ranks", "share", "mig", "cpus_per_gpu",

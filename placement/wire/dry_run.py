@@ -20,9 +20,9 @@ from placement.core.roles import tell
 from placement.core.score import slowest_group
 from placement.core.snapshot import Snapshot
 from placement.errors import UnknownGpu, UnknownNode, Unplaceable
-from placement.wire.cluster import HeldDeployment
 from placement.wire.deployment import Deployment, PlacementConstraints
 from placement.wire.groups import groups_of, links_of, located, together
+from placement.wire.held import HeldDeployment
 from placement.wire.plans import ExplainedPlan, PlacementPlan, PlannedAssignment
 from placement.wire.requests import (
     desired_of,

@@ -14,8 +14,8 @@ from placement.core.request import Bundle, Request, Resources, Strategy
 from placement.core.snapshot import Snapshot
 from placement.core.topology import ordinals
 from placement.errors import GroupStands, UnknownGpu, UnknownNode
-from placement.wire.cluster import HeldDeployment
 from placement.wire.deployment import Deployment, PlacementConstraints
+from placement.wire.held import HeldDeployment
 
 SPARED_MILLI = 1000
 """CPUs that CPU replicas leave to each free GPU of their node, thousandths: verl, OpenRLHF, slime, SkyRL and Ray Data

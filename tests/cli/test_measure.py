@@ -15,7 +15,8 @@ from placement.core.node import Node
 from placement.core.snapshot import Snapshot
 from placement.errors import UnknownNode
 from placement.runtime.measuring import Target, targets
-from placement.wire.cluster import ClusterFile, Machine
+from placement.wire.cluster import ClusterFile
+from placement.wire.machine import Machine
 from placement.wire.measurements import as_file
 from tests.cli.fake_service import FakeService, run, use
 from tests.wire.test_measurements import COLUMNS, HEADER, LARGE, measurement

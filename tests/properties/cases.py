@@ -20,8 +20,8 @@ from placement.core.policy import Policy
 from placement.core.request import Request
 from placement.core.snapshot import Snapshot
 from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
-from placement.wire.cluster import HeldDeployment, HeldReplica
 from placement.wire.deployment import Deployment
+from placement.wire.held import HeldDeployment, HeldReplica
 from placement.wire.plans import PlacementPlan
 
 EXAMPLES = int(os.environ.get("ORACLE_EXAMPLES", "0"))

@@ -24,9 +24,10 @@ from placement.core.request import Request
 from placement.core.snapshot import Snapshot
 from placement.core.topology import Topology
 from placement.errors import Unplaceable
-from placement.wire.cluster import ClusterFile, HeldDeployment, HeldReplica
+from placement.wire.cluster import ClusterFile
 from placement.wire.deployment import Deployment
 from placement.wire.dry_run import plan_deployments, plan_in_order
+from placement.wire.held import HeldDeployment, HeldReplica
 from placement.wire.plans import PlacementPlan
 from placement.wire.requests import request_of
 from tests.properties.cases import (

@@ -14,9 +14,10 @@ from placement.core.node import Node
 from placement.core.simulation import simulate
 from placement.core.snapshot import Snapshot
 from placement.errors import BelowFloor, GroupStands, InvalidDeployment, NotEnoughGpus
-from placement.wire.cluster import ClusterFile, HeldDeployment
+from placement.wire.cluster import ClusterFile
 from placement.wire.dry_run import explain_deployments, plan_deployments
 from placement.wire.files import load_deployments, parse_deployments
+from placement.wire.held import HeldDeployment
 from placement.wire.plans import PlacementPlan
 from placement.wire.workload import load_workload
 
