@@ -45,8 +45,9 @@ from placement.runtime.state import DeploymentState, Owner, ServiceState, expiry
 from placement.runtime.sweeper import Sweeper
 from placement.runtime.turns import Turns
 from placement.wire.cluster import ClusterFile
-from placement.wire.deployment import Deployment, Group
+from placement.wire.deployment import Deployment
 from placement.wire.dry_run import explain_deployments, plan_in_order
+from placement.wire.groups import Group
 from placement.wire.held import HeldDeployment
 from placement.wire.measurements import Measurement
 from placement.wire.node_types import NodeType

@@ -24,8 +24,8 @@ from placement.runtime.client import Client
 from placement.runtime.connection import ask, own_errors
 from placement.runtime.results import NodeAssignment
 from placement.wire.cluster import ClusterFile
-from placement.wire.deployment import STANDS
 from placement.wire.facts import NodeFacts
+from placement.wire.fields import STANDS
 from placement.wire.machine import Machine, mb_per_s
 from placement.wire.measurements import MeasuredRate, Measurement
 

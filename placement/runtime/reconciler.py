@@ -38,7 +38,8 @@ from placement.runtime.node_agent import FRESH_SECONDS
 from placement.runtime.observed import ObservedCluster
 from placement.runtime.orders import Refusal
 from placement.runtime.state import Claim, DeploymentState, ServiceState
-from placement.wire.deployment import Deployment, Group
+from placement.wire.deployment import Deployment
+from placement.wire.groups import Group
 from placement.wire.requests import mix_of, request_of, request_unchecked
 
 MAX_REPLANS = 5

@@ -22,9 +22,9 @@ from placement.runtime.discovery import DeadNode, NodeInfo
 from placement.runtime.ledger import Record
 from placement.runtime.orders import GpuHardware
 from placement.runtime.results import NodeAssignment
-from placement.wire.deployment import Deployment, Group
+from placement.wire.deployment import Deployment
 from placement.wire.facts import NodeFacts
-from placement.wire.groups import links_of, located
+from placement.wire.groups import Group, links_of, located
 from placement.wire.measurements import Measurement
 
 SHOWN_STATES = ("placed", "pending", "lost", "releasing")

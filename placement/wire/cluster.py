@@ -16,7 +16,7 @@ from placement.core.snapshot import NEAR_LABELS, Snapshot
 from placement.core.topology import Topology, ordinals
 from placement.errors import InvalidClusterFile, InvalidDeployment, MatrixError, counted
 from placement.wire.base import Model
-from placement.wire.deployment import STANDS
+from placement.wire.fields import STANDS
 from placement.wire.held import HeldDeployment, HeldReplica
 from placement.wire.machine import Machine
 from placement.wire.text import printable, read_text

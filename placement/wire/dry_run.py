@@ -20,7 +20,8 @@ from placement.core.roles import tell
 from placement.core.score import slowest_group
 from placement.core.snapshot import Snapshot
 from placement.errors import UnknownGpu, UnknownNode, Unplaceable
-from placement.wire.deployment import Deployment, PlacementConstraints
+from placement.wire.constraints import PlacementConstraints
+from placement.wire.deployment import Deployment
 from placement.wire.groups import groups_of, links_of, located, together
 from placement.wire.held import HeldDeployment
 from placement.wire.plans import ExplainedPlan, PlacementPlan, PlannedAssignment

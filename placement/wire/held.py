@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 from placement.core.needs import WHOLE
 from placement.core.replicas import PlannedReplica
 from placement.wire.base import Model
-from placement.wire.deployment import REMOTE_RUNTIMES, Deployment, with_runtime
+from placement.wire.declaration import REMOTE_RUNTIMES
+from placement.wire.deployment import Deployment, with_runtime
 from placement.wire.runtimes import infer_runtime
 
 

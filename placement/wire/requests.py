@@ -14,7 +14,8 @@ from placement.core.request import Bundle, Request, Resources, Strategy
 from placement.core.snapshot import Snapshot
 from placement.core.topology import ordinals
 from placement.errors import GroupStands, UnknownGpu, UnknownNode
-from placement.wire.deployment import Deployment, PlacementConstraints
+from placement.wire.constraints import PlacementConstraints
+from placement.wire.deployment import Deployment
 from placement.wire.held import HeldDeployment
 
 SPARED_MILLI = 1000

@@ -24,8 +24,10 @@ from placement.core.snapshot import Snapshot
 from placement.core.topology import Topology
 from placement.errors import InvalidDeployment, counted
 from placement.wire.base import Model
-from placement.wire.deployment import Deployment, Group, PlacementConstraints
+from placement.wire.constraints import PlacementConstraints
+from placement.wire.deployment import Deployment
 from placement.wire.files import check_depth, load_model, parse_model
+from placement.wire.groups import Group
 from placement.wire.requests import request_of
 from placement.wire.text import read_text
 

@@ -18,9 +18,9 @@ from placement.core.topology import UNKNOWN_LINK, Lanes, Link, Nic, NumaNode, To
 from placement.core.topology import Path as PciePath
 from placement.errors import InvalidClusterFile, NotEnoughGpus, UnknownNode
 from placement.wire.cluster import ClusterFile, load_cluster
-from placement.wire.deployment import STANDS as STANDS_ALREADY
 from placement.wire.deployment import Deployment
 from placement.wire.dry_run import explain_deployments, plan_deployments
+from placement.wire.fields import STANDS as STANDS_ALREADY
 from placement.wire.held import HeldDeployment, HeldReplica
 
 CLUSTER = Snapshot(
