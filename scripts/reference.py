@@ -21,10 +21,19 @@ import click
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from placement import (
+    ApiKey,
+    Budget,
+    Deployment,
+    Group,
+    GroupLink,
+    PlacementConstraints,
+    RuntimeConfig,
+    Serving,
+)
 from placement.cli.main import main
 from placement.core.lifecycle import TRANSITIONS, State
-from placement.wire.constraints import PlacementConstraints, Spread
-from placement.wire.deployment import ApiKey, Budget, Deployment, Group, GroupLink, RuntimeConfig, Serving
+from placement.wire.constraints import Spread
 
 DOCS = Path(__file__).parents[1] / "docs"
 GENERATED = "<!-- Written by `python -m scripts.reference`: change the code, not this file. -->\n"

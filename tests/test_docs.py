@@ -15,12 +15,11 @@ import pytest
 import yaml
 
 import placement
-from placement import errors
+from placement import Deployment, Group, errors
 from placement.cli.main import main
 from placement.cli.simulate import cluster_of
 from placement.core.snapshot import Snapshot
 from placement.wire.cluster import ClusterFile
-from placement.wire.deployment import Deployment, Group
 from placement.wire.files import parse_deployments, parse_model
 from placement.wire.workload import load_workload
 from scripts import reference
