@@ -183,8 +183,8 @@ class Node:
     def choose(self, needs: Needs, crowded: Collection[int] = ()) -> Choice | None:
         """The best GPUs that are free for a replica; ``None`` if there are none (floors on bandwidth aside).
 
-        A share goes on the GPU that is shared already and on which it leaves the least; only if there is none
-        on a whole one, the one that others miss least. ``crowded`` GPUs are avoided where that costs nothing.
+        Fractions fill the fullest shared GPU that still fits; only if there is none, a whole one, the one whose loss
+        costs others least. ``crowded`` GPUs are avoided where that costs nothing.
         """
         if not needs.gpus:
             return Choice((), WHOLE, 0)

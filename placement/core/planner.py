@@ -10,8 +10,8 @@ Rules, in order:
 3. A node is left out that has no set of GPUs as close together, or as fast, as the request demands.
 4. A GPU replica goes where the best set on offer is fastest; among equals, to the node with the fewest
    replicas of the same deployment, then to the one where others lose least by it (large sets stay whole),
-   then to the one with the fewest free GPUs. A share of a GPU goes on one that is shared already, where
-   it leaves the least. (:class:`~placement.core.policy.Policy` has other orders to choose from.)
+   then to the one with the fewest free GPUs. Fractions fill the fullest shared GPU that still
+   fits. (:class:`~placement.core.policy.Policy` has other orders to choose from.)
 5. A remote replica goes to the node with the fewest replicas of the same deployment, in the domain with the
    fewest where it spreads over a label; among equals, to nodes named in ``egress_preference``, then to nodes
    that already serve the same (provider, API key) so that they can share a rate limiter, then to the one with
