@@ -18,13 +18,14 @@ from placement.core.score import WHOLE
 from placement.core.topology import MeasuredRates
 from placement.runtime import faults, groups
 from placement.runtime.agents import Agents, Unanswered
+from placement.runtime.claims import Claim
+from placement.runtime.deployment_state import holding_of
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.group_reservation import Creator, GroupReservation
 from placement.runtime.inventory import Inventory
 from placement.runtime.node_agent import Reply
 from placement.runtime.orders import Holding, Refusal, Refused, deployment_of, order_name, order_of
 from placement.runtime.results import NodeAssignment
-from placement.runtime.state import Claim, holding_of
 from placement.wire.facts import NodeFacts
 
 VIEW_LAG_SECONDS = 0.25

@@ -20,9 +20,9 @@ from placement.core.request import Request
 from placement.core.score import Needs
 from placement.core.snapshot import Node, Snapshot
 from placement.runtime import view
+from placement.runtime.claims import Tally
 from placement.runtime.discovery import NodeInfo, node_state
 from placement.runtime.orders import GpuHardware, hardware_of
-from placement.runtime.state import Tally
 from placement.runtime.view import ClusterView, overlaid
 
 NEAR = ("zone", "rack")
