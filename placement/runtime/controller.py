@@ -27,9 +27,10 @@ from placement.errors import (
     Unplaceable,
     UnreadableRecord,
 )
-from placement.runtime import faults, groups, ledger
+from placement.runtime import faults, groups, ledger, records
 from placement.runtime.actions import Actions
 from placement.runtime.demand import Demand
+from placement.runtime.deployment_state import DeploymentState, Owner, expiry
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.feed import Event, Feed
 from placement.runtime.fleet import Fleet
@@ -41,7 +42,7 @@ from placement.runtime.reconciler import Reconciler, Work, differences
 from placement.runtime.report import Observed as Seen
 from placement.runtime.report import cluster_status, measured_report, topology_report
 from placement.runtime.results import PlacementResult
-from placement.runtime.state import DeploymentState, Owner, ServiceState, expiry
+from placement.runtime.state import ServiceState
 from placement.runtime.sweeper import Sweeper
 from placement.runtime.turns import Turns
 from placement.wire.cluster import ClusterFile
@@ -663,7 +664,7 @@ class Controller:
         for record in ledger.records():
             try:
                 if record.content is not None:
-                    one = DeploymentState.from_record(record.content)
+                    one = records.from_record(record.content)
                     if one.name != record.name:
                         raise ValueError(f"it is about {one.name!r}")
                     self.state.put(one)

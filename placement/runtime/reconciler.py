@@ -30,6 +30,8 @@ from placement.core.snapshot import Snapshot
 from placement.errors import LeaseExpired, ReservationFailed, UnknownGpu, Unplaceable
 from placement.runtime import faults
 from placement.runtime.actions import Actions
+from placement.runtime.claims import Claim
+from placement.runtime.deployment_state import DeploymentState
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.feed import Feed
 from placement.runtime.fleet import VIEW_LAG_SECONDS, Fleet
@@ -37,10 +39,9 @@ from placement.runtime.leases import Lending
 from placement.runtime.node_agent import FRESH_SECONDS
 from placement.runtime.observed import ObservedCluster
 from placement.runtime.orders import Refusal
-from placement.runtime.state import Claim, DeploymentState, ServiceState
-from placement.wire.deployment import Deployment
-from placement.wire.groups import Group
-from placement.wire.requests import mix_of, request_of, request_unchecked
+from placement.runtime.state import ServiceState
+from placement.wire.deployment import Deployment, Group
+from placement.wire.plans import mix_of, request_of, request_unchecked
 
 MAX_REPLANS = 5
 """How often a plan is made anew that nodes refused, since others act meanwhile."""

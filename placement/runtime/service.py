@@ -26,15 +26,14 @@ from placement.errors import (
 from placement.runtime import ray_internals
 from placement.runtime.clock import Clock
 from placement.runtime.controller import IDLE_SECONDS, Controller
+from placement.runtime.deployment_state import Owner
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.leases import Lending, Loan
 from placement.runtime.outcomes import Bound, Outcomes, Queues
 from placement.runtime.owners import asker_of, owner_of
 from placement.runtime.queue import Ticket
 from placement.runtime.results import PlacementResult
-from placement.runtime.state import Owner
-from placement.wire.constraints import PlacementConstraints
-from placement.wire.deployment import Deployment
+from placement.wire.deployment import Deployment, PlacementConstraints
 from placement.wire.files import parse_model
 from placement.wire.groups import groups_of
 from placement.wire.measurements import as_file, read_measurements

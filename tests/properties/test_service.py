@@ -42,8 +42,10 @@ from placement.runtime import (
     queue,
 )
 from placement.runtime.asking import Asked
+from placement.runtime.claims import Claim
 from placement.runtime.clock import Clock
 from placement.runtime.controller import Controller
+from placement.runtime.deployment_state import DeploymentState
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.groups import LiveGroup
 from placement.runtime.needs import Need
@@ -52,7 +54,6 @@ from placement.runtime.owners import owner_of
 from placement.runtime.queue import Ticket
 from placement.runtime.results import NodeAssignment, PlacementResult
 from placement.runtime.service import parse
-from placement.runtime.state import Claim, DeploymentState
 from placement.wire.node_types import NodeType
 from placement.wire.plans import ExplainedPlan, PlacementPlan
 from tests.properties import consistent

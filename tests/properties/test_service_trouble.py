@@ -18,12 +18,12 @@ from hypothesis.stateful import initialize, precondition, rule
 
 from placement.errors import DeploymentConflict, ReservationFailed, UnknownDeployment, Unplaceable
 from placement.runtime import clock
+from placement.runtime.claims import Claim
 from placement.runtime.clock import Clock
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.groups import LiveGroup
 from placement.runtime.orders import Refusal
 from placement.runtime.results import NodeAssignment
-from placement.runtime.state import Claim
 from tests.properties import test_service
 from tests.properties.test_service import (
     DirectService,

@@ -22,13 +22,14 @@ from placement.errors import (
     Unplaceable,
 )
 from placement.runtime import controller, ledger, queue
+from placement.runtime.claims import Claim
 from placement.runtime.clock import Clock
 from placement.runtime.demand import Asked
 from placement.runtime.demand import State as Became
+from placement.runtime.deployment_state import Owner
 from placement.runtime.queue import Ticket
 from placement.runtime.reconciler import Work
 from placement.runtime.service import parse
-from placement.runtime.state import Claim, Owner
 from placement.wire.node_types import NodeType
 from tests.properties.test_service import (
     AtOnce,
