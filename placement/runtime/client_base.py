@@ -11,7 +11,8 @@ from ray.actor import ActorHandle
 
 from placement.errors import InvalidDeployment
 from placement.runtime import bootstrap
-from placement.wire.deployment import Deployment, PlacementConstraints
+from placement.wire.constraints import PlacementConstraints
+from placement.wire.deployment import Deployment
 
 DeploymentLike = Deployment | Mapping[str, Any]
 Constraints = PlacementConstraints | Mapping[str, Any] | None

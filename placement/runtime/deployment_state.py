@@ -12,12 +12,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from placement.core.lifecycle import Event, State, after
+from placement.core.needs import WHOLE
 from placement.core.replicas import PlannedReplica
-from placement.core.score import WHOLE
 from placement.runtime.orders import Holding
 from placement.runtime.results import NodeAssignment, PlacementResult
-from placement.wire.cluster import HeldDeployment, HeldReplica
 from placement.wire.deployment import Deployment
+from placement.wire.held import HeldDeployment, HeldReplica
 
 Owner = Mapping[str, str]
 """Whose end ends a deployment: ``kind`` is ``caller``, ``job`` or ``actor``; the rest says which."""

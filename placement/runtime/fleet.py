@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
+from placement.core.needs import WHOLE
 from placement.core.replicas import PlannedReplica
 from placement.core.topology import MeasuredRates
 from placement.runtime import faults, groups

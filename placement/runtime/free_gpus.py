@@ -12,7 +12,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from placement.core.score import WHOLE
+from placement.core.needs import WHOLE
 from placement.runtime.orders import Holding
 
 BOOKS_LAG_SECONDS = 0.15

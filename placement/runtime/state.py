@@ -15,9 +15,8 @@ from placement.runtime.claims import Claim, Tally
 from placement.runtime.deployment_state import DeploymentState, held_replica, holding_of
 from placement.runtime.orders import Holding
 from placement.runtime.results import NodeAssignment
-from placement.wire.cluster import HeldDeployment
 from placement.wire.deployment import Deployment
-from placement.wire.held import HeldDeployment, HeldReplica
+from placement.wire.held import HeldDeployment
 
 
 class ServiceState:

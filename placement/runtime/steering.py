@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from placement.core.score import WHOLE
+from placement.core.needs import WHOLE
 from placement.runtime import faults
 from placement.runtime.free_gpus import BOOKS_LAG_SECONDS, FreeGpus, Groups
 

@@ -13,7 +13,6 @@ from placement import Deployment
 from placement.core.lifecycle import IllegalTransition, State
 from placement.core.needs import WHOLE
 from placement.core.replicas import PlannedReplica
-from placement.core.score import WHOLE
 from placement.runtime import groups, ledger, records
 from placement.runtime.claims import Claim
 from placement.runtime.deployment_state import DeploymentState, held_replica, holding_of
