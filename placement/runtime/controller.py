@@ -34,15 +34,17 @@ from placement.runtime.discovery import NodeInfo
 from placement.runtime.feed import Event, Feed
 from placement.runtime.fleet import Fleet
 from placement.runtime.leases import Lending
+from placement.runtime.membership import changed_with, meant_by
 from placement.runtime.observed import ObservedCluster
 from placement.runtime.owners import has_ended
 from placement.runtime.queue import WaitingQueue
 from placement.runtime.reconciler import Reconciler, Work, differences
-from placement.runtime.report import Observed as Seen
-from placement.runtime.report import cluster_status, measured_report, topology_report
 from placement.runtime.results import PlacementResult
 from placement.runtime.state import DeploymentState, Owner, ServiceState, expiry
+from placement.runtime.status import Observed as Seen
+from placement.runtime.status import cluster_status
 from placement.runtime.sweeper import Sweeper
+from placement.runtime.topology_report import measured_report, topology_report
 from placement.runtime.turns import Turns
 from placement.wire.cluster import ClusterFile, HeldDeployment
 from placement.wire.deployment import Deployment, Group
@@ -221,17 +223,8 @@ class Controller:
             yield all([stack.enter_context(self.turns.sole(name, wait)) for name in sorted(names)])
 
     def _members(self, name: str) -> list[str]:
-        """The members of the group that goes by that name, or that a deployment of that name is a member of.
-
-        Just the name, if there is no such group.
-        """
-        known = self.state.get(name)
-        if known is not None:
-            group = known.deployment.group
-        else:
-            groups = (one.deployment.group for one in self.state.all())
-            group = next((one for one in groups if one is not None and one.name == name), None)
-        return sorted(group.members) if group is not None else [name]
+        """What is changed as one with the deployment or the group of that name."""
+        return changed_with(name, self.state.deployments)
 
     def _apply(self, wanted: Deployment, atomic: bool, owner: Owner | None) -> tuple[PlacementResult, bool]:
         """The same, and whether nothing of that name was there before."""
@@ -421,11 +414,7 @@ class Controller:
 
     def members(self, name: str) -> list[str]:
         """The deployments that a name means; see the service."""
-        names = [name] if self.state.get(name) is not None else self._members(name)
-        found = [one for one in names if self.state.get(one) is not None]
-        if not found:
-            raise UnknownDeployment(name, self.state.names())
-        return found
+        return meant_by(name, self.state.deployments)
 
     def events(self, name: str | None, since: int) -> list[Event]:
         """What happened to a deployment, or to all; see the service."""
