@@ -33,6 +33,7 @@ from placement.runtime.demand import Demand
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.feed import Event, Feed
 from placement.runtime.fleet import Fleet
+from placement.runtime.group_reconciler import GroupReconciler
 from placement.runtime.leases import Lending
 from placement.runtime.membership import changed_with, meant_by
 from placement.runtime.observed import ObservedCluster
@@ -60,8 +61,6 @@ from placement.wire.plans import (
     require_same_places,
 )
 
-MAX_REPLANS = 5
-"""How often a plan is made anew that nodes refused, since others act meanwhile."""
 IDLE_SECONDS = 60.0
 """How long a node's actor stays where nothing is held: to Ray's autoscaler, which removes nodes that were idle for
 minutes, a node with an actor is busy."""
@@ -90,6 +89,7 @@ class Controller:
         feed: what happened.
         turns: one change of a deployment at a time.
         reconciler: what brings deployments about.
+        group_reconciler: what brings groups of them about.
         queue: what waits for room.
         sweeper: what removes groups that no deployment knows of.
     """
@@ -113,6 +113,7 @@ class Controller:
         self.actions = Actions(self.state, self.fleet, self.feed)
         self.turns = Turns()
         self.reconciler = Reconciler(self.state, self.cluster, self.fleet, self.actions, self.feed)
+        self.group_reconciler = GroupReconciler(self.reconciler)
         token = self.prefix.split(":")[1]
         demand = Demand(f"placement-demand:{token}:")
         self.queue = WaitingQueue(self.reconciler, self.turns, demand, self.node_types)
@@ -186,7 +187,7 @@ class Controller:
             except Exception:
                 self._release_again(fresh)
                 raise
-            refusal = self.reconciler.bring_group_about(group)
+            refusal = self.group_reconciler.bring_about(group)
             if refusal is not None:
                 self.feed.add(wanted[0].name, None, "refused", str(refusal))
             if refusal is not None and atomic:
@@ -515,7 +516,7 @@ class Controller:
         if any(one.releasing for one in known):
             self._release_members([one.name for one in known])
         elif len(known) == len(group.members):
-            self.reconciler.bring_group_about(group)
+            self.group_reconciler.bring_about(group)
 
     # -- giving back ---------------------------------------------------------------------------------
 

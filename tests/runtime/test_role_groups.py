@@ -18,7 +18,7 @@ from placement.errors import (
     UnknownDeployment,
     Unplaceable,
 )
-from placement.runtime import reconciler
+from placement.runtime import group_reconciler
 from placement.runtime.clock import Clock
 from tests.properties.test_service import AtOnce, DirectService, Killed, Ray
 
@@ -120,7 +120,7 @@ def test_others_are_placed_while_the_places_of_a_group_are_searched(
                 elsewhere.submit(service.place, other).result(30)
         return found
 
-    monkeypatch.setattr(reconciler, "tell", search)
+    monkeypatch.setattr(group_reconciler, "tell", search)
     service.apply_all(pd(1), atomic=True)
     assert ["x", "y"] == chosen
     assert {"a": ["y"], "b": ["y", "y"], "other": ["x"]} == placed(service)
