@@ -377,7 +377,7 @@ class DeploymentPlacementActor:
     ) -> list[PlacementPlan]:
         """What :meth:`apply_all` would do now, each deployment planned on top of the ones before."""
         wanted = [parse(one, None) for one in deployments]
-        return await self._in(self._plans, self._controller.plan_all, wanted, atomic)
+        return await self._in(self._plans, self._controller.queries.plan_all, wanted, atomic)
 
     async def explain_all(self, deployments: Sequence[DeploymentLike]) -> list[ExplainedPlan]:
         """:meth:`plan_all`, with what became of every node; a refusal is an answer here, and ends the list.
@@ -385,11 +385,11 @@ class DeploymentPlacementActor:
         With one look: for a moment after a change, Ray's books may show less room than there is.
         """
         wanted = [parse(one, None) for one in deployments]
-        return await self._in(self._plans, self._controller.explain_all, wanted)
+        return await self._in(self._plans, self._controller.queries.explain_all, wanted)
 
     async def snapshot(self) -> dict[str, Any]:
         """The cluster as the planner sees it now; JSON-ready, for ``placement plan --file``."""
-        found = await self._in(self._plans, self._controller.snapshot)
+        found = await self._in(self._plans, self._controller.queries.snapshot)
         return found.model_dump(mode="json", exclude_none=True)
 
     async def get(self, name: str) -> PlacementResult:
@@ -398,7 +398,7 @@ class DeploymentPlacementActor:
         Raises:
             UnknownDeployment: no deployment of that name stands.
         """
-        return self._controller.get(name).result()
+        return self._controller.queries.get(name).result()
 
     async def describe(self, name: str) -> dict[str, Any]:
         """A deployment as it is declared, and what is there of it; JSON-ready.
@@ -406,7 +406,7 @@ class DeploymentPlacementActor:
         Raises:
             UnknownDeployment: no deployment of that name stands.
         """
-        one = self._controller.get(name)
+        one = self._controller.queries.get(name)
         return {
             "deployment": one.deployment.model_dump(mode="json", exclude_none=True, exclude_defaults=True),
             "result": one.result().to_dict(),
@@ -425,7 +425,7 @@ class DeploymentPlacementActor:
         Raises:
             UnknownDeployment: neither stands.
         """
-        return self._controller.members(name)
+        return self._controller.queries.members(name)
 
     async def wait(self, name: str, timeout_seconds: float = MOST_SECONDS) -> PlacementResult:
         """Where a deployment's replicas are, once none is pending any more, or what is has been given up; as they are
@@ -437,7 +437,7 @@ class DeploymentPlacementActor:
         end = time.monotonic() + min(max(timeout_seconds, 0.0), MOST_SECONDS)
         while True:
             seen = self._controller.feed.last_number
-            one = self._controller.get(name)
+            one = self._controller.queries.get(name)
             left = end - time.monotonic()
             if not one.unfinished() or one.given_up or left <= 0:
                 return one.result()
@@ -453,7 +453,7 @@ class DeploymentPlacementActor:
             deployment: only this deployment, or the members of this group, and the nodes that they are on.
             state: only deployments in this state: ``placed``, ``pending``, ``lost`` or ``releasing``.
         """
-        return await self._in(self._reads, self._controller.status, node, deployment, state)
+        return await self._in(self._reads, self._controller.queries.status, node, deployment, state)
 
     async def events(self, name: str | None = None, since: int = 0) -> list[dict[str, Any]]:
         """What happened to a deployment's replicas, the last 200 at most, since the service last started; JSON-ready.
@@ -467,7 +467,7 @@ class DeploymentPlacementActor:
         Raises:
             UnknownDeployment: nothing is known of that name.
         """
-        return [one.to_dict() for one in self._controller.events(name, since)]
+        return [one.to_dict() for one in self._controller.queries.events(name, since)]
 
     async def watch(
         self,
@@ -498,7 +498,7 @@ class DeploymentPlacementActor:
         Raises:
             UnknownNode: ``node`` is given and no GPU node has that id, name or address.
         """
-        return await self._in(self._plans, self._controller.topology, node)
+        return await self._in(self._plans, self._controller.queries.topology, node)
 
     async def record_measurements(self, measurements: Sequence[Mapping[str, Any]]) -> None:
         """Keeps what was measured on hosts; nodes that are these, or of their make, go by it from now on.

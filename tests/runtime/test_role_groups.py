@@ -177,11 +177,11 @@ def test_units_come_and_go(outside: Ray, service: DirectService) -> None:
 
 def test_its_name_means_its_members(service: DirectService) -> None:
     service.apply_all(pd())
-    assert (["a", "b"], ["b"]) == (service.members("g"), service.members("b"))
+    assert (["a", "b"], ["b"]) == (service.queries.members("g"), service.queries.members("b"))
     service.release("g")
     for name in ("g", "b"):
         with pytest.raises(UnknownDeployment):
-            service.members(name)
+            service.queries.members(name)
 
 
 def test_what_would_part_or_move_it_is_refused(service: DirectService) -> None:

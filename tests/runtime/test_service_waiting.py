@@ -122,7 +122,7 @@ def test_it_leaves_the_queue_also_while_there_is_no_room(
         calls = [asyncio.create_task(service.place(one(c["job"]), None, 600.0, caller=c)) for c in (A, B)]
         await until(lambda: len(waiting(service)) == 2)
         monkeypatch.setattr(queue, "has_ended", lambda owner: owner["job"] == A["job"])
-        service._controller.end_what_is_over(lambda owner: False, 0.0)
+        service._controller.lifetimes.end_what_is_over(lambda owner: False, 0.0)
         assert waiting(service) == [B["job"]]
         calls[1].cancel()
         await asyncio.wait(calls)
