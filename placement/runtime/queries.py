@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from typing import Any
@@ -136,6 +137,21 @@ class Queries:
         if known is None:
             raise UnknownDeployment(name, self._state.names())
         return known
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """A deployment as it is declared, and what is there of it; see the service."""
+        one = self.get(name)
+        return {
+            "deployment": one.deployment.model_dump(mode="json", exclude_none=True, exclude_defaults=True),
+            "result": one.result().to_dict(),
+            "generation": one.generation,
+            "outdated": one.outdated,
+            "given_up": one.given_up,
+            "state": "releasing" if one.releasing else "pending" if one.unfinished() else "placed",
+            "age_seconds": max(0.0, time.time() - one.declared_at),
+            "owner": None if one.owner is None else dict(one.owner),
+            "expires_at": one.expires_at,
+        }
 
     def members(self, name: str) -> list[str]:
         """The deployments that a name means; see the service."""

@@ -46,6 +46,7 @@ from placement.runtime import (
 from placement.runtime.asking import Asked
 from placement.runtime.clock import Clock
 from placement.runtime.controller import Controller
+from placement.runtime.declarations import parse
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.groups import LiveGroup
 from placement.runtime.needs import Need
@@ -53,7 +54,6 @@ from placement.runtime.orders import GpuHardware, Holding, Refusal, order_of_gro
 from placement.runtime.owners import owner_of
 from placement.runtime.queue import Ticket
 from placement.runtime.results import NodeAssignment, PlacementResult
-from placement.runtime.service import parse
 from placement.runtime.state import Claim, DeploymentState
 from placement.wire.node_types import NodeType
 from placement.wire.plans import ExplainedPlan, PlacementPlan

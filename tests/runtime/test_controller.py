@@ -23,11 +23,11 @@ from placement.errors import (
 )
 from placement.runtime import ledger, lifetimes, queue
 from placement.runtime.clock import Clock
+from placement.runtime.declarations import parse
 from placement.runtime.demand import Asked
 from placement.runtime.demand import State as Became
 from placement.runtime.queue import Ticket
 from placement.runtime.reconciler import Work
-from placement.runtime.service import parse
 from placement.runtime.state import Claim, Owner
 from placement.wire.node_types import NodeType
 from tests.properties.test_service import (
