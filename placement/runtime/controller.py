@@ -2,6 +2,9 @@
 
 Whatever happens (a call, a node that died, a kill, a while that passed) ends in the same loop: look, ask
 :func:`placement.core.reconcile.reconcile` what to do, do it. What a death left behind is dealt with in this way, too.
+
+Here is what calls change. How it is given back (``releases``), what ends by itself (``lifetimes``), what a death left
+(``restart``) and what only looks (``queries``) are modules of their own.
 """
 
 from __future__ import annotations

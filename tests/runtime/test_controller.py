@@ -22,10 +22,10 @@ from placement.errors import (
     Unplaceable,
 )
 from placement.runtime import ledger, lifetimes, queue
+from placement.runtime.asking import Asked
+from placement.runtime.asking import State as Became
 from placement.runtime.clock import Clock
 from placement.runtime.declarations import parse
-from placement.runtime.demand import Asked
-from placement.runtime.demand import State as Became
 from placement.runtime.queue import Ticket
 from placement.runtime.reconciler import Work
 from placement.runtime.state import Claim, Owner
