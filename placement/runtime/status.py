@@ -26,7 +26,7 @@ SHOWN_STATES = ("placed", "pending", "lost", "releasing")
 """What a replica is shown as: it holds its GPUs, waits for room, lost its node, or is being given back."""
 
 
-class DeploymentState(Protocol):
+class KnownDeployment(Protocol):
     """What is known of one deployment. Nothing in it is changed afterwards."""
 
     @property
@@ -87,7 +87,7 @@ class Observed:
     """
 
     nodes: Sequence[NodeInfo]
-    deployments: Mapping[str, DeploymentState]
+    deployments: Mapping[str, KnownDeployment]
     hardware: Callable[[NodeInfo], GpuHardware]
     facts: Mapping[str, NodeFacts]
     foreign: Mapping[str, frozenset[int]] = field(default_factory=dict)
@@ -239,7 +239,7 @@ def _groups(seen: Observed, shown: Sequence[Mapping[str, Any]]) -> list[dict[str
 
 def _deployment(
     name: str,
-    one: DeploymentState,
+    one: KnownDeployment,
     assignments: Sequence[NodeAssignment],
     alive: Collection[str],
     place: int | None,
