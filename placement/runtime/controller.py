@@ -113,7 +113,7 @@ class Controller:
         self.lifetimes = Lifetimes(
             self.queue, self.reconciler, partial(self._reconcile, patient=False), self.releases, self.turns
         )
-        self.queries = Queries(self.state, self.cluster, self.fleet, self.feed, demand, self.near)
+        self.queries = Queries(self.state, self.cluster, self.fleet, self.feed, self.queue, self.near)
         restore(self.state, self.cluster, self.fleet, self.actions, self.feed, self.releases, self.sweeper)
 
     # -- what callers want ---------------------------------------------------------------------------

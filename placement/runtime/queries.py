@@ -10,12 +10,12 @@ from typing import Any
 from placement.core.snapshot import Snapshot
 from placement.errors import UnknownDeployment, UnknownNode
 from placement.runtime import groups
-from placement.runtime.demand import Demand
 from placement.runtime.feed import Event, Feed
 from placement.runtime.fleet import Fleet
 from placement.runtime.membership import meant_by
 from placement.runtime.observed import ObservedCluster
 from placement.runtime.owners import belongs_to_another
+from placement.runtime.queue import WaitingQueue
 from placement.runtime.state import DeploymentState, ServiceState
 from placement.runtime.status import Observed, cluster_status
 from placement.runtime.topology_report import measured_report, topology_report
@@ -41,7 +41,7 @@ class Queries:
         cluster: the nodes as they were last seen.
         fleet: the nodes' actors.
         feed: what happened.
-        demand: what is asked of Ray's autoscaler.
+        queue: what waits for room.
         near: labels of which nodes near each other share the values, widest first.
     """
 
@@ -51,11 +51,11 @@ class Queries:
         cluster: ObservedCluster,
         fleet: Fleet,
         feed: Feed,
-        demand: Demand,
+        queue: WaitingQueue,
         near: Sequence[str],
     ) -> None:
         self._state, self._cluster, self._fleet = state, cluster, fleet
-        self._feed, self._demand, self._near = feed, demand, near
+        self._feed, self._queue, self._near = feed, queue, near
 
     def plan_in_order(self, wanted: Sequence[Deployment], atomic: bool) -> list[tuple[int, PlacementPlan]]:
         """What applying these would do, in the order in which to apply them; each with its position."""
@@ -104,7 +104,7 @@ class Queries:
             self._cluster.draining,
             self._cluster.dead(),
             [name for name in self._state.queue() if name in deployments and not deployments[name].releasing],
-            self._demand.report(),
+            self._queue.demand.report(),
             near=self._near,
         )
         return cluster_status(seen, node, deployment, state)
