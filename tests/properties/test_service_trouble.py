@@ -216,7 +216,7 @@ def act(service: DirectService, own: Clock, what: str, about: Any) -> None:
         if what == "look":
             own.look()
         elif what == "status":
-            assert {one["name"] for one in service.status()["deployments"]} <= {"a", "b", "c"}
+            assert {one["name"] for one in service.queries.status()["deployments"]} <= {"a", "b", "c"}
         elif what == "get":
             service.get(about)
         elif what == "plan" and about.method != "release":
