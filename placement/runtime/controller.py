@@ -50,10 +50,11 @@ from placement.runtime.results import PlacementResult
 from placement.runtime.state import ServiceState
 from placement.runtime.sweeper import Sweeper
 from placement.runtime.turns import Turns
-from placement.wire.deployment import Deployment, Group
+from placement.wire.deployment import Deployment
+from placement.wire.groups import Group
 from placement.wire.measurements import Measurement
 from placement.wire.node_types import NodeType
-from placement.wire.plans import request_of, require_same_places
+from placement.wire.requests import request_of, require_same_places
 
 IDLE_SECONDS = 60.0
 """How long a node's actor stays where nothing is held: to Ray's autoscaler, which removes nodes that were idle for

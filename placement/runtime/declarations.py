@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from placement.errors import InvalidDeployment
+from placement.runtime.deployment_state import Owner
 from placement.runtime.owners import owner_of
-from placement.runtime.state import Owner
-from placement.wire.deployment import Deployment, PlacementConstraints
+from placement.wire.constraints import PlacementConstraints
+from placement.wire.deployment import Deployment
 from placement.wire.files import parse_model
 
 BY_CLIENT = "use `placement.Client().place`, which does that"

@@ -15,10 +15,11 @@ from placement.core.request import Told
 from placement.core.roles import still_free, tell
 from placement.core.snapshot import Snapshot
 from placement.errors import ReservationFailed, Unplaceable
+from placement.runtime.claims import Claim
+from placement.runtime.deployment_state import DeploymentState
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.reconciler import MAX_REPLANS, Reconciler, Work
-from placement.runtime.state import Claim, DeploymentState
-from placement.wire.deployment import Group
+from placement.wire.groups import Group
 
 
 class GroupReconciler:

@@ -11,12 +11,12 @@ from dataclasses import replace
 from functools import partial
 
 from placement.runtime import groups
+from placement.runtime.deployment_state import DeploymentState, Owner
 from placement.runtime.membership import changed_with
 from placement.runtime.owners import has_ended
 from placement.runtime.queue import WaitingQueue
 from placement.runtime.reconciler import Reconciler
 from placement.runtime.releases import Releases
-from placement.runtime.state import DeploymentState, Owner
 from placement.runtime.turns import Turns
 
 OWNER_ENDED = "its owner has ended"

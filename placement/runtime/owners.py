@@ -11,7 +11,7 @@ import ray
 
 from placement.errors import DeploymentConflict, InvalidDeployment
 from placement.runtime import ray_internals
-from placement.runtime.state import DeploymentState, Owner
+from placement.runtime.deployment_state import DeploymentState, Owner
 from placement.wire.deployment import Deployment
 
 JOBS_SECONDS = 0.2

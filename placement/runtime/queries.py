@@ -10,24 +10,22 @@ from typing import Any
 from placement.core.snapshot import Snapshot
 from placement.errors import UnknownDeployment, UnknownNode
 from placement.runtime import groups
+from placement.runtime.deployment_state import DeploymentState
 from placement.runtime.feed import Event, Feed
 from placement.runtime.fleet import Fleet
 from placement.runtime.membership import meant_by
 from placement.runtime.observed import ObservedCluster
 from placement.runtime.owners import belongs_to_another
 from placement.runtime.queue import WaitingQueue
-from placement.runtime.state import DeploymentState, ServiceState
+from placement.runtime.state import ServiceState
 from placement.runtime.status import Observed, cluster_status
 from placement.runtime.topology_report import measured_report, topology_report
-from placement.wire.cluster import ClusterFile, HeldDeployment
+from placement.wire.cluster import ClusterFile
 from placement.wire.deployment import Deployment
-from placement.wire.plans import (
-    ExplainedPlan,
-    PlacementPlan,
-    explain_deployments,
-    plan_in_order,
-    request_unchecked,
-)
+from placement.wire.dry_run import explain_deployments, plan_in_order
+from placement.wire.held import HeldDeployment
+from placement.wire.plans import ExplainedPlan, PlacementPlan
+from placement.wire.requests import request_unchecked
 
 STATUS_SECONDS = 5.0
 """How long ``status`` waits for nodes that have not said yet what their GPUs are."""

@@ -21,6 +21,7 @@ from placement.runtime.actions import AUTOSCALER
 from placement.runtime.asking import Asked, State
 from placement.runtime.autoscaler import NO_AUTOSCALER
 from placement.runtime.demand import Demand
+from placement.runtime.deployment_state import DeploymentState, Owner
 from placement.runtime.needs import Need, by_type, needs_of
 from placement.runtime.owners import has_ended
 from placement.runtime.reconciler import Reconciler

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from placement.runtime import groups, ledger
+from placement.runtime import groups, ledger, records
 from placement.runtime.actions import Actions
 from placement.runtime.feed import Feed
 from placement.runtime.fleet import Fleet
 from placement.runtime.observed import ObservedCluster
 from placement.runtime.releases import Releases
-from placement.runtime.state import DeploymentState, ServiceState
+from placement.runtime.state import ServiceState
 from placement.runtime.sweeper import Sweeper
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def restore(
     for record in ledger.records():
         try:
             if record.content is not None:
-                one = DeploymentState.from_record(record.content)
+                one = records.from_record(record.content)
                 if one.name != record.name:
                     raise ValueError(f"it is about {one.name!r}")
                 state.put(one)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from placement.core.lifecycle import State
+from placement.core.node import Node
 from placement.core.replicas import PlannedReplica
-from placement.core.snapshot import Node
 from placement.errors import UnknownNode, UnreadableRecord
 from placement.runtime.discovery import DeadNode, NodeInfo
 from placement.runtime.ledger import Record
@@ -20,7 +20,7 @@ from placement.runtime.orders import GpuHardware
 from placement.runtime.results import NodeAssignment
 from placement.wire.deployment import Deployment
 from placement.wire.facts import NodeFacts
-from placement.wire.groups import links_of, located
+from placement.wire.groups import Group, links_of, located
 
 SHOWN_STATES = ("placed", "pending", "lost", "releasing")
 """What a replica is shown as: it holds its GPUs, waits for room, lost its node, or is being given back."""

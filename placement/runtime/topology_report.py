@@ -7,7 +7,7 @@ from typing import Any
 
 from placement.core.matrix import render_matrix
 from placement.core.measured import beside_predicted
-from placement.core.score import shape_of
+from placement.core.shape import shape_of
 from placement.core.topology import Topology
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.node_status import problems_of

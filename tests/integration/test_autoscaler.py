@@ -15,7 +15,6 @@ import ray
 
 from placement.core.needs import Needs
 from placement.core.request import Request
-from placement.core.score import Needs
 from placement.runtime.asking import Asked, State
 from placement.runtime.demand import Demand
 from placement.runtime.groups import create_group, ready_or_removed, remove_group

@@ -48,6 +48,7 @@ from placement.runtime.claims import Claim
 from placement.runtime.clock import Clock
 from placement.runtime.controller import Controller
 from placement.runtime.declarations import parse
+from placement.runtime.deployment_state import DeploymentState
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.groups import LiveGroup
 from placement.runtime.needs import Need
@@ -55,7 +56,6 @@ from placement.runtime.orders import GpuHardware, Holding, Refusal, order_of_gro
 from placement.runtime.owners import owner_of
 from placement.runtime.queue import Ticket
 from placement.runtime.results import NodeAssignment, PlacementResult
-from placement.runtime.state import Claim, DeploymentState
 from placement.wire.node_types import NodeType
 from placement.wire.plans import ExplainedPlan, PlacementPlan
 from tests.properties import consistent

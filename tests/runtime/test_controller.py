@@ -24,11 +24,12 @@ from placement.errors import (
 from placement.runtime import ledger, lifetimes, queue
 from placement.runtime.asking import Asked
 from placement.runtime.asking import State as Became
+from placement.runtime.claims import Claim
 from placement.runtime.clock import Clock
 from placement.runtime.declarations import parse
+from placement.runtime.deployment_state import Owner
 from placement.runtime.queue import Ticket
 from placement.runtime.reconciler import Work
-from placement.runtime.state import Claim, Owner
 from placement.wire.node_types import NodeType
 from tests.properties.test_service import (
     AtOnce,
