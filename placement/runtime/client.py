@@ -102,7 +102,7 @@ class Client(Connected):
         atomic: bool = False,
         owner: ActorHandle | None = None,
     ) -> PlacementResult:
-        """Stores the declaration, and makes what stands be like it. Replicas that find no room are ``pending``.
+        """Stores the declaration, and makes the cluster match it. Replicas that find no room are ``pending``.
 
         With ``owner: caller`` in the deployment it is all or nothing: nobody could create the groups later.
 

@@ -293,7 +293,7 @@ class NodeReserver:
         crowded: Collection[int],
         to_be_sure: bool,
     ) -> tuple[int | None, frozenset[int]]:
-        """The GPU that is shared already and has just room for a share, else a whole one; and which are free."""
+        """The fullest shared GPU that still fits a share, else a whole one; and which are free."""
         taken, free = machine.node((), rests).choose(order.needs, crowded), frozenset[int]()
         if taken is None:
             free = self.gpus.look(1, to_be_sure) or frozenset()
