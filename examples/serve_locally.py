@@ -47,8 +47,9 @@ def main() -> None:
             self.end_headers()
             self.wfile.write(json.dumps(told).encode() + b"\n")
 
+    server = HTTPServer(("127.0.0.1", args.port), Handler)
     print(f"{args.name} answers on http://127.0.0.1:{args.port}/generate", flush=True)
-    HTTPServer(("127.0.0.1", args.port), Handler).serve_forever()
+    server.serve_forever()
 
 
 if __name__ == "__main__":
