@@ -161,6 +161,28 @@ def test_every_error_has_an_entry() -> None:
         assert len(entry(kind.code)[1]) > 60, "say the cause and the fix"
 
 
+def test_troubleshooting_leads_from_the_words_of_refusals_and_reasons_as_they_are() -> None:
+    text = (DOCS / "troubleshooting.md").read_text()
+    assert [kind.code for kind in REFUSALS if f"errors.md#{kind.code}" not in text] == []
+    code = [path for folder in ("core", "runtime") for path in (ROOT / "placement" / folder).glob("*.py")]
+    # What these two pages show is compared with what is printed.
+    said = "".join(path.read_text() for path in (*code, DOCS / "errors.md", DOCS / "tutorial.md"))
+    _, refusals, reasons, _ = re.split(r"^## (?:A refusal|It waits|The cluster has)", text, flags=re.M)[:4]
+    words = [
+        quoted
+        for part in (refusals, reasons)
+        for row in re.findall(r"^\| (`.*?) \|", part, re.M)
+        for quoted in re.findall("`(.*?)`", row)
+    ]
+    assert len(words) > 25
+    parts = {
+        part.strip(" ,;:'")
+        for quoted in words
+        for part in re.split(r"\bN\b|\bM\b|\b[XP]\b|\b600\b|\.\.\.|'nvlink'", quoted)
+    }
+    assert [part for part in parts if len(part) > 5 and part not in said] == []
+
+
 @pytest.mark.parametrize("error", SAMPLES, ids=lambda error: error.code)
 def test_the_words_of_an_error_lead_to_its_entry(error: errors.PlacementError) -> None:
     assert str(error) == entry(error.code)[0]
