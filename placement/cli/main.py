@@ -8,7 +8,19 @@ from __future__ import annotations
 import click
 
 from placement import __version__
-from placement.cli import apply, doctor, measure, offline, plan, release, service, show, topology, waiting
+from placement.cli import (
+    apply,
+    dashboard,
+    doctor,
+    measure,
+    offline,
+    plan,
+    release,
+    service,
+    show,
+    topology,
+    waiting,
+)
 from placement.cli.group import Commands, exit_code
 from placement.cli.offline import POLICIES
 
@@ -55,6 +67,7 @@ for _command in (
     show.get,
     show.events,
     topology.topology,
+    dashboard.dashboard,
     measure.measure,
     release.release,
     release.renew,

@@ -30,6 +30,7 @@ try:
     import ray._private.worker
     import ray._raylet
     import ray.util.client
+    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
     from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR as JOB_CONFIG_VARIABLE
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply, NodeStatus
     from ray.core.generated.gcs_pb2 import PlacementGroupTableData
@@ -164,6 +165,12 @@ def submission_id() -> str | None:
 def is_ray_client() -> bool:
     """Whether this process is connected through ``ray://``. No public call says so."""
     return bool(ray.util.client.ray.is_connected())
+
+
+def auth_token() -> str | None:
+    """The token with which this process asks Ray, from wherever Ray has it; ``None`` where authentication is off."""
+    [header] = get_auth_headers_if_auth_enabled({}).values() or [""]
+    return str(header).removeprefix("Bearer ") or None
 
 
 def local_address() -> str | None:
