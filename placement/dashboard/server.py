@@ -224,7 +224,7 @@ class Guard:
 def viewing_key(token: str) -> str:
     """What lets somebody look at the page of a cluster with this token, and no more.
 
-    With the token itself one may run anything there, so it stands in no address and no cookie. The same after a restart.
+    With the token itself one may run anything there, so it stands in no address and no cookie.
     """
     return hmac.new(token.encode(), b"placement dashboard", hashlib.sha256).hexdigest()
 

@@ -3,9 +3,10 @@
 "use strict";
 
 const LARGE = 24; // so many nodes have their links and who sits there drawn; of more each has a few cells
-const CELL = 58, GAP = 3, SOCKET_GAP = 10; // as style.css has them
+const CELL = 54, GAP = 3, SOCKET_GAP = 10; // as style.css has them
 const EVENTS = 60;
 const AGAIN = 3000;
+const BY_NAME = new Intl.Collator(undefined, { numeric: true }).compare;
 const entries = new Map();
 const $ = (id) => document.getElementById(id);
 
@@ -217,32 +218,35 @@ function nodeText(node) {
   const states = new Set(node.gpus.map((gpu) => gpu[0]));
   const who = (assignmentsOn.get(node.id) || []).map(([one, a]) => `${one.name}/${a.replica_index}`);
   const egress = node.egress.map((one) => one.resource);
-  return [node.name, node.address, node.gpu_model, node.topology, node.state, node.problem, ...states, ...who, ...egress]
+  const profiles = new Set(node.gpus.filter((gpu) => gpu[1] !== null).map((gpu) => `mig ${gpu[1]}`));
+  return [...profiles, node.name, node.address, node.gpu_model, node.topology, node.state, node.problem, ...states, ...who, ...egress]
     .join(" ").toLowerCase();
 }
 
 function drawNodes() {
   const nodes = every("node").filter(isShown), wanted = words();
-  const shown = nodes.filter((node) => { const text = nodeText(node); return wanted.every((word) => text.includes(word)); });
+  const matches = (text) => wanted.every((word) => text.includes(word));
+  const shown = wanted.length ? nodes.filter((node) => matches(nodeText(node))) : nodes;
   const small = nodes.length > LARGE, map = $("map");
   if (map.classList.contains("small") !== small) {
     map.classList.toggle("small", small);
     map.replaceChildren();
   }
   const kinds = new Map();
-  for (const node of shown.sort((a, b) => a.name.localeCompare(b.name, undefined, { numeric: true }))) {
+  for (const node of shown.sort((a, b) => BY_NAME(a.name, b.name))) {
     const kind = kindOf(node);
     if (!kinds.has(kind)) kinds.set(kind, []);
     kinds.get(kind).push(node);
   }
-  const order = [...kinds].sort(([a], [b]) => (a < b ? -1 : 1));
+  const gpusOf = (alike) => alike.reduce((sum, node) => sum + node.gpu_count, 0);
+  const order = [...kinds].sort(([a, some], [b, others]) => a[0] - b[0] || gpusOf(others) - gpusOf(some) || BY_NAME(a, b));
   fill(map, order.map(([kind]) => [kind, kind]), (kind) =>
     el("section", { class: "kind", "aria-label": kind.slice(1) }, el("h2", {}, kind.slice(1), el("small")), el("div", { class: "cards" })));
-  order.forEach(([, alike], at) => {
+  order.forEach(([kind, alike], at) => {
     const [heading, cards] = map.children[at].children;
     const gpus = alike.flatMap((node) => node.gpus);
     const free = gpus.filter((gpu) => gpu[0] === "free").length;
-    const told = counted(alike.length, "node") + (gpus.length ? `, ${free} of ${gpus.length} free` : "");
+    const told = counted(alike.length, "node") + (gpus.length && kind[0] === "0" ? `, ${free} of ${gpus.length} free` : "");
     if (heading.lastChild.textContent !== told) heading.lastChild.textContent = told;
     fill(cards, alike.map((node) => [node.id, node]), (node) => card(node, small));
   });
@@ -260,8 +264,7 @@ function card(node, small) {
     : `${node.gpu_count ? `${free} free` : ""}${node.state === "draining" ? " draining" : ""}`;
   const title = el("button", {
     class: "name", type: "button", "data-at": "name", "data-node": node.id,
-    "aria-label": `node ${node.name}${told ? `, ${told}` : ""}`,
-    on: () => show({ kind: "node", node: node.id }),
+    "aria-label": `node ${node.name}${told ? `, ${told}` : ""}`, tabindex: "-1",
   }, node.name);
   const made = el("article", { class: `card ${node.state}` }, el("h3", {}, title, el("span", {}, told)));
   const sets = el("div", { class: "sets" });
@@ -312,16 +315,27 @@ function set(node, [how, links], gpus, linked, small) {
   const middle = new Map();
   let x = 0;
   for (const [numa, here] of sockets) {
-    const cells = el("div", { class: "row" }, ...here.map((at) => cell(node, at)));
+    const cells = el("div", { class: "row" }, ...here.map((at) => cell(node, at, small)));
     for (const at of here) { middle.set(at, x + CELL / 2); x += CELL + GAP; }
     x += SOCKET_GAP - GAP;
     row.append(el("div", { class: "socket" }, cells, numa === null ? "" : el("small", {}, `NUMA ${numa}`)));
   }
   const made = el("div", { class: linked ? "set" : "set plain", role: "group", "aria-label": `${how} ${links}: GPU ${ordinals(gpus)}` },
     el("div", { class: "title" }, linked ? el("b", {}, how) : how, links && ` ${links}`));
-  if (linked && !small && !node.nvswitch) made.append(arcs(machine.links.filter(([a, b]) => middle.has(a) && middle.has(b)), middle, x));
+  if (linked && !small) {
+    const links = machine.links.filter(([a, b]) => middle.has(a) && middle.has(b));
+    made.append(node.nvswitch ? bar(middle, x - SOCKET_GAP) : arcs(links, middle, x - SOCKET_GAP));
+  }
   made.append(row);
   return made;
+}
+
+// An NVSwitch, and each GPU's way to it.
+function bar(middle, width) {
+  const drawn = shape("svg", { class: "links", width, height: 15, "aria-hidden": "true" });
+  drawn.append(shape("rect", { x: 0, y: 1, width, height: 5, rx: 2, fill: "currentColor" }));
+  for (const x of middle.values()) drawn.append(shape("line", { x1: x, x2: x, y1: 5, y2: 15, stroke: "currentColor", "stroke-width": 4 }));
+  return drawn;
 }
 
 // NVLinks as arcs, the thicker the more links there are.
@@ -353,30 +367,52 @@ function look(node, at) {
   const shared = used < 0.9995 || who.length > 1;
   return {
     kind: shared ? "held shared" : "held", used, mark: shared ? "◐" : who[0][0].slice(0, 1).toUpperCase(),
-    text: shared ? `${Math.round(used * 100)} %` : who[0][0], words: `${shared ? "shared by" : "held by"} ${names.join(", ")}${suspect && ", suspect"}`,
+    corner: shared ? "◐" : `/${who[0][1]}`, text: shared ? `${Math.round(used * 100)} %` : who[0][0], words: `${shared ? "shared by" : "held by"} ${names.join(", ")}${suspect && ", suspect"}`,
   };
 }
 
-function cell(node, at) {
+function cell(node, at, small) {
   const seen = look(node, at), label = `${node.gpus[at][1] === null ? "GPU" : "slot"} ${at} of ${node.name}: ${seen.words}`;
   const made = el("button", {
-    class: `cell ${seen.kind}`, type: "button", "data-at": `gpu-${at}`, "data-node": node.id, "aria-label": label, title: label,
-    on: () => show({ kind: "gpu", node: node.id, gpu: at }),
-  }, el("b", {}, `${at}`), el("i", {}, seen.text), el("span", { class: "mark", "aria-hidden": "true" }, seen.mark));
+    class: `cell ${seen.kind}`, type: "button", "data-at": `gpu-${at}`, "data-node": node.id, "aria-label": label, tabindex: "-1",
+  });
+  if (small) made.textContent = seen.mark;
+  else made.append(el("b", {}, `${at}`), el("i", {}, seen.text), el("span", { class: "mark" }, seen.corner ?? seen.mark));
   if (seen.used !== undefined) made.style.setProperty("--used", `${Math.round(seen.used * 100)}%`);
   return made;
 }
 
+// One listener for thousands of cells; and what a cell says to a screen reader, it says to a mouse, too.
+$("map").addEventListener("click", (event) => {
+  const one = event.target.closest("button");
+  if (!one) return;
+  const node = one.dataset.node, at = one.dataset.at;
+  show(at === "name" ? { kind: "node", node } : { kind: "gpu", node, gpu: Number(at.slice(4)) });
+});
+$("map").addEventListener("mouseover", (event) => {
+  const one = event.target.closest("button.cell");
+  if (one && !one.title) one.title = one.getAttribute("aria-label");
+});
+
+// Who is on a node; replicas of one deployment whose bandwidth is nobody's question share a line.
 function whoOn(node) {
+  const lines = new Map();
+  for (const [one, a] of assignmentsOn.get(node.id) || []) {
+    const alone = a.bandwidth_gb_per_s === null && a.share === 1 && a.gpus.length && !a.mig;
+    const key = alone ? one.name : `${one.name}/${a.replica_index}/${a.gpus}`;
+    if (!lines.has(key)) lines.set(key, { name: one.name, replicas: [], a: { ...a, gpus: [] } });
+    lines.get(key).replicas.push(a.replica_index);
+    lines.get(key).a.gpus.push(...a.gpus);
+  }
   const list = el("ul", { class: "who" });
-  for (const [one, a] of assignmentsOn.get(node.id) || [])
-    list.append(el("li", {}, el("b", {}, `${one.name}/${a.replica_index}`), el("span", {}, [holds(a), bandwidth(a)].filter(Boolean).join("  ·  "))));
+  for (const { name, replicas, a } of lines.values())
+    list.append(el("li", {}, el("b", {}, `${name}/${ordinals(replicas)}`), el("span", {}, [holds(a), bandwidth(a)].filter(Boolean).join("  ·  "))));
   return list;
 }
 
 function legend() {
   const shown = [
-    ["free", "", "free"], ["held", "L", "placed, by the first letter"], ["held shared", "◐", "shared, filled as far as it is used"],
+    ["free", "", "free"], ["held", "L", "placed"], ["held shared", "◐", "shared"],
     ["other", "–", "another Ray user"], ["odd", "?", "unknown or lost"], ["deadcell", "×", "lost with its node"],
   ];
   for (const [kind, mark, text] of shown) {
@@ -384,7 +420,7 @@ function legend() {
     sample.style.setProperty("--used", "60%");
     document.querySelector(".legend").append(el("span", {}, sample, text));
   }
-  document.querySelector(".legend").append(el("span", {}, "green frame: an NVLink island"));
+  document.querySelector(".legend").append(el("span", {}, el("span", { class: "set", "aria-hidden": "true" }), "NVLink island"));
 }
 
 // -- keyboard: the map is one stop of Tab, and arrows go through it -------------------------------------
@@ -392,22 +428,18 @@ function legend() {
 let stop = null; // [node id, data-at]
 
 const stops = () => [...$("map").querySelectorAll("button")];
+const stopNow = () => $("map").querySelector('button[tabindex="0"]');
 
 function rove() {
-  let found = null;
-  for (const one of stops()) {
-    const is = stop !== null && one.dataset.node === stop[0] && one.dataset.at === stop[1];
-    one.tabIndex = is ? 0 : -1;
-    if (is) found = one;
-  }
-  const first = $("map").querySelector("button");
-  if (!found && first) first.tabIndex = 0;
+  if (stopNow()) return;
+  const found = stop && stops().find((one) => one.dataset.node === stop[0] && one.dataset.at === stop[1]);
+  const next = found || $("map").querySelector("button");
+  if (next) next.tabIndex = 0;
 }
 
 $("map").addEventListener("focusin", (event) => {
   if (!event.target.dataset.at) return;
-  const last = $("map").querySelector('button[tabindex="0"]');
-  if (last) last.tabIndex = -1;
+  if (stopNow()) stopNow().tabIndex = -1;
   event.target.tabIndex = 0;
   stop = [event.target.dataset.node, event.target.dataset.at];
 });
@@ -445,9 +477,10 @@ function drawLists() {
     const text = [one.name, one.model, one.runtime, one.state, one.group, ...one.assignments.map((a) => a.node_name)].join(" ").toLowerCase();
     return wanted.every((word) => text.includes(word));
   };
-  const listed = all.filter(matches).sort((a, b) => a.name.localeCompare(b.name, undefined, { numeric: true }));
+  const listed = all.filter(matches).sort((a, b) => BY_NAME(a.name, b.name));
   fill($("deployments").querySelector("ul"), listed.map((one) => [one.name, one]), deploymentRow);
-  $("deployments").querySelector(".none").hidden = all.length > 0;
+  $("deployments").querySelector(".none").hidden = listed.length > 0;
+  say($("deployments").querySelector(".none"), all.length ? "No deployment is like that." : "Nothing is declared; try `placement apply FILE`.", "none");
 
   const last = all.length + 1;
   const waiting = all.filter((one) => one.queue_position || notPlaced(one).length || one.outdated.length);
@@ -501,8 +534,8 @@ function eventRow(one) {
   const who = one.replica === null ? one.deployment : `${one.deployment}/${one.replica}`;
   const clock = new Date(one.at * 1000).toLocaleTimeString([], { hour12: false });
   return el("li", {}, el("button", { type: "button", "data-at": "open", on: () => show({ kind: "event", number: one.number }) },
-    el("b", {}, `${who} `, el("span", { class: `state ${one.state}` }, one.state)),
-    el("time", { datetime: one.time }, clock), el("small", {}, one.text)));
+    el("b", {}, who), el("time", { datetime: one.time }, clock),
+    el("small", {}, el("span", { class: `state ${one.state}` }, one.state), ` ${one.text}`)));
 }
 
 // -- details -----------------------------------------------------------------------------------------
@@ -528,7 +561,7 @@ function hide() {
   markChosen();
   const again = opener && (opener.isConnected ? opener
     : stops().find((one) => one.dataset.node === opener.dataset.node && one.dataset.at === opener.dataset.at));
-  (again || $("map").querySelector('button[tabindex="0"]') || $("filter")).focus();
+  (again || stopNow() || $("filter")).focus();
 }
 
 // The GPUs of what is shown are marked on the map.
@@ -663,7 +696,9 @@ function gpuFacts(report, at, mig) {
   });
   const by = new Map();
   for (const [kind, other] of links) by.set(kind, [...(by.get(kind) || []), other]);
-  const nics = (told.nics || []).map((nic) => `${nic.name} ${nic.paths[at]}`).join(", ");
+  const cards = new Map();
+  for (const nic of told.nics || []) cards.set(nic.paths[at], [...(cards.get(nic.paths[at]) || []), nic.name]);
+  const nics = [...cards].map(([path, names]) => `${path} ${names.join(", ")}`).join("; ");
   const source = { nvml: "NVML", catalogue: "the catalogue", none: "nothing could be read" }[told.source];
   return pairs([
     ["model", gpu.name || report.gpu_model], ["MIG", mig], ["UUID", gpu.uuid], ["PCI bus", gpu.pci_bus_id],
