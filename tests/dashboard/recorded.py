@@ -60,7 +60,7 @@ class Recorded:
         self.feed = Feed()
         self.facts: dict[str, NodeFacts] = {}
         self.nodes = [self._node(number) for number in range(nodes)]
-        self.foreign = {self.nodes[-2].id: frozenset({0})} if nodes > 1 else {}
+        self.foreign = {self.nodes[0].id: frozenset({4})}
         self.deployments: dict[str, Known] = {}
         for number, info in enumerate(self.nodes):
             self._occupy(number, info)

@@ -153,7 +153,12 @@ def test_a_page_is_told_all_at_first_and_then_what_changes() -> None:
                 "pending",
                 source.deployments["llama-405b"].reasons[0],
             )
-            assert [gpu[0] for gpu in told["node:id-0"]["gpus"]] == ["held"] * 4 + ["free"] * 3 + ["held"]
+            assert [gpu[0] for gpu in told["node:id-0"]["gpus"]] == ["held"] * 4 + [
+                "other",
+                "free",
+                "free",
+                "held",
+            ]
             links = told[f"machine:{told['node:id-1']['machine']}"]
             assert links == {"numa": [0, 0, 1, 1], "links": [[0, 1, 12], [2, 3, 12]], "nvswitch": False}
             gone = source.deployments.pop("llama-405b")

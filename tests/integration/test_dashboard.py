@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shutil
 import signal
@@ -19,6 +20,7 @@ from aiohttp import web
 
 import placement
 from placement.dashboard import server
+from placement.runtime import bootstrap
 from placement.runtime.embedded import SimulatedNode
 from tests.dashboard.recorded import Recorded
 from tests.integration.conftest import settled
@@ -26,6 +28,7 @@ from tests.integration.conftest import settled
 webdriver = pytest.importorskip(
     "selenium.webdriver", reason="selenium is not installed: pip install selenium"
 )
+from selenium.common.exceptions import StaleElementReferenceException  # noqa: E402
 from selenium.webdriver.chrome.service import Service  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
@@ -77,11 +80,16 @@ def url(client: placement.Client, address: str) -> Iterator[str]:
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
+    offline = "background-networking", "component-update", "sync", "quic", "gpu", "dev-shm-usage"
     for argument in (
-        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-proxy-server",
-        "--window-size=1440,900", f"--user-data-dir={tmp_path_factory.mktemp('browser')}",
-    ):  # fmt: skip
+        "--headless=new",
+        "--no-sandbox",  # CI may be root
+        "--no-first-run",
+        "--no-proxy-server",
+        *(f"--disable-{one}" for one in offline),
+        "--window-size=1440,900",
+        f"--user-data-dir={tmp_path_factory.mktemp('browser')}",
+    ):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     running = webdriver.Chrome(options=options, service=Service(executable_path=DRIVER))
@@ -100,7 +108,8 @@ class Page:
         self.await_(lambda: self.text("#service").startswith("live"))
 
     def text(self, selector: str) -> str:
-        return str(self.browser.find_element(By.CSS_SELECTOR, selector).text)
+        script = "return document.querySelector(arguments[0])?.innerText ?? ''"
+        return str(self.browser.execute_script(script, selector))
 
     def label(self, at: int) -> str:
         """What a screen reader says of a GPU of node pcie."""
@@ -113,8 +122,15 @@ class Page:
         return list(self.browser.execute_script(script))
 
     def click(self, selector: str, text: str = "") -> None:
-        found = self.browser.find_elements(By.CSS_SELECTOR, selector)
-        next(one for one in found if text in (one.get_attribute("aria-label") or "") + one.text).click()
+        def tried() -> bool:
+            for one in self.browser.find_elements(By.CSS_SELECTOR, selector):
+                with contextlib.suppress(StaleElementReferenceException):  # it was drawn anew meanwhile
+                    if text in (one.get_attribute("aria-label") or "") + one.text:
+                        one.click()
+                        return True
+            return False
+
+        self.await_(tried)
 
     def press(self, *keys: str) -> str:
         """What has the focus afterwards: its label or its text."""
@@ -204,21 +220,14 @@ def test_all_of_it_can_be_reached_with_the_keyboard(page: Page, llama: placement
     page.await_(lambda: "0 of 2 nodes, 0 of 1 deployment" in page.text("#found"))
 
 
-def test_a_service_that_ends_is_shown_as_gone_and_comes_back(page: Page, client: placement.Client) -> None:
-    placement.stop(keep_placements=True)
-    page.await_(lambda: "start it with `placement up`" in page.text("#service"))
-    assert len(page.labels()) == 4, "what was last known stays"
-    placement.start()
-    page.await_(lambda: page.text("#service").startswith("live"))
-
-
 def test_the_policy_lets_nothing_run_but_the_pages_own_script(page: Page) -> None:
     tried = """
         const done = arguments[0], found = new Set();
         document.addEventListener("securitypolicyviolation", (event) => found.add(event.effectiveDirective));
         const attempt = (what) => { try { what(); } catch (error) { found.add(error.name); } };
         attempt(() => { document.querySelector("#found").innerHTML = "<img src=x onerror='window.hacked=1'>"; });
-        attempt(() => { const one = document.createElement("script"); one.append("window.hacked=1"); document.body.append(one); });
+        const script = document.createElement("script");
+        attempt(() => { script.append("window.hacked=1"); document.body.append(script); });
         attempt(() => { document.querySelector("#found").setAttribute("style", "color: red"); });
         fetch("https://127.0.0.1:1/").catch(() => {}).then(() => setTimeout(() => done([...found], 300), 300));
     """
@@ -310,3 +319,12 @@ def test_a_hostile_model_is_shown_as_text_from_the_cluster_on(
     page.await_(lambda: HOSTILE in page.text("#deployments"))
     assert page.browser.execute_script("return window.hacked") is None
     assert page.wrong() == []
+
+
+# The last one: the client of the others is one of the service that ends here.
+def test_a_service_that_ends_is_shown_as_gone_and_comes_back(page: Page, client: placement.Client) -> None:
+    bootstrap.stop(keep_placements=True)
+    page.await_(lambda: "start it with `placement up`" in page.text("#service"))
+    assert len(page.labels()) == 4, "what was last known stays"
+    placement.start()
+    page.await_(lambda: page.text("#service").startswith("live"))
