@@ -16,7 +16,7 @@ import json
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -116,7 +116,7 @@ class Board:
                 self._show(self.entries | {"service": self._service(problem)})
             await asyncio.sleep(max(EVERY_SECONDS, (time.monotonic() - began) / SHARE))
 
-    async def changes(self) -> AsyncIterator[dict[str, Any]]:
+    async def changes(self) -> AsyncGenerator[dict[str, Any], None]:
         """What makes a page of nothing what it should show, and from then on what has changed; without end.
 
         Whoever is slow to take it is told all that changed meanwhile as one. ``{}`` every few seconds, if nothing did.
@@ -195,7 +195,7 @@ class Guard:
         cookie = f"placement_dashboard_{request.url.port}"
         given = request.query.get("token")
         if given is not None and self._knows(given):
-            found = web.Response(status=303, headers={"Location": request.path})
+            found = web.Response(status=303, headers={"Location": "/"})
             # Lax: a link to the page may lead from anywhere; nothing else is sent along with it.
             found.set_cookie(cookie, self.key, httponly=True, samesite="Lax", path="/")
             return found
@@ -265,14 +265,15 @@ def application(board: Board, source: Source, guard: Guard) -> web.Application:
     async def stream(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
-        with contextlib.suppress(ConnectionError):  # the page was closed
-            whole = True
-            async for changed in board.changes():
-                kind = "whole" if whole else "changes"
-                # No line break is in it: JSON escapes those in texts.
-                data = f"event: {kind}\ndata: {json.dumps(changed)}\n\n" if changed or whole else ":\n\n"
-                await response.write(data.encode())
-                whole = False
+        kind = "whole"
+        # That it is closed ends this.
+        with contextlib.suppress(ConnectionError):
+            async with contextlib.aclosing(board.changes()) as changes:
+                async for changed in changes:
+                    # No line break is in it: JSON escapes those in texts.
+                    data = f"event: {kind}\ndata: {json.dumps(changed)}\n\n" if changed else ":\n\n"
+                    await response.write(data.encode())
+                    kind = "changes"
         return response
 
     def answering(answers: Answers) -> Handler:
