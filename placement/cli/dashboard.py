@@ -42,12 +42,10 @@ def dashboard(host: str, port: int, address: str | None, as_json: bool) -> None:
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
         )
     except OSError as error:
-        fix = (
-            "choose another --port, or 0 for any that is free"
-            if error.errno == errno.EADDRINUSE
-            else "check --host"
-        )
-        raise click.UsageError(f"cannot listen at {host} port {port}: {error.strerror}; {fix}") from None
+        in_use = error.errno == errno.EADDRINUSE
+        fix = "choose another --port, or 0 for any that is free" if in_use else "check --host"
+        why = str(error.strerror).partition(" (")[0]
+        raise click.UsageError(f"cannot listen at {host} port {port}: {why}; {fix}") from None
 
     def tell(url: str) -> None:
         if not server.is_loopback(host):

@@ -271,7 +271,11 @@ def application(board: Board, source: Source, guard: Guard) -> web.Application:
             async with contextlib.aclosing(board.changes()) as changes:
                 async for changed in changes:
                     # No line break is in it: JSON escapes those in texts.
-                    data = f"event: {kind}\ndata: {json.dumps(changed)}\n\n" if changed else ":\n\n"
+                    data = (
+                        f"event: {kind}\ndata: {json.dumps(changed, separators=(',', ':'))}\n\n"
+                        if changed
+                        else ":\n\n"
+                    )
                     await response.write(data.encode())
                     kind = "changes"
         return response

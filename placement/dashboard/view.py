@@ -105,24 +105,27 @@ def _node(node: Mapping[str, Any], machine: str | None) -> dict[str, Any]:
 def _deployment(one: Mapping[str, Any], at: float, before: Mapping[str, Any]) -> dict[str, Any]:
     shown = (
         "name", "model", "runtime", "runtime_from", "transport", "replicas", "state", "generation", "owner",
-        "queue_position", "outdated", "group", "replica_states",
+        "queue_position", "outdated", "group",
     )  # fmt: skip
     found = {key: one[key] for key in shown}
     since = at - one["age_seconds"]
     # When it began is told as an age, which two answers do not say alike to the millisecond.
     known = before.get("since")
     found["since"] = known if known is not None and abs(known - since) < AGE_STEP_SECONDS else round(since)
+    found["not_placed"] = [each for each in one["replica_states"] if each["state"] != "placed"]
     found["assignments"] = [
-        {key: value for key, value in a.items() if key in _OF_ASSIGNMENTS} for a in one["assignments"]
+        {key: value for key, value in a.items() if key in _ALWAYS or (key in _IF_SAID and value)}
+        for a in one["assignments"]
     ]
     return found
 
 
-_OF_ASSIGNMENTS = {
-    "replica_index", "node", "node_name", "gpus", "share", "mig", "ranks", "bandwidth_gb_per_s", "bandwidth_measured",
-    "upper_bandwidth_gb_per_s", "weakest_link", "ray_gpus", "ray_bandwidth_gb_per_s", "egress_resource", "egress_units",
-    "cpus", "memory_bytes",
+_ALWAYS = {"replica_index", "node", "node_name", "gpus", "share"}
+_IF_SAID = {
+    "mig", "bandwidth_gb_per_s", "bandwidth_measured", "upper_bandwidth_gb_per_s", "weakest_link", "ray_gpus",
+    "ray_bandwidth_gb_per_s", "egress_resource", "egress_units", "cpus",
 }  # fmt: skip
+"""Left out where they say nothing: there may be thousands."""
 
 
 def _asked(row: Mapping[str, Any]) -> dict[str, Any]:

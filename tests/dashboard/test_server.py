@@ -149,7 +149,7 @@ def test_a_page_is_told_all_at_first_and_then_what_changes() -> None:
             }  # fmt: skip
             assert told["service"] == {"ok": True, "problem": "", "cluster": source.cluster}
             one = told["deployment:llama-405b"]
-            assert (one["state"], one["replica_states"][0]["reason"]) == (
+            assert (one["state"], one["not_placed"][0]["reason"]) == (
                 "pending",
                 source.deployments["llama-405b"].reasons[0],
             )

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +18,7 @@ from placement.dashboard import server
 from placement.runtime import bootstrap
 from placement.runtime.embedded import SimulatedNode
 from tests.dashboard.recorded import Recorded
+from tests.dashboard.running import dashboard
 from tests.integration.conftest import settled
 
 webdriver = pytest.importorskip(
@@ -61,19 +57,8 @@ def client(address: str) -> placement.Client:
 @pytest.fixture(scope="module")
 def url(client: placement.Client, address: str) -> Iterator[str]:
     """Where the command says that the page is."""
-    command = Path(sys.executable).with_name("placement")
-    running = subprocess.Popen(
-        [command, "dashboard", "--port", "0", "--json", "--address", address],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert running.stdout is not None and running.stderr is not None
-    try:
-        said = "".join(iter(running.stdout.readline, "}\n")) + "}"
-        yield json.loads(said)["url"]
-    finally:
-        running.send_signal(signal.SIGINT)
-        ended = running.wait(120), "Traceback" in running.stderr.read()
-    assert ended == (130, False)
+    with dashboard(address) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,7 @@ function ordinals(numbers) {
 }
 
 function bandwidth(a) {
-  if (a.bandwidth_gb_per_s === null) return "";
+  if (a.bandwidth_gb_per_s === undefined) return "";
   const upper = a.upper_bandwidth_gb_per_s, range = upper && upper > a.bandwidth_gb_per_s;
   const rates = rate(a.bandwidth_gb_per_s) + (range ? `-${rate(upper)}` : "");
   return `${rates} GB/s${a.weakest_link ? `, ${a.weakest_link}` : ""}${a.bandwidth_measured ? ", measured" : ""}`;
@@ -107,7 +107,7 @@ function ownerText(owner) {
   return typeof owner === "string" ? owner : [owner.kind, owner.actor || owner.job].filter(Boolean).join(" ");
 }
 
-const notPlaced = (one) => one.replica_states.filter((each) => each.state !== "placed");
+const notPlaced = (one) => one.not_placed;
 const gib = (bytes) => (bytes === null || bytes === undefined ? "?" : `${rate(bytes / 2 ** 30)} GiB`);
 
 // -- what the server tells ---------------------------------------------------------------------------
@@ -233,20 +233,22 @@ function drawNodes() {
     map.replaceChildren();
   }
   const kinds = new Map();
-  for (const node of shown.sort((a, b) => BY_NAME(a.name, b.name))) {
-    const kind = kindOf(node);
+  const group = (node) => (small ? kindOf(node) : "0"); // each of a few says what it is itself
+  for (const node of shown.sort((a, b) => kindOf(a)[0] - kindOf(b)[0] || BY_NAME(a.name, b.name))) {
+    const kind = group(node);
     if (!kinds.has(kind)) kinds.set(kind, []);
     kinds.get(kind).push(node);
   }
   const gpusOf = (alike) => alike.reduce((sum, node) => sum + node.gpu_count, 0);
   const order = [...kinds].sort(([a, some], [b, others]) => a[0] - b[0] || gpusOf(others) - gpusOf(some) || BY_NAME(a, b));
   fill(map, order.map(([kind]) => [kind, kind]), (kind) =>
-    el("section", { class: "kind", "aria-label": kind.slice(1) }, el("h2", {}, kind.slice(1), el("small")), el("div", { class: "cards" })));
+    el("section", { class: "kind", "aria-label": kind.slice(1) || null }, el("h2", {}, kind.slice(1), el("small")), el("div", { class: "cards" })));
   order.forEach(([kind, alike], at) => {
     const [heading, cards] = map.children[at].children;
     const gpus = alike.flatMap((node) => node.gpus);
     const free = gpus.filter((gpu) => gpu[0] === "free").length;
     const told = counted(alike.length, "node") + (gpus.length && kind[0] === "0" ? `, ${free} of ${gpus.length} free` : "");
+    heading.hidden = !small;
     if (heading.lastChild.textContent !== told) heading.lastChild.textContent = told;
     fill(cards, alike.map((node) => [node.id, node]), (node) => card(node, small));
   });
@@ -267,6 +269,7 @@ function card(node, small) {
     "aria-label": `node ${node.name}${told ? `, ${told}` : ""}`, tabindex: "-1",
   }, node.name);
   const made = el("article", { class: `card ${node.state}` }, el("h3", {}, title, el("span", {}, told)));
+  if (!small && node.state !== "dead") made.append(el("p", { class: "what" }, kindOf(node).slice(1).replace(/ nodes$/, " node")));
   const sets = el("div", { class: "sets" });
   for (const [heading, gpus, linked] of setsOf(node)) sets.append(set(node, heading, gpus, linked, small));
   if (node.gpu_count) made.append(sets);
@@ -398,7 +401,7 @@ $("map").addEventListener("mouseover", (event) => {
 function whoOn(node) {
   const lines = new Map();
   for (const [one, a] of assignmentsOn.get(node.id) || []) {
-    const alone = a.bandwidth_gb_per_s === null && a.share === 1 && a.gpus.length && !a.mig;
+    const alone = a.bandwidth_gb_per_s === undefined && a.share === 1 && a.gpus.length && !a.mig;
     const key = alone ? one.name : `${one.name}/${a.replica_index}/${a.gpus}`;
     if (!lines.has(key)) lines.set(key, { name: one.name, replicas: [], a: { ...a, gpus: [] } });
     lines.get(key).replicas.push(a.replica_index);
@@ -504,7 +507,7 @@ const opens = (name) => () => show({ kind: "deployment", name });
 
 function deploymentRow(one) {
   const placed = new Set(one.assignments.map((a) => a.replica_index)).size;
-  const slowest = one.assignments.filter((a) => a.bandwidth_gb_per_s !== null).sort((a, b) => a.bandwidth_gb_per_s - b.bandwidth_gb_per_s)[0];
+  const slowest = one.assignments.filter((a) => a.bandwidth_gb_per_s !== undefined).sort((a, b) => a.bandwidth_gb_per_s - b.bandwidth_gb_per_s)[0];
   return el("li", {}, el("button", { type: "button", "data-at": "open", "data-deployment": one.name, "aria-pressed": "false", on: opens(one.name) },
     el("b", {}, one.name), el("span", {}, `${placed}/${one.replicas} `, el("span", { class: `state ${one.state}` }, one.state)),
     el("small", {}, [one.model, slowest && bandwidth(slowest)].filter(Boolean).join("  ·  "))));
@@ -617,7 +620,7 @@ const link = (text, what) => el("button", { class: "link", type: "button", "data
 
 function deploymentDetail(one) {
   const replicas = one.assignments.map((a) => [`${a.replica_index}`, link(a.node_name, { kind: "node", node: a.node }), holds(a), bandwidth(a) || "-",
-    a.ray_gpus.length > 1 ? `GPU ${ordinals(a.ray_gpus)}${a.ray_bandwidth_gb_per_s === null ? "" : `, ${rate(a.ray_bandwidth_gb_per_s)} GB/s`}` : "-"]);
+    (a.ray_gpus || []).length > 1 ? `GPU ${ordinals(a.ray_gpus)}${a.ray_bandwidth_gb_per_s === undefined ? "" : `, ${rate(a.ray_bandwidth_gb_per_s)} GB/s`}` : "-"]);
   const parts = [
     pairs([["state", one.state], ["model", one.model], ["runs on", `${one.runtime} (${one.runtime_from})`], ["group", one.group],
       ["owner", ownerText(one.owner)], ["declared", `${new Date(one.since * 1000).toLocaleString()}, generation ${one.generation}`],
