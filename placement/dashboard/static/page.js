@@ -210,6 +210,9 @@ function howLinked(node) {
   return sizes.length === 1 ? "one NVLink island" : `NVLink islands of ${sizes.join(" + ")}`;
 }
 
+// What others hold without anybody knowing where is not free either.
+const freeOn = (node) => Math.max(0, node.gpus.filter((gpu) => gpu[0] === "free").length - node.others_unlocated);
+
 function words() {
   return $("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
 }
@@ -245,9 +248,8 @@ function drawNodes() {
     el("section", { class: "kind", "aria-label": kind.slice(1) || null }, el("h2", {}, kind.slice(1), el("small")), el("div", { class: "cards" })));
   order.forEach(([kind, alike], at) => {
     const [heading, cards] = map.children[at].children;
-    const gpus = alike.flatMap((node) => node.gpus);
-    const free = gpus.filter((gpu) => gpu[0] === "free").length;
-    const told = counted(alike.length, "node") + (gpus.length && kind[0] === "0" ? `, ${free} of ${gpus.length} free` : "");
+    const free = alike.reduce((sum, node) => sum + freeOn(node), 0);
+    const told = counted(alike.length, "node") + (kind[0] === "0" ? `, ${free} of ${gpusOf(alike)} free` : "");
     heading.hidden = !small;
     if (heading.lastChild.textContent !== told) heading.lastChild.textContent = told;
     fill(cards, alike.map((node) => [node.id, node]), (node) => card(node, small));
@@ -261,7 +263,7 @@ function drawNodes() {
 // -- a node ------------------------------------------------------------------------------------------
 
 function card(node, small) {
-  const free = node.gpus.filter((gpu) => gpu[0] === "free").length;
+  const free = freeOn(node);
   const told = node.state === "dead" ? `died ${age(node.dead_seconds)} ago`
     : `${node.gpu_count ? `${free} free` : ""}${node.state === "draining" ? " draining" : ""}`;
   const title = el("button", {
@@ -321,10 +323,10 @@ function set(node, [how, links], gpus, linked, small) {
     const cells = el("div", { class: "row" }, ...here.map((at) => cell(node, at, small)));
     for (const at of here) { middle.set(at, x + CELL / 2); x += CELL + GAP; }
     x += SOCKET_GAP - GAP;
-    row.append(el("div", { class: "socket" }, cells, numa === null ? "" : el("small", {}, `NUMA ${numa}`)));
+    row.append(el("div", { class: "socket" }, cells, numa === null || small ? "" : el("small", {}, `NUMA ${numa}`)));
   }
-  const made = el("div", { class: linked ? "set" : "set plain", role: "group", "aria-label": `${how} ${links}: GPU ${ordinals(gpus)}` },
-    el("div", { class: "title" }, linked ? el("b", {}, how) : how, links && ` ${links}`));
+  const made = el("div", { class: linked ? "set" : "set plain", role: "group", "aria-label": `${how} ${links}: GPU ${ordinals(gpus)}` });
+  if (!small) made.append(el("div", { class: "title" }, linked ? el("b", {}, how) : how, links && ` ${links}`));
   if (linked && !small) {
     const links = machine.links.filter(([a, b]) => middle.has(a) && middle.has(b));
     made.append(node.nvswitch ? bar(middle, x - SOCKET_GAP) : arcs(links, middle, x - SOCKET_GAP));
