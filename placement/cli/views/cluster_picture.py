@@ -22,7 +22,10 @@ from placement.cli.views.tables import bandwidth_text
 
 WIDTH = 1280
 """Of a slide; a node with more GPUs than fit makes it wider."""
-FILLS = ("#bcd8f2", "#ffd9b0", "#c3e6c1", "#f5c3c7", "#dccdf0", "#e3d2b8", "#bfe8ea", "#f0e08c")
+FILLS = (
+    "#bcd8f2", "#ffd9b0", "#c3e6c1", "#f5c3c7", "#dccdf0", "#e3d2b8", "#bfe8ea", "#f0e08c", "#f2c9e4", "#d3dba6",
+    "#c5cbe9", "#e8c7ae",
+)  # fmt: skip
 FREE, OTHER, ODD, LINE = "#ffffff", "#d9dde2", "#fff3d6", "#aab3bd"
 CELL, SMALL_CELL = (74, 40), (17, 17)
 
@@ -35,7 +38,8 @@ def cluster_picture(report: Mapping[str, Any]) -> str:
 class _Picture:
     def __init__(self, report: Mapping[str, Any]) -> None:
         self._report = report
-        names = sorted(one["name"] for one in report["deployments"])
+        on_gpus = (one for one in report["deployments"] if any(a["gpus"] for a in one["assignments"]))
+        names = sorted(one["name"] for one in on_gpus)
         self._fills = {name: FILLS[i % len(FILLS)] for i, name in enumerate(names)}
         shown = [
             node for node in report["nodes"] if node["gpu_count"] or node["egress"] or node["cpus"]["held"]
@@ -112,7 +116,7 @@ class _Picture:
             yield f"{one['resource']}: {one['held']} of {one['total']} requests"
         if node["cpus"]["held"]:
             yield cpus_told(node)
-        if node["others_unlocated"]:
+        if node["others_unlocated"] and self._small:  # else its heading says so
             yield f"{node['others_unlocated']} held by other Ray users, on ordinals not looked up yet"
         if node["problem"] and not died_text(node):
             yield node["problem"]
@@ -163,7 +167,7 @@ class _Picture:
         for i, one in enumerate(self._report["deployments"]):
             x = MARGIN + column * (i % 3)
             y += 20 * (i % 3 == 0 and i > 0)
-            self._page.rect(x, y, 14, 14, self._fills[one["name"]], LINE, 3)
+            self._page.rect(x, y, 14, 14, self._fills.get(one["name"], FREE), LINE, 3)
             placed = len({a["replica_index"] for a in one["assignments"]})
             slow = min(
                 (a for a in one["assignments"] if a["bandwidth_gb_per_s"]),

@@ -236,7 +236,7 @@ function drawNodes() {
     map.replaceChildren();
   }
   const kinds = new Map();
-  const group = (node) => (small ? kindOf(node) : "0"); // each of a few says what it is itself
+  const group = (node) => (small ? kindOf(node) : "0Nodes"); // each of a few says what it is itself
   for (const node of shown.sort((a, b) => kindOf(a)[0] - kindOf(b)[0] || BY_NAME(a.name, b.name))) {
     const kind = group(node);
     if (!kinds.has(kind)) kinds.set(kind, []);
@@ -245,12 +245,12 @@ function drawNodes() {
   const gpusOf = (alike) => alike.reduce((sum, node) => sum + node.gpu_count, 0);
   const order = [...kinds].sort(([a, some], [b, others]) => a[0] - b[0] || gpusOf(others) - gpusOf(some) || BY_NAME(a, b));
   fill(map, order.map(([kind]) => [kind, kind]), (kind) =>
-    el("section", { class: "kind", "aria-label": kind.slice(1) || null }, el("h2", {}, kind.slice(1), el("small")), el("div", { class: "cards" })));
+    el("section", { class: "kind" }, el("h2", {}, kind.slice(1), el("small")), el("div", { class: "cards" })));
   order.forEach(([kind, alike], at) => {
     const [heading, cards] = map.children[at].children;
     const free = alike.reduce((sum, node) => sum + freeOn(node), 0);
     const told = counted(alike.length, "node") + (kind[0] === "0" ? `, ${free} of ${gpusOf(alike)} free` : "");
-    heading.hidden = !small;
+    heading.className = small ? "" : "unseen";
     if (heading.lastChild.textContent !== told) heading.lastChild.textContent = told;
     fill(cards, alike.map((node) => [node.id, node]), (node) => card(node, small));
   });
