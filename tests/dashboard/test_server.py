@@ -172,6 +172,18 @@ def test_a_page_is_told_all_at_first_and_then_what_changes() -> None:
     run(test)
 
 
+def test_what_only_grows_older_is_not_told_again() -> None:
+    async def test() -> None:
+        board = server.Board(Recorded(10))
+        await board.refresh()
+        told = board.entries
+        await asyncio.sleep(0.1)
+        await board.refresh()
+        assert board.entries is told
+
+    asyncio.run(test())
+
+
 def test_many_viewers_cost_one_question_and_without_any_nothing_is_asked() -> None:
     async def test(client: TestClient[Any, Any], source: Recorded) -> None:
         await asyncio.sleep(0.2)
