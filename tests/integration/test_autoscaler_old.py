@@ -9,9 +9,10 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group_table
 
+from placement.runtime.asking import Asked, State
 from placement.runtime.autoscaler import NO_AUTOSCALER, OLD_AUTOSCALER
-from placement.runtime.demand import Asked, Demand, Need, State
-from placement.runtime.needs import Way
+from placement.runtime.demand import Demand
+from placement.runtime.needs import Need, Way
 from tests.cloud.cloud import cloud, host_of
 from tests.integration.conftest import settled
 
@@ -26,7 +27,7 @@ def test_nothing_is_asked_and_the_reason_is_told(version: int, reason: str) -> N
             demand = Demand("ask-")
             demand.want({"d:0:0": Need("4 GPUs", (Way(((("GPU", 4.0),),)),))}, ())
             expected = Asked(State.NOT_ASKED, reason)
-            assert settled(lambda: demand.poll()["d:0:0"] == expected, 30), demand.report()
+            assert settled(lambda: demand.poll()["d:0:0"] == expected), demand.report()
             assert {} == placement_group_table()
             demand.withdraw()
         finally:

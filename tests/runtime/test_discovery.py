@@ -11,16 +11,17 @@ from ray.util.accelerators import accelerators
 
 from placement import topologies
 from placement.cli.simulate import cluster_of
+from placement.core.needs import WHOLE, Needs
+from placement.core.node import Choice
 from placement.core.planner import plan
 from placement.core.replicas import Plan
 from placement.core.request import Request
-from placement.core.score import WHOLE, Needs
-from placement.core.snapshot import Choice, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.core.topology import Topology
 from placement.runtime import discovery
+from placement.runtime.claims import Tally
 from placement.runtime.discovery import ACCELERATOR_LABEL, TOPOLOGY_LABEL, NodeInfo, node_state
 from placement.runtime.orders import GpuHardware, hardware_of
-from placement.runtime.state import Tally
 from placement.wire.accelerators import accelerator_type
 from placement.wire.facts import GpuFacts, NodeFacts
 from placement.wire.slots import in_ray_order
