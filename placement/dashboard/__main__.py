@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, TextIO
 
 from placement.errors import ClusterUnreachable, PlacementError
-from placement.runtime import bootstrap, client, ray_internals
+from placement.runtime import bootstrap, connection, ray_internals
 
 THREADS = 8
 
@@ -29,7 +29,7 @@ def main() -> int:
     os.dup2(2, 1)
     answers = _Answers(out)
     try:
-        with client.cluster(json.loads(sys.argv[1])) as cluster:
+        with connection.cluster(json.loads(sys.argv[1])) as cluster:
             threads = ThreadPoolExecutor(THREADS)
             answers.tell(0, lambda: {"cluster": cluster, "token": ray_internals.auth_token()}, cluster)
             for line in sys.stdin:
@@ -68,24 +68,24 @@ class _Answers:
 def _read(since: int) -> dict[str, Any]:
     service = bootstrap.connect()
     status, events = service.status.remote(), service.events.remote(None, since)
-    return {"status": client.ask(status), "events": client.ask(events)}
+    return {"status": connection.ask(status), "events": connection.ask(events)}
 
 
 def _machines() -> dict[str, Any]:
     """Of a cluster file only what the machines are: the rest holds what was declared."""
-    file = client.ask(bootstrap.connect().snapshot.remote())
+    file = connection.ask(bootstrap.connect().snapshot.remote())
     machine_of = {node["id"]: node["machine"] for node in file["nodes"] if node.get("machine")}
     return {"machines": file["machines"], "machine_of": machine_of}
 
 
 def _node(node: str) -> Any:
-    return client.ask(bootstrap.connect().topology.remote(node))[0]
+    return connection.ask(bootstrap.connect().topology.remote(node))[0]
 
 
 def _why(deployment: str) -> dict[str, Any]:
     service = bootstrap.connect()
-    declared = client.ask(service.describe.remote(deployment))["deployment"]
-    [explained] = client.ask(service.explain_all.remote([declared]))
+    declared = connection.ask(service.describe.remote(deployment))["deployment"]
+    [explained] = connection.ask(service.explain_all.remote([declared]))
     found: dict[str, Any] = explained.to_dict()
     return {"refusal": found["refusal"], "explanation": found["explanation"]}
 

@@ -24,11 +24,12 @@ from placement.errors import UnknownDeployment, UnknownNode
 from placement.runtime.discovery import DeadNode, NodeInfo
 from placement.runtime.feed import Feed
 from placement.runtime.orders import hardware_of
-from placement.runtime.report import Observed, cluster_status, topology_report
 from placement.runtime.results import NodeAssignment
-from placement.wire.cluster import Machine
+from placement.runtime.status import Observed, cluster_status
+from placement.runtime.topology_report import topology_report
 from placement.wire.facts import NodeFacts
-from tests.runtime.test_report import Known
+from placement.wire.machine import Machine
+from tests.runtime.test_status import Known
 
 MACHINES = ("dgx-h100", "dgx-1v", "a100-pcie-4x", "a100-mig-4x", "l40s-4x")
 MODELS = (
