@@ -41,8 +41,11 @@ HEARTBEAT_SECONDS = 15.0
 PAGE = {
     "/": ("index.html", "text/html"),
     "/style.css": ("style.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
+    **{
+        f"/{name}.js": (f"{name}.js", "text/javascript")
+        for name in ("elements", "map", "lists", "details", "page")
+    },
 }
 HEADERS = {
     "Content-Security-Policy": (
