@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +15,8 @@ import pytest
 from aiohttp import web
 
 import placement
-from placement.dashboard import server
+from placement.dashboard import server, source
+from placement.errors import ClusterUnreachable
 from placement.runtime import bootstrap
 from placement.runtime.embedded import SimulatedNode
 from tests.dashboard.recorded import Recorded
@@ -223,15 +225,15 @@ def test_the_policy_lets_nothing_run_but_the_pages_own_script(page: Page) -> Non
 
 
 @pytest.fixture
-def recorded() -> Iterator[tuple[Recorded, str]]:
+def recorded() -> Iterator[str]:
     """The same page of recorded data, in which every text is hostile."""
-    source, ready, found, loop = Recorded(4), threading.Event(), [], asyncio.new_event_loop()
+    data, ready, found, loop = Recorded(4), threading.Event(), [], asyncio.new_event_loop()
     listener = socket.create_server(("127.0.0.1", 0))
 
     async def serve() -> None:
-        board = server.Board(source)
+        board = server.Board(data)
         runner = web.AppRunner(
-            server.application(board, source, server.Guard("127.0.0.1", None)), shutdown_timeout=0.1
+            server.application(board, data, server.Guard("127.0.0.1", None)), shutdown_timeout=0.1
         )
         await board.refresh()
         await runner.setup()
@@ -244,16 +246,16 @@ def recorded() -> Iterator[tuple[Recorded, str]]:
         loop.run_forever()
         loop.run_until_complete(found[0].cleanup())
 
-    read = source.read
+    read = data.read
 
     async def hostile(since: int) -> Any:
         return _hostile(await read(since))
 
-    source.read = hostile  # type: ignore[method-assign]
+    data.read = hostile  # type: ignore[method-assign]
     thread = threading.Thread(target=run)
     thread.start()
     assert ready.wait(SECONDS)
-    yield source, server.url_of("127.0.0.1", listener.getsockname()[1], None)
+    yield server.url_of("127.0.0.1", listener.getsockname()[1], None)
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
 
@@ -282,8 +284,8 @@ def _hostile(value: Any, key: str = "") -> Any:
     return f"{value}{HOSTILE}" if key in TEXTS and isinstance(value, str) else value
 
 
-def test_hostile_texts_are_shown_as_texts(browser: Any, recorded: tuple[Recorded, str]) -> None:
-    page = Page(browser, recorded[1])
+def test_hostile_texts_are_shown_as_texts(browser: Any, recorded: str) -> None:
+    page = Page(browser, recorded)
     for where in ("#map", "#deployments", "#waiting", "#events"):
         page.await_(lambda where=where: HOSTILE in page.text(where))
     for one in ("#deployments button", "#events button", "#map .name", "#map .cell", "#waiting button"):
@@ -302,6 +304,32 @@ def test_a_hostile_model_is_shown_as_text_from_the_cluster_on(
     page.await_(lambda: HOSTILE in page.text("#deployments"))
     assert page.browser.execute_script("return window.hacked") is None
     assert page.wrong() == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_who_asks_the_service_may_end_or_hang(
+    address: str, how: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        asking = source.ServiceSource(address)
+        try:
+            before = await asking.read(0)
+            child = await asking.start()
+            child.send_signal(how)
+            with monkeypatch.context() as patched:
+                patched.setattr(source, "ANSWER_SECONDS", 3.0)
+                with pytest.raises(ClusterUnreachable, match="it is started again|no answer for 3 s"):
+                    await asking.read(0)
+            assert await asking.start() is not child
+            after = await asking.read(0)
+            assert [one["name"] for one in before["status"]["nodes"]] == [
+                one["name"] for one in after["status"]["nodes"]
+            ]
+        finally:
+            await asking.close()
+        assert asking._child is None
+
+    asyncio.run(test())
 
 
 # The last one: the client of the others is one of the service that ends here.
