@@ -30,10 +30,10 @@ logger = logging.getLogger(__name__)
 
 EVERY_SECONDS = 1.0
 """The service is asked so often, while anybody looks."""
-SHARE = 0.1
-"""And no more often than that answering takes this part of the time."""
+SHARE, MOST_SECONDS = 0.1, 5.0
+"""And no more often than that answering takes this part of the time; but after so long at the latest."""
 MACHINES_SECONDS = 60.0
-"""How the GPUs of nodes are linked is asked so often, and when there are other nodes."""
+"""How GPUs are linked is asked so often, and when it is known of other nodes."""
 FACTS_SECONDS = 5.0
 """What was said of a node, or of why something waits, is said again without asking for so long."""
 HEARTBEAT_SECONDS = 15.0
@@ -75,7 +75,7 @@ class Board:
         self._viewers = 0
         self._viewed, self._changed = asyncio.Event(), asyncio.Event()
         self._last_event = 0
-        self._machine_of: dict[str, str] = {}
+        self._machine_of: Mapping[str, str] = {}
         self._machines: dict[str, Any] = {}
         self._asked_for: tuple[float, frozenset[str]] = (float("-inf"), frozenset())
 
@@ -87,13 +87,11 @@ class Board:
         """
         reading = await self._source.read(self._last_event)
         status, at = reading["status"], time.time()
-        nodes, now = frozenset(node["id"] for node in status["nodes"]), time.monotonic()
+        nodes = frozenset(node["id"] for node in status["nodes"] if node["topology_known"])
+        now = time.monotonic()
         if nodes != self._asked_for[1] or now - self._asked_for[0] > MACHINES_SECONDS:
             told = await self._source.machines()
-            self._machines, self._machine_of = (
-                view.machine_entries(told["machines"]),
-                dict(told["machine_of"]),
-            )
+            self._machines, self._machine_of = view.machine_entries(told["machines"]), told["machine_of"]
             self._asked_for = now, nodes
         events = reading["events"]
         self._last_event = events[-1]["number"] if events else self._last_event
@@ -117,7 +115,8 @@ class Board:
                 logger.exception("what the service said cannot be shown")
                 problem = "what the service says cannot be shown; is it of the same version as this page?"
                 self._show(self.entries | {"service": self._service(problem)})
-            await asyncio.sleep(max(EVERY_SECONDS, (time.monotonic() - began) / SHARE))
+            took = time.monotonic() - began
+            await asyncio.sleep(max(EVERY_SECONDS, min(took / SHARE, MOST_SECONDS)))
 
     async def changes(self) -> AsyncGenerator[dict[str, Any], None]:
         """What makes a page of nothing what it should show, and from then on what has changed; without end.
