@@ -8,7 +8,7 @@ reductions inside the switch (NVLS). So for a set of *k* GPUs:
 
 - *NVSwitch*: each GPU has ``links x rate`` to spend, whoever the peer. Rings reach just that. NVLS moves
   ``(k + 1) / k`` of the data per direction instead of ``2 (k - 1) / k``, at an efficiency of its own, so that
-  it reports ``links x rate x efficiency x 2 (k - 1) / (k + 1)``. The better of the two.
+  it reports ``links x rate x efficiency x 2 (k - 1) / (k + 1)``. The better of the two; rings alone where NVLS is off.
 - *Direct NVLinks*: every undirected ring over NVLinks through all *k*, edge-disjoint from the others, carries
   ``rate`` in each of its two directions: ``2 x rings x rate``; between two GPUs ``links x rate``. A set
   can be joined by NVLinks and have no such ring: 48 of the 70 quads of a DGX-1V are like that.
@@ -16,8 +16,9 @@ reductions inside the switch (NVLS). So for a set of *k* GPUs:
   not reach each other's memory goes through the host's, and what the set shares counts as well: see
   :func:`staged_mb_per_s`.
 
-What is not known of a machine, its processors or whether its GPUs have peer-to-peer, makes the figure a range: the
-least is that of the slowest host that it may be, without peer-to-peer; the most that of the fastest, with it.
+What is not known of a machine, its processors, whether its GPUs have peer-to-peer, or whether NVLS is on, makes the
+figure a range: the least is that of the slowest host that it may be, without either; the most that of the fastest,
+with both.
 
 **The figures** (MB/s, so that sums are exact). NVLink: what NCCL charges per link (``src/graph/topo.h`` of
 NVIDIA/nccl: SM60 18, SM70 20, SM86 12, SM90 20.6, SM100 40.1 GB/s), but 19.2 on A100 (SM80 20), whose SMs

@@ -94,9 +94,9 @@ class Score:
             GPU and direction, as nccl-tests reports it: measured or predicted; infinite for fewer than two GPUs.
         weakest: the slowest link between two of them; not part of the order.
         weakest_pair: that pair (its lowest ordinals, if several tie); not part of the order.
-        upper_gb_per_s: what it may be at most, where something that decides it is not known: the host's processors, or
-            whether the GPUs have peer-to-peer; ``bandwidth_gb_per_s`` is the least then. ``None`` where nothing is
-            missing. Not part of the order.
+        upper_gb_per_s: what it may be at most, where something that decides it is not known: the host's processors,
+            whether the GPUs have peer-to-peer, or whether the NVSwitch reduces (NVLS); ``bandwidth_gb_per_s`` is the
+            least then. ``None`` where nothing is missing. Not part of the order.
         measured: whether the bandwidth was measured, on the set or one alike; not part of the order.
     """
 
@@ -870,6 +870,8 @@ def _at_best(same: _Same) -> Shape:
 
 def _at(machine: Topology, best: int) -> Shape:
     gpu = generation(machine.model)
+    if not (bool(best) if machine.nvls is None else machine.nvls) and has_switch(machine.links, gpu):
+        gpu = replace(gpu, nvls_percent=0)
     hosts = hosts_of(machine.cpu, gpu.pcie)
     asked = any(link.peer is None for row in machine.links for link in row if link.path in _OVER_PCIE)
     return _shape(

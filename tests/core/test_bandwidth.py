@@ -209,6 +209,23 @@ def test_peer_to_peer_that_is_not_known_makes_a_range() -> None:
     assert with_it.upper_gb_per_s is None and without.upper_gb_per_s is None and least < most
 
 
+@pytest.mark.parametrize(
+    ("nvls", "least", "most"), [(True, 490.28, None), (False, 370.8, None), (None, 370.8, 490.28)]
+)
+def test_whether_the_switch_reduces_counts_and_if_not_known_makes_a_range(
+    nvls: bool | None, least: float, most: float | None
+) -> None:
+    found = score(replace(H100, nvls=nvls), range(8))
+    assert (found.bandwidth_gb_per_s, found.upper_gb_per_s) == (least, most)
+    assert found.bandwidth_gb_per_s == pytest.approx(330, rel=TOLERANCE) or nvls, "NVIDIA/nccl#1221: NVLS off"
+    few = score(replace(H100, nvls=nvls), (0, 1))
+    assert (few.bandwidth_gb_per_s, few.upper_gb_per_s) == (370.8, None), "two GPUs make rings anyway"
+
+
+def test_switches_before_hopper_have_no_range() -> None:
+    assert A100.nvls is None and score(A100, range(8)).upper_gb_per_s is None
+
+
 def test_one_order_is_known_to_be_wrong() -> None:
     """Bridged H100 cards should beat bridged A100 cards, and did not."""
     (a100,), (h100,) = figures("A100 PCIe, bridged pair"), figures("H100 PCIe, bridged pair")
