@@ -22,6 +22,7 @@ from itertools import combinations, groupby
 from typing import NamedTuple
 
 from placement.core.bandwidth import (
+    BELOW_ONE_SWITCH,
     Generation,
     Host,
     generation,
@@ -30,6 +31,7 @@ from placement.core.bandwidth import (
     hosts_of,
     lanes_mb_per_s,
     nvlink_rings,
+    pair_mb_per_s,
     staged_mb_per_s,
     switch_mb_per_s,
 )
@@ -67,9 +69,8 @@ LEFTOVER_SIZES = (8, 4, 2)
 MAX_PICKS = 1 << 16
 """Machines with more picks (17 GPUs and more, no two of them alike) are not tabulated."""
 
-_BELOW_ONE_SWITCH = (Path.PIX, Path.PXB)
-_OVER_PCIE = (*_BELOW_ONE_SWITCH, Path.PHB, Path.NODE, Path.SYS)
-_BELOW_ONE_BRIDGE = (*_BELOW_ONE_SWITCH, Path.PHB)
+_OVER_PCIE = (*BELOW_ONE_SWITCH, Path.PHB, Path.NODE, Path.SYS)
+_BELOW_ONE_BRIDGE = (*BELOW_ONE_SWITCH, Path.PHB)
 
 
 class Within(StrEnum):
@@ -351,7 +352,7 @@ class Shape:
         self._switch = has_switch(links, gpu)
         self._lanes = [lanes_mb_per_s(one or Lanes(gpu.pcie)) for one in lanes]
         everyone = range(len(links))
-        self._uplink = _group_of(components(everyone, lambda a, b: links[a][b].path in _BELOW_ONE_SWITCH))
+        self._uplink = _group_of(components(everyone, lambda a, b: links[a][b].path in BELOW_ONE_SWITCH))
         self._bridge = _group_of(components(everyone, lambda a, b: links[a][b].path in _BELOW_ONE_BRIDGE))
         self._hops = [[self._hop(a, b) for b in everyone] for a in everyone]
         self.hops = [[self._pair(a, b) for b in everyone] for a in everyone]
@@ -598,7 +599,7 @@ class Shape:
         members = {pick: self._lowest(pick, -1) for picks in self._picks for pick in picks}
         ring = self._best_ring(members)
         on_nvlink = self._closed(lambda a, b: self._links[a][b].nvlinks > 0)
-        past_no_host = self._closed(lambda a, b: self._links[a][b].path in (Path.NVLINK, *_BELOW_ONE_SWITCH))
+        past_no_host = self._closed(lambda a, b: self._links[a][b].path in (Path.NVLINK, *BELOW_ONE_SWITCH))
         self._bandwidth: dict[Pick, int] = {}
         self._reach: dict[Pick, frozenset[Within]] = {}
         self._near: dict[Pick, tuple[int, int]] = {}
@@ -642,7 +643,7 @@ class Shape:
         link, gpu = self._links[a][b], self._gpu
         if link.path in (Path.NVLINK, Path.UNKNOWN):
             return Hop(hop_mb_per_s(link, gpu), 0)
-        if link.path in _BELOW_ONE_SWITCH and self._reaches(link):
+        if link.path in BELOW_ONE_SWITCH and self._reaches(link):
             return Hop(min(hop_mb_per_s(link, gpu), self._lanes[a], self._lanes[b]), 0)
         return Hop(0, self._host.far if link.path is Path.SYS else self._host.near)
 
@@ -652,13 +653,10 @@ class Shape:
 
     def _pair(self, a: int, b: int) -> int:
         """What two GPUs reach that are alone."""
-        link, hop = self._links[a][b], self._hops[a][b]
-        if hop.direct:
-            return hop.direct
         lanes = min(self._lanes[a], self._lanes[b])
-        if self._host.peer and self._reaches(link):
-            return min(lanes, self._host.peer) if link.path is Path.SYS else lanes
-        return self._staged((a, b), hop.host)
+        one, other = self._uplink[a], self._uplink[b]
+        shared = (1, 2) if one == other else (2 if self._bridge[one] == self._bridge[other] else 1, 1)
+        return pair_mb_per_s(self._links[a][b], self._gpu, lanes, self._host, self._peer, shared)
 
     def _staged(self, gpus: Sequence[int], host: int) -> int:
         """What a ring through all of them carries whose slowest hop goes through the host's memory."""
