@@ -17,8 +17,8 @@ from placement.runtime.backoff import Backoff
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.measurements import Measurements, identity_on, make_of
 from placement.runtime.orders import GpuHardware, hardware_of
-from placement.wire.cluster import Machine
 from placement.wire.facts import NodeFacts
+from placement.wire.machine import Machine
 from placement.wire.measurements import Measurement
 
 DEADLINE_SECONDS = 45.0
