@@ -97,7 +97,7 @@ class Shape:
         self._greedy = Greedy(interconnect, numa, self._rates)
         self._tables: Tables | None = None
         if math.prod(len(kind) + 1 for kind in self.twins) <= MAX_PICKS:
-            self._tables = Tables(interconnect, self._picks, numa, nic, self._rates)
+            self._tables = Tables(interconnect, self._picks, numa, nic, self._rates, self.predicted._tables)
 
     @property
     def tabulated(self) -> bool:
