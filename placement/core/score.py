@@ -60,7 +60,7 @@ def score(topology: Topology, gpus: Collection[int]) -> Score:
     _, pair = min((shape.hops[a][b], (a, b)) for a, b in combinations(ordered, 2))
     measured = shape.measured_mb_per_s(ordered) is not None
     least = shape.mb_per_s(ordered)
-    most = least if measured else shape_at_best(topology).mb_per_s(ordered)
+    most = least if measured else shape.at_most(ordered, shape_at_best(topology).mb_per_s(ordered))
     upper = most / 1000 if most > least else None
     return Score(least / 1000, topology.link(*pair), pair, upper, measured)
 

@@ -83,7 +83,11 @@ class Shape:
         self.predicted: Shape = (
             _shape(links, numa, nearest_nic, gpu, lanes, host, peer, ()) if measured else self
         )
-        self._rates = Rates(measured, links, lanes, self.predicted.mb_per_s) if measured else None
+        self._rates = (
+            Rates(measured, links, lanes, self.predicted.mb_per_s, has_switch(links, gpu))
+            if measured
+            else None
+        )
         interconnect = Interconnect(links, gpu, lanes, host, peer)
         self.hops = interconnect.pairs
         nic = [PATH_ORDER[path] for path in nearest_nic]
@@ -113,6 +117,12 @@ class Shape:
     def measured_mb_per_s(self, gpus: Sequence[int]) -> int | None:
         """What was measured of two or more GPUs, or of others that are alike; ``None`` if nothing was."""
         return None if self._rates is None else self._rates.of(tuple(sorted(gpus)))
+
+    def at_most(self, gpus: Sequence[int], predicted_mb_per_s: int) -> int:
+        """What is predicted of two or more GPUs, but for what their suspect pairs show that it cannot be."""
+        if self._rates is None or self._tables is None:
+            return predicted_mb_per_s
+        return self._rates.at_most(tuple(sorted(gpus)), predicted_mb_per_s)
 
     def slownesses(self, count: int) -> list[int]:
         """The :attr:`Offer.slowness` that sets of so many GPUs can have, the fastest first."""

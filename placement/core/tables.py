@@ -99,7 +99,7 @@ class Tables:
             self.near[pick], self.reach[pick] = predicted.near[same], predicted.reach[same]
             self.bandwidth[pick] = predicted.bandwidth[same]
             if len(gpus) > 1:
-                self.bandwidth[pick] = rates.of(gpus) or self.bandwidth[pick]
+                self.bandwidth[pick] = rates.of(gpus) or rates.at_most(gpus, self.bandwidth[pick])
 
     def _slowness(self, pick: Pick) -> int:
         return -self.bandwidth[pick]
