@@ -83,7 +83,7 @@ class Clock:
             controller.fleet.forget_all_but(alive)
             self._alive = alive
         self._reconciling = {name: one for name, one in self._reconciling.items() if not one.done()}
-        controller.end_what_is_over(has_ended, time.time(), self._begin)
+        controller.lifetimes.end_what_is_over(has_ended, time.time(), self._begin)
         for name in controller.stranded(alive):
             self._begin(name, partial(controller.reconcile, name))
         if self._trying is None or self._trying.done():
