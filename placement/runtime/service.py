@@ -472,6 +472,18 @@ class DeploymentPlacementActor:
         found = read_measurements(file, "measurements")
         await self._in(self._reads, self._controller.record_measurements, found)
 
+    async def forget_measurements(self, node: str | None = None) -> list[dict[str, Any]]:
+        """Forgets what was measured on a node, or on all hosts; choices go by the rest, or by predictions, again.
+
+        Args:
+            node: its id, name or address; of a host that is no node now its name. ``None`` for all hosts.
+
+        Returns:
+            What was forgotten, as :meth:`measurements` tells it; nothing if nothing was kept of that node.
+        """
+        found = await self._in(self._reads, self._controller.forget_measurements, node)
+        return list(as_file(found)["measurements"])
+
     async def measurements(self) -> list[dict[str, Any]]:
         """What was measured on all hosts, whether they are there now or not; JSON-ready."""
         found = as_file(self._controller.fleet.inventory.measurements.all())
