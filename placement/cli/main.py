@@ -8,7 +8,19 @@ from __future__ import annotations
 import click
 
 from placement import __version__
-from placement.cli import apply, doctor, measure, offline, plan, release, service, show, topology, waiting
+from placement.cli import (
+    apply,
+    doctor,
+    measure,
+    metrics,
+    offline,
+    plan,
+    release,
+    service,
+    show,
+    topology,
+    waiting,
+)
 from placement.cli.group import Commands, exit_code
 from placement.cli.offline import POLICIES
 
@@ -54,6 +66,7 @@ for _command in (
     show.list_,
     show.get,
     show.events,
+    metrics.metrics,
     topology.topology,
     measure.measure,
     release.release,

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from placement.core.lifecycle import State
 from placement.core.replicas import PlannedReplica
-from placement.runtime import faults, groups, ledger
+from placement.runtime import faults, groups, ledger, metrics
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.feed import Feed
 from placement.runtime.fleet import Fleet
@@ -108,7 +108,9 @@ class Actions:
             Why not, if not: then nothing of it is held, and the claim is closed.
         """
         try:
-            reserved, refusals = self._fleet.reserve(claim, nodes, create)
+            with metrics.reserving() as outcome:
+                reserved, refusals = self._fleet.reserve(claim, nodes, create)
+                outcome(_outcome(refusals))
             if refusals:
                 self._fleet.give_back(reserved)
                 self._fleet.recorded(one.name)
@@ -165,6 +167,13 @@ class Actions:
                 for part in one.replicas[index].parts
             )
             self._feed.add(one.name, index, one.states[index], f"on {where}")
+
+
+def _outcome(refusals: Sequence[Refusal]) -> str:
+    """What became of a reservation, as the metrics say it."""
+    if not refusals:
+        return "reserved"
+    return "full" if all(one.full for one in refusals) else "interfered"
 
 
 def _as_counted(replicas: Iterable[PlannedReplica]) -> set[PlannedReplica]:

@@ -16,6 +16,7 @@ from operator import itemgetter
 from typing import Any
 
 from placement.core.lifecycle import State
+from placement.core.simulation import fragmentation
 from placement.core.snapshot import NEAR_LABELS, Snapshot
 from placement.errors import (
     DeploymentConflict,
@@ -27,7 +28,7 @@ from placement.errors import (
     Unplaceable,
     UnreadableRecord,
 )
-from placement.runtime import faults, groups, ledger
+from placement.runtime import faults, groups, ledger, metrics
 from placement.runtime.actions import Actions
 from placement.runtime.demand import Demand
 from placement.runtime.discovery import NodeInfo
@@ -52,6 +53,7 @@ from placement.wire.plans import (
     ExplainedPlan,
     PlacementPlan,
     explain_deployments,
+    mix_of,
     plan_in_order,
     request_of,
     request_unchecked,
@@ -337,11 +339,31 @@ class Controller:
         """What there is and who holds it; see the service."""
         nodes = self.cluster.nodes()
         self.fleet.inventory.refresh(nodes, patience_seconds=STATUS_SECONDS)
+        return cluster_status(self._seen(nodes), node, deployment, state)
+
+    def readings(self) -> dict[metrics.Series, float]:
+        """What the gauges say now. No node is asked for it, nor its actor started."""
+        nodes, now = self.cluster.nodes(), time.time()
+        seen = self._seen(nodes)
+        self.cluster.read()
+        with self.state.lock:
+            snapshot = self.cluster.snapshot(nodes)
+        declared, queue = self.state.all(), set(seen.queue)
+        mix = mix_of(snapshot, [one.deployment for one in declared])
+        waiting = {
+            "deployment": [one.waiting_since or now for one in declared if one.name in queue],
+            "call": [ticket.since for ticket in self.queue.tickets.all()],
+        }
+        topologies = {info.id: self.fleet.inventory.hardware(info).topology for info in nodes}
+        fragmented = fragmentation(snapshot.changed((), mix))[1]
+        return metrics.readings(cluster_status(seen), topologies, waiting, fragmented, now)
+
+    def _seen(self, nodes: list[NodeInfo]) -> Seen:
         available = groups.available_resources()
         for node_id in self.fleet.lagging():
             available.pop(node_id, None)
         deployments = self.state.deployments.copy()
-        seen = Seen(
+        return Seen(
             nodes,
             deployments,
             self.fleet.inventory.hardware,
@@ -355,7 +377,6 @@ class Controller:
             self.queue.demand.report(),
             near=self.near,
         )
-        return cluster_status(seen, node, deployment, state)
 
     def topology(self, node: str | None) -> list[dict[str, Any]]:
         """What the GPUs of each node report, read anew; see the service."""

@@ -16,7 +16,7 @@ from ray.util.placement_group import PlacementGroup
 from placement.core.replicas import PlannedReplica
 from placement.core.score import WHOLE
 from placement.core.topology import MeasuredRates
-from placement.runtime import faults, groups
+from placement.runtime import faults, groups, metrics
 from placement.runtime.agents import Agents, Unanswered
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.group_reservation import Creator, GroupReservation
@@ -348,6 +348,7 @@ class Fleet:
             refusals.append(answer.refused.at(info.id, info.name))
             return
         for replica, one in zip(replicas, answer.filled, strict=True):
+            metrics.steered(one.reserved.attempts)
             assignment = NodeAssignment(
                 replica_index=replica.replica_index,
                 node=info.id,

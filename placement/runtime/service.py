@@ -23,7 +23,7 @@ from placement.errors import (
     UnknownDeployment,
     Unplaceable,
 )
-from placement.runtime import ray_internals
+from placement.runtime import metrics, ray_internals
 from placement.runtime.clock import Clock
 from placement.runtime.controller import IDLE_SECONDS, Controller
 from placement.runtime.discovery import NodeInfo
@@ -114,6 +114,7 @@ class DeploymentPlacementActor:
 
     # -- what changes deployments --------------------------------------------------------------------
 
+    @metrics.counted
     async def place(
         self,
         deployment: DeploymentLike,
@@ -175,6 +176,7 @@ class DeploymentPlacementActor:
             tickets.remove(ticket)
         return await self._in(self._changes, ticket.result)  # which may be in the middle of an attempt
 
+    @metrics.counted
     async def apply(
         self,
         deployment: DeploymentLike,
@@ -212,6 +214,7 @@ class DeploymentPlacementActor:
                 ("apply", wanted.model_dump_json(), atomic, owner_key(owner)), begin
             )
 
+    @metrics.counted
     async def apply_all(
         self, deployments: Sequence[DeploymentLike], atomic: bool = False, caller: Caller = None
     ) -> list[PlacementResult]:
@@ -296,6 +299,7 @@ class DeploymentPlacementActor:
 
     # -- leases: the caller creates the groups -------------------------------------------------------
 
+    @metrics.counted
     async def lend(
         self,
         deployment: DeploymentLike,
@@ -332,6 +336,7 @@ class DeploymentPlacementActor:
         _hand_on(done, outcome)
         asyncio.get_running_loop().call_later(KEPT_SECONDS, self._lendings.pop, lending.id, None)
 
+    @metrics.counted
     async def confirm(self, loan_id: str, group_id: str) -> Loan | PlacementResult:
         """Says that the group of a loan is there, by its id in hex; empty if it could not be had.
 

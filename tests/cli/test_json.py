@@ -72,6 +72,7 @@ FAILING = [
     (["topology", *NOBODY], 3, "cluster_unreachable"),
     (["topology", "--file", "no.txt"], 2, "invalid_deployment"),
     (["topology", "--file", "pyproject.toml"], 2, "invalid_matrix"),
+    (["metrics", "graphite"], 2, "usage"),
     (["measure", *NOBODY], 3, "cluster_unreachable"),
     (["measure", "--import", "no.txt"], 2, "invalid_deployment"),
     (["measure", "--import", "a", "--export", "b"], 2, "usage"),
