@@ -112,7 +112,8 @@ METRICS = (
     Metric(
         "placement_reservations", COUNTER, "reservations",
         "Attempts to reserve what was planned: `reserved`; `full`, a node had too few GPUs free after all; "
-        "`interfered`, the GPUs could not be verified, since others took or freed some; `failed`, with an exception.",
+        "`interfered`, what Ray gave could not be verified, since others took or freed some, or a node did not answer; "
+        "`failed`, with an exception.",
         ("outcome",),
     ),
     Metric(

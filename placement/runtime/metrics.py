@@ -45,12 +45,13 @@ Series = tuple[str, tuple[str, ...]]
 """The name of a metric, and the values of its labels in their order."""
 
 MOST_OF_THE_TIME = 0.02
-"""The part of the time that goes into reading the gauges, at most. They are set again all the same."""
+"""The part of a core that reading the gauges takes, at most. They are set again all the same."""
 SUFFIX = re.compile(r"-[0-9a-f]{8}$")
 """What the name of a caller's own group, or engine, ends with, so that no other has it. Series go without."""
 
 logger = logging.getLogger(__name__)
 
+_LABELS = {one.name: one.labels for one in METRICS}
 _recorders: dict[str, Any] = {}
 _lost_at: dict[tuple[str, int], float] = {}
 _noting = threading.Lock()
@@ -254,19 +255,24 @@ def _recorder(one: Metric) -> Counter | Gauge | Histogram:
 
 def _report(read: Callable[[], Mapping[Series, float]]) -> None:
     period = ray_internals.metrics_export_seconds() / 2
-    keys = {one.name: one.labels for one in METRICS}
     known: Mapping[Series, float] = {}
-    not_before = 0.0
+    not_before = float("-inf")
     while True:
-        began = time.monotonic()
-        if began >= not_before:
+        if time.monotonic() >= not_before:
+            began = time.thread_time()
             try:
-                known = read()
+                found = read()
+                # Ray 2.52 tells the last value for ever; later versions tell this one for two intervals.
+                _set(dict.fromkeys(known.keys() - found.keys(), 0.0))
+                known = found
             except Exception:
                 known = {}
                 logger.exception("the gauges could not be read; trying again")
-            done = time.monotonic()
-            not_before = done + (done - began) / MOST_OF_THE_TIME
-        for (name, values), value in known.items():
-            _recorders[name].set(value, dict(zip(keys[name], values, strict=True)))
+            not_before = time.monotonic() + (time.thread_time() - began) / MOST_OF_THE_TIME
+        _set(known)
         time.sleep(period)
+
+
+def _set(series: Mapping[Series, float]) -> None:
+    for (name, values), value in series.items():
+        _recorders[name].set(value, dict(zip(_LABELS[name], values, strict=True)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,9 @@ class Recorder:
     values: list[tuple[float, dict[str, str]]] = field(default_factory=list)
 
     def inc(self, value: float, labels: dict[str, str]) -> None:
+        self.values.append((value, labels))
+
+    def set(self, value: float, labels: dict[str, str]) -> None:
         self.values.append((value, labels))
 
     def observe(self, value: float) -> None:
@@ -205,3 +209,37 @@ def test_where_nothing_was_started_nothing_is_counted() -> None:
     metrics.refused(Busy("calls", 1))
     metrics.noted("a", 0, "lost")
     assert not metrics._recorders and not metrics._lost_at
+
+
+def test_gauges_are_set_again_and_again_and_what_is_gone_is_told_as_0(
+    recorded: dict[str, Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = (("placement_gpus_lost", (name,)) for name in "ab")
+    told: list[Any] = [{a: 1.0, b: 2.0}, {b: 2.0}, ConnectionError(), {b: 3.0}]
+    now, cost = [0.0], [0.0]
+
+    def read() -> dict[Series, float]:
+        cost[0] += 1.0  # a second of CPU time
+        found = told.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def sleep(seconds: float) -> None:
+        assert seconds == 5.0
+        now[0] += seconds
+        if not told:
+            raise SystemExit
+
+    monkeypatch.setattr(metrics.ray_internals, "metrics_export_seconds", lambda: 10.0)
+    monkeypatch.setattr(
+        metrics,
+        "time",
+        SimpleNamespace(sleep=sleep, monotonic=lambda: now[0], thread_time=lambda: cost[0]),
+    )
+    with pytest.raises(SystemExit):
+        metrics._report(read)
+    values = [(labels["node"], value) for value, labels in recorded["placement_gpus_lost"].values]
+    # It reads for 2 % of the time, and sets them each 5 s; while it cannot read, it sets none.
+    assert values == [("a", 1.0), ("b", 2.0)] * 10 + [("a", 0.0)] + [("b", 2.0)] * 10 + [("b", 3.0)]
+    assert now == [155.0]
