@@ -77,7 +77,7 @@ def ask(cluster: EmbeddedCluster, tmp_path_factory: pytest.TempPathFactory) -> I
          f"--config.file={folder / 'prometheus.yml'}", "--log.level=warn"],
     )  # fmt: skip
     try:
-        assert settled(lambda: targets.exists() and answers(), 60)
+        assert settled(lambda: targets.exists() and answers(), 120)
         yield ask
     finally:
         server.terminate()
@@ -94,6 +94,7 @@ def gpus(ask: Ask) -> dict[tuple[str, ...], float]:
     return values(ask, "max by (node, state) (ray_placement_gpus) > 0")
 
 
+@pytest.mark.timeout(900)  # a busy machine starts raylets, a dashboard and Prometheus in minutes
 def test_prometheus_says_what_status_says_and_the_dashboard_and_the_alerts_work(
     cluster: EmbeddedCluster, ask: Ask
 ) -> None:
@@ -112,7 +113,7 @@ def test_prometheus_says_what_status_says_and_the_dashboard_and_the_alerts_work(
         k: status["totals"][k] for k in ("gpus", "free", "held", "other")
     }
     expected = {("pcie", "placed"): 2, ("pcie", "shared"): 1, ("pcie", "foreign"): 1, ("dies", "placed"): 1}
-    assert settled(lambda: gpus(ask) == expected, 60), gpus(ask)
+    assert settled(lambda: gpus(ask) == expected, 120), gpus(ask)
     replicas = values(ask, "max by (deployment, state) (ray_placement_replicas) > 0")
     told = [(one["name"], each["state"]) for one in status["deployments"] for each in one["replica_states"]]
     assert replicas == {each: told.count(each) for each in told}
@@ -131,9 +132,9 @@ def test_prometheus_says_what_status_says_and_the_dashboard_and_the_alerts_work(
     recovered = lambda: values(ask, "sum(ray_placement_recovery_seconds_count)")  # noqa: E731
     assert settled(lambda: recovered() == {(): 1}, 120), recovered()
     gone = lambda: values(ask, 'ray_placement_replicas{deployment="pair"} or ray_placement_gpus{node="dies"}')  # noqa: E731
-    assert settled(lambda: not gone(), 60), gone()
+    assert settled(lambda: not gone(), 120), gone()
     expected = {("pcie", "placed"): 2, ("pcie", "shared"): 1, ("pcie", "foreign"): 1}
-    assert settled(lambda: gpus(ask) == expected, 60), gpus(ask)
+    assert settled(lambda: gpus(ask) == expected, 120), gpus(ask)
     reserved = values(ask, 'sum(ray_placement_reservations_total{outcome="reserved"})')
     assert reserved == values(ask, "sum(ray_placement_duration_seconds_count)")
     assert values(ask, "sum(ray_placement_steering_attempts_count)")[()] >= 5
@@ -157,7 +158,7 @@ def every_expression_answers(ask: Ask) -> None:
         if variable["type"] == "query":
             [(series, label)] = re.findall(r"label_values\((.*), (\w+)\)", variable["definition"])
             assert any(label in one["metric"] for one in expressed(ask, series)) or label == "ray_io_cluster"
-    assert settled(lambda: all(one["health"] == "ok" for one in rules(ask)), 30), rules(ask)
+    assert settled(lambda: all(one["health"] == "ok" for one in rules(ask)), 120), rules(ask)
     assert 5 == len(rules(ask))
 
 
