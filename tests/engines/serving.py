@@ -100,7 +100,7 @@ def neighbours() -> Iterator[None]:
         serve.delete(name)
     for user in users:
         ray.kill(user)
-    assert settled(lambda: not left_over(), 60), left_over()
+    assert settled(lambda: not left_over()), left_over()
 
 
 def known() -> list[str]:

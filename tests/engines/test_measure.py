@@ -86,5 +86,5 @@ def test_however_it_ends_the_gpus_are_given_back(
         os.kill(process.pid, how)
         exits = process.wait(120)
     assert exits == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[how]
-    assert settled(lambda: not left_over(), 60), left_over()
-    assert settled(lambda: Client(service).status()["deployments"] == [], 60)
+    assert settled(lambda: not left_over()), left_over()
+    assert settled(lambda: Client(service).status()["deployments"] == [])

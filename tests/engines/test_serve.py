@@ -47,7 +47,7 @@ def neighbours(cluster: EmbeddedCluster) -> Iterator[None]:
     """Other Ray users have GPU 0 of each node. After the test, nothing else is held, and nothing is known to be."""
     with serving.neighbours():
         yield
-    assert settled(lambda: not known(), 30), known()
+    assert settled(lambda: not known()), known()
 
 
 def run(version: str = "a", **options: Any) -> Any:
@@ -58,7 +58,7 @@ def kill_controller() -> None:
     """Kills Serve's controller, and waits for the next one."""
     pid = ray.get(controller().get_pid.remote())
     os.kill(pid, signal.SIGKILL)
-    assert settled(lambda: ray.get(controller().get_pid.remote()) != pid, 60)
+    assert settled(lambda: ray.get(controller().get_pid.remote()) != pid)
 
 
 def gpus_by_node(found: set[Replica]) -> dict[str, list[tuple[int, ...]]]:
@@ -78,7 +78,7 @@ def test_the_service_is_started_and_a_replica_gets_the_best_pair(neighbours: Non
     [deployment] = known()
     assert deployment.startswith("app-Unchanged-")
     serve.delete("app")
-    assert settled(lambda: not groups_of_serve() and not known(), 30)
+    assert settled(lambda: not groups_of_serve() and not known())
 
 
 def test_scaling_up_and_down(neighbours: None) -> None:
@@ -88,14 +88,14 @@ def test_scaling_up_and_down(neighbours: None) -> None:
     assert gpus_by_node(two) == {"pcie": [(2, 3)], "pcie-b": [(2, 3)]}
     [left] = replicas(run(num_replicas=1), 1, "a")
     assert left in two
-    assert settled(lambda: len(groups_of_serve()) == 1 and len(known()) == 1, 30)
+    assert settled(lambda: len(groups_of_serve()) == 1 and len(known()) == 1)
 
 
 def test_a_rolling_update_with_room_has_the_new_replica_on_the_best_pair(neighbours: None) -> None:
     [old] = replicas(run("a"), 1, "a")
     [new] = replicas(run("b"), 1, "b")
     assert (old.gpus, new.gpus) == ((2, 3), (2, 3))
-    assert settled(lambda: len(groups_of_serve()) == 1 and len(known()) == 1, 30)
+    assert settled(lambda: len(groups_of_serve()) == 1 and len(known()) == 1)
 
 
 def test_a_rolling_update_without_room_goes_on_with_groups_of_rays_own(neighbours: None) -> None:
@@ -103,7 +103,7 @@ def test_a_rolling_update_without_room_goes_on_with_groups_of_rays_own(neighbour
     new = replicas(run("b", num_replicas=2), 2, "b")
     held = [(node, gpu) for one in new for node, gpu in zip(one.nodes, one.gpus, strict=True)]
     assert len(set(held)) == 4, "nobody shares a GPU"
-    assert settled(lambda: list(groups_of_serve().values()) == ["CREATED"] * 2, 30)
+    assert settled(lambda: list(groups_of_serve().values()) == ["CREATED"] * 2)
     assert "is Ray's own, on whatever GPUs Ray gives, once it finds room: cannot place" in controllers_log()
 
 
@@ -114,7 +114,7 @@ def test_a_replica_that_is_killed_comes_back_on_the_best_pair(neighbours: None) 
     [second] = replicas(handle, 1, "a")
     assert second.pid != first.pid
     assert second.gpus == (2, 3)
-    assert settled(lambda: len(groups_of_serve()) == 1 and len(known()) == 1, 30)
+    assert settled(lambda: len(groups_of_serve()) == 1 and len(known()) == 1)
 
 
 def test_a_controller_that_is_killed_keeps_its_groups_and_goes_on_with_exact_ones(neighbours: None) -> None:
@@ -130,7 +130,7 @@ def test_a_group_whose_replica_was_never_made_is_removed_by_serves_next_controll
     placement_group([{"GPU": 1}], name=name, lifetime="detached")
     assert list(groups_of_serve()) == [name] and len(known()) == 1
     kill_controller()
-    assert settled(lambda: not groups_of_serve() and not known(), 60)
+    assert settled(lambda: not groups_of_serve() and not known())
 
 
 def test_without_room_the_group_pends_as_rays_own_with_one_warning(neighbours: None) -> None:
@@ -138,7 +138,7 @@ def test_without_room_the_group_pends_as_rays_own_with_one_warning(neighbours: N
     before = controllers_log().count("is Ray's own")
     with ThreadPoolExecutor(1) as beside:
         handle = beside.submit(run)
-        assert settled(lambda: list(groups_of_serve().values()) == ["PENDING"], 60)
+        assert settled(lambda: list(groups_of_serve().values()) == ["PENDING"])
         assert known() == []
         ray.kill(others.pop())
         [replica] = replicas(handle.result(120), 1, "a")

@@ -61,8 +61,8 @@ def served(variables: dict[str, str], wanted: dict[str, Any]) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
         serve.delete("llm")
         ray.kill(user)
-        assert settled(lambda: not left_over(), 60), left_over()
-        assert settled(lambda: Client().status()["deployments"] == [], 30)
+        assert settled(lambda: not left_over()), left_over()
+        assert settled(lambda: Client().status()["deployments"] == [])
 
 
 def completion(url: str) -> int:

@@ -59,7 +59,7 @@ def neighbours(service: Any) -> Iterator[None]:
     """Other Ray users have GPU 0 of each node. After the test, nothing else is held, nor known to be."""
     with serving.neighbours():
         yield
-    assert settled(lambda: not known(), 30), known()
+    assert settled(lambda: not known()), known()
 
 
 def run(version: str = "a", **options: Any) -> Any:
@@ -86,7 +86,7 @@ def test_scaling_up_and_down(neighbours: None) -> None:
     assert name.startswith("app-Own-")
     assert places(replicas(run(num_replicas=2), 2, "a")) == BOTH
     replicas(run(num_replicas=1), 1, "a")
-    assert settled(lambda: len(known()) == 1, 30)
+    assert settled(lambda: len(known()) == 1)
 
 
 def test_a_replica_that_is_killed_frees_its_gpus_and_comes_back_on_the_best(neighbours: None) -> None:
@@ -95,7 +95,7 @@ def test_a_replica_that_is_killed_frees_its_gpus_and_comes_back_on_the_best(neig
     os.kill(first.pid, signal.SIGKILL)
     [second] = replicas(handle, 1, "a")
     assert second.pid != first.pid and second.gpus == (2, 3)
-    assert settled(lambda: len(known()) == 1, 30)
+    assert settled(lambda: len(known()) == 1)
 
 
 def test_a_rolling_update_without_room_waits_for_the_pairs_of_the_old_replicas(neighbours: None) -> None:
@@ -107,7 +107,7 @@ def test_it_waits_for_room_and_gets_the_best(neighbours: None, service: Any) -> 
     others = [another_user("pcie", 3), another_user("pcie-b", 3)]
     with ThreadPoolExecutor(1) as beside:
         handle = beside.submit(run)
-        assert settled(lambda: waiting(service) == 1, 60)
+        assert settled(lambda: waiting(service) == 1)
         assert str(serve.status().applications["app"].status) == "ApplicationStatus.DEPLOYING"
         ray.kill(others.pop())
         assert places(replicas(handle.result(120), 1, "a")) == BOTH[1:]

@@ -129,8 +129,8 @@ def test_tensor_parallel_serves_on_the_best_pair_and_sigterm_frees_it(
     [shown] = Client().status()["deployments"]
     assert shown["name"] == "llama"
     server.end(signal.SIGTERM)
-    assert settled(lambda: Client().status()["deployments"] == [], 30)
-    assert settled(lambda: ray.available_resources()["GPU"] == 6, 30), left_over()
+    assert settled(lambda: Client().status()["deployments"] == [])
+    assert settled(lambda: ray.available_resources()["GPU"] == 6), left_over()
 
 
 def test_pipeline_parallel_over_two_nodes_keeps_the_order_of_the_ranks_and_sigkill_frees_all(
@@ -149,8 +149,8 @@ def test_pipeline_parallel_over_two_nodes_keeps_the_order_of_the_ranks_and_sigki
     assert [gpu for _, gpu in ranks] == [2, 3, 2, 3]
     assert ranks[0][0] == ranks[1][0] != ranks[2][0] == ranks[3][0]
     server.end(signal.SIGKILL)
-    assert settled(lambda: Client().status()["deployments"] == [], 30)
-    assert settled(lambda: ray.available_resources()["GPU"] == 6, 30), left_over()
+    assert settled(lambda: Client().status()["deployments"] == [])
+    assert settled(lambda: ray.available_resources()["GPU"] == 6), left_over()
 
 
 @ray.remote(max_restarts=0)
@@ -195,7 +195,7 @@ def test_an_engine_in_an_actor_inside_a_group_has_its_ranks_there(
     assert ray.get(engine.generate.remote("w7 w8"), timeout=120) == 4
     assert [one["name"] for one in Client().status()["deployments"]] == ["inside"], "it asks for no more"
     Client().release("inside")
-    assert settled(lambda: ray.available_resources()["GPU"] == 6, 30), left_over()
+    assert settled(lambda: ray.available_resources()["GPU"] == 6), left_over()
 
 
 def test_the_example_generates(service: Any, address: str, model: Path) -> None:
@@ -213,7 +213,7 @@ def test_the_example_generates(service: Any, address: str, model: Path) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
     assert any(line.startswith("w3 w4 w5 -> ") for line in done.stdout.splitlines()), done.stdout[-4000:]
     assert "has GPUs [0, 1] of pcie" in done.stdout + done.stderr
-    assert settled(lambda: not left_over(), 30), left_over()
+    assert settled(lambda: not left_over()), left_over()
 
 
 def test_options_that_make_no_sense_are_refused() -> None:

@@ -98,7 +98,7 @@ def test_from_no_gpu_node_the_right_nodes_come_and_the_exact_gpus_are_placed(ser
     assert {"gpu8": 8, "gpu4": 4} == {types[node]: len(one.gpus) for node, one in placed.items()}
     assert 2 == len(types), "nothing more has come"
     (left,) = ray.get(service.get.remote("dgx")).pending
-    assert settled(lambda: "its maximum is reached" in reason(service, "dgx", left), 30), reason(
+    assert settled(lambda: "its maximum is reached" in reason(service, "dgx", left)), reason(
         service, "dgx", left
     )
     (row,) = status(service)["demand"]
@@ -128,7 +128,7 @@ def test_cpu_replicas_bring_a_node_without_gpus(service: Any) -> None:
 
 def test_what_is_released_while_its_node_boots_is_no_longer_asked_for(service: Any) -> None:
     ray.get(service.apply.remote(PAIR))
-    assert settled(lambda: bool(coming()), 30), status(service)["demand"]
+    assert settled(lambda: bool(coming())), status(service)["demand"]
     ray.get(service.release.remote("pair"))
     assert settled(lambda: demanded() == 0 and not open_groups()), open_groups()
     assert {} == asked(service)
@@ -152,7 +152,7 @@ def test_what_waits_for_a_job_that_dies_is_no_longer_asked_for(service: Any) -> 
     arguments = [address, host_of(address), json.dumps(NEVER), json.dumps(call)]
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, *arguments])
     try:
-        assert settled(lambda: asked(service) == {"never": "asked", "call": "asked"}, 60), status(service)
+        assert settled(lambda: asked(service) == {"never": "asked", "call": "asked"}), status(service)
         assert settled(lambda: demanded() == 2)
     finally:
         driver.kill()
@@ -163,9 +163,9 @@ def test_what_waits_for_a_job_that_dies_is_no_longer_asked_for(service: Any) -> 
 
 def test_what_the_cloud_refuses_is_told(service: Any) -> None:
     ray.get(service.apply.remote(NEVER))
-    assert settled(lambda: "the cloud refuses node type never" in reason(service, "never"), 60), status(
-        service
-    )["demand"]
+    assert settled(lambda: "the cloud refuses node type never" in reason(service, "never")), status(service)[
+        "demand"
+    ]
     ray.get(service.release.remote("never"))
     assert settled(lambda: demanded() == 0 and not open_groups()), open_groups()
     assert {} == asked(service)
@@ -173,19 +173,17 @@ def test_what_the_cloud_refuses_is_told(service: Any) -> None:
 
 def test_what_no_node_type_can_hold_is_told_as_the_reason_and_withdrawn(service: Any) -> None:
     ray.get(service.apply.remote({"name": "vast", "model": "m", "gpus": 16, "tensor_parallel": 16}))
-    assert settled(lambda: asked(service) == {"vast": "infeasible"}, 30), status(service)["demand"]
+    assert settled(lambda: asked(service) == {"vast": "infeasible"}), status(service)["demand"]
     assert {} == open_groups()
-    assert settled(lambda: "or its maximum is reached" in reason(service, "vast"), 30), reason(
-        service, "vast"
-    )
+    assert settled(lambda: "or its maximum is reached" in reason(service, "vast")), reason(service, "vast")
     assert most_complaints() <= 3
 
 
 def test_a_service_that_is_killed_asks_for_nothing_and_asks_anew_when_it_is_back(service: Any) -> None:
     ray.get(service.apply.remote(NEVER))
-    assert settled(lambda: demanded() == 1, 30), status(service)["demand"]
+    assert settled(lambda: demanded() == 1), status(service)["demand"]
     (before,) = open_groups()
     os.kill(ray.get(service.__ray_call__.remote(lambda self: os.getpid())), signal.SIGKILL)
     assert settled(lambda: before not in open_groups())
-    assert settled(lambda: len(open_groups()) == demanded() == 1, 60), open_groups()
+    assert settled(lambda: len(open_groups()) == demanded() == 1), open_groups()
     assert before not in open_groups()

@@ -69,7 +69,7 @@ def owner(running: str) -> Iterator[Any]:
     ray.kill(handle)
     assert settled(lambda: not open_groups()), open_groups()
     # Whatever was on its way comes, finds that nobody wants it, and goes.
-    assert settled(lambda: not machines() and not coming(), 60), (machines(), coming())
+    assert settled(lambda: not machines() and not coming()), (machines(), coming())
 
 
 def needs(name: str, gpus: int, replicas: int = 1, **limits: Any) -> dict[str, Need | str]:
@@ -124,7 +124,7 @@ def test_what_is_withdrawn_brings_nothing_more(owner: Any) -> None:
     assert settled(lambda: demanded() == 2)
     ray.get(owner.withdraw.remote())
     assert ({}, {}, 0) == (told(owner), open_groups(), demanded())
-    assert settled(lambda: not machines() and not coming(), 60), "what was on its way has gone again"
+    assert settled(lambda: not machines() and not coming()), "what was on its way has gone again"
 
 
 def test_nothing_is_asked_for_once_the_process_that_asked_was_killed(owner: Any) -> None:

@@ -26,7 +26,7 @@ def test_nothing_is_asked_and_the_reason_is_told(version: int, reason: str) -> N
             demand = Demand("ask-")
             demand.want({"d:0:0": Need("4 GPUs", (Way(((("GPU", 4.0),),)),))}, ())
             expected = Asked(State.NOT_ASKED, reason)
-            assert settled(lambda: demand.poll()["d:0:0"] == expected, 30), demand.report()
+            assert settled(lambda: demand.poll()["d:0:0"] == expected), demand.report()
             assert {} == placement_group_table()
             demand.withdraw()
         finally:

@@ -144,7 +144,7 @@ def test_a_file_can_be_applied_when_a_node_has_died(cluster: EmbeddedCluster, se
     placed = ray.get(service.apply_all.remote([big, small]))
     workers = dict(zip([a.node_name for a in placed[0].assignments], engines(placed[0]), strict=True))
     cluster.kill("pcie-b")
-    assert settled(lambda: ray.get(service.get.remote("big")).pending, 60)
+    assert settled(lambda: ray.get(service.get.remote("big")).pending)
     [lost] = ray.get(service.get.remote("big")).pending
 
     file = [{**big, "budget": {"usd_per_day": 1.0}}, {**small, "replicas": 1}]

@@ -290,7 +290,7 @@ def test_an_apply_that_is_stopped_says_that_the_service_goes_on(
     command = [str(SCRIPT), "apply", file, "--address", address, *more]
     with node_actors_stopped():
         apply = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert settled(lambda: busy() or apply.poll() is not None, 60)
+        assert settled(lambda: busy() or apply.poll() is not None)
         apply.send_signal(how)
         out, err = apply.communicate(timeout=60)
     assert exits == apply.returncode, err
@@ -339,10 +339,10 @@ def test_what_ray_says_of_a_dead_raylet_is_not_among_the_json(
     out, err = tmp_path / "out", tmp_path / "err"
     with out.open("w") as stdout, err.open("w") as stderr:
         follow = subprocess.Popen(command, stdout=stdout, stderr=stderr)
-    assert settled(lambda: "placed" in out.read_text(), 60)
+    assert settled(lambda: "placed" in out.read_text())
     cluster.kill("doomed")
-    assert settled(lambda: "node doomed died" in out.read_text(), 60), out.read_text() + err.read_text()
-    assert settled(lambda: "(raylet" in out.read_text() + err.read_text(), 30)
+    assert settled(lambda: "node doomed died" in out.read_text()), out.read_text() + err.read_text()
+    assert settled(lambda: "(raylet" in out.read_text() + err.read_text())
     follow.send_signal(signal.SIGINT)
     assert 130 == follow.wait(timeout=60)
     states = [json.loads(line)["state"] for line in out.read_text().splitlines()]

@@ -64,7 +64,7 @@ def test_a_wait_shows_each_change_and_ends_with_the_last(run: Run, address: str,
     assert run("apply", declare(tmp_path, "a", gpus=8)).returncode == 0
     command = [str(SCRIPT), "apply", declare(tmp_path, "b", gpus=8), "--wait", "--address", address]
     apply = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert settled(lambda: "b" in states(run), 60)
+    assert settled(lambda: "b" in states(run))
     assert apply.poll() is None
     assert run("release", "a").returncode == 0
     out, err = apply.communicate(timeout=60)

@@ -325,7 +325,7 @@ def test_a_process_that_is_killed_holds_nothing(
     finally:
         child.kill()
         child.wait()
-    assert settled(lambda: not left_over(), 60.0), left_over()
+    assert settled(lambda: not left_over()), left_over()
 
 
 def test_ctrl_c_while_the_queue_is_waited_in_ends_the_wait_in_the_service(

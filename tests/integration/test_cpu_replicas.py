@@ -177,7 +177,7 @@ def test_replicas_on_a_node_that_dies_are_placed_elsewhere_or_wait(
         now = ray.get(service.get.remote("embed"))
         return Counter(nodes_of(now)), sorted(now.pending)
 
-    assert settled(lambda: left()[0] == {"cpu-b": 2} and len(left()[1]) == 1, 60), left()
+    assert settled(lambda: left()[0] == {"cpu-b": 2} and len(left()[1]) == 1), left()
     ray.get(service.release.remote("large"))
     assert settled(lambda: left() == ({"cpu-b": 2, "gpu": 1}, [])), left()
     for a in ray.get(service.get.remote("embed")).assignments:

@@ -59,7 +59,7 @@ def test_killed_at_a_step_it_is_placed_and_recorded_all_the_same(
     (faults / step).touch()
     declared = {"name": "cut", "model": "m", **wanted}
     call = service.place.remote(declared)
-    assert settled(lambda: not (faults / step).exists(), 60), "nobody came there"
+    assert settled(lambda: not (faults / step).exists()), "nobody came there"
     died = time.monotonic()
     result = ray.get(call, timeout=60)
     took = time.monotonic() - died
@@ -85,7 +85,7 @@ def test_a_release_that_is_cut_off_is_brought_to_its_end(service: Any, faults: P
     ray.get(service.place.remote({"name": "cut", "model": "m", **PAIR}))
     (faults / step).touch()
     call = service.release.remote("cut")
-    assert settled(lambda: not (faults / step).exists(), 60), "nobody came there"
+    assert settled(lambda: not (faults / step).exists()), "nobody came there"
     died = time.monotonic()
     assert ray.get(call, timeout=60) == 1
     recovered("the service is killed while releasing", time.monotonic() - died)
@@ -106,7 +106,7 @@ def test_an_apply_that_is_cut_off_after_giving_back_is_brought_to_its_end(
     ray.get(service.place.remote({"name": "cut", **there, **before}))
     (faults / step).touch()
     call = service.apply.remote({"name": "cut", **there, **after})
-    assert settled(lambda: not (faults / step).exists(), 60), "nobody came there"
+    assert settled(lambda: not (faults / step).exists()), "nobody came there"
     died = time.monotonic()
     result = ray.get(call, timeout=60)
     recovered("the service is killed while applying a change", time.monotonic() - died)
@@ -144,7 +144,7 @@ def test_what_nobody_asks_for_again_leaves_nothing_behind(service: Any, faults: 
         return standing == {"orphan": "placed"} if standing else not left_over()
 
     died = time.monotonic()
-    assert settled(whole, 30), left_over()
+    assert settled(whole), left_over()
     recovered("the caller dies with the service or node actor", time.monotonic() - died)
     if ray.get(service.status.remote())["deployments"]:
         ray.get(service.release.remote("orphan"))

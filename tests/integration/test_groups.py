@@ -81,7 +81,7 @@ def test_it_waits_as_one_and_comes_as_one(service: Any) -> None:
     assert [0, 0] == [len(one.assignments) for one in results]
     assert {"pending"} == {states(service)[name] for name in ("pd", "prefill", "decode")}
     ray.get(service.release.remote("b1"))
-    assert settled(lambda: states(service)["pd"] == "placed", 30), ray.get(service.status.remote())["groups"]
+    assert settled(lambda: states(service)["pd"] == "placed"), ray.get(service.status.remote())["groups"]
     assert {frozenset({("h1", 0)}), frozenset({("h1", 1)})} == set(map(frozenset, units_of(service)))
     # It grows by units, and ends as one, by the name of any member.
     ray.get(service.release.remote("b2"))
@@ -112,7 +112,7 @@ def test_units_on_a_node_that_dies_are_placed_elsewhere_whole(cluster: EmbeddedC
     before = units_of(service)
     [lost] = {node for unit in before[:1] for node, _ in unit}
     kill(cluster, lost)
-    assert settled(lambda: states(service)["pd"] == "placed" and lost not in str(units_of(service)), 30)
+    assert settled(lambda: states(service)["pd"] == "placed" and lost not in str(units_of(service)))
     after = units_of(service)
     assert all(1 == len(unit) for unit in after)
     for one, other in zip(before, after, strict=True):  # those elsewhere stay

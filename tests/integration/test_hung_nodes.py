@@ -103,7 +103,7 @@ def test_what_does_not_need_a_node_that_hangs_goes_on_and_nothing_is_left_over_a
         names = {d["name"] for d in ray.get(service.status.remote())["deployments"]}
         assert names == {"elsewhere", *(f"at-once-{attempt}" for attempt in range(3))}
     ray.get(service.release_all.remote(), timeout=120)
-    assert settled(lambda: not left_over(), 30), left_over()
+    assert settled(lambda: not left_over()), left_over()
     assert place(service, "whole", "a", gpus=4) == ["a"]
     assert place(service, "pair", "b", gpus=2) == ["b"]
 

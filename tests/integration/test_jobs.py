@@ -153,7 +153,7 @@ def test_what_a_submitted_job_owns_ends_with_it(
         time.sleep(2.5)
         assert stands()
         jobs.stop_job(job)
-    assert settled(lambda: not stands() and not left_over(), 30)
+    assert settled(lambda: not stands() and not left_over())
 
 
 def kinds(service: Any) -> tuple[type, ...]:

@@ -141,7 +141,7 @@ def ends(client: Client, names: list[str], what: str, gpus: float = 8.0, egress:
         time.sleep(0.005)
     freed = time.monotonic() - began
     for name in names:
-        assert settled(lambda name=name: is_forgotten(client, name), 15), client.describe(name)
+        assert settled(lambda name=name: is_forgotten(client, name)), client.describe(name)
     forgot = time.monotonic() - began
     print(f"\n{what}: free after {freed:.2f} s, forgotten after {forgot:.2f} s")
     recovered(what, forgot)
@@ -261,7 +261,7 @@ def test_a_time_that_is_over_ends_it_unless_it_is_renewed(client: Client, owner:
     renewed = client.renew("brief")
     assert renewed is not None and renewed > before
     assert client.describe("brief")["expires_at"] == renewed
-    assert settled(lambda: is_forgotten(client, "brief"), 15)
+    assert settled(lambda: is_forgotten(client, "brief"))
     assert time.time() >= renewed
 
 

@@ -70,7 +70,7 @@ def test_choices_go_by_rates_that_were_read_in_also_after_a_restart(
     for restarted in (False, True):
         if restarted:
             os.kill(pid, signal.SIGKILL)
-            assert settled(lambda: _answers(), 60)
+            assert settled(lambda: _answers())
         assert pair(client, "here", **on) == ([2, 3], 207.29, True)
         assert pair(client, "alike", constraints={"gpu_nodes": ["pcie-b"]}) == ([0, 1], 207.29, True)
         [node] = client.status(node="pcie")["nodes"]

@@ -86,7 +86,7 @@ def test_records_that_cannot_be_read_are_told_and_left_as_they_are(service: Any)
     put("nonsense", json.dumps({"version": VERSION, "deployment": {"gpus": "many"}, "replicas": []}).encode())
     ray.kill(service, no_restart=False)
 
-    assert settled(lambda: unreadable(service) == ["half", "newer", "nonsense"], 30)
+    assert settled(lambda: unreadable(service) == ["half", "newer", "nonsense"])
     status = ray.get(service.status.remote())
     assert [one["name"] for one in status["deployments"]] == ["kept"]
     problems = {one["name"]: one["problem"] for one in status["unreadable"]}
@@ -108,7 +108,7 @@ def test_records_that_cannot_be_read_are_told_and_left_as_they_are(service: Any)
     assert ray.get(service.release.remote("nonsense")) == 0
     internal_kv._internal_kv_del(b"deployment/newer", namespace=b"placement")
     ray.kill(service, no_restart=False)
-    assert settled(lambda: unreadable(service) == [], 30)
+    assert settled(lambda: unreadable(service) == [])
 
 
 def test_a_record_of_before_keeps_its_gpu_though_the_models_name_means_a_provider_today(service: Any) -> None:

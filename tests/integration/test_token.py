@@ -48,7 +48,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
         [BIN / "ray", *command], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        assert settled(lambda: not socket.socket().connect_ex((host, port)), 60)
+        assert settled(lambda: not socket.socket().connect_ex((host, port)))
         yield f"{host}:{port}", env
     finally:
         process.send_signal(signal.SIGTERM)
