@@ -35,6 +35,7 @@ scrape_configs:
   - job_name: ray
     file_sd_configs: [{files: ["TARGETS"], refresh_interval: 1s}]
 """
+CHANGED = {"RAY_enable_metrics_collection": "1", "RAY_metrics_report_interval_ms": "1000"}
 Ask = Callable[..., Any]
 
 
@@ -42,7 +43,7 @@ Ask = Callable[..., Any]
 def cluster() -> Iterator[EmbeddedCluster]:
     nodes = [SimulatedNode("pcie", topology="a100-pcie-4x"), SimulatedNode("dies", gpus=1)]
     with (
-        mock.patch.dict(os.environ, {"RAY_metrics_report_interval_ms": "1000"}),
+        mock.patch.dict(os.environ, CHANGED),
         embedded_cluster(nodes, dashboard=True) as running,
     ):
         yield running
