@@ -28,7 +28,8 @@ from typing import Any
 from placement.cli.views.svg import INK, PALE, Drawing
 from placement.core.bandwidth import generation
 from placement.core.matrix import parse_matrix
-from placement.core.score import Within, best_set, score
+from placement.core.needs import Within
+from placement.core.score import best_set, score
 from placement.core.topology import Lanes, Link, Topology
 from placement.core.topology import Path as Way
 

@@ -21,7 +21,8 @@ from pathlib import Path as File
 
 from benchmarks import partition
 from placement import topologies
-from placement.core.score import best_set, ray_set, score, shape_of
+from placement.core.score import best_set, ray_set, score
+from placement.core.shape import shape_of
 from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
 
 Gpus = tuple[int, ...]

@@ -31,12 +31,13 @@ from statistics import fmean, stdev
 import highspy
 
 from placement.cli.simulate import cluster_of
+from placement.core.needs import WHOLE
+from placement.core.node import Node
 from placement.core.planner import advance
 from placement.core.policy import Policy
 from placement.core.replicas import Plan
 from placement.core.request import Request
-from placement.core.score import WHOLE
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.wire.workload import openb_request, read_rows
 
 NODES = "openb_node_list_gpu_node.csv"

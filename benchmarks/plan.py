@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable
 
 from placement import topologies
+from placement.core.needs import Needs
+from placement.core.node import Node
 from placement.core.planner import plan, steps
 from placement.core.replicas import Plan
 from placement.core.request import Request
-from placement.core.score import Needs
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import Snapshot
 
 MAKES = ("dgx-1v", "dgx-a100", "dgx-h100", "gcp-a4", "a100-pcie-8x", "rtx-4090-8x")
 REPLICAS = 1000

@@ -30,7 +30,7 @@ from typing import Any
 from unittest import mock
 
 from placement import topologies
-from placement.core.score import WHOLE
+from placement.core.needs import WHOLE
 from placement.runtime import clock, controller, demand, discovery, faults, fleet, groups, ledger, service
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.groups import LiveGroup

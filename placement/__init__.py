@@ -44,18 +44,12 @@ if TYPE_CHECKING:
     from placement.runtime.client import AsyncClient, Client
     from placement.runtime.drop_in import placement_group
     from placement.runtime.results import NodeAssignment, PlacementResult
-    from placement.wire.deployment import (
-        ApiKey,
-        Budget,
-        Deployment,
-        Group,
-        GroupLink,
-        PlacementConstraints,
-        RuntimeConfig,
-        Serving,
-    )
+    from placement.wire.constraints import PlacementConstraints
+    from placement.wire.deployment import Deployment
     from placement.wire.files import load_deployments
+    from placement.wire.groups import Group, GroupLink
     from placement.wire.plans import PlacementPlan
+    from placement.wire.runtime_config import ApiKey, Budget, RuntimeConfig, Serving
 
 __version__ = "0.1.0"
 require_intact()
@@ -73,11 +67,12 @@ _HOME = {
     "placement.runtime.client": ("AsyncClient", "Client"),
     "placement.runtime.drop_in": ("placement_group",),
     "placement.runtime.results": ("NodeAssignment", "PlacementResult"),
-    "placement.wire.deployment": (
-        "ApiKey", "Budget", "Deployment", "Group", "GroupLink", "PlacementConstraints", "RuntimeConfig", "Serving",
-    ),
+    "placement.wire.constraints": ("PlacementConstraints",),
+    "placement.wire.deployment": ("Deployment",),
     "placement.wire.files": ("load_deployments",),
+    "placement.wire.groups": ("Group", "GroupLink"),
     "placement.wire.plans": ("PlacementPlan",),
+    "placement.wire.runtime_config": ("ApiKey", "Budget", "RuntimeConfig", "Serving"),
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 

@@ -26,14 +26,14 @@ _home = Path(tempfile.mkdtemp(prefix="placement-home-"))
 os.environ.setdefault("XDG_CONFIG_HOME", str(_real_home / ".config"))
 os.environ.setdefault("XDG_CACHE_HOME", str(_real_home / ".cache"))
 os.environ["HOME"] = str(_home)
-# Some machines set it; then each process that tests start compiles the package anew (0.4 s of a CPU), and pytest the tests.
+# Some machines set it; then each process compiles the package anew (0.4 s of a CPU), and pytest rewrites the tests.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # Ray would start a worker for each driver, which is what each command of the command line is.
 os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112
-# Of each node's processes Ray's dashboard would be told every 2.5 s, and of their counters: a tenth of what a test run costs.
+# Figures of its processes, each 2.5 s on every node, which no test reads: a tenth of what a run costs.
 os.environ["REPORTER_UPDATE_INTERVAL_MS"] = "600000"
 os.environ["RAY_enable_metrics_collection"] = "0"  # noqa: SIM112
 # The process in the cluster that stands for a ray:// client starts within 30 s, says Ray; not beside other tests.

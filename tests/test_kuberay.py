@@ -32,7 +32,7 @@ from ray.core.generated.common_pb2 import LabelSelectorOperator
 from placement import Deployment
 from placement.core.labels import parse_condition
 from placement.runtime.needs import needs_of
-from placement.wire.plans import request_unchecked
+from placement.wire.requests import request_unchecked
 from tests import fake_nvml
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,7 +11,7 @@ from placement.cli import common
 from placement.cli.group import Command
 
 POLICIES = ("topology", "fragmentation", "pack", "spread", "round_robin", "least_loaded")
-"""As :class:`placement.core.snapshot.Policy` has them; a test compares the two."""
+"""As :class:`placement.core.policy.Policy` has them; a test compares the two."""
 
 
 @click.command(cls=Command, epilog="\b\nExample:\n  placement demo")

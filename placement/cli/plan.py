@@ -65,7 +65,7 @@ def plan(
     failures: Failures = {}
     if cluster is not None:
         from placement.wire.cluster import load_cluster
-        from placement.wire.plans import explain_deployments, plan_deployments
+        from placement.wire.dry_run import explain_deployments, plan_deployments
 
         known = load_cluster(cluster)
         snapshot, held = known.snapshot(), known.held()

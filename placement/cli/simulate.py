@@ -12,10 +12,11 @@ import click
 
 from placement import topologies
 from placement.cli import common
+from placement.core.needs import GIB
+from placement.core.node import Node
 from placement.core.policy import Policy
-from placement.core.score import GIB
 from placement.core.simulation import Report, simulate
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.errors import InvalidClusterFile, InvalidDeployment
 from placement.wire.accelerators import accelerators_of
 from placement.wire.cluster import load_cluster

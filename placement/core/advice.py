@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from placement.core import gangs
+from placement.core.labels import GPU_DOMAIN_LABEL
 from placement.core.limits import roomy
+from placement.core.needs import GIB, WHOLE, GpuName, Needs, Within
+from placement.core.node import Node
 from placement.core.request import Request
-from placement.core.score import GIB, WHOLE, GpuName, Needs, Within, score
-from placement.core.snapshot import GPU_DOMAIN_LABEL, Node, Snapshot
+from placement.core.score import score
+from placement.core.snapshot import Snapshot
 from placement.core.topology import Path, Topology, components, ordinals
 from placement.core.wording import any_of, describe, gpu_names, reached, sets_of
 from placement.errors import counted

@@ -16,11 +16,13 @@ from dataclasses import replace
 from itertools import accumulate, chain, groupby
 
 from placement.core.labels import meets
+from placement.core.needs import Needs, Within
+from placement.core.node import Node
+from placement.core.offers import Bits, rank_of
 from placement.core.policy import Rank
 from placement.core.replicas import Placed, PlannedReplica, take
 from placement.core.request import Bundle, Request, Resources, Strategy
-from placement.core.score import Needs, Within
-from placement.core.snapshot import Bits, Node, Snapshot, rank_of
+from placement.core.snapshot import Snapshot
 
 OTHERS = "has other bundles of the group"
 ELSEWHERE = "is in another domain than other bundles of the group"

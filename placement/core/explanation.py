@@ -34,9 +34,10 @@ from placement.core.limits import (
     short_of,
     too_small,
 )
+from placement.core.needs import GIB, Needs, Within
+from placement.core.node import UNIT, Node
 from placement.core.request import Request, Strategy
-from placement.core.score import GIB, Needs, Within
-from placement.core.snapshot import UNIT, Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.core.wording import (
     any_of,
     cpus,
@@ -45,18 +46,8 @@ from placement.core.wording import (
     gb_per_s,
     gpu_names,
     layout_of,
-    sets_of,
 )
-from placement.errors import (
-    BelowFloor,
-    NoCpuNodes,
-    NoEgressNodes,
-    NoGpuNodes,
-    NotEnoughEgress,
-    NotEnoughGpus,
-    Unplaceable,
-    counted,
-)
+from placement.errors import counted
 
 
 @dataclass(frozen=True)
@@ -145,91 +136,17 @@ def explain(snapshot: Snapshot, request: Request) -> Explanation:
     return Explanation(len(snapshot.nodes), tuple(sieve.stages), miss, advice)
 
 
-def refusal_of(request: Request, index: int, sifted: Sifted) -> Unplaceable:
-    """Why replica ``index`` finds no place, by what became of the nodes for it."""
-    # A refusal names the stage at which no node was left, and what would help: else the planner is at fault.
-    assert sifted[3] and sifted[2] and not sifted[0].stages[-1].kept, (request, sifted[0].stages)
-    if request.on_cpus:
-        return _refuse_cpus(request, index, sifted)
-    return (_refuse_gpus if request.provider is None else _refuse_egress)(request, index, sifted)
-
-
-def _refuse_gpus(request: Request, index: int, sifted: Sifted) -> Unplaceable:
-    name, needs = request.deployment, request.needs
-    sieve, miss, advice, stage = sifted
-    excluded = Explanation(0, tuple(sieve.stages)).excluded
-    excluded.pop(_NO_GPUS, None)
-    largest = sieve.largest
-    sets = request.stages * request.parts
-    count, what = needs.gpus * sets, describe(needs) if sets == 1 else sets_of(sets, needs)
-    if needs.named:
-        what += f" of {gpu_names(needs.named)}"
-    if stage == "size":
-        per = "replica" if sets == 1 else "tensor-parallel group"
-        summary = f"{describe(needs)} per {per}, but {miss}"
-        return NotEnoughGpus(name, summary, excluded, advice, count, largest)
-    if stage == "free GPUs":
-        one_set = sets == 1 or needs.named
-        wanted = f"{what} free on one node" if one_set else f"{layout_of(request)}; not one is free"
-        return NotEnoughGpus(
-            name, f"replica {index} needs {wanted}; at best {miss}", excluded, advice, count, largest
-        )
-    if stage == "within":
-        summary = f"replica {index} needs {what} within {needs.within.value!r}; at best {miss}"
-        return BelowFloor(name, summary, excluded, advice)
-    if stage == "bandwidth":
-        floor = gb_per_s(needs.min_bandwidth_gb_per_s)
-        return BelowFloor(name, f"replica {index} needs {what} at {floor}; at best {miss}", excluded, advice)
-    if stage == "other bundles":
-        return NotEnoughGpus(name, miss, excluded, advice, count, largest)
-    if stage == "groups":
-        return NotEnoughGpus(name, f"replica {index} needs {miss}", excluded, advice, count, largest)
-    if stage == NAMED:
-        return NoGpuNodes(name, f"no node has {gpu_names(needs.named)} for it", excluded, advice)
-    if stage in ("CPUs and memory", "spread"):
-        return Unplaceable(name, f"replica {index} finds no node: {miss}", excluded, advice)
-    summary = "the cluster has no GPU node" if stage == "GPU nodes" else "no GPU node may be used"
-    return NoGpuNodes(name, summary, excluded, advice)
-
-
-def _refuse_egress(request: Request, index: int, sifted: Sifted) -> Unplaceable:
-    name, provider = request.deployment, request.provider or ""
-    sieve, miss, advice, stage = sifted
-    excluded = Explanation(0, tuple(sieve.stages)).excluded
-    excluded.pop(_no_egress(provider), None)
-    if stage == "egress capacity":
-        requests = "1 concurrent request" if request.egress == 1 else f"{request.egress} concurrent requests"
-        summary = f"replica {index} needs {requests} to {provider} on one node; at best {miss}"
-        return NotEnoughEgress(name, summary, excluded, advice)
-    if stage == "spread":
-        return Unplaceable(name, f"replica {index} finds no node: {miss}", excluded, advice)
-    summary = (
-        f"no node may call out to {provider}" if stage == "egress nodes" else "no egress node may be used"
-    )
-    return NoEgressNodes(name, summary, excluded, advice, provider)
-
-
-def _refuse_cpus(request: Request, index: int, sifted: Sifted) -> Unplaceable:
-    sieve, miss, advice, stage = sifted
-    excluded = Explanation(0, tuple(sieve.stages)).excluded
-    if stage == "spread":
-        summary = f"replica {index} finds no node: {miss}"
-        return Unplaceable(request.deployment, summary, excluded, advice)
-    summary = "the cluster has no node" if stage == "nodes" else "no node may be used"
-    if stage == "CPUs and memory":
-        summary = f"replica {index} needs {describe_cpus(request)} on one node; at best {miss}"
-    return NoCpuNodes(request.deployment, summary, excluded, advice)
-
-
 Sifted = tuple[_Sieve, str, str, str]
 """The sieve, the nearest miss, the advice, and the stage at which no node was left (empty if some are)."""
 
-_NO_GPUS = "has no GPUs"
+HAS_NO_GPUS = "has no GPUs"
+"""The reason of a node without any."""
 
 _REPAIR = "run `placement status` and repair the nodes it names, or add a node"
 
 
-def _no_egress(provider: str) -> str:
+def no_egress(provider: str) -> str:
+    """The reason of a node that may not call out to a provider."""
     return f"has no egress resource for {provider}"
 
 
@@ -244,7 +161,7 @@ def _sift_gpus(snapshot: Snapshot, request: Request) -> Sifted:
     needs = request.needs
     count, what = needs.gpus, describe(needs)
     sieve = _Sieve([_only_named(node, needs) for node in snapshot.nodes] if needs.named else snapshot.nodes)
-    if not sieve.put("GPU nodes", lambda node: None if len(node.topology) else _NO_GPUS):
+    if not sieve.put("GPU nodes", lambda node: None if len(node.topology) else HAS_NO_GPUS):
         return sieve, "", "start one with `ray start --num-gpus=N`", "GPU nodes"
     if not sieve.put("constraints", outside("gpu_nodes", request.gpu_nodes)):
         return sieve, "", "widen constraints.gpu_nodes", "constraints"
@@ -397,9 +314,7 @@ def _sift_egress(snapshot: Snapshot, request: Request) -> Sifted:
     provider, units = request.provider or "", request.egress
     resource = f"egress_{provider}"
     sieve = _Sieve(snapshot.nodes)
-    if not sieve.put(
-        "egress nodes", lambda node: None if node.egress_for(provider) else _no_egress(provider)
-    ):
+    if not sieve.put("egress nodes", lambda node: None if node.egress_for(provider) else no_egress(provider)):
         advice = f"start one with `ray start --resources='{{\"{resource}\": 64}}'`"
         return sieve, "", advice, "egress nodes"
     if stopped := _not_permitted(sieve, request):

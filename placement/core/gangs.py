@@ -24,11 +24,15 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
+from placement.core.labels import GPU_DOMAIN_LABEL
+from placement.core.needs import WHOLE, Within
+from placement.core.node import Choice, Node
+from placement.core.offers import Bits
 from placement.core.policy import Policy
 from placement.core.replicas import Crowd, Placed, PlannedReplica, take
 from placement.core.request import Request
-from placement.core.score import WHOLE, Shape, Within
-from placement.core.snapshot import GPU_DOMAIN_LABEL, Bits, Choice, Node, Snapshot
+from placement.core.shape import Shape
+from placement.core.snapshot import Snapshot
 
 Gpus = tuple[int, ...]
 

@@ -1,4 +1,4 @@
-"""Ray's label selectors: ``{"ray.io/accelerator-type": "in(H100, A100)"}``.
+"""Ray's node labels, and its label selectors: ``{"ray.io/accelerator-type": "in(H100, A100)"}``.
 
 The syntax is Ray's own (``label_selector`` of ``ray.remote``): a value, ``!value``, ``in(a, b)`` or
 ``!in(a, b)``. A node without the label meets only the negative forms.
@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+
+GPU_DOMAIN_LABEL = "ray.io/gpu-domain"
+"""Nodes with one value of this label share an NVLink fabric (an NVL72 rack). Ray's own name for it."""
 
 _LIST = re.compile(r"in\((?P<values>[^()]*)\)")
 _VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable
 
 from placement.core.labels import meets
 from placement.core.mix import Kind
+from placement.core.needs import ANY_PROFILE, GIB, NO_GPUS, Needs
+from placement.core.node import UNIT, UNKNOWN_PROFILE, Node
+from placement.core.offers import Bits
 from placement.core.request import Request
-from placement.core.score import ANY_PROFILE, GIB, NO_GPUS, Needs
-from placement.core.snapshot import UNIT, UNKNOWN_PROFILE, Bits, Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.core.wording import cpus, gpu_names
 
 Objection = Callable[[Node], str | None]

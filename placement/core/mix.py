@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from placement.core.needs import Needs
 from placement.core.request import Request
-from placement.core.score import Needs
 
 
 class Kind(NamedTuple):

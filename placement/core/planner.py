@@ -11,7 +11,7 @@ Rules, in order:
 4. A GPU replica goes where the best set on offer is fastest; among equals, to the node with the fewest
    replicas of the same deployment, then to the one where others lose least by it (large sets stay whole),
    then to the one with the fewest free GPUs. A share of a GPU goes on one that is shared already, where
-   it leaves the least. (:class:`~placement.core.snapshot.Policy` has other orders to choose from.)
+   it leaves the least. (:class:`~placement.core.policy.Policy` has other orders to choose from.)
 5. A remote replica goes to the node with the fewest replicas of the same deployment, in the domain with the
    fewest where it spreads over a label; among equals, to nodes named in ``egress_preference``, then to nodes
    that already serve the same (provider, API key) so that they can share a rate limiter, then to the one with
@@ -33,13 +33,17 @@ from functools import cached_property, reduce
 from operator import or_
 
 from placement.core import bundles, gangs
-from placement.core.explanation import Sifted, refusal_of, sift
+from placement.core.explanation import Sifted, sift
 from placement.core.limits import eligible, limits_without_gpus, roomy, short_of
+from placement.core.needs import WHOLE
+from placement.core.node import Choice, Node
+from placement.core.offers import Bits, rank_of
 from placement.core.policy import Policy
+from placement.core.refusal import refusal_of
 from placement.core.replicas import Crowd, Placed, Plan, PlannedReplica, take
 from placement.core.request import Request, Strategy, Told
-from placement.core.score import WHOLE, Score, slowest_group
-from placement.core.snapshot import Bits, Choice, Node, Snapshot, rank_of
+from placement.core.score import Score, slowest_group
+from placement.core.snapshot import Snapshot
 from placement.errors import NotEnoughGpus, Unplaceable
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any
 
-from placement.core.score import Offer
+from placement.core.shape import Offer
 
 Rank = tuple[tuple[Any, ...], tuple[Any, ...]]
 """How welcome a node is to a request; the least is best. Between the halves, replicas of the same deployment count."""
@@ -15,7 +15,7 @@ class Policy(StrEnum):
     """Which node goes first among those with room.
 
     For CPU replicas it is one without GPUs under every policy; then CPUs count instead of GPUs
-    (:func:`placement.core.snapshot.rank_of`).
+    (:func:`placement.core.offers.rank_of`).
     """
 
     TOPOLOGY = "topology"

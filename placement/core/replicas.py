@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 
+from placement.core.needs import WHOLE
+from placement.core.node import Choice, Node
+from placement.core.offers import Bits
 from placement.core.request import Request
-from placement.core.score import WHOLE
-from placement.core.snapshot import Bits, Choice, Node, Snapshot
+from placement.core.snapshot import Snapshot
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
+from placement.core.needs import NO_GPUS, Needs
 from placement.core.policy import Policy
-from placement.core.score import NO_GPUS, Needs
 from placement.errors import Unplaceable
 
 
@@ -32,7 +32,7 @@ Resources = tuple[tuple[str, int], ...]
 class Bundle(NamedTuple):
     """What one bundle of a placement group takes: whole GPUs, CPUs (thousandths), memory, and label -> condition.
 
-    ``resources``: custom ones of Ray's, in its own smallest units; see :data:`~placement.core.snapshot.UNIT`.
+    ``resources``: custom ones of Ray's, in its own smallest units; see :data:`~placement.core.node.UNIT`.
     """
 
     gpus: int

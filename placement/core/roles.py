@@ -28,7 +28,8 @@ from placement.core import planner
 from placement.core.limits import eligible
 from placement.core.reconcile import Desired, Observed
 from placement.core.request import Place, Request, Told
-from placement.core.role_search import Search
+from placement.core.role_places import Places
+from placement.core.role_search import solve
 from placement.core.routes import Member, Roles, joined, meets
 from placement.core.snapshot import Snapshot
 from placement.core.topology import ordinals
@@ -67,20 +68,20 @@ def plan(
         The places, or why there are none. A refusal for lack of room is that of the deployment, where one alone has
         none; else it is the group's, and names the two replicas and their route, if it is a link's floor.
     """
-    search = Search(snapshot, roles, requests, standing or {})
-    if (lacking := search.without_nvlink()) is not None:
+    places = Places(snapshot, roles, requests, standing or {})
+    if (lacking := places.without_nvlink()) is not None:
         return lacking
-    if (found := search.solve(search.todo)) is not None:
+    if (found := solve(places, places.todo)) is not None:
         return GroupPlan(
             {
                 member: Place(snapshot.at(bit).id, gpus)
                 for member, (bit, gpus) in found.at.items()
-                if member in search.missing
+                if member in places.missing
             },
-            search.bounded,
+            places.bounded,
         )
     refusal = _refusal(snapshot, roles, requests, standing or {})
-    return refusal.advised("the search was cut off, so that there may be room") if search.bounded else refusal
+    return refusal.advised("the search was cut off, so that there may be room") if places.bounded else refusal
 
 
 def tell(
@@ -155,8 +156,8 @@ def _refusal(
     for request in requests.values():
         if request.replicas and isinstance(alone := planner.plan(snapshot, request), Unplaceable):
             return alone
-    search = Search(snapshot, roles, requests, standing, floors=False)
-    found = search.solve(search.todo)
+    places = Places(snapshot, roles, requests, standing, floors=False)
+    found = solve(places, places.todo)
     if found is None:
         gpus = sum(len(request.replicas) * request.needs.gpus for request in requests.values())
         names = " and ".join(name for name, request in requests.items() if request.replicas)

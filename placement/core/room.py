@@ -24,10 +24,12 @@ import numpy.typing as npt
 
 from placement.core.limits import open_to
 from placement.core.mix import Kind, Mix
+from placement.core.needs import WHOLE, Needs
+from placement.core.node import Choice, Node
+from placement.core.offers import Bits, rank_of
 from placement.core.policy import Policy
 from placement.core.request import Request
-from placement.core.score import WHOLE, Needs
-from placement.core.snapshot import Bits, Choice, Node, Snapshot, rank_of
+from placement.core.snapshot import Snapshot
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

@@ -9,8 +9,9 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from placement.core.bandwidth import generation, hop_mb_per_s
-from placement.core.score import Within
-from placement.core.snapshot import GPU_DOMAIN_LABEL, Node
+from placement.core.labels import GPU_DOMAIN_LABEL
+from placement.core.needs import Within
+from placement.core.node import Node
 from placement.core.topology import PATH_ORDER, Link, Path, Topology
 
 Gpus = tuple[int, ...]
@@ -37,7 +38,7 @@ class RoleLink:
     Attributes:
         between: their deployments.
         via: what their transport can use.
-        within: how far apart they may be: a :class:`~placement.core.score.Within`, or a node label of which their
+        within: how far apart they may be: a :class:`~placement.core.needs.Within`, or a node label of which their
             nodes must share the value; empty for no limit.
         min_gb_per_s: the least that the route between any two of their GPUs must carry, GB/s per direction.
     """

@@ -16,13 +16,13 @@ import numpy as np
 
 from placement.core.limits import open_to
 from placement.core.mix import Kind
+from placement.core.needs import WHOLE
 from placement.core.planner import advance, vacate
 from placement.core.reconcile import Desired
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
 from placement.core.roles import tell
 from placement.core.routes import Roles, joined
-from placement.core.score import WHOLE
 from placement.core.snapshot import Snapshot
 from placement.errors import Unplaceable
 

@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from placement.core import gangs
-from placement.core.labels import meets
+from placement.core.labels import GPU_DOMAIN_LABEL, meets
 from placement.core.limits import eligible
+from placement.core.needs import ANY_PROFILE, Needs, Within
+from placement.core.node import Node
 from placement.core.replicas import PlannedReplica
 from placement.core.request import Request
-from placement.core.score import ANY_PROFILE, Needs, Within
-from placement.core.snapshot import GPU_DOMAIN_LABEL, Node, Snapshot
+from placement.core.snapshot import Snapshot
 
 Replica = Sequence[PlannedReplica]
 """One replica, by its parts on several nodes."""

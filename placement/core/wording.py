@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from placement.core.labels import GPU_DOMAIN_LABEL
+from placement.core.needs import ANY_PROFILE, GIB, WHOLE, GpuName, Needs
 from placement.core.request import Request
-from placement.core.score import ANY_PROFILE, GIB, WHOLE, GpuName, Needs, Score
-from placement.core.snapshot import GPU_DOMAIN_LABEL
+from placement.core.score import Score
 from placement.core.topology import ordinals
 from placement.errors import counted
 

@@ -25,7 +25,8 @@ from placement.runtime.connection import abandoning, ask, caller, cluster, own_e
 from placement.runtime.controller import IDLE_SECONDS
 from placement.runtime.leases import Loan
 from placement.runtime.results import PlacementResult
-from placement.wire.deployment import Deployment, PlacementConstraints
+from placement.wire.constraints import PlacementConstraints
+from placement.wire.deployment import Deployment
 from placement.wire.plans import PlacementPlan
 
 __all__ = ["AsyncClient", "Client", "Event", "Status", "ask", "cluster"]

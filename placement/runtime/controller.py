@@ -45,20 +45,15 @@ from placement.runtime.results import PlacementResult
 from placement.runtime.state import DeploymentState, Owner, ServiceState, expiry
 from placement.runtime.sweeper import Sweeper
 from placement.runtime.turns import Turns
-from placement.wire.cluster import ClusterFile, HeldDeployment
-from placement.wire.deployment import Deployment, Group
+from placement.wire.cluster import ClusterFile
+from placement.wire.deployment import Deployment
+from placement.wire.dry_run import explain_deployments, plan_in_order
+from placement.wire.groups import Group
+from placement.wire.held import HeldDeployment
 from placement.wire.measurements import Measurement
 from placement.wire.node_types import NodeType
-from placement.wire.plans import (
-    ExplainedPlan,
-    PlacementPlan,
-    explain_deployments,
-    mix_of,
-    plan_in_order,
-    request_of,
-    request_unchecked,
-    require_same_places,
-)
+from placement.wire.plans import ExplainedPlan, PlacementPlan
+from placement.wire.requests import mix_of, request_of, request_unchecked, require_same_places
 
 MAX_REPLANS = 5
 """How often a plan is made anew that nodes refused, since others act meanwhile."""

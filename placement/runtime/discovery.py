@@ -10,14 +10,14 @@ from operator import is_
 import ray
 
 from placement import topologies
-from placement.core.score import WHOLE
-from placement.core.snapshot import UNIT, Node
+from placement.core.needs import WHOLE
+from placement.core.node import UNIT, Node
 from placement.errors import UnknownTopology
 from placement.runtime import ray_internals
 from placement.runtime.orders import GpuHardware
 from placement.runtime.state import Tally
 from placement.wire.accelerators import accelerators_of
-from placement.wire.deployment import is_egress
+from placement.wire.layout import is_egress
 
 TOPOLOGY_LABEL = "placement/topology"
 """A node with this label has the topology of that catalogue entry (a simulated node)."""

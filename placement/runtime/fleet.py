@@ -13,8 +13,8 @@ from typing import Any
 
 from ray.util.placement_group import PlacementGroup
 
+from placement.core.needs import WHOLE
 from placement.core.replicas import PlannedReplica
-from placement.core.score import WHOLE
 from placement.core.topology import MeasuredRates
 from placement.runtime import faults, groups, metrics
 from placement.runtime.agents import Agents, Unanswered

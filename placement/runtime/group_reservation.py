@@ -17,9 +17,9 @@ from typing import Any, Protocol
 
 from ray.util.placement_group import PlacementGroup
 
+from placement.core.needs import WHOLE
 from placement.core.replicas import PlannedReplica
 from placement.core.request import Strategy
-from placement.core.score import WHOLE
 from placement.core.topology import MeasuredRates
 from placement.runtime import faults, groups, metrics
 from placement.runtime.agents import DEADLINE_SECONDS, Agents, Unanswered

@@ -16,7 +16,7 @@ from typing import Any
 
 from placement.runtime import groups
 from placement.runtime.results import PlacementResult
-from placement.wire.deployment import BundleLayout
+from placement.wire.layout import BundleLayout
 
 LEND_SECONDS = 1.5
 """How long GPUs stay prepared for a group of the caller's."""

@@ -6,11 +6,11 @@ import threading
 from functools import lru_cache
 
 from placement.core.measured import is_suspect, of_all
-from placement.core.score import shape_of
+from placement.core.shape import shape_of
 from placement.core.topology import Topology
 from placement.runtime import ledger
 from placement.runtime.orders import GpuHardware, with_rates
-from placement.wire.cluster import Machine
+from placement.wire.machine import Machine
 from placement.wire.measurements import Measurement, identity_of
 
 

@@ -18,14 +18,15 @@ from typing import Any
 import ray
 
 from placement.core.measured import beside_predicted, sets_to_measure
-from placement.core.score import shape_of
+from placement.core.shape import shape_of
 from placement.errors import CannotMeasure, NoCollectiveLibrary, PlacementError
 from placement.runtime.client import Client
 from placement.runtime.connection import ask, own_errors
 from placement.runtime.results import NodeAssignment
-from placement.wire.cluster import ClusterFile, Machine, mb_per_s
-from placement.wire.deployment import STANDS
+from placement.wire.cluster import ClusterFile
 from placement.wire.facts import NodeFacts
+from placement.wire.fields import STANDS
+from placement.wire.machine import Machine, mb_per_s
 from placement.wire.measurements import MeasuredRate, Measurement
 
 MESSAGE_BYTES = {"nccl": 1 << 30, "gloo": 1 << 22}

@@ -20,7 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from placement.core.score import shape_of
+from placement.core.shape import shape_of
 from placement.core.topology import Topology
 from placement.errors import PartlyApplied, PlacementError
 from placement.monitoring import (

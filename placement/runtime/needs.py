@@ -11,14 +11,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from placement.core.labels import meets, parse_condition
+from placement.core.needs import GIB, WHOLE
+from placement.core.node import UNIT
 from placement.core.request import Request, Resources, Strategy
-from placement.core.score import GIB, WHOLE
-from placement.core.snapshot import UNIT
 from placement.core.wording import describe, describe_cpus
 from placement.errors import counted
 from placement.wire.accelerators import accelerator_type
 from placement.wire.node_types import NodeType
-from placement.wire.plans import SPARED_MILLI
+from placement.wire.requests import SPARED_MILLI
 
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
 

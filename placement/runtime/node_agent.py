@@ -14,7 +14,8 @@ from ray.util.placement_group import PlacementGroup
 
 from placement import topologies
 from placement.core.affinity import Affinity, affinities
-from placement.core.score import WHOLE, Score, score, slowest_group
+from placement.core.needs import WHOLE
+from placement.core.score import Score, score, slowest_group
 from placement.nvml import Reader
 from placement.runtime.groups import NodeGroups
 from placement.runtime.orders import (

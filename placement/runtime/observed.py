@@ -10,16 +10,17 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from placement.core.limits import eligible
+from placement.core.needs import Needs
+from placement.core.node import UNKNOWN_PROFILE, Node
 from placement.core.request import Request
-from placement.core.score import Needs
-from placement.core.snapshot import UNKNOWN_PROFILE, Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.errors import UnknownGpu, UnknownNode, Unplaceable
 from placement.runtime import groups
 from placement.runtime.discovery import DeadNode, NodeInfo, NodeView
 from placement.runtime.fleet import MOST_LAG_SECONDS, VIEW_LAG_SECONDS, Fleet
 from placement.runtime.state import ServiceState
 from placement.runtime.view import ClusterView, overlaid
-from placement.wire.cluster import HeldDeployment
+from placement.wire.held import HeldDeployment
 
 T = TypeVar("T")
 

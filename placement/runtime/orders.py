@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
+from placement.core.needs import WHOLE, Needs
+from placement.core.node import UNKNOWN_PROFILE, Node
 from placement.core.policy import Policy
 from placement.core.replicas import PlannedReplica
-from placement.core.score import WHOLE, Needs
-from placement.core.snapshot import UNKNOWN_PROFILE, Node
 from placement.core.topology import MeasuredRates, Topology
 from placement.wire.deployment import Deployment
 from placement.wire.facts import NodeFacts

@@ -27,7 +27,7 @@ from placement.runtime.state import DeploymentState, Owner
 from placement.runtime.turns import Turns
 from placement.wire.deployment import Deployment
 from placement.wire.node_types import NodeType
-from placement.wire.plans import request_unchecked
+from placement.wire.requests import request_unchecked
 
 T = TypeVar("T")
 

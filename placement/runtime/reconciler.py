@@ -38,8 +38,9 @@ from placement.runtime.node_agent import FRESH_SECONDS
 from placement.runtime.observed import ObservedCluster
 from placement.runtime.orders import Refusal
 from placement.runtime.state import Claim, DeploymentState, ServiceState
-from placement.wire.deployment import Deployment, Group
-from placement.wire.plans import mix_of, request_of, request_unchecked
+from placement.wire.deployment import Deployment
+from placement.wire.groups import Group
+from placement.wire.requests import mix_of, request_of, request_unchecked
 
 MAX_REPLANS = 5
 """How often a plan is made anew that nodes refused, since others act meanwhile."""

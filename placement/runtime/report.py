@@ -12,18 +12,19 @@ from typing import Any, Protocol
 from placement.core.lifecycle import State
 from placement.core.matrix import render_matrix
 from placement.core.measured import beside_predicted
+from placement.core.node import Node
 from placement.core.replicas import PlannedReplica
-from placement.core.score import shape_of, suspect_pairs
-from placement.core.snapshot import Node
+from placement.core.score import suspect_pairs
+from placement.core.shape import shape_of
 from placement.core.topology import Topology, ordinals
 from placement.errors import UnknownDeployment, UnknownNode, UnreadableRecord, counted
 from placement.runtime.discovery import DeadNode, NodeInfo
 from placement.runtime.ledger import Record
 from placement.runtime.orders import GpuHardware
 from placement.runtime.results import NodeAssignment
-from placement.wire.deployment import Deployment, Group
+from placement.wire.deployment import Deployment
 from placement.wire.facts import NodeFacts
-from placement.wire.groups import links_of, located
+from placement.wire.groups import Group, links_of, located
 from placement.wire.measurements import Measurement
 
 SHOWN_STATES = ("placed", "pending", "lost", "releasing")

@@ -29,8 +29,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from placement.core.score import WHOLE, Needs, choose, ray_set, score
-from placement.core.snapshot import Node
+from placement.core.needs import WHOLE, Needs
+from placement.core.node import Node
+from placement.core.score import choose, ray_set, score
 from placement.core.topology import Topology
 from placement.core.wording import gpu_names
 from placement.runtime import faults

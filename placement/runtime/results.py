@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from placement.core.affinity import Affinity
 from placement.runtime.binding import CPUS, NUMA_NODE
-from placement.wire.deployment import Budget, RuntimeConfig, Serving
+from placement.wire.runtime_config import Budget, RuntimeConfig, Serving
 
 
 @dataclass(frozen=True)

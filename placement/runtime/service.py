@@ -33,7 +33,8 @@ from placement.runtime.owners import asker_of, owner_of
 from placement.runtime.queue import Ticket
 from placement.runtime.results import PlacementResult
 from placement.runtime.state import Owner
-from placement.wire.deployment import Deployment, PlacementConstraints
+from placement.wire.constraints import PlacementConstraints
+from placement.wire.deployment import Deployment
 from placement.wire.files import parse_model
 from placement.wire.groups import groups_of
 from placement.wire.measurements import as_file, read_measurements

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from placement.core.lifecycle import Event, State, after
+from placement.core.needs import WHOLE
 from placement.core.replicas import PlannedReplica
-from placement.core.score import WHOLE
 from placement.runtime import groups, ledger
 from placement.runtime.orders import Holding
 from placement.runtime.results import NodeAssignment, PlacementResult
-from placement.wire.cluster import HeldDeployment, HeldReplica
 from placement.wire.deployment import Deployment
+from placement.wire.held import HeldDeployment, HeldReplica
 
 RECORDED = (
     "replica_index", "node", "node_name", "gpus", "bundle_indices", "ranks", "share", "mig", "cpus_per_gpu",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from placement.core.snapshot import Node, Snapshot
+from placement.core.node import Node
+from placement.core.snapshot import Snapshot
 from placement.runtime.discovery import NodeInfo, node_state
 from placement.runtime.fleet import VIEW_LAG_SECONDS
 from placement.runtime.orders import GpuHardware

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Literal
 
-from pydantic import Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator
 
-from placement.core.matrix import parse_matrix, render_matrix
+from placement.core.needs import WHOLE
+from placement.core.node import Node
 from placement.core.pasted import shortened
-from placement.core.replicas import PlannedReplica
-from placement.core.score import WHOLE
-from placement.core.snapshot import NEAR_LABELS, Node, Snapshot
-from placement.core.topology import Lanes, Topology, ordinals
-from placement.core.topology import Path as PciePath
+from placement.core.snapshot import NEAR_LABELS, Snapshot
+from placement.core.topology import Topology, ordinals
 from placement.errors import InvalidClusterFile, InvalidDeployment, MatrixError, counted
 from placement.wire.base import Model
-from placement.wire.deployment import REMOTE_RUNTIMES, STANDS, Deployment, with_runtime
-from placement.wire.facts import NumaFacts
-from placement.wire.runtimes import infer_runtime
+from placement.wire.fields import STANDS
+from placement.wire.held import HeldDeployment, HeldReplica
+from placement.wire.machine import Machine
 from placement.wire.text import printable, read_text
 
 _AS_THEY_ARE = (
@@ -34,241 +30,6 @@ _AS_THEY_ARE = (
 
 _MOST = 1 << 60
 """Of an amount: more bytes than any machine has."""
-
-
-class HeldReplica(Model):
-    """A replica that stands: its node, and the GPUs, the egress units or the CPUs alone that it holds there."""
-
-    replica_index: int
-    node: str
-    gpus: tuple[int, ...] = ()
-    ranks: tuple[int, ...] = Field(default=(), description="of a replica over several nodes, those here")
-    share: int = Field(default=WHOLE, description="thousandths of the GPU")
-    profile: str = Field(default="", description="of the MIG instance that it holds instead of a GPU")
-    cpu_milli: int = 0
-    memory_bytes: int = 0
-    egress_resource: str | None = None
-    egress_units: int = 0
-    set_size: int = Field(default=0, description="GPUs of each set that it is made of; 0 if they are one")
-    generation: int = Field(
-        default=0, description="the key under `earlier` by which it was placed; 0: as declared now"
-    )
-
-    def planned(self) -> PlannedReplica:
-        """The same in the planner's terms."""
-        fields = self.model_dump(exclude={"node", "generation"})
-        return PlannedReplica(node_id=self.node, **fields)
-
-    @classmethod
-    def of(cls, planned: PlannedReplica) -> HeldReplica:
-        """What a plan takes, once it is carried out."""
-        fields = {name: value for name, value in vars(planned).items() if name != "node_id"}
-        return cls.model_construct(node=planned.node_id, **fields)
-
-
-class HeldDeployment(Model):
-    """A deployment that stands; replicas that are declared and not listed are pending."""
-
-    deployment: Deployment
-    replicas: tuple[HeldReplica, ...]
-    releasing: bool = Field(default=False, description="all of it is about to go")
-    earlier: dict[int, Deployment] = Field(
-        default_factory=dict,
-        description="what was declared when replicas were placed that wait to be replaced",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _keeps_its_runtime(cls, value: Any) -> Any:
-        """What replicas hold tells whether a model's name was taken for that of an API when they were placed."""
-        if not isinstance(value, Mapping):
-            return value
-        declared, replicas = value.get("deployment"), value.get("replicas")
-        if not isinstance(declared, Mapping) or not isinstance(replicas, list | tuple):
-            return value
-        held = [one for one in replicas if isinstance(one, Mapping)]
-        found = {**value, "deployment": _as_placed(declared, held, 0)}
-        earlier = value.get("earlier")
-        if isinstance(earlier, Mapping):
-            found["earlier"] = {
-                key: _as_placed(one, held, key) if isinstance(one, Mapping) else one
-                for key, one in earlier.items()
-            }
-        return found
-
-    @model_validator(mode="after")
-    def _knows_all_generations(self) -> Self:
-        for number in {one.generation for one in self.replicas}:
-            if number and number not in self.earlier:
-                raise ValueError(f"a replica is of generation {number}, which earlier does not have")
-        return self
-
-    @classmethod
-    def of(cls, deployment: Deployment, replicas: Iterable[PlannedReplica]) -> HeldDeployment:
-        """What a plan makes of a deployment, once it is carried out."""
-        held = tuple(map(HeldReplica.of, replicas))
-        return cls.model_construct(deployment=deployment, replicas=held, releasing=False, earlier={})
-
-    def declared(self, replica: HeldReplica) -> Deployment:
-        """What was declared when a replica was placed."""
-        return self.earlier[replica.generation] if replica.generation else self.deployment
-
-    def becomes(
-        self, deployment: Deployment, replicas: Iterable[PlannedReplica], outdated: Collection[int]
-    ) -> HeldDeployment:
-        """The same once it is declared anew.
-
-        Args:
-            deployment: what is declared.
-            replicas: those that are there, but for the outdated ones.
-            outdated: the indices of those that stay as they are until they can be replaced.
-        """
-        this = max(self.earlier, default=0) + 1
-        old = [one for one in self.replicas if one.replica_index in outdated]
-        kept = [one.model_copy(update={"generation": one.generation or this}) for one in old]
-        declared = {one.generation: self.declared(before) for one, before in zip(kept, old, strict=True)}
-        held = (*map(HeldReplica.of, replicas), *kept)
-        return self.model_construct(deployment=deployment, replicas=held, releasing=False, earlier=declared)
-
-    def by_index(self) -> dict[int, tuple[PlannedReplica, ...]]:
-        """Replica -> its parts, in the planner's terms."""
-        found: dict[int, tuple[PlannedReplica, ...]] = {}
-        for replica in self.replicas:
-            found[replica.replica_index] = (*found.get(replica.replica_index, ()), replica.planned())
-        return found
-
-
-def _as_placed(
-    declared: Mapping[str, Any], replicas: Iterable[Mapping[str, Any]], generation: object
-) -> dict[str, Any]:
-    """The fields of a declaration, with the runtime that replicas of that generation have been placed as."""
-    remote = {
-        "egress_resource" in one for one in replicas if str(one.get("generation", 0)) == str(generation)
-    }
-    placed_as = None
-    with contextlib.suppress(ValueError):
-        means = infer_runtime(str(declared.get("model")))
-        if remote <= {means in REMOTE_RUNTIMES}:
-            placed_as = means
-    return with_runtime(declared, placed_as)
-
-
-GbPerSecond = Annotated[float, Field(ge=0.001, le=1_000_000)]
-"""A rate in GB/s: at least 1 MB/s, which is as fine as rates are compared."""
-
-
-def mb_per_s(gb_per_s: float) -> int:
-    """The same in MB/s."""
-    return round(gb_per_s * 1000)
-
-
-_PEERS = {True: "Y", False: "N", None: "?"}
-
-
-class NicNames(Model):
-    """What programs call a network card of the matrix."""
-
-    name: str
-    ports: tuple[str, ...] = Field(default=(), description="its RDMA ports that work")
-    interfaces: tuple[str, ...] = Field(default=(), description="its network interfaces that work")
-
-
-class Machine(Model):
-    """A make of GPU node, written once for all nodes of that make."""
-
-    matrix: str = Field(description="as `nvidia-smi topo -m` prints it")
-    model: str | None = Field(default=None, description="product name of the GPUs")
-    below: tuple[tuple[PciePath, ...], ...] = Field(
-        default=(), description="PCIe paths, also below NVLink, where they are known: a row for each GPU"
-    )
-    cpu: str | None = Field(default=None, description="product name of the processors")
-    pcie: tuple[tuple[PositiveInt, PositiveInt] | None, ...] = Field(
-        default=(), description="per GPU its PCIe generation and how many lanes; empty if unknown"
-    )
-    peers: tuple[str, ...] = Field(
-        default=(),
-        description="per GPU a letter for each: Y or N, whether peer-to-peer works over PCIe, or ?; empty if unknown",
-    )
-    numa_nodes: tuple[NumaFacts, ...] = Field(
-        default=(), description="the NUMA nodes of the host; empty if unknown"
-    )
-    nics: tuple[NicNames, ...] = Field(default=(), description="those of which it is known")
-
-    measured: tuple[tuple[tuple[int, ...], GbPerSecond], ...] = Field(
-        default=(),
-        description="sets of GPUs with the all-reduce bus bandwidth that was measured on them, GB/s; empty if none was",
-    )
-
-    @classmethod
-    def make(cls, topology: Topology) -> Machine:
-        """What machines of one make have in common: all of this but what was measured."""
-        return cls.of(replace(topology, measured=()))
-
-    @classmethod
-    def of(cls, topology: Topology) -> Machine:
-        """What a file says of such a machine."""
-        peers = tuple("".join(_PEERS[link.peer] for link in row) for row in topology.links)
-        pcie = tuple((one.generation, one.width) if one else None for one in topology.lanes)
-        return cls(
-            matrix=render_matrix(topology),
-            model=topology.model,
-            cpu=topology.cpu,
-            pcie=pcie if any(pcie) else (),
-            peers=peers if {"Y", "N"} & set("".join(peers)) else (),
-            below=topology.below,
-            numa_nodes=tuple(map(NumaFacts.of, topology.numa_nodes)),
-            nics=tuple(
-                NicNames(name=nic.name, ports=nic.ports, interfaces=nic.interfaces)
-                for nic in topology.nics
-                if nic.ports or nic.interfaces
-            ),
-            measured=tuple((gpus, rate / 1000) for gpus, rate in topology.measured),
-        )
-
-    def topology(self) -> Topology:
-        """The machine.
-
-        Raises:
-            MatrixError: the matrix cannot be read.
-            ValueError: the rest describes another number of GPUs, or holds something else.
-        """
-        read = parse_matrix(self.matrix)
-        links = read.links
-        if self.peers:
-            if {len(self.peers), *map(len, self.peers)} != {len(read)} or set("".join(self.peers)) - {
-                *_PEERS.values()
-            }:
-                raise ValueError(
-                    f"peers must be {len(read)} rows of {len(read)} letters Y, N or ?, as the matrix has GPUs"
-                )
-            told = {letter: peer for peer, letter in _PEERS.items()}
-            links = tuple(
-                tuple(replace(link, peer=told[letter]) for link, letter in zip(row, letters, strict=True))
-                for row, letters in zip(links, self.peers, strict=True)
-            )
-        if self.pcie and len(self.pcie) != len(read):
-            raise ValueError(f"pcie describes {len(self.pcie)} GPUs, the matrix {len(read)}")
-        lanes = tuple(Lanes(*one) if one else None for one in self.pcie)
-        names = {nic.name: nic for nic in self.nics}
-        if unknown := names.keys() - {nic.name for nic in read.nics}:
-            raise ValueError(f"nics names {min(unknown)}, which is no network card of the matrix")
-        nics = tuple(
-            replace(nic, ports=names[nic.name].ports, interfaces=names[nic.name].interfaces)
-            if nic.name in names
-            else nic
-            for nic in read.nics
-        )
-        return replace(
-            read,
-            links=links,
-            model=self.model,
-            cpu=self.cpu,
-            lanes=lanes,
-            below=self.below,
-            nics=nics,
-            numa_nodes=tuple(one.node for one in self.numa_nodes),
-            measured=tuple((gpus, mb_per_s(rate)) for gpus, rate in self.measured),
-        )
 
 
 class ClusterNode(Model):

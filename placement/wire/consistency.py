@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
+from placement.core.needs import WHOLE
 from placement.core.policy import Policy
 from placement.core.request import Strategy
-from placement.core.score import WHOLE
 from placement.errors import counted
 from placement.wire.constraints import PlacementConstraints
 from placement.wire.declaration import Declaration

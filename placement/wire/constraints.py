@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from placement.core.labels import parse_condition
-from placement.core.score import GpuName
+from placement.core.needs import GpuName
 from placement.wire.fields import MOST, MOST_LABEL, Amount, Count, Declared, Named
 
 _UUID_PATTERN = re.compile(r"(GPU|MIG)-[A-Za-z0-9/-]{4,120}")

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
+from placement.core.needs import ANY_PROFILE, GIB, WHOLE, GpuName, Needs, Within
 from placement.core.policy import Policy
-from placement.core.score import ANY_PROFILE, GIB, WHOLE, GpuName, Needs, Within
 from placement.wire.constraints import PlacementConstraints
 from placement.wire.fields import Amount, Count, Declared, check_name, gpu_amount
 from placement.wire.groups import Group

@@ -9,30 +9,9 @@ from typing import Any
 from pydantic import ValidationInfo, model_validator
 
 from placement.wire.consistency import require_consistent
-from placement.wire.constraints import PlacementConstraints
-from placement.wire.declaration import DEFAULT_KEY_VARIABLES, REMOTE_RUNTIMES, Declaration
+from placement.wire.declaration import Declaration
 from placement.wire.fields import STANDS, stands
-from placement.wire.groups import Group, GroupLink
-from placement.wire.layout import BundleLayout, is_egress
-from placement.wire.runtime_config import ApiKey, Budget, RuntimeConfig, Serving
 from placement.wire.runtimes import Runtime, infer_runtime, runtime_before
-
-__all__ = [
-    "DEFAULT_KEY_VARIABLES",
-    "REMOTE_RUNTIMES",
-    "STANDS",
-    "ApiKey",
-    "Budget",
-    "BundleLayout",
-    "Deployment",
-    "Group",
-    "GroupLink",
-    "PlacementConstraints",
-    "RuntimeConfig",
-    "Serving",
-    "is_egress",
-    "with_runtime",
-]
 
 
 class Deployment(Declaration):

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from placement.core.snapshot import UNKNOWN_PROFILE
+from placement.core.node import UNKNOWN_PROFILE
 from placement.core.topology import UNKNOWN_LINK, Lanes, Link, Nic, NumaNode, Path, Topology
 from placement.wire.base import Model
 

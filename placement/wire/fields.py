@@ -19,7 +19,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
-from placement.core.score import WHOLE
+from placement.core.needs import WHOLE
 from placement.wire.base import Model
 from placement.wire.unknown import unknown_field
 

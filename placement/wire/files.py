@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from placement.core.pasted import shortened
 from placement.errors import InvalidDeployment
-from placement.wire.deployment import Deployment, Group
+from placement.wire.deployment import Deployment
+from placement.wire.groups import Group
 from placement.wire.text import decoded, printable, read_text
 from placement.wire.unknown import unknown_field
 

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Protocol, Self, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
+from placement.core.node import Node
 from placement.core.replicas import PlannedReplica
 from placement.core.routes import Located, Member, RoleLink, Roles, Via, joined
-from placement.core.snapshot import Node
 from placement.errors import InvalidDeployment
 from placement.wire.fields import MOST_LABEL, Amount, Count, Declared, Named, check_name
 

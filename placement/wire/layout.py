@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from placement.core.labels import parse_condition
+from placement.core.node import UNIT
 from placement.core.request import Bundle, Strategy
-from placement.core.snapshot import UNIT
 from placement.wire.fields import MOST, MOST_LABEL, Declared, gpu_amount
 
 MOST_BUNDLES = 4096

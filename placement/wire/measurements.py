@@ -13,7 +13,7 @@ from pydantic import Field, PositiveInt, ValidationError, field_validator, model
 from placement.core.pasted import shortened
 from placement.errors import InvalidMeasurement, MatrixError
 from placement.wire.base import Model
-from placement.wire.cluster import GbPerSecond, Machine, mb_per_s
+from placement.wire.machine import GbPerSecond, Machine, mb_per_s
 from placement.wire.text import printable
 
 

@@ -15,17 +15,20 @@ from typing import Any
 
 from pydantic import Field
 
+from placement.core.needs import WHOLE, Needs
+from placement.core.node import Node
 from placement.core.policy import Policy
 from placement.core.request import Request
-from placement.core.score import WHOLE, Needs
 from placement.core.simulation import Arrival, gpus_asked
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.core.topology import Topology
 from placement.errors import InvalidDeployment, counted
 from placement.wire.base import Model
-from placement.wire.deployment import Deployment, Group, PlacementConstraints
+from placement.wire.constraints import PlacementConstraints
+from placement.wire.deployment import Deployment
 from placement.wire.files import check_depth, load_model, parse_model
-from placement.wire.plans import request_of
+from placement.wire.groups import Group
+from placement.wire.requests import request_of
 from placement.wire.text import read_text
 
 OPENB_PODS = {"cpu_milli", "memory_mib", "num_gpu", "gpu_milli"}

@@ -9,7 +9,8 @@ import pytest
 
 from placement import topologies
 from placement.cli.views.status import status_view
-from placement.core.snapshot import Node, Snapshot
+from placement.core.node import Node
+from placement.core.snapshot import Snapshot
 from placement.wire.cluster import ClusterFile
 from tests.cli.fake_service import FakeService, report, run, use
 from tests.cli.test_render import text

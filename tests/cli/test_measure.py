@@ -11,10 +11,12 @@ from rich.console import Console
 
 from placement import topologies
 from placement.cli.views.measured import measured_lines, measured_view
-from placement.core.snapshot import Node, Snapshot
+from placement.core.node import Node
+from placement.core.snapshot import Snapshot
 from placement.errors import UnknownNode
 from placement.runtime.measuring import Target, targets
-from placement.wire.cluster import ClusterFile, Machine
+from placement.wire.cluster import ClusterFile
+from placement.wire.machine import Machine
 from placement.wire.measurements import as_file
 from tests.cli.fake_service import FakeService, run, use
 from tests.wire.test_measurements import COLUMNS, HEADER, LARGE, measurement

@@ -13,11 +13,13 @@ import pytest
 from placement import topologies
 from placement.core.bundles import ELSEWHERE, OTHERS, summed
 from placement.core.labels import meets
+from placement.core.needs import Needs, Within
+from placement.core.node import Node
 from placement.core.planner import plan
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Bundle, Request, Strategy
-from placement.core.score import Needs, Within, score
-from placement.core.snapshot import Node, Snapshot
+from placement.core.score import score
+from placement.core.snapshot import Snapshot
 from placement.core.topology import Topology
 from placement.errors import BelowFloor, NoGpuNodes, NotEnoughGpus, Unplaceable
 

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 
+from placement.core.needs import GIB, Needs
+from placement.core.node import Node
 from placement.core.planner import advance, plan, vacate
 from placement.core.policy import Policy
 from placement.core.replicas import Plan
 from placement.core.request import Request
-from placement.core.score import GIB, Needs
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.core.topology import Topology
 from placement.errors import Unplaceable
 

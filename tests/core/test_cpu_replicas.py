@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 
 from placement.core.explanation import explain
+from placement.core.needs import GIB, Needs
+from placement.core.node import Node
 from placement.core.planner import advance, plan, vacate
 from placement.core.policy import Policy
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
-from placement.core.score import GIB, Needs
 from placement.core.simulation import Arrival, simulate
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.core.staying import staying
 from placement.core.topology import Topology
 from placement.errors import NoCpuNodes, Unplaceable

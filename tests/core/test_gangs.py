@@ -14,12 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement import topologies
+from placement.core.labels import GPU_DOMAIN_LABEL
+from placement.core.needs import Needs, Within
+from placement.core.node import Node
 from placement.core.planner import plan, vacate
 from placement.core.policy import Policy
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
-from placement.core.score import Needs, Within, score
-from placement.core.snapshot import GPU_DOMAIN_LABEL, Node, Snapshot
+from placement.core.score import score
+from placement.core.snapshot import Snapshot
 from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
 from placement.errors import NotEnoughGpus
 

@@ -8,11 +8,12 @@ import pytest
 
 from placement.core.explanation import Explanation, Stage, explain
 from placement.core.limits import eligible, roomy
+from placement.core.needs import GIB, Needs
+from placement.core.node import Node
 from placement.core.planner import plan
 from placement.core.replicas import Plan
 from placement.core.request import Request
-from placement.core.score import GIB, Needs
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.core.topology import Topology
 from placement.core.wording import describe
 from placement.errors import NoGpuNodes, NotEnoughGpus, Unplaceable

@@ -9,7 +9,9 @@ import pytest
 
 from placement import topologies
 from placement.core.measured import is_suspect, of_all, sets_to_measure
-from placement.core.score import Needs, best_set, score, shape_of
+from placement.core.needs import Needs
+from placement.core.score import best_set, score
+from placement.core.shape import shape_of
 from placement.core.topology import UNKNOWN_LINK, MeasuredRates, Topology
 
 HGX = topologies.load("dgx-h100")

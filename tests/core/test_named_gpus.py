@@ -9,13 +9,14 @@ import pytest
 from placement import topologies
 from placement.core.explanation import explain
 from placement.core.mix import Mix
+from placement.core.needs import ANY_PROFILE, GpuName, Needs, Within
+from placement.core.node import Node
 from placement.core.planner import advance, plan, vacate
 from placement.core.policy import Policy
 from placement.core.reconcile import Desired, Observed, Reserve, Wait, outcome, reconcile
 from placement.core.replicas import Plan
 from placement.core.request import Request
-from placement.core.score import ANY_PROFILE, GpuName, Needs, Within
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.core.staying import staying
 from placement.errors import BelowFloor, NoGpuNodes, NotEnoughGpus, Unplaceable
 

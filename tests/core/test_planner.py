@@ -8,12 +8,14 @@ import pytest
 
 from placement import topologies
 from placement.core.explanation import explain
+from placement.core.labels import GPU_DOMAIN_LABEL
+from placement.core.needs import GIB, Needs, Within
+from placement.core.node import Node
 from placement.core.planner import advance, plan, steps, vacate
 from placement.core.policy import Policy
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
-from placement.core.score import GIB, Needs, Within
-from placement.core.snapshot import GPU_DOMAIN_LABEL, Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.core.topology import Topology
 from placement.errors import (
     BelowFloor,

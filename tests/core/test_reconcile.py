@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from placement.core.needs import Needs
+from placement.core.node import Node
 from placement.core.reconcile import (
     Action,
     Desired,
@@ -22,8 +24,6 @@ from placement.core.reconcile import (
 )
 from placement.core.replicas import PlannedReplica
 from placement.core.request import Request
-from placement.core.score import Needs
-from placement.core.snapshot import Node
 from placement.core.topology import Topology
 from placement.errors import NotEnoughGpus
 from tests.properties.rounds import World, checked, lost, waiting

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 
 from placement.core.explanation import explain
+from placement.core.node import Node
 from placement.core.planner import plan
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.core.staying import staying
 from placement.errors import NoEgressNodes, Unplaceable
 

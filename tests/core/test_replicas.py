@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from placement.core.needs import NO_GPUS
+from placement.core.node import Node
 from placement.core.replicas import Crowd
 from placement.core.request import Request
-from placement.core.score import NO_GPUS
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import Snapshot
 
 ZONES = Snapshot(
     [Node(name, name, labels={"zone": name[0]}) for name in ("a1", "a2", "b1", "c1")] + [Node("x", "x")]

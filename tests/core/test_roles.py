@@ -12,11 +12,14 @@ import pytest
 
 from placement import topologies
 from placement.core import role_search
+from placement.core.labels import GPU_DOMAIN_LABEL
+from placement.core.needs import Needs, Within
+from placement.core.node import Node
 from placement.core.request import Place, Request
 from placement.core.roles import GroupPlan, plan
 from placement.core.routes import Member, RoleLink, Roles, Route, Via, joined, meets, route
-from placement.core.score import Needs, Within, score
-from placement.core.snapshot import GPU_DOMAIN_LABEL, Node, Snapshot
+from placement.core.score import score
+from placement.core.snapshot import Snapshot
 from placement.core.topology import Link, Path, Topology
 from placement.errors import BelowFloor, NotEnoughGpus, Unplaceable
 from tests.properties.cases import MACHINES

@@ -8,13 +8,14 @@ import pytest
 
 from placement import topologies
 from placement.core.mix import Kind, Mix
+from placement.core.needs import GIB, WHOLE, Needs, Within
+from placement.core.node import Choice, Node
 from placement.core.planner import advance, plan
 from placement.core.policy import Policy
 from placement.core.replicas import Plan
 from placement.core.request import Request
 from placement.core.room import Room, room_of, ways
-from placement.core.score import GIB, WHOLE, Needs, Within
-from placement.core.snapshot import Choice, Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.core.topology import Topology
 
 FOUR = Topology.unknown(4)

@@ -154,3 +154,12 @@ def test_what_makes_no_sense_is_refused(free: set[int], count: int) -> None:
 )
 def test_ray_gives_the_lowest(free: set[int], count: int, expected: tuple[int, ...] | None) -> None:
     assert expected == ray_set(free, count)
+
+
+def test_what_is_not_known_is_not_told_as_a_fact() -> None:
+    machine = topologies.load("a100-pcie-4x")
+    unknown, alone = score(Topology.unknown(2), (0, 1)), score(machine, (0,))
+    assert (unknown.known_gb_per_s, unknown.link_name, unknown.bandwidth_gb_per_s) == (None, "?", 0.1)
+    assert (alone.known_gb_per_s, alone.link_name, alone.bandwidth_gb_per_s) == (None, None, math.inf)
+    bridged = score(machine, (1, 0))
+    assert (bridged.known_gb_per_s, bridged.link_name, bridged.weakest_pair) == (230.4, "NV12", (0, 1))

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from itertools import combinations
 from unittest import mock
 
 import pytest
 
 from placement import topologies
-from placement.core import score as module
+from placement.core import shape as module
 from placement.core.bandwidth import generation, hosts_of
-from placement.core.score import (
-    GIB,
-    WHOLE,
-    Needs,
-    Offer,
-    Shape,
-    Within,
-    choose,
-    score,
-    shape_of,
-    slowest_group,
-)
+from placement.core.needs import Needs, Within
+from placement.core.score import choose, score, slowest_group
+from placement.core.shape import Offer, Shape, shape_of
 from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
 
 DGX1, BRIDGED, H100 = (topologies.load(name) for name in ("dgx-1v", "a100-pcie-4x", "dgx-h100"))
@@ -36,58 +26,6 @@ def mask(*gpus: int) -> int:
 def joined(count: int, links: dict[tuple[int, int], Link], rest: Link = UNKNOWN_LINK) -> Topology:
     rows = [[links.get((min(a, b), max(a, b)), rest) for b in range(count)] for a in range(count)]
     return Topology(tuple(map(tuple, rows)))
-
-
-# -- what is needed ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("needs", "size", "expected"),
-    [
-        (Needs(1), None, WHOLE),
-        (Needs(1, share=250), None, 250),
-        (Needs(1, share=250), 80 * GIB, 250),
-        (Needs(1, memory_bytes=20 * GIB), 80 * GIB, 250),
-        (Needs(1, memory_bytes=20 * GIB + 1), 80 * GIB, 251),  # as much as is asked, never less
-        (Needs(1, memory_bytes=80 * GIB), 80 * GIB, WHOLE),
-        (Needs(1, memory_bytes=80 * GIB + 1), 80 * GIB, None),
-        (Needs(1, memory_bytes=1), None, None),
-        (Needs(1, memory_bytes=1), 0, None),
-    ],
-)
-def test_memory_is_a_share_of_the_gpu_it_is_on(needs: Needs, size: int | None, expected: int | None) -> None:
-    assert needs.share_of(size) == expected
-
-
-def test_the_least_share_is_that_of_the_largest_gpu() -> None:
-    needs = Needs(1, memory_bytes=20 * GIB)
-    assert needs.least_share([40 * GIB, None, 80 * GIB, 16 * GIB]) == 250
-    assert needs.least_share([16 * GIB, None]) == WHOLE
-    assert needs.least_share([]) == WHOLE
-
-
-@pytest.mark.parametrize(
-    ("needs", "slowest", "floor", "whole"),
-    [
-        (Needs(2), 0, False, True),
-        (Needs(2, min_bandwidth_gb_per_s=19.92), -19_920, True, True),
-        (Needs(1, min_bandwidth_gb_per_s=19.92), 0, False, True),  # there is no link to be slow
-        (Needs(2, Within.NVLINK), 0, True, True),
-        (Needs(1, share=500), 0, False, False),
-        (Needs(1, memory_bytes=1), 0, False, False),
-        (Needs(1, profile="1g.10gb"), 0, False, False),
-    ],
-)
-def test_what_is_a_floor_and_what_a_whole_gpu(needs: Needs, slowest: int, floor: bool, whole: bool) -> None:
-    assert (needs.slowest, needs.floor, needs.whole) == (slowest, floor, whole)
-
-
-def test_what_is_not_known_is_not_told_as_a_fact() -> None:
-    unknown, alone = score(Topology.unknown(2), (0, 1)), score(BRIDGED, (0,))
-    assert (unknown.known_gb_per_s, unknown.link_name, unknown.bandwidth_gb_per_s) == (None, "?", 0.1)
-    assert (alone.known_gb_per_s, alone.link_name, alone.bandwidth_gb_per_s) == (None, None, math.inf)
-    pair = score(BRIDGED, (1, 0))
-    assert (pair.known_gb_per_s, pair.link_name, pair.weakest_pair) == (230.4, "NV12", (0, 1))
 
 
 # -- offers ------------------------------------------------------------------------------------------

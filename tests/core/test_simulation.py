@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 
 from placement import topologies
 from placement.core.mix import Mix
+from placement.core.needs import GIB, WHOLE, Needs
+from placement.core.node import Node
 from placement.core.policy import Policy
 from placement.core.request import Request
-from placement.core.score import GIB, WHOLE, Needs
 from placement.core.simulation import Arrival, Report, fragmentation, gpus_asked, simulate
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.core.topology import Topology
 
 

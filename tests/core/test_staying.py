@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from placement import topologies
+from placement.core.labels import GPU_DOMAIN_LABEL
+from placement.core.needs import GIB, Needs, Within
+from placement.core.node import Node
 from placement.core.replicas import PlannedReplica
 from placement.core.request import Request
-from placement.core.score import GIB, Needs, Within
-from placement.core.snapshot import GPU_DOMAIN_LABEL, Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.core.staying import staying
 from placement.core.topology import Topology
 

@@ -6,10 +6,11 @@ import pytest
 
 from placement import topologies
 from placement.core.mix import Mix
+from placement.core.needs import GIB, Needs, Within
+from placement.core.node import Node
 from placement.core.request import Request
-from placement.core.score import GIB, Needs, Within
 from placement.core.simulation import Arrival, Report, fragmentation, gpus_asked, simulate
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.core.topology import Topology
 
 BRIDGED = topologies.load("a100-pcie-4x")

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import ray
 
+from placement.core.needs import Needs
 from placement.core.request import Request
-from placement.core.score import Needs
 from placement.runtime.demand import Asked, Demand, Need, State, needs_of
 from placement.runtime.groups import create_group, ready_or_removed, remove_group
 from tests.cloud.cloud import cloud, host_of

@@ -17,8 +17,8 @@ import placement
 from placement import Client
 from placement.runtime.embedded import EmbeddedCluster, SimulatedNode
 from placement.wire.cluster import ClusterFile
+from placement.wire.dry_run import plan_deployments
 from placement.wire.files import load_deployments, parse_model
-from placement.wire.plans import plan_deployments
 from tests.integration.conftest import left_over, settled
 from tests.integration.test_cli import Run
 from tests.integration.test_cli import run as run

@@ -16,8 +16,8 @@ import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from placement import Deployment, NodeAssignment
+from placement.core.needs import WHOLE
 from placement.core.replicas import PlannedReplica
-from placement.core.score import WHOLE
 from placement.runtime import groups
 from placement.runtime.bootstrap import make_agent
 from placement.runtime.discovery import live_nodes

@@ -9,11 +9,11 @@ import pytest
 
 import placement
 from placement import Client, Deployment, topologies
-from placement.core.score import WHOLE
+from placement.core.needs import WHOLE
 from placement.runtime.embedded import SimulatedNode, embedded_cluster
 from placement.runtime.probing import another_user
 from placement.wire.cluster import ClusterFile
-from placement.wire.plans import plan_deployments
+from placement.wire.dry_run import plan_deployments
 from tests import fake_nvml
 from tests.integration.conftest import settled, worker_at
 

@@ -13,13 +13,15 @@ from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
 
 from placement import topologies
+from placement.core.labels import GPU_DOMAIN_LABEL
+from placement.core.needs import ANY_PROFILE, GIB, WHOLE, GpuName, Needs, Within
+from placement.core.node import Node
 from placement.core.policy import Policy
 from placement.core.request import Request
-from placement.core.score import ANY_PROFILE, GIB, WHOLE, GpuName, Needs, Within
-from placement.core.snapshot import GPU_DOMAIN_LABEL, Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
-from placement.wire.cluster import HeldDeployment, HeldReplica
 from placement.wire.deployment import Deployment
+from placement.wire.held import HeldDeployment, HeldReplica
 from placement.wire.plans import PlacementPlan
 
 EXAMPLES = int(os.environ.get("ORACLE_EXAMPLES", "0"))

@@ -1,7 +1,7 @@
 """The planner's rules as a model that tries everything: for small clusters only.
 
 Written from what the docstrings of :mod:`placement.core.planner`, :mod:`~placement.core.gangs`,
-:mod:`~placement.core.request` and :class:`~placement.core.snapshot.Policy` promise, not from how it is done. It
+:mod:`~placement.core.request` and :class:`~placement.core.policy.Policy` promise, not from how it is done. It
 shares with the planner only the predicted speed of one set, which has an oracle of its own (``test_choice.py``).
 """
 
@@ -13,10 +13,13 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
 
+from placement.core.labels import GPU_DOMAIN_LABEL
+from placement.core.needs import ANY_PROFILE, WHOLE, Needs, Within
+from placement.core.node import Node
 from placement.core.replicas import PlannedReplica
 from placement.core.request import Request
-from placement.core.score import ANY_PROFILE, WHOLE, Needs, Within, score
-from placement.core.snapshot import GPU_DOMAIN_LABEL, Node, Snapshot
+from placement.core.score import score
+from placement.core.snapshot import Snapshot
 from placement.core.topology import Topology
 
 Gpus = tuple[int, ...]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from placement.core.node import Node
 from placement.core.planner import vacate
 from placement.core.reconcile import (
     Action,
@@ -21,7 +22,7 @@ from placement.core.reconcile import (
 )
 from placement.core.replicas import PlannedReplica
 from placement.core.request import Request
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import Snapshot
 from tests.properties.test_dry_run import carried_out, same
 
 

@@ -26,7 +26,9 @@ from placement.core.bandwidth import (
     staged_mb_per_s,
     switch_mb_per_s,
 )
-from placement.core.score import Needs, Within, best_set, ray_set, score, shape_of
+from placement.core.needs import Needs, Within
+from placement.core.score import best_set, ray_set, score
+from placement.core.shape import shape_of
 from placement.core.topology import UNKNOWN_LINK, Lanes, Link, Path, Topology
 
 Gpus = tuple[int, ...]

@@ -15,17 +15,21 @@ from typing import Any
 from hypothesis import given, note
 
 from placement import topologies
+from placement.core.needs import WHOLE, Within
+from placement.core.node import Node
 from placement.core.planner import advance, plan, steps, vacate
 from placement.core.policy import Policy
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
-from placement.core.score import WHOLE, Within
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.core.topology import Topology
 from placement.errors import Unplaceable
-from placement.wire.cluster import ClusterFile, HeldDeployment, HeldReplica
+from placement.wire.cluster import ClusterFile
 from placement.wire.deployment import Deployment
-from placement.wire.plans import PlacementPlan, plan_deployments, plan_in_order, request_of
+from placement.wire.dry_run import plan_deployments, plan_in_order
+from placement.wire.held import HeldDeployment, HeldReplica
+from placement.wire.plans import PlacementPlan
+from placement.wire.requests import request_of
 from tests.properties.cases import (
     EVERYTHING,
     LARGE,

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from placement import topologies
 from placement.cli.main import main
 from placement.core.matrix import render_matrix
-from placement.core.snapshot import Node, Snapshot
-from placement.wire.cluster import ClusterFile, HeldDeployment, HeldReplica
+from placement.core.node import Node
+from placement.core.snapshot import Snapshot
+from placement.wire.cluster import ClusterFile
 from placement.wire.deployment import Deployment
+from placement.wire.held import HeldDeployment, HeldReplica
 
 ROOT = Path(__file__).parents[2]
 

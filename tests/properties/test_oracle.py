@@ -14,13 +14,14 @@ from hypothesis import given
 
 from placement import topologies
 from placement.core.explanation import explain
+from placement.core.needs import ANY_PROFILE, GIB, WHOLE, Needs
+from placement.core.node import Node
 from placement.core.planner import plan, steps, vacate
 from placement.core.policy import Policy
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
 from placement.core.room import Room, room_of
-from placement.core.score import ANY_PROFILE, GIB, WHOLE, Needs
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.core.topology import Topology
 from placement.errors import NoGpuNodes, Unplaceable
 from tests.properties.cases import MODES, SEEDS, case, examples, offered

@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement import topologies
+from placement.core.needs import Needs, Within
+from placement.core.node import Node
 from placement.core.planner import plan, vacate
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
-from placement.core.score import Needs, Within, score
-from placement.core.snapshot import Node, Snapshot
+from placement.core.score import score
+from placement.core.snapshot import Snapshot
 from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
 
 MACHINES = [topologies.load(name) for name in ("a100-pcie-4x", "l40s-4x", "hgx-a100-4gpu", "dgx-1v")]

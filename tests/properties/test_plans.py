@@ -11,13 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement import topologies
-from placement.core.score import WHOLE
-from placement.core.snapshot import Node, Snapshot
+from placement.core.needs import WHOLE
+from placement.core.node import Node
+from placement.core.snapshot import Snapshot
 from placement.core.topology import Topology
 from placement.errors import Unplaceable
-from placement.wire.cluster import ClusterFile, HeldDeployment
+from placement.wire.cluster import ClusterFile
 from placement.wire.deployment import Deployment
-from placement.wire.plans import PlacementPlan, plan_deployments, plan_in_order
+from placement.wire.dry_run import plan_deployments, plan_in_order
+from placement.wire.held import HeldDeployment
+from placement.wire.plans import PlacementPlan
 from tests.properties.cases import held_as
 
 CPUS, UNITS = 6000, 8

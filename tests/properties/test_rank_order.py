@@ -17,11 +17,15 @@ from typing import Any, NamedTuple
 import pytest
 
 from placement import topologies
-from placement.core.score import Needs, score
-from placement.core.snapshot import GPU_DOMAIN_LABEL, Node, Snapshot
+from placement.core.labels import GPU_DOMAIN_LABEL
+from placement.core.needs import Needs
+from placement.core.node import Node
+from placement.core.score import score
+from placement.core.snapshot import Snapshot
 from placement.runtime.results import NodeAssignment, PlacementResult
 from placement.wire.deployment import Deployment
-from placement.wire.plans import PlannedAssignment, plan_deployments
+from placement.wire.dry_run import plan_deployments
+from placement.wire.plans import PlannedAssignment
 
 
 class Place(NamedTuple):

@@ -12,11 +12,11 @@ from typing import Any
 
 from hypothesis import given, note
 
+from placement.core.needs import Needs, Within
 from placement.core.planner import Shortfall, advance, attempt
 from placement.core.reconcile import Decision, Desired, Observed, Wait, admit, reconcile
 from placement.core.replicas import Plan
 from placement.core.request import Request
-from placement.core.score import Needs, Within
 from placement.core.snapshot import Snapshot
 from tests.properties.cases import (
     EVERYTHING,

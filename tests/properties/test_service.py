@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, rule
 
 from placement.core.lifecycle import HOLDING, State
-from placement.core.score import WHOLE
+from placement.core.needs import WHOLE
 from placement.core.topology import Topology
 from placement.errors import (
     DeploymentConflict,

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from placement.core.lifecycle import State
+from placement.core.needs import WHOLE
 from placement.core.replicas import PlannedReplica
-from placement.core.score import WHOLE
 from placement.errors import (
     DeploymentConflict,
     LeaseExpired,

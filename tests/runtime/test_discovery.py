@@ -11,11 +11,12 @@ from ray.util.accelerators import accelerators
 
 from placement import topologies
 from placement.cli.simulate import cluster_of
+from placement.core.needs import WHOLE, Needs
+from placement.core.node import Choice
 from placement.core.planner import plan
 from placement.core.replicas import Plan
 from placement.core.request import Request
-from placement.core.score import WHOLE, Needs
-from placement.core.snapshot import Choice, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.core.topology import Topology
 from placement.runtime import discovery
 from placement.runtime.discovery import ACCELERATOR_LABEL, TOPOLOGY_LABEL, NodeInfo, node_state

@@ -12,7 +12,7 @@ from placement.core.request import Strategy
 from placement.runtime import groups, leases
 from placement.runtime.leases import Lending, Loan
 from placement.runtime.results import PlacementResult
-from placement.wire.deployment import BundleLayout
+from placement.wire.layout import BundleLayout
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,9 @@ from placement.runtime.discovery import NodeInfo
 from placement.runtime.inventory import Inventory
 from placement.runtime.orders import GpuHardware, Order, hardware_of, order_of, with_rates
 from placement.runtime.report import Observed, cluster_status, measured_report
-from placement.wire.cluster import ClusterFile, Machine
+from placement.wire.cluster import ClusterFile
 from placement.wire.facts import NodeFacts
+from placement.wire.machine import Machine
 from placement.wire.measurements import MeasuredRate, Measurement
 
 BRIDGED = topologies.facts("a100-pcie-4x")

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from placement.core.needs import GIB, Needs, Within
 from placement.core.request import Bundle, Request, Strategy
-from placement.core.score import GIB, Needs, Within
 from placement.runtime.needs import Need, Way, by_type, needs_of
 from placement.wire.node_types import NodeType
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from placement.core.score import WHOLE, Needs
+from placement.core.needs import WHOLE, Needs
 from placement.runtime import node_agent
 from placement.runtime.node_agent import NodePlacementActor, Part
 from placement.runtime.orders import Order, Prepared, Refused

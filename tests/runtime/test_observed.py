@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from placement.core.needs import Needs
 from placement.core.request import Request
-from placement.core.score import Needs
 from placement.core.snapshot import NEAR_LABELS
 from placement.runtime import groups, observed
 from placement.runtime.discovery import NodeInfo

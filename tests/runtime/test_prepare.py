@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from placement import topologies
-from placement.core.score import WHOLE, Needs, Within
+from placement.core.needs import WHOLE, Needs, Within
 from placement.core.topology import Topology
 from placement.runtime import reservation
 from placement.runtime.orders import GpuHardware, Order, Prepared, Refused, Reserved

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from placement import topologies
-from placement.core.score import WHOLE, Needs, best_set, score
+from placement.core.needs import WHOLE, Needs
+from placement.core.score import best_set, score
 from placement.core.topology import Topology
 from placement.runtime import reservation
 from placement.runtime.orders import GpuHardware, Holding, Order, Refused, Reserved, Steering, hardware_of

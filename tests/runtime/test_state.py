@@ -11,8 +11,8 @@ import pytest
 
 from placement import Deployment
 from placement.core.lifecycle import IllegalTransition, State
+from placement.core.needs import WHOLE
 from placement.core.replicas import PlannedReplica
-from placement.core.score import WHOLE
 from placement.runtime import groups, ledger
 from placement.runtime.orders import Holding
 from placement.runtime.results import NodeAssignment

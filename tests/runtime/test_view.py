@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from placement import topologies
 from placement.core.limits import eligible
+from placement.core.needs import Needs
+from placement.core.node import Node
 from placement.core.planner import plan
 from placement.core.policy import Policy
 from placement.core.request import Request
-from placement.core.score import Needs
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.runtime import view
 from placement.runtime.discovery import NodeInfo, node_state
 from placement.runtime.orders import GpuHardware, hardware_of

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from placement import topologies
-from placement.core.score import Needs
+from placement.core.needs import Needs
 from placement.core.topology import Topology
 from placement.runtime import reservation
 from placement.runtime.orders import GpuHardware, Holding, Order, Refused, Reserved

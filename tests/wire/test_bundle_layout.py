@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from placement.core.needs import ANY_PROFILE, Needs, Within
 from placement.core.request import Bundle, Strategy
-from placement.core.score import ANY_PROFILE, Needs, Within
 from placement.errors import InvalidDeployment
 from placement.wire.deployment import Deployment
 from placement.wire.files import parse_model
-from placement.wire.plans import request_unchecked
+from placement.wire.requests import request_unchecked
 
 GPU = {"GPU": 1, "CPU": 1}
 

@@ -11,15 +11,17 @@ import pytest
 from pydantic import ValidationError
 
 from placement import topologies
+from placement.core.node import Node
 from placement.core.score import score
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.core.topology import UNKNOWN_LINK, Lanes, Link, Nic, NumaNode, Topology
 from placement.core.topology import Path as PciePath
 from placement.errors import InvalidClusterFile, NotEnoughGpus, UnknownNode
-from placement.wire.cluster import ClusterFile, HeldDeployment, HeldReplica, load_cluster
-from placement.wire.deployment import STANDS as STANDS_ALREADY
+from placement.wire.cluster import ClusterFile, load_cluster
 from placement.wire.deployment import Deployment
-from placement.wire.plans import explain_deployments, plan_deployments
+from placement.wire.dry_run import explain_deployments, plan_deployments
+from placement.wire.fields import STANDS as STANDS_ALREADY
+from placement.wire.held import HeldDeployment, HeldReplica
 
 CLUSTER = Snapshot(
     (

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from placement.core.score import NO_GPUS
+from placement.core.needs import NO_GPUS
 from placement.errors import InvalidDeployment, MissingSecret
-from placement.wire.deployment import ApiKey, Deployment, PlacementConstraints
+from placement.wire.constraints import PlacementConstraints
+from placement.wire.deployment import Deployment
 from placement.wire.files import load_deployments, parse_deployments, parse_model
+from placement.wire.runtime_config import ApiKey
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 EXAMPLE = EXAMPLES / "deployments.toml"

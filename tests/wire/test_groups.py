@@ -10,12 +10,15 @@ from pydantic import ValidationError
 
 import placement
 from placement import Deployment, Group, topologies
+from placement.core.node import Node
 from placement.core.simulation import simulate
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.errors import BelowFloor, GroupStands, InvalidDeployment, NotEnoughGpus
-from placement.wire.cluster import ClusterFile, HeldDeployment
+from placement.wire.cluster import ClusterFile
+from placement.wire.dry_run import explain_deployments, plan_deployments
 from placement.wire.files import load_deployments, parse_deployments
-from placement.wire.plans import PlacementPlan, explain_deployments, plan_deployments
+from placement.wire.held import HeldDeployment
+from placement.wire.plans import PlacementPlan
 from placement.wire.workload import load_workload
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "groups.toml"
@@ -57,7 +60,7 @@ def held(
 
 
 def _take(gpus: tuple[int, ...]) -> Any:
-    from placement.core.snapshot import Choice
+    from placement.core.node import Choice
 
     return Choice(gpus, 1000, 0)
 

@@ -9,7 +9,7 @@ import pytest
 
 from placement import topologies
 from placement.errors import InvalidMeasurement
-from placement.wire.cluster import Machine
+from placement.wire.machine import Machine
 from placement.wire.measurements import (
     Device,
     MeasuredRate,

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 
 from placement import topologies
-from placement.core.score import ANY_PROFILE, Needs
-from placement.core.snapshot import Node, Snapshot
+from placement.core.needs import ANY_PROFILE, Needs
+from placement.core.node import Node
+from placement.core.snapshot import Snapshot
 from placement.errors import InvalidDeployment, NotEnoughGpus, UnknownGpu, Unplaceable
 from placement.wire.cluster import ClusterFile
 from placement.wire.deployment import Deployment
+from placement.wire.dry_run import explain_deployments, plan_deployments
 from placement.wire.files import parse_model
-from placement.wire.plans import explain_deployments, plan_deployments
 
 UUIDS = {gpu: f"GPU-a-0000-{gpu}" for gpu in range(4)}
 CLUSTER = Snapshot(

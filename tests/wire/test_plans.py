@@ -11,14 +11,17 @@ import pytest
 from pydantic import ValidationError
 
 from placement import topologies
+from placement.core.node import Node
 from placement.core.planner import plan
 from placement.core.replicas import Plan
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.core.topology import Topology
 from placement.errors import NotEnoughGpus, UnknownNode, Unplaceable
-from placement.wire.cluster import ClusterFile, HeldDeployment, HeldReplica
+from placement.wire.cluster import ClusterFile
 from placement.wire.deployment import Deployment
-from placement.wire.plans import explain_deployments, plan_deployments, plan_in_order, request_of
+from placement.wire.dry_run import explain_deployments, plan_deployments, plan_in_order
+from placement.wire.held import HeldDeployment, HeldReplica
+from placement.wire.requests import request_of
 
 
 def one(name: str, replicas: int = 1, **fields: Any) -> Deployment:

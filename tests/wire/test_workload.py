@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from placement.core.needs import GIB, WHOLE, Needs
+from placement.core.node import Node
 from placement.core.policy import Policy
-from placement.core.score import GIB, WHOLE, Needs
-from placement.core.snapshot import Node, Snapshot
+from placement.core.snapshot import Snapshot
 from placement.core.topology import Topology
 from placement.errors import InvalidDeployment
 from placement.wire.workload import load_workload, openb_cluster, read_rows, with_policy

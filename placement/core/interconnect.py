@@ -1,0 +1,142 @@
+"""What the GPUs of one machine carry to each other, by the links between them and what these share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+from placement.core.bandwidth import (
+    Generation,
+    Host,
+    has_switch,
+    hop_mb_per_s,
+    lanes_mb_per_s,
+    nvlink_rings,
+    staged_mb_per_s,
+    switch_mb_per_s,
+)
+from placement.core.topology import Lanes, Link, Path, components
+
+Links = tuple[tuple[Link, ...], ...]
+
+BELOW_ONE_SWITCH = (Path.PIX, Path.PXB)
+_BELOW_ONE_BRIDGE = (*BELOW_ONE_SWITCH, Path.PHB)
+
+
+class Hop(NamedTuple):
+    """One hop of a ring: what it carries, MB/s, or, where it goes through the host's memory, what that carries.
+
+    The other one is 0.
+    """
+
+    direct: int
+    host: int
+
+
+class Interconnect:
+    """The links of a machine, and what sets of its GPUs carry over them.
+
+    Args:
+        links: between each two GPUs.
+        gpu: their generation.
+        lanes: of each GPU.
+        host: what they copy through.
+        peer: whether GPUs have peer-to-peer over PCIe of which that is not known.
+
+    Attributes:
+        links: as given.
+        hops: per pair of GPUs, a hop of a ring, whatever else shares its way.
+        pairs: per pair of GPUs, what the two reach that are alone, MB/s.
+        lanes_mb_per_s: what the PCIe lanes of each GPU carry, MB/s.
+    """
+
+    def __init__(
+        self, links: Links, gpu: Generation, lanes: Sequence[Lanes | None], host: Host, peer: bool
+    ) -> None:
+        self.links, self._gpu, self._host, self._peer = links, gpu, host, peer
+        self._switch = has_switch(links, gpu)
+        self.lanes_mb_per_s = [lanes_mb_per_s(one or Lanes(gpu.pcie)) for one in lanes]
+        everyone = range(len(links))
+        self._uplink = _group_of(components(everyone, lambda a, b: links[a][b].path in BELOW_ONE_SWITCH))
+        self._bridge = _group_of(components(everyone, lambda a, b: links[a][b].path in _BELOW_ONE_BRIDGE))
+        self.hops = [[self._hop(a, b) for b in everyone] for a in everyone]
+        self.pairs = [[self._pair(a, b) for b in everyone] for a in everyone]
+
+    def on_nvlink(self, gpus: Sequence[int]) -> int:
+        """The bandwidth of GPUs that have a ring over NVLink."""
+        fewest = min(self.links[a][b].nvlinks for a, b in combinations(gpus, 2))
+        if self._switch and fewest:
+            return switch_mb_per_s(fewest, len(gpus), self._gpu)
+        if len(gpus) == 2:
+            return fewest * self._gpu.nvlink_mb_per_s
+        return 2 * nvlink_rings(self.links, gpus) * self._gpu.nvlink_mb_per_s
+
+    def _hop(self, a: int, b: int) -> Hop:
+        """A hop between two GPUs, whatever else shares its way."""
+        link, gpu = self.links[a][b], self._gpu
+        if link.path in (Path.NVLINK, Path.UNKNOWN):
+            return Hop(hop_mb_per_s(link, gpu), 0)
+        if link.path in BELOW_ONE_SWITCH and self._reaches(link):
+            return Hop(min(hop_mb_per_s(link, gpu), self.lanes_mb_per_s[a], self.lanes_mb_per_s[b]), 0)
+        return Hop(0, self._host.far if link.path is Path.SYS else self._host.near)
+
+    def _reaches(self, link: Link) -> bool:
+        """Whether two GPUs have peer-to-peer over PCIe."""
+        return self._peer if link.peer is None else link.peer
+
+    def _pair(self, a: int, b: int) -> int:
+        """What two GPUs reach that are alone."""
+        link, hop = self.links[a][b], self.hops[a][b]
+        if hop.direct:
+            return hop.direct
+        lanes = min(self.lanes_mb_per_s[a], self.lanes_mb_per_s[b])
+        if self._host.peer and self._reaches(link):
+            return min(lanes, self._host.peer) if link.path is Path.SYS else lanes
+        return self.staged((a, b), hop.host)
+
+    def staged(self, gpus: Sequence[int], host: int) -> int:
+        """What a ring through all of them carries whose slowest hop goes through the host's memory."""
+        islands = components(gpus, lambda a, b: self.hops[a][b].direct > 0)
+        uplinks = Counter(self._uplink[island[0]] for island in islands)
+        bridges = Counter(self._bridge[uplink] for uplink in uplinks)
+        bridge = max(bridges.values()) if self._host.bridged else 1
+        lanes = min(self.lanes_mb_per_s[gpu] for gpu in gpus)
+        return staged_mb_per_s(host, lanes, len(gpus), bridge, max(uplinks.values()))
+
+    def _all_staged(self, host: int, count: int) -> set[int]:
+        """All that rings of so many GPUs can carry whose slowest hop goes through the host's memory."""
+        return {
+            staged_mb_per_s(host, lanes, count, bridge, uplink)
+            for lanes in set(self.lanes_mb_per_s)
+            for bridge in range(1, count + 1 if self._host.bridged else 2)
+            for uplink in range(1, count + 1)
+        }
+
+    def speeds_of(self, count: int) -> set[int]:
+        """All that :meth:`at_least` may say of so many GPUs."""
+        pairs = list(combinations(range(len(self.links)), 2))
+        links = {self.links[a][b].nvlinks for a, b in pairs} - {0} if self._switch else set()
+        hops = {self.hops[a][b] for a, b in pairs}
+        speeds = {hop.direct for hop in hops} - {0}
+        speeds |= {speed for hop in hops if hop.host for speed in self._all_staged(hop.host, count)}
+        if count == 2:
+            speeds = {self.pairs[a][b] for a, b in pairs}
+        return speeds | {switch_mb_per_s(each, count, self._gpu) for each in links}
+
+    def at_least(self, gpus: Sequence[int]) -> int:
+        """What two or more GPUs reach in whatever order a ring goes through them."""
+        fewest = min(self.links[a][b].nvlinks for a, b in combinations(gpus, 2))
+        if self._switch and fewest:
+            return switch_mb_per_s(fewest, len(gpus), self._gpu)
+        if len(gpus) == 2:
+            return self.pairs[gpus[0]][gpus[1]]
+        hops = {self.hops[a][b] for a, b in combinations(gpus, 2)}
+        rates = {hop.direct or self.staged(gpus, hop.host) for hop in hops}
+        return min(rates)
+
+
+def _group_of(groups: Iterable[Sequence[int]]) -> dict[int, int]:
+    """GPU -> the lowest one of its group."""
+    return {gpu: group[0] for group in groups for gpu in group}
