@@ -1,9 +1,9 @@
 """The service's metrics, through ``ray.util.metrics``: Ray's agents export them, and its own discovery finds them.
 
-:data:`placement.monitoring.METRICS` says what there is. Counters and histograms are fed where something happens, by
-:func:`refused`, :func:`reserved`, :func:`steered`, :func:`placed` and :func:`noted`; in a process in which
-:func:`start` was not called they do nothing. Gauges are read from the status as a whole, and set again in a thread:
-Ray drops one that was not set for two export intervals, and that is how the series of what is gone end.
+:data:`placement.monitoring.METRICS` lists them. Counters and histograms are fed where something happens, by
+:func:`counted`, :func:`reserving`, :func:`steered`, :func:`placed` and :func:`noted`. These do nothing in a process in
+which :func:`start` was not called. Gauges are read from the status as a whole, and set again and again by a thread: Ray
+drops a gauge that was not set for two export intervals, and so the series of what is gone end.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ T = TypeVar("T")
 Series = tuple[str, tuple[str, ...]]
 """The name of a metric, and the values of its labels in their order."""
 
-MOST_OF_THE_TIME = 0.02
-"""The part of a core that reading the gauges takes, at most. They are set again all the same."""
+MOST_OF_A_CORE = 0.02
+"""The part of a core that reading the gauges takes at most. Where one reading takes long, the last one is set again."""
 SUFFIX = re.compile(r"-[0-9a-f]{8}$")
 """What the name of a caller's own group, or engine, ends with, so that no other has it. Series go without."""
 
@@ -268,7 +268,7 @@ def _report(read: Callable[[], Mapping[Series, float]]) -> None:
             except Exception:
                 known = {}
                 logger.exception("the gauges could not be read; trying again")
-            not_before = time.monotonic() + (time.thread_time() - began) / MOST_OF_THE_TIME
+            not_before = time.monotonic() + (time.thread_time() - began) / MOST_OF_A_CORE
         _set(known)
         time.sleep(period)
 
