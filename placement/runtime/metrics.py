@@ -51,7 +51,6 @@ SUFFIX = re.compile(r"-[0-9a-f]{8}$")
 
 logger = logging.getLogger(__name__)
 
-_LABELS = {one.name: one.labels for one in METRICS}
 _recorders: dict[str, Any] = {}
 _lost_at: dict[tuple[str, int], float] = {}
 _noting = threading.Lock()
@@ -255,24 +254,18 @@ def _recorder(one: Metric) -> Counter | Gauge | Histogram:
 
 def _report(read: Callable[[], Mapping[Series, float]]) -> None:
     period = ray_internals.metrics_export_seconds() / 2
+    labels = {one.name: one.labels for one in METRICS}
     known: Mapping[Series, float] = {}
     not_before = float("-inf")
     while True:
         if time.monotonic() >= not_before:
             began = time.thread_time()
             try:
-                found = read()
-                # Ray 2.52 tells the last value for ever; later versions tell this one for two intervals.
-                _set(dict.fromkeys(known.keys() - found.keys(), 0.0))
-                known = found
+                known = read()
             except Exception:
                 known = {}
                 logger.exception("the gauges could not be read; trying again")
             not_before = time.monotonic() + (time.thread_time() - began) / MOST_OF_A_CORE
-        _set(known)
+        for (name, values), value in known.items():
+            _recorders[name].set(value, dict(zip(labels[name], values, strict=True)))
         time.sleep(period)
-
-
-def _set(series: Mapping[Series, float]) -> None:
-    for (name, values), value in series.items():
-        _recorders[name].set(value, dict(zip(_LABELS[name], values, strict=True)))
