@@ -39,9 +39,10 @@ if TYPE_CHECKING:
         UnreadableRecord,
         UnsupportedRay,
     )
+    from placement.runtime.async_client import AsyncClient
     from placement.runtime.binding import bind
     from placement.runtime.bootstrap import connect, start
-    from placement.runtime.client import AsyncClient, Client
+    from placement.runtime.client import Client
     from placement.runtime.drop_in import placement_group
     from placement.runtime.results import NodeAssignment, PlacementResult
     from placement.wire.constraints import PlacementConstraints
@@ -64,7 +65,8 @@ _HOME = {
     ),
     "placement.runtime.binding": ("bind",),
     "placement.runtime.bootstrap": ("connect", "start"),
-    "placement.runtime.client": ("AsyncClient", "Client"),
+    "placement.runtime.async_client": ("AsyncClient",),
+    "placement.runtime.client": ("Client",),
     "placement.runtime.drop_in": ("placement_group",),
     "placement.runtime.results": ("NodeAssignment", "PlacementResult"),
     "placement.wire.constraints": ("PlacementConstraints",),

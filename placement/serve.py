@@ -23,8 +23,8 @@ import ray
 from ray.util.placement_group import PlacementGroup
 
 from placement.errors import InvalidDeployment
-from placement.runtime import ray_internals
-from placement.runtime.client import Client
+from placement.runtime import bootstrap, ray_internals
+from placement.runtime.borrowing import Borrower
 from placement.runtime.connection import own_errors
 from placement.runtime.drop_in import WITHOUT_SERVICE, detached_group, placement_group
 
@@ -144,37 +144,32 @@ class _Maker:
             "bundle_label_selector": request.bundle_label_selector,
         }
         known_as = request.name.partition("::")[2] or request.name  # without Serve's prefix
-        return detached_group(_HurriedClient(end), layout, request.name, known_as)
+        return detached_group(_hurried(end), layout, request.name, known_as)
 
 
-class _HurriedClient(Client):
-    """A client that waits for no answer longer than until ``end``, of ``time.monotonic()``.
+def _hurried(end: float) -> Borrower:
+    """Borrows of the running service, and waits for no answer longer than until ``end``, of ``time.monotonic()``.
 
-    Raises:
-        ray.exceptions.GetTimeoutError: by all of its methods, then. Nothing stays reserved.
+    Then it raises ``ray.exceptions.GetTimeoutError``, and nothing stays reserved.
     """
 
-    def __init__(self, end: float) -> None:
-        super().__init__()
-        self._end = end
-
-    def _ask(self, reference: Any) -> Any:
+    def ask(reference: Any) -> Any:
         try:
             with own_errors():
-                return ray.get(reference, timeout=max(0.0, self._end - time.monotonic()))
+                return ray.get(reference, timeout=max(0.0, end - time.monotonic()))
         except ray.exceptions.GetTimeoutError:
             with contextlib.suppress(Exception):
                 ray.cancel(reference)
             raise
 
-    _ask_or_abandon = _ask
+    return Borrower(bootstrap.connect(), ask, ask)
 
 
 def _start_service() -> None:
     """Starts the service unless it runs, or is not to run; Serve's controller does not wait for that."""
     if os.environ.get(WITHOUT_SERVICE, "start") == "start":
         try:
-            Client.start()
+            bootstrap.start()
         except Exception as error:
             logger.warning("the placement service could not be started: %s", error)
 

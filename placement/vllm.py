@@ -112,10 +112,10 @@ def _place(vllm_config: Any) -> PlacementResult | None:
     options = _options(vllm_config.additional_config)
     wait_seconds = options.pop("wait_seconds", None)
     wanted = _deployment(vllm_config, options)
-    client = service_or_rays_own()
-    if client is None:
+    borrower = service_or_rays_own()
+    if borrower is None:
         return None
-    placed = client._borrow_patiently(wanted, wait_seconds, wanted.name, caller())
+    placed = borrower.borrow_patiently(wanted, wait_seconds, wanted.name, caller())
     for one in placed.assignments:
         link = f", {one.weakest_link}" if one.weakest_link else ""
         logger.info("%s has GPUs %s of %s%s", wanted.name, one.gpus, one.node_name, link)

@@ -10,10 +10,11 @@ import pytest
 from placement import topologies
 from placement.core.snapshot import NEAR_LABELS
 from placement.runtime import agents, groups, inventory
+from placement.runtime.claims import Claim
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.fleet import Fleet
 from placement.runtime.observed import ObservedCluster
-from placement.runtime.state import Claim, ServiceState
+from placement.runtime.state import ServiceState
 from placement.wire.deployment import Deployment
 from tests import locks
 from tests.locks import LockOrderError, WatchedLock

@@ -64,10 +64,10 @@ def cluster(address: str | None) -> Iterator[str]:
     Raises:
         ClusterUnreachable: nothing answers there.
     """
-    from placement.runtime import client
+    from placement.runtime import connection
 
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    with client.cluster(address) as found:
+    with connection.cluster(address) as found:
         # Connecting, Ray sets a handler of its own, which exits with 15 and says nothing.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)
@@ -93,9 +93,9 @@ def ask(reference: Any) -> Any:
     Raises:
         PlacementError: what the service raised.
     """
-    from placement.runtime import client
+    from placement.runtime import connection
 
-    return client.ask(reference)
+    return connection.ask(reference)
 
 
 def members(service: Any, names: Iterable[str]) -> list[str]:

@@ -20,7 +20,7 @@ from placement.cli.views.console import console
 from placement.cli.views.nodes import cluster_map
 from placement.cli.views.tables import bandwidth_text, slowdown
 from placement.core.topology import ordinals
-from placement.runtime import bootstrap, client
+from placement.runtime import bootstrap, connection
 from placement.runtime.embedded import SimulatedNode, embedded_cluster
 from placement.runtime.probing import another_user, everything_is_free, gpus_seen_by_workers
 from placement.wire.files import parse_deployments
@@ -74,12 +74,12 @@ def _show(deployments: list[Any]) -> dict[str, Any]:
     with _step("another Ray user takes a GPU of node pcie: Ray gives GPU 0"):
         neighbour = another_user("pcie")
     with _step(f"placing {len(deployments)} deployments of {EXAMPLE}"):
-        results = client.ask(service.apply_all.remote(deployments))
-        status = client.ask(service.status.remote())
+        results = connection.ask(service.apply_all.remote(deployments))
+        status = connection.ask(service.status.remote())
     with _step("asking a real worker in every bundle which GPU it got") as tell:
         seen = [row for result in results for row in gpus_seen_by_workers(result, tell)]
     with _step("releasing everything"):
-        client.ask(service.release_all.remote())
+        connection.ask(service.release_all.remote())
         neighbour.leave()
         all_free = everything_is_free()
     return {

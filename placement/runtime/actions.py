@@ -8,14 +8,16 @@ from dataclasses import replace
 
 from placement.core.lifecycle import State
 from placement.core.replicas import PlannedReplica
-from placement.runtime import faults, groups, ledger, metrics
+from placement.runtime import faults, groups, ledger, metrics, records
+from placement.runtime.claims import Claim
+from placement.runtime.deployment_state import DeploymentState, held_replica
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.feed import Feed
 from placement.runtime.fleet import Fleet
 from placement.runtime.group_reservation import Creator
 from placement.runtime.orders import Refusal
 from placement.runtime.results import NodeAssignment
-from placement.runtime.state import Claim, DeploymentState, ServiceState, held_replica
+from placement.runtime.state import ServiceState
 
 AUTOSCALER = "; autoscaler: "
 """In a reason for which a replica waits, what Ray's autoscaler makes of it follows this."""
@@ -42,7 +44,7 @@ class Actions:
     def commit(self, one: DeploymentState, closing: Iterable[Claim] = ()) -> None:
         """Has the ledger and the state say what a deployment is, or neither of them; and closes claims with it."""
         try:
-            one.save()
+            records.save(one)
         except BaseException:  # whether it was written is not known
             self.write_back(one.name)
             raise
@@ -63,7 +65,7 @@ class Actions:
         """Has the ledger say what the state says; later, if it cannot be reached."""
         known = self._state.get(name)
         try:
-            known.save() if known else ledger.delete(name)
+            records.save(known) if known else ledger.delete(name)
         except Exception:
             logger.exception("what is there of %r could not be written; trying again", name)
             self.unwritten.add(name)

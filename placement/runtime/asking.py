@@ -21,18 +21,15 @@ from enum import StrEnum
 
 from placement.core.labels import parse_condition
 from placement.errors import counted
+from placement.runtime.arrivals import Arrival, Arrivals, Verdict
 from placement.runtime.autoscaler import Cluster, Heard, SeenNode
 from placement.runtime.backoff import Backoff
 from placement.runtime.needs import NODE_ID_LABEL, Need, Way
-
-INFEASIBLE_SECONDS = 30.0, 3600.0
-"""The first and the longest wait before what no node type could hold is asked for again."""
-
-REFUSED_SECONDS = 300.0, 3600.0
-"""The same for a shape for which nodes came that would not do."""
+from placement.runtime.shapes import Shapes
 
 FICKLE_SECONDS = 5.0, 3600.0
-"""The same for what was withdrawn while it was asked for, and waits again: its node may be on its way."""
+"""The first and the longest wait before what was withdrawn while it was asked for, and waits again, is asked for anew:
+its node may be on its way."""
 
 FORGOTTEN_SECONDS = 60.0
 """After how long that is forgotten."""
@@ -49,12 +46,6 @@ RIVAL_SECONDS = 1.0
 
 FREE_SECONDS = 1.0
 """Longest wait for them to show it free again; 43 to 95 ms have been seen."""
-
-KNOWN_SECONDS = 60.0
-"""By when a node that arrived has said what its GPUs are: a first NVML reading may take 30 s."""
-
-PLACED_SECONDS = 30.0
-"""By when what arrived is placed from then on, or else is not wanted on that node."""
 
 STATUS_SECONDS = 2.0
 """How often the autoscaler is heard while something is asked; its own round takes 5 s unless configured otherwise."""
@@ -121,17 +112,6 @@ class _Ask:
 
 
 @dataclass
-class _Arrival:
-    """What arrived, until it is clear whether it was placed."""
-
-    need: Need
-    held: Mapping[str, Mapping[str, float]]
-    at: float
-    known: bool = False
-    gone_since: float | None = None
-
-
-@dataclass
 class _Leaving:
     """A group to be removed."""
 
@@ -153,14 +133,11 @@ class Asks:
     def __init__(self, prefix: str, max_open: int, cluster: Cluster) -> None:
         self._prefix, self._max_open, self._cluster = prefix, max_open, cluster
         self._asks: dict[str, _Ask] = {}
-        self._arrivals: dict[str, _Arrival] = {}
+        self._arrivals = Arrivals(cluster)
+        self._shapes = Shapes()
         self._leaving: list[_Leaving] = []
-        self._infeasible = Backoff(*INFEASIBLE_SECONDS)
-        self._refused = Backoff(*REFUSED_SECONDS)
         self._fickle = Backoff(*FICKLE_SECONDS)
         self._absent: dict[str, float] = {}
-        self._why: dict[str, str] = {}
-        self._way: dict[Need, int] = {}
         self._heard: Heard | None = None
         self._heard_at = -QUIET_SECONDS
         self._told: dict[str, Asked] = {}
@@ -215,15 +192,11 @@ class Asks:
         self._hear(wanted, now)
         self._remove(now)
         self._ask(wanted, known, now)
-        waits = (
-            (State.NOT_ASKED, self._refused, self._refused.waiting()),
-            (State.INFEASIBLE, self._infeasible, self._infeasible.waiting()),
-        )
         self._waiting = {
-            shape: Asked(state, self._why[shape], (), until - wait, until)
-            for state, backoff, waiting in reversed(waits)
-            for shape in waiting
-            for wait, until in (backoff[shape],)
+            shape: Asked(
+                State.INFEASIBLE if one.infeasible else State.NOT_ASKED, one.why, (), one.since, one.until
+            )
+            for shape, one in self._shapes.setbacks().items()
         }
         self._told = {key: self._tell(key, need) for key, need in wanted.items()}
         if self._leaving or any(ask.freeing_since for ask in self._asks.values()):
@@ -255,10 +228,8 @@ class Asks:
             if now - ask.freeing_since < FREE_SECONDS and not self._freed(ask):
                 return
             del self._asks[key]
-            self._arrivals[key] = _Arrival(ask.need, ask.held, now)
-            failed = self._infeasible.get(str(ask.need))
-            if failed and ask.since >= failed[1] - failed[0]:
-                del self._infeasible[str(ask.need)]
+            self._arrivals[key] = Arrival(ask.need, ask.held, now)
+            self._shapes.arrived(ask.need, ask.since)
             return
         seen = self._cluster.look(ask.group)
         if seen.state == "CREATED":
@@ -331,28 +302,14 @@ class Asks:
 
     def _judge(self, wanted: Mapping[str, Need | str], known: frozenset[str], now: float) -> None:
         """Tells which arrivals were placed, and which the planner did not want."""
-        for key, arrival in list(self._arrivals.items()):
-            if not arrival.known and (known >= arrival.held.keys() or now - arrival.at >= KNOWN_SECONDS):
-                arrival.known, arrival.at = True, now
-            gone = arrival.gone_since
-            if gone is not None and now - gone >= PLACED_SECONDS:
-                # It was placed, and may be wanted anew by now.
-                del self._arrivals[key]
-                self._refused.pop(str(arrival.need), None)
-            elif wanted.get(key) != arrival.need:
-                arrival.gone_since = now if gone is None else gone
-            elif self._is_gone(arrival):
-                del self._arrivals[key]  # which is nothing against the next
+        for key, arrival, verdict in self._arrivals.judge(wanted, known, (self._heard, self._heard_at), now):
+            if verdict is Verdict.PLACED:
+                self._shapes.placed(arrival.need)
+            elif verdict is Verdict.LOST:
                 self._fickle.fail(key)
-            elif arrival.known and now - arrival.at >= PLACED_SECONDS:
-                del self._arrivals[key]
-                if self._is_taken(arrival):  # by what has waited for longer
-                    self._fickle.fail(key)
-                    continue
+            else:
                 came = counted(len(arrival.held), "node")
                 self._refuse(arrival.need, f"{came} came for it, on which it was not placed", now)
-            else:
-                arrival.gone_since = None
         for key, since in list(self._absent.items()):
             if now - since >= FORGOTTEN_SECONDS:
                 del self._absent[key]
@@ -362,28 +319,9 @@ class Asks:
         for key in self._fickle.keys() - self._absent.keys() - wanted.keys():
             self._absent[key] = now
 
-    def _is_gone(self, arrival: _Arrival) -> bool:
-        """Whether the nodes that came are no more."""
-        heard = self._heard
-        return (
-            heard is not None and self._heard_at > arrival.at and not heard.nodes.keys() & arrival.held.keys()
-        )
-
-    def _is_taken(self, arrival: _Arrival) -> bool:
-        """Whether others have by now what it was given back for."""
-        free = self._cluster.free()
-        return any(
-            free.get(node_id, {}).get(resource, 0.0) < amount - 1e-6
-            for node_id, amounts in arrival.held.items()
-            for resource, amount in amounts.items()
-        )
-
     def _refuse(self, need: Need, why: str, now: float) -> None:
         """Nothing of this shape is asked for again for minutes."""
-        shape = str(need)
-        if shape not in self._refused.waiting():
-            self._refused.fail(shape)
-            self._why[shape] = why
+        self._shapes.refuse(need, why)
         for key in [key for key, ask in self._asks.items() if ask.need == need and not ask.held]:
             self._leave(key, now)
 
@@ -415,27 +353,13 @@ class Asks:
 
     def _next_way(self, ask: _Ask, heard: Heard) -> None:
         """What no node type can hold is asked for in another way, or later."""
-        ways = ask.need.ways
         largest = max((node.total.get("GPU", 0.0) for node in heard.nodes.values()), default=0.0)
-        after = ways.index(ask.way) + 1
         # A node so large may be on its way: then it is the maximum that is reached, and pieces would take its place.
         for other in self._asks.values():
             if other.group not in heard.infeasible:
                 sizes = [amount for bundle in other.way.bundles for name, amount in bundle if name == "GPU"]
                 largest = max(largest, *sizes, 0.0)
-        if after < len(ways) and (not ways[after].smaller_than or largest < ways[after].smaller_than):
-            self._way[ask.need] = after
-        else:
-            self._way.pop(ask.need, None)
-            self._fail(
-                ask.need, f"no node type of this cluster can hold {ask.need}, or its maximum is reached"
-            )
-
-    def _fail(self, need: Need, why: str) -> None:
-        """This shape is asked for again after a while."""
-        if str(need) not in self._infeasible.waiting():
-            self._infeasible.fail(str(need))
-            self._why[str(need)] = why
+        self._shapes.next_way(ask.need, ask.way, largest)
 
     def _strays(self, ask: _Ask, heard: Heard) -> set[str]:
         """Nodes that came after it was asked for, large enough for it but for their labels."""
@@ -457,7 +381,7 @@ class Asks:
         there = known.union(self._heard.nodes, *(ask.held for ask in self._asks.values()))
         leaving = {one.renews for one in self._leaving}
         asked = {str(ask.need) for ask in self._asks.values()}
-        waiting, fickle = self._infeasible.waiting() | self._refused.waiting(), self._fickle.waiting()
+        waiting, fickle = set(self._shapes.setbacks()), self._fickle.waiting()
         for key, need in wanted.items():
             shape = str(need)
             if isinstance(need, str) or key in self._asks or key in fickle or shape in waiting:
@@ -466,16 +390,16 @@ class Asks:
                 continue
             if key in self._arrivals and self._arrivals[key].need == need:
                 continue
-            if shape in asked and (shape in self._infeasible or shape in self._refused):
+            if shape in asked and self._shapes.failed(shape):
                 continue  # one ask shows whether it is better now
             if len(self._asks) >= self._max_open:
                 return
-            way = need.ways[self._way.get(need, 0)]
+            way = self._shapes.way(need)
             try:
                 group = self._cluster.create(self._prefix + secrets.token_hex(6), way, _beyond(need, there))
             except Exception as error:  # what one asks for must not keep others from asking
-                self._fail(need, f"it could not be asked for: {error}")
-                waiting |= {shape}
+                self._shapes.fail(need, f"it could not be asked for: {error}")
+                waiting.add(shape)
                 continue
             self._asks[key] = _Ask(need, way, group, now, there)
             asked.add(shape)

@@ -61,7 +61,7 @@ class Clock:
         self._controller.cluster.draining = draining_nodes()
         self._controller.queue.demand.listen()
         threading.Thread(target=self._run, name="clock", daemon=True).start()
-        metrics.start(self._controller.readings)
+        metrics.start(self._controller.queries.readings)
 
     def _run(self) -> None:
         looked_at = time.monotonic()
@@ -85,7 +85,7 @@ class Clock:
             controller.fleet.forget_all_but(alive)
             self._alive = alive
         self._reconciling = {name: one for name, one in self._reconciling.items() if not one.done()}
-        controller.end_what_is_over(has_ended, time.time(), self._begin)
+        controller.lifetimes.end_what_is_over(has_ended, time.time(), self._begin)
         for name in controller.stranded(alive):
             self._begin(name, partial(controller.reconcile, name))
         if self._trying is None or self._trying.done():

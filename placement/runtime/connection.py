@@ -78,6 +78,24 @@ def ask(reference: Any) -> Any:
         return ray.get(reference)
 
 
+def ask_or_abandon(reference: Any) -> Any:
+    """The same; has the service stop the call as well if it is not waited for to the end, on Ctrl-C."""
+    with _abandoning(reference):
+        return ask(reference)
+
+
+async def answer(reference: Any) -> Any:
+    """:func:`ask` for ``async`` code."""
+    with own_errors():
+        return await reference
+
+
+async def answer_or_abandon(reference: Any) -> Any:
+    """:func:`ask_or_abandon` for ``async`` code: on Ctrl-C, or if it is cancelled."""
+    with _abandoning(reference):
+        return await answer(reference)
+
+
 @contextmanager
 def own_errors() -> Iterator[None]:
     """Errors of the service as themselves, where a call of it is waited for.
@@ -96,7 +114,7 @@ def own_errors() -> Iterator[None]:
 
 
 @contextmanager
-def abandoning(reference: Any) -> Iterator[None]:
+def _abandoning(reference: Any) -> Iterator[None]:
     """Has the service stop a call as well if the caller no longer waits for it: on Ctrl-C, or if it is cancelled."""
     try:
         yield

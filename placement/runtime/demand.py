@@ -13,11 +13,9 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from placement.runtime.asking import Asked, Asks, State
+from placement.runtime.asking import Asked, Asks
 from placement.runtime.autoscaler import Cluster, RayCluster
-from placement.runtime.needs import Need, needs_of
-
-__all__ = ["Asked", "Demand", "Need", "State", "needs_of"]
+from placement.runtime.needs import Need
 
 logger = logging.getLogger(__name__)
 

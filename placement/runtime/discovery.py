@@ -14,8 +14,8 @@ from placement.core.needs import WHOLE
 from placement.core.node import UNIT, Node
 from placement.errors import UnknownTopology
 from placement.runtime import ray_internals
+from placement.runtime.claims import Tally
 from placement.runtime.orders import GpuHardware
-from placement.runtime.state import Tally
 from placement.wire.accelerators import accelerators_of
 from placement.wire.layout import is_egress
 

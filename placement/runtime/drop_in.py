@@ -14,7 +14,8 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.placement_group import placement_group as rays_own
 
 from placement.errors import InvalidDeployment, ServiceNotRunning
-from placement.runtime.client import Client
+from placement.runtime import bootstrap
+from placement.runtime.borrowing import Borrower
 from placement.runtime.needs import NODE_ID_LABEL
 from placement.runtime.ray_internals import validate_placement_group
 from placement.wire.deployment import Deployment
@@ -117,12 +118,12 @@ def placement_group(
     if gpus is not None:
         limits["constraints"] = {"gpus": [*gpus]}
     wanted = _deployment(name, layout, limits)
-    client = service_or_rays_own()
-    if client is None and gpus is not None:
+    borrower = service_or_rays_own()
+    if borrower is None and gpus is not None:
         raise InvalidDeployment("placement_group", (f"gpus: {[*gpus]} cannot be had of Ray alone; {_START}",))
-    if client is None:
+    if borrower is None:
         return rays_own(bundles, name=name, **asked)
-    group = client._create_group(wanted, name, lifetime, wait_seconds)
+    group = borrower.create_group(wanted, name, lifetime, wait_seconds)
     return PlacementGroup(group.id, bundle_cache=[{k: float(v) for k, v in one.items()} for one in bundles])
 
 
@@ -140,31 +141,31 @@ def _deployment(name: str, layout: Mapping[str, Any], limits: Mapping[str, Any])
     return parse_model(Deployment, fields, "placement_group")
 
 
-def service_or_rays_own() -> Client | None:
-    """The service, started if need be; ``None`` where it does not run and, as WITHOUT_SERVICE says, is not to be."""
+def service_or_rays_own() -> Borrower | None:
+    """Borrows of the service, which is started if need be; ``None`` if, as WITHOUT_SERVICE says, it is not to be."""
     try:
-        return Client()
+        return Borrower(bootstrap.connect())
     except ServiceNotRunning:
         instead = os.environ.get(WITHOUT_SERVICE, "start")
         if instead not in ("start", "ray"):
             problem = f"{instead!r} is not what to do without the service; set it to start or to ray"
             raise InvalidDeployment(WITHOUT_SERVICE, (problem,)) from None
         if instead == "start":
-            return Client.start()
+            return Borrower(bootstrap.start())
         _warn_once()
         return None
 
 
-def detached_group(client: Client, layout: Mapping[str, Any], name: str, known_as: str) -> PlacementGroup:
-    """A detached group by a client that one has already, if there is room now; else as :func:`placement_group`.
+def detached_group(borrower: Borrower, layout: Mapping[str, Any], name: str, known_as: str) -> PlacementGroup:
+    """A detached group, if there is room now; else as :func:`placement_group`.
 
     Args:
-        client: asks the service.
+        borrower: asks the service.
         layout: ``bundles``, ``strategy`` and ``bundle_label_selector``.
         name: of the group.
         known_as: what ``placement status`` calls it, with a suffix.
     """
-    group = client._create_group(_deployment(known_as, layout, {}), name, "detached", 0.0)
+    group = borrower.create_group(_deployment(known_as, layout, {}), name, "detached", 0.0)
     return PlacementGroup(
         group.id, bundle_cache=[{k: float(v) for k, v in one.items()} for one in layout["bundles"]]
     )

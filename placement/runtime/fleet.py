@@ -7,24 +7,24 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
-
-from ray.util.placement_group import PlacementGroup
 
 from placement.core.needs import WHOLE
 from placement.core.replicas import PlannedReplica
 from placement.core.topology import MeasuredRates
 from placement.runtime import faults, groups, metrics
 from placement.runtime.agents import Agents, Unanswered
+from placement.runtime.amount_reservation import reserve_amounts
+from placement.runtime.claims import Claim
+from placement.runtime.deployment_state import holding_of
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.group_reservation import Creator, GroupReservation
 from placement.runtime.inventory import Inventory
 from placement.runtime.node_agent import Reply
 from placement.runtime.orders import Holding, Refusal, Refused, deployment_of, order_name, order_of
 from placement.runtime.results import NodeAssignment
-from placement.runtime.state import Claim, holding_of
 from placement.wire.facts import NodeFacts
 
 VIEW_LAG_SECONDS = 0.25
@@ -201,7 +201,7 @@ class Fleet:
         try:
             if not claim.deployment.gpus_per_replica:
                 for node_id, replicas in by_node.items():
-                    self._reserve_amounts(nodes[node_id], claim, replicas, names, reserved, refusals, create)
+                    reserve_amounts(nodes[node_id], replicas, names, reserved, refusals, create)
             elif create is not None or any(replica.ranks for replica in claim.replicas):
                 self._reserve_groups(nodes, claim, names, reserved, refusals, create)
             else:
@@ -372,57 +372,3 @@ class Fleet:
                 bandwidth_measured=one.score.measured,
             )
             reserved.append(self._note_reserved(one.order.name, assignment))
-
-    def _reserve_amounts(
-        self,
-        info: NodeInfo,
-        claim: Claim,
-        replicas: Sequence[PlannedReplica],
-        names: Mapping[int, str],
-        reserved: list[Reserved],
-        refusals: list[Refusal],
-        create: Creator | None,
-    ) -> None:
-        """Reserves egress capacity, or CPUs. There are no slots to steer, so that Ray's own table verifies it."""
-
-        def made() -> Iterator[tuple[PlannedReplica, PlacementGroup | None]]:
-            for replica in replicas:
-                name, bundle = names[replica.replica_index], _bundle(replica)
-                if create is not None:
-                    faults.point("service.lent")
-                    yield replica, create(name, [bundle], [info.id])
-                else:
-                    yield replica, groups.create_group(name, [bundle], [info.id])
-
-        # Our own all at once; a caller's one after the other, since he may fail before the next.
-        all_made = made() if create is not None else list(made())
-        faults.point("service.egress_created")
-        for replica, group in all_made:
-            if group is None or not groups.ready_or_removed(group) or groups.node_of_group(group) != info.id:
-                if group is not None:
-                    groups.remove_group(group)
-                what = "CPUs or memory" if replica.egress_resource is None else "egress capacity"
-                reason = f"another Ray user took {what} meanwhile"
-                refusals.append(Refusal(info.id, info.name, 1, reason))
-                continue
-            assignment = NodeAssignment(
-                replica_index=replica.replica_index,
-                node=info.id,
-                gpus=[],
-                placement_group=group,
-                bundle_indices=[0],
-                node_name=info.name,
-                egress_resource=replica.egress_resource,
-                egress_units=replica.egress_units,
-                cpus=replica.cpu_milli / 1000,
-                memory_bytes=replica.memory_bytes,
-            )
-            reserved.append((names[replica.replica_index], assignment))
-
-
-def _bundle(replica: PlannedReplica) -> dict[str, float]:
-    """What the one bundle of a replica without GPUs takes."""
-    if replica.egress_resource is not None:
-        return {replica.egress_resource: float(replica.egress_units)}
-    amounts = {"CPU": replica.cpu_milli / 1000, "memory": float(replica.memory_bytes)}
-    return {resource: amount for resource, amount in amounts.items() if amount}

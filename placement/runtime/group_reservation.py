@@ -23,11 +23,11 @@ from placement.core.request import Strategy
 from placement.core.topology import MeasuredRates
 from placement.runtime import faults, groups, metrics
 from placement.runtime.agents import DEADLINE_SECONDS, Agents, Unanswered
+from placement.runtime.claims import Claim
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.node_agent import LEASE_SECONDS, Part
 from placement.runtime.orders import Order, Prepared, Refusal, Refused, order_of
 from placement.runtime.results import NodeAssignment
-from placement.runtime.state import Claim
 
 GROUP_DEADLINE_SECONDS = 0.3
 """Long enough for Ray to try twice; see :func:`~placement.runtime.groups.ready_or_removed`."""

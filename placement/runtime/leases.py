@@ -9,17 +9,20 @@ from __future__ import annotations
 import asyncio
 import secrets
 import threading
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
+from placement.errors import LeaseExpired
 from placement.runtime import groups
 from placement.runtime.results import PlacementResult
 from placement.wire.layout import BundleLayout
 
 LEND_SECONDS = 1.5
 """How long GPUs stay prepared for a group of the caller's."""
+KEPT_SECONDS = 10.0
+"""How long it is known what a lease came to whose caller was too late."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,71 @@ class Lending:
         if loan.done() and not outcome.done():
             return loan.result()
         return await outcome
+
+
+class Loans:
+    """The placements of this kind that are under way. Of one event loop."""
+
+    def __init__(self) -> None:
+        self._lendings: dict[str, Lending] = {}
+
+    def __len__(self) -> int:
+        return len(self._lendings)
+
+    async def begin(
+        self, lending: Lending, place: Coroutine[Any, Any, PlacementResult]
+    ) -> Loan | PlacementResult:
+        """Begins one, which ``place`` carries out; the first loan, or the result."""
+        outcome: Future[PlacementResult] = Future()
+        task = asyncio.ensure_future(place)
+        task.add_done_callback(lambda done: self._lent(lending, done, outcome))
+        lending.begin(outcome)
+        self._lendings[lending.id] = lending
+        try:
+            return await self._next(lending)
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+
+    def _lent(
+        self, lending: Lending, done: asyncio.Future[PlacementResult], outcome: Future[PlacementResult]
+    ) -> None:
+        """It is over; who has yet to ask what it came to may do so for a while."""
+        _hand_on(done, outcome)
+        asyncio.get_running_loop().call_later(KEPT_SECONDS, self._lendings.pop, lending.id, None)
+
+    async def confirm(self, loan_id: str, group_id: str) -> Loan | PlacementResult:
+        """The next loan, or the result, once the group of a loan is there; empty if it could not be had.
+
+        Raises:
+            LeaseExpired: it is too late.
+        """
+        lending = self._lendings.get(loan_id)
+        if lending is None:
+            raise LeaseExpired("?", "nothing is lent under that id; the service may have started anew")
+        return await self._next(lending, group_id)
+
+    def cancel(self, loan_id: str) -> None:
+        """The caller wants no more of it. Harmless if it is over already."""
+        lending = self._lendings.pop(loan_id, None)
+        if lending is not None:
+            lending.end()
+
+    async def _next(self, lending: Lending, group_id: str | None = None) -> Loan | PlacementResult:
+        try:
+            return await lending.step(group_id)
+        except BaseException:
+            lending.end()
+            raise
+
+
+def _hand_on(done: asyncio.Future[PlacementResult], outcome: Future[PlacementResult]) -> None:
+    if done.cancelled():
+        outcome.set_exception(LeaseExpired("?", "it was cut off"))
+    elif error := done.exception():
+        outcome.set_exception(error)
+    else:
+        outcome.set_result(done.result())
 
 
 def _is_known(outcome: asyncio.Future[PlacementResult]) -> None:

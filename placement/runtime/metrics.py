@@ -140,7 +140,7 @@ def readings(
     """What the gauges say.
 
     Args:
-        status: of the cluster, without a filter, as :func:`placement.runtime.report.cluster_status` has it.
+        status: of the cluster, without a filter, as :func:`placement.runtime.status.cluster_status` has it.
         topologies: node id -> how its GPUs are linked.
         waiting: one of ``monitoring.WAITING`` -> since when each waits, in seconds since 1970.
         fragmented: GPUs that are.

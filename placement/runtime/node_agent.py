@@ -154,14 +154,14 @@ class NodePlacementActor:
 
         And what an earlier actor of the node said of its GPUs, which has to do until they have been read.
         """
-        self._reserver.adopt(holdings)
+        self._reserver.gpus.adopt(holdings)
         if facts is not None and self._reader is not None and not self._reader.has_read:
             self._told = facts
             self._reader.refresh()
 
     def forget(self, name: str) -> None:
         """Notes that an order's group is gone, by others' doing."""
-        self._reserver.forget(name)
+        self._reserver.gpus.forget(name)
 
     def reserve(self, orders: Sequence[Order]) -> Reply:
         """Reserves all orders, each on the best GPUs that are free, or none of them."""
@@ -175,18 +175,18 @@ class NodePlacementActor:
                     self._undo(filled)
                     if outcome.full:  # for this one, not for those before it
                         outcome = replace(outcome, at_most=(len(filled) + 1) * order.needs.gpus - 1)
-                    return Reply((), outcome, tuple(sorted(self._reserver.foreign)))
+                    return Reply((), outcome, tuple(sorted(self._reserver.gpus.foreign)))
                 ours, rays = score(topology, outcome.gpus), score(topology, outcome.ray_gpus)
                 mig, near = _profile(machine, order, outcome.gpus), affinities(topology, outcome.gpus)
                 filled.append(Filled(order, outcome, ours, rays, mig, near))
         except BaseException:
             self._undo(filled)
             raise
-        return Reply(tuple(filled), None, tuple(sorted(self._reserver.foreign)))
+        return Reply(tuple(filled), None, tuple(sorted(self._reserver.gpus.foreign)))
 
     def locate(self) -> tuple[int, ...]:
         """Which GPUs other Ray users hold; looked at anew."""
-        return tuple(sorted(self._reserver.locate()))
+        return tuple(sorted(self._reserver.gpus.locate()))
 
     def warm(self, gpus: int) -> None:
         """Answers once everything is there that :meth:`prepare` of so many and :meth:`confirm` need to be quick.
@@ -218,7 +218,7 @@ class NodePlacementActor:
             lease.daemon = True
             lease.start()
             return replace(outcome, fillers=())
-        return replace(outcome, foreign_gpus=tuple(sorted(self._reserver.foreign)))
+        return replace(outcome, foreign_gpus=tuple(sorted(self._reserver.gpus.foreign)))
 
     def _run_out(self) -> None:
         """Nobody came. GPUs that cannot be let go are so with the end of this process."""

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 
 import ray
 
-from placement.errors import InvalidDeployment
+from placement.errors import DeploymentConflict, InvalidDeployment
 from placement.runtime import ray_internals
-from placement.runtime.state import Owner
+from placement.runtime.deployment_state import DeploymentState, Owner
 from placement.wire.deployment import Deployment
 
 JOBS_SECONDS = 0.2
@@ -47,6 +47,12 @@ def asker_of(caller: Mapping[str, str] | None) -> Owner:
     """Who asks, in the terms of an owner."""
     said = caller or {}
     return {"kind": "caller", **{name: said[name] for name in ("job", "actor") if said.get(name)}}
+
+
+def belongs_to_another(known: DeploymentState, owner: Owner | None) -> DeploymentConflict:
+    """Says that what is there belongs to somebody else than who asks."""
+    theirs, ours = ("nobody" if one is None else one["kind"] for one in (known.owner, owner))
+    return DeploymentConflict(known.name, {"owner": (theirs, f"another {ours}" if ours == theirs else ours)})
 
 
 def has_ended(owner: Owner) -> bool:

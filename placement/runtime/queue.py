@@ -18,12 +18,13 @@ from placement.core.request import Request
 from placement.core.snapshot import Snapshot
 from placement.errors import LeaseExpired, ReservationFailed, Unplaceable
 from placement.runtime.actions import AUTOSCALER
+from placement.runtime.asking import Asked, State
 from placement.runtime.autoscaler import NO_AUTOSCALER
-from placement.runtime.demand import Asked, Demand, Need, State, needs_of
-from placement.runtime.needs import by_type
+from placement.runtime.demand import Demand
+from placement.runtime.deployment_state import DeploymentState, Owner
+from placement.runtime.needs import Need, by_type, needs_of
 from placement.runtime.owners import has_ended
 from placement.runtime.reconciler import Reconciler
-from placement.runtime.state import DeploymentState, Owner
 from placement.runtime.turns import Turns
 from placement.wire.deployment import Deployment
 from placement.wire.node_types import NodeType

@@ -23,13 +23,13 @@ from placement.core.reconcile import (
     Wait,
     reconcile,
 )
-from placement.core.replicas import PlannedReplica
 from placement.core.request import Request, Told
-from placement.core.roles import still_free, tell
 from placement.core.snapshot import Snapshot
 from placement.errors import LeaseExpired, ReservationFailed, UnknownGpu, Unplaceable
 from placement.runtime import faults, metrics
 from placement.runtime.actions import Actions
+from placement.runtime.claims import Claim
+from placement.runtime.deployment_state import DeploymentState
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.feed import Feed
 from placement.runtime.fleet import VIEW_LAG_SECONDS, Fleet
@@ -37,9 +37,8 @@ from placement.runtime.leases import Lending
 from placement.runtime.node_agent import FRESH_SECONDS
 from placement.runtime.observed import ObservedCluster
 from placement.runtime.orders import Refusal
-from placement.runtime.state import Claim, DeploymentState, ServiceState
+from placement.runtime.state import ServiceState
 from placement.wire.deployment import Deployment
-from placement.wire.groups import Group
 from placement.wire.requests import mix_of, request_of, request_unchecked
 
 MAX_REPLANS = 5
@@ -156,124 +155,6 @@ class Reconciler:
             changed = ", ".join(differences(before.deployment, work.wanted.deployment))
             self.feed.add(name, None, "changed", changed)
         return work.wanted
-
-    def bring_group_about(self, group: Group) -> Unplaceable | ReservationFailed | None:
-        """Brings all members of a group about: what is missing of them is placed, or all of it waits.
-
-        All of them are declared.
-
-        The caller sees to it that it is one change of each at a time.
-
-        Returns:
-            Why it waits, if it does.
-        """
-        names, refused = sorted(group.members), set[str]()
-        failure: Unplaceable | ReservationFailed | None = None
-        for _ in range(MAX_REPLANS):
-            told, claims = self._tell(group, refused)
-            placed: dict[str, list[int]] = {}
-            failed: Work | None = None
-            try:
-                for name in names:
-                    known = self._declared(name)
-                    work = Work(known, known, patient=False, told=told[name], claim=claims.get(name))
-                    try:
-                        later = self.bring_about(work)
-                    finally:
-                        if work.claim is None:
-                            claims.pop(name, None)
-                    placed[name] = sorted(later.replicas.keys() - known.replicas.keys())
-                    refused |= work.refused
-                    if told[name].refusal is None and later.unfinished():
-                        failed = work
-                        break
-            except BaseException:
-                self._give_back(placed, "its group could not be placed")
-                raise
-            finally:
-                self.state.close(claims.values())
-            if failed is None:
-                return next((one.refusal for one in told.values() if one.refusal is not None), None)
-            why = failed.reason or "what it was planned with is not free any more"
-            failure = ReservationFailed(group.name, failed.where or "its nodes", max(1, failed.attempts), why)
-            self._give_back(placed, str(failure))
-        for name in names:
-            known = self._declared(name)
-            if missing := known.unfinished():
-                self.actions.wait(known, dict.fromkeys(missing, str(failure)), time.time(), self.actions.note)
-        return failure
-
-    def _declared(self, name: str) -> DeploymentState:
-        known = self.state.get(name)
-        assert known is not None
-        return known
-
-    def _give_back(self, placed: Mapping[str, Sequence[int]], why: str) -> None:
-        """Has replicas wait again that were placed just now, as the rest of their group could not be."""
-        for name, indices in placed.items():
-            if indices:
-                later = self.actions.release(self._declared(name), indices)
-                reasons = {**later.reasons, **dict.fromkeys(indices, why)}
-                self.actions.note(later.pending(reasons, time.time()))
-
-    def _tell(self, group: Group, refused: Collection[str]) -> tuple[dict[str, Told], dict[str, Claim]]:
-        """Where the replicas of a group go that are missing, and claims of that by member; or why they go nowhere."""
-        roles = group.planned()
-
-        def decide(
-            nodes: list[NodeInfo], lag_seconds: float, fresh: bool
-        ) -> tuple[dict[str, Told], dict[str, Claim]]:
-            inventory = self.fleet.inventory
-            inventory.refresh(nodes, patience_seconds=0.0)
-            avoided = self.fleet.agents.suspect() | inventory.unknown_nodes(nodes)
-            if avoided:
-                with contextlib.suppress(Unplaceable):
-                    return decide_with(nodes, lag_seconds, fresh, avoided)
-                inventory.refresh(nodes)
-            return decide_with(nodes, lag_seconds, fresh)
-
-        def decide_with(
-            nodes: list[NodeInfo], lag_seconds: float, fresh: bool, avoided: Collection[str] = ()
-        ) -> tuple[dict[str, Told], dict[str, Claim]]:
-            def look() -> tuple[Snapshot, dict[str, tuple[Desired, dict[int, Observed]]]]:
-                snapshot = self.cluster.snapshot(nodes, lag_seconds, refused, avoided=avoided)
-                return snapshot, {name: self.seen(self._declared(name), snapshot) for name in roles.counts}
-
-            self.cluster.read(fresh or bool(refused))
-            with self.state.lock:
-                snapshot, members = look()
-            found = tell(snapshot, roles, members)  # others plan meanwhile: to search may take a second
-            with self.state.lock:
-                snapshot, members = look()
-                if not still_free(snapshot, found):  # they were quicker, and wait this time
-                    found = tell(snapshot, roles, members)
-                return self._claimed(found)
-
-        try:
-            return self.cluster.patiently(decide, fresh=True)
-        except Unplaceable as refusal:
-            return dict.fromkeys(roles.counts, Told(refusal=refusal)), {}
-
-    def _claimed(self, members: Mapping[str, Desired]) -> tuple[dict[str, Told], dict[str, Claim]]:
-        """What the members of a group are told, and claims of that. Under the lock.
-
-        Raises:
-            Unplaceable: they are told that there is no place.
-        """
-        told = {name: desired.request.told or Told() for name, desired in members.items()}
-        if refusal := next((one.refusal for one in told.values() if one.refusal is not None), None):
-            raise refusal
-        claims: dict[str, Claim] = {}
-        for name, desired in members.items():
-            takes = desired.request.cpu_milli, desired.request.memory_bytes
-            planned = [
-                PlannedReplica(index, *place, cpu_milli=takes[0], memory_bytes=takes[1])
-                for index, place in told[name].places.items()
-            ]
-            if planned:
-                claim = Claim(self._declared(name).deployment, tuple(planned))
-                claims[name] = self.state.claim(claim)
-        return told, claims
 
     def _with_types(self, refusal: Unplaceable, deployment: Deployment) -> Unplaceable:
         """A refusal that names the node type that would do, if it is known which there are."""

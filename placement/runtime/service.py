@@ -11,14 +11,12 @@ import gc
 import json
 import time
 import warnings
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from placement.core.snapshot import NEAR_LABELS
 from placement.errors import (
-    InvalidDeployment,
-    LeaseExpired,
     ReservationFailed,
     UnknownDeployment,
     Unplaceable,
@@ -26,16 +24,22 @@ from placement.errors import (
 from placement.runtime import metrics, ray_internals
 from placement.runtime.clock import Clock
 from placement.runtime.controller import IDLE_SECONDS, Controller
+from placement.runtime.declarations import (
+    ONE_BY_ONE,
+    Caller,
+    DeploymentLike,
+    Limits,
+    alone,
+    owner_key,
+    owner_unless_caller,
+    parse,
+)
 from placement.runtime.discovery import NodeInfo
-from placement.runtime.leases import Lending, Loan
+from placement.runtime.leases import Lending, Loan, Loans
 from placement.runtime.outcomes import Bound, Outcomes, Queues
 from placement.runtime.owners import asker_of, owner_of
 from placement.runtime.queue import Ticket
 from placement.runtime.results import PlacementResult
-from placement.runtime.state import Owner
-from placement.wire.constraints import PlacementConstraints
-from placement.wire.deployment import Deployment
-from placement.wire.files import parse_model
 from placement.wire.groups import groups_of
 from placement.wire.measurements import as_file, read_measurements
 from placement.wire.node_types import NodeType
@@ -57,15 +61,6 @@ MOST_SECONDS = 24 * 3600.0
 COLLECT_EVERY = 50_000
 """So many objects more, and Python looks for cycles. With its 700, one ``status`` of 5,000 replicas has it look through
 all that is known of them, for longer than all else that ``status`` does, and everybody waits meanwhile."""
-KEPT_SECONDS = 10.0
-"""How long it is known what a lease came to whose caller was too late."""
-BY_CLIENT = "use `placement.Client().place`, which does that"
-ONE_BY_ONE = "give them to `placement.Client().place` one by one, which does that"
-
-DeploymentLike = Deployment | Mapping[str, Any]
-Limits = PlacementConstraints | Mapping[str, Any] | None
-Caller = Mapping[str, str] | None
-"""Who asks: ``job``, ``actor`` and ``owner_actor``, ids in hex, as :class:`placement.Client` says them."""
 
 
 class DeploymentPlacementActor:
@@ -96,7 +91,7 @@ class DeploymentPlacementActor:
         self._changes = ThreadPoolExecutor(CHANGERS, "change")
         self._queues, self._outcomes = Queues(), Outcomes()
         self._calls = Bound("calls that change deployments", CALLS)
-        self._lendings: dict[str, Lending] = {}
+        self._loans = Loans()
         Clock(self._controller).start()
 
     async def ping(self) -> str:
@@ -147,7 +142,7 @@ class DeploymentPlacementActor:
         Who waits and ends, or cancels the call, waits no more: nothing is placed for him later.
         """
         wanted = alone(parse(deployment, constraints))
-        owner = self._owner(wanted, caller)
+        owner = owner_unless_caller(wanted, caller)
         asker = asker_of(caller)
         ticket = Ticket(wanted, lambda: self._controller.place(wanted, owner), (owner, asker))
         # Of several who wait for the same, each has a ticket, which ends with him.
@@ -204,7 +199,7 @@ class DeploymentPlacementActor:
                 it had to be released first, it is placed anew, or waits as ``pending``.
         """
         wanted = alone(parse(deployment, constraints))
-        owner = self._owner(wanted, caller)
+        owner = owner_unless_caller(wanted, caller)
 
         async def begin() -> PlacementResult:
             async with self._queues.turn(wanted.name):
@@ -241,7 +236,7 @@ class DeploymentPlacementActor:
         """
         wanted = [parse(one, None) for one in deployments]
         groups_of(wanted)
-        owners = {one.name: self._owner(one, caller, ONE_BY_ONE) for one in wanted}
+        owners = {one.name: owner_unless_caller(one, caller, ONE_BY_ONE) for one in wanted}
         asked = tuple((one.model_dump_json(), owner_key(owners[one.name])) for one in wanted)
         with self._calls.one_more():
             return await self._outcomes.share(
@@ -320,22 +315,8 @@ class DeploymentPlacementActor:
         lending = Lending(wanted.name, wanted.placement_group)
         owner = owner_of(wanted, caller)
         ticket = Ticket(wanted, lambda: self._controller.place(wanted, owner, lending), (owner,))
-        outcome: Future[PlacementResult] = Future()
         with self._calls.one_more():
-            task = asyncio.ensure_future(self._wait_for(ticket, wait_seconds))
-            task.add_done_callback(lambda done: self._lent(lending, done, outcome))
-            lending.begin(outcome)
-            self._lendings[lending.id] = lending
-            try:
-                return await self._next(lending)
-            except asyncio.CancelledError:
-                task.cancel()
-                raise
-
-    def _lent(self, lending: Lending, done: Awaitable[Any], outcome: Future[PlacementResult]) -> None:
-        """It is over; who has yet to ask what it came to may do so for a while."""
-        _hand_on(done, outcome)
-        asyncio.get_running_loop().call_later(KEPT_SECONDS, self._lendings.pop, lending.id, None)
+            return await self._loans.begin(lending, self._wait_for(ticket, wait_seconds))
 
     @metrics.counted
     async def confirm(self, loan_id: str, group_id: str) -> Loan | PlacementResult:
@@ -348,23 +329,11 @@ class DeploymentPlacementActor:
             LeaseExpired: it is too late.
             Unplaceable, ReservationFailed: as :meth:`place`; the caller removes what it created.
         """
-        lending = self._lendings.get(loan_id)
-        if lending is None:
-            raise LeaseExpired("?", "nothing is lent under that id; the service may have started anew")
-        return await self._next(lending, group_id)
+        return await self._loans.confirm(loan_id, group_id)
 
     async def cancel(self, loan_id: str) -> None:
         """The caller wants no more of it. Harmless if it is over already."""
-        lending = self._lendings.pop(loan_id, None)
-        if lending is not None:
-            lending.end()
-
-    async def _next(self, lending: Lending, group_id: str | None = None) -> Loan | PlacementResult:
-        try:
-            return await lending.step(group_id)
-        except BaseException:
-            lending.end()
-            raise
+        self._loans.cancel(loan_id)
 
     # -- what only looks -----------------------------------------------------------------------------
 
@@ -383,7 +352,7 @@ class DeploymentPlacementActor:
     ) -> list[PlacementPlan]:
         """What :meth:`apply_all` would do now, each deployment planned on top of the ones before."""
         wanted = [parse(one, None) for one in deployments]
-        return await self._in(self._plans, self._controller.plan_all, wanted, atomic)
+        return await self._in(self._plans, self._controller.queries.plan_all, wanted, atomic)
 
     async def explain_all(self, deployments: Sequence[DeploymentLike]) -> list[ExplainedPlan]:
         """:meth:`plan_all`, with what became of every node; a refusal is an answer here, and ends the list.
@@ -391,11 +360,11 @@ class DeploymentPlacementActor:
         With one look: for a moment after a change, Ray's books may show less room than there is.
         """
         wanted = [parse(one, None) for one in deployments]
-        return await self._in(self._plans, self._controller.explain_all, wanted)
+        return await self._in(self._plans, self._controller.queries.explain_all, wanted)
 
     async def snapshot(self) -> dict[str, Any]:
         """The cluster as the planner sees it now; JSON-ready, for ``placement plan --file``."""
-        found = await self._in(self._plans, self._controller.snapshot)
+        found = await self._in(self._plans, self._controller.queries.snapshot)
         return found.model_dump(mode="json", exclude_none=True)
 
     async def get(self, name: str) -> PlacementResult:
@@ -404,7 +373,7 @@ class DeploymentPlacementActor:
         Raises:
             UnknownDeployment: no deployment of that name stands.
         """
-        return self._controller.get(name).result()
+        return self._controller.queries.get(name).result()
 
     async def describe(self, name: str) -> dict[str, Any]:
         """A deployment as it is declared, and what is there of it; JSON-ready.
@@ -412,18 +381,7 @@ class DeploymentPlacementActor:
         Raises:
             UnknownDeployment: no deployment of that name stands.
         """
-        one = self._controller.get(name)
-        return {
-            "deployment": one.deployment.model_dump(mode="json", exclude_none=True, exclude_defaults=True),
-            "result": one.result().to_dict(),
-            "generation": one.generation,
-            "outdated": one.outdated,
-            "given_up": one.given_up,
-            "state": "releasing" if one.releasing else "pending" if one.unfinished() else "placed",
-            "age_seconds": max(0.0, time.time() - one.declared_at),
-            "owner": None if one.owner is None else dict(one.owner),
-            "expires_at": one.expires_at,
-        }
+        return self._controller.queries.describe(name)
 
     async def members(self, name: str) -> list[str]:
         """The deployments that a name means: the members of the group of that name, or the one of that name.
@@ -431,7 +389,7 @@ class DeploymentPlacementActor:
         Raises:
             UnknownDeployment: neither stands.
         """
-        return self._controller.members(name)
+        return self._controller.queries.members(name)
 
     async def wait(self, name: str, timeout_seconds: float = MOST_SECONDS) -> PlacementResult:
         """Where a deployment's replicas are, once none is pending any more, or what is has been given up; as they are
@@ -443,7 +401,7 @@ class DeploymentPlacementActor:
         end = time.monotonic() + min(max(timeout_seconds, 0.0), MOST_SECONDS)
         while True:
             seen = self._controller.feed.last_number
-            one = self._controller.get(name)
+            one = self._controller.queries.get(name)
             left = end - time.monotonic()
             if not one.unfinished() or one.given_up or left <= 0:
                 return one.result()
@@ -459,7 +417,7 @@ class DeploymentPlacementActor:
             deployment: only this deployment, or the members of this group, and the nodes that they are on.
             state: only deployments in this state: ``placed``, ``pending``, ``lost`` or ``releasing``.
         """
-        return await self._in(self._reads, self._controller.status, node, deployment, state)
+        return await self._in(self._reads, self._controller.queries.status, node, deployment, state)
 
     async def events(self, name: str | None = None, since: int = 0) -> list[dict[str, Any]]:
         """What happened to a deployment's replicas, the last 200 at most, since the service last started; JSON-ready.
@@ -473,7 +431,7 @@ class DeploymentPlacementActor:
         Raises:
             UnknownDeployment: nothing is known of that name.
         """
-        return [one.to_dict() for one in self._controller.events(name, since)]
+        return [one.to_dict() for one in self._controller.queries.events(name, since)]
 
     async def watch(
         self,
@@ -504,7 +462,7 @@ class DeploymentPlacementActor:
         Raises:
             UnknownNode: ``node`` is given and no GPU node has that id, name or address.
         """
-        return await self._in(self._plans, self._controller.topology, node)
+        return await self._in(self._plans, self._controller.queries.topology, node)
 
     async def record_measurements(self, measurements: Sequence[Mapping[str, Any]]) -> None:
         """Keeps what was measured on hosts; nodes that are these, or of their make, go by it from now on.
@@ -533,60 +491,9 @@ class DeploymentPlacementActor:
     async def _in(self, pool: ThreadPoolExecutor, do: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, do, *args)
 
-    def _owner(self, wanted: Deployment, caller: Caller, instead: str = BY_CLIENT) -> Owner | None:
-        if wanted.owner == "caller":
-            problem = f"owner: caller: its own process creates the placement groups; {instead}, or say owner: detached"
-            raise InvalidDeployment(f"deployment {wanted.name!r}", (problem,))
-        return owner_of(wanted, caller)
-
-
-def parse(deployment: DeploymentLike, constraints: Any) -> Deployment:
-    """What a caller declares.
-
-    Raises:
-        InvalidDeployment: a field is refused.
-    """
-    source = f"deployment {deployment.get('name')!r}" if isinstance(deployment, Mapping) else "deployment"
-    wanted = parse_model(Deployment, deployment, source)
-    if constraints is not None:
-        limits = parse_model(PlacementConstraints, constraints, f"deployment {wanted.name!r}: constraints")
-        # Read anew, as a whole: constraints can contradict the rest.
-        wanted = parse_model(Deployment, wanted.model_copy(update={"constraints": limits}), source)
-    return wanted
-
-
-def alone(wanted: Deployment) -> Deployment:
-    """A deployment that is placed by itself.
-
-    Raises:
-        InvalidDeployment: it is a member of a group.
-    """
-    if wanted.group is not None:
-        problem = (
-            f"group: it is a member of {wanted.group.name!r}, which is placed as one; give all of its members to "
-            "apply_all (with atomic all are placed now, or none)"
-        )
-        raise InvalidDeployment(f"deployment {wanted.name!r}", (problem,))
-    return wanted
-
-
-def owner_key(owner: Owner | None) -> tuple[tuple[str, str], ...]:
-    """An owner, so that it can be compared."""
-    return tuple(sorted((owner or {}).items()))
-
 
 def over(outcome: Future[Any]) -> asyncio.Future[Any]:
     """The end of something, to be waited for; what it came to is asked for elsewhere."""
     waiting = asyncio.wrap_future(outcome)
     waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
     return waiting
-
-
-def _hand_on(done: Awaitable[Any], outcome: Future[PlacementResult]) -> None:
-    assert isinstance(done, asyncio.Future)
-    if done.cancelled():
-        outcome.set_exception(LeaseExpired("?", "it was cut off"))
-    elif error := done.exception():
-        outcome.set_exception(error)
-    else:
-        outcome.set_result(done.result())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 
@@ -35,6 +35,12 @@ class Turns:
                 turn.users -= 1
                 if not turn.users:
                     del self._turns[name]
+
+    @contextlib.contextmanager
+    def sole_all(self, names: Iterable[str], wait: bool = True) -> Iterator[bool]:
+        """The same for several, which are taken in the order of their names; whether all of them are ours."""
+        with contextlib.ExitStack() as stack:
+            yield all([stack.enter_context(self.sole(name, wait)) for name in sorted(names)])
 
     def names(self) -> frozenset[str]:
         """The deployments that are being changed."""

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from placement.core.node import Node
 from placement.core.snapshot import Snapshot
+from placement.runtime.claims import Tally
 from placement.runtime.discovery import NodeInfo, node_state
 from placement.runtime.fleet import VIEW_LAG_SECONDS
 from placement.runtime.orders import GpuHardware
-from placement.runtime.state import Tally
 
 _Read = tuple[float | None, ...]
 """What of Ray's free resources of a node counts here: GPUs, CPUs, memory, its egress resources, and custom ones."""

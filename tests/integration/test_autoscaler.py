@@ -15,8 +15,10 @@ import ray
 
 from placement.core.needs import Needs
 from placement.core.request import Request
-from placement.runtime.demand import Asked, Demand, Need, State, needs_of
+from placement.runtime.asking import Asked, State
+from placement.runtime.demand import Demand
 from placement.runtime.groups import create_group, ready_or_removed, remove_group
+from placement.runtime.needs import Need, needs_of
 from tests.cloud.cloud import cloud, host_of
 from tests.cloud.seen import coming, demanded, machines, open_groups
 from tests.integration.conftest import settled

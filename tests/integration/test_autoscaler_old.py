@@ -9,9 +9,10 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group_table
 
+from placement.runtime.asking import Asked, State
 from placement.runtime.autoscaler import NO_AUTOSCALER, OLD_AUTOSCALER
-from placement.runtime.demand import Asked, Demand, Need, State
-from placement.runtime.needs import Way
+from placement.runtime.demand import Demand
+from placement.runtime.needs import Need, Way
 from tests.cloud.cloud import cloud, host_of
 from tests.integration.conftest import settled
 

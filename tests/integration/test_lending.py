@@ -20,12 +20,13 @@ from placement.core.needs import WHOLE
 from placement.core.replicas import PlannedReplica
 from placement.runtime import groups
 from placement.runtime.bootstrap import make_agent
+from placement.runtime.claims import Claim
+from placement.runtime.deployment_state import holding_of
 from placement.runtime.discovery import live_nodes
 from placement.runtime.embedded import SimulatedNode
 from placement.runtime.fleet import Fleet
 from placement.runtime.node_agent import LEASE_SECONDS
 from placement.runtime.orders import Holding, Refusal, deployment_of
-from placement.runtime.state import Claim, holding_of
 from tests.chaos import recovered
 from tests.integration.conftest import left_over, settled
 from tests.integration.test_place import another_user, node_id, ranks_gpus

@@ -7,10 +7,10 @@ from typing import Any
 
 from placement.core.lifecycle import State
 from placement.core.snapshot import NEAR_LABELS
-from placement.runtime import groups
+from placement.runtime import groups, records
 from placement.runtime.controller import Controller
+from placement.runtime.deployment_state import DeploymentState
 from placement.runtime.ledger import VERSION
-from placement.runtime.state import DeploymentState
 from placement.runtime.view import ClusterView
 
 
@@ -69,11 +69,11 @@ def check_ledger(controller: Controller, recorded: dict[str, dict[str, Any] | No
             continue
         content = recorded[name]
         assert content is not None
-        expected = json.loads(json.dumps({"version": VERSION, **one.to_record()}))
+        expected = json.loads(json.dumps({"version": VERSION, **records.to_record(one)}))
         if set(one.reasons.values()) == {"not tried since the service restarted"}:
             expected["waiting_since"] = content["waiting_since"]  # it died before it could say that it waits
         assert content == expected
-        again = DeploymentState.from_record(content)
+        again = records.from_record(content)
         assert (again.deployment, again.generation, again.earlier) == (
             one.deployment, one.generation, one.earlier,
         )  # fmt: skip

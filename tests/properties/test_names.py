@@ -104,7 +104,7 @@ def test_a_terminal_shows_what_was_written_and_obeys_none_of_it(model: str, node
         if accepted(model=model, runtime="vllm"):
             service.place({"name": "d", "model": model, "runtime": "vllm"})
         ray.infos = lambda: [info]  # type: ignore[method-assign]
-        report = service.status(None, None, None)
+        report = service.queries.status(None, None, None)
     shown = io.StringIO()
     terminal = Console(width=100, file=shown)
     for part in status_view(report):

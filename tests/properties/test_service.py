@@ -38,12 +38,17 @@ from placement.runtime import (
     fleet,
     groups,
     ledger,
+    lifetimes,
     observed,
     queue,
+    releases,
 )
 from placement.runtime.asking import Asked
+from placement.runtime.claims import Claim
 from placement.runtime.clock import Clock
 from placement.runtime.controller import Controller
+from placement.runtime.declarations import parse
+from placement.runtime.deployment_state import DeploymentState
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.groups import LiveGroup
 from placement.runtime.needs import Need
@@ -51,8 +56,6 @@ from placement.runtime.orders import GpuHardware, Holding, Refusal, order_of_gro
 from placement.runtime.owners import owner_of
 from placement.runtime.queue import Ticket
 from placement.runtime.results import NodeAssignment, PlacementResult
-from placement.runtime.service import parse
-from placement.runtime.state import Claim, DeploymentState
 from placement.wire.node_types import NodeType
 from placement.wire.plans import ExplainedPlan, PlacementPlan
 from tests.properties import consistent
@@ -408,19 +411,19 @@ class DirectService(Controller):
         return super().apply_all([parse(one, None) for one in deployments], atomic)
 
     def plan(self, deployment: Any, constraints: Any = None, atomic: bool = False) -> PlacementPlan:
-        return super().plan_all([parse(deployment, constraints)], atomic)[0]
+        return self.queries.plan_all([parse(deployment, constraints)], atomic)[0]
 
     def plan_all(self, deployments: Sequence[Any], atomic: bool = False) -> list[PlacementPlan]:
-        return super().plan_all([parse(one, None) for one in deployments], atomic)
+        return self.queries.plan_all([parse(one, None) for one in deployments], atomic)
 
     def explain_all(self, deployments: Sequence[Any]) -> list[ExplainedPlan]:
-        return super().explain_all([parse(one, None) for one in deployments])
+        return self.queries.explain_all([parse(one, None) for one in deployments])
 
-    def get(self, name: str) -> PlacementResult:  # type: ignore[override]
-        return super().get(name).result()
+    def get(self, name: str) -> PlacementResult:
+        return self.queries.get(name).result()
 
-    def events(self, name: str, since: int = 0) -> list[dict[str, Any]]:  # type: ignore[override]
-        return [one.to_dict() for one in super().events(name, since)]
+    def events(self, name: str, since: int = 0) -> list[dict[str, Any]]:
+        return [one.to_dict() for one in self.queries.events(name, since)]
 
 
 @dataclass
@@ -493,7 +496,7 @@ def make_believe(ray: Ray) -> Iterator[None]:
             (groups, "remove_group", lambda group, ready=False: ray.groups.pop(group.id.hex(), None)),
             (groups, "live_groups", ray.live),
             (groups, "is_gone", lambda group_id: group_id not in ray.groups),
-            (controller, "has_ended", ray.has_ended),
+            (lifetimes, "has_ended", ray.has_ended),
             (queue, "has_ended", ray.has_ended),
             (clock, "has_ended", ray.has_ended),
         ):
@@ -541,7 +544,7 @@ class Service(Rules):
             while self.others:
                 self.another_user_ends()
             assert list(self.ray.groups.values()) == [self.foreign]
-            with mock.patch.object(controller, "ENDED_SECONDS", -1.0):
+            with mock.patch.object(releases, "ENDED_SECONDS", -1.0):
                 self.service.stop_idle_agents()
             assert (
                 sorted(self.ray.store) == [b"event numbers", b"token"] and not self.service.actions.unwritten

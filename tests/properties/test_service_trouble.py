@@ -18,12 +18,12 @@ from hypothesis.stateful import initialize, precondition, rule
 
 from placement.errors import DeploymentConflict, ReservationFailed, UnknownDeployment, Unplaceable
 from placement.runtime import clock
+from placement.runtime.claims import Claim
 from placement.runtime.clock import Clock
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.groups import LiveGroup
 from placement.runtime.orders import Refusal
 from placement.runtime.results import NodeAssignment
-from placement.runtime.state import Claim
 from tests.properties import test_service
 from tests.properties.test_service import (
     DirectService,
@@ -216,7 +216,7 @@ def act(service: DirectService, own: Clock, what: str, about: Any) -> None:
         if what == "look":
             own.look()
         elif what == "status":
-            assert {one["name"] for one in service.status()["deployments"]} <= {"a", "b", "c"}
+            assert {one["name"] for one in service.queries.status()["deployments"]} <= {"a", "b", "c"}
         elif what == "get":
             service.get(about)
         elif what == "plan" and about.method != "release":

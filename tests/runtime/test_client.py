@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import ray
 
 import placement
 from placement import (
@@ -22,8 +23,8 @@ from placement import (
     NotEnoughGpus,
     PlacementResult,
 )
-from placement.runtime import client as client_module
-from placement.runtime.borrowing import OwnGroups
+from placement.runtime import async_client, borrowing, client, client_base
+from placement.runtime.borrowing import Borrower, OwnGroups
 from placement.runtime.leases import Loan
 
 WANTED = {"name": "mine", "model": "m", "replicas": 2, "owner": "caller"}
@@ -120,7 +121,7 @@ def result(*names: str) -> PlacementResult:
 
 def place(kind: type[Client] | type[AsyncClient], service: Service, groups: Groups) -> PlacementResult:
     client = kind(service)
-    client._groups = groups
+    client._borrower.groups = groups
     if isinstance(client, Client):
         return client.place(WANTED, wait_seconds=3.0)
     return asyncio.run(client.place(WANTED, wait_seconds=3.0))
@@ -128,8 +129,9 @@ def place(kind: type[Client] | type[AsyncClient], service: Service, groups: Grou
 
 @pytest.fixture(autouse=True)
 def seams(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "ask", Reference.get)
-    monkeypatch.setattr(client_module, "caller", lambda owner=None: CALLER)
+    monkeypatch.setattr(ray, "get", Reference.get)
+    for module in (client, async_client, borrowing):
+        monkeypatch.setattr(module, "caller", lambda owner=None: CALLER)
 
 
 both = pytest.mark.parametrize("kind", [Client, AsyncClient])
@@ -226,7 +228,7 @@ def test_a_cancelled_task_waits_for_the_group_that_is_being_created_and_removes_
 
     service, groups = Service(loan(1)), Groups(meanwhile=meanwhile)
     client = AsyncClient(service)
-    client._groups = groups
+    client._borrower.groups = groups
 
     async def run() -> None:
         task = asyncio.create_task(client.place(WANTED))
@@ -269,7 +271,7 @@ def test_who_asks_is_said_where_somebody_may_own_it_and_only_the_callers_own_is_
     detached = {"name": "d", "model": "m"}
     service = Service(*[result()] * 4)
     client = kind(service)
-    client._groups = Groups()
+    client._borrower.groups = Groups()
     for answer in (
         client.place(detached),
         client.apply(detached, atomic=True),
@@ -327,7 +329,7 @@ def test_waiting_is_asked_for_in_parts_until_it_is_placed_or_the_time_is_over(
     kind: Any, placed_after: float, timeout: float | None, asked: list[float], found: bool, monkeypatch: Any
 ) -> None:
     service = Waited(100.0 + placed_after)
-    monkeypatch.setattr(client_module, "time", service)
+    monkeypatch.setattr(client_base, "time", service)
     answer = kind(service).wait("mine", timeout)
     result = answer if kind is Client else asyncio.run(answer)
     assert service.calls == [("mine", seconds) for seconds in asked]
@@ -338,7 +340,7 @@ def test_following_asks_for_what_came_after_the_last() -> None:
     events = [{"number": number} for number in (4, 7, 9)]
 
     def asked(since: int) -> tuple[Any, ...]:
-        return "watch", {"since": since, "names": ["a"], "timeout_seconds": client_module.WATCH_SECONDS}
+        return "watch", {"since": since, "names": ["a"], "timeout_seconds": client_base.WATCH_SECONDS}
 
     service = Service(events[:2], [], events[2:])
     following = Client(service).follow(["a"], 3)
@@ -386,9 +388,9 @@ def test_a_group_waits_for_room_and_is_called_what_its_owner_says(
     )
     lifetimes: list[str | None] = []
     create, groups.create = groups.create, lambda loan: lifetimes.append(loan.lifetime) or create(loan)  # type: ignore[func-returns-value, method-assign]
-    client = Client(service)
-    client._groups = groups
-    assert client._create_group(layout, name, lifetime, None) == groups.there[called]
+    borrower = Borrower(service)
+    borrower.groups = groups
+    assert borrower.create_group(layout, name, lifetime, None) == groups.there[called]
     waits = [call[3] for call in service.calls if call[0] == "lend"]
     assert waits[0] == 0 and set(waits[1:]) == {float("inf")}
     assert (lifetimes, service.calls[-1]) == ([lifetime], ("confirm", "loan-1", f"id-{called}"))
@@ -400,5 +402,5 @@ def test_a_group_without_time_to_wait_is_refused_at_once() -> None:
     layout = Deployment.model_validate({**LAID_OUT, "placement_group": {"bundles": [{"GPU": 1}]}})
     service = Service(FULL)
     with pytest.raises(NotEnoughGpus):
-        Client(service)._create_group(layout, "", None, 0)
+        Borrower(service).create_group(layout, "", None, 0)
     assert len(service.calls) == 1

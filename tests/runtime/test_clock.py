@@ -37,7 +37,8 @@ class Controller:
             forget_all_but=self.forgot.append,
         )
 
-        self.queue, self.sweeper = self, SimpleNamespace(sweep_again=int)
+        self.queue = self.lifetimes = self.queries = self
+        self.sweeper = SimpleNamespace(sweep_again=int)
 
     def readings(self) -> dict[object, float]:
         return {}

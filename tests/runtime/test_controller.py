@@ -21,14 +21,15 @@ from placement.errors import (
     UnknownNode,
     Unplaceable,
 )
-from placement.runtime import controller, ledger, queue
+from placement.runtime import ledger, lifetimes, queue
+from placement.runtime.asking import Asked
+from placement.runtime.asking import State as Became
+from placement.runtime.claims import Claim
 from placement.runtime.clock import Clock
-from placement.runtime.demand import Asked
-from placement.runtime.demand import State as Became
+from placement.runtime.declarations import parse
+from placement.runtime.deployment_state import Owner
 from placement.runtime.queue import Ticket
 from placement.runtime.reconciler import Work
-from placement.runtime.service import parse
-from placement.runtime.state import Claim, Owner
 from placement.wire.node_types import NodeType
 from tests.properties.test_service import (
     AtOnce,
@@ -171,9 +172,13 @@ def test_a_deadline_ends_what_has_no_place_and_gives_up_what_has_some(
 ) -> None:
     service.apply(one("none", gpus=8, deadline_seconds=60))
     service.apply(one("some", gpus=3, replicas=2, deadline_seconds=60))
-    service.end_what_is_over(lambda owner: False, service.state.deployments["none"].declared_at + 30)
+    service.lifetimes.end_what_is_over(
+        lambda owner: False, service.state.deployments["none"].declared_at + 30
+    )
     assert service.state.queue() == ["none", "some"]
-    service.end_what_is_over(lambda owner: False, service.state.deployments["some"].declared_at + 61)
+    service.lifetimes.end_what_is_over(
+        lambda owner: False, service.state.deployments["some"].declared_at + 61
+    )
     with pytest.raises(UnknownDeployment):
         service.get("none")
     assert told(service, "none")[-2:] == [(None, "ended"), (0, "released")]
@@ -225,7 +230,7 @@ def test_to_ask_for_it_again_renews_its_time(outside: Ray, service: DirectServic
 
 
 def a_while_passes_at(service: DirectService, now: float, ended: set[str]) -> None:
-    service.end_what_is_over(lambda owner: owner["job"] in ended, now)
+    service.lifetimes.end_what_is_over(lambda owner: owner["job"] in ended, now)
 
 
 def test_a_lease_whose_group_its_owner_removed_is_forgotten_and_not_placed_anew(
@@ -532,7 +537,7 @@ def test_whose_owner_has_ended_makes_room_for_who_asks_before_anybody_has_notice
     place_for(service, CALLER, gpus=4)
     with pytest.raises(DeploymentConflict):
         place_for(service, OTHER, gpus=4)
-    monkeypatch.setattr(controller, "has_ended", lambda owner: owner == CALLER)
+    monkeypatch.setattr(lifetimes, "has_ended", lambda owner: owner == CALLER)
     place_for(service, OTHER, gpus=4)
     assert (service.state.deployments["a"].owner, len(outside.groups)) == (OTHER, 1)
     assert told(service)[-3:] == [(None, "ended"), (0, "released"), (0, "placed")]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from placement.runtime import asking, backoff
+from placement.runtime import arrivals, asking, backoff, shapes
 from placement.runtime.asking import Asked, Asks, State
 from placement.runtime.autoscaler import Group, Heard, SeenNode
 from placement.runtime.demand import Demand
@@ -181,9 +181,9 @@ def test_a_node_has_its_time_to_say_what_its_gpus_are_before_it_is_one_that_will
     world.wanted = {"a:0:0": GPU4}
     world.run()
     world.ray.arrive(world.ray.open[0], "new")
-    assert State.ARRIVED is world.states(asking.HOLD_SECONDS + asking.KNOWN_SECONDS - 1)["a:0:0"]
+    assert State.ARRIVED is world.states(asking.HOLD_SECONDS + arrivals.KNOWN_SECONDS - 1)["a:0:0"]
     world.known = {"new"}
-    assert State.ARRIVED is world.states(asking.PLACED_SECONDS - 5)["a:0:0"]
+    assert State.ARRIVED is world.states(arrivals.PLACED_SECONDS - 5)["a:0:0"]
     assert State.NOT_ASKED is world.states(10)["a:0:0"]
     world.wanted["b:0:0"] = GPU4
     assert State.NOT_ASKED is world.states(1)["b:0:0"]
@@ -259,7 +259,7 @@ def test_what_has_waited_for_longer_may_take_what_came(world: World) -> None:
     world.run()
     arrived(world, "new")
     world.ray.nodes["new"] = SeenNode({}, {"GPU": 3.0})
-    assert State.ARRIVED is world.states(asking.PLACED_SECONDS - 2)["a:0:0"]
+    assert State.ARRIVED is world.states(arrivals.PLACED_SECONDS - 2)["a:0:0"]
     assert State.ASKED is world.states(2 + asking.FICKLE_SECONDS[0] + 2)["a:0:0"]
 
 
@@ -282,12 +282,12 @@ def test_what_the_planner_refuses_is_not_asked_for_again_for_minutes_nor_anythin
     arrived(world, "new")
     world.wanted |= {"b:0:0": GPU4, "c:0:0": GPU8}  # waiting as well by now
     assert [State.ARRIVED, State.ASKED, State.ASKED] == list(world.states(5).values())
-    told = world.run(asking.PLACED_SECONDS)
+    told = world.run(arrivals.PLACED_SECONDS)
     assert [State.NOT_ASKED, State.NOT_ASKED, State.ASKED] == [one.state for one in told.values()]
     assert "1 node came for it, on which it was not placed" == told["a:0:0"].reason
-    assert asking.REFUSED_SECONDS[0] == told["a:0:0"].again - told["a:0:0"].since
+    assert shapes.REFUSED_SECONDS[0] == told["a:0:0"].again - told["a:0:0"].since
     assert [8.0] == [world.ray.groups[group][0].total["GPU"] for group in world.ray.open]
-    states = world.states(asking.REFUSED_SECONDS[0])
+    states = world.states(shapes.REFUSED_SECONDS[0])
     assert [State.ASKED, State.NOT_ASKED, State.ASKED] == list(states.values()), (
         "one shows whether it is better"
     )
@@ -373,7 +373,7 @@ def test_it_is_asked_for_in_pieces_only_if_no_node_is_large_enough(
     if pieces:
         world.ray.infeasible = set(world.ray.open)
         assert State.INFEASIBLE is world.states(asking.STATUS_SECONDS)["a:0:0"]
-        world.run(asking.INFEASIBLE_SECONDS[0])
+        world.run(shapes.INFEASIBLE_SECONDS[0])
         assert [whole] == [world.ray.groups[group][0] for group in world.ray.open], "from the first way on"
 
 

@@ -19,9 +19,9 @@ from placement.core.request import Request
 from placement.core.snapshot import Snapshot
 from placement.core.topology import Topology
 from placement.runtime import discovery
+from placement.runtime.claims import Tally
 from placement.runtime.discovery import ACCELERATOR_LABEL, TOPOLOGY_LABEL, NodeInfo, node_state
 from placement.runtime.orders import GpuHardware, hardware_of
-from placement.runtime.state import Tally
 from placement.wire.accelerators import accelerator_type
 from placement.wire.facts import GpuFacts, NodeFacts
 from placement.wire.slots import in_ray_order

@@ -12,11 +12,11 @@ import pytest
 from placement.core.replicas import PlannedReplica
 from placement.runtime import fleet
 from placement.runtime.agents import Unanswered
+from placement.runtime.claims import Claim
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.fleet import Fleet
 from placement.runtime.orders import Holding, Refusal, Refused, order_name
 from placement.runtime.results import NodeAssignment
-from placement.runtime.state import Claim
 from placement.wire.deployment import Deployment
 
 NODES = [NodeInfo(name, name, name, 4, egress={"egress": 8}) for name in "ab"]

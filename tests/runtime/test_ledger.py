@@ -8,9 +8,9 @@ import pytest
 
 from placement import Deployment
 from placement.core.lifecycle import State
-from placement.runtime import ledger
+from placement.runtime import ledger, records
+from placement.runtime.deployment_state import DeploymentState
 from placement.runtime.ledger import VERSION, read
-from placement.runtime.state import DeploymentState
 
 REPLICA = {
     "order": "placement:t:d:0:x",
@@ -26,14 +26,14 @@ RECORD = {"version": 1, "deployment": {"name": "d", "model": "m"}, "replicas": [
 def test_a_record_of_version_1_is_read() -> None:
     record = read("d", json.dumps(RECORD).encode())
     assert record.content is not None
-    standing = DeploymentState.from_record(record.content)
+    standing = records.from_record(record.content)
     assert (standing.deployment.name, standing.releasing, standing.missing()) == ("d", False, [0])
 
 
 def test_a_record_of_this_version_says_whether_it_is_to_go() -> None:
     record = read("d", json.dumps({**RECORD, "version": VERSION, "releasing": True}).encode())
     assert record.content is not None
-    assert DeploymentState.from_record(record.content).releasing
+    assert records.from_record(record.content).releasing
 
 
 def test_a_newer_record_is_not_read() -> None:
@@ -72,7 +72,7 @@ def test_an_old_record_keeps_what_it_holds_whatever_its_models_name_means_today(
     version: int, model: str, held: dict[str, object], runtime: str
 ) -> None:
     content = {"version": version, "deployment": {"name": "d", "model": model}, "replicas": [held]}
-    standing = DeploymentState.from_record(content)
+    standing = records.from_record(content)
     deployment = standing.deployment
     assert (deployment.runtime_name, deployment.remote) == (runtime, held is EGRESS)
     assert (deployment.gpus_per_replica, deployment.egress_per_replica) == (
@@ -94,9 +94,7 @@ def test_an_old_record_keeps_what_it_holds_whatever_its_models_name_means_today(
 )
 def test_what_stands_is_held_to_no_rule_that_came_later(fields: dict[str, object]) -> None:
     wanted = {"name": "d", "model": "m", **fields}
-    assert (
-        DeploymentState.from_record({"deployment": wanted, "replicas": []}).deployment.runtime_name == "vllm"
-    )
+    assert records.from_record({"deployment": wanted, "replicas": []}).deployment.runtime_name == "vllm"
     with pytest.raises(ValueError, match="Deployment"):
         Deployment.model_validate(wanted)
 
@@ -108,12 +106,10 @@ def test_a_record_says_its_runtime_and_is_read_as_it_was_declared(monkeypatch: p
         ledger.ray_internals, "kv_put", lambda key, value, namespace: saved.append(value), raising=True
     )
     wanted = Deployment(name="d", model="gpt-5")
-    DeploymentState(wanted).save()
+    records.save(DeploymentState(wanted))
     record = read("d", saved[0])
     assert record.content is not None
     assert record.content["runtime"] == "openai"
-    assert DeploymentState.from_record(record.content).deployment == wanted, (
-        "placing the same again is no conflict"
-    )
-    other = DeploymentState.from_record(record.content | {"runtime": "litellm"}).deployment
+    assert records.from_record(record.content).deployment == wanted, "placing the same again is no conflict"
+    other = records.from_record(record.content | {"runtime": "litellm"}).deployment
     assert (other.runtime_name, other.provider) == ("litellm", "litellm")

@@ -17,7 +17,8 @@ from placement.runtime import ray_internals
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.inventory import Inventory
 from placement.runtime.orders import GpuHardware, Order, hardware_of, order_of, with_rates
-from placement.runtime.report import Observed, cluster_status, measured_report
+from placement.runtime.status import Observed, cluster_status
+from placement.runtime.topology_report import measured_report
 from placement.wire.cluster import ClusterFile
 from placement.wire.facts import NodeFacts
 from placement.wire.machine import Machine

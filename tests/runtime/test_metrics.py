@@ -17,10 +17,10 @@ from placement.runtime import metrics
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.feed import Feed
 from placement.runtime.metrics import Series, readings
-from placement.runtime.report import cluster_status
 from placement.runtime.results import NodeAssignment
+from placement.runtime.status import cluster_status
 from tests.properties.test_service import DirectService, Ray
-from tests.runtime.test_report import _NO_GROUP, Known, known, observed
+from tests.runtime.test_status import _NO_GROUP, Known, known, observed
 
 
 @dataclass
@@ -152,10 +152,10 @@ def test_every_reading_is_of_a_gauge_of_the_table_and_has_its_labels() -> None:
     assert all(len(labels) == len(gauges[name]) for name, labels in found)
 
 
-def test_the_controllers_readings_are_its_status(service: DirectService, outside: Ray) -> None:
+def test_the_readings_are_the_status(service: DirectService, outside: Ray) -> None:
     service.place(Deployment(name="a", model="m", gpus=3))
     service.apply(Deployment(name="b", model="m", gpus=2, replicas=3))
-    found, status = service.readings(), service.status()
+    found, status = service.queries.readings(), service.queries.status()
     gpus = of(found, "placement_gpus")
     held = sum(value for (_, state), value in gpus.items() if state == "placed")
     assert (held, sum(gpus.values())) == (status["totals"]["held"], status["totals"]["gpus"])

@@ -8,8 +8,8 @@ import pytest
 
 from placement.errors import InvalidDeployment
 from placement.runtime import owners
+from placement.runtime.declarations import parse
 from placement.runtime.owners import _Jobs, asker_of, owner_of
-from placement.runtime.service import parse
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ DGX1, PAIRS = GpuHardware(topologies.load("dgx-1v")), GpuHardware(topologies.loa
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(reservation, "time", clock)
+    clock.rule(monkeypatch)
     return clock
 
 
@@ -89,8 +89,8 @@ def test_what_is_confirmed_is_known_as_ours_and_by_bundle() -> None:
     assert isinstance(after, Reserved)
     assert not set(after.gpus) & {0, *wanted}
     assert slots.looks == 1, "nothing that is not ours has changed"
-    reserver.forget("r")
-    assert reserver.foreign == frozenset()
+    reserver.gpus.forget("r")
+    assert reserver.gpus.foreign == frozenset()
 
 
 def test_other_gpus_than_those_prepared_are_not_confirmed() -> None:
@@ -260,7 +260,7 @@ def test_shares_are_packed_and_steered_past_the_rests_that_ray_would_prefer() ->
     reserver.finish(prepared, used=True)
     assert reserver.confirm(planned, prepared, group, [0]) == {0: 0}
     assert slots.groups == before | {group: {0: 200}}
-    reserver.forget("c")
+    reserver.gpus.forget("c")
     slots.remove(group)
     again = reserver.reserve(share("e", 400), FLAT)
     assert isinstance(again, Reserved) and again.gpus == (0,), "it is known that the share is free again"

@@ -18,7 +18,7 @@ from placement import topologies
 from placement.core.needs import WHOLE, Needs
 from placement.core.score import best_set, score
 from placement.core.topology import Topology
-from placement.runtime import reservation
+from placement.runtime import free_gpus, reservation, steering
 from placement.runtime.orders import GpuHardware, Holding, Order, Refused, Reserved, Steering, hardware_of
 from placement.runtime.reservation import NodeReserver
 from placement.wire.facts import GpuFacts, NodeFacts
@@ -35,11 +35,16 @@ class Clock:
     def sleep(self, seconds: float) -> None:
         self.now += seconds
 
+    def rule(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Has all that reserves go by it."""
+        for module in (free_gpus, reservation, steering):
+            monkeypatch.setattr(module, "time", self)
+
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(reservation, "time", clock)
+    clock.rule(monkeypatch)
     return clock
 
 
@@ -184,9 +189,9 @@ def test_a_named_gpu_that_others_hold_is_not_had() -> None:
     outcome = reserver.reserve(Order("r", Needs(2, named=(2, 3))), GpuHardware(PAIRS))
     assert isinstance(outcome, Refused)
     assert outcome.full and "too few of GPU 2-3 are free" in outcome.reason
-    assert reserver.foreign == {2}
+    assert reserver.gpus.foreign == {2}
     slots.others = {0, 1}
-    assert reserver.locate() == {0, 1}, "they have moved"
+    assert reserver.gpus.locate() == {0, 1}, "they have moved"
     prepared = reserver.prepare(Order("r", Needs(2, named=(2, 3))), GpuHardware(PAIRS), 1)
     assert not isinstance(prepared, Refused) and prepared.sets == ((2, 3),)
 
@@ -194,7 +199,7 @@ def test_a_named_gpu_that_others_hold_is_not_had() -> None:
 @pytest.mark.parametrize("others", [set(), {0, 1, 2, 3}, {3}])
 def test_which_gpus_others_hold_can_be_looked_at(others: set[int]) -> None:
     slots = Slots(4, others=others)
-    assert NodeReserver(slots, 4).locate() == others
+    assert NodeReserver(slots, 4).gpus.locate() == others
     assert slots.groups == {}
 
 
@@ -217,7 +222,7 @@ def test_books_that_lag_for_long_are_no_reason_to_refuse() -> None:
 def test_books_that_lag_do_not_hide_the_better_set() -> None:
     slots = Slots(4, books_lag_by=3)
     reserver = NodeReserver(slots, 4)
-    reserver.adopt({"standing": Holding("d", (0,))})
+    reserver.gpus.adopt({"standing": Holding("d", (0,))})
     slots.groups[-1] = {0: WHOLE}
     outcome = reserver.reserve(Order("r", Needs(2)), GpuHardware(PAIRS))
     assert isinstance(outcome, Reserved)
@@ -471,7 +476,7 @@ def test_one_look_serves_those_that_follow_and_a_change_since_is_found_out(clock
     third = reserve("third")
     assert not {7, *first} & set(third) and len(looks) == 1, "it showed when the GPUs were verified"
     reserver.remove("third", max(slots.groups))
-    clock.now += reservation.TRUST_SECONDS
+    clock.now += free_gpus.TRUST_SECONDS
     assert (reserve("fourth"), looks) == (third, [7, 5])
 
 
@@ -485,12 +490,12 @@ def test_gpus_of_an_owner_that_has_ended_are_steered_past_until_that_is_known(
     assert isinstance(first, Reserved)
     slots.remove(first.group)  # Ray has, with its creator
     for size, name in ((2, "second"), (1, "third")):
-        clock.now += reservation.TRUST_SECONDS
+        clock.now += free_gpus.TRUST_SECONDS
         outcome = reserver.reserve(Order(name, Needs(size)), GpuHardware(DGX1))
         assert isinstance(outcome, Reserved) and not set(outcome.gpus) & {*first.gpus, *others}
         assert (list(slots.groups[outcome.group]), outcome.attempts) == (list(outcome.gpus), 1)
-    reserver.forget("lease")
-    clock.now += reservation.TRUST_SECONDS
+    reserver.gpus.forget("lease")
+    clock.now += free_gpus.TRUST_SECONDS
     rest = set(slots.free())
     outcome = reserver.reserve(Order("all", Needs(len(rest))), GpuHardware(DGX1))
     assert isinstance(outcome, Reserved) and set(first.gpus) < rest == set(outcome.gpus)

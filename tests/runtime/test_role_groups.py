@@ -18,7 +18,7 @@ from placement.errors import (
     UnknownDeployment,
     Unplaceable,
 )
-from placement.runtime import reconciler
+from placement.runtime import group_reconciler
 from placement.runtime.clock import Clock
 from tests.properties.test_service import AtOnce, DirectService, Killed, Ray
 
@@ -120,7 +120,7 @@ def test_others_are_placed_while_the_places_of_a_group_are_searched(
                 elsewhere.submit(service.place, other).result(30)
         return found
 
-    monkeypatch.setattr(reconciler, "tell", search)
+    monkeypatch.setattr(group_reconciler, "tell", search)
     service.apply_all(pd(1), atomic=True)
     assert ["x", "y"] == chosen
     assert {"a": ["y"], "b": ["y", "y"], "other": ["x"]} == placed(service)
@@ -177,11 +177,11 @@ def test_units_come_and_go(outside: Ray, service: DirectService) -> None:
 
 def test_its_name_means_its_members(service: DirectService) -> None:
     service.apply_all(pd())
-    assert (["a", "b"], ["b"]) == (service.members("g"), service.members("b"))
+    assert (["a", "b"], ["b"]) == (service.queries.members("g"), service.queries.members("b"))
     service.release("g")
     for name in ("g", "b"):
         with pytest.raises(UnknownDeployment):
-            service.members(name)
+            service.queries.members(name)
 
 
 def test_what_would_part_or_move_it_is_refused(service: DirectService) -> None:

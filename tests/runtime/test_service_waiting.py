@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 
 from placement.errors import Busy, InvalidDeployment, LeaseExpired, UnknownDeployment
-from placement.runtime import queue
+from placement.runtime import leases, queue
 from placement.runtime import service as service_module
 from placement.runtime.bootstrap import MOST_CALLS
 from placement.runtime.feed import WATCHERS
@@ -122,7 +122,7 @@ def test_it_leaves_the_queue_also_while_there_is_no_room(
         calls = [asyncio.create_task(service.place(one(c["job"]), None, 600.0, caller=c)) for c in (A, B)]
         await until(lambda: len(waiting(service)) == 2)
         monkeypatch.setattr(queue, "has_ended", lambda owner: owner["job"] == A["job"])
-        service._controller.end_what_is_over(lambda owner: False, 0.0)
+        service._controller.lifetimes.end_what_is_over(lambda owner: False, 0.0)
         assert waiting(service) == [B["job"]]
         calls[1].cancel()
         await asyncio.wait(calls)
@@ -162,9 +162,9 @@ def test_what_a_lease_came_to_is_not_known_for_ever(
     service: DeploymentPlacementActor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scene() -> None:
-        monkeypatch.setattr(service_module, "KEPT_SECONDS", 0.0)
+        monkeypatch.setattr(leases, "KEPT_SECONDS", 0.0)
         assert await service.lend(one(), caller=A)
-        await until(lambda: not service._lendings)
+        await until(lambda: not service._loans)
 
     asyncio.run(scene())
 

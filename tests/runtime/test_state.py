@@ -13,10 +13,12 @@ from placement import Deployment
 from placement.core.lifecycle import IllegalTransition, State
 from placement.core.needs import WHOLE
 from placement.core.replicas import PlannedReplica
-from placement.runtime import groups, ledger
+from placement.runtime import groups, ledger, records
+from placement.runtime.claims import Claim
+from placement.runtime.deployment_state import DeploymentState, held_replica, holding_of
 from placement.runtime.orders import Holding
 from placement.runtime.results import NodeAssignment
-from placement.runtime.state import Claim, DeploymentState, ServiceState, held_replica, holding_of
+from placement.runtime.state import ServiceState
 
 
 def group(number: int) -> Any:
@@ -116,10 +118,10 @@ def test_a_record_is_read_as_it_was_written(monkeypatch: pytest.MonkeyPatch) -> 
     lasting = replace(
         declared.pending({1: "too few"}, 8.0), releasing=True, owner=owner, expires_at=7.0, given_up=True
     )
-    lasting.save()
+    records.save(lasting)
     [(name, record)] = written
     assert (name, record["releasing"], record["runtime"]) == ("d", True, "vllm")
-    read = DeploymentState.from_record(json.loads(json.dumps(record)))
+    read = records.from_record(json.loads(json.dumps(record)))
     assert (read.deployment, read.generation, read.earlier) == (declared.deployment, 2, {1: one.deployment})
     for before, after in zip(one.assignments(), read.assignments(), strict=True):
         assert before.placement_group.number == after.placement_group.number

@@ -21,9 +21,9 @@ from placement.core.policy import Policy
 from placement.core.request import Request
 from placement.core.snapshot import Snapshot
 from placement.runtime import view
+from placement.runtime.claims import Tally
 from placement.runtime.discovery import NodeInfo, node_state
 from placement.runtime.orders import GpuHardware, hardware_of
-from placement.runtime.state import Tally
 from placement.runtime.view import ClusterView, overlaid
 
 NEAR = ("zone", "rack")

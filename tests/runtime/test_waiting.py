@@ -9,7 +9,7 @@ import pytest
 from placement import topologies
 from placement.core.needs import Needs
 from placement.core.topology import Topology
-from placement.runtime import reservation
+from placement.runtime import free_gpus, reservation
 from placement.runtime.orders import GpuHardware, Holding, Order, Refused, Reserved
 from placement.runtime.reservation import NodeReserver
 from tests.runtime.test_reservation import Clock, Slots
@@ -21,7 +21,7 @@ PAIRS, FLAT = GpuHardware(topologies.load("a100-pcie-4x")), GpuHardware(Topology
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     clock.now = 100.0
-    monkeypatch.setattr(reservation, "time", clock)
+    clock.rule(monkeypatch)
     return clock
 
 
@@ -64,7 +64,7 @@ def test_nothing_waits_on_a_node_that_nobody_else_uses(clock: Clock) -> None:
     assert (slots.asked, clock.now) == ([("reserve", 110.0)], 110.0)
 
 
-@pytest.mark.parametrize(("late_by", "waited"), [(0.0, 0.0), (0.2, 0.2), (5.0, reservation.CATCH_UP_SECONDS)])
+@pytest.mark.parametrize(("late_by", "waited"), [(0.0, 0.0), (0.2, 0.2), (5.0, free_gpus.CATCH_UP_SECONDS)])
 def test_steering_begins_once_the_books_show_what_the_look_gave_back_or_after_a_while(
     clock: Clock, late_by: float, waited: float
 ) -> None:
@@ -92,8 +92,8 @@ def test_a_node_that_is_full_is_looked_at_three_times_the_last_time_with_patienc
     outcome = reserver.reserve(order(), PAIRS)
     assert isinstance(outcome, Refused)
     assert (outcome.attempts, outcome.full) == (reservation.MAX_LOOKS, True)
-    assert 110.0 + reservation.BOOKS_LAG_SECONDS <= clock.now < 111.0
-    assert slots.patience == [reservation.LOOK_DEADLINE_SECONDS] * len(slots.patience)
+    assert 110.0 + free_gpus.BOOKS_LAG_SECONDS <= clock.now < 111.0
+    assert slots.patience == [free_gpus.LOOK_DEADLINE_SECONDS] * len(slots.patience)
 
 
 def test_what_was_just_given_back_here_is_given_time_to_come_free(clock: Clock) -> None:
@@ -110,7 +110,7 @@ def test_what_was_just_given_back_here_is_given_time_to_come_free(clock: Clock) 
     outcome = reserver.reserve(order(), FLAT)
     assert isinstance(outcome, Refused)
     assert slots.patience
-    expected = freed_at + reservation.RETURN_SECONDS
+    expected = freed_at + free_gpus.RETURN_SECONDS
     assert slots.patience[-1] == pytest.approx(expected - slots.asked[-1][1])
     assert slots.patience[-1] > 1.0
 
@@ -123,18 +123,18 @@ def test_a_look_is_good_for_ten_seconds_while_as_many_gpus_are_free(clock: Clock
         assert isinstance(reserver.reserve(order(gpus, f"r{len(slots.groups)}"), FLAT), Reserved)
         assert len(slots.patience) == looks
         clock.now += 1
-    assert reserver.foreign == {0}
+    assert reserver.gpus.foreign == {0}
     slots.others = {0, 3}
     clock.now += 1
     outcome = reserver.reserve(order(1, "third"), FLAT)
     assert isinstance(outcome, Refused)
     assert len(slots.patience) > 1, "fewer are free than there should be"
     slots.others = set()
-    clock.now += reservation.TRUST_SECONDS
+    clock.now += free_gpus.TRUST_SECONDS
     outcome = reserver.reserve(order(2, "fourth"), FLAT)
     assert isinstance(outcome, Reserved)
     assert outcome.gpus == (0, 3)
-    assert reserver.foreign == frozenset()
+    assert reserver.gpus.foreign == frozenset()
 
 
 def test_after_a_restart_nothing_is_taken_for_granted(clock: Clock) -> None:
@@ -142,11 +142,11 @@ def test_after_a_restart_nothing_is_taken_for_granted(clock: Clock) -> None:
     standing = slots.reserve("before", {"GPU": 1}, 1)
     slots.asked.clear()
     reserver = NodeReserver(slots, 4)
-    reserver.adopt({"before": Holding("d", (0,))})
+    reserver.gpus.adopt({"before": Holding("d", (0,))})
     clock.now += 10
     outcome = reserver.reserve(order(), FLAT)
     assert isinstance(outcome, Reserved)
     assert (outcome.gpus, slots.asked[0][0]) == ((1, 3), "look")
-    assert reserver.foreign == {2}
+    assert reserver.gpus.foreign == {2}
     reserver.remove("before", standing)
     assert reserver.reserve(order(1, "s"), FLAT).gpus == (0,)  # type: ignore[union-attr]

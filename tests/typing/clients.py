@@ -13,7 +13,7 @@ from placement import (
     bind,
     placement_group,
 )
-from placement.runtime.client import Event, Status
+from placement.runtime.client_base import Event, Status
 
 
 def blocking(wanted: Deployment) -> None:

@@ -1,8 +1,7 @@
-"""The service's state as JSON-ready values, for ``status`` and ``topology``."""
+"""What ``status`` says of the cluster: its totals, and its deployments with the state of each replica; JSON-ready."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -10,28 +9,24 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from placement.core.lifecycle import State
-from placement.core.matrix import render_matrix
-from placement.core.measured import beside_predicted
 from placement.core.node import Node
 from placement.core.replicas import PlannedReplica
-from placement.core.score import suspect_pairs
-from placement.core.shape import shape_of
-from placement.core.topology import Topology, ordinals
-from placement.errors import UnknownDeployment, UnknownNode, UnreadableRecord, counted
+from placement.errors import UnknownNode, UnreadableRecord
 from placement.runtime.discovery import DeadNode, NodeInfo
 from placement.runtime.ledger import Record
+from placement.runtime.membership import meant_by
+from placement.runtime.node_status import Held, dead_node_status, node_status
 from placement.runtime.orders import GpuHardware
 from placement.runtime.results import NodeAssignment
 from placement.wire.deployment import Deployment
 from placement.wire.facts import NodeFacts
 from placement.wire.groups import Group, links_of, located
-from placement.wire.measurements import Measurement
 
 SHOWN_STATES = ("placed", "pending", "lost", "releasing")
 """What a replica is shown as: it holds its GPUs, waits for room, lost its node, or is being given back."""
 
 
-class DeploymentState(Protocol):
+class KnownDeployment(Protocol):
     """What is known of one deployment. Nothing in it is changed afterwards."""
 
     @property
@@ -92,7 +87,7 @@ class Observed:
     """
 
     nodes: Sequence[NodeInfo]
-    deployments: Mapping[str, DeploymentState]
+    deployments: Mapping[str, KnownDeployment]
     hardware: Callable[[NodeInfo], GpuHardware]
     facts: Mapping[str, NodeFacts]
     foreign: Mapping[str, frozenset[int]] = field(default_factory=dict)
@@ -127,7 +122,7 @@ def cluster_status(
     """
     if state is not None and state not in SHOWN_STATES:
         raise ValueError(f"no replica is ever {state!r}: choose one of {', '.join(SHOWN_STATES)}")
-    wanted = None if deployment is None else _meant(seen, deployment)
+    wanted = None if deployment is None else set(meant_by(deployment, seen.deployments, seen.unreadable))
     everywhere = [*seen.nodes, *(one.info for one in seen.dead)]
     at = (
         None
@@ -140,7 +135,7 @@ def cluster_status(
     alive = {info.id for info in seen.nodes}
     places = {name: place for place, name in enumerate(seen.queue, start=1)}
     deployments, pending, replicas, used = [], 0, 0, set[str]()
-    held: dict[str, _Held] = defaultdict(_Held)
+    held: dict[str, Held] = defaultdict(Held)
     for name, one in sorted(seen.deployments.items()):
         assignments = one.assignments()
         for a in assignments:
@@ -163,7 +158,15 @@ def cluster_status(
     gpus = dict.fromkeys(("gpus", "free", "held", "other", "unknown"), 0)
     listed = []
     for info in seen.nodes:
-        told = _node(info, seen, held[info.id])
+        told = node_status(
+            info,
+            seen.facts.get(info.id),
+            seen.hardware(info).topology,
+            held[info.id],
+            seen.foreign.get(info.id, frozenset()),
+            seen.available.get(info.id),
+            info.id in seen.draining,
+        )
         free = gpus["free"]
         for gpu in told["gpus"]:
             gpus[gpu["state"]] += 1
@@ -172,7 +175,9 @@ def cluster_status(
         gpus["free"] -= unlocated
         gpus["other"] += unlocated
         listed.append(told)
-    listed += [_dead_node(one, held[one.info.id], seen.at) for one in seen.dead if one.info.id not in alive]
+    listed += [
+        dead_node_status(one, held[one.info.id], seen.at) for one in seen.dead if one.info.id not in alive
+    ]
     filtered = (node, deployment, state) != (None, None, None)
     listed_names = {shown["name"] for shown in deployments} if filtered else None
     if at is None and filtered:
@@ -195,17 +200,6 @@ def cluster_status(
             if wanted is None or name in wanted
         ],
     }
-
-
-def _meant(seen: Observed, name: str) -> set[str]:
-    """The deployment of that name, or the members of the group of that name."""
-    names = {*seen.deployments, *seen.unreadable}
-    if name in names:
-        return {name}
-    groups = ((each, one.deployment.group) for each, one in seen.deployments.items())
-    if members := {each for each, group in groups if group is not None and group.name == name}:
-        return members
-    raise UnknownDeployment(name, tuple(sorted(names)))
 
 
 def _groups(seen: Observed, shown: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -243,32 +237,9 @@ def _groups(seen: Observed, shown: Sequence[Mapping[str, Any]]) -> list[dict[str
     return found
 
 
-class _Held:
-    """What is held on one node.
-
-    Attributes:
-        occupants: GPU -> who is on it.
-        units: egress resource -> units.
-        cpus: of CPU replicas.
-    """
-
-    def __init__(self) -> None:
-        self.occupants: dict[int, list[dict[str, Any]]] = {}
-        self.units: dict[str, int] = {}
-        self.cpus = 0.0
-
-    def add(self, name: str, a: NodeAssignment) -> None:
-        for gpu in a.gpus:
-            who = {"deployment": name, "replica": a.replica_index, "share": a.share}
-            self.occupants.setdefault(gpu, []).append(who)
-        if a.egress_resource is not None:
-            self.units[a.egress_resource] = self.units.get(a.egress_resource, 0) + a.egress_units
-        self.cpus += a.cpus
-
-
 def _deployment(
     name: str,
-    one: DeploymentState,
+    one: KnownDeployment,
     assignments: Sequence[NodeAssignment],
     alive: Collection[str],
     place: int | None,
@@ -329,154 +300,3 @@ def _matching(
         if a["replica_index"] in of_state and (at is None or a["node"] in at)
     }
     return bool(of_state if at is None else held), held
-
-
-def _node(info: NodeInfo, seen: Observed, held: _Held) -> dict[str, Any]:
-    facts = seen.facts.get(info.id)
-    topology = seen.hardware(info).topology
-    occupants = held.occupants
-    ours = sum(who["share"] for together in occupants.values() for who in together)
-    located = sorted(seen.foreign.get(info.id, frozenset()) - occupants.keys())
-    others = len(located)
-    available = seen.available.get(info.id)
-    if available is not None:
-        others = max(0, math.ceil(info.gpu_count - available.get("GPU", 0.0) - ours - 1e-6))
-        located = located[:others]
-    uuids = facts.uuids if facts is not None else {}
-    instances = {gpu.ordinal: gpu.instance for gpu in facts.gpus} if facts is not None else {}
-    lost = {gpu.ordinal: ", ".join(gpu.errors) for gpu in facts.gpus if gpu.lost} if facts is not None else {}
-    suspects = suspect_pairs(topology)
-    problems = [*_problems(facts), _suspicion(suspects)]
-    gpus = []
-    for ordinal in range(info.gpu_count):
-        here = occupants.get(ordinal, [])
-        unused = "unknown" if ordinal in lost else "free"
-        state = "held" if here else "other" if ordinal in located else unused
-        gpus.append(_gpu(ordinal, state, here, instances.get(ordinal), lost.get(ordinal), uuids.get(ordinal)))
-    return {
-        "id": info.id,
-        "name": info.name,
-        "address": info.address,
-        "state": "draining" if info.id in seen.draining else "alive",
-        "dead_seconds": None,
-        "gpu_count": info.gpu_count,
-        "gpu_model": topology.model,
-        "topology": info.topology_name or (facts.source if facts is not None else None),
-        "topology_known": topology.known,
-        "nvswitch": topology.nvswitch,
-        "islands": [list(island) for island in topology.islands] if topology.known else [],
-        "gpus": gpus,
-        "others_unlocated": others - len(located),
-        "egress": [
-            {"resource": name, "total": total, "held": held.units.get(name, 0)}
-            for name, total in info.egress.items()
-        ],
-        "cpus": {"total": info.cpu_milli / 1000, "held": round(held.cpus, 3)},
-        "suspects": [_suspect(*one) for one in suspects],
-        "problem": info.label_problem() or "; ".join(filter(None, problems)) or None,
-    }
-
-
-def _suspect(gpus: Sequence[int], measured: int, predicted: int) -> dict[str, Any]:
-    """A pair that reaches less than half of what is predicted."""
-    return {"gpus": list(gpus), "gb_per_s": measured / 1000, "predicted_gb_per_s": predicted / 1000}
-
-
-def _suspicion(suspects: Sequence[tuple[Sequence[int], int, int]]) -> str | None:
-    """``suspect: GPU 2 and 3 measured at 11.9 of 230 GB/s``, of the worst of several."""
-    if not suspects:
-        return None
-    (a, b), measured, predicted = min(suspects, key=lambda one: one[1] / one[2])
-    more = f", and {counted(len(suspects) - 1, 'pair')} more" if len(suspects) > 1 else ""
-    rates = f"{measured / 1000:.3g} of {predicted / 1000:.3g} GB/s"
-    return f"suspect: GPU {a} and {b} measured at {rates}{more}; see `placement topology`"
-
-
-def _dead_node(dead: DeadNode, held: _Held, at: float) -> dict[str, Any]:
-    """A node that is no more, with what has not found another place yet."""
-    info = dead.info
-    return {
-        "id": info.id,
-        "name": info.name,
-        "address": info.address,
-        "state": "dead",
-        "dead_seconds": max(0.0, at - dead.at),
-        "gpu_count": info.gpu_count,
-        "gpu_model": None,
-        "topology": info.topology_name,
-        "topology_known": False,
-        "nvswitch": False,
-        "islands": [],
-        "gpus": [_gpu(gpu, "dead", held.occupants.get(gpu, []), None, None) for gpu in range(info.gpu_count)],
-        "others_unlocated": 0,
-        "egress": [],
-        "cpus": {"total": info.cpu_milli / 1000, "held": round(held.cpus, 3)},
-        "suspects": [],
-        "problem": "the node died",
-    }
-
-
-def _gpu(
-    ordinal: int,
-    state: str,
-    occupants: list[dict[str, Any]],
-    mig: str | None,
-    problem: str | None,
-    uuid: str | None = None,
-) -> dict[str, Any]:
-    first = occupants[0] if occupants else {"deployment": None, "replica": None}
-    return {
-        "ordinal": ordinal,
-        "uuid": uuid,
-        "state": state,
-        "deployment": first["deployment"],
-        "replica": first["replica"],
-        "occupants": occupants,
-        "mig": mig,
-        "problem": problem,
-    }
-
-
-def _problems(facts: NodeFacts | None) -> tuple[str | None, str | None]:
-    """What is wrong with a node's GPUs, and which of them are not used."""
-    lost = sorted(facts.lost()) if facts is not None else []
-    unused = f"nothing is placed on GPU {ordinals(lost)}" if lost else None
-    return (facts.problem if facts is not None else None), unused
-
-
-def measured_report(topology: Topology, own: Measurement | None) -> list[dict[str, Any]]:
-    """The measured rates that a node goes by, beside what is predicted; where they are its own, with the rest."""
-    predicted = shape_of(topology).predicted
-    of = {one.gpus: one for one in own.rates} if own is not None else {}
-    found = []
-    for gpus, rate in topology.measured:
-        told = (
-            of[gpus].model_dump(mode="json") if gpus in of else {"gpus": list(gpus), "gb_per_s": rate / 1000}
-        )
-        found.append({**told, **beside_predicted(rate, predicted.mb_per_s(gpus)), "own": gpus in of})
-    return found
-
-
-def topology_report(
-    info: NodeInfo, facts: NodeFacts | None, measured: Sequence[Mapping[str, Any]] = ()
-) -> dict[str, Any]:
-    """One GPU node: what was read, the islands, and the matrix as ``nvidia-smi topo -m`` prints it.
-
-    And what was measured: see :func:`measured_report`.
-    """
-    shape = facts.topology() if facts is not None and facts.gpus else Topology.unknown(info.gpu_count)
-    return {
-        "id": info.id,
-        "name": info.name,
-        "address": info.address,
-        "gpu_count": info.gpu_count,
-        "gpu_model": shape.model,
-        "topology": info.topology_name,
-        "known": shape.known,
-        "nvswitch": shape.nvswitch,
-        "islands": [list(island) for island in shape.islands] if shape.known else [],
-        "matrix": render_matrix(shape),
-        "problem": info.label_problem() or _problems(facts)[1],
-        "facts": facts.model_dump(mode="json") if facts is not None else None,
-        "measured": list(measured),
-    }

@@ -15,8 +15,9 @@ from placement.errors import UnknownDeployment, UnknownNode
 from placement.runtime.discovery import DeadNode, NodeInfo
 from placement.runtime.ledger import Record
 from placement.runtime.orders import hardware_of
-from placement.runtime.report import Observed, cluster_status, topology_report
 from placement.runtime.results import NodeAssignment
+from placement.runtime.status import Observed, cluster_status
+from placement.runtime.topology_report import topology_report
 from placement.wire.facts import NodeFacts
 from placement.wire.slots import in_ray_order
 

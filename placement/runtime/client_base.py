@@ -1,0 +1,96 @@
+"""What both clients take and return, and what they are."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+from ray.actor import ActorHandle
+
+from placement.errors import InvalidDeployment
+from placement.runtime import bootstrap
+from placement.wire.constraints import PlacementConstraints
+from placement.wire.deployment import Deployment
+
+DeploymentLike = Deployment | Mapping[str, Any]
+Constraints = PlacementConstraints | Mapping[str, Any] | None
+
+WATCH_SECONDS = 30.0
+"""How long one call of ``watch`` waits for something to happen."""
+WAIT_SECONDS = 60.0
+"""How long one call of ``wait`` waits at most: the service does not notice that who waits has died."""
+
+
+class Event(TypedDict):
+    """One thing that happened to a deployment.
+
+    ``number`` grows from event to event, also across restarts of the service; ``at`` is in seconds since 1970, and
+    ``time`` the same in words, in UTC; ``replica`` is ``None`` for the deployment as a whole.
+    """
+
+    number: int
+    at: float
+    time: str
+    deployment: str
+    replica: int | None
+    state: str
+    text: str
+
+
+class Status(TypedDict):
+    """Nodes with their GPUs and who is on them, deployments with their replicas, groups with their routes."""
+
+    nodes: list[dict[str, Any]]
+    deployments: list[dict[str, Any]]
+    groups: list[dict[str, Any]]
+    unreadable: list[dict[str, Any]]
+    totals: dict[str, int | float]
+    demand: list[dict[str, Any]]
+
+
+class Connected:
+    """What both clients are."""
+
+    def __init__(self, service: ActorHandle | None = None) -> None:
+        self._handle = bootstrap.connect() if service is None else service
+
+    @property
+    def handle(self) -> ActorHandle:
+        """The bare actor handle, for ``client.handle.place.remote(...)``: its answers are awaited, or got by Ray."""
+        return self._handle
+
+
+class Waiting:
+    """The time that somebody waits, in parts.
+
+    Args:
+        seconds: all of it; ``None`` for ever.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self._end = math.inf if seconds is None else time.monotonic() + seconds
+        self._until = 0.0
+
+    def next_seconds(self) -> float:
+        """How long to wait next."""
+        now = time.monotonic()
+        self._until = min(self._end, now + WAIT_SECONDS)
+        return max(0.0, self._until - now)
+
+    def is_over(self) -> bool:
+        """Whether what was waited for came before that time was over, or no more is left."""
+        now = time.monotonic()
+        return now < self._until or now >= self._end
+
+
+def is_lease(deployment: DeploymentLike, owner: ActorHandle | None) -> bool:
+    """Whether the caller creates the groups itself."""
+    declared = (
+        deployment.get("owner") if isinstance(deployment, Mapping) else getattr(deployment, "owner", None)
+    )
+    if declared == "caller" and owner is not None:
+        problem = "owner: caller is declared, and an actor is named as the owner; leave one of them out"
+        raise InvalidDeployment("deployment", (problem,))
+    return declared == "caller"

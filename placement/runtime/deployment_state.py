@@ -1,0 +1,299 @@
+"""One deployment: what is declared of it, and what is there.
+
+A :class:`DeploymentState` never changes: a change is a new one, put in its place (see :mod:`placement.runtime.state`).
+So who reads needs no lock.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from placement.core.lifecycle import Event, State, after
+from placement.core.needs import WHOLE
+from placement.core.replicas import PlannedReplica
+from placement.runtime.orders import Holding
+from placement.runtime.results import NodeAssignment, PlacementResult
+from placement.wire.deployment import Deployment
+from placement.wire.held import HeldDeployment, HeldReplica
+
+Owner = Mapping[str, str]
+"""Whose end ends a deployment: ``kind`` is ``caller``, ``job`` or ``actor``; the rest says which."""
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One replica that is there.
+
+    Attributes:
+        order: the name that begins its group's name.
+        parts: one for each of its nodes, by rank.
+        generation: that of the declaration it was placed under.
+    """
+
+    order: str
+    parts: tuple[NodeAssignment, ...]
+    generation: int = 1
+
+    def planned(self) -> tuple[PlannedReplica, ...]:
+        """Its parts in the planner's terms."""
+        return tuple(held_replica(part).planned() for part in self.parts)
+
+    @property
+    def nodes(self) -> frozenset[str]:
+        """The ids of its nodes."""
+        return frozenset(part.node for part in self.parts)
+
+    @property
+    def group_id(self) -> str:
+        """Of its placement group, hex."""
+        return str(self.parts[0].placement_group.id.hex())
+
+
+@dataclass(frozen=True)
+class DeploymentState:
+    """One deployment: what is declared of it, and what is there.
+
+    Attributes:
+        deployment: as it is declared now.
+        generation: how often it was declared with a difference.
+        earlier: generation -> declaration, of those under which replicas were placed that are still there.
+        replicas: index -> what is there.
+        states: index -> where a replica is in its life, of all that are declared or there.
+        reasons: index -> why a replica waits.
+        releasing: all of it is to go, whatever happens.
+        declared_at: when it was first declared, seconds since 1970.
+        waiting_since: since when replicas of it have waited for room; ``None`` if none does.
+        owner: whose end ends it; ``None`` for nobody's.
+        expires_at: when it ends unless it is renewed; ``None`` for never.
+        given_up: what waits is not tried any more: its deadline is over.
+    """
+
+    deployment: Deployment
+    generation: int = 1
+    earlier: Mapping[int, Deployment] = field(default_factory=dict)
+    replicas: Mapping[int, Replica] = field(default_factory=dict)
+    states: Mapping[int, State] = field(default_factory=dict)
+    reasons: Mapping[int, str] = field(default_factory=dict)
+    releasing: bool = False
+    declared_at: float = field(default_factory=time.time)
+    waiting_since: float | None = None
+    owner: Owner | None = None
+    expires_at: float | None = None
+    given_up: bool = False
+
+    @property
+    def name(self) -> str:
+        """The deployment's name."""
+        return self.deployment.name
+
+    @property
+    def is_lease(self) -> bool:
+        """Whether its groups are its owner's own: what is gone of it is not placed anew."""
+        return self.owner is not None and self.owner.get("kind") == "caller"
+
+    @property
+    def ends_by_itself(self) -> bool:
+        """Whether it has an owner, or a time, or waits with a deadline."""
+        waits = self.waiting_since is not None and self.deployment.deadline_seconds is not None
+        return self.owner is not None or self.expires_at is not None or waits
+
+    @property
+    def outdated(self) -> list[int]:
+        """The replicas that are to be replaced: placed under an earlier declaration, which they do not satisfy now."""
+        return sorted(i for i, one in self.replicas.items() if one.generation != self.generation)
+
+    def missing(self) -> list[int]:
+        """The replicas that are declared and hold nothing."""
+        return [index for index in range(self.deployment.replicas) if index not in self.replicas]
+
+    def unfinished(self) -> list[int]:
+        """The replicas that are missing or to be replaced."""
+        return sorted({*self.missing(), *self.outdated})
+
+    def placed_under(self, replica: Replica) -> Deployment:
+        """The declaration under which a replica was placed."""
+        return self.earlier.get(replica.generation, self.deployment)
+
+    def assignments(self) -> list[NodeAssignment]:
+        """All of them, by replica and rank."""
+        return [part for _, one in sorted(self.replicas.items()) for part in one.parts]
+
+    def nodes(self) -> Counter[str]:
+        """Node id -> replicas that begin there."""
+        return Counter(one.parts[0].node for one in self.replicas.values())
+
+    def result(self) -> PlacementResult:
+        """What callers get."""
+        one = self.deployment
+        return PlacementResult(
+            one.name,
+            self.assignments(),
+            dict(self.reasons),
+            one.model,
+            one.runtime_name,
+            one.runtime_config,
+            one.serving,
+            one.budget,
+        )
+
+    def held(self) -> HeldDeployment:
+        """The same as plans and snapshots see it."""
+        held = []
+        for _, one in sorted(self.replicas.items()):
+            generation = 0 if one.generation == self.generation else one.generation
+            held += [held_replica(part, generation) for part in one.parts]
+        return HeldDeployment.model_construct(
+            deployment=self.deployment,
+            replicas=tuple(held),
+            releasing=self.releasing,
+            earlier=dict(self.earlier),
+        )
+
+    # -- changes: each is a new state ----------------------------------------------------------------
+
+    def declared(self, wanted: Deployment) -> DeploymentState:
+        """The same, declared anew."""
+        if wanted == self.deployment:
+            return self
+        earlier = {**self.earlier, self.generation: self.deployment}
+        states = dict.fromkeys(range(wanted.replicas), State.PENDING)
+        states |= {i: state for i, state in self.states.items() if i in self.replicas or i in states}
+        generation, shape = self.generation + 1, wanted.shape()
+        alike = {
+            g for g, one in earlier.items() if one.shape() == shape
+        }  # replicas of these are not concerned
+        replicas = {
+            index: replace(one, generation=generation) if one.generation in alike else one
+            for index, one in self.replicas.items()
+        }
+        waits = {i for i in states if i not in replicas or replicas[i].generation != generation}
+        return replace(
+            self,
+            deployment=wanted,
+            generation=generation,
+            replicas=replicas,
+            earlier=earlier,
+            states=states,
+            reasons={i: reason for i, reason in self.reasons.items() if i in waits},
+            expires_at=expiry(wanted),
+            given_up=False,
+            waiting_since=None if self.given_up else self.waiting_since,
+        )._tidied()
+
+    def renewed(self, owner: Owner | None) -> DeploymentState:
+        """The same, asked for once more: by this owner, with all its time before it, and nothing given up."""
+        expires_at = expiry(self.deployment)
+        if (self.owner, self.expires_at, self.given_up) == (owner, expires_at, False):
+            return self
+        since = None if self.given_up else self.waiting_since
+        return replace(self, owner=owner, expires_at=expires_at, given_up=False, waiting_since=since)
+
+    def kept(self, indices: Iterable[int]) -> DeploymentState:
+        """The same with replicas that satisfy the present declaration counted as its own."""
+        kept = {
+            index: replace(self.replicas[index], generation=self.generation)
+            for index in indices
+            if index in self.replicas
+        }
+        reasons = {i: reason for i, reason in self.reasons.items() if i not in kept}
+        return replace(self, replicas={**self.replicas, **kept}, reasons=reasons)._tidied()
+
+    def with_replica(self, index: int, order: str, parts: Iterable[NodeAssignment]) -> DeploymentState:
+        """The same with a replica that was just reserved, in the place of what had its index."""
+        one = Replica(order, tuple(sorted(parts, key=lambda a: a.ranks)), self.generation)
+        before = None if index in self.replicas else self.states.get(index)
+        reasons = {i: reason for i, reason in self.reasons.items() if i != index}
+        return replace(
+            self,
+            replicas={**self.replicas, index: one},
+            states={**self.states, index: _after(index, before, Event.RESERVE, Event.RESERVED)},
+            reasons=reasons,
+        )._tidied()
+
+    def without(self, indices: Collection[int]) -> DeploymentState:
+        """The same once what some replicas held was given back; those that are declared are missing then."""
+        states = {}
+        for index, state in self.states.items():
+            if index not in indices:
+                states[index] = state
+                continue
+            if state is not State.RELEASING:
+                state = _after(index, state, Event.RELEASE)
+            _after(index, state, Event.RELEASED)
+            if index < self.deployment.replicas and not self.releasing:
+                states[index] = State.PENDING
+        return self._only(states, indices)
+
+    def lost(self, index: int, partly: bool, reason: str) -> DeploymentState:
+        """The same once a replica was lost with a node, or its group: the rest of it was given back."""
+        events = (Event.PART_LOST, Event.LOST) if partly else (Event.LOST,)
+        states = {**self.states, index: _after(index, self.states.get(index), *events)}
+        if index >= self.deployment.replicas:
+            del states[index]
+            return self._only(states, (index,))
+        since = None if self.is_lease else self.waiting_since or time.time()
+        later = self._only(states, (index,))
+        return replace(later, reasons={**later.reasons, index: reason}, waiting_since=since)
+
+    def _only(self, states: Mapping[int, State], gone: Collection[int]) -> DeploymentState:
+        return replace(
+            self,
+            replicas={index: one for index, one in self.replicas.items() if index not in gone},
+            states=states,
+            reasons={index: reason for index, reason in self.reasons.items() if index in states},
+        )._tidied()
+
+    def pending(self, reasons: Mapping[int, str], now: float) -> DeploymentState:
+        """The same with replicas that wait, and why; no others do."""
+        states = {
+            index: State.PENDING if index in reasons and index not in self.replicas else state
+            for index, state in self.states.items()
+        }
+        since = (self.waiting_since if self.waiting_since is not None else now) if reasons else None
+        return replace(self, states=states, reasons=dict(sorted(reasons.items())), waiting_since=since)
+
+    def _tidied(self) -> DeploymentState:
+        """Without the declarations that no replica is of any more; it waits since never if nothing of it waits."""
+        used = {one.generation for one in self.replicas.values()} - {self.generation}
+        since = self.waiting_since if self.reasons else None
+        if used == self.earlier.keys() and since == self.waiting_since:
+            return self
+        earlier = {g: one for g, one in self.earlier.items() if g in used}
+        return replace(self, earlier=earlier, waiting_since=since)
+
+
+def expiry(wanted: Deployment) -> float | None:
+    """When a deployment ends, if it is declared now and nobody renews it, in seconds since 1970; ``None`` for never."""
+    return None if wanted.ttl_seconds is None else time.time() + wanted.ttl_seconds
+
+
+def holding_of(deployment: str, a: NodeAssignment) -> Holding:
+    """An assignment as its node's actor knows it."""
+    return Holding(deployment, tuple(a.gpus), round(a.share * WHOLE))
+
+
+def held_replica(a: NodeAssignment, generation: int = 0) -> HeldReplica:
+    """An assignment as plans and snapshots see it; ``generation`` of one that is to be replaced."""
+    return HeldReplica.model_construct(
+        replica_index=a.replica_index,
+        node=a.node,
+        gpus=tuple(a.gpus),
+        ranks=tuple(a.ranks) if a.gpus else (),
+        share=round(a.share * WHOLE),
+        profile=a.mig,
+        cpu_milli=round(a.cpus * 1000) or round(a.cpus_per_gpu * 1000) * len(a.gpus),
+        memory_bytes=a.memory_bytes or a.memory_bytes_per_gpu * len(a.gpus),
+        egress_resource=a.egress_resource,
+        egress_units=a.egress_units,
+        set_size=a.set_size,
+        generation=generation,
+    )
+
+
+def _after(index: int, state: State | None, *events: Event) -> State:
+    for event in events:
+        state = after(index, state, event)
+    return State.RELEASING if state is None else state

@@ -1,0 +1,57 @@
+"""Which deployments a name means, since a group is placed, changed and released as one.
+
+What is declared may change meanwhile, by other threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Protocol
+
+from placement.errors import UnknownDeployment
+from placement.wire.deployment import Deployment
+
+
+class Declared(Protocol):
+    """Something that was declared."""
+
+    @property
+    def deployment(self) -> Deployment:
+        """Its declaration."""
+
+
+def meant_by(name: str, declared: Mapping[str, Declared], unreadable: Collection[str] = ()) -> list[str]:
+    """The deployment of that name, or the members of the group of that name that are there.
+
+    Args:
+        name: of a deployment, or of a group.
+        declared: all that is there, by name.
+        unreadable: names of records that nobody can read.
+
+    Raises:
+        UnknownDeployment: neither is there.
+    """
+    if name in declared or name in unreadable:
+        return [name]
+    members = [each for each in _members_of(name, declared) if each in declared]
+    if not members:
+        raise UnknownDeployment(name, tuple(sorted({*declared, *unreadable})))
+    return members
+
+
+def changed_with(name: str, declared: Mapping[str, Declared]) -> list[str]:
+    """The members of the group of that name, or that the deployment of that name is a member of.
+
+    Just the name, if there is no such group.
+    """
+    known = declared.get(name)
+    if known is None:
+        return _members_of(name, declared) or [name]
+    group = known.deployment.group
+    return sorted(group.members) if group is not None else [name]
+
+
+def _members_of(group_name: str, declared: Mapping[str, Declared]) -> list[str]:
+    """The members of a group as they were declared; empty if there is no such group."""
+    groups = (one.deployment.group for one in tuple(declared.values()))
+    return next((sorted(one.members) for one in groups if one is not None and one.name == group_name), [])

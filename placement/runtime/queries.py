@@ -1,0 +1,183 @@
+"""What can be asked that changes nothing: plans, snapshots, status, and what is known of a deployment."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from operator import itemgetter
+from typing import Any
+
+from placement.core.simulation import fragmentation
+from placement.core.snapshot import Snapshot
+from placement.errors import UnknownDeployment, UnknownNode
+from placement.runtime import groups, metrics
+from placement.runtime.deployment_state import DeploymentState
+from placement.runtime.discovery import NodeInfo
+from placement.runtime.feed import Event, Feed
+from placement.runtime.fleet import Fleet
+from placement.runtime.membership import meant_by
+from placement.runtime.observed import ObservedCluster
+from placement.runtime.owners import belongs_to_another
+from placement.runtime.queue import WaitingQueue
+from placement.runtime.state import ServiceState
+from placement.runtime.status import Observed, cluster_status
+from placement.runtime.topology_report import measured_report, topology_report
+from placement.wire.cluster import ClusterFile
+from placement.wire.deployment import Deployment
+from placement.wire.dry_run import explain_deployments, plan_in_order
+from placement.wire.held import HeldDeployment
+from placement.wire.plans import ExplainedPlan, PlacementPlan
+from placement.wire.requests import mix_of, request_unchecked
+
+STATUS_SECONDS = 5.0
+"""How long ``status`` waits for nodes that have not said yet what their GPUs are."""
+
+
+class Queries:
+    """Answers them. Thread-safe.
+
+    Args:
+        state: what is declared and what is there.
+        cluster: the nodes as they were last seen.
+        fleet: the nodes' actors.
+        feed: what happened.
+        queue: what waits for room.
+        near: labels of which nodes near each other share the values, widest first.
+    """
+
+    def __init__(
+        self,
+        state: ServiceState,
+        cluster: ObservedCluster,
+        fleet: Fleet,
+        feed: Feed,
+        queue: WaitingQueue,
+        near: Sequence[str],
+    ) -> None:
+        self._state, self._cluster, self._fleet = state, cluster, fleet
+        self._feed, self._queue, self._near = feed, queue, near
+
+    def plan_in_order(self, wanted: Sequence[Deployment], atomic: bool) -> list[tuple[int, PlacementPlan]]:
+        """What applying these would do, in the order in which to apply them; each with its position."""
+        return self._cluster.patiently(
+            lambda nodes, lag_seconds, fresh: plan_in_order(*self._look(wanted), wanted, atomic=atomic)
+        )
+
+    def plan_all(self, wanted: Sequence[Deployment], atomic: bool = False) -> list[PlacementPlan]:
+        """What applying these would do; see the service."""
+        for one in wanted:
+            known = self._state.get(one.name)
+            if known is not None and known.is_lease and not known.releasing:
+                raise belongs_to_another(known, None)
+        return [plan for _, plan in sorted(self.plan_in_order(wanted, atomic), key=itemgetter(0))]
+
+    def explain_all(self, wanted: Sequence[Deployment]) -> list[ExplainedPlan]:
+        """The same, with what became of every node."""
+        return explain_deployments(*self._look(wanted), wanted)
+
+    def _look(self, wanted: Iterable[Deployment]) -> tuple[Snapshot, dict[str, HeldDeployment]]:
+        return self._cluster.look(request_unchecked(one, (), {}) for one in wanted)
+
+    def snapshot(self) -> ClusterFile:
+        """The cluster as the planner sees it now."""
+        snapshot, held = self._cluster.look()
+        return ClusterFile.of(snapshot, held.values())
+
+    def status(
+        self, node: str | None = None, deployment: str | None = None, state: str | None = None
+    ) -> dict[str, Any]:
+        """What there is and who holds it; see the service."""
+        nodes = self._cluster.nodes()
+        self._fleet.inventory.refresh(nodes, patience_seconds=STATUS_SECONDS)
+        return cluster_status(self._observed(nodes), node, deployment, state)
+
+    def readings(self) -> dict[metrics.Series, float]:
+        """What the gauges of :mod:`placement.runtime.metrics` say now. No node is asked, and no node actor started."""
+        nodes, now = self._cluster.nodes(), time.time()
+        seen = self._observed(nodes)
+        self._cluster.read()
+        with self._state.lock:
+            snapshot = self._cluster.snapshot(nodes)
+        declared, queue = self._state.all(), set(seen.queue)
+        mix = mix_of(snapshot, [one.deployment for one in declared])
+        waiting = {
+            "deployment": [one.waiting_since or now for one in declared if one.name in queue],
+            "call": [ticket.since for ticket in self._queue.tickets.all()],
+        }
+        topologies = {info.id: self._fleet.inventory.hardware(info).topology for info in nodes}
+        fragmented = fragmentation(snapshot.changed((), mix))[1]
+        return metrics.readings(cluster_status(seen), topologies, waiting, fragmented, now)
+
+    def _observed(self, nodes: list[NodeInfo]) -> Observed:
+        available = groups.available_resources()
+        for node_id in self._fleet.lagging():
+            available.pop(node_id, None)
+        deployments = self._state.deployments.copy()
+        return Observed(
+            nodes,
+            deployments,
+            self._fleet.inventory.hardware,
+            self._fleet.inventory.facts,
+            self._fleet.foreign,
+            available,
+            self._state.unreadable.copy(),
+            self._cluster.draining,
+            self._cluster.dead(),
+            [name for name in self._state.queue() if name in deployments and not deployments[name].releasing],
+            self._queue.demand.report(),
+            near=self._near,
+        )
+
+    def topology(self, node: str | None) -> list[dict[str, Any]]:
+        """What the GPUs of each node report, read anew; see the service."""
+        nodes = [info for info in self._cluster.nodes() if info.gpu_count]
+        if node is not None:
+            chosen = [info for info in nodes if node in (info.id, info.name, info.address)]
+            if not chosen:
+                raise UnknownNode("--node", node, tuple(info.name for info in nodes))
+            nodes = chosen
+        inventory = self._fleet.inventory
+        inventory.refresh(nodes, again=True)
+        found = []
+        for info in nodes:
+            hardware = inventory.hardware(info)
+            own = inventory.measurements.of(info.name, hardware)
+            measured = measured_report(hardware.topology, own)
+            found.append(topology_report(info, inventory.facts.get(info.id), measured))
+        return found
+
+    def get(self, name: str) -> DeploymentState:
+        """What is known of a deployment.
+
+        Raises:
+            UnknownDeployment: nothing is.
+        """
+        known = self._state.get(name)
+        if known is None:
+            raise UnknownDeployment(name, self._state.names())
+        return known
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """A deployment as it is declared, and what is there of it; see the service."""
+        one = self.get(name)
+        return {
+            "deployment": one.deployment.model_dump(mode="json", exclude_none=True, exclude_defaults=True),
+            "result": one.result().to_dict(),
+            "generation": one.generation,
+            "outdated": one.outdated,
+            "given_up": one.given_up,
+            "state": "releasing" if one.releasing else "pending" if one.unfinished() else "placed",
+            "age_seconds": max(0.0, time.time() - one.declared_at),
+            "owner": None if one.owner is None else dict(one.owner),
+            "expires_at": one.expires_at,
+        }
+
+    def members(self, name: str) -> list[str]:
+        """The deployments that a name means; see the service."""
+        return meant_by(name, self._state.deployments)
+
+    def events(self, name: str | None, since: int) -> list[Event]:
+        """What happened to a deployment, or to all; see the service."""
+        if name is not None and not self._feed.known(name) and self._state.get(name) is None:
+            raise UnknownDeployment(name, self._state.names())
+        return self._feed.since(since, None if name is None else (name,))

@@ -1,0 +1,77 @@
+"""What is there after a death of the service: what the ledger says, without what is gone by now."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from placement.runtime import groups, ledger, records
+from placement.runtime.actions import Actions
+from placement.runtime.feed import Feed
+from placement.runtime.fleet import Fleet
+from placement.runtime.observed import ObservedCluster
+from placement.runtime.releases import Releases
+from placement.runtime.state import ServiceState
+from placement.runtime.sweeper import Sweeper
+
+logger = logging.getLogger(__name__)
+
+
+def restore(
+    state: ServiceState,
+    cluster: ObservedCluster,
+    fleet: Fleet,
+    actions: Actions,
+    feed: Feed,
+    releases: Releases,
+    sweeper: Sweeper,
+) -> None:
+    """Reads the ledger, drops what is gone, ends what was cut off, and removes what is in no record.
+
+    Args:
+        state: what is declared and what is there; nothing yet.
+        cluster: the nodes as they were last seen.
+        fleet: the nodes' actors.
+        actions: what changes things.
+        feed: what happened.
+        releases: what gives back what deployments hold.
+        sweeper: what removes groups that no deployment knows of.
+    """
+    for record in ledger.records():
+        try:
+            if record.content is not None:
+                one = records.from_record(record.content)
+                if one.name != record.name:
+                    raise ValueError(f"it is about {one.name!r}")
+                state.put(one)
+                continue
+        except Exception:
+            record = replace(record, content=None, problem="its record does not make sense")
+            logger.exception("the record of %r cannot be understood", record.name)
+        logger.error("%r: %s; it is left as it is", record.name, record.problem)
+        state.unreadable[record.name] = record
+    nodes = cluster.nodes()
+    fleet.restore(nodes)
+    releases.recall_answers()
+    live, alive = sweeper.live(), {info.id for info in nodes}
+    ending = {one.deployment.group.name for one in state.all() if one.releasing and one.deployment.group}
+    for one in state.all():
+        feed.add(one.name, None, "restarted", "the service has started anew")
+        group = one.deployment.group
+        if one.releasing or (group is not None and group.name in ending):
+            releases.resume(one.name)
+            continue
+        later = one
+        for index, replica in one.replicas.items():
+            theirs = one.is_lease and not groups.is_gone(replica.group_id)  # under a name of its owner's
+            if replica.group_id not in live and not theirs:
+                partly, reason = actions.drop(later, index, alive | replica.nodes)
+                later = later.lost(index, partly, reason)
+        surplus = [index for index in later.replicas if index >= one.deployment.replicas]
+        if surplus:  # an apply was cut off
+            later = actions.release(later, surplus)
+        if later is not one:
+            actions.note(later)
+        if later.is_lease and not later.replicas:
+            releases.release(one.name)
+    sweeper.begin(live)

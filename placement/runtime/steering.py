@@ -1,0 +1,181 @@
+"""Has Ray give just the wanted GPUs of a node.
+
+Ray always gives the lowest-numbered free GPUs of a node. So the wanted ones are made the lowest: walk the free GPUs
+upwards. Take each run of unwanted ones with a filler and each run of wanted ones, but for the last, with a hold; then
+remove the holds and create the real group, which now gets exactly the wanted GPUs. Nothing runs in these holds and
+fillers, so that removing one takes effect at once (see :mod:`placement.runtime.groups`).
+
+A share of a GPU is steered in the same way. Ray gives it on the GPU with the smallest rest that is enough, so
+the rests that would come before the wanted one are filled for a moment. A rest that nobody knew of shows when
+the share lands there: it then serves as one more filler, and the share is tried again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from placement.core.needs import WHOLE
+from placement.runtime import faults
+from placement.runtime.free_gpus import BOOKS_LAG_SECONDS, FreeGpus, Groups
+
+MAX_STRAY_SHARES = 6
+"""How many rests that nobody knew of are filled by a share that landed there."""
+READY_DEADLINE_SECONDS = 0.15
+"""Long enough for Ray to try twice; see :func:`~placement.runtime.groups.ready_or_removed`."""
+
+
+class Steerer:
+    """Steers Ray on one node.
+
+    Args:
+        groups: the node's placement groups.
+        gpus: what is known of its GPUs.
+    """
+
+    def __init__(self, groups: Groups, gpus: FreeGpus) -> None:
+        self._groups, self._gpus = groups, gpus
+
+    def create(
+        self, create: Callable[[], Any], free: frozenset[int], wanted: tuple[int, ...]
+    ) -> tuple[Any, list[int]] | None:
+        """Creates the real group with the wanted GPUs made the lowest free ones. Leaves nothing else held."""
+        groups = self._groups
+        fillers = self.steer(free, wanted)
+        if fillers is None:
+            return None
+        real: Any = None
+        done = False
+        try:
+            faults.point("agent.steered")
+            real = create()
+            if not groups.ready_or_removed(real, READY_DEADLINE_SECONDS):
+                return None
+            faults.point("agent.created")
+            while fillers:
+                groups.remove(fillers.pop())
+            slots = groups.gpus_of(real, range(len(wanted)))
+            faults.point("agent.verified")
+            done = True
+            return real, slots
+        finally:
+            self._gpus.note_change()
+            for group in fillers + ([real] if real is not None and not done else []):
+                groups.remove(group)
+
+    def steer(self, free: frozenset[int], wanted: tuple[int, ...]) -> list[Any] | None:
+        """Makes the wanted GPUs the lowest free ones.
+
+        Returns:
+            The fillers that keep it so; ``None``, and nothing held, if others were in the way.
+        """
+        groups = self._groups
+        holds: list[Any] = []
+        fillers: list[Any] = []
+        done = False
+        self._gpus.catch_up(free)
+        try:
+            for run, is_wanted in _runs(free, wanted)[:-1]:
+                (holds if is_wanted else fillers).append(groups.hold(run))
+            if not all(groups.ready_or_removed(group, READY_DEADLINE_SECONDS) for group in holds + fillers):
+                return None
+            done = True
+            return fillers
+        finally:
+            self._gpus.note_change()
+            for group in holds + ([] if done else fillers):
+                groups.remove(group)
+
+    def create_share(
+        self, name: str, beside: Mapping[str, float], share: int, free: frozenset[int], wanted: int
+    ) -> Any:
+        """Creates the real group on the wanted GPU, every rest that Ray would prefer filled meanwhile.
+
+        Returns:
+            The group, or ``None``. Nothing else is left held.
+        """
+        groups = self._groups
+        fillers = self.steer_share(share, free, wanted)
+        if fillers is None:
+            return None
+        kept: Any = None
+        try:
+            faults.point("agent.steered")
+            for again in range(MAX_STRAY_SHARES):
+                group = groups.reserve(f"{name}:{again}", {"GPU": share / WHOLE, **beside}, 1)
+                fillers.append(group)
+                if not groups.ready_or_removed(group, READY_DEADLINE_SECONDS):
+                    return None
+                faults.point("agent.created")
+                if groups.gpus_of(group, [0], share / WHOLE) == [wanted]:
+                    kept = group
+                    return group
+            return None
+        finally:
+            self._gpus.note_change()
+            for group in fillers:
+                if group is not kept:
+                    groups.remove(group)
+
+    def steer_share(self, share: int, free: frozenset[int], wanted: int) -> list[Any] | None:
+        """Fills every rest that Ray would prefer for a share.
+
+        Returns:
+            The fillers; ``None``, and nothing held, if others were in the way.
+        """
+        groups = self._groups
+        rests = self._gpus.rests()
+        self._gpus.catch_up(free)
+        before = sorted((rest, gpu) for gpu, rest in rests.items() if rest >= share and gpu != wanted)
+        if wanted in rests:
+            before = [one for one in before if one < (rests[wanted], wanted)]
+        fillers: list[Any] = []
+        done = False
+        try:
+            for rest, _ in before:
+                fillers.append(groups.hold(rest / WHOLE))
+            lower = sum(1 for gpu in free if gpu < wanted)
+            if lower and wanted not in rests:
+                fillers.append(groups.hold(lower))
+            done = all(groups.ready_or_removed(group, READY_DEADLINE_SECONDS) for group in fillers)
+            return fillers if done else None
+        finally:
+            self._gpus.note_change()
+            for group in [] if done else fillers:
+                groups.remove(group)
+
+    def fill_strays(self, fillers: list[Any], share: int, wanted: int) -> bool:
+        """Adds fillers for rests that nobody knew of, until Ray gives a share where it is wanted.
+
+        Returns:
+            Whether it does; if not, no filler is left.
+        """
+        groups = self._groups
+        done = False
+        try:
+            for _ in range(MAX_STRAY_SHARES):
+                fillers.append(groups.hold(share / WHOLE))
+                if not groups.ready_or_removed(fillers[-1], READY_DEADLINE_SECONDS):
+                    return False
+                if groups.gpus_of(fillers[-1], [0], share / WHOLE) == [wanted]:
+                    groups.remove(fillers.pop())
+                    time.sleep(BOOKS_LAG_SECONDS)  # a worker ran in it
+                    done = True
+                    return True
+            return False
+        finally:
+            while fillers and not done:
+                groups.remove(fillers.pop())
+
+
+def _runs(free: Iterable[int], wanted: tuple[int, ...]) -> list[tuple[int, bool]]:
+    """The free GPUs up to the highest wanted one, as (length, wanted?) runs in ascending order."""
+    runs: list[tuple[int, bool]] = []
+    for gpu in sorted(g for g in free if g <= wanted[-1]):
+        is_wanted = gpu in wanted
+        if runs and runs[-1][1] == is_wanted:
+            runs[-1] = (runs[-1][0] + 1, is_wanted)
+        else:
+            runs.append((1, is_wanted))
+    return runs
