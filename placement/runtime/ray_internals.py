@@ -63,6 +63,7 @@ _WHY_NOT = {
 """Version -> what is wrong with those before it, the earliest first."""
 
 _STANDS_ON = (
+    "_config.metrics_report_interval_ms",
     "_private.services.canonicalize_bootstrap_address",
     "_private.services.find_bootstrap_address",
     "_private.services.find_gcs_addresses",
@@ -325,6 +326,17 @@ def is_second_autoscaler(timeout_seconds: float) -> bool:
         timeout=timeout_seconds,
     )
     return found == b"1"
+
+
+# -- metrics ---------------------------------------------------------------------------------------------
+
+
+def metrics_export_seconds() -> float:
+    """How often a process hands its metrics to its node's agent: ``RAY_metrics_report_interval_ms``, at least 1 s.
+
+    A gauge that was not set for two of these is not exported any more.
+    """
+    return max(1.0, float(ray._config.metrics_report_interval_ms()) / 1000)
 
 
 # -- Ray Serve -------------------------------------------------------------------------------------------

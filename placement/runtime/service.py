@@ -21,7 +21,7 @@ from placement.errors import (
     UnknownDeployment,
     Unplaceable,
 )
-from placement.runtime import ray_internals
+from placement.runtime import metrics, ray_internals
 from placement.runtime.clock import Clock
 from placement.runtime.controller import IDLE_SECONDS, Controller
 from placement.runtime.declarations import (
@@ -110,6 +110,7 @@ class DeploymentPlacementActor:
 
     # -- what changes deployments --------------------------------------------------------------------
 
+    @metrics.counted
     async def place(
         self,
         deployment: DeploymentLike,
@@ -171,6 +172,7 @@ class DeploymentPlacementActor:
             tickets.remove(ticket)
         return await self._in(self._changes, ticket.result)  # which may be in the middle of an attempt
 
+    @metrics.counted
     async def apply(
         self,
         deployment: DeploymentLike,
@@ -208,6 +210,7 @@ class DeploymentPlacementActor:
                 ("apply", wanted.model_dump_json(), atomic, owner_key(owner)), begin
             )
 
+    @metrics.counted
     async def apply_all(
         self, deployments: Sequence[DeploymentLike], atomic: bool = False, caller: Caller = None
     ) -> list[PlacementResult]:
@@ -292,6 +295,7 @@ class DeploymentPlacementActor:
 
     # -- leases: the caller creates the groups -------------------------------------------------------
 
+    @metrics.counted
     async def lend(
         self,
         deployment: DeploymentLike,
@@ -314,6 +318,7 @@ class DeploymentPlacementActor:
         with self._calls.one_more():
             return await self._loans.begin(lending, self._wait_for(ticket, wait_seconds))
 
+    @metrics.counted
     async def confirm(self, loan_id: str, group_id: str) -> Loan | PlacementResult:
         """Says that the group of a loan is there, by its id in hex; empty if it could not be had.
 

@@ -75,6 +75,7 @@ FAILING = [
     (["dashboard", "--port", "0", *NOBODY], 3, "cluster_unreachable"),
     (["dashboard", "--host", "192.0.2.1", "--port", "0", *NOBODY], 2, "usage"),
     (["status", "--watch", "--picture", "a.svg"], 2, "usage"),
+    (["metrics", "graphite"], 2, "usage"),
     (["measure", *NOBODY], 3, "cluster_unreachable"),
     (["measure", "--import", "no.txt"], 2, "invalid_deployment"),
     (["measure", "--import", "a", "--export", "b"], 2, "usage"),
