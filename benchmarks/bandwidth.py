@@ -99,7 +99,8 @@ def described(matrix: Topology, host: dict[str, Any], forced: str) -> Topology:
     widths = {int(gpu): width for gpu, width in host.get("pcie_width", {}).items()}
     pcie = host.get("pcie_generation", generation(matrix.model).pcie)
     lanes = tuple(Lanes(pcie, widths.get(gpu, 16)) for gpu in range(len(matrix)))
-    return replace(matrix, links=links, lanes=lanes, cpu=host.get("cpu"))
+    # NCCL has reductions inside the switch on by itself.
+    return replace(matrix, links=links, lanes=lanes, cpu=host.get("cpu"), nvls=forced != "NVLS=0")
 
 
 def over_pcie(link: Link, peer: bool | None) -> Link:

@@ -41,6 +41,9 @@ os.environ["RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S"] = "120"
 # That process is forked by one with gRPC threads, and gRPC's handlers of a fork then end it with a segmentation
 # fault now and then (seen with grpcio 1.85: "Starting Ray client server failed", and nothing in its log).
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
+# The dashboard starts within 60 s, and each of its nine processes within 30 s, says Ray; not beside other tests.
+os.environ["RAY_DASHBOARD_STARTUP_TIMEOUT_S"] = "240"
+os.environ["RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT"] = "240"
 if "PYTEST_XDIST_WORKER" in os.environ:  # beside others: Ray notes in this folder which cluster is the latest
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="r-")
 

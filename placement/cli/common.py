@@ -44,6 +44,24 @@ def with_files(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.argument("files", nargs=-1, required=True, metavar="FILE...", type=path)(command)
 
 
+def with_picture(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Adds ``--picture``; ``what`` is its help."""
+
+    def is_svg(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+        if path is not None and path.suffix.lower() != ".svg":
+            raise click.UsageError(f"--picture: {path.name!r} does not end in .svg; name it so")
+        return path
+
+    path = click.Path(path_type=Path, dir_okay=False)
+    return click.option("--picture", type=path, metavar="FILE.svg", help=what, callback=is_svg)
+
+
+def draw(svg: str, path: Path) -> None:
+    """Writes the file that ``--picture`` names."""
+    with writing("--picture", path):
+        path.write_text(svg, encoding="utf-8")
+
+
 class Seconds(click.FloatRange):
     """A number of seconds, at least ``min``; ``inf`` for no limit."""
 

@@ -8,7 +8,20 @@ from __future__ import annotations
 import click
 
 from placement import __version__
-from placement.cli import apply, doctor, measure, offline, plan, release, service, show, topology, waiting
+from placement.cli import (
+    apply,
+    dashboard,
+    doctor,
+    measure,
+    metrics,
+    offline,
+    plan,
+    release,
+    service,
+    show,
+    topology,
+    waiting,
+)
 from placement.cli.group import Commands, exit_code
 from placement.cli.offline import POLICIES
 
@@ -54,7 +67,9 @@ for _command in (
     show.list_,
     show.get,
     show.events,
+    metrics.metrics,
     topology.topology,
+    dashboard.dashboard,
     measure.measure,
     release.release,
     release.renew,

@@ -18,6 +18,7 @@ from placement.errors import (
     PlacementError,
     ReservationFailed,
     Unplaceable,
+    counted,
 )
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 @click.command(
     cls=Command,
     epilog="\b\nExample:\n  placement measure --node gpu-a\n  placement measure --sets all-sizes --max-seconds 900\n"
-    "  placement measure --import nccl-tests.txt --node gpu-a\n  placement measure --export rates.json",
+    "  placement measure --import nccl-tests.txt --node gpu-a\n  placement measure --export rates.json\n"
+    "  placement measure --forget --node gpu-a",
 )
 @click.option("--node", help="Only this node: its id, name or address.")
 @click.option(
@@ -59,6 +61,12 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path, allow_dash=True),
     help="Measure nothing: write what is kept, of all hosts or of --node; - for stdout.",
 )
+@click.option(
+    "--forget",
+    is_flag=True,
+    help="Measure nothing: forget what is kept, of all hosts or of --node. Choices go by predictions again, or by "
+    "what other nodes of the make reached. --json prints what was forgotten; --import takes it back.",
+)
 @common.with_address
 @common.with_json
 def measure(
@@ -67,6 +75,7 @@ def measure(
     max_seconds: float,
     file: Path | None,
     export: Path | None,
+    forget: bool,
     address: str | None,
     as_json: bool,
 ) -> None:
@@ -78,12 +87,15 @@ def measure(
     """
     from placement.wire.text import read_input
 
-    if file is not None and export is not None:
-        raise click.UsageError("--import and --export exclude each other; give one of them")
+    if sum((file is not None, export is not None, forget)) > 1:
+        raise click.UsageError("--import, --export and --forget exclude each other; give one of them")
     text = None if file is None else read_input(file)
     with common.service(address) as service:
         if export is not None:
             _export(service, node, export)
+            return
+        if forget:
+            _forget(service, node, as_json)
             return
         if text is not None:
             report = _import(service, node, text, str(file))
@@ -179,6 +191,23 @@ def _of_nccl_tests(text: str, source: str, targets: Sequence[Target], node: str 
             )
         )
     return [by_name[name].measurement(found) for name, found in rates.items()]
+
+
+def _forget(service: Any, node: str | None, as_json: bool) -> None:
+    """Has the service forget what was measured.
+
+    Raises:
+        CannotMeasure: nothing was measured on the node.
+    """
+    found = common.ask(service.forget_measurements.remote(node))
+    if node is not None and not found:
+        raise CannotMeasure(node, "nothing was measured there; --export - shows what is kept")
+    if as_json:
+        common.dump({"version": 1, "measurements": found})
+    for one in () if as_json else found:
+        common.say(f"{one['host']}: forgot {counted(len(one['rates']), 'set')} of GPUs")
+    if not found:
+        common.note("nothing was measured on any host")
 
 
 def _export(service: Any, node: str | None, file: Path) -> None:

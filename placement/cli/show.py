@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -27,7 +28,7 @@ def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command(
     cls=Command,
     epilog="\b\nExample:\n  placement status\n  placement status --deployment llama-70b --watch\n"
-    "  placement status --json",
+    "  placement status --picture cluster.svg\n  placement status --json",
 )
 @_filters
 @click.option(
@@ -41,6 +42,7 @@ def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
     metavar="[SECONDS]",
     help=f"Go on until interrupted, and show it again each {EVERY_SECONDS:g} s, or as often as is said.",
 )
+@common.with_picture("Draws it as well, for a slide: each node, its NVLink islands, and who sits where.")
 @common.with_address
 @common.with_json
 def status(
@@ -48,6 +50,7 @@ def status(
     state: str | None,
     deployment: str | None,
     watch: float | None,
+    picture: Path | None,
     address: str | None,
     as_json: bool,
 ) -> None:
@@ -55,6 +58,8 @@ def status(
 
     On a terminal it is shown with PAGER, else less. With --watch, --json prints one report a line.
     """
+    if picture is not None and watch is not None:
+        raise click.UsageError("--picture draws one moment; leave out --watch")
     with common.service(address) as service:
 
         def look() -> dict[str, Any]:
@@ -63,6 +68,10 @@ def status(
         if watch is not None:
             _watch(look, watch, deployment is not None, as_json)
         report = look()
+    if picture is not None:
+        from placement.cli.views.cluster_picture import cluster_picture
+
+        common.draw(cluster_picture(report), picture)
     if as_json:
         common.dump(report)
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,7 @@ from placement.cli.group import Command
     help="Output of `nvidia-smi topo -m` instead; - for stdin. Needs no cluster.",
 )
 @click.option("--gpu", metavar="NAME", help="With --file: the GPUs' product name, which the text lacks.")
-@click.option(
-    "--picture",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE.svg",
-    help="Draws it as well: GPUs, links, PCIe switches, NUMA nodes, network cards.",
-)
+@common.with_picture("Draws it as well: GPUs, links, PCIe switches, NUMA nodes, network cards.")
 @common.with_address
 @common.with_json
 def topology(
@@ -52,8 +46,6 @@ def topology(
         raise click.UsageError("--name and --file ask no cluster; leave out --address")
     if gpu is not None and file is None:
         raise click.UsageError("--gpu goes with --file; elsewhere the product name is known")
-    if picture is not None and picture.suffix.lower() != ".svg":
-        raise click.UsageError(f"--picture: {picture.name!r} does not end in .svg; name it so")
     from placement.cli.views.machine import topology_view
 
     if recorded:
@@ -62,7 +54,9 @@ def topology(
         with common.service(address) as service:
             reports = common.ask(service.topology.remote(node))
     if picture is not None:
-        _draw(reports, picture)
+        from placement.cli.views import picture as machines
+
+        common.draw(machines.picture(reports), picture)
     if as_json:
         common.dump({"nodes": reports})
         return
@@ -97,10 +91,3 @@ def _recorded(name: str | None, file: Path | None, gpu: str | None) -> dict[str,
         "problem": "; ".join(notes) or None,
         "facts": topologies.facts(name).model_dump(mode="json") if name is not None else None,
     }
-
-
-def _draw(reports: Sequence[Mapping[str, Any]], path: Path) -> None:
-    from placement.cli.views import picture
-
-    with common.writing("--picture", path):
-        path.write_text(picture.picture(reports), encoding="utf-8")

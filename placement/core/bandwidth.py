@@ -8,7 +8,7 @@ reductions inside the switch (NVLS). So for a set of *k* GPUs:
 
 - *NVSwitch*: each GPU has ``links x rate`` to spend, whoever the peer. Rings reach just that. NVLS moves
   ``(k + 1) / k`` of the data per direction instead of ``2 (k - 1) / k``, at an efficiency of its own, so that
-  it reports ``links x rate x efficiency x 2 (k - 1) / (k + 1)``. The better of the two.
+  it reports ``links x rate x efficiency x 2 (k - 1) / (k + 1)``. The better of the two; rings alone where NVLS is off.
 - *Direct NVLinks*: every undirected ring over NVLinks through all *k*, edge-disjoint from the others, carries
   ``rate`` in each of its two directions: ``2 x rings x rate``; between two GPUs ``links x rate``. A set
   can be joined by NVLinks and have no such ring: 48 of the 70 quads of a DGX-1V are like that.
@@ -16,8 +16,9 @@ reductions inside the switch (NVLS). So for a set of *k* GPUs:
   not reach each other's memory goes through the host's, and what the set shares counts as well: see
   :func:`staged_mb_per_s`.
 
-What is not known of a machine, its processors or whether its GPUs have peer-to-peer, makes the figure a range: the
-least is that of the slowest host that it may be, without peer-to-peer; the most that of the fastest, with it.
+What is not known of a machine, its processors, whether its GPUs have peer-to-peer, or whether NVLS is on, makes the
+figure a range: the least is that of the slowest host that it may be, without either; the most that of the fastest,
+with both.
 
 **The figures** (MB/s, so that sums are exact). NVLink: what NCCL charges per link (``src/graph/topo.h`` of
 NVIDIA/nccl: SM60 18, SM70 20, SM86 12, SM90 20.6, SM100 40.1 GB/s), but 19.2 on A100 (SM80 20), whose SMs
@@ -37,12 +38,12 @@ from functools import lru_cache
 
 from placement.core.topology import Lanes, Link, Path
 
-_PAST_HOST = {Path.PHB: (86, 31_000), Path.NODE: (85, 30_000), Path.SYS: (83, 22_000)}
-"""Percent of the PCIe rate, and the most: a copy between two GPUs past a host bridge, on a fast host (nccl-tests issue
-178, voipmonitor/rtx6kpro). For routes between roles; collectives are predicted by :func:`staged_mb_per_s`."""
-
 _LANES_X16 = {1: 3_200, 2: 6_400, 3: 12_000, 4: 24_000, 5: 48_000, 6: 96_000}
 """What sixteen lanes of each generation carry: NCCL's 12 GB/s for the third (``topo.h``), others in proportion."""
+
+
+BELOW_ONE_SWITCH = (Path.PIX, Path.PXB)
+"""Paths of GPUs whose link to the host is one and the same."""
 
 
 @dataclass(frozen=True)
@@ -182,18 +183,46 @@ def has_switch(links: Sequence[Sequence[Link]], gpu: Generation) -> bool:
 
 
 def hop_mb_per_s(link: Link, gpu: Generation) -> int:
-    """What one hop carries per direction between two GPUs that reach each other's memory.
+    """What one hop carries per direction between two GPUs that reach each other's memory: by NVLink, or below a switch.
 
-    Strictly ordered as :class:`~placement.core.topology.Path` is, and increasing in the number of NVLinks.
+    Strictly ordered as these paths are, and increasing in the number of NVLinks.
     """
     pcie = _LANES_X16[gpu.pcie]
     if link.path is Path.NVLINK:
         # A single slow link (a degraded bridge on PCIe 5.0) still counts above PCIe: NCCL takes it first.
         return max(link.nvlinks * gpu.nvlink_mb_per_s, pcie + link.nvlinks)
-    if link.path in _PAST_HOST:
-        percent, most = _PAST_HOST[link.path]
-        return min(pcie * percent // 100, most)
-    return {Path.PIX: pcie, Path.PXB: pcie * 95 // 100}.get(link.path, _UNKNOWN)
+    return {Path.PIX: pcie, Path.PXB: pcie * 95 // 100, Path.UNKNOWN: _UNKNOWN}[link.path]
+
+
+def pair_mb_per_s(
+    link: Link,
+    gpu: Generation,
+    lanes_mb_per_s: int,
+    host: Host,
+    peer: bool = False,
+    shared: tuple[int, int] | None = None,
+) -> int:
+    """What two GPUs reach that are alone, per direction: a collective of the two, or a copy from one to the other.
+
+    Args:
+        link: what joins them.
+        gpu: their model.
+        lanes_mb_per_s: of the one with the slower PCIe link.
+        host: what they copy through.
+        peer: whether they have peer-to-peer over PCIe, if the link does not know.
+        shared: how many of them share a host bridge, and an uplink; what their path says if not given.
+    """
+    if link.path in (Path.NVLINK, Path.UNKNOWN):
+        return hop_mb_per_s(link, gpu)
+    direct = peer if link.peer is None else link.peer
+    switched = link.path in BELOW_ONE_SWITCH
+    if direct and switched:
+        return min(hop_mb_per_s(link, gpu), lanes_mb_per_s)
+    if direct and host.peer:
+        return min(lanes_mb_per_s, host.peer) if link.path is Path.SYS else lanes_mb_per_s
+    bridge, uplink = shared or (2 if link.path is Path.PHB else 1, 2 if switched else 1)
+    between = host.far if link.path is Path.SYS else host.near
+    return staged_mb_per_s(between, lanes_mb_per_s, 2, bridge if host.bridged else 1, uplink)
 
 
 def switch_mb_per_s(links: int, count: int, gpu: Generation) -> int:

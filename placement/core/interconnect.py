@@ -8,12 +8,14 @@ from itertools import combinations
 from typing import NamedTuple
 
 from placement.core.bandwidth import (
+    BELOW_ONE_SWITCH,
     Generation,
     Host,
     has_switch,
     hop_mb_per_s,
     lanes_mb_per_s,
     nvlink_rings,
+    pair_mb_per_s,
     staged_mb_per_s,
     switch_mb_per_s,
 )
@@ -21,7 +23,6 @@ from placement.core.topology import Lanes, Link, Path, components
 
 Links = tuple[tuple[Link, ...], ...]
 
-BELOW_ONE_SWITCH = (Path.PIX, Path.PXB)
 _BELOW_ONE_BRIDGE = (*BELOW_ONE_SWITCH, Path.PHB)
 
 
@@ -88,13 +89,10 @@ class Interconnect:
 
     def _pair(self, a: int, b: int) -> int:
         """What two GPUs reach that are alone."""
-        link, hop = self.links[a][b], self.hops[a][b]
-        if hop.direct:
-            return hop.direct
         lanes = min(self.lanes_mb_per_s[a], self.lanes_mb_per_s[b])
-        if self._host.peer and self._reaches(link):
-            return min(lanes, self._host.peer) if link.path is Path.SYS else lanes
-        return self.staged((a, b), hop.host)
+        one, other = self._uplink[a], self._uplink[b]
+        shared = (1, 2) if one == other else (2 if self._bridge[one] == self._bridge[other] else 1, 1)
+        return pair_mb_per_s(self.links[a][b], self._gpu, lanes, self._host, self._peer, shared)
 
     def staged(self, gpus: Sequence[int], host: int) -> int:
         """What a ring through all of them carries whose slowest hop goes through the host's memory."""

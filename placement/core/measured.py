@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import combinations
 from statistics import median_low
 
@@ -120,6 +121,7 @@ class Rates:
         links: between each two GPUs.
         lanes: of each GPU.
         predicted: what is predicted of a set, MB/s.
+        switch: whether the GPUs meet in an NVSwitch.
 
     Attributes:
         apart: the sets that have their own rate.
@@ -131,9 +133,12 @@ class Rates:
         links: Sequence[Sequence[Link]],
         lanes: Sequence[Lanes | None],
         predicted: Callable[[Sequence[int]], int],
+        switch: bool,
     ) -> None:
         self._likeness = Alike(links, lanes, predicted)
+        self._links, self._predicted, self._switch = links, predicted, switch
         self._sizes = {len(gpus) for gpus, _ in measured}
+        self._pairs = [gpus for gpus, _ in measured if len(gpus) == 2]
         alike: dict[Likeness, dict[Gpus, int]] = {}
         for gpus, rate in measured:
             alike.setdefault(self._likeness(gpus), {})[gpus] = rate
@@ -144,6 +149,18 @@ class Rates:
             for gpus, rate in rates.items()
             if is_apart(rate, self._usual[likeness])
         }
+
+    @cached_property
+    def _suspects(self) -> _Suspects:
+        pairs: list[Gpus] = list(combinations(range(len(self._links)), 2))
+        predicted = {pair: self._predicted(pair) for pair in pairs}
+        slow = {pair: rate for pair in pairs if (rate := self.of(pair)) and is_suspect(rate, predicted[pair])}
+        sound = {gpu for pair in self._pairs for gpu in pair if pair not in slow}
+        return _Suspects(slow, predicted, self._links, self._switch, sound)
+
+    def at_most(self, gpus: Gpus, predicted_mb_per_s: int) -> int:
+        """What is predicted of a set that was not measured, but for what its suspect pairs show that it cannot be."""
+        return self._suspects.at_most(gpus, predicted_mb_per_s)
 
     def of(self, gpus: Gpus) -> int | None:
         """The rate of a set, ascending; ``None`` if neither it nor any that is alike was measured."""
@@ -165,3 +182,63 @@ class Rates:
                 member_of = tuple(i for i, gpus in enumerate(self.apart) if gpu in gpus)
                 found.setdefault((number, *member_of), []).append(gpu)
         return sorted(found.values())
+
+
+class _Suspects:
+    """What suspect pairs show of larger sets that hold them, by how collectives go through the links.
+
+    - Over an NVSwitch a GPU spends the same links on whoever its peer is, so that one of the two has no more than the
+      pair reached: a set that holds both is slower than predicted by as much as the pair. Not so if each of them was
+      measured with another GPU and was not suspect; then only a set of three, whose ring has no way around the pair.
+    - In a ring each GPU has two hops, so that the ring is no faster than the second fastest of any GPU's hops. One
+      between a suspect pair carries what the pair reached, and up to 23 % more, as longer rings overlap
+      (:func:`placement.core.bandwidth.staged_mb_per_s`).
+    - Of several rings over NVLink each leaves a GPU over one of its hops: no more than these carry together.
+
+    Args:
+        slow: the suspect pairs, with what was measured, MB/s.
+        predicted: of every pair, MB/s.
+        links: between each two GPUs.
+        switch: whether they meet in an NVSwitch.
+        sound: the GPUs that were measured with another one and were not suspect.
+    """
+
+    def __init__(
+        self,
+        slow: Mapping[Gpus, int],
+        predicted: Mapping[Gpus, int],
+        links: Sequence[Sequence[Link]],
+        switch: bool,
+        sound: Collection[int],
+    ) -> None:
+        everyone = range(len(links))
+        self._slow = dict(slow) | {(b, a): rate for (a, b), rate in slow.items()}
+        self._predicted = dict(predicted) | {(b, a): rate for (a, b), rate in predicted.items()}
+        self._slow_with = [sum(1 << b for b in everyone if (a, b) in self._slow) for a in everyone]
+        self._joined = [sum(1 << b for b in everyone if b != a and links[a][b].nvlinks) for a in everyone]
+        self._switch = switch
+        by_part = sorted(slow, key=lambda pair: slow[pair] / predicted[pair])
+        self._slowest_first = [(1 << a | 1 << b, (a, b), a in sound and b in sound) for a, b in by_part]
+
+    def at_most(self, gpus: Gpus, predicted_mb_per_s: int) -> int:
+        """What a set reaches at most, of which that is predicted."""
+        if len(gpus) < 3 or not self._slow:
+            return predicted_mb_per_s
+        mask = sum(1 << gpu for gpu in gpus)
+        if self._switch and all(mask & ~(1 << gpu) & ~self._joined[gpu] == 0 for gpu in gpus):
+            for both, pair, alone in self._slowest_first:
+                if both & mask == both and (not alone or len(gpus) == 3):
+                    return predicted_mb_per_s * self._slow[pair] // self._predicted[pair]
+            return predicted_mb_per_s
+        # Of the others there is a hop that is not known to be slow for each of the two.
+        tight = [gpu for gpu in gpus if (self._slow_with[gpu] & mask).bit_count() >= len(gpus) - 2]
+        return min([predicted_mb_per_s, *(self._leaving(gpu, gpus) for gpu in tight)])
+
+    def _leaving(self, gpu: int, gpus: Gpus) -> int:
+        """What rings through a set carry at most at one of its GPUs, of whose hops all but one or none are slow."""
+        hops = [(gpu, other) for other in gpus if other != gpu]
+        slow = sorted((self._slow[hop] for hop in hops if hop in self._slow), reverse=True)
+        second = slow[0] if len(slow) < len(hops) else slow[1]
+        joined = [hop for hop in hops if self._joined[gpu] >> hop[1] & 1]
+        several = sum(self._slow.get(hop, self._predicted[hop]) for hop in joined)
+        return max(second * (1000 + 230 * (len(gpus) - 2) // len(gpus)) // 1000, several)

@@ -8,11 +8,18 @@ from enum import StrEnum
 from itertools import product
 from typing import Any, NamedTuple
 
-from placement.core.bandwidth import generation, hop_mb_per_s
+from placement.core.bandwidth import (
+    BELOW_ONE_SWITCH,
+    generation,
+    hop_mb_per_s,
+    hosts_of,
+    lanes_mb_per_s,
+    pair_mb_per_s,
+)
 from placement.core.labels import GPU_DOMAIN_LABEL
 from placement.core.needs import Within
 from placement.core.node import Node
-from placement.core.topology import PATH_ORDER, Link, Path, Topology
+from placement.core.topology import PATH_ORDER, Lanes, Link, Path, Topology
 
 Gpus = tuple[int, ...]
 
@@ -80,8 +87,8 @@ class Route:
     Attributes:
         level: -2 on one node, -1 between nodes of one NVLink domain; else of the narrowest region that holds both
             nodes, 0 for the narrowest label.
-        slowness: minus what it carries per direction, MB/s; between nodes, what the PCIe path to the nearest network
-            card carries, since nothing is known of the network.
+        slowness: minus what it carries per direction, MB/s, at least; over the network, what the PCIe path to the
+            nearest network card carries, since nothing is known of the network.
         path: what it leads over; over the network, the path from a GPU to its nearest card.
         name: as people say it: ``NV18``, ``PHB``, ``network, one rack``.
         gb_per_s: what it carries, GB/s (10^9 bytes) per direction; ``None`` where that is not known.
@@ -153,28 +160,35 @@ def route(near: Sequence[str], via: Via, one: Located, other: Located) -> Route:
         len(near),
     )
     where = f", one {near[len(near) - 1 - level]}" if level < len(near) else ""
-    here, there = _to_card(a.topology, gpus), _to_card(b.topology, others)
-    slowness, path, _ = max(here, there)
-    return Route(level, slowness, path, f"network{where}", None, (here[2], there[2]))
+    slowness, path, pair = _over_cards(a.topology, gpus, b.topology, others)
+    return Route(level, slowness, path, f"network{where}", None, pair)
 
 
 def on_node(topology: Topology, via: Via, gpus: Gpus, others: Gpus) -> Route:
-    """The same on one node."""
+    """The same on one node: what two of the GPUs reach that are alone, at least, as for their collectives."""
     kind = generation(topology.model)
+    host, _ = hosts_of(topology.cpu, kind.pcie)
 
     def way(pair: tuple[int, int]) -> Link:
-        if via is Via.NETWORK:
-            return Link(max((topology.nearest_nic[gpu] for gpu in pair), key=PATH_ORDER.__getitem__))
         link = topology.link(*pair)
-        if link.path is Path.NVLINK and via is Via.NVLINK:
-            return link
-        return Link(topology.pcie_path(*pair))
+        if link.path is not Path.NVLINK or via is Via.NVLINK:
+            return link if link.path is not Path.UNKNOWN else Link(topology.pcie_path(*pair))
+        # Those that NVLink joins reach each other's memory.
+        return Link(topology.pcie_path(*pair), peer=True)
 
-    ways = ((-hop_mb_per_s(link := way(pair), kind), pair, link) for pair in product(gpus, others))
-    slowness, pair, link = max(ways, key=lambda found: (found[0], [-gpu for gpu in found[1]]))
-    known = link.path is not Path.UNKNOWN and via is not Via.NETWORK
-    name = f"network, {link} to the card" if via is Via.NETWORK else str(link)
-    return Route(-2, slowness, link.path, name, -slowness / 1000 if known else None, pair)
+    def speed(pair: tuple[int, int]) -> int:
+        return pair_mb_per_s(way(pair), kind, min(_lanes(topology, gpu) for gpu in pair), host)
+
+    if via is Via.NETWORK:
+        slowness, path, pair = _over_cards(topology, gpus, topology, others)
+        return Route(-2, slowness, path, f"network, {path} to the card", None, pair)
+    slowness, pair = max(
+        ((-speed(pair), pair) for pair in product(gpus, others)),
+        key=lambda found: (found[0], [-gpu for gpu in found[1]]),
+    )
+    link = way(pair)
+    known = link.path is not Path.UNKNOWN
+    return Route(-2, slowness, link.path, str(link), -slowness / 1000 if known else None, pair)
 
 
 def fastest_nvlink(node: Node, gpu: int) -> int:
@@ -183,11 +197,31 @@ def fastest_nvlink(node: Node, gpu: int) -> int:
     return hop_mb_per_s(best, generation(node.topology.model)) if best.nvlinks else 0
 
 
+def _over_cards(
+    one: Topology, gpus: Gpus, other: Topology, others: Gpus
+) -> tuple[int, Path, tuple[int, int]]:
+    """How slow the way over two GPUs' network cards is, over what its slower end leads, and the GPUs."""
+    here, there = _to_card(one, gpus), _to_card(other, others)
+    slowness, path, _ = max(here, there, key=lambda end: (end[0], PATH_ORDER[end[1]]))
+    return slowness, path, (here[2], there[2])
+
+
 def _to_card(topology: Topology, gpus: Gpus) -> tuple[int, Path, int]:
-    """The GPU that is farthest from a network card: how slow the way there is, and over what it leads."""
+    """The GPU that is farthest from a network card: how slow the way there is, and over what it leads.
+
+    A card reaches a GPU's memory below a switch, as NCCL has it (``ncclTopoCheckGdr`` in ``src/graph/paths.cc``);
+    past a host bridge the data goes through the host's.
+    """
     gpu = max(gpus, key=lambda gpu: (PATH_ORDER[topology.nearest_nic[gpu]], -gpu))
     path = topology.nearest_nic[gpu]
-    return -hop_mb_per_s(Link(path), generation(topology.model)), path, gpu
+    kind = generation(topology.model)
+    host, _ = hosts_of(topology.cpu, kind.pcie)
+    way = Link(Path.NODE if path is Path.PHB else path, peer=path in BELOW_ONE_SWITCH)
+    return -pair_mb_per_s(way, kind, _lanes(topology, gpu), host), path, gpu
+
+
+def _lanes(topology: Topology, gpu: int) -> int:
+    return lanes_mb_per_s(topology.lanes[gpu] or Lanes(generation(topology.model).pcie))
 
 
 def meets(link: RoleLink, found: Route, one: Located, other: Located) -> bool:

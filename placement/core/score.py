@@ -22,9 +22,9 @@ class Score:
             GPU and direction, as nccl-tests reports it: measured or predicted; infinite for fewer than two GPUs.
         weakest: the slowest link between two of them; not part of the order.
         weakest_pair: that pair (its lowest ordinals, if several tie); not part of the order.
-        upper_gb_per_s: what it may be at most, where something that decides it is not known: the host's processors, or
-            whether the GPUs have peer-to-peer; ``bandwidth_gb_per_s`` is the least then. ``None`` where nothing is
-            missing. Not part of the order.
+        upper_gb_per_s: what it may be at most, where something that decides it is not known: the host's processors,
+            whether the GPUs have peer-to-peer, or whether the NVSwitch reduces (NVLS); ``bandwidth_gb_per_s`` is the
+            least then. ``None`` where nothing is missing. Not part of the order.
         measured: whether the bandwidth was measured, on the set or one alike; not part of the order.
     """
 
@@ -60,7 +60,7 @@ def score(topology: Topology, gpus: Collection[int]) -> Score:
     _, pair = min((shape.hops[a][b], (a, b)) for a, b in combinations(ordered, 2))
     measured = shape.measured_mb_per_s(ordered) is not None
     least = shape.mb_per_s(ordered)
-    most = least if measured else shape_at_best(topology).mb_per_s(ordered)
+    most = least if measured else shape.at_most(ordered, shape_at_best(topology).mb_per_s(ordered))
     upper = most / 1000 if most > least else None
     return Score(least / 1000, topology.link(*pair), pair, upper, measured)
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cache, lru_cache
 from typing import NamedTuple
 
-from placement.core.bandwidth import Generation, Host, generation, hosts_of
+from placement.core.bandwidth import BELOW_ONE_SWITCH, Generation, Host, generation, has_switch, hosts_of
 from placement.core.greedy import Greedy
-from placement.core.interconnect import BELOW_ONE_SWITCH, Interconnect, Links
+from placement.core.interconnect import Interconnect, Links
 from placement.core.measured import Rates
 from placement.core.needs import Needs, Within
 from placement.core.tables import LEFTOVER_SIZES, Tables
@@ -82,7 +83,11 @@ class Shape:
         self.predicted: Shape = (
             _shape(links, numa, nearest_nic, gpu, lanes, host, peer, ()) if measured else self
         )
-        self._rates = Rates(measured, links, lanes, self.predicted.mb_per_s) if measured else None
+        self._rates = (
+            Rates(measured, links, lanes, self.predicted.mb_per_s, has_switch(links, gpu))
+            if measured
+            else None
+        )
         interconnect = Interconnect(links, gpu, lanes, host, peer)
         self.hops = interconnect.pairs
         nic = [PATH_ORDER[path] for path in nearest_nic]
@@ -96,7 +101,7 @@ class Shape:
         self._greedy = Greedy(interconnect, numa, self._rates)
         self._tables: Tables | None = None
         if math.prod(len(kind) + 1 for kind in self.twins) <= MAX_PICKS:
-            self._tables = Tables(interconnect, self._picks, numa, nic, self._rates)
+            self._tables = Tables(interconnect, self._picks, numa, nic, self._rates, self.predicted._tables)
 
     @property
     def tabulated(self) -> bool:
@@ -112,6 +117,12 @@ class Shape:
     def measured_mb_per_s(self, gpus: Sequence[int]) -> int | None:
         """What was measured of two or more GPUs, or of others that are alike; ``None`` if nothing was."""
         return None if self._rates is None else self._rates.of(tuple(sorted(gpus)))
+
+    def at_most(self, gpus: Sequence[int], predicted_mb_per_s: int) -> int:
+        """What is predicted of two or more GPUs, but for what their suspect pairs show that it cannot be."""
+        if self._rates is None or self._tables is None:
+            return predicted_mb_per_s
+        return self._rates.at_most(tuple(sorted(gpus)), predicted_mb_per_s)
 
     def slownesses(self, count: int) -> list[int]:
         """The :attr:`Offer.slowness` that sets of so many GPUs can have, the fastest first."""
@@ -317,6 +328,8 @@ def _at_best(same: _Same) -> Shape:
 
 def _at(machine: Topology, best: int) -> Shape:
     gpu = generation(machine.model)
+    if not (bool(best) if machine.nvls is None else machine.nvls) and has_switch(machine.links, gpu):
+        gpu = replace(gpu, nvls_percent=0)
     hosts = hosts_of(machine.cpu, gpu.pcie)
     asked = any(link.peer is None for row in machine.links for link in row if link.path in _OVER_PCIE)
     return _shape(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
-from placement.core.interconnect import BELOW_ONE_SWITCH, Interconnect
-from placement.core.measured import Rates
+from placement.core.bandwidth import BELOW_ONE_SWITCH
+from placement.core.interconnect import Interconnect
+from placement.core.measured import Gpus, Rates
 from placement.core.needs import Within
 from placement.core.topology import Path
 from placement.core.twins import Pick, Picks
@@ -24,6 +25,7 @@ class Tables:
         numa: the NUMA nodes of each GPU.
         nic: how far each is from the nearest network card.
         rates: what was measured, if anything was.
+        predicted: the tables of the same machine if nothing had been measured.
 
     Attributes:
         bandwidth: the bus bandwidth of a pick, MB/s; 0 for fewer than two GPUs.
@@ -39,7 +41,8 @@ class Tables:
         picks: Picks,
         numa: Sequence[tuple[int, ...]],
         nic: Sequence[int],
-        rates: Rates | None,
+        rates: Rates | None = None,
+        predicted: Tables | None = None,
     ) -> None:
         self._interconnect, self._picks = interconnect, picks
         most = len(interconnect.links)
@@ -51,14 +54,27 @@ class Tables:
                     self._of_size[count] += [pick + taken * unit for pick in self._of_size[count - taken]]
 
         members = {pick: picks.lowest(pick, -1) for several in self._of_size for pick in several}
-        ring = self._best_ring(members)
-        on_nvlink = self._closed(lambda a, b: interconnect.links[a][b].nvlinks > 0)
-        past_no_host = self._closed(
-            lambda a, b: interconnect.links[a][b].path in (Path.NVLINK, *BELOW_ONE_SWITCH)
-        )
         self.bandwidth: dict[Pick, int] = {}
         self.reach: dict[Pick, frozenset[Within]] = {}
         self.near: dict[Pick, tuple[int, int]] = {}
+        if rates is None or predicted is None:
+            self._predict(members, numa, nic)
+        else:
+            self._take_over(members, rates, predicted)
+        self.left = self._what_rests_offer()
+        self.fastest_first = [
+            [list(equal) for _, equal in groupby(sorted(picks, key=self._slowness), self._slowness)]
+            for picks in self._of_size
+        ]
+
+    def _predict(
+        self, members: Mapping[Pick, Gpus], numa: Sequence[tuple[int, ...]], nic: Sequence[int]
+    ) -> None:
+        """Fills the first three tables, if nothing was measured."""
+        links = self._interconnect.links
+        ring = self._best_ring(members)
+        on_nvlink = self._closed(lambda a, b: links[a][b].nvlinks > 0)
+        past_no_host = self._closed(lambda a, b: links[a][b].path in (Path.NVLINK, *BELOW_ONE_SWITCH))
         for pick, gpus in members.items():
             nodes = {numa[gpu] for gpu in gpus}
             self.near[pick] = max((nic[gpu] for gpu in gpus), default=0), len(nodes)
@@ -67,9 +83,7 @@ class Tables:
             if len(gpus) > 1:
                 self.bandwidth[pick] = ring[pick]
                 if nvlink:
-                    self.bandwidth[pick] = max(self.bandwidth[pick], interconnect.on_nvlink(gpus))
-                if rates is not None:
-                    self.bandwidth[pick] = rates.of(gpus) or self.bandwidth[pick]
+                    self.bandwidth[pick] = max(self.bandwidth[pick], self._interconnect.on_nvlink(gpus))
             reach = {
                 Within.NODE: True,
                 Within.NVLINK: nvlink,
@@ -77,11 +91,15 @@ class Tables:
                 Within.NUMA: len(nodes) == 1 and () not in nodes,
             }
             self.reach[pick] = frozenset(distance for distance, kept in reach.items() if kept)
-        self.left = self._what_rests_offer()
-        self.fastest_first = [
-            [list(equal) for _, equal in groupby(sorted(picks, key=self._slowness), self._slowness)]
-            for picks in self._of_size
-        ]
+
+    def _take_over(self, members: Mapping[Pick, Gpus], rates: Rates, predicted: Tables) -> None:
+        """Fills them with what is predicted, which is worked out, but for what was measured."""
+        for pick, gpus in members.items():
+            same = predicted._picks.of(sum(1 << gpu for gpu in gpus))
+            self.near[pick], self.reach[pick] = predicted.near[same], predicted.reach[same]
+            self.bandwidth[pick] = predicted.bandwidth[same]
+            if len(gpus) > 1:
+                self.bandwidth[pick] = rates.of(gpus) or rates.at_most(gpus, self.bandwidth[pick])
 
     def _slowness(self, pick: Pick) -> int:
         return -self.bandwidth[pick]

@@ -150,6 +150,8 @@ class Topology:
         cpu: product name of the host's processors (``"AMD EPYC 7502"``), ``None`` where unknown.
         numa_nodes: the NUMA nodes of the host; empty where unknown.
         measured: what was measured, on this machine or on others of its make; empty if nothing was.
+        nvls: whether collectives reduce inside the NVSwitch (NVLS), ``None`` where unknown. It matters only on an
+            NVSwitch of Hopper and later.
 
     Raises:
         ValueError: the matrix is not square or not symmetric, a list has another length, two network
@@ -166,6 +168,7 @@ class Topology:
     cpu: str | None = None
     numa_nodes: tuple[NumaNode, ...] = ()
     measured: MeasuredRates = ()
+    nvls: bool | None = None
 
     def __post_init__(self) -> None:
         count = len(self.links)

@@ -240,6 +240,21 @@ class Host:
         return Device(folder, ("/".join(parts[: bridge + 1]), *parts[bridge + 1 :]), numa)
 
 
+def nccl_number(name: str) -> int | None:
+    """What NCCL's setting is in a worker here: by the environment, which Ray hands on, or by NCCL's own files.
+
+    The first that says it counts, as in ``src/misc/param.cc`` of NVIDIA/nccl. ``None`` where none does, or it is no
+    number, which NCCL passes over.
+    """
+    files = (os.environ.get("NCCL_CONF_FILE") or "~/.nccl.conf", "/etc/nccl.conf")
+    rows = [row for file in files for row in _text(FilePath(os.path.expanduser(file))).splitlines()]
+    told = [value for key, _, value in (row.partition("=") for row in rows) if key == name]
+    try:
+        return int(os.environ.get(name) or told[0], 0)
+    except (IndexError, ValueError):
+        return None
+
+
 def _common(a: Device, b: Device) -> int:
     """How many names the ways to two devices begin with in common."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a.chain, b.chain, strict=False)))

@@ -11,6 +11,7 @@ What a call that fails means, fact by fact:
   GPU from their other ends, the links to a switch from field 147, the profile and the memory of a MIG instance
   from its attributes.
 - A GPU that is not registered with its NVSwitch has no links there, and the problem says so.
+- A link that is down joins nothing. It is a problem where it should be up: see ``_links_down``.
 - What fails on a MIG instance is reported in its ``MigFacts.errors``, and for the node under its GPU.
 """
 
@@ -21,13 +22,14 @@ import ctypes
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 import pynvml
 
 from placement.core.topology import Path, ordinals
-from placement.nvml.host import Device, Host
-from placement.wire.facts import Fabric, GpuFacts, MigFacts, NodeFacts, PairFacts
+from placement.nvml.host import Device, Host, nccl_number
+from placement.wire.facts import Fabric, GpuFacts, LinkState, MigFacts, NodeFacts, NvLinkFacts, PairFacts
 
 _NO_FEATURE = {
     pynvml.NVML_ERROR_NOT_SUPPORTED,
@@ -45,7 +47,23 @@ _NUMA_WORDS, _CPU_WORDS = 1024 // 64, 8192 // 64
 _LINK_COUNT = (pynvml.NVML_FI_DEV_NVLINK_LINK_COUNT, 0)
 _SWITCH_LINK_COUNT = (pynvml.NVML_FI_DEV_NVSWITCH_CONNECTED_LINK_COUNT, 0)
 _LINK_STATES = tuple((pynvml.NVML_FI_DEV_NVLINK_GET_STATE, n) for n in range(pynvml.NVML_NVLINK_MAX_LINKS))
+_STATES: dict[int | None, LinkState] = {
+    pynvml.NVML_NVLINK_STATE_INACTIVE: "inactive",
+    pynvml.NVML_NVLINK_STATE_ACTIVE: "active",
+    pynvml.NVML_NVLINK_STATE_SLEEP: "sleep",
+    pynvml.NVML_NVLINK_STATE_ACTIVE_TRAFFIC_DISABLED: "traffic disabled",
+}
 _ACTIVE = {pynvml.NVML_NVLINK_STATE_ACTIVE, pynvml.NVML_NVLINK_STATE_SLEEP}  # traffic wakes a sleeping link
+_LINK_SPEEDS = tuple((pynvml.NVML_FI_DEV_NVLINK_GET_SPEED, n) for n in range(pynvml.NVML_NVLINK_MAX_LINKS))
+_OLD_SPEEDS = tuple(
+    (first + n, 0)
+    for first in (pynvml.NVML_FI_DEV_NVLINK_SPEED_MBPS_L0, pynvml.NVML_FI_DEV_NVLINK_SPEED_MBPS_L6)
+    for n in range(6)
+)
+"""One field for each of the first twelve links, which GPUs before Hopper have."""
+_LINK_VERSION = (pynvml.NVML_FI_DEV_NVLINK_GET_VERSION, 0)
+_VERSIONS = {1: "1.0", 2: "2.0", 3: "2.2", 4: "3.0", 5: "3.1", 6: "4.0", 7: "5.0", 8: "6.0"}
+"""NVML_NVLINK_VERSION_* of nvml.h, of which older bindings do not have all."""
 
 _ANCESTORS = {
     pynvml.NVML_TOPOLOGY_INTERNAL: Path.PIX,  # two GPUs on one board
@@ -67,6 +85,8 @@ _HEALTH: dict[int, Fabric] = {
 }
 _NO_FABRIC: tuple[Fabric, ...] = ("not started", "in progress", "failed")
 """What a GPU says whose NVLinks to the switch lead nowhere, though each of them is up: they train without it."""
+_NVLS_DRIVER, _NVLS_CAPABILITY = 530, (9, 0)
+"""The first driver of CUDA 12.1, which NVLS needs (``src/transport/nvls.cc`` of NVIDIA/nccl), and Hopper."""
 _PEER_READ, _PEER_WRITE = 0, 1  # pynvml's own NVML_P2P_CAPS_INDEX_READ is a tuple by mistake
 
 
@@ -91,10 +111,15 @@ def read() -> NodeFacts:
 
 @dataclass(frozen=True)
 class _NvLinks:
-    """How many active NVLinks of one GPU lead to each PCI address, and to NVSwitches; ``None`` if unknown."""
+    """How many active NVLinks of one GPU lead to each PCI address, and to NVSwitches; ``None`` if unknown.
+
+    And its links one by one, also those that are not active, and their version.
+    """
 
     peers: Mapping[str, int] | None
     switch: int | None
+    each: tuple[NvLinkFacts, ...] | None = None
+    version: str | None = None
 
     def to(self, bus_id: str | None) -> int | None:
         """How many lead straight to the GPU at that address."""
@@ -163,7 +188,7 @@ class _Reading:
             mig = self.ask((gpu,), pynvml.nvmlDeviceGetMigMode, handle)
             enabled = mig and mig[0] == pynvml.NVML_DEVICE_MIG_ENABLE  # of (now, after the next reset)
             parts = self.instance_handles(gpu, handle) if enabled else []
-            gpus.append(self.gpu(gpu, handle, bus_ids[gpu], capability, nvlinks.switch, enabled))
+            gpus.append(self.gpu(gpu, handle, bus_ids[gpu], capability, nvlinks, enabled))
             links.append(replace(nvlinks, switch=0) if gpus[gpu].fabric in _NO_FABRIC else nvlinks)
             instances += [self.instance(gpu, part, gpus[gpu].memory_total_bytes) for part in parts]
         devices = [self.host.device(gpu.pci_bus_id, gpu.numa_nodes) for gpu in gpus]
@@ -181,7 +206,9 @@ class _Reading:
             nics=self.host.nics(devices),
             numa_nodes=self.host.numa_nodes,
             cpu=self.host.cpu,
-            problem="; ".join(filter(None, (_fabric_problem(gpus), self.problem()))) or None,
+            nvls=_nvls(gpus, driver, nccl_number("NCCL_NVLS_ENABLE")),
+            problem="; ".join(filter(None, (_fabric_problem(gpus), _links_down(gpus, pairs), self.problem())))
+            or None,
         )
 
     def handle(self, gpu: int) -> Any:
@@ -198,7 +225,7 @@ class _Reading:
         handle: Any,
         bus_id: str | None,
         capability: tuple[int, int] | None,
-        switch_links: int | None,
+        nvlinks: _NvLinks,
         mig_enabled: bool | None,
     ) -> GpuFacts:
         one = (gpu,)
@@ -212,13 +239,17 @@ class _Reading:
             memory_used_bytes=memory and memory.total - memory.free,
             compute_capability=capability,
             pci_bus_id=bus_id,
+            minor_number=self.ask(one, pynvml.nvmlDeviceGetMinorNumber, handle),
             pcie_generation=self.ask(one, pynvml.nvmlDeviceGetMaxPcieLinkGeneration, handle),
             pcie_width=self.ask(one, pynvml.nvmlDeviceGetCurrPcieLinkWidth, handle),
             numa_nodes=self.numa_nodes(one, handle, bus_id),
             cpus=_bits(self.ask(one, pynvml.nvmlDeviceGetCpuAffinity, handle, _CPU_WORDS)),
             mig_enabled=mig_enabled,
-            nvswitch_links=switch_links,
-            fabric=self.fabric(gpu, handle) if switch_links else None,
+            nvlink_version=nvlinks.version,
+            nvlinks=nvlinks.each,
+            nvswitch_links=nvlinks.switch,
+            fabric=self.fabric(gpu, handle) if nvlinks.switch else None,
+            vgpu=self.vgpu(one, handle),
             errors=self.errors_of(gpu),
         )
 
@@ -228,6 +259,11 @@ class _Reading:
         found = _bits(self.ask(gpus, pynvml.nvmlDeviceGetMemoryAffinity, handle, _NUMA_WORDS, scope))
         device = None if found else self.host.device(bus_id)
         return found if device is None or device.numa is None else (device.numa,)
+
+    def vgpu(self, gpus: tuple[int, ...], handle: Any) -> bool | None:
+        """Whether a virtual machine has only a virtual GPU of it; one that is passed through is whole."""
+        mode = self.ask(gpus, pynvml.nvmlDeviceGetVirtualizationMode, handle)
+        return None if mode is None else mode == pynvml.NVML_GPU_VIRTUALIZATION_MODE_VGPU
 
     def memory(self, gpus: tuple[int, ...], handle: Any, fine: Collection[int] = ()) -> Any:
         newer = self.ask(gpus, pynvml.nvmlDeviceGetMemoryInfo, handle, pynvml.nvmlMemory_v2, report=False)
@@ -287,23 +323,24 @@ class _Reading:
         self, gpu: int, handle: Any, capability: tuple[int, int] | None, bus_ids: Sequence[str | None]
     ) -> _NvLinks:
         """Where the active links of one GPU lead. One link that cannot be told makes all of them unknown."""
-        wanted = [_LINK_COUNT, _SWITCH_LINK_COUNT, *_LINK_STATES]
+        wanted = [_LINK_COUNT, _SWITCH_LINK_COUNT, _LINK_VERSION, *_LINK_STATES, *_LINK_SPEEDS, *_OLD_SPEEDS]
         answers = self.ask((gpu,), pynvml.nvmlDeviceGetFieldValues, handle, wanted) or ()
         fields = {(value.fieldId, value.scopeId): _field(value) for value in answers}
-        unknown = _NvLinks(peers=None, switch=_count(fields.get(_SWITCH_LINK_COUNT)))
 
         # NCCL's choice too: from Hopper on the field tells the state, and the call is deprecated.
-        by_field = (capability or (0, 0)) >= (9, 0) and _count(fields.get(_LINK_STATES[0])) is not None
-        states: list[int] = []
-        for link, key in enumerate(_LINK_STATES):
-            if by_field:
-                state = fields.get(key)
-            else:
-                state = self.ask((gpu,), pynvml.nvmlDeviceGetNvLinkState, handle, link, no_link=_ABSENT)
-            if state is None:
-                return unknown
-            states.append(state)
-        if set(states) == {_ABSENT} and _count(fields.get(_LINK_COUNT)):
+        if (capability or (0, 0)) >= (9, 0) and _count(fields.get(_LINK_STATES[0])) is not None:
+            states = [fields.get(key) for key in _LINK_STATES]
+        else:
+            call = pynvml.nvmlDeviceGetNvLinkState
+            states = [
+                self.ask((gpu,), call, handle, link, no_link=_ABSENT) for link in range(len(_LINK_STATES))
+            ]
+        each = _each(states, fields)
+        version = _count(fields.get(_LINK_VERSION))
+        if version is None and each:
+            version = self.ask((gpu,), pynvml.nvmlDeviceGetNvLinkVersion, handle, 0, fine=_NO_LINK)
+        unknown = _NvLinks(None, _count(fields.get(_SWITCH_LINK_COUNT)), each, _VERSIONS.get(version or 0))
+        if None in states or (set(states) == {_ABSENT} and _count(fields.get(_LINK_COUNT))):
             return unknown
 
         peers: Counter[str] = Counter()
@@ -325,7 +362,7 @@ class _Reading:
                 switch += 1
             else:
                 return unknown
-        return _NvLinks(peers=peers, switch=switch)
+        return replace(unknown, peers=peers, switch=switch)
 
     def fabric(self, gpu: int, handle: Any) -> Fabric | None:
         """How far a GPU is registered with its NVSwitch; ``None`` where it need not be (A100), or does not tell."""
@@ -356,6 +393,24 @@ class _Reading:
         return "NVML answered in part: " + "; ".join(errors) if by_error else None
 
 
+def _each(
+    states: Sequence[int | None], fields: Mapping[tuple[int, int], int | None]
+) -> tuple[NvLinkFacts, ...] | None:
+    """The links of one GPU, in NVML's order; ``None`` if nobody can tell how many there are."""
+    present = [link for link, state in enumerate(states) if state not in (None, _ABSENT)]
+    told = _count(fields.get(_LINK_COUNT))
+    count = told if None in states or (not present and told) else max(present, default=-1) + 1
+    if count is None:
+        return None
+    # A link that is down has no speed, which the driver calls 0.
+    return tuple(
+        NvLinkFacts(
+            state=_STATES.get(state), mb_per_s=_count(fields.get(new)) or _count(fields.get(old)) or None
+        )
+        for state, new, old in list(zip_longest(states, _LINK_SPEEDS, _OLD_SPEEDS))[:count]
+    )
+
+
 def _between(one: _NvLinks, other: _NvLinks, one_bus_id: str | None, other_bus_id: str | None) -> int | None:
     """NVLinks between two GPUs, as ``nvidia-smi topo -m`` counts them."""
     # Either end can tell the direct ones.
@@ -379,6 +434,67 @@ def _fabric_problem(gpus: Sequence[GpuFacts]) -> str:
         f"since the state of its fabric is {state!r}: look at nvidia-fabricmanager there"
         for state, ours in found.items()
     )
+
+
+def _links_down(gpus: Sequence[GpuFacts], pairs: Sequence[PairFacts]) -> str:
+    """Which NVLinks are down that should be up, and what to look at; empty if there are none.
+
+    That a link is down is no fault in itself: a card without a bridge has such links, and one of a mesh that is
+    passed through to a virtual machine. It should be up where another GPU of the model has more links up (and the
+    GPU has any, or they meet in a switch), and where it is one of a bridge. A bridge is four links from Ampere on
+    (NVIDIA's product brief of the A100 PCIe: three bridges, twelve links), all two of Turing.
+    """
+    up = {
+        gpu.ordinal: sum(link.state in ("active", "sleep") for link in gpu.nvlinks)
+        for gpu in gpus
+        if gpu.nvlinks and not gpu.mig_enabled and all(link.state for link in gpu.nvlinks)
+    }
+    found = []
+    for gpu in gpus:
+        if gpu.ordinal not in up or gpu.nvlinks is None:
+            continue
+        fellows = [one for one in gpus if one.ordinal in up and one.name == gpu.name]
+        fewer = up[gpu.ordinal] < max(up[one.ordinal] for one in fellows)
+        switched = any(one.nvswitch_links for one in fellows)
+        bridge = _bridge(gpu.compute_capability)
+        joined = [pair.nvlinks or 0 for pair in pairs if gpu.ordinal in (pair.a, pair.b)]
+        partly = not switched and any(count % bridge for count in joined)
+        down = [n for n, link in enumerate(gpu.nvlinks) if link.state not in ("active", "sleep")]
+        if down and ((fewer and (up[gpu.ordinal] or switched)) or partly):
+            found.append(f"{ordinals(down)} of GPU {gpu.ordinal}")
+    return (
+        f"NVLinks are down: {', '.join(found)}; see `nvidia-smi nvlink --status`, and Xid 74 in the kernel's log"
+        if found
+        else ""
+    )
+
+
+def _bridge(capability: tuple[int, int] | None) -> int:
+    """How many links a bridge between two cards has; 1 where that says nothing."""
+    return 1 if capability is None or capability < (7, 5) else 2 if capability == (7, 5) else 4
+
+
+def _nvls(gpus: Sequence[GpuFacts], driver: str | None, enabled: int | None) -> bool | None:
+    """Whether NCCL reduces inside the NVSwitch (NVLS); ``None`` if unknown, or where there is no such switch.
+
+    By NCCL's own conditions (``ncclNvlsInit`` in ``src/transport/nvls.cc``): not with ``NCCL_NVLS_ENABLE=0``, nor
+    with a driver older than CUDA 12.1. And only where the GPUs are registered with the switch's fabric
+    (NVIDIA/TensorRT-LLM#16595) and it is sound (pytorch/pytorch#177472). A virtual GPU has it only with unified memory
+    on (NVIDIA AI Enterprise, "NVLink Multicast"), which nobody can see.
+
+    Args:
+        gpus: those of the node.
+        driver: its version.
+        enabled: what NCCL is told, ``None`` if nothing.
+    """
+    switched = [gpu for gpu in gpus if gpu.nvswitch_links and not gpu.mig_enabled]
+    if not switched or any((gpu.compute_capability or (0, 0)) < _NVLS_CAPABILITY for gpu in switched):
+        return None
+    major = int(driver.partition(".")[0]) if driver and driver.partition(".")[0].isdigit() else None
+    if enabled == 0 or (major is not None and major < _NVLS_DRIVER):
+        return False
+    sound = all(gpu.fabric == "completed" and gpu.vgpu is False for gpu in switched)
+    return True if sound and major is not None else None
 
 
 def _profile(name: str | None, attributes: Any, gpu_memory_bytes: int | None) -> str | None:

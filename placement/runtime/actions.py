@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from placement.core.lifecycle import State
 from placement.core.replicas import PlannedReplica
-from placement.runtime import faults, groups, ledger, records
+from placement.runtime import faults, groups, ledger, metrics, records
 from placement.runtime.claims import Claim
 from placement.runtime.deployment_state import DeploymentState, held_replica
 from placement.runtime.discovery import NodeInfo
@@ -110,7 +110,9 @@ class Actions:
             Why not, if not: then nothing of it is held, and the claim is closed.
         """
         try:
-            reserved, refusals = self._fleet.reserve(claim, nodes, create)
+            with metrics.reserving() as outcome:
+                reserved, refusals = self._fleet.reserve(claim, nodes, create)
+                outcome(_outcome(refusals))
             if refusals:
                 self._fleet.give_back(reserved)
                 self._fleet.recorded(one.name)
@@ -167,6 +169,13 @@ class Actions:
                 for part in one.replicas[index].parts
             )
             self._feed.add(one.name, index, one.states[index], f"on {where}")
+
+
+def _outcome(refusals: Sequence[Refusal]) -> str:
+    """What became of a reservation, as the metrics say it."""
+    if not refusals:
+        return "reserved"
+    return "full" if all(one.full for one in refusals) else "interfered"
 
 
 def _as_counted(replicas: Iterable[PlannedReplica]) -> set[PlannedReplica]:

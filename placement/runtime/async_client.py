@@ -161,6 +161,10 @@ class AsyncClient(Connected):
         """See :meth:`Client.topology`."""
         return await answer(self._handle.topology.remote(node))
 
+    async def forget_measurements(self, node: str | None = None) -> list[dict[str, Any]]:
+        """See :meth:`Client.forget_measurements`."""
+        return await answer(self._handle.forget_measurements.remote(node))
+
     async def snapshot(self) -> dict[str, Any]:
         """See :meth:`Client.snapshot`."""
         return await answer(self._handle.snapshot.remote())

@@ -273,6 +273,17 @@ class Client(Connected):
         """
         return ask(self._handle.topology.remote(node))
 
+    def forget_measurements(self, node: str | None = None) -> list[dict[str, Any]]:
+        """Forgets what was measured on a node, or on all hosts; choices go by the rest, or by predictions, again.
+
+        Args:
+            node: its id, name or address; of a host that is no node now its name. ``None`` for all hosts.
+
+        Returns:
+            What was forgotten, as ``placement measure --export`` writes it; nothing if nothing was kept of that node.
+        """
+        return ask(self._handle.forget_measurements.remote(node))
+
     def snapshot(self) -> dict[str, Any]:
         """The cluster as the planner sees it now; JSON-ready, for ``placement plan --file``."""
         return ask(self._handle.snapshot.remote())

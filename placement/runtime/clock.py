@@ -10,6 +10,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import TYPE_CHECKING
 
+from placement.runtime import metrics
 from placement.runtime.discovery import draining_nodes, live_node_ids
 from placement.runtime.owners import has_ended
 
@@ -56,10 +57,11 @@ class Clock:
         self._alive: frozenset[str] = frozenset()
 
     def start(self) -> None:
-        """Begins, in a thread of its own. Which nodes drain is known from here on."""
+        """Begins, in a thread of its own, and reports metrics from another. Which nodes drain is known from here on."""
         self._controller.cluster.draining = draining_nodes()
         self._controller.queue.demand.listen()
         threading.Thread(target=self._run, name="clock", daemon=True).start()
+        metrics.start(self._controller.queries.readings)
 
     def _run(self) -> None:
         looked_at = time.monotonic()

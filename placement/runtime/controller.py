@@ -290,6 +290,10 @@ class Controller:
         for one in measurements:
             self.fleet.inventory.record_measurement(one)
 
+    def forget_measurements(self, node: str | None) -> list[Measurement]:
+        """Forgets what was measured on a node, or on all; see the service."""
+        return self.fleet.inventory.forget_measurements(node, self.cluster.nodes())
+
     def release(self, name: str) -> int:
         """Gives back everything that a deployment holds, or all members of a group; how many replicas that were.
 

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from placement.errors import Busy
+from placement.runtime import metrics
 
 KEPT_PER_DEPLOYMENT = 200
 KEPT_DEPLOYMENTS = 2000
@@ -121,6 +122,7 @@ class Feed:
                     self._lasts[oldest] = last
             self._wake(name)
             need_more = self._needs_more()
+        metrics.noted(name, replica, str(state))
         if need_more:
             try:
                 self._run(self._set_more_aside)

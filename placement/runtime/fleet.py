@@ -14,7 +14,7 @@ from typing import Any
 from placement.core.needs import WHOLE
 from placement.core.replicas import PlannedReplica
 from placement.core.topology import MeasuredRates
-from placement.runtime import faults, groups
+from placement.runtime import faults, groups, metrics
 from placement.runtime.agents import Agents, Unanswered
 from placement.runtime.amount_reservation import reserve_amounts
 from placement.runtime.claims import Claim
@@ -348,6 +348,7 @@ class Fleet:
             refusals.append(answer.refused.at(info.id, info.name))
             return
         for replica, one in zip(replicas, answer.filled, strict=True):
+            metrics.steered(one.reserved.attempts)
             assignment = NodeAssignment(
                 replica_index=replica.replica_index,
                 node=info.id,

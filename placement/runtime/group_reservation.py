@@ -21,7 +21,7 @@ from placement.core.needs import WHOLE
 from placement.core.replicas import PlannedReplica
 from placement.core.request import Strategy
 from placement.core.topology import MeasuredRates
-from placement.runtime import faults, groups
+from placement.runtime import faults, groups, metrics
 from placement.runtime.agents import DEADLINE_SECONDS, Agents, Unanswered
 from placement.runtime.claims import Claim
 from placement.runtime.discovery import NodeInfo
@@ -186,6 +186,8 @@ class GroupReservation:
             if found is None:
                 return self._interfered(attempt, "another Ray user took or freed GPUs meanwhile")
             done = True
+            for one in prepared.values():
+                metrics.steered(attempt - 1 + one.attempts)
             return [
                 _assignment(self._nodes[node], part, found[node], group, self._orders[node])
                 for part in self._parts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +15,10 @@ from placement.runtime import ledger
 from placement.runtime.agents import Agents
 from placement.runtime.backoff import Backoff
 from placement.runtime.discovery import NodeInfo
-from placement.runtime.measurements import Measurements, make_of
+from placement.runtime.measurements import Measurements, identity_on, make_of
 from placement.runtime.orders import GpuHardware, hardware_of
 from placement.wire.facts import NodeFacts
+from placement.wire.machine import Machine
 from placement.wire.measurements import Measurement
 
 DEADLINE_SECONDS = 45.0
@@ -72,11 +73,29 @@ class Inventory:
     def record_measurement(self, measurement: Measurement) -> None:
         """Keeps what was measured on a host; :meth:`hardware` of all nodes of its make tells it from now on."""
         self.measurements.record(measurement)
+        self._rated_anew({measurement.machine})
+
+    def forget_measurements(self, node: str | None, nodes: Iterable[NodeInfo]) -> list[Measurement]:
+        """Forgets what was measured on a node, or on all, and returns it.
+
+        Args:
+            node: id, name or address of one that is there, or the name of one that is not; ``None`` for all hosts.
+            nodes: those that are there.
+        """
+        if node is None:
+            found = self.measurements.forget([one.host for one in self.measurements.all()], ())
+        else:
+            here = [info for info in nodes if node in (info.id, info.name, info.address)]
+            identities = [identity_on(info.name, self.hardware(info)) for info in here if info.gpu_count]
+            found = self.measurements.forget({node, *(info.name for info in here)}, identities)
+        self._rated_anew({one.machine for one in found})
+        return found
+
+    def _rated_anew(self, makes: Collection[Machine]) -> None:
+        """Has :meth:`hardware` of all nodes of these makes tell what is measured now."""
         with self._lock:
             concerned = {
-                node_id
-                for node_id, known in self._hardware.items()
-                if make_of(known.topology) == measurement.machine
+                node_id for node_id, known in self._hardware.items() if make_of(known.topology) in makes
             }
             for node_id in concerned:
                 del self._hardware[node_id]

@@ -129,9 +129,17 @@ def facts() -> dict[str, NodeFacts | None]:
 def save_measurement(measurement: Measurement) -> None:
     """Keeps what was measured on a host, in the place of what was kept of it before."""
     value = measurement.model_dump_json(exclude_none=True).encode()
+    ray_internals.kv_put(_key_of(measurement), value, _NAMESPACE)
+
+
+def forget_measurement(measurement: Measurement) -> None:
+    """Removes what was measured on a host, if it is kept."""
+    ray_internals.kv_delete(_key_of(measurement), _NAMESPACE)
+
+
+def _key_of(measurement: Measurement) -> bytes:
     which = repr((measurement.identity, measurement.machine.model_dump_json())).encode()
-    key = (_MEASURED + hashlib.sha256(which).hexdigest()[:32]).encode()
-    ray_internals.kv_put(key, value, _NAMESPACE)
+    return (_MEASURED + hashlib.sha256(which).hexdigest()[:32]).encode()
 
 
 def measurements() -> list[Measurement]:

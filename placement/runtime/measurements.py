@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 from functools import lru_cache
 
 from placement.core.measured import is_suspect, of_all
@@ -36,6 +37,15 @@ class Measurements:
         """Keeps a measurement; what was measured before of other sets of the host stays."""
         ledger.save_measurement(self._put(measurement))
 
+    def forget(self, hosts: Collection[str], identities: Collection[tuple[object, ...]]) -> list[Measurement]:
+        """Forgets what was measured on hosts, by their names or what they are recognized by, and returns it."""
+        found = [one for one in self.all() if one.host in hosts or one.identity in identities]
+        for one in found:
+            ledger.forget_measurement(one)
+            with self._lock:
+                self._of_make[one.machine].pop(one.identity, None)
+        return found
+
     def _put(self, later: Measurement) -> Measurement:
         with self._lock:
             hosts = self._of_make.setdefault(later.machine, {})
@@ -46,7 +56,7 @@ class Measurements:
     def of(self, name: str, hardware: GpuHardware) -> Measurement | None:
         """What was measured on a node itself."""
         with self._lock:
-            return self._of_make.get(make_of(hardware.topology), {}).get(_identity(name, hardware))
+            return self._of_make.get(make_of(hardware.topology), {}).get(identity_on(name, hardware))
 
     def applied(self, name: str, hardware: GpuHardware) -> GpuHardware:
         """The hardware of a node with the rates that it goes by: those of its make, and its own where these are apart.
@@ -62,7 +72,7 @@ class Measurements:
             return hardware
         with self._lock:
             hosts = dict(self._of_make.get(make_of(topology), {}))
-        own = hosts.get(_identity(name, hardware))
+        own = hosts.get(identity_on(name, hardware))
         predicted = shape_of(topology).mb_per_s
         sound = [
             {gpus: rate for gpus, rate in one.mb_per_s().items() if not is_suspect(rate, predicted(gpus))}
@@ -71,7 +81,8 @@ class Measurements:
         return with_rates(hardware, of_all({} if own is None else own.mb_per_s(), sound))
 
 
-def _identity(name: str, hardware: GpuHardware) -> tuple[object, ...]:
+def identity_on(name: str, hardware: GpuHardware) -> tuple[object, ...]:
+    """What measurements of a node are recognized by."""
     return identity_of(name, [hardware.uuids.get(gpu) for gpu in range(len(hardware.topology))])
 
 

@@ -7,10 +7,12 @@ from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from typing import Any
 
+from placement.core.simulation import fragmentation
 from placement.core.snapshot import Snapshot
 from placement.errors import UnknownDeployment, UnknownNode
-from placement.runtime import groups
+from placement.runtime import groups, metrics
 from placement.runtime.deployment_state import DeploymentState
+from placement.runtime.discovery import NodeInfo
 from placement.runtime.feed import Event, Feed
 from placement.runtime.fleet import Fleet
 from placement.runtime.membership import meant_by
@@ -25,7 +27,7 @@ from placement.wire.deployment import Deployment
 from placement.wire.dry_run import explain_deployments, plan_in_order
 from placement.wire.held import HeldDeployment
 from placement.wire.plans import ExplainedPlan, PlacementPlan
-from placement.wire.requests import request_unchecked
+from placement.wire.requests import mix_of, request_unchecked
 
 STATUS_SECONDS = 5.0
 """How long ``status`` waits for nodes that have not said yet what their GPUs are."""
@@ -87,11 +89,31 @@ class Queries:
         """What there is and who holds it; see the service."""
         nodes = self._cluster.nodes()
         self._fleet.inventory.refresh(nodes, patience_seconds=STATUS_SECONDS)
+        return cluster_status(self._observed(nodes), node, deployment, state)
+
+    def readings(self) -> dict[metrics.Series, float]:
+        """What the gauges of :mod:`placement.runtime.metrics` say now. No node is asked, and no node actor started."""
+        nodes, now = self._cluster.nodes(), time.time()
+        seen = self._observed(nodes)
+        self._cluster.read()
+        with self._state.lock:
+            snapshot = self._cluster.snapshot(nodes)
+        declared, queue = self._state.all(), set(seen.queue)
+        mix = mix_of(snapshot, [one.deployment for one in declared])
+        waiting = {
+            "deployment": [one.waiting_since or now for one in declared if one.name in queue],
+            "call": [ticket.since for ticket in self._queue.tickets.all()],
+        }
+        topologies = {info.id: self._fleet.inventory.hardware(info).topology for info in nodes}
+        fragmented = fragmentation(snapshot.changed((), mix))[1]
+        return metrics.readings(cluster_status(seen), topologies, waiting, fragmented, now)
+
+    def _observed(self, nodes: list[NodeInfo]) -> Observed:
         available = groups.available_resources()
         for node_id in self._fleet.lagging():
             available.pop(node_id, None)
         deployments = self._state.deployments.copy()
-        seen = Observed(
+        return Observed(
             nodes,
             deployments,
             self._fleet.inventory.hardware,
@@ -105,7 +127,6 @@ class Queries:
             self._queue.demand.report(),
             near=self._near,
         )
-        return cluster_status(seen, node, deployment, state)
 
     def topology(self, node: str | None) -> list[dict[str, Any]]:
         """What the GPUs of each node report, read anew; see the service."""

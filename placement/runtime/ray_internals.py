@@ -30,6 +30,7 @@ try:
     import ray._private.worker
     import ray._raylet
     import ray.util.client
+    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
     from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR as JOB_CONFIG_VARIABLE
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply, NodeStatus
     from ray.core.generated.gcs_pb2 import PlacementGroupTableData
@@ -62,6 +63,7 @@ _WHY_NOT = {
 """Version -> what is wrong with those before it, the earliest first."""
 
 _STANDS_ON = (
+    "_config.metrics_report_interval_ms",
     "_private.services.canonicalize_bootstrap_address",
     "_private.services.find_bootstrap_address",
     "_private.services.find_gcs_addresses",
@@ -164,6 +166,12 @@ def submission_id() -> str | None:
 def is_ray_client() -> bool:
     """Whether this process is connected through ``ray://``. No public call says so."""
     return bool(ray.util.client.ray.is_connected())
+
+
+def auth_token() -> str | None:
+    """The token with which this process asks Ray, from wherever Ray has it; ``None`` where authentication is off."""
+    [header] = get_auth_headers_if_auth_enabled({}).values() or [""]
+    return str(header).removeprefix("Bearer ") or None
 
 
 def local_address() -> str | None:
@@ -318,6 +326,17 @@ def is_second_autoscaler(timeout_seconds: float) -> bool:
         timeout=timeout_seconds,
     )
     return found == b"1"
+
+
+# -- metrics ---------------------------------------------------------------------------------------------
+
+
+def metrics_export_seconds() -> float:
+    """How often a process hands its metrics to its node's agent: ``RAY_metrics_report_interval_ms``, at least 1 s.
+
+    A gauge that was not set for two of these is not exported any more.
+    """
+    return max(1.0, float(ray._config.metrics_report_interval_ms()) / 1000)
 
 
 # -- Ray Serve -------------------------------------------------------------------------------------------

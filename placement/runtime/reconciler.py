@@ -26,7 +26,7 @@ from placement.core.reconcile import (
 from placement.core.request import Request, Told
 from placement.core.snapshot import Snapshot
 from placement.errors import LeaseExpired, ReservationFailed, UnknownGpu, Unplaceable
-from placement.runtime import faults
+from placement.runtime import faults, metrics
 from placement.runtime.actions import Actions
 from placement.runtime.claims import Claim
 from placement.runtime.deployment_state import DeploymentState
@@ -65,6 +65,7 @@ class Work:
         refused: nodes that refused, for whatever reason; of these Ray's books are believed.
         full: node id -> most whole GPUs or instances that may be planned there.
         replans, attempts, where, reason: how often, and why the last time.
+        began: when, on the monotonic clock.
     """
 
     known: DeploymentState | None
@@ -85,6 +86,7 @@ class Work:
     attempts: int = 0
     where: str = ""
     reason: str = ""
+    began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self.durable = self.known
@@ -354,6 +356,7 @@ class Reconciler:
         if action.replaces:
             self.fleet.recorded(kept.name)
         self.actions.tell_places(kept, placed)
+        metrics.placed(time.monotonic() - work.began)
         return True
 
     def _learn(self, work: Work, refusals: Sequence[Refusal]) -> None:

@@ -21,7 +21,7 @@ from placement.errors import (
     UnknownDeployment,
     Unplaceable,
 )
-from placement.runtime import ray_internals
+from placement.runtime import metrics, ray_internals
 from placement.runtime.clock import Clock
 from placement.runtime.controller import IDLE_SECONDS, Controller
 from placement.runtime.declarations import (
@@ -110,6 +110,7 @@ class DeploymentPlacementActor:
 
     # -- what changes deployments --------------------------------------------------------------------
 
+    @metrics.counted
     async def place(
         self,
         deployment: DeploymentLike,
@@ -171,6 +172,7 @@ class DeploymentPlacementActor:
             tickets.remove(ticket)
         return await self._in(self._changes, ticket.result)  # which may be in the middle of an attempt
 
+    @metrics.counted
     async def apply(
         self,
         deployment: DeploymentLike,
@@ -208,6 +210,7 @@ class DeploymentPlacementActor:
                 ("apply", wanted.model_dump_json(), atomic, owner_key(owner)), begin
             )
 
+    @metrics.counted
     async def apply_all(
         self, deployments: Sequence[DeploymentLike], atomic: bool = False, caller: Caller = None
     ) -> list[PlacementResult]:
@@ -292,6 +295,7 @@ class DeploymentPlacementActor:
 
     # -- leases: the caller creates the groups -------------------------------------------------------
 
+    @metrics.counted
     async def lend(
         self,
         deployment: DeploymentLike,
@@ -314,6 +318,7 @@ class DeploymentPlacementActor:
         with self._calls.one_more():
             return await self._loans.begin(lending, self._wait_for(ticket, wait_seconds))
 
+    @metrics.counted
     async def confirm(self, loan_id: str, group_id: str) -> Loan | PlacementResult:
         """Says that the group of a loan is there, by its id in hex; empty if it could not be had.
 
@@ -471,6 +476,18 @@ class DeploymentPlacementActor:
         file = json.dumps({"measurements": list(measurements)})
         found = read_measurements(file, "measurements")
         await self._in(self._reads, self._controller.record_measurements, found)
+
+    async def forget_measurements(self, node: str | None = None) -> list[dict[str, Any]]:
+        """Forgets what was measured on a node, or on all hosts; choices go by the rest, or by predictions, again.
+
+        Args:
+            node: its id, name or address; of a host that is no node now its name. ``None`` for all hosts.
+
+        Returns:
+            What was forgotten, as :meth:`measurements` tells it; nothing if nothing was kept of that node.
+        """
+        found = await self._in(self._reads, self._controller.forget_measurements, node)
+        return list(as_file(found)["measurements"])
 
     async def measurements(self) -> list[dict[str, Any]]:
         """What was measured on all hosts, whether they are there now or not; JSON-ready."""

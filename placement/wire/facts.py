@@ -16,6 +16,19 @@ Fabric = Literal["not started", "in progress", "failed", "completed", "limited c
 """How far a GPU is registered with the fabric of its NVSwitch, and from ``completed`` on what is wrong with that."""
 
 
+LinkState = Literal["inactive", "active", "sleep", "traffic disabled"]
+"""What an NVLink does. Traffic wakes one that sleeps; the others but ``active`` join nothing."""
+
+
+class NvLinkFacts(Model):
+    """One NVLink of a GPU. ``None`` is unknown."""
+
+    state: LinkState | None = None
+    mb_per_s: int | None = Field(
+        default=None, description="signalling rate per direction, MB/s; none while it is down"
+    )
+
+
 class GpuFacts(Model):
     """One GPU. ``None`` is "unknown or not supported", never zero."""
 
@@ -26,6 +39,7 @@ class GpuFacts(Model):
     memory_used_bytes: int | None = None
     compute_capability: tuple[int, int] | None = Field(default=None, description="major, minor")
     pci_bus_id: str | None = Field(default=None, description="as sysfs writes it: 0000:1b:00.0")
+    minor_number: int | None = Field(default=None, description="that of /dev/nvidia<number>")
     pcie_generation: int | None = Field(
         default=None, description="the highest that card and slot can do; the current one drops when idle"
     )
@@ -36,12 +50,17 @@ class GpuFacts(Model):
     mig_profile: str | None = Field(
         default=None, description="profile (1g.10gb) where this slot of Ray's is a MIG instance"
     )
+    nvlink_version: str | None = Field(default=None, description="4.0; None if unknown or it has no NVLink")
+    nvlinks: tuple[NvLinkFacts, ...] | None = Field(
+        default=None, description="its NVLinks by number, up or not; None if unknown, empty if it has none"
+    )
     nvswitch_links: int | None = Field(
         default=None, description="NVLinks of this GPU that end in an NVSwitch"
     )
     fabric: Fabric | None = Field(
         default=None, description="whether its NVSwitch can be used; None if unknown"
     )
+    vgpu: bool | None = Field(default=None, description="it is a virtual GPU of a virtual machine")
     errors: tuple[str, ...] = Field(default=(), description="NVML calls that failed on this GPU, and how")
 
     @property
@@ -165,6 +184,10 @@ class NodeFacts(Model):
     numa_nodes: tuple[NumaFacts, ...] = Field(default=(), description="empty if unknown")
     driver_version: str | None = None
     cpu: str | None = Field(default=None, description="product name of the host's processors")
+    nvls: bool | None = Field(
+        default=None,
+        description="NCCL reduces inside the NVSwitch; None if unknown, or where it has no such switch",
+    )
     age_seconds: float | None = Field(
         default=None, description="how old the reading is, set when it is handed out"
     )
@@ -201,7 +224,7 @@ class NodeFacts(Model):
         """The reading as a :class:`~placement.core.topology.Topology`; the same object for machines that are alike."""
         places = tuple((gpu.numa_nodes, gpu.cpus, gpu.lanes) for gpu in self.gpus)
         names = frozenset(gpu.name for gpu in self.gpus if not gpu.lost)
-        return _topology(self.pairs, self.nics, places, names, self.cpu, self.numa_nodes)
+        return _topology(self.pairs, self.nics, places, names, self.cpu, self.numa_nodes, self.nvls)
 
 
 @lru_cache(maxsize=256)
@@ -212,6 +235,7 @@ def _topology(
     names: frozenset[str | None],
     cpu: str | None,
     numa_nodes: tuple[NumaFacts, ...],
+    nvls: bool | None,
 ) -> Topology:
     matrix = [[UNKNOWN_LINK] * len(places) for _ in places]
     below = [[Path.UNKNOWN] * len(places) for _ in places]
@@ -230,4 +254,5 @@ def _topology(
         lanes=tuple(lanes for _, _, lanes in places),
         cpu=cpu,
         numa_nodes=tuple(one.node for one in numa_nodes),
+        nvls=nvls,
     )

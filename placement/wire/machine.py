@@ -52,7 +52,9 @@ class Machine(Model):
         default=(), description="the NUMA nodes of the host; empty if unknown"
     )
     nics: tuple[NicNames, ...] = Field(default=(), description="those of which it is known")
-
+    nvls: bool | None = Field(
+        default=None, description="collectives reduce inside the NVSwitch; none if unknown"
+    )
     measured: tuple[tuple[tuple[int, ...], GbPerSecond], ...] = Field(
         default=(),
         description="sets of GPUs with the all-reduce bus bandwidth that was measured on them, GB/s; empty if none was",
@@ -81,6 +83,7 @@ class Machine(Model):
                 for nic in topology.nics
                 if nic.ports or nic.interfaces
             ),
+            nvls=topology.nvls,
             measured=tuple((gpus, rate / 1000) for gpus, rate in topology.measured),
         )
 
@@ -126,5 +129,6 @@ class Machine(Model):
             below=self.below,
             nics=nics,
             numa_nodes=tuple(one.node for one in self.numa_nodes),
+            nvls=self.nvls,
             measured=tuple((gpus, mb_per_s(rate)) for gpus, rate in self.measured),
         )

@@ -143,6 +143,8 @@ def _in_slot(facts: NodeFacts, slot: int, one: GpuFacts | MigFacts | None) -> Gp
             "memory_used_bytes": one.memory_used_bytes,
             "mig_enabled": True,
             "mig_profile": one.profile,
+            "nvlink_version": None,
+            "nvlinks": None,
             "nvswitch_links": None,
             "errors": one.errors,
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -61,11 +62,22 @@ def test_a_bad_file_is_refused_before_any_cluster_is_asked(command: str, tmp_pat
     assert "cannot be read: No such file or directory; check the path" in missing.stderr
 
 
-@pytest.mark.parametrize("args", [["up"], ["status"], ["topology"], ["release", "x"], ["down"]])
+@pytest.mark.parametrize(
+    "args", [["up"], ["status"], ["topology"], ["release", "x"], ["down"], ["dashboard", "--port", "0"]]
+)
 def test_no_cluster_at_the_address_is_said_at_once(args: list[str]) -> None:
     result = run(*args, *NOBODY)
     assert (result.exit_code, result.stdout) == (3, "")
     assert "error: no Ray cluster at 127.0.0.9:1 (Connection refused); start one with" in result.stderr
+
+
+def test_a_dashboard_where_nobody_can_listen_is_refused_before_any_cluster_is_asked() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = run("dashboard", "--port", str(taken.getsockname()[1]), *NOBODY)
+    assert result.exit_code == 2
+    assert "Address already in use; choose another --port, or 0 for any that is free" in result.stderr
+    elsewhere = run("dashboard", "--host", "192.0.2.1", "--port", "0", *NOBODY)
+    assert elsewhere.exit_code == 2 and "check --host" in elsewhere.stderr
 
 
 def test_an_address_that_is_none_is_said() -> None:

@@ -99,6 +99,20 @@ def test_what_was_exported_is_imported(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "cannot measure node 'gpu-c': nothing was measured there" in nothing.stderr
 
 
+def test_what_was_measured_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = as_file([measurement()])["measurements"]
+    service = a_service(monkeypatch, forget_measurements=lambda node: told if node in (None, "gpu-a") else [])
+    said = run("measure", "--forget", "--node", "gpu-a")
+    assert (said.exit_code, said.stdout) == (0, "gpu-a: forgot 1 set of GPUs\n")
+    assert json.loads(run("measure", "--forget", "--json").stdout) == {"version": 1, "measurements": told}
+    assert [args for args, _ in service.asked("forget_measurements")] == [("gpu-a",), (None,)]
+    nothing = run("measure", "--forget", "--node", "gpu-c")
+    assert (nothing.exit_code, nothing.stdout) == (1, "")
+    assert "cannot measure node 'gpu-c': nothing was measured there" in nothing.stderr
+    both = run("measure", "--forget", "--export", "-")
+    assert both.exit_code == 2 and "--import, --export and --forget exclude each other" in both.stderr
+
+
 def test_a_node_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     service = a_service(monkeypatch)
     service.answers["topology"] = UnknownNode("--node", "x", ("gpu-a",))

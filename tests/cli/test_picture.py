@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 from itertools import combinations
 from pathlib import Path as File
 from typing import Any
@@ -11,11 +13,14 @@ import pytest
 
 from placement import topologies
 from placement.cli.topology import _recorded
+from placement.cli.views.cluster_picture import cluster_picture
 from placement.cli.views.picture import picture
 from placement.cli.views.svg import text_width
 from placement.core.matrix import render_matrix
 from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
+from tests.cli import fake_service
 from tests.cli.test_commands import run
+from tests.dashboard.recorded import NO_ROOM, Recorded
 from tests.topologies.test_machines import MACHINES, READ
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -34,20 +39,36 @@ def texts(svg: str) -> list[str]:
 def boxes(svg: str) -> list[tuple[str, float, float, float, float]]:
     """Each text, and the box that it takes: left, top, right, bottom."""
     found = []
-    y = 0.0
-    for one in ElementTree.fromstring(svg).iter():
-        if one.tag == f"{SVG}g":
-            y = float(one.attrib["transform"].split()[1].rstrip(")"))
-        if one.tag != f"{SVG}text":
-            continue
-        size, left = float(one.attrib["font-size"]), float(one.attrib["x"])
+    root = ElementTree.fromstring(svg)
+    for one, x, y in [
+        (
+            one,
+            *(
+                map(
+                    float,
+                    re.findall(r"[\d.]+", part.get("transform", "")) if part.tag == f"{SVG}g" else (0, 0),
+                )
+            ),
+        )
+        for part in root
+        for one in part.iter(f"{SVG}text")
+    ]:
+        size, left = float(one.attrib["font-size"]), x + float(one.attrib["x"])
         wide, base = text_width(str(one.text), size), y + float(one.attrib["y"])
         if "transform" in one.attrib:
             found.append((str(one.text), left - size, base - wide, left, base))
             continue
-        left -= wide / 2 if one.attrib["text-anchor"] == "middle" else 0
+        left -= {"middle": wide / 2, "end": wide}.get(one.attrib["text-anchor"], 0)
         found.append((str(one.text), left, base - 0.75 * size, left + wide, base + 0.1 * size))
     return found
+
+
+def assert_apart(shown: list[tuple[str, float, float, float, float]], width: float, height: float) -> None:
+    """No text leaves the picture, and none covers another."""
+    for text, left, top, right, bottom in shown:
+        assert left >= 0 and top >= 0 and right <= width and bottom <= height, text
+    for (one, l1, t1, r1, b1), (other, l2, t2, r2, b2) in combinations(shown, 2):
+        assert r1 <= l2 or r2 <= l1 or b1 <= t2 or b2 <= t1, (one, other)
 
 
 def every_machine() -> list[Any]:
@@ -65,11 +86,7 @@ def test_every_machine_is_drawn_whole_and_no_text_covers_another(machine: dict[s
     assert svg == picture([machine])
     root = ElementTree.fromstring(svg)
     width, height = (float(root.attrib[side]) for side in ("width", "height"))
-    shown = boxes(svg)
-    for text, left, top, right, bottom in shown:
-        assert left >= 0 and top >= 0 and right <= width and bottom <= height, text
-    for (one, l1, t1, r1, b1), (other, l2, t2, r2, b2) in combinations(shown, 2):
-        assert r1 <= l2 or r2 <= l1 or b1 <= t2 or b2 <= t1, (one, other)
+    assert_apart(boxes(svg), width, height)
     whole = machine["gpu_count"] - sum(
         bool(one["mig_profile"]) for one in (machine["facts"] or {}).get("gpus", ())
     )
@@ -126,3 +143,35 @@ def test_the_command_writes_the_picture(tmp_path: File) -> None:
     assert refused.exit_code == 2 and "--picture: 'a.png' does not end in .svg; name it so" in refused.stderr
     missing = run("topology", "--name", "l40s-4x", "--picture", str(tmp_path / "no" / "a.svg"))
     assert missing.exit_code == 2 and "cannot be written: No such file or directory" in missing.stderr
+
+
+@pytest.mark.parametrize("nodes", [1, 4, 10, 60])
+def test_a_cluster_is_drawn_whole_and_no_text_covers_another(nodes: int) -> None:
+    status = asyncio.run(Recorded(nodes).read(0))["status"]
+    svg = cluster_picture(status)
+    assert svg == cluster_picture(status)
+    root = ElementTree.fromstring(svg)
+    assert_apart(boxes(svg), *(float(root.attrib[side]) for side in ("width", "height")))
+    shown = texts(svg)
+    assert {node["name"] for node in status["nodes"]} <= {*shown}
+    assert f"llama-405b, replica 0 pending: {NO_ROOM}" in shown
+    if nodes == 4:
+        assert shown[:2] == [
+            "20 GPUs on 4 nodes: 17 held, 2 free, 1 of other Ray users",
+            "6 deployments with 11 replicas, 1 pending",
+        ]
+        assert {"reranker/0", "25%", "egress_openai: 8 of 32 requests", "died 30s ago", "other user"} <= {
+            *shown
+        }
+        assert "qwen2.5-32b-0  2/2, 230 GB/s, NV12" in shown
+
+
+def test_status_draws_what_it_shows(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = asyncio.run(Recorded(4).read(0))["status"]
+    fake_service.use(monkeypatch, fake_service.FakeService(status=report))
+    file = tmp_path / "cluster.svg"
+    printed = fake_service.run("status", "--picture", str(file))
+    assert printed.exit_code == 0 and "4 nodes" in printed.output
+    assert file.read_text("utf-8") == cluster_picture(report)
+    refused = fake_service.run("status", "--watch", "--picture", str(file))
+    assert refused.exit_code == 2 and "leave out --watch" in refused.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from placement import topologies
 from placement.cli.views import machine, nodes, tables
 from placement.core.matrix import render_matrix
+from placement.wire.facts import NvLinkFacts
 
 
 def text(*renderables: Any) -> str:
@@ -165,6 +167,50 @@ def test_a_machine_tells_lanes_where_they_differ_and_who_has_peer_to_peer() -> N
     assert lines[3].split()[:6] == ["GPU", "0", "1", "2", "3", "PCIe"]
     assert [line.split()[5] for line in lines[5:9]] == ["4.0", "4.0", "?", "4.0"]
     assert "4.0 x8" in lines[6]
+
+
+def test_a_machine_tells_its_links_and_whether_its_switch_reduces() -> None:
+    def links(up: int, down: int, speed: int | None = 26_562) -> tuple[NvLinkFacts, ...]:
+        return (*[NvLinkFacts(state="active", mb_per_s=speed)] * up, *[NvLinkFacts(state="inactive")] * down)
+
+    facts = topologies.facts("hgx-h100-4gpu")
+    told = {0: links(18, 0), 1: links(17, 1), 2: links(18, 0), 3: (*links(17, 0, None), NvLinkFacts())}
+    gpus = [
+        gpu.model_copy(
+            update={"nvlinks": told[gpu.ordinal], "minor_number": 3 - gpu.ordinal, "nvlink_version": "4.0"}
+        )
+        for gpu in facts.gpus
+    ]
+    gpus[3] = gpus[3].model_copy(update={"nvlink_version": None, "minor_number": None})
+    facts = facts.model_copy(update={"source": "nvml", "gpus": tuple(gpus)})
+    shape = facts.topology()
+    report = {
+        "name": "a", "gpu_count": 4, "gpu_model": shape.model, "known": True, "nvswitch": False,
+        "islands": [list(island) for island in shape.islands], "matrix": render_matrix(shape),
+        "problem": None, "facts": facts.model_dump(mode="json"),
+    }  # fmt: skip
+    lines = text(*machine.topology_view(report)).splitlines()
+    assert lines[3:6] == [
+        "NVLink 4.0: 18 of 18 links up, 26.6 GB/s each, GPU 0,2",
+        "NVLink 4.0: 17 of 18 links up, 26.6 GB/s each, GPU 1",
+        "NVLink ?: ? of 18 links up, GPU 3",
+    ]
+    assert [line.split()[:2] for line in lines[-4:]] == [["0", "3"], ["1", "2"], ["2", "1"], ["3", "?"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "nvls", "said"),
+    [
+        ("dgx-h100", True, "NVLS: on"),
+        ("dgx-h100", False, "NVLS: off"),
+        ("dgx-h100", None, "NVLS: not known"),
+        ("dgx-a100", None, None),
+        ("h100-pcie-2x", None, None),
+    ],
+)
+def test_nvls_is_told_where_a_switch_could_reduce(name: str, nvls: bool | None, said: str | None) -> None:
+    told = machine.host_texts(replace(topologies.load(name), nvls=nvls), (0, 1))
+    assert [one for one in told if one.startswith("NVLS")] == ([said] if said else [])
 
 
 def test_a_machine_lists_the_slots_that_nobody_can_tell() -> None:

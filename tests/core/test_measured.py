@@ -39,6 +39,53 @@ def test_it_speaks_for_sets_that_are_alike_and_for_no_others() -> None:
     assert gb(machine, 0, 1, 2, 3) == gb(BRIDGED, 0, 1, 2, 3), "larger"
 
 
+ALL = list(combinations(range(8), 2))
+
+
+def test_a_gpu_that_is_slow_with_all_others_makes_every_set_slow_that_holds_it() -> None:
+    """Over an NVSwitch it spends the same links on whoever its peer is."""
+    machine = measured(HGX, *((pair, 92_700 if 3 in pair else 370_000) for pair in ALL))
+    sets = [range(3), range(4), range(8)]
+    assert [gb(machine, *gpus) for gpus in sets] == [(370.8, False), (94.554, False), (122.57, False)]
+    assert best_set(machine, range(5), 4) == (0, 1, 2, 4)
+    assert score(machine, range(4)).upper_gb_per_s is None
+    whole = measured(HGX, *machine.measured, (tuple(range(8)), 480_000))
+    assert gb(whole, *range(8)) == (480.0, True), "what was measured itself counts"
+
+
+def test_over_a_switch_a_pair_of_sound_gpus_slows_only_sets_of_three() -> None:
+    machine = measured(HGX, *((pair, 92_700 if pair == (0, 1) else 370_000) for pair in ALL))
+    assert gb(machine, 0, 1, 2) == (92.7, False)
+    assert gb(machine, 0, 1, 2, 3) == gb(HGX, 0, 1, 2, 3), "a ring of four has a way around"
+    few = measured(HGX, ((0, 1), 92_700), ((2, 3), 370_000), ((4, 5), 370_000))
+    assert gb(few, 0, 1, 2, 3) == (94.554, False), "nobody has seen that either of them is sound"
+
+
+def test_a_ring_is_as_slow_as_the_second_of_a_gpus_hops() -> None:
+    quad = topologies.load("t4-4x")
+    pairs = list(combinations(range(4), 2))
+    usual = [round(1000 * gb(quad, *pair)[0]) for pair in pairs]
+    slow = usual[0] // 4
+    one = measured(quad, *zip(pairs, [slow, *usual[1:]], strict=True))
+    assert gb(one, 0, 1, 2) == (slow * 1076 // 1000 / 1000, False)
+    assert gb(one, 0, 1, 2, 3) == gb(quad, 0, 1, 2, 3), "a ring around it"
+    two = measured(quad, *zip(pairs, [slow, slow, *usual[2:]], strict=True))
+    assert gb(two, 0, 1, 2, 3) == (slow * 1115 // 1000 / 1000, False)
+    assert gb(two, 1, 2, 3) == gb(quad, 1, 2, 3)
+
+
+def test_rings_over_nvlink_carry_no_more_than_what_leaves_a_gpu() -> None:
+    """A DGX-1V's fastest quads have two rings, 80 GB/s, and a link between each two of their GPUs."""
+    machine = topologies.load("dgx-1v")
+    assert gb(machine, 0, 1, 2, 3) == (80.0, False)
+    rates = {pair: 20_000 * machine.link(*pair).nvlinks for pair in ALL if machine.link(*pair).nvlinks}
+    rates |= {(0, other): 5_000 * machine.link(0, other).nvlinks for other in (1, 2, 3)}
+    bad = measured(machine, *sorted(rates.items()))
+    links = sum(machine.link(0, other).nvlinks for other in (1, 2, 3))
+    assert gb(bad, 0, 1, 2, 3) == (5.0 * links, False)
+    assert gb(bad, 4, 5, 6, 7) == (80.0, False)
+
+
 def test_alike_sets_that_differ_by_noise_are_equally_fast() -> None:
     machine = measured(HGX, ((0, 1), 370_000), ((2, 3), 365_000), ((4, 5), 355_000))
     assert {gb(machine, *pair) for pair in combinations(range(8), 2)} == {(365.0, True)}

@@ -17,10 +17,10 @@ from placement.core.needs import Needs, Within
 from placement.core.node import Node
 from placement.core.request import Place, Request
 from placement.core.roles import GroupPlan, plan
-from placement.core.routes import Member, RoleLink, Roles, Route, Via, joined, meets, route
+from placement.core.routes import Member, RoleLink, Roles, Route, Via, joined, meets, on_node, route
 from placement.core.score import score
 from placement.core.snapshot import Snapshot
-from placement.core.topology import Link, Path, Topology
+from placement.core.topology import Lanes, Link, Path, Topology
 from placement.errors import BelowFloor, NotEnoughGpus, Unplaceable
 from tests.properties.cases import MACHINES
 
@@ -173,7 +173,7 @@ def test_a_floor_that_cannot_be_met_names_the_two_and_their_route() -> None:
     assert isinstance(found, BelowFloor)
     assert str(found) == (
         "cannot place 'pd': the route between prefill/0 on GPU 0 of h and decode/1 on GPU 4 of h would be SYS, "
-        "22 GB/s, and their link via 'pcie' asks for within = 'numa' and min_bandwidth_gb_per_s = 10; "
+        "21.5 GB/s, and their link via 'pcie' asks for within = 'numa' and min_bandwidth_gb_per_s = 10; "
         "lower that floor, or free GPUs that are nearer to each other"
     )
 
@@ -193,8 +193,8 @@ def test_via_nvlink_where_no_node_has_it() -> None:
         ({"within": "switch"}, False),
         ({"within": "switch", "via": NVLINK}, True),
         ({"within": "nvlink", "via": NVLINK, "min_gb_per_s": 300.0}, True),
-        ({"min_gb_per_s": 30.0}, True),
-        ({"min_gb_per_s": 31.0}, False),
+        ({"min_gb_per_s": 29.0}, True),
+        ({"min_gb_per_s": 30.0}, False),
         ({"within": "rack"}, True),
         ({"within": "zone"}, False),
         ({"within": "rack", "via": NETWORK}, True),
@@ -203,6 +203,38 @@ def test_via_nvlink_where_no_node_has_it() -> None:
 def test_floors(link: dict[str, object], fits: bool) -> None:
     found = plan(Snapshot([node("h", rack="r")]), *prefill_decode(**link))
     assert fits is isinstance(found, GroupPlan)
+
+
+@pytest.mark.parametrize("via", [NVLINK, PCIE])
+@pytest.mark.parametrize("cpu", ["AMD EPYC 7502", "AMD EPYC 9654", "Intel(R) Xeon(R) Gold 6230R", None])
+@pytest.mark.parametrize("peer", [True, False, None])
+def test_a_route_carries_what_a_collective_of_the_two_reaches(
+    via: Via, cpu: str | None, peer: bool | None
+) -> None:
+    """Two GPUs below each of two switches at one host bridge, and two at another; one has half its lanes."""
+    paths = [Path.PIX, Path.PHB, Path.NODE, Path.SYS]
+    near = [[next(i for i in range(4) if a >> i + 1 == b >> i + 1) for b in range(8)] for a in range(8)]
+    machine = Topology(
+        tuple(tuple(Link(paths[level], peer=peer) for level in row) for row in near),
+        model="NVIDIA A10",
+        lanes=(Lanes(4, 8), *(Lanes(4),) * 7),
+        cpu=cpu,
+    )
+    for a, b in combinations(range(8), 2):
+        assert on_node(machine, via, (a,), (b,)).gb_per_s == score(machine, (a, b)).bandwidth_gb_per_s
+
+
+@pytest.mark.parametrize(
+    ("below", "gb_per_s"), [(Path.PIX, 48.0), (Path.PXB, 45.6), (Path.NODE, 29.714), (Path.SYS, 21.517)]
+)
+def test_below_nvlink_a_route_over_pcie_is_that_of_gpus_that_reach_each_other(
+    below: Path, gb_per_s: float
+) -> None:
+    link = Link(Path.NVLINK, 18)
+    machine = Topology(((link,) * 2,) * 2, model="NVIDIA H100 80GB HBM3", below=((below,) * 2,) * 2)
+    found = on_node(machine, PCIE, (0,), (1,))
+    assert (found.name, found.gb_per_s) == (str(below), gb_per_s)
+    assert on_node(machine, NVLINK, (0,), (1,)).gb_per_s == 370.8
 
 
 def test_a_search_that_is_cut_off_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

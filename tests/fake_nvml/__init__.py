@@ -131,9 +131,9 @@ def describe(
 
 
 def as_matrix(topology: Topology) -> Topology:
-    """What ``nvidia-smi topo -m`` would tell of a machine: no PCIe path below NVLink, no peer-to-peer, no lanes."""
+    """What ``nvidia-smi topo -m`` would tell of a machine: no PCIe below NVLink, no peer-to-peer, no lanes, no NVLS."""
     links = tuple(tuple(replace(link, peer=None) for link in row) for row in topology.links)
-    return replace(topology, links=links, below=(), lanes=(), cpu=None)
+    return replace(topology, links=links, below=(), lanes=(), cpu=None, nvls=None)
 
 
 def _spaced(numbers: Iterable[int]) -> str:

@@ -13,6 +13,9 @@
  *   pcie 0 4 16                 highest PCIe generation, lanes in use
  *   fabric 0 3 0 1              NVML's state of the fabric, its status, its health; absent: not supported
  *   idle 0 2                    2 more NVLinks of GPU 0 that are there, but inactive
+ *   minor 0 3                   its number in /dev; absent: not supported
+ *   nvlink 0 6 26562            version of its NVLinks (NVML's number), MB/s of each that is up; absent: not supported
+ *   virtual 0 2                 NVML's virtualization mode, 0 where not said
  *   hidden                      the PCI address of a switch reads FFFFFFFF:FF:FF.0, and its kind is unknown
  *   instance 0 2 5 0 total used 1 3 MIG-... NVIDIA H100 ... MIG 1c.3g.40gb
  *                               GPU 0 has a MIG instance at index 2: its GPU and compute instance ids, bytes,
@@ -36,7 +39,8 @@ enum { MAX_GPUS = 32, MAX_LINKS = 36, MAX_CPUS = 8192, MAX_NODES = 1024, MAX_FAU
 enum { TO_SWITCH = -1, IDLE = -2 }; /* where a link leads, if not to a GPU */
 enum { HANG = -1, CRASH = -2 };     /* what a fault does, if not a return code */
 enum { KIND_GPU = 0, KIND_SWITCH = 2, KIND_UNKNOWN = 255 };
-enum { FIELD_LINK_COUNT = 91, FIELD_SWITCH_LINK_COUNT = 147, FIELD_LINK_STATE = 165 };
+enum { FIELD_FIRST_SPEED = 84, FIELD_LINK_COUNT = 91, FIELD_SEVENTH_SPEED = 132, FIELD_SWITCH_LINK_COUNT = 147,
+       FIELD_LINK_SPEED = 164, FIELD_LINK_STATE = 165, FIELD_LINK_VERSION = 166 };
 
 typedef struct {
     char bus_id_legacy[16];
@@ -75,6 +79,9 @@ typedef struct {
     unsigned domain, bus, device;
     int has_memory, major, minor, mig; /* mig < 0: not supported */
     unsigned pcie_generation, pcie_width; /* 0: not supported */
+    int minor_number; /* < 0: not supported */
+    unsigned nvlink_version, nvlink_speed; /* 0: not supported */
+    unsigned virtualization;
     int has_fabric;
     unsigned fabric_state, fabric_status, fabric_health;
     unsigned long long total, reserved, used;
@@ -165,6 +172,13 @@ static void read_line(const char *line) {
     } else if (IS("pcie")) {
         Gpu *gpu = gpu_at(a, line);
         if (sscanf(text, "%u %u", &gpu->pcie_generation, &gpu->pcie_width) != 2) refuse(line);
+    } else if (IS("minor")) {
+        if (sscanf(text, "%d", &gpu_at(a, line)->minor_number) != 1) refuse(line);
+    } else if (IS("nvlink")) {
+        Gpu *gpu = gpu_at(a, line);
+        if (sscanf(text, "%u %u", &gpu->nvlink_version, &gpu->nvlink_speed) != 2) refuse(line);
+    } else if (IS("virtual")) {
+        if (sscanf(text, "%u", &gpu_at(a, line)->virtualization) != 1) refuse(line);
     } else if (IS("fabric")) {
         Gpu *gpu = gpu_at(a, line);
         gpu->has_fabric = 1;
@@ -209,7 +223,7 @@ static int load(void) {
     memset(machine.ancestor, 0xff, sizeof machine.ancestor);
     for (int i = 0; i < MAX_GPUS; i++) {
         machine.gpu[i].index = i;
-        machine.gpu[i].part = machine.gpu[i].mig = -1;
+        machine.gpu[i].part = machine.gpu[i].mig = machine.gpu[i].minor_number = -1;
     }
     while (fgets(line, sizeof line, file)) {
         line[strcspn(line, "\n")] = '\0';
@@ -321,6 +335,18 @@ int nvmlDeviceGetName(Gpu *gpu, char *name, unsigned size) {
 int nvmlDeviceGetPciInfo_v3(Gpu *gpu, Pci *pci) {
     CHECK(gpu->index, ANY);
     fill_pci(pci, gpu->domain, gpu->bus, gpu->device);
+    return SUCCESS;
+}
+
+int nvmlDeviceGetMinorNumber(Gpu *gpu, unsigned *number) {
+    CHECK(gpu->index, ANY);
+    *number = (unsigned)gpu->minor_number;
+    return gpu->minor_number < 0 ? NOT_SUPPORTED : SUCCESS;
+}
+
+int nvmlDeviceGetVirtualizationMode(Gpu *gpu, unsigned *mode) {
+    CHECK(gpu->index, ANY);
+    *mode = gpu->virtualization;
     return SUCCESS;
 }
 
@@ -453,6 +479,14 @@ int nvmlDeviceGetNvLinkState(Gpu *gpu, unsigned link, unsigned *active) {
     return code;
 }
 
+int nvmlDeviceGetNvLinkVersion(Gpu *gpu, unsigned link, unsigned *version) {
+    CHECK(gpu->index, ANY);
+    int code = check_link(gpu, link);
+    if (code != SUCCESS) return code;
+    *version = gpu->nvlink_version;
+    return *version ? SUCCESS : NOT_SUPPORTED;
+}
+
 int nvmlDeviceGetNvLinkRemoteDeviceType(Gpu *gpu, unsigned link, unsigned *kind) {
     CHECK(gpu->index, ANY);
     int code = check_link(gpu, link);
@@ -473,6 +507,19 @@ int nvmlDeviceGetNvLinkRemotePciInfo_v2(Gpu *gpu, unsigned link, Pci *pci) {
     return SUCCESS;
 }
 
+/* The older fields are one for each link, six and then six, and end there; the newer one is told the link. */
+static int speed_of(const Gpu *gpu, const Field *field, unsigned long long *value) {
+    unsigned link = field->scope;
+    if (field->field != FIELD_LINK_SPEED)
+        link = field->field - (field->field < FIELD_SEVENTH_SPEED ? FIELD_FIRST_SPEED : FIELD_SEVENTH_SPEED - 6);
+    else if (gpu->major < 9)
+        return NOT_SUPPORTED;
+    int code = check_link(gpu, link);
+    if (code != SUCCESS || !gpu->nvlink_speed) return code == SUCCESS ? NOT_SUPPORTED : code;
+    *value = gpu->link_to[link] == IDLE ? 0 : gpu->nvlink_speed;
+    return SUCCESS;
+}
+
 static unsigned field_value(const Gpu *gpu, const Field *field, unsigned long long *value) {
     char name[16];
     snprintf(name, sizeof name, "field%u", field->field);
@@ -485,6 +532,13 @@ static unsigned field_value(const Gpu *gpu, const Field *field, unsigned long lo
     case FIELD_SWITCH_LINK_COUNT:
         for (int i = 0; i < gpu->links; i++) *value += gpu->link_to[i] == TO_SWITCH;
         return SUCCESS;
+    case FIELD_LINK_SPEED:
+    case FIELD_FIRST_SPEED ... FIELD_FIRST_SPEED + 5:
+    case FIELD_SEVENTH_SPEED ... FIELD_SEVENTH_SPEED + 5:
+        return (unsigned)speed_of(gpu, field, value);
+    case FIELD_LINK_VERSION:
+        *value = gpu->nvlink_version;
+        return gpu->major < 9 || !*value ? NOT_SUPPORTED : SUCCESS;
     case FIELD_LINK_STATE:
         if (gpu->major < 9) return NOT_SUPPORTED;
         if ((code = check_link(gpu, field->scope)) != SUCCESS) return (unsigned)code;

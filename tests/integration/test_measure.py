@@ -85,6 +85,11 @@ def test_choices_go_by_rates_that_were_read_in_also_after_a_restart(
     kept = json.loads(run("measure", "--export", "-").stdout)["measurements"]
     assert [(one["host"], len(one["rates"])) for one in kept] == [("pcie", 2)]
 
+    assert client.forget_measurements("pcie") == kept
+    assert pair(client, "again", **on) == ([0, 1], 230.4, False)
+    assert client.status(node="pcie")["nodes"][0]["suspects"] == []
+    assert "nothing was measured on any host" in run("measure", "--forget").stderr
+
 
 def _answers() -> bool:
     try:

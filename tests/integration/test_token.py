@@ -7,12 +7,15 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from placement.runtime.embedded import Network, free_port
+from tests.dashboard.running import dashboard
 from tests.integration.conftest import settled
 
 pytestmark = pytest.mark.integration
@@ -62,6 +65,18 @@ def run(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str
     )
 
 
+def answered(url: str, token: str = "") -> int:
+    """The status of the page's answer."""
+    cookies = urllib.request.HTTPCookieProcessor()
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), cookies)
+    try:
+        with direct.open(request, timeout=60) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
 def test_up_apply_and_status_work_with_the_token_and_not_without(
     head: tuple[str, dict[str, str]], tmp_path: Path
 ) -> None:
@@ -81,5 +96,14 @@ def test_up_apply_and_status_work_with_the_token_and_not_without(
         done = run({**env, **changed}, "status", "--address", address)
         assert done.returncode == 3, (changed, done.stdout, done.stderr)
         assert f"error: no Ray cluster at {address}" in done.stderr
+    with dashboard(address, env) as url:
+        page, _, key = url.partition("?token=")
+        assert key and TOKEN not in url
+        assert [answered(page), answered(url), answered(page, TOKEN), answered(page, "b4" * 32)] == [
+            401,
+            200,
+            200,
+            401,
+        ]
     done = run(env, "down", "--yes", "--address", address)
     assert (done.returncode, "released d" in done.stdout) == (0, True), done.stderr

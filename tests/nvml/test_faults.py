@@ -11,7 +11,7 @@ import pytest
 
 from placement import topologies
 from placement.core.topology import Lanes, Path
-from placement.wire.facts import GpuFacts, NodeFacts
+from placement.wire.facts import GpuFacts, NodeFacts, NvLinkFacts
 from tests import fake_nvml
 
 Read = Callable[[str], NodeFacts]
@@ -28,13 +28,25 @@ class Lost:
     """What is unknown after a call failed on all GPUs.
 
     Attributes:
-        gpu, pair: fact -> what stands for unknown there.
+        gpu, pair: fact -> what stands for unknown there, or a function of what is known of it else.
+        old: facts of GPUs that are unknown only before Hopper, where no field tells them.
+        node: facts of the node.
         direct: facts of pairs that are unknown only on machines with straight links.
     """
 
     gpu: Mapping[str, object] | None = None
     pair: Mapping[str, object] | None = None
     direct: Mapping[str, object] | None = None
+    old: Mapping[str, object] | None = None
+    node: Mapping[str, object] | None = None
+
+
+def no_speeds(links: tuple[NvLinkFacts, ...]) -> tuple[NvLinkFacts, ...]:
+    return tuple(one.model_copy(update={"mb_per_s": None}) for one in links)
+
+
+def no_states(links: tuple[NvLinkFacts, ...]) -> tuple[NvLinkFacts, ...]:
+    return tuple(one.model_copy(update={"state": None}) for one in links)
 
 
 CALLS = {
@@ -43,9 +55,10 @@ CALLS = {
     # Either version tells the same.
     "nvmlDeviceGetMemoryInfo": Lost(),
     "nvmlDeviceGetMemoryInfo_v2": Lost(),
-    "nvmlDeviceGetCudaComputeCapability": Lost(gpu={"compute_capability": None}),
+    "nvmlDeviceGetCudaComputeCapability": Lost(gpu={"compute_capability": None}, node={"nvls": None}),
     # A straight link names its far end by address: without addresses it leads nowhere.
     "nvmlDeviceGetPciInfo_v3": Lost(gpu={"pci_bus_id": None}, direct={"nvlinks": None}),
+    "nvmlDeviceGetMinorNumber": Lost(gpu={"minor_number": None}),
     "nvmlDeviceGetMaxPcieLinkGeneration": Lost(gpu={"pcie_generation": None}),
     "nvmlDeviceGetCurrPcieLinkWidth": Lost(gpu={"pcie_width": None}),
     "nvmlDeviceGetMemoryAffinity": Lost(gpu={"numa_nodes": ()}),
@@ -54,12 +67,14 @@ CALLS = {
     "nvmlDeviceGetTopologyCommonAncestor": Lost(pair={"common_ancestor": Path.UNKNOWN}),
     "nvmlDeviceGetP2PStatus": Lost(pair={"peer_read": None, "peer_write": None}),
     # Links to a switch are counted by field 147 as well.
-    "nvmlDeviceGetNvLinkState": Lost(direct={"nvlinks": None}),
+    "nvmlDeviceGetNvLinkState": Lost(direct={"nvlinks": None}, old={"nvlinks": no_states}),
+    "nvmlDeviceGetNvLinkVersion": Lost(old={"nvlink_version": None}),
     "nvmlDeviceGetNvLinkRemotePciInfo_v2": Lost(direct={"nvlinks": None}),
     # The far end's address tells whether it is a GPU, field 147 whether it is a switch.
     "nvmlDeviceGetNvLinkRemoteDeviceType": Lost(),
-    "nvmlDeviceGetFieldValues": Lost(),
-    "nvmlDeviceGetGpuFabricInfoV": Lost(gpu={"fabric": None}),
+    "nvmlDeviceGetFieldValues": Lost(gpu={"nvlinks": no_speeds}),
+    "nvmlDeviceGetGpuFabricInfoV": Lost(gpu={"fabric": None}, node={"nvls": None}),
+    "nvmlDeviceGetVirtualizationMode": Lost(gpu={"vgpu": None}, node={"nvls": None}),
 }
 NODE_CALLS = {
     "nvmlInitWithFlags",
@@ -75,8 +90,16 @@ def description(name: str) -> str:
     recorded = topologies.load(name)
     machine = replace(recorded, lanes=(Lanes(4),) * len(recorded))
     fabric = [f"fabric {gpu} 3 0 1" for gpu in range(len(machine)) if machine.nvswitch]
+    more = [line for gpu in range(len(machine)) for line in (f"minor {gpu} {gpu}", f"nvlink {gpu} 4 25781")]
     capability = topologies.describe(name).compute_capability
-    return fake_nvml.describe(machine, *fabric, capability=capability, peer=(0, 1))
+    return fake_nvml.describe(machine, *fabric, *more, capability=capability, peer=(0, 1))
+
+
+def lost_facts(lost: Lost, gpu: GpuFacts, name: str) -> dict[str, object]:
+    """What is unknown of a GPU."""
+    old = topologies.describe(name).compute_capability < (9, 0)
+    facts = dict(lost.gpu or {}) | dict((lost.old if old else None) or {})
+    return {fact: left(getattr(gpu, fact)) if callable(left) else left for fact, left in facts.items()}
 
 
 def without_errors(facts: NodeFacts) -> NodeFacts:
@@ -99,7 +122,7 @@ def test_a_call_that_fails_on_all_gpus_hides_only_what_it_tells(
 ) -> None:
     healthy = read_machine(description(name))
     lost = CALLS[call]
-    gpu, pair = dict(lost.gpu or {}), dict(lost.pair or {})
+    pair = dict(lost.pair or {})
     if name in DIRECT:
         pair |= lost.direct or {}
     if (call, name) == ("nvmlDeviceGetNvLinkState", "rtx-4090-8x") and error != NOT_SUPPORTED:
@@ -107,8 +130,9 @@ def test_a_call_that_fails_on_all_gpus_hides_only_what_it_tells(
         pair |= {"nvlinks": None}
     expected = healthy.model_copy(
         update={
-            "gpus": tuple(one.model_copy(update=gpu) for one in healthy.gpus),
+            "gpus": tuple(one.model_copy(update=lost_facts(lost, one, name)) for one in healthy.gpus),
             "pairs": tuple(one.model_copy(update=pair) for one in healthy.pairs),
+            **(lost.node or {}),
         }
     )
 
@@ -126,13 +150,17 @@ def test_a_call_that_fails_on_one_gpu_hides_it_there_only(call: str, name: str, 
     healthy = read_machine(description(name))
     lost = CALLS[call]
     # Whatever the links of one GPU are, the other ends of them tell it too.
-    gpu, pair = dict(lost.gpu or {}), dict(lost.pair or {})
+    pair = dict(lost.pair or {})
     expected = healthy.model_copy(
         update={
-            "gpus": tuple(one.model_copy(update=gpu if one.ordinal == 2 else {}) for one in healthy.gpus),
+            "gpus": tuple(
+                one.model_copy(update=lost_facts(lost, one, name) if one.ordinal == 2 else {})
+                for one in healthy.gpus
+            ),
             "pairs": tuple(
                 one.model_copy(update=pair if 2 in (one.a, one.b) else {}) for one in healthy.pairs
             ),
+            **(lost.node or {}),
         }
     )
 

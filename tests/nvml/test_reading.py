@@ -10,8 +10,8 @@ import pytest
 
 from placement import topologies
 from placement.core.matrix import parse_matrix
-from placement.core.topology import Lanes, Link, Path
-from placement.wire.facts import GpuFacts, NodeFacts, PairFacts
+from placement.core.topology import Lanes, Link, Path, Topology
+from placement.wire.facts import GpuFacts, NodeFacts, NvLinkFacts, PairFacts
 from tests import fake_nvml
 
 Read = Callable[[str], NodeFacts]
@@ -32,10 +32,12 @@ numa 0 0 5 64
 cpus 0 0 1 63 64 8191
 mig 0 1
 pcie 0 4 8
+minor 0 3
 uuid 1 GPU-b
 name 1 NVIDIA A100 80GB PCIe
 pci 1 0 a 0
 capability 1 8 0
+virtual 1 2
 ancestor 0 1 40
 peer 0 1 0 3
 """
@@ -87,7 +89,10 @@ def test_all_facts_of_two_gpus(read_machine: Read) -> None:
         mig_enabled=True,
         pcie_generation=4,
         pcie_width=8,
+        minor_number=3,
+        nvlinks=(),
         nvswitch_links=0,
+        vgpu=False,
     )
     assert second == GpuFacts(
         ordinal=1,
@@ -95,7 +100,9 @@ def test_all_facts_of_two_gpus(read_machine: Read) -> None:
         name="NVIDIA A100 80GB PCIe",
         compute_capability=(8, 0),
         pci_bus_id="0000:0a:00.0",
+        nvlinks=(),
         nvswitch_links=0,
+        vgpu=True,
     )
     assert (
         PairFacts(a=0, b=1, common_ancestor=Path.NODE, nvlinks=0, peer_read=True, peer_write=False),
@@ -226,3 +233,151 @@ def test_from_hopper_on_a_field_tells_the_state_of_a_link(read_machine: Read) ->
     # The older call is deprecated there; a library without it still tells everything.
     facts = read_machine(fake_nvml.describe(QUAD, "fail nvmlDeviceGetNvLinkState 13", capability=(9, 0)))
     assert fake_nvml.as_matrix(facts.topology()) == QUAD
+
+
+PAIR = "gpus 2\npci 0 0 1 0\npci 1 0 2 0\nancestor 0 1 30\n"
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "said"), [((8, 6), 5, "3.1"), ((9, 0), 6, "4.0"), ((8, 0), 77, None)]
+)
+def test_each_link_of_a_gpu_has_a_state_and_a_speed(
+    capability: tuple[int, int], version: int, said: str | None, read_machine: Read
+) -> None:
+    lines = [
+        f"capability {gpu} {capability[0]} {capability[1]}\nnvlink {gpu} {version} 14062" for gpu in (0, 1)
+    ]
+    facts = read_machine("\n".join([PAIR, "idle 0 1\nidle 1 1\nlinks 0 1 3", *lines]))
+    up, down = NvLinkFacts(state="active", mb_per_s=14_062), NvLinkFacts(state="inactive")
+    assert [(gpu.nvlinks, gpu.nvlink_version) for gpu in facts.gpus] == [((down, up, up, up), said)] * 2
+    assert facts.topology().link(0, 1) == Link(Path.NVLINK, 3)
+
+
+def test_the_speed_of_the_seventh_link_is_told_by_another_field(read_machine: Read) -> None:
+    facts = read_machine(PAIR + "capability 0 8 0\nlinks 0 1 8\nnvlink 0 4 25781\nnvlink 1 4 25781\n")
+    assert {(len(gpu.nvlinks or ()), *{one.mb_per_s for one in gpu.nvlinks or ()}) for gpu in facts.gpus} == {
+        (8, 25_781)
+    }
+
+
+DGX_1V = topologies.load("dgx-1v")
+CARDS = parse_matrix("\n".join(["GPU0 GPU1", "GPU0 X NV4", "GPU1 NV4 X"]))
+
+
+@pytest.mark.parametrize(
+    ("case", "wiring", "capability", "lines", "down"),
+    [
+        ("a bridge that is sound", CARDS, (8, 0), ["idle 0 8", "idle 1 8"], ""),
+        ("a bridge with a bad link", "links 0 1 3", (8, 6), ["idle 0 1", "idle 1 1"], "3 of GPU 0, 3 of GPU 1"),
+        ("one of Turing", "links 0 1 1", (7, 5), ["idle 0 1", "idle 1 1"], "1 of GPU 0, 1 of GPU 1"),
+        ("cards without a bridge", "", (8, 6), ["idle 0 4", "idle 1 4"], ""),
+        ("part of a mesh, passed through", "links 0 1 2", (7, 0), ["idle 0 4", "idle 1 4"], ""),
+        ("links that do not tell", "links 0 1 3", (8, 6), ["idle 0 1", "fail nvmlDeviceGetNvLinkState 999 0"], ""),
+        ("not joined to a switch", "switch 0 18", (9, 0), ["idle 1 18"], "0-17 of GPU 1"),
+        ("cut up", "switch 0 18", (9, 0), ["idle 1 18", "mig 1 1"], ""),
+    ],
+)  # fmt: skip
+def test_a_link_that_is_down_is_named_where_it_should_be_up(
+    case: str,
+    wiring: str | Topology,
+    capability: tuple[int, int],
+    lines: list[str],
+    down: str,
+    read_machine: Read,
+) -> None:
+    told = (
+        fake_nvml.describe(wiring, *lines, capability=capability)
+        if isinstance(wiring, Topology)
+        else "\n".join(
+            [PAIR, *(f"capability {n} {capability[0]} {capability[1]}" for n in (0, 1)), wiring, *lines]
+        )
+    )
+    problem = read_machine(told).problem or ""
+    assert ("are down" in problem) == bool(down), case
+    assert f"are down: {down};" in problem or not down, case
+
+
+def test_a_link_of_a_mesh_that_is_down_is_missing_and_named(read_machine: Read) -> None:
+    """GPUs 0 and 3 of a DGX-1V have two links, one of which is down at both ends."""
+    whole = fake_nvml.describe(DGX_1V, capability=(7, 0))
+    links = DGX_1V.link(0, 3).nvlinks
+    broken = whole.replace(f"links 0 3 {links}", f"links 0 3 {links - 1}") + "idle 0 1\nidle 3 1\n"
+    sound, facts = read_machine(whole), read_machine(broken)
+    assert links == 2 and sound.problem is None
+    assert facts.topology().link(0, 3) == Link(Path.NVLINK, 1)
+    assert facts.problem == (
+        "NVLinks are down: 5 of GPU 0, 5 of GPU 3; see `nvidia-smi nvlink --status`, and Xid 74 in the kernel's log"
+    )
+
+
+H100 = fake_nvml.describe(replace(topologies.load("dgx-h100"), nics=()), capability=(9, 0))
+SOUND = "".join(f"fabric {gpu} 3 0 1\n" for gpu in range(8))
+
+
+@pytest.mark.parametrize(
+    ("case", "lines", "environment", "nvls"),
+    [
+        ("all is sound", SOUND, {}, True),
+        ("told to do what it does anyway", SOUND, {"NCCL_NVLS_ENABLE": "2"}, True),
+        ("told what is no number", SOUND, {"NCCL_NVLS_ENABLE": "off"}, True),
+        ("off in the environment", SOUND, {"NCCL_NVLS_ENABLE": "0"}, False),
+        ("off, whatever the fabric's state", "", {"NCCL_NVLS_ENABLE": "0x0"}, False),
+        ("a driver older than CUDA 12.1", SOUND + "driver 525.147.05\n", {}, False),
+        ("the first driver that does", SOUND + "driver 530.30.02\n", {}, True),
+        (
+            "a driver that does not tell its version",
+            SOUND + "fail nvmlSystemGetDriverVersion 999\n",
+            {},
+            None,
+        ),
+        ("the fabric's state is not told", "", {}, None),
+        ("the fabric is impaired", SOUND + "fabric 3 3 0 3\n", {}, None),
+        ("a GPU is not registered", SOUND + "fabric 3 2 0 0\n", {}, None),
+        ("virtual GPUs", SOUND + "virtual 3 2\n", {}, None),
+        ("passed through to a virtual machine", SOUND + "virtual 3 1\n", {}, True),
+        ("nobody tells", SOUND + "fail nvmlDeviceGetVirtualizationMode 999 3\n", {}, None),
+    ],
+)
+def test_whether_the_switch_reduces(
+    case: str,
+    lines: str,
+    environment: dict[str, str],
+    nvls: bool | None,
+    read_machine: Read,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: FilePath,
+) -> None:
+    monkeypatch.setenv("NCCL_CONF_FILE", str(tmp_path / "none"))
+    monkeypatch.delenv("NCCL_NVLS_ENABLE", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    facts = read_machine(H100 + lines)
+    assert (facts.nvls, facts.topology().nvls) == (nvls, nvls), case
+
+
+@pytest.mark.parametrize(
+    ("file", "variable", "nvls"),
+    [
+        ("NCCL_DEBUG=INFO\nNCCL_NVLS_ENABLE=0\n", None, False),
+        ("NCCL_NVLS_ENABLE=0\n", "1", True),
+        ("NCCL_NVLS_ENABLE=1\nNCCL_NVLS_ENABLE=0\n", None, True),
+        ("# NCCL_NVLS_ENABLE=0\n", None, True),
+    ],
+)
+def test_nccls_own_file_counts_where_the_environment_says_nothing(
+    file: str,
+    variable: str | None,
+    nvls: bool,
+    read_machine: Read,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: FilePath,
+) -> None:
+    (tmp_path / "nccl.conf").write_text(file)
+    monkeypatch.setenv("NCCL_CONF_FILE", str(tmp_path / "nccl.conf"))
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", variable or "")
+    assert read_machine(H100 + SOUND).nvls is nvls
+
+
+def test_switches_before_hopper_do_not_reduce(read_machine: Read) -> None:
+    machine = replace(topologies.load("dgx-a100"), nics=())
+    assert read_machine(fake_nvml.describe(machine) + SOUND).nvls is None

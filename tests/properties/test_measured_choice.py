@@ -26,10 +26,42 @@ class MeasuredOracle(Oracle):
         predicted = super()._bandwidth(gpus)
         alike = [rate for other, rate in self.machine.measured if self._alike(other, gpus)]
         if not alike:
-            return predicted
+            return self._at_most(gpus, predicted)
         usual = median_low(alike)
         own = dict(self.machine.measured).get(gpus, usual)
         return own if abs(own - usual) > usual / 10 else usual
+
+    def _at_most(self, gpus: Gpus, predicted: int) -> int:
+        """But for suspect pairs: a part of it on a switch, else the second of a GPU's hops, or all over NVLink."""
+        reached = (
+            {
+                pair: (self._bandwidth(pair), super(MeasuredOracle, self)._bandwidth(pair))
+                for pair in combinations(gpus, 2)
+            }
+            if len(gpus) > 2
+            else {}
+        )
+        slow = {pair for pair, (rate, usual) in reached.items() if rate < usual / 2}
+        if self.switch and all(self.machine.link(a, b).nvlinks for a, b in reached):
+            counts = [reached[pair] for pair in slow if len(gpus) == 3 or not all(map(self._sound, pair))]
+            return min((predicted * rate // usual for rate, usual in counts), default=predicted)
+        bounds = [predicted]
+        for gpu in gpus if slow else ():
+            hops = [tuple(sorted((gpu, other))) for other in gpus if other != gpu]
+            second = sorted(reached[hop][0] if hop in slow else 10**9 for hop in hops)[-2]
+            ring = second * (1000 + 230 * (len(gpus) - 2) // len(gpus)) // 1000
+            nvlinks = [
+                reached[hop][0 if hop in slow else 1] for hop in hops if self.machine.link(*hop).nvlinks
+            ]
+            bounds.append(max(ring, sum(nvlinks)))
+        return min(bounds)
+
+    def _sound(self, gpu: int) -> bool:
+        """Whether it was measured with another one that was not slow."""
+        pairs = [pair for pair, _ in self.machine.measured if len(pair) == 2 and gpu in pair]
+        return any(
+            self._bandwidth(pair) >= super(MeasuredOracle, self)._bandwidth(pair) / 2 for pair in pairs
+        )
 
     def _alike(self, one: Gpus, other: Gpus) -> bool:
         def told(gpus: Gpus) -> tuple[list[str], list[str]]:

@@ -37,8 +37,11 @@ class Controller:
             forget_all_but=self.forgot.append,
         )
 
-        self.queue = self.lifetimes = self
+        self.queue = self.lifetimes = self.queries = self
         self.sweeper = SimpleNamespace(sweep_again=int)
+
+    def readings(self) -> dict[object, float]:
+        return {}
 
     def stranded(self, alive: frozenset[str]) -> list[str]:
         return list(self.lost)
@@ -178,8 +181,11 @@ def test_which_nodes_drain_is_known_before_the_first_look(
     """A controller that starts anew would otherwise place on them for a second."""
     monkeypatch.setattr(clock, "draining_nodes", lambda: frozenset({"a"}))
     monkeypatch.setattr(clock, "threading", SimpleNamespace(Thread=lambda **_: SimpleNamespace(start=int)))
+    read: list[object] = []
+    monkeypatch.setattr(clock, "metrics", SimpleNamespace(start=read.append))
     Clock(controller, Later()).start()  # type: ignore[arg-type]
     assert controller.cluster.draining == {"a"}
+    assert read == [controller.readings]
 
 
 def test_what_waits_is_tried_at_once_when_something_has_come_for_it(controller: Controller) -> None:

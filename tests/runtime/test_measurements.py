@@ -43,6 +43,7 @@ def store() -> Iterator[dict[bytes, bytes]]:
     found: dict[bytes, bytes] = {}
     with (
         mock.patch.object(ray_internals, "kv_put", lambda key, value, namespace: found.update({key: value})),
+        mock.patch.object(ray_internals, "kv_delete", lambda key, namespace: found.pop(key)),
         mock.patch.object(
             ray_internals,
             "kv_all",
@@ -181,3 +182,28 @@ def test_a_plan_from_a_file_goes_by_the_same_rates(store: dict[bytes, bytes]) ->
     topology = read.machines["m"].topology()
     assert topology == known.hardware(NODES[0]).topology
     assert score(topology, (0, 1)).bandwidth_gb_per_s == 90.0
+
+
+def test_what_was_measured_is_forgotten_and_nodes_go_by_the_rest(store: dict[bytes, bytes]) -> None:
+    known = inventory()
+    known.record_measurement(measured("a", {(0, 1): 212.0}))
+    known.record_measurement(measured("b", {(0, 1): 185.0, (0, 2): 18.0}))
+    known.record_measurement(measured("gone", {(0, 3): 20.0}))
+    rates(known), known.pop_changed()
+    assert [(one.host, len(one.rates)) for one in known.forget_measurements("b", NODES)] == [("b", 2)]
+    assert known.pop_changed() == {"a", "b"}
+    assert rates(known)[:2] == [(((0, 1), 212_000), ((0, 3), 20_000))] * 2
+    assert [one.host for one in known.forget_measurements("gone", NODES)] == ["gone"]
+    assert known.forget_measurements("nobody", NODES) == []
+    assert [one.host for one in known.forget_measurements(None, NODES)] == ["a"]
+    assert (rates(known), store) == ([(), (), ()], {})
+    assert known.forget_measurements(None, NODES) == []
+
+
+def test_a_node_whose_name_is_another_now_is_forgotten_by_its_gpus(store: dict[bytes, bytes]) -> None:
+    uuids = ("GPU-0", "GPU-1", "GPU-2", "GPU-3")
+    gpus = tuple(gpu.model_copy(update={"uuid": uuid}) for gpu, uuid in zip(BRIDGED.gpus, uuids, strict=True))
+    known = inventory(FACTS | {"a": BRIDGED.model_copy(update={"gpus": gpus})})
+    known.record_measurement(measured("earlier", {(0, 1): 212.0}).model_copy(update={"uuids": uuids}))
+    assert [one.host for one in known.forget_measurements("a", NODES)] == ["earlier"]
+    assert rates(known)[0] == ()

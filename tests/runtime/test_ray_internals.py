@@ -24,6 +24,7 @@ PUBLIC = {
     "ray": None,  # all that has no underscore
     "ray.actor": {"ActorHandle"},
     "ray.util": None,
+    "ray.util.metrics": {"Counter", "Gauge", "Histogram"},
     "ray.util.placement_group": {
         "PlacementGroup", "get_placement_group", "placement_group", "placement_group_table", "remove_placement_group",
     },

@@ -37,6 +37,7 @@ def blocking(wanted: Deployment) -> None:
     assert_type(client.renew("d"), float | None)
     assert_type(client.release("d"), int)
     assert_type(client.release_all(), list[str])
+    assert_type(client.forget_measurements("gpu-a"), list[dict[str, Any]])
     assert_type(client.status(state="pending"), Status)
     assert_type(client.status()["nodes"], list[dict[str, Any]])
     assert_type(client.events("d"), list[Event])

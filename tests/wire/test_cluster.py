@@ -103,6 +103,7 @@ def test_what_is_known_of_the_host_is_the_same_from_its_file() -> None:
             Nic("eth0", (PciePath.NODE, PciePath.UNKNOWN)),
         ),
         numa_nodes=(NumaNode(0, ((0, 2), (1, 3)), 1 << 30, 0), NumaNode(1)),
+        nvls=False,
     )
     file = ClusterFile.of(Snapshot((Node("id", "a", topology=machine),)), [])
     [again] = ClusterFile.model_validate_json(file.model_dump_json(exclude_none=True)).snapshot().nodes

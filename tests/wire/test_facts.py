@@ -54,3 +54,14 @@ def test_the_pcie_path_below_nvlink_is_kept_as_nvml_tells_it() -> None:
     assert found.links == topologies.load("hgx-a100-4gpu").links
     assert [Path.PHB, Path.SYS] == [found.pcie_path(0, 1), found.pcie_path(0, 2)]
     assert () == facts.topology().below
+
+
+def test_facts_of_an_earlier_version_still_read() -> None:
+    """Without minor numbers, NVLinks one by one, or NVLS: all of that is unknown."""
+    later = {"minor_number", "nvlink_version", "nvlinks", "vgpu"}
+    facts = reading("dgx-h100", 1)
+    old = facts.model_dump(mode="json", exclude={"nvls": True, "gpus": {"__all__": later}})
+    found = NodeFacts.model_validate(old)
+    assert {getattr(gpu, name) for gpu in found.gpus for name in later} == {None}
+    assert (found.nvls, found.topology().nvls) == (None, None)
+    assert found.topology().links == facts.topology().links

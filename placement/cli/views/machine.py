@@ -14,6 +14,7 @@ from rich.text import Text
 
 from placement.cli.views.measured import measured_lines
 from placement.cli.views.nodes import by_profile
+from placement.core.bandwidth import generation
 from placement.core.matrix import parse_matrix
 from placement.core.topology import Lanes, Topology, ordinals
 from placement.errors import counted
@@ -40,6 +41,7 @@ def topology_view(report: Mapping[str, Any]) -> list[Any]:
         shape = shape_in(report)
         parts.append(f"{'NVSwitch' if report['nvswitch'] else 'NVLink islands'}: {islands}")
         parts.append(Text("  ·  ".join(host_texts(shape, whole)), style="dim"))
+    parts += [Text(line, style="dim") for line in nvlink_lines(gpus)]
     if report["known"] or (report["gpu_count"] == 1 and whole):
         parts.append(_links(shape_in(report), whole))
     parts += measured_lines(report.get("measured", ()))
@@ -77,12 +79,14 @@ def lanes_text(lanes: Lanes | None) -> str:
 
 
 def host_texts(shape: Topology, gpus: Sequence[int]) -> list[str]:
-    """What is known beside the links: the processors, the GPUs' PCIe lanes if all have the same, peer-to-peer."""
+    """What is known beside the links: the processors, the GPUs' PCIe lanes if all have the same, peer-to-peer, NVLS."""
     said = [f"processors: {cpu_of(shape) or 'not known'}"]
     lanes = {shape.lanes[gpu] for gpu in gpus}
     if len(lanes) == 1:
         (each,) = lanes
         said.append(f"PCIe {lanes_text(each)}" if each else "PCIe lanes: not known")
+    if shape.nvswitch and generation(shape.model).nvls_percent:
+        said.append(f"NVLS: { ({True: 'on', False: 'off', None: 'not known'}[shape.nvls]) }")
     pairs = [link.peer for a, b in combinations(gpus, 2) if not (link := shape.link(a, b)).nvlinks]
     if pairs:
         with_it, unknown = pairs.count(True), pairs.count(None)
@@ -93,6 +97,23 @@ def host_texts(shape: Topology, gpus: Sequence[int]) -> list[str]:
             f"peer-to-peer over PCIe: {peer}{f', {unknown} not known' if 0 < unknown < len(pairs) else ''}"
         )
     return said
+
+
+def nvlink_lines(gpus: Iterable[Mapping[str, Any]]) -> list[str]:
+    """``NVLink 4.0: 17 of 18 links up, 26.6 GB/s each, GPU 1``: one for those that are alike, where it is known."""
+    alike: dict[str, list[int]] = {}
+    for gpu in gpus:
+        links = gpu.get("nvlinks") or ()
+        states = [link["state"] for link in links]
+        up = sum(state in ("active", "sleep") for state in states)
+        said = (
+            f"NVLink {gpu['nvlink_version'] or '?'}: {'?' if None in states else up} of {len(links)} links up"
+        )
+        if speeds := sorted({link["mb_per_s"] for link in links} - {None}):
+            said += f", {' or '.join(f'{speed / 1000:.3g}' for speed in speeds)} GB/s each"
+        if links:
+            alike.setdefault(said, []).append(gpu["ordinal"])
+    return [f"{said}, GPU {ordinals(ours)}" for said, ours in alike.items()]
 
 
 def _instance(gpu: Mapping[str, Any]) -> str | None:
@@ -141,7 +162,7 @@ def _nearest_nic(shape: Topology, gpu: int) -> str:
 
 def _gpus(gpus: Iterable[Mapping[str, Any]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("GPU", "name", "PCI", "memory used", "compute", "MIG", "UUID"):
+    for heading in ("GPU", "minor", "name", "PCI", "memory used", "compute", "MIG", "UUID"):
         table.add_column(heading, no_wrap=True)
     for gpu in gpus:
         used, total = gpu["memory_used_bytes"], gpu["memory_total_bytes"]
@@ -150,6 +171,7 @@ def _gpus(gpus: Iterable[Mapping[str, Any]]) -> Table:
         mig = gpu["mig_profile"] or {True: "on", False: "off", None: "?"}[gpu["mig_enabled"]]
         table.add_row(
             str(gpu["ordinal"]),
+            "?" if gpu["minor_number"] is None else str(gpu["minor_number"]),
             gpu["name"] or "?",
             gpu["pci_bus_id"] or "?",
             memory,

@@ -37,7 +37,7 @@ class ClusterMap:
         self._nodes = [
             node
             for node in report["nodes"]
-            if node["gpu_count"] or node["egress"] or _cpus_held(node) or _dead(node)
+            if node["gpu_count"] or node["egress"] or _cpus_held(node) or died_text(node)
         ]
         self._on_cpus: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
         self._egress: dict[tuple[str, str], list[tuple[str, Mapping[str, Any]]]] = {}
@@ -52,7 +52,7 @@ class ClusterMap:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draws it."""
         width = options.max_width
-        busy, idle = _idle_apart(self._nodes)
+        busy, idle = idle_apart(self._nodes)
         lines = self._compact(busy, width) if len(busy) > MOST_NODES else self._large(busy, idle, width)
         yield Text()
         for line in [*lines, *self._groups(idle, width)]:
@@ -68,7 +68,7 @@ class ClusterMap:
         beside = longest <= max(16, width // 5)
         indent = longest + 4 if beside else 5
         for node in nodes:
-            style = "dim" if _dead(node) else ""
+            style = "dim" if died_text(node) else ""
             name = Text(" ").append(shortened(node["name"], width - 2), style=style or "bold")
             body = self._body(node, width - indent)
             if not beside:
@@ -82,14 +82,14 @@ class ClusterMap:
 
     def _body(self, node: Node, width: int) -> list[Text]:
         """What is said of a node, in lines."""
-        if _dead(node):
-            lines = [Text(_dead(node), style="dim")]
+        if died_text(node):
+            lines = [Text(died_text(node), style="dim")]
             held = [gpu for gpu in node["gpus"] if gpu["occupants"]]
             return lines + (bracket(held, width, self._colours) if held else [])
         lines = []
         if node["gpu_count"]:
             lines += wrapped(gpu_heading(node), width, "dim")
-            for title, gpus in _brackets(node):
+            for title, gpus in gpu_sets(node):
                 lines += bracket(gpus, width, self._colours, title)
         else:
             lines.append(Text("egress node" if node["egress"] else "CPU node", style="dim"))
@@ -98,7 +98,7 @@ class ClusterMap:
             here = self._egress.get((node["id"], egress["resource"]), ())
             lines += filled(self._parts(told, here, "egress_units", width), width, "  ")
         if _cpus_held(node):
-            told, here = _cpus_told(node), self._on_cpus.get(node["id"], ())
+            told, here = cpus_told(node), self._on_cpus.get(node["id"], ())
             lines += filled(self._parts(told, here, "cpus", width), width, "  ")
         if node.get("state") == "draining":
             lines.append(Text("draining", style="yellow"))
@@ -122,7 +122,7 @@ class ClusterMap:
         for node in nodes:
             without = "egress node" if node["egress"] else "CPU node"
             heading = gpu_heading(node) if node["gpu_count"] else without
-            kinds.setdefault("dead" if _dead(node) else heading, []).append(node)
+            kinds.setdefault("dead" if died_text(node) else heading, []).append(node)
         for kind, alike in kinds.items():
             yield Text(shortened(f" {kind}: {counted(len(alike), 'node')}", width), style="bold")
             longest = min(max(len(node["name"]) for node in alike), width // 2)
@@ -130,17 +130,17 @@ class ClusterMap:
                 line = Text("   ").append(shortened(node["name"], longest).ljust(longest) + "  ")
                 line.append(self._free(node))
                 line = _cut(line, self._who(node), width)
-                line.style = "dim" if _dead(node) else ""
+                line.style = "dim" if died_text(node) else ""
                 yield line
-                for more in () if _dead(node) else wrapped(node["problem"] or "", width - 5, "red"):
+                for more in () if died_text(node) else wrapped(node["problem"] or "", width - 5, "red"):
                     yield Text("     ").append_text(more)
 
     def _free(self, node: Node) -> Text:
-        if _dead(node):
-            return Text(_dead(node), style="dim")
+        if died_text(node):
+            return Text(died_text(node), style="dim")
         if not node["gpu_count"]:
             said = [f"{e['held']} of {e['total']} {e['resource']}" for e in node["egress"]]
-            return Text("; ".join(said + [_cpus_told(node)] * bool(_cpus_held(node))))
+            return Text("; ".join(said + [cpus_told(node)] * bool(_cpus_held(node))))
         free = sum(gpu["state"] == "free" for gpu in node["gpus"])
         draining = ", draining" if node.get("state") == "draining" else ""
         return Text(f"{free} free".rjust(7) + draining, style="" if free else "dim")
@@ -172,11 +172,7 @@ class ClusterMap:
         for alike in idle.values():
             names = host_list([node["name"] for node in alike], width - 1)
             yield Text(" ").append(names, style="bold")
-            first = alike[0]
-            said = [gpu_heading(first)] if first["gpu_count"] else []
-            said += [f"{one['total']} requests of {one['resource']}" for one in first["egress"]]
-            what = f"{len(alike)} nodes, nothing is placed on them; each has {', '.join(said)}"
-            for line in wrapped(what, width - 5, "dim"):
+            for line in wrapped(idle_text(alike), width - 5, "dim"):
                 yield Text("     ").append_text(line)
 
 
@@ -185,7 +181,7 @@ def cluster_map(report: Mapping[str, Any]) -> ClusterMap:
     return ClusterMap(report)
 
 
-def _idle_apart(nodes: Sequence[Node]) -> tuple[list[Node], dict[Any, list[Node]]]:
+def idle_apart(nodes: Sequence[Node]) -> tuple[list[Node], dict[Any, list[Node]]]:
     """The nodes of which there is something to say, and the others of which there are several alike, by kind."""
     kinds: dict[Any, list[Node]] = {}
     for node in nodes:
@@ -197,11 +193,20 @@ def _idle_apart(nodes: Sequence[Node]) -> tuple[list[Node], dict[Any, list[Node]
     return [node for node in nodes if id(node) not in together], groups
 
 
+def idle_text(alike: Sequence[Node], width: int = 0) -> str:
+    """``40 nodes, nothing is placed on them; each has 8 x H100, NVSwitch``; with a width also which they are."""
+    first = alike[0]
+    said = [gpu_heading(first)] if first["gpu_count"] else []
+    said += [f"{one['total']} requests of {one['resource']}" for one in first["egress"]]
+    names = f"{host_list([node['name'] for node in alike], width // 2)}: " if width else ""
+    return f"{names}{len(alike)} nodes, nothing is placed on them; each has {', '.join(said)}"
+
+
 def _idle(node: Node) -> bool:
     used = (
         node["problem"]
         or node["others_unlocated"]
-        or _dead(node)
+        or died_text(node)
         or any(e["held"] for e in node["egress"])
         or _cpus_held(node)
     )
@@ -214,12 +219,12 @@ def _cpus_held(node: Node) -> float:
     return held
 
 
-def _cpus_told(node: Node) -> str:
+def cpus_told(node: Node) -> str:
     """``CPUs: 6 of 16``."""
     return f"CPUs: {node['cpus']['held']:g} of {node['cpus']['total']:g}"
 
 
-def _dead(node: Node) -> str:
+def died_text(node: Node) -> str:
     """``died 40s ago``; empty for a node that is alive."""
     if node.get("state") != "dead":
         return ""
@@ -297,7 +302,7 @@ def _whole_islands(node: Node) -> list[list[int]]:
     return [island for island in islands if island]
 
 
-def _brackets(node: Node) -> Iterable[tuple[str, list[Mapping[str, Any]]]]:
+def gpu_sets(node: Node) -> Iterable[tuple[str, list[Mapping[str, Any]]]]:
     """Each island with more than one GPU, lone GPUs together; then MIG profiles; then lost GPUs."""
     islands = _whole_islands(node)
     if islands and max(len(island) for island in islands) == 1:

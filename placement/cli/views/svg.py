@@ -79,9 +79,9 @@ class Drawing:
             [head, '<rect width="100%" height="100%" fill="#ffffff"/>', *self._parts, "</svg>", ""]
         )
 
-    def place(self, other: Drawing, y: float) -> None:
-        """Another drawing, further down."""
-        self._parts += [f'<g transform="translate(0 {_n(y)})">', *other._parts, "</g>"]
+    def place(self, other: Drawing, y: float, x: float = 0) -> None:
+        """Another drawing, further down and to the right."""
+        self._parts += [f'<g transform="translate({_n(x)} {_n(y)})">', *other._parts, "</g>"]
 
     def _add(self, tag: str, dashed: bool = False, **attributes: object) -> None:
         self._parts.append(f"<{tag}{_attributes(**attributes, stroke_dasharray='5 4' if dashed else None)}/>")

@@ -1,0 +1,149 @@
+"""What the service tells Prometheus, as a table; and the Grafana dashboard and the alert rules that go by it.
+
+:mod:`placement.runtime.metrics` measures what the table names. docs/metrics.md shows it to users.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+
+PREFIX = "ray_"
+"""Ray puts this before the name of each metric."""
+GPU_STATES = ("free", "placed", "shared", "foreign", "unknown")
+REPLICA_STATES = ("placed", "pending", "lost", "releasing")
+NODE_STATES = ("alive", "draining", "dead")
+OWNERS = ("none", "caller", "job", "actor")
+WAITING = ("deployment", "call")
+OUTCOMES = ("reserved", "full", "interfered", "failed")
+OTHERS = "(others)"
+"""The label of all nodes, or deployments, beyond those that have series of their own."""
+MOST_NODES, MOST_DEPLOYMENTS = 1000, 200
+"""So many have series of their own: the oldest deployments, and the first nodes by name."""
+
+GAUGE, COUNTER, HISTOGRAM = "gauge", "counter", "histogram"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric.
+
+    Attributes:
+        name: without Ray's prefix, and without the ``_total`` that a counter gets.
+        kind: gauge, counter or histogram.
+        unit: what it counts, or the unit of what it measures.
+        meaning: what it says.
+        labels: the names of its labels, beside those that Ray adds.
+        buckets: the upper bounds of a histogram's buckets.
+    """
+
+    name: str
+    kind: str
+    unit: str
+    meaning: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+    @property
+    def exported(self) -> str:
+        """What Prometheus calls it; a histogram has ``_bucket``, ``_sum`` and ``_count`` after that."""
+        return f"{PREFIX}{self.name}" + ("_total" if self.kind == COUNTER else "")
+
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_LONG = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0)
+
+METRICS = (
+    Metric(
+        "placement_gpus", GAUGE, "GPUs",
+        "GPUs that Ray has on the node, by state: `free`; `placed`, held whole by one replica (a MIG instance counts "
+        "as one); `shared`, held in shares; `foreign`, held by other Ray users; `unknown`, failed by what NVML says.",
+        ("node", "state"),
+    ),
+    Metric(
+        "placement_gpus_lost", GAUGE, "GPUs",
+        "GPUs that NVML says have failed, whether somebody holds them or not.",
+        ("node",),
+    ),
+    Metric("placement_nodes", GAUGE, "nodes", "`alive`, `draining`, or `dead` (in the last minutes).", ("state",)),
+    Metric(
+        "placement_replicas", GAUGE, "replicas",
+        "Replicas by deployment: `placed`; `pending`, waiting for room; `lost` with a node, or its group, and not yet "
+        "placed again; `releasing`.",
+        ("deployment", "state"),
+    ),
+    Metric(
+        "placement_deployments", GAUGE, "deployments",
+        "Deployments by whose end ends them: `none`, `caller` (these are leases), `job` or `actor`.",
+        ("owner",),
+    ),
+    Metric(
+        "placement_queue_length", GAUGE, "deployments, calls",
+        "What waits for room: a stored `deployment`, or a `call` with `wait_seconds`.",
+        ("kind",),
+    ),
+    Metric(
+        "placement_queue_oldest_seconds", GAUGE, "seconds",
+        "How long the oldest of these waits; 0 if nothing does.",
+    ),
+    Metric(
+        "placement_allreduce_bytes_per_second", GAUGE, "bytes per second",
+        "All-reduce bus bandwidth of the deployment's slowest replica with two GPUs or more, measured or predicted; no "
+        "series where a link is unknown.",
+        ("deployment",),
+    ),
+    Metric(
+        "placement_allreduce_best_ratio", GAUGE, "0 to 1",
+        "The same as a part of what the best set of that size would have on that node, were it empty; of the replica "
+        "that is worst off.",
+        ("deployment",),
+    ),
+    Metric(
+        "placement_gpus_fragmented", GAUGE, "GPUs",
+        "Of the free GPUs, those that a request like the declared ones could not use, in expectation (Weng et al., "
+        "USENIX ATC 2023, section 3); 0 while nothing is declared.",
+    ),
+    Metric(
+        "placement_refusals", COUNTER, "calls",
+        "Calls to place something that were refused, by the code of the error (docs/errors.md); each failed deployment "
+        "of an `apply_all` counts.",
+        ("code",),
+    ),
+    Metric(
+        "placement_reservations", COUNTER, "reservations",
+        "Attempts to reserve what was planned: `reserved`; `full`, a node had too few GPUs free after all; "
+        "`interfered`, what Ray gave could not be verified, since others took or freed some, or a node did not answer; "
+        "`failed`, with an exception.",
+        ("outcome",),
+    ),
+    Metric(
+        "placement_steering_attempts", HISTOGRAM, "attempts",
+        "How many attempts a node took until the GPUs that Ray gave were those that were wanted.",
+        (), (1, 2, 3, 4, 6, 8, 12),
+    ),
+    Metric(
+        "placement_duration_seconds", HISTOGRAM, "seconds",
+        "From the beginning of an attempt to place replicas until they are reserved, verified and recorded; without "
+        "the time in the queue.",
+        (), _SECONDS,
+    ),
+    Metric(
+        "placement_recovery_seconds", HISTOGRAM, "seconds",
+        "From when the loss of a replica was noticed until it was placed again, by one and the same service process.",
+        (), _LONG,
+    ),
+)  # fmt: skip
+
+
+def dashboard() -> str:
+    """The Grafana dashboard, JSON, for Grafana's import or a provisioning folder."""
+    return _text("grafana_dashboard.json")
+
+
+def alerts() -> str:
+    """The alert rules, YAML, for ``rule_files`` of Prometheus."""
+    return _text("alerts.yaml")
+
+
+def _text(name: str) -> str:
+    return files(__name__).joinpath(name).read_text(encoding="utf-8")
