@@ -70,6 +70,7 @@ def gpus_by_node(found: set[Replica]) -> dict[str, list[tuple[int, ...]]]:
     return by_node
 
 
+@pytest.mark.smoke
 def test_the_service_is_started_and_a_replica_gets_the_best_pair(neighbours: None) -> None:
     [replica] = replicas(run(), 1, "a")
     assert replica.gpus == (2, 3), "Ray alone would give 1 and 2"

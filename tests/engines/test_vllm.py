@@ -118,6 +118,7 @@ def serve(service: Any, address: str, model: Path, tmp_path: Path) -> Iterator[C
             server.end(signal.SIGKILL)
 
 
+@pytest.mark.smoke
 def test_tensor_parallel_serves_on_the_best_pair_and_sigterm_frees_it(
     neighbours: None, serve: Callable[..., Server]
 ) -> None:
