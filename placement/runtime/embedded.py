@@ -74,7 +74,8 @@ class EmbeddedCluster:
 
     def start_head(self) -> None:
         """Starts the head."""
-        self._cluster.add_node(
+        ray_internals.add_simulated_node(
+            self._cluster,
             node_ip_address=self.host,
             node_name="head",
             num_gpus=0,
@@ -93,7 +94,8 @@ class EmbeddedCluster:
         """Starts a node, with the next free address; it joins within seconds."""
         gpus = len(topologies.load(node.topology)) if node.topology else node.gpus
         labels = dict(node.labels) | ({TOPOLOGY_LABEL: node.topology} if node.topology else {})
-        self._nodes[node.name] = self._cluster.add_node(
+        self._nodes[node.name] = ray_internals.add_simulated_node(
+            self._cluster,
             wait=False,
             node_ip_address=f"{self._network.prefix}.{3 + self._count % 250}",
             node_name=node.name,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from importlib import import_module
@@ -366,6 +367,32 @@ def simulated_cluster() -> Any:
     from ray.cluster_utils import Cluster
 
     return Cluster()
+
+
+def add_simulated_node(cluster: Any, seconds: float = 240.0, **options: Any) -> Any:
+    """Starts a raylet of such a cluster, and waits for it so long.
+
+    Ray gives a raylet 30 s to register (a number in ``Node.__init__``), which is too short on a machine that others
+    keep busy. It asks for the raylet's entry again and again until then: so the first answer is made to wait.
+    """
+    from ray._private import services
+
+    get_node, end = services.get_node, time.monotonic() + seconds
+
+    def patiently(*args: Any, **kwargs: Any) -> Any:
+        while True:
+            try:
+                return get_node(*args, **kwargs)
+            except RuntimeError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.1)
+
+    services.get_node = patiently
+    try:
+        return cluster.add_node(**options)
+    finally:
+        services.get_node = get_node
 
 
 def end_simulated_node(cluster: Any, node: Any, how: signal.Signals | int) -> None:
