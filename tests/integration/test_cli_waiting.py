@@ -121,7 +121,7 @@ def test_what_is_in_no_file_is_mentioned_and_pruned_only_on_demand(run: Run, tmp
     assert {"old": "placed"} == states(run)
     pruned = data(run("apply", new, "--prune", "--yes", "--json"))
     assert ["old"] == pruned["released"]
-    assert [{}] == [one["pending"] for one in pruned["deployments"]]
+    assert 0 == run("wait", "new").returncode  # on a busy machine the GPUs come free a moment after
     assert 0 == run("diff", new).returncode
 
 

@@ -65,7 +65,9 @@ def test_ctrl_c_cleans_up(moment: str) -> None:
     seen = b""
     assert its_processes()
     while moment.encode() not in seen:
-        seen += os.read(demo.stderr.fileno(), 4096)
+        more = os.read(demo.stderr.fileno(), 4096)
+        assert more, seen.decode()  # else it has ended
+        seen += more
     # A terminal sends it to the whole group.
     os.killpg(demo.pid, signal.SIGINT)
     rest = demo.stderr.read()
