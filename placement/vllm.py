@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
@@ -19,6 +18,7 @@ from ray.util.placement_group import remove_placement_group
 from placement.errors import InvalidDeployment
 from placement.runtime.connection import caller, connect_ray
 from placement.runtime.drop_in import service_or_rays_own
+from placement.runtime.orders import own_name
 from placement.runtime.results import PlacementResult
 from placement.wire.deployment import Deployment
 from placement.wire.files import parse_model
@@ -150,7 +150,7 @@ def _deployment(vllm_config: Any, options: Mapping[str, Any]) -> Deployment:
     name = options.get("name")
     if name is None:
         known_as = re.sub(r"[^A-Za-z0-9._-]+", "-", PurePath(model).name).strip("._-")[:48] or "vllm"
-        name = f"{known_as}-{secrets.token_hex(4)}"
+        name = own_name(known_as)
     elif parallel.data_parallel_size > 1:
         name = f"{name}-{parallel.data_parallel_rank}"
     if stages > 1:

@@ -104,8 +104,9 @@ def hosts_of(cpu: str | None, pcie: int) -> tuple[Host, Host]:
     return _XEON if pcie <= 3 else _ZEN_2 if pcie == 4 else _XEON_4, _ZEN_4
 
 
-def lanes_mb_per_s(lanes: Lanes) -> int:
-    """What a PCIe link carries per direction."""
+def lanes_mb_per_s(lanes: Lanes | None, gpu: Generation) -> int:
+    """What a GPU's PCIe link carries per direction; all that its generation has, where the link is not known."""
+    lanes = lanes or Lanes(gpu.pcie)
     return _LANES_X16[min(max(lanes.generation, 1), 6)] * lanes.width // 16
 
 

@@ -58,7 +58,7 @@ class Interconnect:
     ) -> None:
         self.links, self._gpu, self._host, self._peer = links, gpu, host, peer
         self._switch = has_switch(links, gpu)
-        self.lanes_mb_per_s = [lanes_mb_per_s(one or Lanes(gpu.pcie)) for one in lanes]
+        self.lanes_mb_per_s = [lanes_mb_per_s(one, gpu) for one in lanes]
         everyone = range(len(links))
         self._uplink = _group_of(components(everyone, lambda a, b: links[a][b].path in BELOW_ONE_SWITCH))
         self._bridge = _group_of(components(everyone, lambda a, b: links[a][b].path in _BELOW_ONE_BRIDGE))

@@ -19,7 +19,7 @@ from placement.core.bandwidth import (
 from placement.core.labels import GPU_DOMAIN_LABEL
 from placement.core.needs import Within
 from placement.core.node import Node
-from placement.core.topology import PATH_ORDER, Lanes, Link, Path, Topology
+from placement.core.topology import PATH_ORDER, Link, Path, Topology
 
 Gpus = tuple[int, ...]
 
@@ -221,7 +221,7 @@ def _to_card(topology: Topology, gpus: Gpus) -> tuple[int, Path, int]:
 
 
 def _lanes(topology: Topology, gpu: int) -> int:
-    return lanes_mb_per_s(topology.lanes[gpu] or Lanes(generation(topology.model).pcie))
+    return lanes_mb_per_s(topology.lanes[gpu], generation(topology.model))
 
 
 def meets(link: RoleLink, found: Route, one: Located, other: Located) -> bool:

@@ -29,7 +29,16 @@ import pynvml
 
 from placement.core.topology import Path, ordinals
 from placement.nvml.host import Device, Host, nccl_number
-from placement.wire.facts import Fabric, GpuFacts, LinkState, MigFacts, NodeFacts, NvLinkFacts, PairFacts
+from placement.wire.facts import (
+    LINK_UP,
+    Fabric,
+    GpuFacts,
+    LinkState,
+    MigFacts,
+    NodeFacts,
+    NvLinkFacts,
+    PairFacts,
+)
 
 _NO_FEATURE = {
     pynvml.NVML_ERROR_NOT_SUPPORTED,
@@ -53,7 +62,7 @@ _STATES: dict[int | None, LinkState] = {
     pynvml.NVML_NVLINK_STATE_SLEEP: "sleep",
     pynvml.NVML_NVLINK_STATE_ACTIVE_TRAFFIC_DISABLED: "traffic disabled",
 }
-_ACTIVE = {pynvml.NVML_NVLINK_STATE_ACTIVE, pynvml.NVML_NVLINK_STATE_SLEEP}  # traffic wakes a sleeping link
+_ACTIVE = {code for code, state in _STATES.items() if state in LINK_UP}
 _LINK_SPEEDS = tuple((pynvml.NVML_FI_DEV_NVLINK_GET_SPEED, n) for n in range(pynvml.NVML_NVLINK_MAX_LINKS))
 _OLD_SPEEDS = tuple(
     (first + n, 0)
@@ -445,7 +454,7 @@ def _links_down(gpus: Sequence[GpuFacts], pairs: Sequence[PairFacts]) -> str:
     (NVIDIA's product brief of the A100 PCIe: three bridges, twelve links), all two of Turing.
     """
     up = {
-        gpu.ordinal: sum(link.state in ("active", "sleep") for link in gpu.nvlinks)
+        gpu.ordinal: sum(link.state in LINK_UP for link in gpu.nvlinks)
         for gpu in gpus
         if gpu.nvlinks and not gpu.mig_enabled and all(link.state for link in gpu.nvlinks)
     }
@@ -459,7 +468,7 @@ def _links_down(gpus: Sequence[GpuFacts], pairs: Sequence[PairFacts]) -> str:
         bridge = _bridge(gpu.compute_capability)
         joined = [pair.nvlinks or 0 for pair in pairs if gpu.ordinal in (pair.a, pair.b)]
         partly = not switched and any(count % bridge for count in joined)
-        down = [n for n, link in enumerate(gpu.nvlinks) if link.state not in ("active", "sleep")]
+        down = [n for n, link in enumerate(gpu.nvlinks) if link.state not in LINK_UP]
         if down and ((fewer and (up[gpu.ordinal] or switched)) or partly):
             found.append(f"{ordinals(down)} of GPU {gpu.ordinal}")
     return (

@@ -58,6 +58,10 @@ class NodeInfo:
     accelerators: frozenset[str] = frozenset()
     resources: Mapping[str, float] = field(default_factory=dict)
 
+    def named(self, name: str) -> bool:
+        """Whether ``name`` is this node's id, name or address."""
+        return name in (self.id, self.name, self.address)
+
     @property
     def topology_name(self) -> str | None:
         """The catalogue entry that the node is labelled with."""

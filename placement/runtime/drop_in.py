@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -17,6 +16,7 @@ from placement.errors import InvalidDeployment, ServiceNotRunning
 from placement.runtime import bootstrap
 from placement.runtime.borrowing import Borrower
 from placement.runtime.needs import NODE_ID_LABEL
+from placement.runtime.orders import own_name
 from placement.runtime.ray_internals import validate_placement_group
 from placement.wire.deployment import Deployment
 from placement.wire.files import parse_model
@@ -131,7 +131,7 @@ def _deployment(name: str, layout: Mapping[str, Any], limits: Mapping[str, Any])
     """What the service is told of a group: a deployment, under a name that no other has."""
     known_as = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:48] or "placement-group"
     fields = {
-        "name": f"{known_as}-{secrets.token_hex(4)}",
+        "name": own_name(known_as),
         "model": known_as,
         "runtime": "python",
         "owner": "caller",

@@ -85,7 +85,7 @@ class Inventory:
         if node is None:
             found = self.measurements.forget([one.host for one in self.measurements.all()], ())
         else:
-            here = [info for info in nodes if node in (info.id, info.name, info.address)]
+            here = [info for info in nodes if info.named(node)]
             identities = [identity_on(info.name, self.hardware(info)) for info in here if info.gpu_count]
             found = self.measurements.forget({node, *(info.name for info in here)}, identities)
         self._rated_anew({one.machine for one in found})

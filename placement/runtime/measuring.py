@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from placement.core.shape import shape_of
 from placement.errors import CannotMeasure, NoCollectiveLibrary, PlacementError
 from placement.runtime.client import Client
 from placement.runtime.connection import ask, own_errors
+from placement.runtime.orders import own_name
 from placement.runtime.results import NodeAssignment
 from placement.wire.cluster import ClusterFile
 from placement.wire.facts import NodeFacts
@@ -356,7 +356,7 @@ def measure(
 @contextlib.contextmanager
 def _held(client: Client, target: Target) -> Iterator[NodeAssignment]:
     """All free GPUs of a node, held for as long as this process lives and the block lasts."""
-    name = f"measure-{secrets.token_hex(4)}"
+    name = own_name("measure")
     wanted: Mapping[str, Any] = {
         "name": name,
         "model": "measure",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
 import threading
 import time
 from collections import defaultdict
@@ -38,6 +37,7 @@ from placement.monitoring import (
     Metric,
 )
 from placement.runtime import ray_internals
+from placement.runtime.orders import without_suffix
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -46,8 +46,6 @@ Series = tuple[str, tuple[str, ...]]
 
 MOST_OF_A_CORE = 0.02
 """The part of a core that reading the gauges takes at most. Where one reading takes long, the last one is set again."""
-SUFFIX = re.compile(r"-[0-9a-f]{8}$")
-"""What the name of a caller's own group, or engine, ends with, so that no other has it. Series go without."""
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +223,7 @@ def _read_bandwidth(
 
 def _name(deployment: Mapping[str, Any]) -> str:
     name, owner = deployment["name"], deployment["owner"]
-    return SUFFIX.sub("", name) if owner and owner["kind"] == "caller" else name
+    return without_suffix(name) if owner and owner["kind"] == "caller" else name
 
 
 def _labels(names: Sequence[str], most: int) -> dict[str, str]:

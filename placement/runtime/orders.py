@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -221,6 +222,16 @@ def order_of(
         planned.gpus[0] if planned and exact else None,
         measured,
     )
+
+
+def own_name(known_as: str) -> str:
+    """A name for a deployment of the caller's own, which no other has."""
+    return f"{known_as}-{secrets.token_hex(4)}"
+
+
+def without_suffix(own_name: str) -> str:
+    """What such a deployment is known as."""
+    return re.sub(r"-[0-9a-f]{8}$", "", own_name)
 
 
 def order_name(prefix: str, deployment: str, replica_index: int) -> str:

@@ -132,7 +132,7 @@ class Queries:
         """What the GPUs of each node report, read anew; see the service."""
         nodes = [info for info in self._cluster.nodes() if info.gpu_count]
         if node is not None:
-            chosen = [info for info in nodes if node in (info.id, info.name, info.address)]
+            chosen = [info for info in nodes if info.named(node)]
             if not chosen:
                 raise UnknownNode("--node", node, tuple(info.name for info in nodes))
             nodes = chosen

@@ -124,11 +124,7 @@ def cluster_status(
         raise ValueError(f"no replica is ever {state!r}: choose one of {', '.join(SHOWN_STATES)}")
     wanted = None if deployment is None else set(meant_by(deployment, seen.deployments, seen.unreadable))
     everywhere = [*seen.nodes, *(one.info for one in seen.dead)]
-    at = (
-        None
-        if node is None
-        else {info.id for info in everywhere if node in (info.id, info.name, info.address)}
-    )
+    at = None if node is None else {info.id for info in everywhere if info.named(node)}
     if node is not None and not at:
         raise UnknownNode("--node", node, tuple(info.name for info in everywhere))
 

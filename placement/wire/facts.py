@@ -17,7 +17,9 @@ Fabric = Literal["not started", "in progress", "failed", "completed", "limited c
 
 
 LinkState = Literal["inactive", "active", "sleep", "traffic disabled"]
-"""What an NVLink does. Traffic wakes one that sleeps; the others but ``active`` join nothing."""
+"""What an NVLink does."""
+LINK_UP: tuple[LinkState, ...] = ("active", "sleep")
+"""The states of a link that joins two GPUs, or a GPU and a switch: traffic wakes one that sleeps."""
 
 
 class NvLinkFacts(Model):

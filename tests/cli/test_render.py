@@ -12,7 +12,7 @@ from rich.console import Console
 from placement import topologies
 from placement.cli.views import machine, nodes, tables
 from placement.core.matrix import render_matrix
-from placement.wire.facts import NvLinkFacts
+from placement.wire.facts import NodeFacts, NvLinkFacts
 
 
 def text(*renderables: Any) -> str:
@@ -143,6 +143,17 @@ def test_a_node_of_which_no_gpu_can_be_told_is_drawn() -> None:
     ]
 
 
+def machine_lines(name: str, facts: NodeFacts, problem: str | None = None) -> list[str]:
+    """What ``topology`` shows of a node without an NVSwitch of which this was read."""
+    shape = facts.topology()
+    report = {
+        "name": name, "gpu_count": len(shape), "gpu_model": shape.model, "known": True, "nvswitch": False,
+        "islands": [list(island) for island in shape.islands], "matrix": render_matrix(shape),
+        "problem": problem, "facts": facts.model_dump(mode="json"),
+    }  # fmt: skip
+    return text(*machine.topology_view(report)).splitlines()
+
+
 def test_a_machine_tells_lanes_where_they_differ_and_who_has_peer_to_peer() -> None:
     facts = topologies.facts("l40s-4x")
     lanes = ((4, 16), (4, 8), (None, None), (4, 16))
@@ -156,13 +167,7 @@ def test_a_machine_tells_lanes_where_they_differ_and_who_has_peer_to_peer() -> N
         for pair, (read, write) in zip(facts.pairs, told, strict=True)
     ]
     facts = facts.model_copy(update={"gpus": tuple(gpus), "pairs": tuple(pairs), "cpu": "AMD EPYC 9654"})
-    shape = facts.topology()
-    report = {
-        "name": "a", "gpu_count": 4, "gpu_model": shape.model, "known": True, "nvswitch": False,
-        "islands": [list(island) for island in shape.islands], "matrix": render_matrix(shape),
-        "problem": None, "facts": facts.model_dump(mode="json"),
-    }  # fmt: skip
-    lines = text(*machine.topology_view(report)).splitlines()
+    lines = machine_lines("a", facts)
     assert lines[2] == "processors: AMD EPYC 9654  ·  peer-to-peer over PCIe: 2 of 6 pairs, 3 not known"
     assert lines[3].split()[:6] == ["GPU", "0", "1", "2", "3", "PCIe"]
     assert [line.split()[5] for line in lines[5:9]] == ["4.0", "4.0", "?", "4.0"]
@@ -183,13 +188,7 @@ def test_a_machine_tells_its_links_and_whether_its_switch_reduces() -> None:
     ]
     gpus[3] = gpus[3].model_copy(update={"nvlink_version": None, "minor_number": None})
     facts = facts.model_copy(update={"source": "nvml", "gpus": tuple(gpus)})
-    shape = facts.topology()
-    report = {
-        "name": "a", "gpu_count": 4, "gpu_model": shape.model, "known": True, "nvswitch": False,
-        "islands": [list(island) for island in shape.islands], "matrix": render_matrix(shape),
-        "problem": None, "facts": facts.model_dump(mode="json"),
-    }  # fmt: skip
-    lines = text(*machine.topology_view(report)).splitlines()
+    lines = machine_lines("a", facts)
     assert lines[3:6] == [
         "NVLink 4.0: 18 of 18 links up, 26.6 GB/s each, GPU 0,2",
         "NVLink 4.0: 17 of 18 links up, 26.6 GB/s each, GPU 1",
@@ -217,13 +216,7 @@ def test_a_machine_lists_the_slots_that_nobody_can_tell() -> None:
     facts = topologies.facts("a100-pcie-4x")
     lost = facts.gpus[3].model_copy(update={"name": None, "errors": ("GPU is lost",)})
     facts = facts.model_copy(update={"gpus": (*facts.gpus[:3], lost)})
-    shape = facts.topology()
-    report = {
-        "name": "a", "gpu_count": 4, "gpu_model": shape.model, "known": True, "nvswitch": False,
-        "islands": [list(island) for island in shape.islands], "matrix": render_matrix(shape),
-        "problem": "nothing is placed on GPU 3", "facts": facts.model_dump(mode="json"),
-    }  # fmt: skip
-    lines = text(*machine.topology_view(report)).splitlines()
+    lines = machine_lines("a", facts, "nothing is placed on GPU 3")
     assert lines[0] == "a  3 x NVIDIA A100 80GB PCIe and 1 x ?, catalogue"
     assert lines[-2:] == ["?: slot 3", "nothing is placed on GPU 3"]
 
@@ -245,14 +238,7 @@ def test_a_replica_says_what_it_holds(fields: dict[str, Any], holds: str) -> Non
 
 
 def test_a_machine_with_instances_lists_them_and_links_only_the_whole_gpus() -> None:
-    facts = topologies.facts("a100-mig-4x").model_dump(mode="json")
-    shape = topologies.load("a100-mig-4x")
-    report = {
-        "name": "a100-mig-4x", "gpu_count": 13, "gpu_model": shape.model, "known": True, "nvswitch": False,
-        "islands": [list(island) for island in shape.islands], "matrix": render_matrix(shape), "problem": None,
-        "facts": facts,
-    }  # fmt: skip
-    lines = text(*machine.topology_view(report)).splitlines()
+    lines = machine_lines("a100-mig-4x", topologies.facts("a100-mig-4x"))
     assert lines[:2] == [
         "a100-mig-4x  2 x NVIDIA A100 80GB PCIe and 11 MIG instances, catalogue",
         "NVLink islands: [11-12]",

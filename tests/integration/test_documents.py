@@ -40,7 +40,7 @@ def end_all(client: placement.Client) -> None:
     for group_id, row in placement_group_table().items():  # those of this driver
         if row["state"] != "REMOVED":
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))
-    assert settled(lambda: not left_over(), 60), left_over()
+    assert settled(lambda: not left_over()), left_over()
 
 
 RUN = [block for block in BLOCKS if block.mark == "run"]

@@ -80,7 +80,7 @@ class Oracle:
         return self.best_case if link.peer is None else link.peer
 
     def _lanes(self, gpu: int) -> int:
-        return lanes_mb_per_s(self.machine.lanes[gpu] or Lanes(self.gpu.pcie))
+        return lanes_mb_per_s(self.machine.lanes[gpu] or Lanes(self.gpu.pcie), self.gpu)
 
     def _met(self, gpus: Gpus, gpu: int, joined: Callable[[int, int], bool]) -> set[int]:
         """All that can be reached from one of them."""

@@ -18,7 +18,7 @@ from placement.core.bandwidth import generation
 from placement.core.matrix import parse_matrix
 from placement.core.topology import Lanes, Topology, ordinals
 from placement.errors import counted
-from placement.wire.facts import NodeFacts
+from placement.wire.facts import LINK_UP, NodeFacts
 
 
 def topology_view(report: Mapping[str, Any]) -> list[Any]:
@@ -105,7 +105,7 @@ def nvlink_lines(gpus: Iterable[Mapping[str, Any]]) -> list[str]:
     for gpu in gpus:
         links = gpu.get("nvlinks") or ()
         states = [link["state"] for link in links]
-        up = sum(state in ("active", "sleep") for state in states)
+        up = sum(state in LINK_UP for state in states)
         said = (
             f"NVLink {gpu['nvlink_version'] or '?'}: {'?' if None in states else up} of {len(links)} links up"
         )
