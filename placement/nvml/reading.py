@@ -11,7 +11,7 @@ What a call that fails means, fact by fact:
   GPU from their other ends, the links to a switch from field 147, the profile and the memory of a MIG instance
   from its attributes.
 - A GPU that is not registered with its NVSwitch has no links there, and the problem says so.
-- A link that is down joins nothing. It is a problem where it should be up: see ``_links_down``.
+- A link that is down joins nothing. It is a problem where it should be up: see :mod:`placement.nvml.fabric`.
 - What fails on a MIG instance is reported in its ``MigFacts.errors``, and for the node under its GPU.
 """
 
@@ -28,6 +28,7 @@ from typing import Any
 import pynvml
 
 from placement.core.topology import Path, ordinals
+from placement.nvml.fabric import NO_FABRIC, fabric_problem, has_nvls, links_down
 from placement.nvml.host import Device, Host, nccl_number
 from placement.wire.facts import (
     LINK_UP,
@@ -92,10 +93,6 @@ _HEALTH: dict[int, Fabric] = {
     pynvml.NVML_GPU_FABRIC_HEALTH_SUMMARY_UNHEALTHY: "unhealthy",
     pynvml.NVML_GPU_FABRIC_HEALTH_SUMMARY_LIMITED_CAPACITY: "limited capacity",
 }
-_NO_FABRIC: tuple[Fabric, ...] = ("not started", "in progress", "failed")
-"""What a GPU says whose NVLinks to the switch lead nowhere, though each of them is up: they train without it."""
-_NVLS_DRIVER, _NVLS_CAPABILITY = 530, (9, 0)
-"""The first driver of CUDA 12.1, which NVLS needs (``src/transport/nvls.cc`` of NVIDIA/nccl), and Hopper."""
 _PEER_READ, _PEER_WRITE = 0, 1  # pynvml's own NVML_P2P_CAPS_INDEX_READ is a tuple by mistake
 
 
@@ -198,7 +195,7 @@ class _Reading:
             enabled = mig and mig[0] == pynvml.NVML_DEVICE_MIG_ENABLE  # of (now, after the next reset)
             parts = self.instance_handles(gpu, handle) if enabled else []
             gpus.append(self.gpu(gpu, handle, bus_ids[gpu], capability, nvlinks, enabled))
-            links.append(replace(nvlinks, switch=0) if gpus[gpu].fabric in _NO_FABRIC else nvlinks)
+            links.append(replace(nvlinks, switch=0) if gpus[gpu].fabric in NO_FABRIC else nvlinks)
             instances += [self.instance(gpu, part, gpus[gpu].memory_total_bytes) for part in parts]
         devices = [self.host.device(gpu.pci_bus_id, gpu.numa_nodes) for gpu in gpus]
         pairs = tuple(
@@ -215,8 +212,8 @@ class _Reading:
             nics=self.host.nics(devices),
             numa_nodes=self.host.numa_nodes,
             cpu=self.host.cpu,
-            nvls=_nvls(gpus, driver, nccl_number("NCCL_NVLS_ENABLE")),
-            problem="; ".join(filter(None, (_fabric_problem(gpus), _links_down(gpus, pairs), self.problem())))
+            nvls=has_nvls(gpus, driver, nccl_number("NCCL_NVLS_ENABLE")),
+            problem="; ".join(filter(None, (fabric_problem(gpus), links_down(gpus, pairs), self.problem())))
             or None,
         )
 
@@ -430,80 +427,6 @@ def _between(one: _NvLinks, other: _NvLinks, one_bus_id: str | None, other_bus_i
     if len(switch) == 2 or 0 in switch:
         known.append(min(switch))
     return max(known) if len(known) == 2 or any(known) else None
-
-
-def _fabric_problem(gpus: Sequence[GpuFacts]) -> str:
-    """Which GPUs cannot use their NVSwitch, or not well, and what to look at; empty if there are none."""
-    found: dict[Fabric, list[int]] = {}
-    for gpu in gpus:
-        if gpu.fabric is not None and gpu.fabric != "completed":
-            found.setdefault(gpu.fabric, []).append(gpu.ordinal)
-    return "; ".join(
-        f"NVSwitch {'cannot be used' if state in _NO_FABRIC else 'is impaired'} on GPU {ordinals(ours)}, "
-        f"since the state of its fabric is {state!r}: look at nvidia-fabricmanager there"
-        for state, ours in found.items()
-    )
-
-
-def _links_down(gpus: Sequence[GpuFacts], pairs: Sequence[PairFacts]) -> str:
-    """Which NVLinks are down that should be up, and what to look at; empty if there are none.
-
-    That a link is down is no fault in itself: a card without a bridge has such links, and one of a mesh that is
-    passed through to a virtual machine. It should be up where another GPU of the model has more links up (and the
-    GPU has any, or they meet in a switch), and where it is one of a bridge. A bridge is four links from Ampere on
-    (NVIDIA's product brief of the A100 PCIe: three bridges, twelve links), all two of Turing.
-    """
-    up = {
-        gpu.ordinal: sum(link.state in LINK_UP for link in gpu.nvlinks)
-        for gpu in gpus
-        if gpu.nvlinks and not gpu.mig_enabled and all(link.state for link in gpu.nvlinks)
-    }
-    found = []
-    for gpu in gpus:
-        if gpu.ordinal not in up or gpu.nvlinks is None:
-            continue
-        fellows = [one for one in gpus if one.ordinal in up and one.name == gpu.name]
-        fewer = up[gpu.ordinal] < max(up[one.ordinal] for one in fellows)
-        switched = any(one.nvswitch_links for one in fellows)
-        bridge = _bridge(gpu.compute_capability)
-        joined = [pair.nvlinks or 0 for pair in pairs if gpu.ordinal in (pair.a, pair.b)]
-        partly = not switched and any(count % bridge for count in joined)
-        down = [n for n, link in enumerate(gpu.nvlinks) if link.state not in LINK_UP]
-        if down and ((fewer and (up[gpu.ordinal] or switched)) or partly):
-            found.append(f"{ordinals(down)} of GPU {gpu.ordinal}")
-    return (
-        f"NVLinks are down: {', '.join(found)}; see `nvidia-smi nvlink --status`, and Xid 74 in the kernel's log"
-        if found
-        else ""
-    )
-
-
-def _bridge(capability: tuple[int, int] | None) -> int:
-    """How many links a bridge between two cards has; 1 where that says nothing."""
-    return 1 if capability is None or capability < (7, 5) else 2 if capability == (7, 5) else 4
-
-
-def _nvls(gpus: Sequence[GpuFacts], driver: str | None, enabled: int | None) -> bool | None:
-    """Whether NCCL reduces inside the NVSwitch (NVLS); ``None`` if unknown, or where there is no such switch.
-
-    By NCCL's own conditions (``ncclNvlsInit`` in ``src/transport/nvls.cc``): not with ``NCCL_NVLS_ENABLE=0``, nor
-    with a driver older than CUDA 12.1. And only where the GPUs are registered with the switch's fabric
-    (NVIDIA/TensorRT-LLM#16595) and it is sound (pytorch/pytorch#177472). A virtual GPU has it only with unified memory
-    on (NVIDIA AI Enterprise, "NVLink Multicast"), which nobody can see.
-
-    Args:
-        gpus: those of the node.
-        driver: its version.
-        enabled: what NCCL is told, ``None`` if nothing.
-    """
-    switched = [gpu for gpu in gpus if gpu.nvswitch_links and not gpu.mig_enabled]
-    if not switched or any((gpu.compute_capability or (0, 0)) < _NVLS_CAPABILITY for gpu in switched):
-        return None
-    major = int(driver.partition(".")[0]) if driver and driver.partition(".")[0].isdigit() else None
-    if enabled == 0 or (major is not None and major < _NVLS_DRIVER):
-        return False
-    sound = all(gpu.fabric == "completed" and gpu.vgpu is False for gpu in switched)
-    return True if sound and major is not None else None
 
 
 def _profile(name: str | None, attributes: Any, gpu_memory_bytes: int | None) -> str | None:

@@ -114,7 +114,7 @@ def facts(name: str) -> NodeFacts:
         pairs=tuple(_pair(shape, a, b, entry.peer) for a in range(count) for b in range(a + 1, count)),
         nics=tuple(NicFacts(name=nic.name, paths=nic.paths) for nic in shape.nics),
         cpu=entry.cpu,
-        # As NCCL and the driver have it by themselves; see placement/nvml/reading.py.
+        # As NCCL and the driver have it by themselves; see placement/nvml/fabric.py.
         nvls=True if shape.nvswitch and entry.compute_capability >= (9, 0) else None,
     )
     slots: list[GpuFacts | MigFacts] = []
