@@ -41,8 +41,9 @@ if TYPE_CHECKING:
     )
     from placement.runtime.async_client import AsyncClient
     from placement.runtime.binding import bind
-    from placement.runtime.bootstrap import connect, start
+    from placement.runtime.bootstrap import start
     from placement.runtime.client import Client
+    from placement.runtime.connection import connect
     from placement.runtime.drop_in import placement_group
     from placement.runtime.results import NodeAssignment, PlacementResult
     from placement.wire.constraints import PlacementConstraints
@@ -64,7 +65,8 @@ _HOME = {
         "UnreadableRecord", "UnsupportedRay",
     ),
     "placement.runtime.binding": ("bind",),
-    "placement.runtime.bootstrap": ("connect", "start"),
+    "placement.runtime.bootstrap": ("start",),
+    "placement.runtime.connection": ("connect",),
     "placement.runtime.async_client": ("AsyncClient",),
     "placement.runtime.client": ("Client",),
     "placement.runtime.drop_in": ("placement_group",),

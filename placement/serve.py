@@ -23,7 +23,7 @@ import ray
 from ray.util.placement_group import PlacementGroup
 
 from placement.errors import InvalidDeployment
-from placement.runtime import bootstrap, ray_internals
+from placement.runtime import connection, ray_internals
 from placement.runtime.borrowing import Borrower
 from placement.runtime.connection import own_errors
 from placement.runtime.drop_in import WITHOUT_SERVICE, detached_group, placement_group
@@ -162,13 +162,15 @@ def _hurried(end: float) -> Borrower:
                 ray.cancel(reference)
             raise
 
-    return Borrower(bootstrap.connect(), ask, ask)
+    return Borrower(connection.connect(), ask, ask)
 
 
 def _start_service() -> None:
     """Starts the service unless it runs, or is not to run; Serve's controller does not wait for that."""
     if os.environ.get(WITHOUT_SERVICE, "start") == "start":
         try:
+            from placement.runtime import bootstrap  # all of the service
+
             bootstrap.start()
         except Exception as error:
             logger.warning("the placement service could not be started: %s", error)

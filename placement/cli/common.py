@@ -99,10 +99,10 @@ def service(address: str | None) -> Iterator[Any]:
     Raises:
         ClusterUnreachable, ServiceNotRunning: there is none.
     """
-    from placement.runtime import bootstrap
+    from placement.runtime import connection
 
     with cluster(address):
-        yield bootstrap.connect()
+        yield connection.connect()
 
 
 def ask(reference: Any) -> Any:

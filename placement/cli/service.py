@@ -44,7 +44,7 @@ def up(
     A running service is not changed. If it has another version, or other settings than those given here, the command
     refuses.
     """
-    from placement.runtime import bootstrap
+    from placement.runtime import bootstrap, connection
     from placement.wire.node_types import node_types as read_node_types
 
     if idle_seconds is not None and math.isnan(idle_seconds):
@@ -63,7 +63,7 @@ def up(
         common.noted(KeyboardInterrupt, "`placement up` again finds what it started"),
     ):
         try:
-            bootstrap.connect()
+            connection.connect()
             said = "runs already"
         except errors.ServiceNotRunning:
             said = "is started"
@@ -126,11 +126,11 @@ def down(yes: bool, keep_placements: bool, address: str | None, as_json: bool) -
     Asks before it releases, since the workers of all deployments end. Where nobody can be asked, and with --json, say
     --yes.
     """
-    from placement.runtime import bootstrap
+    from placement.runtime import bootstrap, connection
 
     with common.cluster(address) as found:
         if not yes and not keep_placements:
-            ends = what_ends(common.ask(bootstrap.connect().status.remote()))
+            ends = what_ends(common.ask(connection.connect().status.remote()))
             what = f"{ends}, and stop the placement service on the Ray cluster at {found}"
             if not common.agreed(what, "add --yes, or --keep-placements to leave them", as_json):
                 common.note("nothing is changed")

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, TextIO
 
 from placement.errors import ClusterUnreachable, PlacementError
-from placement.runtime import bootstrap, connection, ray_internals
+from placement.runtime import connection, ray_internals
 
 THREADS = 8
 
@@ -66,24 +66,24 @@ class _Answers:
 
 
 def _read(since: int) -> dict[str, Any]:
-    service = bootstrap.connect()
+    service = connection.connect()
     status, events = service.status.remote(), service.events.remote(None, since)
     return {"status": connection.ask(status), "events": connection.ask(events)}
 
 
 def _machines() -> dict[str, Any]:
     """Of a cluster file only what the machines are: the rest holds what was declared."""
-    file = connection.ask(bootstrap.connect().snapshot.remote())
+    file = connection.ask(connection.connect().snapshot.remote())
     machine_of = {node["id"]: node["machine"] for node in file["nodes"] if node.get("machine")}
     return {"machines": file["machines"], "machine_of": machine_of}
 
 
 def _node(node: str) -> Any:
-    return connection.ask(bootstrap.connect().topology.remote(node))[0]
+    return connection.ask(connection.connect().topology.remote(node))[0]
 
 
 def _why(deployment: str) -> dict[str, Any]:
-    service = bootstrap.connect()
+    service = connection.connect()
     declared = connection.ask(service.describe.remote(deployment))["deployment"]
     [explained] = connection.ask(service.explain_all.remote([declared]))
     found: dict[str, Any] = explained.to_dict()

@@ -10,7 +10,6 @@ from typing import Any
 from ray.actor import ActorHandle
 
 from placement.core.snapshot import NEAR_LABELS
-from placement.runtime import bootstrap
 from placement.runtime.borrowing import AsyncBorrower
 from placement.runtime.client_base import (
     WATCH_SECONDS,
@@ -23,8 +22,8 @@ from placement.runtime.client_base import (
     is_lease,
 )
 from placement.runtime.connection import answer, answer_or_abandon, caller
-from placement.runtime.controller import IDLE_SECONDS
 from placement.runtime.results import PlacementResult
+from placement.runtime.settings import IDLE_SECONDS
 from placement.wire.plans import PlacementPlan
 
 
@@ -50,6 +49,8 @@ class AsyncClient(Connected):
         node_types: str | Path | None = None,
     ) -> AsyncClient:
         """The same, with the service started if need be; see :func:`placement.start`."""
+        from placement.runtime import bootstrap  # all of the service, which its other clients need not import
+
         return cls(await asyncio.to_thread(bootstrap.start, near, idle_seconds, node_types))
 
     async def place(

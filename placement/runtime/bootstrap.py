@@ -1,4 +1,4 @@
-"""Starts and finds the service. The only place that turns its classes into Ray actors."""
+"""Starts and stops the service. The only place that turns its classes into Ray actors."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from placement.core.snapshot import NEAR_LABELS
 from placement.errors import ServiceNotRunning
 from placement.runtime import ray_internals
-from placement.runtime.controller import IDLE_SECONDS
+from placement.runtime.connection import NAME, NAMESPACE, connect, require_ray
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.groups import my_gpu_ids
-from placement.runtime.node_agent import NAMESPACE, NodePlacementActor, agent_name
+from placement.runtime.node_agent import NodePlacementActor, agent_name
 from placement.runtime.service import DeploymentPlacementActor as Service
+from placement.runtime.settings import IDLE_SECONDS
 from placement.wire.node_types import NodeType
 from placement.wire.node_types import node_types as read_node_types
 
-NAME = "placement"
 START_DEADLINE_SECONDS = 120.0
 JOB_DEADLINE_SECONDS = START_DEADLINE_SECONDS + 60.0
 """The same, and time for the starting process to connect."""
@@ -111,7 +111,7 @@ def start(
         ServiceNotRunning: it cannot run there; the package is not installed on the head node, for example.
         ray.exceptions.GetTimeoutError: the actor did not come up within two minutes.
     """
-    _require_ray()
+    require_ray()
     if untested := ray_internals.require_supported():
         logger.warning(untested)
     types = read_node_types(node_types) if isinstance(node_types, str | Path) else node_types or ()
@@ -212,23 +212,6 @@ def _run_job(address: str, near: Sequence[str], idle_seconds: float, types: Sequ
     return said[-1] if child.returncode else ""
 
 
-def connect() -> Any:
-    """Finds the placement service of the connected cluster.
-
-    Returns:
-        The actor handle.
-
-    Raises:
-        RuntimeError: Ray is not connected; call ``ray.init(address="auto")`` first.
-        ServiceNotRunning: nobody started it.
-    """
-    _require_ray()
-    try:
-        return ray.get_actor(NAME, namespace=NAMESPACE)
-    except ValueError:
-        raise ServiceNotRunning(ray.get_runtime_context().gcs_address) from None
-
-
 def stop(keep_placements: bool = False) -> list[str]:
     """Stops the service and its node actors.
 
@@ -256,10 +239,3 @@ def _wait_until_gone(service: Any) -> None:
         while time.monotonic() < end:
             ray.get(service.ping.remote(), timeout=STOP_SECONDS)
             time.sleep(0.01)
-
-
-def _require_ray() -> None:
-    if not ray.is_initialized():
-        raise RuntimeError(
-            'Ray is not connected; call ray.init(address="auto") before using the placement service'
-        )

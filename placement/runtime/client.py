@@ -12,7 +12,6 @@ from typing import Any
 from ray.actor import ActorHandle
 
 from placement.core.snapshot import NEAR_LABELS
-from placement.runtime import bootstrap
 from placement.runtime.borrowing import Borrower
 from placement.runtime.client_base import (
     WATCH_SECONDS,
@@ -25,8 +24,8 @@ from placement.runtime.client_base import (
     is_lease,
 )
 from placement.runtime.connection import ask, ask_or_abandon, caller
-from placement.runtime.controller import IDLE_SECONDS
 from placement.runtime.results import PlacementResult
+from placement.runtime.settings import IDLE_SECONDS
 from placement.wire.plans import PlacementPlan
 
 
@@ -53,6 +52,8 @@ class Client(Connected):
         node_types: str | Path | None = None,
     ) -> Client:
         """The same, with the service started if need be; see :func:`placement.start`."""
+        from placement.runtime import bootstrap  # all of the service, which its other clients need not import
+
         return cls(bootstrap.start(near, idle_seconds, node_types))
 
     def place(

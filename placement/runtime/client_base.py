@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 from ray.actor import ActorHandle
 
 from placement.errors import InvalidDeployment
-from placement.runtime import bootstrap
+from placement.runtime import connection
 from placement.wire.constraints import PlacementConstraints
 from placement.wire.deployment import Deployment
 
@@ -54,7 +54,7 @@ class Connected:
     """What both clients are."""
 
     def __init__(self, service: ActorHandle | None = None) -> None:
-        self._handle = bootstrap.connect() if service is None else service
+        self._handle = connection.connect() if service is None else service
 
     @property
     def handle(self) -> ActorHandle:

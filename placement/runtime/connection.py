@@ -18,6 +18,8 @@ from placement.runtime import ray_internals
 
 T = TypeVar("T")
 
+NAME = NAMESPACE = "placement"
+"""Of the service's actor; its node actors are in this namespace, too."""
 CONNECT_DEADLINE_SECONDS = 5.0
 
 
@@ -66,6 +68,31 @@ def connect_ray(address: str | None = None, **options: Any) -> str:
         )
         raise ClusterUnreachable(found, reason.splitlines()[0][:200]) from None
     return found
+
+
+def connect() -> Any:
+    """Finds the placement service of the connected cluster.
+
+    Returns:
+        The actor handle.
+
+    Raises:
+        RuntimeError: Ray is not connected; call ``ray.init(address="auto")`` first.
+        ServiceNotRunning: nobody started it.
+    """
+    require_ray()
+    try:
+        return ray.get_actor(NAME, namespace=NAMESPACE)
+    except ValueError:
+        raise ServiceNotRunning(ray.get_runtime_context().gcs_address) from None
+
+
+def require_ray() -> None:
+    """Raises RuntimeError unless Ray is connected."""
+    if not ray.is_initialized():
+        raise RuntimeError(
+            'Ray is not connected; call ray.init(address="auto") before using the placement service'
+        )
 
 
 def ask(reference: Any) -> Any:

@@ -47,6 +47,7 @@ from placement.runtime.reconciler import Reconciler, Work, differences
 from placement.runtime.releases import Releases
 from placement.runtime.restart import restore
 from placement.runtime.results import PlacementResult
+from placement.runtime.settings import IDLE_SECONDS
 from placement.runtime.state import ServiceState
 from placement.runtime.sweeper import Sweeper
 from placement.runtime.turns import Turns
@@ -55,10 +56,6 @@ from placement.wire.groups import Group
 from placement.wire.measurements import Measurement
 from placement.wire.node_types import NodeType
 from placement.wire.requests import request_of, require_same_places
-
-IDLE_SECONDS = 60.0
-"""How long a node's actor stays where nothing is held: to Ray's autoscaler, which removes nodes that were idle for
-minutes, a node with an actor is busy."""
 
 logger = logging.getLogger(__name__)
 

@@ -17,14 +17,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from placement import __version__, topologies
 from placement.core.snapshot import NEAR_LABELS
-from placement.errors import UnsupportedRay
+from placement.errors import ServiceNotRunning, UnsupportedRay
 from placement.nvml import Reader
-from placement.runtime import ray_internals
-from placement.runtime.bootstrap import NAME, import_problem, probe
+from placement.runtime import connection, ray_internals
+from placement.runtime.bootstrap import import_problem, probe
 from placement.runtime.diagnosis import Examined, Finding, NodeSaid, ServiceSaid, diagnose
 from placement.runtime.discovery import NodeInfo, live_nodes
 from placement.runtime.groups import NodeGroups
-from placement.runtime.node_agent import NAMESPACE
 from placement.runtime.orders import Steering
 from placement.runtime.reservation import NodeReserver
 from placement.wire.facts import NodeFacts
@@ -152,8 +151,8 @@ def _ray() -> Finding:
 
 def _service(seconds: float) -> ServiceSaid | Finding:
     try:
-        service = ray.get_actor(NAME, namespace=NAMESPACE)
-    except ValueError:
+        service = connection.connect()
+    except ServiceNotRunning:
         return Finding("service", None, "warning", "it does not run", "`placement up` starts it")
     try:
         version = ray.get(service.ping.remote(), timeout=seconds)

@@ -13,7 +13,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.placement_group import placement_group as rays_own
 
 from placement.errors import InvalidDeployment, ServiceNotRunning
-from placement.runtime import bootstrap
+from placement.runtime import connection
 from placement.runtime.borrowing import Borrower
 from placement.runtime.needs import NODE_ID_LABEL
 from placement.runtime.orders import own_name
@@ -144,13 +144,15 @@ def _deployment(name: str, layout: Mapping[str, Any], limits: Mapping[str, Any])
 def service_or_rays_own() -> Borrower | None:
     """Borrows of the service, which is started if need be; ``None`` if, as WITHOUT_SERVICE says, it is not to be."""
     try:
-        return Borrower(bootstrap.connect())
+        return Borrower(connection.connect())
     except ServiceNotRunning:
         instead = os.environ.get(WITHOUT_SERVICE, "start")
         if instead not in ("start", "ray"):
             problem = f"{instead!r} is not what to do without the service; set it to start or to ray"
             raise InvalidDeployment(WITHOUT_SERVICE, (problem,)) from None
         if instead == "start":
+            from placement.runtime import bootstrap  # all of the service
+
             return Borrower(bootstrap.start())
         _warn_once()
         return None

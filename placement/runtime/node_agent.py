@@ -17,6 +17,7 @@ from placement.core.affinity import Affinity, affinities
 from placement.core.needs import WHOLE
 from placement.core.score import Score, score, slowest_group
 from placement.nvml import Reader
+from placement.runtime.connection import NAMESPACE
 from placement.runtime.groups import NodeGroups
 from placement.runtime.orders import (
     GpuHardware,
@@ -88,12 +89,11 @@ class Part:
     affinities: Sequence[Affinity] = ()
 
 
-NAMESPACE = "placement"
 _NAME = "node:"
 
 
 def agent_name(node_id: str) -> str:
-    """What the actor of a node is called, in :data:`NAMESPACE`."""
+    """What the actor of a node is called, in the service's namespace."""
     return _NAME + node_id
 
 

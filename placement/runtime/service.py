@@ -23,7 +23,7 @@ from placement.errors import (
 )
 from placement.runtime import metrics, ray_internals
 from placement.runtime.clock import Clock
-from placement.runtime.controller import IDLE_SECONDS, Controller
+from placement.runtime.controller import Controller
 from placement.runtime.declarations import (
     ONE_BY_ONE,
     Caller,
@@ -40,6 +40,7 @@ from placement.runtime.outcomes import Bound, Outcomes, Queues
 from placement.runtime.owners import asker_of, owner_of
 from placement.runtime.queue import Ticket
 from placement.runtime.results import PlacementResult
+from placement.runtime.settings import IDLE_SECONDS
 from placement.wire.groups import groups_of
 from placement.wire.measurements import as_file, read_measurements
 from placement.wire.node_types import NodeType

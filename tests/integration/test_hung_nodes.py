@@ -14,8 +14,9 @@ import ray
 
 import placement
 from placement.runtime.agents import UNREACHABLE_SECONDS
+from placement.runtime.connection import NAMESPACE
 from placement.runtime.embedded import SimulatedNode
-from placement.runtime.node_agent import NAMESPACE, agent_name
+from placement.runtime.node_agent import agent_name
 from tests.integration.conftest import left_over, settled
 from tests.integration.test_place import node_id, ranks_gpus
 

@@ -17,8 +17,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import placement
 from placement.runtime import bootstrap
+from placement.runtime.connection import NAMESPACE
 from placement.runtime.embedded import SimulatedNode
-from placement.runtime.node_agent import NAMESPACE, agent_name
+from placement.runtime.node_agent import agent_name
 from placement.runtime.probing import another_user, gpus_seen_by_workers
 from tests.integration.conftest import left_over, settled
 
