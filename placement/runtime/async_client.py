@@ -13,10 +13,12 @@ from placement.core.snapshot import NEAR_LABELS
 from placement.runtime import bootstrap
 from placement.runtime.borrowing import AsyncBorrower
 from placement.runtime.client_base import (
+    FOLLOW_SECONDS,
     WATCH_SECONDS,
     Connected,
     Constraints,
     DeploymentLike,
+    Entry,
     Event,
     Status,
     Waiting,
@@ -24,6 +26,7 @@ from placement.runtime.client_base import (
 )
 from placement.runtime.connection import answer, answer_or_abandon, caller
 from placement.runtime.controller import IDLE_SECONDS
+from placement.runtime.history import DAYS, MIB
 from placement.runtime.results import PlacementResult
 from placement.wire.plans import PlacementPlan
 
@@ -48,9 +51,15 @@ class AsyncClient(Connected):
         near: Sequence[str] = NEAR_LABELS,
         idle_seconds: float = IDLE_SECONDS,
         node_types: str | Path | None = None,
+        history_days: float = DAYS,
+        history_mib: float = MIB,
     ) -> AsyncClient:
         """The same, with the service started if need be; see :func:`placement.start`."""
-        return cls(await asyncio.to_thread(bootstrap.start, near, idle_seconds, node_types))
+        return cls(
+            await asyncio.to_thread(
+                bootstrap.start, near, idle_seconds, node_types, history_days, history_mib
+            )
+        )
 
     async def place(
         self,
@@ -125,11 +134,11 @@ class AsyncClient(Connected):
 
     async def release(self, name: str) -> int:
         """See :meth:`Client.release`."""
-        return await answer(self._handle.release.remote(name))
+        return await answer(self._handle.release.remote(name, caller=caller()))
 
     async def release_all(self) -> list[str]:
         """See :meth:`Client.release_all`."""
-        return await answer(self._handle.release_all.remote())
+        return await answer(self._handle.release_all.remote(caller=caller()))
 
     async def status(
         self, node: str | None = None, deployment: str | None = None, state: str | None = None
@@ -156,6 +165,25 @@ class AsyncClient(Connected):
             for event in await self.watch(since, names):
                 since = event["number"]
                 yield event
+
+    async def history(
+        self,
+        names: Sequence[str] | None = None,
+        *,
+        after: int = 0,
+        since: float = 0.0,
+        follow: bool = False,
+    ) -> AsyncIterator[Entry]:
+        """See :meth:`Client.history`; for ``async for``."""
+        while True:
+            page = await answer(self._handle.history.remote(after, names, since))
+            for entry in page["entries"]:
+                yield entry
+            after = page["last"]
+            if not page["more"]:
+                if not follow:
+                    return
+                await asyncio.sleep(FOLLOW_SECONDS)
 
     async def topology(self, node: str | None = None) -> list[dict[str, Any]]:
         """See :meth:`Client.topology`."""
