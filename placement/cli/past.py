@@ -99,11 +99,11 @@ def _events(service: Any, names: list[str] | None, since: Since, follow: bool) -
 
 def _history(service: Any, names: list[str] | None, since: Since, follow: bool) -> Iterator[dict[str, Any]]:
     """Events and decisions that are kept."""
-    after, earliest = since
+    seen, earliest = since
     while True:
-        page = common.ask(service.history.remote(after, names, earliest))
+        page = common.ask(service.history.remote(seen, names, earliest))
         yield from page["entries"]
-        after = page["last"]
+        seen = page["last"]
         if skipped := page["skipped"]:
             common.note(f"note: entries that another version wrote are left out: {skipped}")
         if page["more"]:

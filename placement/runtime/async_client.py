@@ -170,16 +170,16 @@ class AsyncClient(Connected):
         self,
         names: Sequence[str] | None = None,
         *,
-        after: int = 0,
-        since: float = 0.0,
+        since: int = 0,
+        earliest: float = 0.0,
         follow: bool = False,
     ) -> AsyncIterator[Entry]:
         """See :meth:`Client.history`; for ``async for``."""
         while True:
-            page = await answer(self._handle.history.remote(after, names, since))
+            page = await answer(self._handle.history.remote(since, names, earliest))
             for entry in page["entries"]:
                 yield entry
-            after = page["last"]
+            since = page["last"]
             if not page["more"]:
                 if not follow:
                     return

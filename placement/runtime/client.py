@@ -276,22 +276,22 @@ class Client(Connected):
         self,
         names: Sequence[str] | None = None,
         *,
-        after: int = 0,
-        since: float = 0.0,
+        since: int = 0,
+        earliest: float = 0.0,
         follow: bool = False,
     ) -> Iterator[Entry]:
         """Events and decisions of the last days, oldest first, also of before the service last started.
 
         Args:
             names: only those about these deployments.
-            after: the ``number`` of the last entry already known.
-            since: only those since then, in seconds since 1970.
+            since: the ``number`` of the last entry already known.
+            earliest: only those of this time or later, in seconds since 1970.
             follow: go on without end, with what happens as it does.
         """
         while True:
-            page = ask(self._handle.history.remote(after, names, since))
+            page = ask(self._handle.history.remote(since, names, earliest))
             yield from page["entries"]
-            after = page["last"]
+            since = page["last"]
             if not page["more"]:
                 if not follow:
                     return

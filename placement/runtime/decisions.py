@@ -54,7 +54,7 @@ async def noted(feed: Feed, call: str, asked: Any, caller: Any, work: Awaitable[
         outcome = await work
         told = list(_outcomes(outcome, names))
         return outcome
-    except BaseException as error:
+    except (Exception, asyncio.CancelledError) as error:
         told = list(_refusals(error, names))
         raise
     finally:

@@ -8,10 +8,11 @@ anew goes on with the last segment. The oldest segments are dropped.
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
+import re
+import sys
 import threading
 import time
 import zlib
@@ -40,11 +41,13 @@ LONGEST = 1000
 BATCH = 200
 """So many entries are written at once, at most."""
 PAGE = 1000
-RECALLED = 4
+RECALLED = 2
 """So many segments, the last ones, does a service read that starts anew."""
 
 Entry = dict[str, Any]
 """What :class:`placement.runtime.client_base.Entry` has, without ``time``."""
+
+_NAME = re.compile(r"\d{20}-\d{12}")
 
 logger = logging.getLogger(__name__)
 
@@ -112,11 +115,9 @@ class History:
         self._most = max(2.0, mib * 2**20 / SEGMENT_BYTES)
         self._lock = threading.Lock()  # held for microseconds only
         self._writing = threading.Lock()
-        self._wake = threading.Event()
-        self._unwritten: deque[Entry] = deque()
-        self._lost: Entry | None = None
+        self._unwritten: deque[Entry] = deque()  # grows without a lock, and shrinks with both
         self._is_unsaved = False
-        self._names = ledger.history_segments()
+        self._names = [name for name in ledger.history_segments() if _NAME.fullmatch(name)]
         self._growing: _Segment | None = None
         self._grown = Page()  # what is in it
         self._go_on()
@@ -134,12 +135,11 @@ class History:
     # -- writing -----------------------------------------------------------------------------------
 
     def add(self, one: Entry) -> None:
-        """Has an entry be kept; its number is higher than all before."""
-        with self._lock:
-            if len(self._unwritten) >= MOST_UNWRITTEN:
-                self._lost = self._unwritten.popleft()
-            self._unwritten.append(one)
-        self._wake.set()
+        """Has an entry be kept; its number is higher than all before.
+
+        Takes no lock: who calls holds the feed's, for which the garbage collector may wait in a thread that reads here.
+        """
+        self._unwritten.append(one)
 
     def start(self) -> None:
         """Begins to write, in a thread of its own."""
@@ -148,9 +148,7 @@ class History:
     def _run(self) -> None:
         is_failing = False
         while True:
-            self._wake.wait()
-            self._wake.clear()
-            time.sleep(WRITE_SECONDS)
+            time.sleep(RETRY_SECONDS if is_failing else WRITE_SECONDS)
             try:
                 self.flush()
                 is_failing = False
@@ -158,8 +156,15 @@ class History:
                 if not is_failing:
                     logger.warning("the history cannot be written; trying again: %s", error)
                 is_failing = True
-                self._wake.set()
-                time.sleep(RETRY_SECONDS)
+                self._drop_what_is_too_much()
+
+    def _drop_what_is_too_much(self) -> None:
+        with self._writing, self._lock:
+            lost = None
+            while len(self._unwritten) > MOST_UNWRITTEN:
+                lost = self._unwritten.popleft()
+            if lost is not None:
+                self._unwritten.appendleft(gap(lost["number"], lost["at"]))
 
     def flush(self) -> None:
         """Writes what waits to be written, and drops what is over the bounds."""
@@ -172,12 +177,7 @@ class History:
 
     def _grow(self) -> bool:
         """Moves entries into the segment that grows; whether there were any."""
-        with self._lock:
-            waiting = list(itertools.islice(self._unwritten, BATCH))
-            if self._lost is not None and waiting:
-                lost, self._lost = self._lost, None
-                waiting.insert(0, gap(lost["number"], lost["at"]))
-                self._unwritten.appendleft(waiting[0])
+        waiting = self._waiting()[:BATCH]
         if not waiting:
             return False
         text, moved = b"", list[Entry]()
@@ -198,12 +198,19 @@ class History:
                 self._names.append(growing.name)
                 self._growing, self._grown = growing, Page()
             self._grown.entries += moved
-            while self._unwritten and self._unwritten[0]["number"] <= moved[-1]["number"]:
+            for _ in moved:
                 self._unwritten.popleft()
         self._is_unsaved = True
         for one in moved:
             log.tell(one)
         return True
+
+    def _waiting(self) -> list[Entry]:
+        while True:
+            try:
+                return list(self._unwritten)
+            except RuntimeError:  # it has grown meanwhile
+                continue
 
     def _trim(self) -> None:
         oldest = time.time() - self.days * 86400
@@ -215,37 +222,37 @@ class History:
     # -- reading -----------------------------------------------------------------------------------
 
     def read(
-        self, after: int = 0, names: Collection[str] | None = None, since: float = 0.0, most: int = PAGE
+        self, since: int = 0, names: Collection[str] | None = None, earliest: float = 0.0, most: int = PAGE
     ) -> Page:
-        """Entries after a number and since a time, oldest first; those that wait to be written, too.
+        """Entries after a number, oldest first; those that wait to be written, too.
 
-        Where entries after ``after`` are not kept any more, one of kind ``gap`` says so.
+        Where entries after it are not kept any more, one of kind ``gap`` says so.
 
         Args:
-            after: a number; 0 for the beginning.
+            since: the number; 0 for the beginning.
             names: only what is about these deployments.
-            since: seconds since 1970.
+            earliest: only those of this time or later, in seconds since 1970.
             most: no further segment is read once so many are found.
         """
         with self._lock:
             closed = self._names[:-1] if self._growing else self._names[:]
-            grown = Page([*self._grown.entries, *self._unwritten], skipped=self._grown.skipped)
+            grown = Page(self._grown.entries + self._waiting(), skipped=self._grown.skipped)
         starts = [_start(name) for name in closed]
         if grown.entries:
             starts.append((grown.entries[0]["number"], grown.entries[0]["at"]))
-        page = Page(last=after)
-        if starts and 0 < after < starts[0][0] - 1:
+        page = Page(last=since)
+        if starts and 0 < since < starts[0][0] - 1:
             page.entries.append(gap(starts[0][0] - 1, starts[0][1]))
         for position, name in enumerate(closed):
             number, at = starts[position + 1] if position + 1 < len(starts) else (math.inf, math.inf)
-            if number - 1 <= after or at < since:
+            if number - 1 <= since or at < earliest:
                 continue
             if len(page.entries) >= most:
                 page.more = True
                 return page
             text = _unpacked(ledger.history_segment(name))
-            _collect(page, _parsed(text) if text is not None else Page(skipped=1), after, since, names)
-        _collect(page, grown, after, since, names)
+            _collect(page, _parsed(text) if text is not None else Page(skipped=1), since, earliest, names)
+        _collect(page, grown, since, earliest, names)
         return page
 
     def recall(self) -> tuple[list[Entry], int]:
@@ -255,7 +262,7 @@ class History:
         if not names:
             return [], 0
         before = _start(names[0])[0] - 1
-        page = self.read(before, most=MOST_UNWRITTEN)
+        page = self.read(before, most=sys.maxsize)
         return [one for one in page.entries if one["kind"] == "event"], before
 
 
@@ -264,13 +271,14 @@ def gap(number: int, at: float) -> Entry:
     return entry(number, at, "gap", "", "gap", "what happened before is not kept any more")
 
 
-def _collect(page: Page, found: Page, after: int, since: float, names: Collection[str] | None) -> None:
+def _collect(page: Page, found: Page, since: int, earliest: float, names: Collection[str] | None) -> None:
     """Adds to a page what is asked for of a segment."""
-    page.skipped += found.skipped
+    if not found.entries or found.entries[0]["number"] > since:  # else they were counted before
+        page.skipped += found.skipped
     for one in found.entries:
-        if one["number"] > after:
+        if one["number"] > since:
             page.last = max(page.last, one["number"])
-            if one["at"] >= since and (names is None or one["deployment"] in names):
+            if one["at"] >= earliest and (names is None or one["deployment"] in names):
                 page.entries.append(one)
 
 

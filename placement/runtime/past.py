@@ -77,20 +77,20 @@ DeploymentPlacementActor`.
         return [one.to_dict() for one in found]
 
     async def history(
-        self, after: int = 0, names: Sequence[str] | None = None, since: float = 0.0
+        self, since: int = 0, names: Sequence[str] | None = None, earliest: float = 0.0
     ) -> dict[str, Any]:
         """Events and decisions of the last days, a page at a time; JSON-ready. docs/events.md says what they have.
 
         Args:
-            after: the ``last`` of the page before.
+            since: the ``number`` of the last entry already known; for the next page the ``last`` of the one before.
             names: only those about these deployments.
-            since: only those since then, in seconds since 1970.
+            earliest: only those of this time or later, in seconds since 1970.
 
         Returns:
             ``entries``, oldest first; ``last``; whether there are ``more``; how many entries were ``skipped``, since a
             later version wrote them.
         """
-        page = await self._in(self._reads, self._controller.history.read, after, names, since)
+        page = await self._in(self._reads, self._controller.history.read, since, names, earliest)
         return {**vars(page), "entries": [history.told(one) for one in page.entries]}
 
     async def log(self, lines: int = 100, cursor: str = "") -> dict[str, Any]:
