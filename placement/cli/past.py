@@ -117,6 +117,7 @@ def _history(service: Any, names: list[str] | None, since: Since, follow: bool) 
 @click.option(
     "--lines",
     type=click.IntRange(0, 10_000),
+    metavar="NUMBER",
     default=100,
     show_default=True,
     help="How many of the last lines.",
