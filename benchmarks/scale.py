@@ -256,6 +256,7 @@ def make_believe(cluster: Cluster) -> Iterator[None]:
         kv_get=lambda key, namespace: cluster.store.get(key),
         kv_put=put,
         kv_delete=lambda key, namespace: cluster.store.pop(key, None),
+        kv_keys=lambda prefix, namespace: [key for key in cluster.store if key.startswith(prefix)],
         kv_all=lambda prefix, namespace: {k: v for k, v in cluster.store.items() if k.startswith(prefix)},
     )
     cluster.store.setdefault(b"token", TOKEN.encode())

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -342,7 +343,8 @@ def planted() -> list[str]:
     kv = internal_kv.internal_kv_get_gcs_client()
     keys = internal_kv._internal_kv_list(b"", namespace=b"placement")
     places |= {
-        key.decode(): value for key, value in kv.internal_kv_multi_get(keys, namespace=b"placement").items()
+        key.decode(): zlib.decompress(value) if key.startswith(b"history/") else value
+        for key, value in kv.internal_kv_multi_get(keys, namespace=b"placement").items()
     }
     places["status"] = str(ray.get(Soak.service.status.remote())).encode()
     places["events"] = str([ray.get(Soak.service.events.remote())]).encode()

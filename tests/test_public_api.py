@@ -40,6 +40,7 @@ def test_the_services_actor_has_what_the_clients_ask_of_it_and_no_method_blocks(
         "lend",
         "confirm",
         "cancel",
+        "log",
         "explain_all",
         "settings",
         "stop_agents",

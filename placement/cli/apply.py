@@ -128,7 +128,7 @@ def _apply(
     options = {"atomic": True} if atomic else {}
     with common.noted(KeyboardInterrupt, common.GOES_ON):
         try:
-            results = common.ask(service.apply_all.remote(wanted, **options))
+            results = common.ask(service.apply_all.remote(wanted, caller=common.asker(), **options))
         except errors.PartlyApplied as error:
             found: waiting.Results = {}
             for name in error.applied:
@@ -145,7 +145,7 @@ def _release(service: Any, names: Sequence[str]) -> list[str]:
             common.noted(KeyboardInterrupt, f"the placement service goes on releasing {name}"),
             contextlib.suppress(errors.UnknownDeployment),  # somebody else was quicker
         ):
-            common.ask(service.release.remote(name))
+            common.ask(service.release.remote(name, caller=common.asker()))
             released.append(name)
     return released
 

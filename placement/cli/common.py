@@ -116,6 +116,14 @@ def ask(reference: Any) -> Any:
     return connection.ask(reference)
 
 
+def asker() -> dict[str, str]:
+    """Who asks, for the history. The job of a command owns nothing, since it ends with the command."""
+    from placement.runtime import connection
+
+    said = connection.caller()
+    return {"driver" if name == "job" else name: value for name, value in said.items()}
+
+
 def members(service: Any, names: Iterable[str]) -> list[str]:
     """The deployments that names mean, each once: of a group its members.
 

@@ -61,7 +61,7 @@ def _release(service: Any, report: dict[str, Any], names: tuple[str, ...], as_js
             common.noted(KeyboardInterrupt, f"the placement service goes on releasing {name}"),
             common.noted(errors.PlacementError, before),
         ):
-            released[name] = common.ask(service.release.remote(name))
+            released[name] = common.ask(service.release.remote(name, caller=common.asker()))
         if not as_json:
             common.say(f"released {name}: {counted(released[name], 'replica')}")
     return released
@@ -74,7 +74,7 @@ def _release_all(service: Any, report: dict[str, Any], yes: bool, as_json: bool)
         common.note("nothing is changed")
         sys.exit(REFUSED)
     with common.noted(KeyboardInterrupt, "the placement service goes on releasing"):
-        names = common.ask(service.release_all.remote())
+        names = common.ask(service.release_all.remote(caller=common.asker()))
     if not as_json:
         common.say(f"released {', '.join(names)}" if names else "nothing is placed")
     return {name: replicas.get(name, 0) for name in names}

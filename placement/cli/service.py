@@ -35,9 +35,25 @@ from placement.errors import counted
     type=click.Path(dir_okay=False),
     help="The cluster configuration of `ray up`: refusals for lack of room then name the node types that would do.",
 )
+@click.option(
+    "--history-days",
+    metavar="DAYS",
+    type=click.FloatRange(min=0, min_open=True),
+    help="How long events and decisions are kept; 30 if left out.",
+)
+@click.option(
+    "--history-mib",
+    metavar="MIB",
+    type=click.FloatRange(min=0.125),
+    help="How much of Ray's store they may take, in MiB; 8 if left out. The oldest are dropped.",
+)
 @common.with_json
 def up(
-    address: str | None, near: str | None, idle_seconds: float | None, node_types: str | None, as_json: bool
+    address: str | None,
+    near: str | None,
+    node_types: str | None,
+    as_json: bool,
+    **numbers: float | None,
 ) -> None:
     """Starts the service, or finds it running. The service stays when this command ends.
 
@@ -47,13 +63,14 @@ def up(
     from placement.runtime import bootstrap, connection
     from placement.wire.node_types import node_types as read_node_types
 
-    if idle_seconds is not None and math.isnan(idle_seconds):
-        raise click.UsageError("--idle-seconds: nan is no number of seconds; use at least 1, or inf")
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {name: value for name, value in numbers.items() if value is not None}
+    for name, value in options.items():
+        if math.isnan(value):
+            raise click.UsageError(
+                f"--{name.replace('_', '-')}: nan is no number; use 30, for example, or inf"
+            )
     if near:
         options["near"] = [label.strip() for label in near.split(",") if label.strip()]
-    if idle_seconds is not None:
-        options["idle_seconds"] = idle_seconds
     asked = dict(options)
     if node_types is not None:
         options["node_types"] = read_node_types(node_types)

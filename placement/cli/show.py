@@ -1,4 +1,4 @@
-"""``placement status``, ``list``, ``get`` and ``events``: what stands, and what happened."""
+"""``placement status``, ``list`` and ``get``: what stands."""
 
 from __future__ import annotations
 
@@ -156,43 +156,3 @@ def get(names: tuple[str, ...], output: str | None, address: str | None, as_json
     else:
         for one in found:
             common.show(*declared_view(one))
-
-
-@click.command(
-    cls=Command,
-    epilog="\b\nExample:\n  placement events llama-70b --follow\n  placement events --since 1764144000000",
-)
-@click.argument("name", required=False)
-@click.option(
-    "--since", type=click.IntRange(min=0), default=0, metavar="NUMBER", help="Only those after this one."
-)
-@click.option("--follow", is_flag=True, help="Go on until interrupted, and show what happens as it does.")
-@common.with_address
-@common.with_json
-def events(name: str | None, since: int, follow: bool, address: str | None, as_json: bool) -> None:
-    """Shows what happened to replicas: where they are, which were lost, why some are pending. Of all, or of one NAME.
-
-    With --follow, --json prints one object a line.
-    """
-    from placement.cli.views.tables import event_line
-
-    def show(one: dict[str, Any]) -> None:
-        if as_json:
-            common.say(json.dumps(one, allow_nan=False))
-        else:
-            common.show(event_line(one, of_all=name is None))
-
-    with common.service(address) as service:
-        found = common.ask(service.events.remote(name, since))
-        if as_json and not follow:
-            common.dump({"deployment": name, "events": found})
-            return
-        if not follow:
-            common.page(*(event_line(one, of_all=name is None) for one in found))
-            return
-        names = None if name is None else [name]
-        while True:
-            for one in found:
-                show(one)
-            since = found[-1]["number"] if found else since
-            found = common.ask(service.watch.remote(since=since, names=names))

@@ -16,7 +16,7 @@ from placement.wire.node_types import NodeType
 
 def main(argument: str) -> None:
     """Connects as a driver without a runtime_env, and starts the service. The last line of stderr tells a failure."""
-    address, node_address, near, idle_seconds, types = json.loads(argument)
+    address, node_address, types, *settings = json.loads(argument)
     ray.init(
         address=address,
         log_to_driver=False,
@@ -25,7 +25,7 @@ def main(argument: str) -> None:
         **WITHOUT_HOOK,
     )
     try:
-        start_in_this_job(near, idle_seconds, [NodeType(**one) for one in types])
+        start_in_this_job([NodeType(**one) for one in types], *settings)
     except ServiceNotRunning as error:
         sys.exit(error.problem)
 

@@ -10,6 +10,7 @@ from placement.core.lifecycle import State
 from placement.core.replicas import PlannedReplica
 from placement.runtime import faults, groups, ledger, metrics, records
 from placement.runtime.claims import Claim
+from placement.runtime.decisions import place_of
 from placement.runtime.deployment_state import DeploymentState, held_replica
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.feed import Feed
@@ -164,10 +165,7 @@ class Actions:
     def tell_places(self, one: DeploymentState, indices: Iterable[int]) -> None:
         """Has those who watch hear where replicas are."""
         for index in indices:
-            where = ", ".join(
-                f"{part.node_name} GPUs {part.gpus}" if part.gpus else part.node_name
-                for part in one.replicas[index].parts
-            )
+            where = ", ".join(map(place_of, one.replicas[index].parts))
             self._feed.add(one.name, index, one.states[index], f"on {where}")
 
 

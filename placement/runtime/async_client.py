@@ -12,10 +12,12 @@ from ray.actor import ActorHandle
 from placement.core.snapshot import NEAR_LABELS
 from placement.runtime.borrowing import AsyncBorrower
 from placement.runtime.client_base import (
+    FOLLOW_SECONDS,
     WATCH_SECONDS,
     Connected,
     Constraints,
     DeploymentLike,
+    Entry,
     Event,
     Status,
     Waiting,
@@ -23,7 +25,7 @@ from placement.runtime.client_base import (
 )
 from placement.runtime.connection import answer, answer_or_abandon, caller
 from placement.runtime.results import PlacementResult
-from placement.runtime.settings import IDLE_SECONDS
+from placement.runtime.settings import HISTORY_DAYS, HISTORY_MIB, IDLE_SECONDS
 from placement.wire.plans import PlacementPlan
 
 
@@ -47,11 +49,17 @@ class AsyncClient(Connected):
         near: Sequence[str] = NEAR_LABELS,
         idle_seconds: float = IDLE_SECONDS,
         node_types: str | Path | None = None,
+        history_days: float = HISTORY_DAYS,
+        history_mib: float = HISTORY_MIB,
     ) -> AsyncClient:
         """The same, with the service started if need be; see :func:`placement.start`."""
         from placement.runtime import bootstrap  # all of the service, which its other clients need not import
 
-        return cls(await asyncio.to_thread(bootstrap.start, near, idle_seconds, node_types))
+        return cls(
+            await asyncio.to_thread(
+                bootstrap.start, near, idle_seconds, node_types, history_days, history_mib
+            )
+        )
 
     async def place(
         self,
@@ -126,11 +134,11 @@ class AsyncClient(Connected):
 
     async def release(self, name: str) -> int:
         """See :meth:`Client.release`."""
-        return await answer(self._handle.release.remote(name))
+        return await answer(self._handle.release.remote(name, caller=caller()))
 
     async def release_all(self) -> list[str]:
         """See :meth:`Client.release_all`."""
-        return await answer(self._handle.release_all.remote())
+        return await answer(self._handle.release_all.remote(caller=caller()))
 
     async def status(
         self, node: str | None = None, deployment: str | None = None, state: str | None = None
@@ -157,6 +165,25 @@ class AsyncClient(Connected):
             for event in await self.watch(since, names):
                 since = event["number"]
                 yield event
+
+    async def history(
+        self,
+        names: Sequence[str] | None = None,
+        *,
+        since: int = 0,
+        earliest: float = 0.0,
+        follow: bool = False,
+    ) -> AsyncIterator[Entry]:
+        """See :meth:`Client.history`; for ``async for``."""
+        while True:
+            page = await answer(self._handle.history.remote(since, names, earliest))
+            for entry in page["entries"]:
+                yield entry
+            since = page["last"]
+            if not page["more"]:
+                if not follow:
+                    return
+                await asyncio.sleep(FOLLOW_SECONDS)
 
     async def topology(self, node: str | None = None) -> list[dict[str, Any]]:
         """See :meth:`Client.topology`."""

@@ -20,13 +20,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from placement.core.snapshot import NEAR_LABELS
 from placement.errors import ServiceNotRunning
-from placement.runtime import ray_internals
-from placement.runtime.connection import NAME, NAMESPACE, connect, require_ray
+from placement.runtime import log, ray_internals
+from placement.runtime.connection import NAME, NAMESPACE, caller, connect, require_ray
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.groups import my_gpu_ids
 from placement.runtime.node_agent import NodePlacementActor, agent_name
 from placement.runtime.service import DeploymentPlacementActor as Service
-from placement.runtime.settings import IDLE_SECONDS
+from placement.runtime.settings import HISTORY_DAYS, HISTORY_MIB, IDLE_SECONDS
 from placement.wire.node_types import NodeType
 from placement.wire.node_types import node_types as read_node_types
 
@@ -51,6 +51,7 @@ class DeploymentPlacementActor(Service):
     """The service as an actor: started anew until it could take up what stood."""
 
     def __init__(self, *args: Any) -> None:
+        log.begin(ray_internals.logs_folder())
         if untested := ray_internals.require_supported():
             logger.warning(untested)
         is_new = ray.get_runtime_context().was_current_actor_reconstructed is False
@@ -83,6 +84,8 @@ def start(
     near: Sequence[str] = NEAR_LABELS,
     idle_seconds: float = IDLE_SECONDS,
     node_types: str | Path | Sequence[NodeType] | None = None,
+    history_days: float = HISTORY_DAYS,
+    history_mib: float = HISTORY_MIB,
 ) -> Any:
     """Gets the placement service of the connected cluster, started if need be. Safe to call at any time.
 
@@ -100,6 +103,9 @@ def start(
         node_types: the cluster configuration that ``ray up`` was given, here: where there is no room, it is said which
             of its node types would hold what is asked for, or what they lack. Its path, or what was read of it. Of no
             effect on a service that runs.
+        history_days: how long events and decisions are kept, in days. Of no effect on a service that runs.
+        history_mib: how much of Ray's store these may take, in MiB (2^20 bytes); the oldest are dropped. Of no effect
+            on a service that runs.
 
     Returns:
         The actor handle; see :class:`~placement.runtime.service.DeploymentPlacementActor` for its methods.
@@ -115,18 +121,25 @@ def start(
     if untested := ray_internals.require_supported():
         logger.warning(untested)
     types = read_node_types(node_types) if isinstance(node_types, str | Path) else node_types or ()
+    settings = tuple(near), idle_seconds, history_days, history_mib
     if not _has_environment():
-        return start_in_this_job(near, idle_seconds, types)
+        return start_in_this_job(types, *settings)
     try:
         service = connect()
     except ServiceNotRunning:
-        _start_in_a_job_of_its_own(near, idle_seconds, types)
+        _start_in_a_job_of_its_own(types, *settings)
         service = connect()
     _wait_for(service)
     return service
 
 
-def start_in_this_job(near: Sequence[str], idle_seconds: float, types: Sequence[NodeType]) -> Any:
+def start_in_this_job(
+    types: Sequence[NodeType],
+    near: Sequence[str],
+    idle_seconds: float,
+    history_days: float,
+    history_mib: float,
+) -> Any:
     """:func:`start` in the caller's own job, which must have no ``runtime_env``: the service would inherit it."""
     service = _Service.options(
         name=NAME,
@@ -139,7 +152,7 @@ def start_in_this_job(near: Sequence[str], idle_seconds: float, types: Sequence[
         resources=ray_internals.HEAD,
         # The default would be the placement group of the calling task, if that captures its children.
         scheduling_strategy="DEFAULT",
-    ).remote(make_agent, tuple(near), idle_seconds, tuple(types))
+    ).remote(make_agent, tuple(near), idle_seconds, tuple(types), history_days, history_mib)
     _wait_for(service)
     return service
 
@@ -170,14 +183,14 @@ def _has_environment() -> bool:
     return any(value for key, value in inherited.items() if key != "config")
 
 
-def _start_in_a_job_of_its_own(near: Sequence[str], idle_seconds: float, types: Sequence[NodeType]) -> None:
+def _start_in_a_job_of_its_own(types: Sequence[NodeType], *settings: Any) -> None:
     """Starts the service as a job of its own.
 
     An actor inherits the ``runtime_env`` of whoever makes it, and cannot say that it wants none: its own is merged
     into that. CUDA_VISIBLE_DEVICES in it makes all GPU ids wrong that Ray tells the node actors and the probes.
     """
     context = ray.get_runtime_context()
-    arguments = context.gcs_address, tuple(near), idle_seconds, [asdict(one) for one in types]
+    arguments = context.gcs_address, [asdict(one) for one in types], *settings
     if ray_internals.is_ray_client():  # this process may be outside of the cluster
         problem = ray.get(ray.remote(num_cpus=0)(_run_job).remote(*arguments))
     else:
@@ -186,14 +199,14 @@ def _start_in_a_job_of_its_own(near: Sequence[str], idle_seconds: float, types: 
         raise ServiceNotRunning(context.gcs_address, problem)
 
 
-def _run_job(address: str, near: Sequence[str], idle_seconds: float, types: Sequence[dict[str, Any]]) -> str:
+def _run_job(address: str, types: Sequence[dict[str, Any]], *settings: Any) -> str:
     """Runs ``python -m placement.runtime``, which starts the service; what is wrong, if it could not."""
     node_address = ray_internals.node_address()
     # The child can import what this process can. It runs in /, since its actors import from where it runs.
     paths = [str(Path(__file__).parents[2]), *filter(None, sys.path)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
     env.pop(ray_internals.JOB_CONFIG_VARIABLE, None)  # the environment of a submitted job
-    argument = json.dumps([address, node_address, near, idle_seconds, types])
+    argument = json.dumps([address, node_address, types, *settings])
     try:
         child = subprocess.run(
             [sys.executable, "-P", "-m", "placement.runtime", argument],
@@ -225,7 +238,7 @@ def stop(keep_placements: bool = False) -> list[str]:
         ServiceNotRunning: there is none.
     """
     service = connect()
-    released: list[str] = [] if keep_placements else ray.get(service.release_all.remote())
+    released: list[str] = [] if keep_placements else ray.get(service.release_all.remote(caller=caller()))
     ray.get(service.stop_agents.remote())
     ray.kill(service, no_restart=True)
     _wait_until_gone(service)

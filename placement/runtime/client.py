@@ -5,6 +5,7 @@ Each method asks the service's method of the same name, and hands its answer and
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from ray.actor import ActorHandle
 from placement.core.snapshot import NEAR_LABELS
 from placement.runtime.borrowing import Borrower
 from placement.runtime.client_base import (
+    FOLLOW_SECONDS,
     WATCH_SECONDS,
     Connected,
     Constraints,
     DeploymentLike,
+    Entry,
     Event,
     Status,
     Waiting,
@@ -25,7 +28,7 @@ from placement.runtime.client_base import (
 )
 from placement.runtime.connection import ask, ask_or_abandon, caller
 from placement.runtime.results import PlacementResult
-from placement.runtime.settings import IDLE_SECONDS
+from placement.runtime.settings import HISTORY_DAYS, HISTORY_MIB, IDLE_SECONDS
 from placement.wire.plans import PlacementPlan
 
 
@@ -50,11 +53,13 @@ class Client(Connected):
         near: Sequence[str] = NEAR_LABELS,
         idle_seconds: float = IDLE_SECONDS,
         node_types: str | Path | None = None,
+        history_days: float = HISTORY_DAYS,
+        history_mib: float = HISTORY_MIB,
     ) -> Client:
         """The same, with the service started if need be; see :func:`placement.start`."""
         from placement.runtime import bootstrap  # all of the service, which its other clients need not import
 
-        return cls(bootstrap.start(near, idle_seconds, node_types))
+        return cls(bootstrap.start(near, idle_seconds, node_types, history_days, history_mib))
 
     def place(
         self,
@@ -212,7 +217,7 @@ class Client(Connected):
             UnknownDeployment: no deployment of that name stands.
             UnreadableRecord: a later version of the service wrote its record.
         """
-        return ask(self._handle.release.remote(name))
+        return ask(self._handle.release.remote(name, caller=caller()))
 
     def release_all(self) -> list[str]:
         """Releases every deployment.
@@ -220,7 +225,7 @@ class Client(Connected):
         Returns:
             Their names.
         """
-        return ask(self._handle.release_all.remote())
+        return ask(self._handle.release_all.remote(caller=caller()))
 
     def status(
         self, node: str | None = None, deployment: str | None = None, state: str | None = None
@@ -252,7 +257,8 @@ class Client(Connected):
         """Events after ``since``, as soon as there is one; none if nothing happened within the time.
 
         Args:
-            since: the ``number`` of the last event already known; with 0 all that are known come at once.
+            since: the ``number`` of the last event already known; with 0 all that are known come at once. Where events
+                after it are not kept any more, the first one says so: its state is ``gap``.
             names: only those of these deployments, which need not be known yet.
             timeout_seconds: how long to wait.
         """
@@ -260,11 +266,36 @@ class Client(Connected):
         return ask_or_abandon(watch.remote(since=since, names=names, timeout_seconds=timeout_seconds))
 
     def follow(self, names: Sequence[str] | None = None, since: int = 0) -> Iterator[Event]:
-        """Events as they happen, without end; see :meth:`watch`."""
+        """Events as they happen, without end, each once, also across restarts of the service; see :meth:`watch`."""
         while True:
             for event in self.watch(since, names):
                 since = event["number"]
                 yield event
+
+    def history(
+        self,
+        names: Sequence[str] | None = None,
+        *,
+        since: int = 0,
+        earliest: float = 0.0,
+        follow: bool = False,
+    ) -> Iterator[Entry]:
+        """Events and decisions of the last days, oldest first, also of before the service last started.
+
+        Args:
+            names: only those about these deployments.
+            since: the ``number`` of the last entry already known.
+            earliest: only those of this time or later, in seconds since 1970.
+            follow: go on without end, with what happens as it does.
+        """
+        while True:
+            page = ask(self._handle.history.remote(since, names, earliest))
+            yield from page["entries"]
+            since = page["last"]
+            if not page["more"]:
+                if not follow:
+                    return
+                time.sleep(FOLLOW_SECONDS)
 
     def topology(self, node: str | None = None) -> list[dict[str, Any]]:
         """What each GPU node's GPUs report, read anew; JSON-ready.

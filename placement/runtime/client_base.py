@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from ray.actor import ActorHandle
 
@@ -19,6 +19,8 @@ Constraints = PlacementConstraints | Mapping[str, Any] | None
 
 WATCH_SECONDS = 30.0
 """How long one call of ``watch`` waits for something to happen."""
+FOLLOW_SECONDS = 0.5
+"""How often who follows the history asks for what is new."""
 WAIT_SECONDS = 60.0
 """How long one call of ``wait`` waits at most: the service does not notice that who waits has died."""
 
@@ -37,6 +39,21 @@ class Event(TypedDict):
     replica: int | None
     state: str
     text: str
+
+
+class Entry(Event):
+    """One entry of the history: an event, a decision, or what concerns the service or the history itself.
+
+    ``kind`` is ``event``, ``decision``, ``service`` or ``gap``; of the last two ``deployment`` is empty. Only a
+    decision has the ``call``, its ``caller`` (``user``, ``job``, ``address`` and others, as far as they are known),
+    the ``seconds`` that it took, and the ``code`` of a refusal.
+    """
+
+    kind: str
+    call: NotRequired[str]
+    caller: NotRequired[dict[str, str]]
+    seconds: NotRequired[float]
+    code: NotRequired[str]
 
 
 class Status(TypedDict):

@@ -57,11 +57,15 @@ class Clock:
         self._alive: frozenset[str] = frozenset()
 
     def start(self) -> None:
-        """Begins, in a thread of its own, and reports metrics from another. Which nodes drain is known from here on."""
+        """Begins, in a thread of its own; others report metrics, and write the history.
+
+        Which nodes drain is known from here on.
+        """
         self._controller.cluster.draining = draining_nodes()
         self._controller.queue.demand.listen()
         threading.Thread(target=self._run, name="clock", daemon=True).start()
         metrics.start(self._controller.queries.readings)
+        self._controller.history.start()
 
     def _run(self) -> None:
         looked_at = time.monotonic()

@@ -170,12 +170,14 @@ def caller(owner: Any = None) -> dict[str, str]:
         ``job`` and ``node``: ids, hex; of the proxy in the cluster that stands for a ``ray://`` client. ``actor``: the
         id of the actor that this process is. ``pid``, not of a ``ray://`` client. ``submission``: the submission id of
         the job, if it was submitted. ``user``: the name of who runs this process. ``owner_actor``: the id of the
-        actor ``owner``. What is not known is left out.
+        actor ``owner``. ``address``: of this process's node as Ray knows it, not of a ``ray://`` client. What is not
+        known is left out.
     """
     context = ray.get_runtime_context()
     said = {"job": context.get_job_id(), "node": context.get_node_id(), "actor": context.get_actor_id()}
     if not ray_internals.is_ray_client():
-        said |= {"pid": str(os.getpid()), "submission": ray_internals.submission_id()}
+        address = ray_internals.node_address()
+        said |= {"pid": str(os.getpid()), "submission": ray_internals.submission_id(), "address": address}
     with contextlib.suppress(KeyError, OSError, ImportError):  # a container's user may have no name
         said["user"] = getpass.getuser()
     if owner is not None:

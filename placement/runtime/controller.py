@@ -36,6 +36,7 @@ from placement.runtime.discovery import NodeInfo
 from placement.runtime.feed import Feed
 from placement.runtime.fleet import Fleet
 from placement.runtime.group_reconciler import GroupReconciler
+from placement.runtime.history import History
 from placement.runtime.leases import Lending
 from placement.runtime.lifetimes import Lifetimes
 from placement.runtime.membership import changed_with
@@ -45,7 +46,7 @@ from placement.runtime.queries import Queries
 from placement.runtime.queue import WaitingQueue
 from placement.runtime.reconciler import Reconciler, Work, differences
 from placement.runtime.releases import Releases
-from placement.runtime.restart import restore
+from placement.runtime.restart import recall, restore
 from placement.runtime.results import PlacementResult
 from placement.runtime.settings import IDLE_SECONDS
 from placement.runtime.state import ServiceState
@@ -68,6 +69,7 @@ class Controller:
         near: labels of which nodes near each other share the values, widest first.
         idle_seconds: how long a node actor stays on a node that holds nothing.
         node_types: what the autoscaler can bring, as far as somebody has told.
+        history: where events and decisions are kept.
 
     Attributes:
         state: what is declared and what is there.
@@ -90,6 +92,7 @@ class Controller:
         near: Sequence[str] = NEAR_LABELS,
         idle_seconds: float = IDLE_SECONDS,
         node_types: Sequence[NodeType] = (),
+        history: History | None = None,
     ) -> None:
         self.node_types = tuple(node_types)
         self.near, self.idle_seconds = tuple(near), max(1.0, idle_seconds)
@@ -97,8 +100,12 @@ class Controller:
         self.state = ServiceState(lambda nodes: self.cluster.touch(nodes))
         self.fleet = Fleet(make_agent, self.state.holdings, self.prefix)
         self.cluster = ObservedCluster(self.state, self.fleet, self.near)
+        self.history = history or History()
         self.feed = Feed(
-            ledger.event_numbers(), ledger.save_event_numbers, self.state.deployments.__contains__
+            ledger.event_numbers(),
+            ledger.save_event_numbers,
+            self.state.deployments.__contains__,
+            keep=self.history.add,
         )
         self.actions = Actions(self.state, self.fleet, self.feed)
         self.turns = Turns()
@@ -112,7 +119,10 @@ class Controller:
         self.lifetimes = Lifetimes(
             self.queue, self.reconciler, partial(self._reconcile, patient=False), self.releases, self.turns
         )
-        self.queries = Queries(self.state, self.cluster, self.fleet, self.feed, self.queue, self.near)
+        self.queries = Queries(
+            self.state, self.cluster, self.fleet, self.feed, self.queue, self.near, self.history
+        )
+        recall(self.history, self.feed)
         restore(self.state, self.cluster, self.fleet, self.actions, self.feed, self.releases, self.sweeper)
 
     # -- what callers want ---------------------------------------------------------------------------

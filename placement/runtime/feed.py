@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from placement.errors import Busy
-from placement.runtime import metrics
+from placement.runtime import history, metrics
 
 KEPT_PER_DEPLOYMENT = 200
 KEPT_DEPLOYMENTS = 2000
@@ -36,10 +36,11 @@ class Event:
     Attributes:
         number: later ones have higher numbers, also across restarts of the service, and whatever the clock says.
         at: seconds since 1970.
-        deployment: its name.
+        deployment: its name; empty where events of any may be missing (``gap``).
         replica: its index; ``None`` for the deployment as a whole.
         state: the replica's state from then on; ``released`` once it is no more. Of a deployment as a whole
             ``refused``, ``changed`` (it is declared anew; the text names the fields) or ``restarted`` (the service).
+            ``gap`` if events up to this number are not known any more.
         text: where it is, or why.
     """
 
@@ -56,6 +57,11 @@ class Event:
         return {**vars(self), "time": when}
 
 
+def event_of(entry: history.Entry) -> Event:
+    """An event, or a gap, of the history."""
+    return Event(*(entry[name] for name in ("number", "at", "deployment", "replica", "state", "text")))
+
+
 @dataclass(eq=False, slots=True)
 class _Watcher:
     """One who waits: the future belongs to the loop, and is touched nowhere else."""
@@ -70,7 +76,7 @@ def _in_a_thread(work: Callable[[], None]) -> None:
 
 
 class Feed:
-    """The last events of each deployment, in memory: a restart of the service begins anew.
+    """The last events of each deployment, in memory; all of them, and decisions, are handed on to the history.
 
     Of a deployment that stands at least the last one is kept, however many others there are. Every method may be
     called from any thread, and from any event loop; none blocks on more than a short lock.
@@ -81,6 +87,7 @@ class Feed:
             feed exists, and later with no lock held.
         stands: whether a deployment stands. Called under the feed's lock: it must take none, nor wait.
         run: has the later calls of ``set_aside`` done, in a thread of their own.
+        keep: is given every entry for the history, in order. Called under the feed's lock, too.
     """
 
     def __init__(
@@ -89,14 +96,16 @@ class Feed:
         set_aside: Callable[[int], None] = lambda end: None,
         stands: Callable[[str], bool] = lambda name: False,
         run: Callable[[Callable[[], None]], object] = _in_a_thread,
+        keep: Callable[[history.Entry], None] = lambda entry: None,
     ) -> None:
         # Reentrant: the garbage collector may close the coroutine of one who waits while its thread is in here.
         self._lock = threading.RLock()
         # Both in the order of their last events, and all of the second before those of the first.
         self._by_name: dict[str, deque[Event]] = {}
         self._lasts: dict[str, Event] = {}
-        self._set_aside, self._stands, self._run = set_aside, stands, run
+        self._set_aside, self._stands, self._run, self._keep = set_aside, stands, run, keep
         self._last = max(begin, int(time.time() * 1000)) - 1
+        self._forgotten = self._last
         self._end = self._last + NUMBERS
         self._is_setting_aside = False
         self._not_before = 0.0
@@ -110,16 +119,10 @@ class Feed:
     def add(self, name: str, replica: int | None, state: str, text: str = "") -> None:
         """Notes one and wakes those who wait for it."""
         with self._lock:
-            log = self._by_name.pop(name, None) or deque(self._kept_last(name), maxlen=KEPT_PER_DEPLOYMENT)
-            self._lasts.pop(name, None)
             now = time.time()
-            log.append(Event(self._next_number(now), now, name, replica, str(state), text))
-            self._by_name[name] = log  # the one that changed last comes last
-            if len(self._by_name) > KEPT_DEPLOYMENTS:
-                oldest = next(iter(self._by_name))
-                last = self._by_name.pop(oldest)[-1]
-                if self._stands(oldest):
-                    self._lasts[oldest] = last
+            event = Event(self._next_number(now), now, name, replica, str(state), text)
+            self._remember(event)
+            self._keep(history.entry(event.number, now, "event", name, event.state, text, replica=replica))
             self._wake(name)
             need_more = self._needs_more()
         metrics.noted(name, replica, str(state))
@@ -129,6 +132,28 @@ class Feed:
             except RuntimeError:  # no thread to be had
                 logger.exception("how far the numbers of events go could not be noted")
                 self._set_aside_later()
+
+    def note(self, kind: str, name: str, state: str, text: str, **more: Any) -> None:
+        """Has an entry be kept in the history that is no event; see :func:`placement.runtime.history.entry`."""
+        with self._lock:
+            now = time.time()
+            self._keep(history.entry(self._next_number(now), now, kind, name, state, text, **more))
+
+    def recall(self, events: Iterable[Event], before: int) -> None:
+        """Takes up what the history has of the time before; up to ``before`` it may lack events."""
+        with self._lock:
+            self._forgotten = before
+            for event in events:
+                self._remember(event)
+
+    def may_lack(self, number: int, names: Collection[str] | None = None) -> bool:
+        """Whether events after ``number``, of which the caller has some before, may be forgotten by now."""
+        with self._lock:
+            if not 0 < number < self._forgotten:
+                return False
+            return names is None or not all(
+                (log := self._log(name)) and log[0].number <= number for name in names
+            )
 
     def since(self, number: int, names: Collection[str] | None = None) -> list[Event]:
         """Those after ``number``, in order: of these deployments, or of all."""
@@ -144,6 +169,21 @@ class Feed:
         """Whether anything is known of a deployment."""
         with self._lock:
             return name in self._by_name or name in self._lasts
+
+    def _remember(self, event: Event) -> None:
+        name = event.deployment
+        log = self._by_name.pop(name, None) or deque(self._kept_last(name), maxlen=KEPT_PER_DEPLOYMENT)
+        self._lasts.pop(name, None)
+        if len(log) == KEPT_PER_DEPLOYMENT:
+            self._forgotten = max(self._forgotten, log[0].number)
+        log.append(event)
+        self._by_name[name] = log  # the one that changed last comes last
+        if len(self._by_name) > KEPT_DEPLOYMENTS:
+            oldest = next(iter(self._by_name))
+            last = self._by_name.pop(oldest)[-1]
+            self._forgotten = max(self._forgotten, last.number)
+            if self._stands(oldest):
+                self._lasts[oldest] = last
 
     def _since(self, number: int, names: Collection[str] | None) -> list[Event]:
         found: list[Event] = []

@@ -230,11 +230,16 @@ class Inventory:
     def _save(self, node_id: str, facts: NodeFacts) -> None:
         """Has the ledger say what a node's GPUs are, if that is news; how full their memory is now, is none."""
         lasting = replace(hardware_of(facts, 0), free_memory={})
-        if self._saved.get(node_id) == lasting:
+        known = self._saved.get(node_id)
+        if known == lasting:
             return
         try:
             ledger.save_facts(node_id, facts)
             self._saved[node_id] = lasting
+            if lost := lasting.lost - (known.lost if known else frozenset()):
+                logger.warning(
+                    "GPUs %s of node %s are lost; nothing is placed on them", sorted(lost), node_id
+                )
         except Exception:  # it is only there to spare a later service the question
             logger.exception("what the GPUs of node %s are could not be saved", node_id)
 

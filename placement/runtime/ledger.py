@@ -5,7 +5,8 @@ and id of its group and what it holds; of a replica that is to be replaced also 
 secret is in it: a declaration holds references to API keys only. Beside them, for a while, a note for each deployment
 that was released, for a caller whose answer was lost with the service; for each node what its GPUs are, so that a
 service that starts anew need not wake the nodes that hold nothing; what was measured on hosts, whether they are there
-or not; and which numbers no event has had yet.
+or not; which numbers no event has had yet; and the history, whose entries have a version of their own
+(:mod:`placement.runtime.history`).
 
 Version 1 had no ``releasing``, version 2 no generations, owners or queue. A record that this version cannot read is
 left byte for byte as it is.
@@ -33,6 +34,7 @@ _FACTS = "facts/"
 _MEASURED = "measured/"
 _TOKEN = b"token"
 _EVENT_NUMBERS = b"event numbers"
+_HISTORY = "history/"
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,27 @@ def measurements() -> list[Measurement]:
         with contextlib.suppress(ValueError):
             found.append(Measurement.model_validate_json(value))
     return found
+
+
+def history_segments() -> list[str]:
+    """The names of the segments of the history, in their order."""
+    keys = ray_internals.kv_keys(_HISTORY.encode(), _NAMESPACE)
+    return sorted(key.decode().removeprefix(_HISTORY) for key in keys)
+
+
+def history_segment(name: str) -> bytes | None:
+    """A segment of the history; ``None`` if it is not there any more."""
+    return ray_internals.kv_get((_HISTORY + name).encode(), _NAMESPACE)
+
+
+def save_history_segment(name: str, value: bytes) -> None:
+    """Writes a segment of the history, in the place of what it was before."""
+    ray_internals.kv_put((_HISTORY + name).encode(), value, _NAMESPACE)
+
+
+def drop_history_segment(name: str) -> None:
+    """Removes a segment of the history."""
+    ray_internals.kv_delete((_HISTORY + name).encode(), _NAMESPACE)
 
 
 def records() -> Iterator[Record]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -13,8 +13,9 @@ from placement.errors import UnknownDeployment, UnknownNode
 from placement.runtime import groups, metrics
 from placement.runtime.deployment_state import DeploymentState
 from placement.runtime.discovery import NodeInfo
-from placement.runtime.feed import Event, Feed
+from placement.runtime.feed import Event, Feed, event_of
 from placement.runtime.fleet import Fleet
+from placement.runtime.history import History
 from placement.runtime.membership import meant_by
 from placement.runtime.observed import ObservedCluster
 from placement.runtime.owners import belongs_to_another
@@ -43,6 +44,7 @@ class Queries:
         feed: what happened.
         queue: what waits for room.
         near: labels of which nodes near each other share the values, widest first.
+        history: what happened before.
     """
 
     def __init__(
@@ -53,7 +55,9 @@ class Queries:
         feed: Feed,
         queue: WaitingQueue,
         near: Sequence[str],
+        history: History,
     ) -> None:
+        self._history = history
         self._state, self._cluster, self._fleet = state, cluster, fleet
         self._feed, self._queue, self._near = feed, queue, near
 
@@ -181,3 +185,12 @@ class Queries:
         if name is not None and not self._feed.known(name) and self._state.get(name) is None:
             raise UnknownDeployment(name, self._state.names())
         return self._feed.since(since, None if name is None else (name,))
+
+    def kept_events(self, since: int, names: Collection[str] | None) -> list[Event]:
+        """The same from the history, the first of them; a ``gap`` before them if some are not kept any more."""
+        while True:
+            page = self._history.read(since, None if names is None else {*names, ""})
+            found = [event_of(one) for one in page.entries if one["kind"] in ("event", "gap")]
+            if found or not page.more:
+                return found
+            since = page.last

@@ -151,6 +151,11 @@ def visible_devices() -> str | None:
     return None if tokens is None else ",".join(tokens)
 
 
+def logs_folder() -> str:
+    """The folder of this node's log files, which is Ray's own for its session."""
+    return str(ray._private.worker.global_worker.node.get_logs_dir_path())
+
+
 def node_address() -> str:
     """The address of this process's node, as it was given to Ray; the public call finds out one of the machine's."""
     return str(ray._private.worker.global_worker.node.node_ip_address)
@@ -257,9 +262,15 @@ def kv_delete(key: bytes, namespace: bytes) -> None:
     internal_kv._internal_kv_del(key, namespace=namespace)
 
 
+def kv_keys(prefix: bytes, namespace: bytes) -> list[bytes]:
+    """All keys that begin so."""
+    found: list[bytes] = internal_kv._internal_kv_list(prefix, namespace=namespace)
+    return found
+
+
 def kv_all(prefix: bytes, namespace: bytes) -> dict[bytes, bytes]:
     """All values whose keys begin so. Two calls, however many there are."""
-    keys = internal_kv._internal_kv_list(prefix, namespace=namespace)
+    keys = kv_keys(prefix, namespace)
     if not keys:
         return {}
     found: dict[bytes, bytes] = internal_kv.internal_kv_get_gcs_client().internal_kv_multi_get(

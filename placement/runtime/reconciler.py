@@ -7,6 +7,7 @@ executed by :class:`~placement.runtime.actions.Actions`, and decided anew where 
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -40,6 +41,8 @@ from placement.runtime.orders import Refusal
 from placement.runtime.state import ServiceState
 from placement.wire.deployment import Deployment
 from placement.wire.requests import mix_of, request_of, request_unchecked
+
+logger = logging.getLogger(__name__)
 
 MAX_REPLANS = 5
 """How often a plan is made anew that nodes refused, since others act meanwhile."""
@@ -368,6 +371,8 @@ class Reconciler:
         """
         name = work.wanted.name
         for refusal in refusals:
+            said = "%s could not reserve for %r, after %d attempts: %s"
+            logger.info(said, refusal.node_name, name, refusal.attempts, refusal.reason)
             work.refused.add(refusal.node_id)
             if refusal.full and not work.wanted.deployment.named:  # of these it is known now who has them
                 fewer = work.wanted.deployment.gpus_per_replica - 1

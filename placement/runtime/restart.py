@@ -5,16 +5,29 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+from placement import __version__
 from placement.runtime import groups, ledger, records
 from placement.runtime.actions import Actions
-from placement.runtime.feed import Feed
+from placement.runtime.feed import Feed, event_of
 from placement.runtime.fleet import Fleet
+from placement.runtime.history import History
 from placement.runtime.observed import ObservedCluster
 from placement.runtime.releases import Releases
 from placement.runtime.state import ServiceState
 from placement.runtime.sweeper import Sweeper
 
 logger = logging.getLogger(__name__)
+
+
+def recall(history: History, feed: Feed) -> None:
+    """Has the feed know the last events of before, and the history that the service has started."""
+    entries, before = history.recall()
+    if entries:
+        feed.recall(map(event_of, entries), before)
+    text = f"version {__version__}"
+    if history.was_cut_off:
+        text += "; the service before it died, and its last second may be missing here"
+    feed.note("service", "", "started", text)
 
 
 def restore(

@@ -10,7 +10,6 @@ import asyncio
 import gc
 import json
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -24,6 +23,7 @@ from placement.errors import (
 from placement.runtime import metrics, ray_internals
 from placement.runtime.clock import Clock
 from placement.runtime.controller import Controller
+from placement.runtime.decisions import decided, noted
 from placement.runtime.declarations import (
     ONE_BY_ONE,
     Caller,
@@ -35,12 +35,14 @@ from placement.runtime.declarations import (
     parse,
 )
 from placement.runtime.discovery import NodeInfo
+from placement.runtime.history import History
 from placement.runtime.leases import Lending, Loan, Loans
 from placement.runtime.outcomes import Bound, Outcomes, Queues
 from placement.runtime.owners import asker_of, owner_of
+from placement.runtime.past import Past
 from placement.runtime.queue import Ticket
 from placement.runtime.results import PlacementResult
-from placement.runtime.settings import IDLE_SECONDS
+from placement.runtime.settings import HISTORY_DAYS, HISTORY_MIB, IDLE_SECONDS
 from placement.wire.groups import groups_of
 from placement.wire.measurements import as_file, read_measurements
 from placement.wire.node_types import NodeType
@@ -48,14 +50,12 @@ from placement.wire.plans import ExplainedPlan, PlacementPlan
 
 T = TypeVar("T")
 
-READERS, PLANNERS, RELEASERS, CHANGERS = 16, 64, 512, 512
-"""How many threads tell the status, plan and ask nodes what they have, give something back, and place, at most; all are
-made when needed. All but the first may have to wait for a node."""
+PLANNERS, RELEASERS, CHANGERS = 64, 512, 512
+"""How many threads plan and ask nodes what they have, give something back, and place, at most; all are made when
+needed. All may have to wait for a node."""
 CALLS = 4096
 """So many calls change something or wait to, at once. Together with the watchers these are fewer than Ray lets in, so
 that a release, and who only looks, never waits for them."""
-WATCH_SECONDS = 60.0
-"""The longest that one watcher waits: one that has died is not noticed before."""
 MOST_SECONDS = 24 * 3600.0
 """The longest that one call waits."""
 
@@ -64,7 +64,7 @@ COLLECT_EVERY = 50_000
 all that is known of them, for longer than all else that ``status`` does, and everybody waits meanwhile."""
 
 
-class DeploymentPlacementActor:
+class DeploymentPlacementActor(Past):
     """``ray.get_actor("placement", namespace="placement")``. Every method may be called at any time by anybody.
 
     Args:
@@ -72,6 +72,7 @@ class DeploymentPlacementActor:
         near: labels of which nodes near each other share the values, widest first.
         idle_seconds: how long a node actor stays on a node that holds nothing.
         node_types: what the autoscaler can bring; refusals name the right one then.
+        history_days, history_mib: how long events and decisions are kept, and how much of Ray's store they may take.
     """
 
     def __init__(
@@ -80,13 +81,15 @@ class DeploymentPlacementActor:
         near: Sequence[str] = NEAR_LABELS,
         idle_seconds: float = IDLE_SECONDS,
         node_types: Sequence[NodeType] = (),
+        history_days: float = HISTORY_DAYS,
+        history_mib: float = HISTORY_MIB,
     ) -> None:
         # The threads below may block, and do nothing else.
         ray_internals.allow_blocking_get()
         gc.set_threshold(COLLECT_EVERY, 10, 10)
-        self._controller = Controller(make_agent, near, idle_seconds, node_types)
+        kept = History(history_days, history_mib)
+        super().__init__(Controller(make_agent, near, idle_seconds, node_types, kept))
         gc.freeze()  # what was restored stays; to look through it again and again would cost each answer
-        self._reads = ThreadPoolExecutor(READERS, "read")
         self._plans = ThreadPoolExecutor(PLANNERS, "plan")
         self._releases = ThreadPoolExecutor(RELEASERS, "release")
         self._changes = ThreadPoolExecutor(CHANGERS, "change")
@@ -102,16 +105,20 @@ class DeploymentPlacementActor:
         return __version__
 
     async def settings(self) -> dict[str, Any]:
-        """What :func:`placement.start` started it with: ``near``, ``idle_seconds``, and its node types by name."""
+        """What :func:`placement.start` started it with: ``near``, ``idle_seconds``, its node types by name,
+        ``history_days`` and ``history_mib``.
+        """
         return {
             "near": list(self._controller.near),
             "idle_seconds": self._controller.idle_seconds,
             "node_types": [one.name for one in self._controller.node_types],
+            "history_days": self._controller.history.days,
+            "history_mib": self._controller.history.mib,
         }
 
     # -- what changes deployments --------------------------------------------------------------------
 
-    @metrics.counted
+    @decided
     async def place(
         self,
         deployment: DeploymentLike,
@@ -173,7 +180,7 @@ class DeploymentPlacementActor:
             tickets.remove(ticket)
         return await self._in(self._changes, ticket.result)  # which may be in the middle of an attempt
 
-    @metrics.counted
+    @decided
     async def apply(
         self,
         deployment: DeploymentLike,
@@ -211,7 +218,7 @@ class DeploymentPlacementActor:
                 ("apply", wanted.model_dump_json(), atomic, owner_key(owner)), begin
             )
 
-    @metrics.counted
+    @decided
     async def apply_all(
         self, deployments: Sequence[DeploymentLike], atomic: bool = False, caller: Caller = None
     ) -> list[PlacementResult]:
@@ -245,10 +252,15 @@ class DeploymentPlacementActor:
                 lambda: self._in(self._changes, self._controller.apply_all, wanted, atomic, owners),
             )
 
-    async def release(self, name: str) -> int:
+    @decided
+    async def release(self, name: str, caller: Caller = None) -> int:
         """Gives back everything that a deployment holds, and ends the workers in its groups.
 
         The members of a group (:class:`~placement.Group`) end as one, by its name or by that of any of them.
+
+        Args:
+            name: of the deployment or group.
+            caller: who asks; :class:`placement.Client` fills it in.
 
         Returns:
             How many replicas were released.
@@ -265,7 +277,7 @@ class DeploymentPlacementActor:
 
         return await self._outcomes.share(("release", name), begin)
 
-    async def release_all(self) -> list[str]:
+    async def release_all(self, caller: Caller = None) -> list[str]:
         """Releases every deployment.
 
         Returns:
@@ -274,7 +286,7 @@ class DeploymentPlacementActor:
 
         async def one(name: str) -> str | None:
             try:
-                await self.release(name)
+                await self.release(name, caller)
             except UnknownDeployment:  # somebody else was quicker
                 return None
             return name
@@ -317,7 +329,10 @@ class DeploymentPlacementActor:
         owner = owner_of(wanted, caller)
         ticket = Ticket(wanted, lambda: self._controller.place(wanted, owner, lending), (owner,))
         with self._calls.one_more():
-            return await self._loans.begin(lending, self._wait_for(ticket, wait_seconds))
+            placing = self._wait_for(ticket, wait_seconds)
+            return await self._loans.begin(
+                lending, noted(self._controller.feed, "lend", wanted, caller, placing)
+            )
 
     @metrics.counted
     async def confirm(self, loan_id: str, group_id: str) -> Loan | PlacementResult:
@@ -420,43 +435,6 @@ class DeploymentPlacementActor:
         """
         return await self._in(self._reads, self._controller.queries.status, node, deployment, state)
 
-    async def events(self, name: str | None = None, since: int = 0) -> list[dict[str, Any]]:
-        """What happened to a deployment's replicas, the last 200 at most, since the service last started; JSON-ready.
-
-        Of one that stands there is one at least. Of those that are gone, the 2,000 that changed last are known.
-
-        Args:
-            name: the deployment, which may be gone by now; all of them, if it is left out.
-            since: the ``number`` of the last one already known.
-
-        Raises:
-            UnknownDeployment: nothing is known of that name.
-        """
-        return [one.to_dict() for one in self._controller.queries.events(name, since)]
-
-    async def watch(
-        self,
-        since: int | str = 0,
-        names: list[str] | int | None = None,
-        timeout_seconds: float = 30.0,
-    ) -> list[dict[str, Any]]:
-        """The same, as soon as something has happened; empty if nothing did within the time.
-
-        ``watch(seen, ["llama"])``, where ``seen`` is the ``number`` of the last one known, waits for the next change;
-        with ``seen = 0`` all that is known comes at once. The names need not be known yet; without any, all
-        are meant.
-
-        Raises:
-            Busy: too many watch already.
-        """
-        if isinstance(since, str):
-            warnings.warn("watch(name, since) is now watch(since, [name])", DeprecationWarning, stacklevel=2)
-            named, since = since, names if isinstance(names, int) else 0
-            names = [named]
-        assert not isinstance(names, int)
-        found = await self._controller.feed.wait(since, names, min(timeout_seconds, WATCH_SECONDS))
-        return [one.to_dict() for one in found]
-
     async def topology(self, node: str | None = None) -> list[dict[str, Any]]:
         """What each GPU node's GPUs report, read anew; JSON-ready.
 
@@ -496,13 +474,10 @@ class DeploymentPlacementActor:
         return list(found["measurements"])
 
     async def stop_agents(self) -> None:
-        """Ends the node actors. Placement groups stay as they are."""
+        """Ends the node actors, and writes the history to its end. Placement groups stay as they are."""
         await self._in(self._plans, self._controller.fleet.agents.stop)
-
-    # -- helpers -------------------------------------------------------------------------------------
-
-    async def _in(self, pool: ThreadPoolExecutor, do: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(pool, do, *args)
+        self._controller.feed.note("service", "", "stopped", "the service is about to be stopped")
+        await self._in(self._plans, self._controller.history.flush)
 
 
 def over(outcome: Future[Any]) -> asyncio.Future[Any]:

@@ -14,6 +14,8 @@ from placement import errors
 from placement.cli import common
 from placement.cli.main import main
 
+ASKER = {"user": "me"}
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -70,6 +72,7 @@ def use(monkeypatch: pytest.MonkeyPatch, service: FakeService) -> None:
         return answer
 
     monkeypatch.setattr(common, "service", connected)
+    monkeypatch.setattr(common, "asker", lambda: ASKER)
     monkeypatch.setattr(common, "ask", ask)
 
 

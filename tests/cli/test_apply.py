@@ -12,7 +12,18 @@ import pytest
 
 from placement import errors
 from placement.cli import common
-from tests.cli.fake_service import FakeService, described, no_room, plan, report, result, run, standing, use
+from tests.cli.fake_service import (
+    ASKER,
+    FakeService,
+    described,
+    no_room,
+    plan,
+    report,
+    result,
+    run,
+    standing,
+    use,
+)
 
 
 @pytest.fixture
@@ -63,7 +74,7 @@ def test_what_finds_no_room_waits_and_that_is_no_error(file: str, monkeypatch: p
         "1 replica waits for room; `placement wait NAME` waits for a deployment",
     ]
     [((wanted,), options)] = service.asked("apply_all")
-    assert (["a", "b"], {}) == ([one.name for one in wanted], options)
+    assert (["a", "b"], {"caller": ASKER}) == ([one.name for one in wanted], options)
 
 
 def test_all_that_apply_did_is_one_object_of_json(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +137,8 @@ def test_atomic_is_asked_of_the_service_and_refuses_before_anything_is_done(
     assert [{"atomic": True}] * 2 == [options for _, options in service.asked("plan_all")]
     assert not service.asked("apply_all")
     assert 1 == run("apply", file, "--atomic", "--json").exit_code
-    assert [{"atomic": True}] == [options for _, options in service.asked("apply_all")]
+    [(_, options)] = service.asked("apply_all")
+    assert {"atomic": True, "caller": ASKER} == options
 
 
 def test_prune_asks_before_anything_is_done_and_releases_what_no_file_names(
@@ -154,7 +166,7 @@ def test_prune_asks_before_anything_is_done_and_releases_what_no_file_names(
     done = run("apply", file, "--prune", "--yes")
     assert 0 == done.exit_code
     assert "  - old: released; ends 2 running workers" in lines(done.stdout)
-    assert [(("old",), {})] == service.asked("release")
+    assert [(("old",), {"caller": ASKER})] == service.asked("release")
     assert lines(done.stdout)[-1] == "released old"
     left = run("apply", file)
     assert "not in these files, left alone: old; --prune releases them" in left.stderr

@@ -1,4 +1,4 @@
-"""``status``, ``list``, ``get``, ``events``, ``release`` and ``renew``: what is asked, what is shown, how it ends."""
+"""``status``, ``list``, ``get``, ``release`` and ``renew``: what is asked, what is shown, how it ends."""
 
 from __future__ import annotations
 
@@ -130,42 +130,6 @@ def test_get_of_what_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     use(monkeypatch, FakeService(describe=errors.UnknownDeployment("x", ("a",))))
     refused = run("get", "x", "--json")
     assert (1, "", "unknown_deployment") == (refused.exit_code, refused.stdout, told(refused.stderr)["code"])
-
-
-EVENTS = [
-    {"number": 5, "at": 0.0, "time": "", "deployment": "a", "replica": 0, "state": "placed", "text": "on a"},
-    {
-        "number": 8,
-        "at": 0.0,
-        "time": "",
-        "deployment": "b",
-        "replica": None,
-        "state": "changed",
-        "text": "model",
-    },
-]
-
-
-def test_events_of_all_say_whose_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    service = FakeService(events=EVENTS)
-    use(monkeypatch, service)
-    first, second = lines(run("events", "--since", "4").stdout)
-    assert ["a", "replica", "0", "placed", "on", "a"] == first.split()[2:]
-    assert ["b", "changed", "model"] == second.split()[2:]
-    assert [((None, 4), {})] == service.asked("events")
-    assert {"deployment": None, "events": EVENTS} == json.loads(run("events", "--json").stdout)
-    assert " a " not in lines(run("events", "a").stdout)[0][:-2]
-
-
-def test_who_follows_hears_of_what_comes_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    service = FakeService(events=EVENTS[:1], watch=iter([[], EVENTS[1:], KeyboardInterrupt()]))
-    use(monkeypatch, service)
-    done = run("events", "--follow", "--json")
-    assert 130 == done.exit_code
-    assert EVENTS == [json.loads(line) for line in done.stdout.splitlines()]
-    assert [(5, None), (5, None), (8, None)] == [
-        (one["since"], one["names"]) for _, one in service.asked("watch")
-    ]
 
 
 def test_release_all_asks_and_says_what_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,14 +3,16 @@ applied when a node has died."""
 
 from __future__ import annotations
 
+import getpass
 import os
+import time
 from typing import Any
 
 import pytest
 import ray
 from ray.exceptions import RayActorError
 
-from placement import PlacementResult
+from placement import Client, PlacementResult
 from placement.runtime.embedded import EmbeddedCluster, SimulatedNode
 from tests.integration.conftest import settled
 
@@ -58,7 +60,9 @@ def events(service: Any, name: str) -> list[tuple[int | None, str, str]]:
     return [(one["replica"], one["state"], one["text"]) for one in found]
 
 
-def test_workers_live_on_where_their_replica_satisfies_the_new_declaration(service: Any) -> None:
+def test_workers_live_on_where_their_replica_satisfies_the_new_declaration(
+    cluster: EmbeddedCluster, service: Any
+) -> None:
     llama = {"name": "llama", "model": "m", "gpus": 4}
     placed = ray.get(service.apply.remote(llama))
     [engine] = engines(placed)
@@ -79,9 +83,44 @@ def test_workers_live_on_where_their_replica_satisfies_the_new_declaration(servi
     assert [state for _, state, _ in told] == ["placed"] + ["changed"] * 5
     assert told[-1][2] == "model, within, budget, constraints"
 
-    moved = ray.get(service.apply.remote({**llama, "constraints": {"accelerators": ["A100"]}}))
+    client = Client(service)
+    moved = client.apply({**llama, "constraints": {"accelerators": ["A100"]}})
     assert moved.assignments[0].node_name in ("pcie-a", "pcie-b")
     assert settled(lambda: is_dead(engine))
+
+    assert client.apply({**llama, "constraints": {"accelerators": ["A100"]}}) == moved
+    kept = [*client.history(["llama"])]
+    decisions = [(one["call"], one["state"]) for one in kept if one["kind"] == "decision"]
+    assert decisions == [("apply", "placed")] * 7, "the last one changed nothing"
+    assert kept[-1]["caller"].items() >= {"pid": str(os.getpid()), "user": getpass.getuser()}.items()
+    assert kept[-1]["caller"]["job"] == ray.get_runtime_context().get_job_id()
+    assert kept[-1]["caller"]["address"] == cluster.address.split(":")[0]
+    where = moved.assignments[0]
+    assert f"replica 0 on {where.node_name} GPUs {where.gpus}" in kept[-1]["text"]
+
+
+def test_who_watches_misses_nothing_while_the_service_is_killed(service: Any) -> None:
+    """What happens right after a death is told, too, and nothing twice."""
+    client = Client(service)
+    for name in ("one", "two"):
+        client.place({"name": name, "model": "m"})
+    client.release("one")
+    first = client.events("one")[0]["number"]
+    known = client.watch(first - 1, ["one", "two"])
+    assert [(event["deployment"], event["state"]) for event in known] == [
+        ("one", "placed"),
+        ("two", "placed"),
+        ("one", "released"),
+    ]
+    time.sleep(1)
+    ray.kill(service, no_restart=False)
+    told, seen = list[Any](), known[0]["number"]
+    while len(told) < 3:
+        told += client.watch(seen, ["one", "two"])
+        seen = told[-1]["number"] if told else seen
+    assert told[:2] == known[1:]
+    assert [(event["deployment"], event["state"]) for event in told[2:]] == [("two", "restarted")]
+    client.release("two")
 
 
 def test_of_several_replicas_only_those_move_that_must(service: Any) -> None:

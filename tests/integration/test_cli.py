@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import pty
@@ -145,6 +146,12 @@ def test_placements_can_outlive_the_service(run: Run, tmp_path: Path) -> None:
     assert run("down", "--keep-placements").returncode == 0
     assert run("up").returncode == 0
     assert data(run("apply", str(file), "--json")) == before
+    kept = data(run("events", "stays", "--all", "--since", "1h", "--json"))["events"]
+    assert [one["state"] for one in kept] == ["placed", "placed", "restarted"]
+    assert kept[1]["caller"]["user"] == getpass.getuser() and kept[1]["call"] == "apply_all"
+    assert [one["state"] for one in data(run("events", "--all", "--json"))["events"]].count("stopped") >= 1
+    said = run("logs", "--lines", "1000")
+    assert "kind=decision deployment=stays state=placed call=apply_all" in said.stdout, said.stderr
     assert run("down", "--yes").returncode == 0
     assert settled(lambda: not left_over()), left_over()
 

@@ -165,6 +165,8 @@ def test_what_stood_stands_after_the_heads_machine_is_lost(
     served = {"name": "serving", "namespace": "user"}
     options = pair.assignments[0].actor_options()
     ray.get(Worker.options(lifetime="detached", **served, **options).remote().gpus.remote())
+    kept = [*placement.Client().history()]
+    time.sleep(1)  # what happened in the last second before a death may be missing
     ray.shutdown()
 
     for processes in cluster.head_node.all_processes.values():
@@ -186,6 +188,9 @@ def test_what_stood_stands_after_the_heads_machine_is_lost(
     new = ray.get(service.place.remote({"name": "new", "model": "m", "gpus": 0.5}), timeout=60)
     assert confirmed(new)
     recovered("the head's machine is lost, and a new head starts", time.monotonic() - back)
+    later = [*placement.Client().history()]
+    assert later[: len(kept)] == kept and {"pair", "gang"} <= {one["deployment"] for one in kept}
+    assert [one["state"] for one in later[len(kept) :] if one["kind"] == "service"] == ["started"]
 
     ray.kill(worker)
     for name in ("pair", "gang", "new"):

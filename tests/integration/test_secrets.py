@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ def cluster_nodes(tmp_path_factory: pytest.TempPathFactory) -> list[SimulatedNod
 
 def records() -> dict[bytes, bytes]:
     keys = internal_kv._internal_kv_list(b"", namespace=b"placement")
-    return {key: internal_kv._internal_kv_get(key, namespace=b"placement") or b"" for key in keys}
+    found = {key: internal_kv._internal_kv_get(key, namespace=b"placement") or b"" for key in keys}
+    return {key: zlib.decompress(one) if key.startswith(b"history/") else one for key, one in found.items()}
 
 
 def test_a_planted_key_is_in_no_record_log_file_answer_error_or_pickle(
@@ -59,11 +61,15 @@ def test_a_planted_key_is_in_no_record_log_file_answer_error_or_pickle(
     for one in told:
         for text in (str(one), repr(one), ray.cloudpickle.dumps(one).decode("latin-1")):
             assert KEY not in text
-    assert len(records()) >= 3  # the token, and two deployments
+    assert settled(lambda: any(b"deployment_conflict" in value for value in records().values()))
+    assert len(records()) >= 4  # the token, two deployments, and the history
     for key, value in records().items():
         assert KEY.encode() not in key + value
     files = session_files()
     assert len(files) > 10
+    assert [
+        path for path in files if path.name == "placement.log" and b"invalid_deployment" in path.read_bytes()
+    ]
     for path in files:
         assert KEY.encode() not in path.read_bytes(), path
 

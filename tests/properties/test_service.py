@@ -479,6 +479,7 @@ def make_believe(ray: Ray) -> Iterator[None]:
         kv_get=lambda key, namespace: ray.store.get(key),
         kv_put=ray.put,
         kv_delete=ray.delete,
+        kv_keys=lambda prefix, namespace: [key for key in ray.store if key.startswith(prefix)],
         kv_all=lambda prefix, namespace: {k: v for k, v in ray.store.items() if k.startswith(prefix)},
     )
     with ExitStack() as stack:

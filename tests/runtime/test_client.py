@@ -404,3 +404,27 @@ def test_a_group_without_time_to_wait_is_refused_at_once() -> None:
     with pytest.raises(NotEnoughGpus):
         Borrower(service).create_group(layout, "", None, 0)
     assert len(service.calls) == 1
+
+
+def test_the_history_comes_page_by_page_and_is_followed_from_the_last_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in (client, async_client):
+        monkeypatch.setattr(module, "FOLLOW_SECONDS", 0.0)
+    pages = [
+        {"entries": [{"number": 4}, {"number": 7}], "last": 8, "more": True},
+        {"entries": [], "last": 8, "more": False},
+        {"entries": [{"number": 9}], "last": 9, "more": False},
+    ]
+    service = Service(*pages)
+    following = Client(service).history(["a"], since=3, earliest=1.5, follow=True)
+    assert [next(following)["number"] for _ in range(3)] == [4, 7, 9]
+    assert service.calls == [("history", since, ["a"], 1.5) for since in (3, 8, 8)]
+    assert [one["number"] for one in Client(Service(*pages)).history()] == [4, 7]
+
+    async def both() -> tuple[list[int], list[int]]:
+        whole = [one["number"] async for one in AsyncClient(Service(*pages)).history()]
+        following = AsyncClient(Service(*pages)).history(follow=True)
+        return whole, [(await anext(following))["number"] for _ in range(3)]
+
+    assert asyncio.run(both()) == ([4, 7], [4, 7, 9])

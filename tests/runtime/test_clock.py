@@ -38,6 +38,7 @@ class Controller:
         )
 
         self.queue = self.lifetimes = self.queries = self
+        self.history = SimpleNamespace(start=int)
         self.sweeper = SimpleNamespace(sweep_again=int)
 
     def readings(self) -> dict[object, float]:

@@ -44,6 +44,8 @@ def blocking(wanted: Deployment) -> None:
     assert_type(client.watch(names=["d"]), list[Event])
     for event in client.follow():
         assert_type(event["number"], int)
+    for entry in client.history(["d"], earliest=0.0):
+        assert_type(entry["kind"], str)
     assert_type(client.topology(), list[dict[str, Any]])
     assert_type(client.snapshot(), dict[str, Any])
     assert_type(client.ping(), str)
@@ -63,6 +65,8 @@ async def awaited(wanted: Deployment) -> None:
     assert_type(await client.events(), list[Event])
     async for event in client.follow(["d"]):
         assert_type(event["replica"], int | None)
+    async for entry in client.history(follow=True):
+        assert_type(entry["deployment"], str)
 
 
 def refused(client: Client, wanted: Deployment) -> None:

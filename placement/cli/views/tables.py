@@ -255,8 +255,14 @@ def explanation_view(explained: Mapping[str, Any]) -> list[Any]:
 
 
 def event_line(event: Mapping[str, Any], of_all: bool = False) -> Text:
-    """One thing that happened to a deployment; ``of_all`` says to which."""
+    """One thing that happened to a deployment, or a decision; ``of_all`` says about which."""
     at = datetime.fromtimestamp(event["at"]).strftime("%Y-%m-%d %H:%M:%S")
-    who = "" if event["replica"] is None else f"replica {event['replica']}"
+    who = event.get("call") or ("" if event["replica"] is None else f"replica {event['replica']}")
     name = f"{event['deployment']:20} " if of_all else ""
-    return Text(f"{at}  {name}{who:12} {event['state']:10} {event['text']}".rstrip())
+    caller = event.get("caller", {})
+    known = {"user": "{}", "address": "at {}", "job": "in job {}"}
+    by = " ".join(form.format(caller[key]) for key, form in known.items() if key in caller)
+    said = f"{event['text']} (asked by {by})" if by else event["text"]
+    line = f"{at}  {name}{who:12} {event['state']:10} {said}".rstrip()
+    # What was refused, and who asked, may be called anything.
+    return Text("".join(one if one.isprintable() else " " for one in line))
