@@ -170,7 +170,8 @@ def get(names: tuple[str, ...], output: str | None, address: str | None, as_json
 @common.with_address
 @common.with_json
 def events(name: str | None, since: int, follow: bool, address: str | None, as_json: bool) -> None:
-    """Shows what happened to replicas: where they are, which were lost, why some are pending. Of all, or of one NAME.
+    """Shows what happened to replicas: where they are, which were lost, why some are pending. Of all, of one
+    deployment NAME, or of the members of a group NAME.
 
     With --follow, --json prints one object a line.
     """
@@ -180,7 +181,7 @@ def events(name: str | None, since: int, follow: bool, address: str | None, as_j
         if as_json:
             common.say(json.dumps(one, allow_nan=False))
         else:
-            common.show(event_line(one, of_all=name is None))
+            common.show(event_line(one, of_all=name != one["deployment"]))
 
     with common.service(address) as service:
         found = common.ask(service.events.remote(name, since))
@@ -188,11 +189,13 @@ def events(name: str | None, since: int, follow: bool, address: str | None, as_j
             common.dump({"deployment": name, "events": found})
             return
         if not follow:
-            common.page(*(event_line(one, of_all=name is None) for one in found))
+            common.page(*(event_line(one, of_all=name != one["deployment"]) for one in found))
             return
         names = None if name is None else [name]
         while True:
             for one in found:
                 show(one)
+            if names is not None:  # a group's members go on to be watched when it is released
+                names = sorted({*names, *(one["deployment"] for one in found)})
             since = found[-1]["number"] if found else since
             found = common.ask(service.watch.remote(since=since, names=names))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -15,7 +15,7 @@ from placement.runtime.deployment_state import DeploymentState
 from placement.runtime.discovery import NodeInfo
 from placement.runtime.feed import Event, Feed
 from placement.runtime.fleet import Fleet
-from placement.runtime.membership import meant_by
+from placement.runtime.membership import meant_by, with_members
 from placement.runtime.observed import ObservedCluster
 from placement.runtime.owners import belongs_to_another
 from placement.runtime.queue import WaitingQueue
@@ -177,7 +177,15 @@ class Queries:
         return meant_by(name, self._state.deployments)
 
     def events(self, name: str | None, since: int) -> list[Event]:
-        """What happened to a deployment, or to all; see the service."""
-        if name is not None and not self._feed.known(name) and self._state.get(name) is None:
+        """What happened to a deployment, to the members of a group, or to all; see the service."""
+        if name is None:
+            return self._feed.since(since)
+        names = with_members([name], self._state.deployments)
+        if names == [name] and not self._feed.known(name) and self._state.get(name) is None:
             raise UnknownDeployment(name, self._state.names())
-        return self._feed.since(since, None if name is None else (name,))
+        return self._feed.since(since, names)
+
+    async def watch(self, since: int, names: Collection[str] | None, timeout_seconds: float) -> list[Event]:
+        """The same as soon as something has happened; see the service."""
+        meant = None if names is None else with_members(names, self._state.deployments)
+        return await self._feed.wait(since, meant, timeout_seconds)

@@ -425,7 +425,7 @@ class DeploymentPlacementActor:
         Of one that stands there is one at least. Of those that are gone, the 2,000 that changed last are known.
 
         Args:
-            name: the deployment, which may be gone by now; all of them, if it is left out.
+            name: the deployment, which may be gone by now, or a group, for its members; all, if it is left out.
             since: the ``number`` of the last one already known.
 
         Raises:
@@ -442,8 +442,8 @@ class DeploymentPlacementActor:
         """The same, as soon as something has happened; empty if nothing did within the time.
 
         ``watch(seen, ["llama"])``, where ``seen`` is the ``number`` of the last one known, waits for the next change;
-        with ``seen = 0`` all that is known comes at once. The names need not be known yet; without any, all
-        are meant.
+        with ``seen = 0`` all that is known comes at once. The names need not be known yet; that of a group stands for
+        its members if it is declared by then. Without any, all are meant.
 
         Raises:
             Busy: too many watch already.
@@ -453,7 +453,7 @@ class DeploymentPlacementActor:
             named, since = since, names if isinstance(names, int) else 0
             names = [named]
         assert not isinstance(names, int)
-        found = await self._controller.feed.wait(since, names, min(timeout_seconds, WATCH_SECONDS))
+        found = await self._controller.queries.watch(since, names, min(timeout_seconds, WATCH_SECONDS))
         return [one.to_dict() for one in found]
 
     async def topology(self, node: str | None = None) -> list[dict[str, Any]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 from typing import Any
 
 import pytest
@@ -65,6 +67,23 @@ def test_what_was_placed_is_given_back_if_a_node_refuses_the_rest(
     states = [state for _, state in told(service, "a")]
     assert ["placed", "released", "placed"] == [state for state in states if state != "pending"]
     assert not service.state.claims
+
+
+def test_by_its_name_the_events_of_all_members_are_told_in_order(
+    outside: Ray, service: DirectService
+) -> None:
+    service.place({"name": "other", "model": "m"})
+    service.apply_all(pd(1), atomic=True)
+    found = service.events("g")
+    assert {"a", "b"} == {one["deployment"] for one in found}
+    assert sorted([*service.events("a"), *service.events("b")], key=itemgetter("number")) == found
+    assert found[-1:] == service.events("g", found[-2]["number"])
+    watched = asyncio.run(service.queries.watch(0, ["g", "nobody yet"], 0))
+    assert found == [one.to_dict() for one in watched]
+    service.release("g")
+    with pytest.raises(UnknownDeployment):
+        service.events("g")
+    assert "released" == service.events("a")[-1]["state"]
 
 
 @pytest.mark.parametrize("atomic", [True, False])
