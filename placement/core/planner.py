@@ -35,8 +35,7 @@ from operator import or_
 from placement.core import bundles, gangs
 from placement.core.explanation import Sifted, sift
 from placement.core.limits import eligible, limits_without_gpus, roomy, short_of
-from placement.core.needs import WHOLE
-from placement.core.node import Choice, Node
+from placement.core.node import Node
 from placement.core.offers import Bits, rank_of
 from placement.core.policy import Policy
 from placement.core.refusal import refusal_of
@@ -229,13 +228,14 @@ def _as_told(snapshot: Snapshot, request: Request, told: Told) -> tuple[Step, Sn
         place = told.places.get(index)
         bit = snapshot.bit(place.node_id) if place else 0
         node = changed.get(bit) or (snapshot.at(bit) if bit else None)
-        if place is None or node is None or not node.free.issuperset(place.gpus) or (short and short(node)):
+        choice = node.choice_of(request.needs, place.gpus) if place and node else None
+        if place is None or node is None or choice is None or (short and short(node)):
             where = "no place" if place is None else f"GPUs {list(place.gpus)}, which are not free any more"
             why = f"its group was planned with {where} for replica {index}"
             return withheld(
                 NotEnoughGpus(request.deployment, why, {}, "the group is planned again in a moment")
             )
-        replica, changed[bit] = take(index, node, Choice(place.gpus, WHOLE, 0), request)
+        replica, changed[bit] = take(index, node, choice, request)
         planned.append(replica)
     plan = Plan(request.deployment, tuple(planned), request.needs.gpus)
     mix = snapshot.mix.plus(request)

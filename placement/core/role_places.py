@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import NamedTuple
 
 from placement.core.labels import GPU_DOMAIN_LABEL
 from placement.core.limits import eligible
-from placement.core.needs import Needs
+from placement.core.needs import WHOLE, Needs
 from placement.core.node import Node
 from placement.core.offers import Bits
 from placement.core.request import Place, Request
@@ -36,7 +36,7 @@ MOST_SETS = 3_000
 Cost = tuple[int, int, int, int]
 """Routes that leave a node, by how far; slowness of the sets, and of the routes; steps of PCIe between GPUs that talk.
 
-Each at least 0: of speeds, what is missing to :data:`_FASTEST`.
+Each at least 0: of speeds, what is missing to :data:`_FASTEST`. Steps are those of whole GPUs.
 """
 
 NOTHING: Cost = (0, 0, 0, 0)
@@ -58,9 +58,10 @@ NONE: Level = (-3, -_FASTEST)
 
 
 class Left(NamedTuple):
-    """What is left of a node: free GPUs as a bit mask, CPUs and memory."""
+    """What is left of a node: slots wholly free as a bit mask, thousandths by GPU that is shared, CPUs and memory."""
 
     mask: int
+    rests: tuple[tuple[int, int], ...]
     cpu_milli: int
     memory_bytes: int
 
@@ -130,7 +131,7 @@ class Places:
             one, other = link.between
             self._partners[one].append((link, other))
             self._partners[other].append((link, one))
-        largest_first = sorted(roles.counts, key=lambda name: -requests[name].needs.gpus)
+        largest_first = sorted(roles.counts, key=lambda name: _smallness(requests[name].needs))
         self.missing = {(name, index) for name, request in requests.items() for index in request.replicas}
         self.todo = [
             member
@@ -142,8 +143,11 @@ class Places:
         self.bounded = False
         self._is_connected = self._all_talk()
         self._fastest_sets: dict[str, int] = {}
-        self._fastest_ways: dict[Via, tuple[int, int]] = {}
-        self._exact_gpus = any(request.needs.free_memory_bytes for request in requests.values())
+        self._fastest_ways: dict[tuple[Via, bool], tuple[int, int]] = {}
+        self._named = [name for name, request in requests.items() if request.needs.named]
+        self._exact_gpus = any(
+            request.needs.free_memory_bytes or request.needs.named for request in requests.values()
+        )
         self._kinds: dict[int, list[int]] = {}
         self._sets: dict[tuple[int, int, Needs], list[tuple[int, tuple[int, ...], Gpus]]] = {}
         self._routes: dict[tuple[Via, Bits, Gpus, Bits, Gpus], tuple[Route, int]] = {}
@@ -177,7 +181,8 @@ class Places:
 
     def _whole(self, bit: Bits) -> Left:
         node = self._snapshot.at(bit)
-        return Left(node.mask, node.cpu_milli, node.memory_bytes)
+        slots = sum(1 << slot for slot in node.instances)
+        return Left(node.mask | slots, tuple(sorted(node.rests.items())), node.cpu_milli, node.memory_bytes)
 
     def _alike(self) -> list[list[Bits]]:
         """The nodes that may be used, in classes of which any may stand for any other."""
@@ -194,7 +199,7 @@ class Places:
                 tuple(
                     (
                         bool(bit & self._allowed[name]),
-                        node.free_mask(request.needs),
+                        _usable(node, request.needs),
                         node.deployments.get(name, 0),
                     )
                     for name, request in self._requests.items()
@@ -217,18 +222,21 @@ class Places:
         request, allowed, found = self._requests[name], self._allowed[name], []
         unit = self.roles.unit_of(member)
         talks = [
-            (link, now.at[other])
+            (link, now.at[other], self._steps(name, partner))
             for link, partner in self._partners[name]
             for other in self.roles.members(unit, partner)
             if other in now.at
         ]
         together = self._is_connected and now.limit[0] == -2
-        wanted = sum(self._requests[one].needs.gpus for one, _ in to_come) if together else 0
+        known = {} if request.needs.whole else self._known(now, unit)
+        whole = (needs.gpus for one, _ in to_come if (needs := self._requests[one].needs).whole)
+        wanted = sum(whole) if together else 0
+        allowed &= self.homes(now).get(name, allowed)
         bits = [bit for bit in now.left if bit & allowed]
         if together and talks:
             bits = [bit for bit in bits if bit == talks[0][1][0]]
         for alike in self._classes if not (together and talks) else ():
-            if alike[0] & allowed and (bit := next((one for one in alike if one not in now.left), 0)):
+            if bit := next((one for one in alike if one & allowed and one not in now.left), 0):
                 bits.append(bit)
         for bit in bits:
             left = now.left.get(bit) or self._whole(bit)
@@ -238,21 +246,23 @@ class Places:
                 continue
             node = self._snapshot.at(bit)
             crowd = node.deployments.get(name, 0) + now.crowd.get((bit, name), 0)
-            mask = left.mask if not self._exact_gpus else left.mask & node.free_mask(request.needs)
-            sets = self._sets_on(node, mask, request.needs)
+            if request.needs.whole:
+                sets = self._sets_on(node, left.mask & node.free_mask(request.needs), request.needs)
+            else:
+                sets = self._single_on(node, left, request.needs, known.get(bit, ()))
             now.seen += len(sets)
             for slowness, loss, gpus in sets:
                 worst, cost = NONE, (0, _FASTEST + slowness, 0, 0)
-                for link, place in talks:
+                for link, place, counts in talks:
                     way, steps = self._route(link.via, (bit, gpus), place)
                     level = way.level, way.slowness
                     there = self._snapshot.at(place[0]), place[1]
                     if level > now.limit or (self._floors and not meets(link, way, (node, gpus), there)):
                         break
                     worst = max(worst, level)
-                    cost = plus(cost, (way.level + 2, 0, _FASTEST + way.slowness, steps))
+                    cost = plus(cost, (way.level + 2, 0, _FASTEST + way.slowness, steps * counts))
                 else:
-                    free = mask.bit_count()
+                    free = left.mask.bit_count()
                     found.append(Option(worst, cost, crowd, loss, free, bit, gpus))
         found.sort()
         return found
@@ -275,17 +285,54 @@ class Places:
             self._sets[key] = found[:MOST_SETS]
         return self._sets[key]
 
-    def _picks(self, topology: Topology, mask: int, count: int) -> Iterator[Gpus]:
-        """The sets of so many free GPUs; of those that differ in twins alone, the lowest."""
+    def _single_on(
+        self, node: Node, left: Left, needs: Needs, known: Collection[int]
+    ) -> list[tuple[int, tuple[int, ...], Gpus]]:
+        """The same where a MIG instance or a share of a GPU is asked for: the fullest GPUs with room for it first.
+
+        Args:
+            node: the node.
+            left: what is left of it.
+            needs: what is asked for.
+            known: GPUs that are like no others, as replicas are there that others may come to talk to.
+        """
+        topology = node.topology
+        if needs.profile:
+            slots = left.mask & sum(1 << slot for slot in node.instances_for(needs))
+            return [(0, (), gpus) for gpus in self._picks(topology, slots, 1)]
+        share = needs.share_of(node.gpu_memory_bytes)
+        if share is None:
+            return []
+        alike: dict[object, tuple[int, tuple[int, ...], Gpus]] = {}
+        for gpu, rest in left.rests:
+            if rest >= share and _has_room(node, gpu, needs):
+                kind = next(i for i, kind in enumerate(self._kinds_of(topology)) if kind >> gpu & 1)
+                alike.setdefault(gpu if gpu in known else (kind, rest), (0, (-1, rest), (gpu,)))
+        whole = self._sets_on(node, left.mask & node.free_mask(needs), Needs(1))
+        return sorted(alike.values()) + whole
+
+    def _known(self, now: Partial, unit: int) -> dict[Bits, list[int]]:
+        """Node -> the GPUs there on which replicas of a unit are, or such as stand."""
+        found: dict[Bits, list[int]] = {}
+        for member, (bit, gpus) in now.at.items():
+            if member in self._stands or self.roles.unit_of(member) == unit:
+                found.setdefault(bit, []).extend(gpus)
+        return found
+
+    def _kinds_of(self, topology: Topology) -> list[int]:
+        """The GPUs of a machine as bit masks of such as can change places."""
         key = id(topology)
         if key not in self._kinds:
             gpus = range(len(topology))
             ways = tuple(tuple((topology.link(a, b), topology.pcie_path(a, b)) for b in gpus) for a in gpus)
             near = [(topology.numa[gpu], topology.nearest_nic[gpu], gpu * self._exact_gpus) for gpu in gpus]
             self._kinds[key] = [sum(1 << gpu for gpu in kind) for kind in twins_of(ways, near)]
-        pools = [
-            [gpu for gpu in range(len(topology)) if (mask & kind) >> gpu & 1] for kind in self._kinds[key]
-        ]
+        return self._kinds[key]
+
+    def _picks(self, topology: Topology, mask: int, count: int) -> Iterator[Gpus]:
+        """The sets of so many free GPUs; of those that differ in twins alone, the lowest."""
+        gpus = range(len(topology))
+        pools = [[gpu for gpu in gpus if (mask & kind) >> gpu & 1] for kind in self._kinds_of(topology)]
 
         def pick(pools: Sequence[list[int]], count: int) -> Iterator[Gpus]:
             if not count:
@@ -303,7 +350,7 @@ class Places:
         if key not in self._routes:
             a, b = self._snapshot.at(one[0]), self._snapshot.at(other[0])
             steps = 0
-            if one[0] == other[0]:
+            if one[0] == other[0] and one[1] != other[1]:
                 steps = sum(PATH_ORDER[a.topology.pcie_path(*pair)] for pair in product(one[1], other[1]))
             self._routes[key] = route(self._snapshot.near, via, (a, one[1]), (b, other[1])), steps
         return self._routes[key]
@@ -311,7 +358,9 @@ class Places:
     def least(self, member: Member, before: Sequence[Member]) -> Cost:
         """No place for a replica costs less, beside others of its unit."""
         name, needs = member[0], self._requests[member[0]].needs
-        if name not in self._fastest_sets:
+        if needs.gpus == 1:
+            self._fastest_sets[name] = 0
+        elif name not in self._fastest_sets:
             sets = [
                 found[0][0]
                 for alike in self._classes
@@ -323,15 +372,26 @@ class Places:
             self._fastest_sets[name] = min(sets, default=-_FASTEST)
         cost: Cost = (0, _FASTEST + self._fastest_sets[name], 0, 0)
         for link, partner in self._partners[name]:
-            slowness, steps = self._fastest_way(link.via)
-            pairs = needs.gpus * self._requests[partner].needs.gpus
+            other_needs = self._requests[partner].needs
+            slowness, steps = self._fastest_way(link.via, needs.shared and other_needs.shared)
+            pairs = needs.gpus * other_needs.gpus * self._steps(name, partner)
             times = sum(other == partner for other, _ in before)
             cost = plus(cost, (0, 0, _FASTEST + slowness, steps * pairs), times)
         return cost
 
-    def _fastest_way(self, via: Via) -> tuple[int, int]:
-        """No route on a node is faster, and no two GPUs are nearer to each other by PCIe."""
-        if via not in self._fastest_ways:
+    def _steps(self, name: str, partner: str) -> bool:
+        """Whether the steps between GPUs of two roles count: no whole GPU is to be shared for them alone."""
+        return self._requests[name].needs.whole and self._requests[partner].needs.whole
+
+    def _fastest_way(self, via: Via, shared: bool) -> tuple[int, int]:
+        """No route on a node is faster, and no two GPUs are nearer to each other by PCIe.
+
+        Args:
+            via: what the transport can use.
+            shared: both ends may be on one GPU.
+        """
+        key = via, shared
+        if key not in self._fastest_ways:
             machines = {
                 id(node.topology): node.topology for node in self._nodes(sum(c[0] for c in self._classes))
             }
@@ -339,11 +399,11 @@ class Places:
                 (on_node(machine, via, (a,), (b,)).slowness, PATH_ORDER[machine.pcie_path(a, b)])
                 for machine in machines.values()
                 for b in range(len(machine))
-                for a in range(b)
+                for a in range(b + shared)
             ]
             slowness, steps = (min(each) for each in zip(*ways, strict=True)) if ways else (-_FASTEST, 0)
-            self._fastest_ways[via] = slowness, steps
-        return self._fastest_ways[via]
+            self._fastest_ways[key] = slowness, steps
+        return self._fastest_ways[key]
 
     def _all_talk(self) -> bool:
         """Whether links join all roles, directly or over others."""
@@ -356,6 +416,12 @@ class Places:
         """What stands of a unit."""
         return [member for member in self._stands if self.roles.unit_of(member) == unit]
 
+    def homes(self, now: Partial) -> dict[str, Bits]:
+        """The node of each deployment that names GPUs, which are all of one node, once a replica of it is there."""
+        if not self._named:
+            return {}
+        return {name: bit for (name, _), (bit, _) in now.at.items() if name in self._named}
+
     def begin(self, limit: Level) -> Partial:
         """What stands, and the nodes where it does; no route of what is placed is to be slower."""
         return Partial(limit, dict(self._touched), self.placed())
@@ -367,8 +433,13 @@ class Places:
     def taken(self, name: str, left: Left | None, option: Option) -> Left:
         """A node once a replica is there."""
         request, left = self._requests[name], left or self._whole(option.bit)
+        rests = left.rests
+        if request.needs.shared:
+            [gpu], share = option.gpus, request.needs.share_of(self._snapshot.at(option.bit).gpu_memory_bytes)
+            rests = tuple(sorted(({**dict(rests), gpu: dict(rests).get(gpu, WHOLE) - (share or 0)}).items()))
         return Left(
             left.mask & ~sum(1 << gpu for gpu in option.gpus),
+            rests,
             left.cpu_milli - request.cpu_milli,
             left.memory_bytes - request.memory_bytes,
         )
@@ -376,6 +447,27 @@ class Places:
     def units(self, todo: Sequence[Member]) -> list[int]:
         """The unit of each."""
         return [self.roles.unit_of(member) for member in todo]
+
+
+def _smallness(needs: Needs) -> tuple[int, bool, int]:
+    """Sorts what is asked for, the largest first."""
+    return -needs.gpus, not needs.whole, -needs.share
+
+
+def _has_room(node: Node, gpu: int, needs: Needs) -> bool:
+    """Whether a GPU that is shared will do by its name, and by how much free memory it has."""
+    named = node.named_mask(needs) >> gpu & 1
+    return bool(named) and node.free_memory.get(gpu, 0) >= needs.free_memory_bytes
+
+
+def _usable(node: Node, needs: Needs) -> Hashable:
+    """What of a node will do for a replica."""
+    if needs.profile:
+        return tuple(sorted(node.instances_for(needs)))
+    if needs.whole:
+        return node.free_mask(needs)
+    memory = node.gpu_memory_bytes if needs.memory_bytes else None
+    return node.free_mask(needs), memory, tuple(sorted(node.shared_with_room(needs, 1)))
 
 
 def _each(bits: Bits) -> Iterator[Bits]:

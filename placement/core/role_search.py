@@ -114,7 +114,8 @@ class _Run:
         member = self._todo[i]
         name = member[0]
         unit = sorted((one, now.at[one, index]) for one, index in self._todo[self._begins[i] : i])
-        state = i, tuple(unit), tuple(sorted(now.left.items()))
+        homes = self._places.homes(now)
+        state = i, tuple(unit), tuple(sorted(now.left.items())), tuple(sorted(homes.items()))
         if state in self._states and (self._any or self._states[state] <= cost):
             return False
         self._states[state] = cost

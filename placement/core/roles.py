@@ -9,10 +9,12 @@ one talks to each replica of the other. All units are placed, or none; in this o
 2. of all routes as few as can be leave a node;
 3. the sets of GPUs of the replicas, each as predicted for its own all-reduce, are fastest in sum;
 4. all routes are fastest in sum;
-5. all pairs of GPUs that talk are nearest in sum by PCIe, also below NVLink: on one switch, one root, one NUMA node.
+5. all pairs of whole GPUs that talk are nearest in sum by PCIe, also below NVLink: on one switch, one root, one NUMA
+   node.
 
 Among equals, one replica after the other goes where the fewest of its deployment are, then to the set that costs
-others least, to the node with the fewest free GPUs, and the lowest ordinals.
+others least, to the node with the fewest free GPUs, and the lowest ordinals; a share of a GPU to one that is shared
+already, the fullest. The route of a share, or of a MIG instance, is that of its GPU.
 
 The choice is exact unless a round of the search is cut off, after :data:`~placement.core.role_search.STEPS` places,
 which :attr:`GroupPlan.bounded` says. GPUs, and nodes, that can change places without any difference are tried once; and
@@ -27,12 +29,14 @@ from dataclasses import dataclass, replace
 from placement.core import planner
 from placement.core.limits import eligible
 from placement.core.reconcile import Desired, Observed
+from placement.core.replicas import Plan
 from placement.core.request import Place, Request, Told
 from placement.core.role_places import Places
 from placement.core.role_search import solve
 from placement.core.routes import Member, Roles, joined, meets
 from placement.core.snapshot import Snapshot
 from placement.core.topology import ordinals
+from placement.core.wording import describe
 from placement.errors import BelowFloor, NotEnoughGpus, Unplaceable, counted
 
 
@@ -60,8 +64,7 @@ def plan(
     Args:
         snapshot: the cluster.
         roles: the group.
-        requests: deployment -> what is asked for; its ``replicas`` are those to place. Whole GPUs, and each
-            replica on one node.
+        requests: deployment -> what is asked for; its ``replicas`` are those to place, each on one node.
         standing: the replicas that stay where they are.
 
     Returns:
@@ -130,23 +133,25 @@ def tell(
     }
 
 
-def still_free(snapshot: Snapshot, told: Mapping[str, Desired]) -> bool:
-    """Whether the places can be had that were chosen some time before.
+def as_told(snapshot: Snapshot, told: Mapping[str, Desired]) -> dict[str, Plan] | None:
+    """What the members of a group take in the places that were chosen; ``None`` if these cannot be had any more.
 
     Args:
         snapshot: the cluster as it is now.
         told: what :func:`tell` returned.
     """
-    for desired in told.values():
+    plans: dict[str, Plan] = {}
+    for name, desired in told.items():
         places = desired.request.told.places if desired.request.told else {}
         request = replace(desired.request, replicas=tuple(sorted(places)))
         allowed = eligible(snapshot, request)
         step, snapshot = planner.advance(snapshot, request)
         if isinstance(step.outcome, Unplaceable):
-            return False
+            return None
         if not all(snapshot.bit(place.node_id) & allowed for place in places.values()):
-            return False
-    return True
+            return None
+        plans[name] = step.outcome
+    return plans
 
 
 def _refusal(
@@ -159,11 +164,15 @@ def _refusal(
     places = Places(snapshot, roles, requests, standing, floors=False)
     found = solve(places, places.todo)
     if found is None:
-        gpus = sum(len(request.replicas) * request.needs.gpus for request in requests.values())
+        lacking = [(len(one.replicas), one.needs) for one in requests.values() if one.replicas]
+        gpus = sum(count * needs.gpus for count, needs in lacking)
+        what = counted(gpus, "GPU")
+        if not all(needs.whole for _, needs in lacking):
+            what = ", ".join(f"{count} x {describe(needs)}" for count, needs in lacking)
         names = " and ".join(name for name, request in requests.items() if request.replicas)
         return NotEnoughGpus(
             roles.name,
-            f"there is room for each of {names}, but not for all of them together ({counted(gpus, 'GPU')})",
+            f"there is room for each of {names}, but not for all of them together ({what})",
             {},
             "free GPUs, add a node, or ask for fewer units",
             gpus,

@@ -149,7 +149,7 @@ class Group(Declared):
 
         Raises:
             InvalidDeployment: one is missing, or is no member.
-            ValidationError: one cannot be a member, as its replicas are not of whole GPUs on one node each.
+            ValidationError: one cannot be a member, as its replicas are not of GPUs on one node each.
         """
         given = {one.name: one for one in deployments}
         problems = [

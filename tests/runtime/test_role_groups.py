@@ -69,6 +69,21 @@ def test_what_was_placed_is_given_back_if_a_node_refuses_the_rest(
     assert not service.state.claims
 
 
+def test_shares_and_whole_gpus_are_placed_lost_and_placed_again(outside: Ray, service: DirectService) -> None:
+    links = [{"between": ("a", "b"), "via": "pcie", "within": "node"}]
+    group = Group(name="g", members={"a": 1, "b": 1}, units=2, links=links)
+    share = Deployment(name="b", model="org/m", gpus=0.25)
+    service.apply_all(group.of([Deployment(name="a", model="org/m", gpus=2), share]), atomic=True)
+    assert {"a": ["x", "y"], "b": ["x", "y"]} == placed(service)
+    assert {0.25} == {part.share for part in service.state.get("b").result().assignments}
+    outside.nodes.remove("x")
+    outside.nodes.add("z")
+    a_while_passes(service)
+    assert {"a": ["z", "y"], "b": ["z", "y"]} == placed(service)
+    assert not service.state.claims
+    assert 4 == service.release("g")
+
+
 def test_by_its_name_the_events_of_all_members_are_told_in_order(
     outside: Ray, service: DirectService
 ) -> None:
