@@ -132,7 +132,7 @@ class Joined(NamedTuple):
 
 
 Located = tuple[Node, Gpus]
-"""Where a replica is."""
+"""Where a replica is, or the part of it on one node."""
 
 
 def route(near: Sequence[str], via: Via, one: Located, other: Located) -> Route:
@@ -253,10 +253,15 @@ def meets(link: RoleLink, found: Route, one: Located, other: Located) -> bool:
             return label in a.labels and a.labels[label] == b.labels.get(label)
 
 
-def joined(roles: Roles, near: Sequence[str], placed: Mapping[Member, Located]) -> list[Joined]:
-    """All that talk of those that are placed, by unit and link."""
+def joined(roles: Roles, near: Sequence[str], placed: Mapping[Member, Sequence[Located]]) -> list[Joined]:
+    """All that talk of those that are placed, by unit and link. ``placed`` has the parts of each."""
     return [
-        Joined(link, one, other, route(near, link.via, placed[one], placed[other]))
+        Joined(
+            link,
+            one,
+            other,
+            max(route(near, link.via, *parts) for parts in product(placed[one], placed[other])),
+        )
         for unit in range(roles.units)
         for link in roles.links
         for one, other in product(*(roles.members(unit, name) for name in link.between))

@@ -64,7 +64,7 @@ def placed(
     found = plan(snapshot, *group)
     assert isinstance(found, GroupPlan), found
     assert not found.bounded
-    return {member: (place.node_id[3:], place.gpus) for member, place in sorted(found.places.items())}
+    return {member: (place.node_id[3:], place.gpus) for member, (place,) in sorted(found.places.items())}
 
 
 @pytest.mark.parametrize("via", [PCIE, NVLINK])
@@ -143,11 +143,11 @@ def test_what_stands_is_placed_beside() -> None:
     roles, requests = prefill_decode(units=1)
     requests["decode"] = replace(requests["decode"], replicas=(1,))
     requests["prefill"] = replace(requests["prefill"], replicas=())
-    standing = {("prefill", 0): Place("id-h", (5,)), ("decode", 0): Place("id-h", (0,))}
+    standing = {("prefill", 0): [Place("id-h", (5,))], ("decode", 0): [Place("id-h", (0,))]}
     snapshot = Snapshot([node("h", free=(1, 2, 3, 7)), node("i")])
     found = plan(snapshot, roles, requests, standing)
     assert isinstance(found, GroupPlan)
-    assert {("decode", 1): Place("id-h", (7,))} == found.places
+    assert {("decode", 1): (Place("id-h", (7,)),)} == found.places
 
 
 def test_all_or_none_and_the_one_that_alone_has_no_room_says_why() -> None:
@@ -293,6 +293,60 @@ def test_gpus_that_are_named_are_taken_all_on_one_node() -> None:
     assert 1 == len({where["prefill", unit][0] for unit in range(2)})
 
 
+def train_and_roll_out(stages: int, gpus: int = 8, **link: object) -> tuple[Roles, dict[str, Request]]:
+    """A trainer of several pipeline stages, and a rollout replica."""
+    roles = Roles("rl", {"train": 1, "roll": 1}, 1, (RoleLink(("train", "roll"), NVLINK, **link),))  # type: ignore[arg-type]
+    return roles, {
+        "train": Request("train", (0,), Needs(gpus), stages=stages),
+        "roll": Request("roll", (0,), Needs(8)),
+    }
+
+
+def test_a_replica_larger_than_a_node_and_whom_it_talks_to_are_in_one_rack() -> None:
+    nodes = [node(f"n{i}", rack=rack) for i, rack in enumerate("aabbbcc")]
+    found = plan(Snapshot(nodes, near=("rack",)), *train_and_roll_out(2))
+    assert isinstance(found, GroupPlan)
+    assert not found.bounded
+    all_gpus = tuple(range(8))
+    assert {
+        ("train", 0): (Place("id-n2", all_gpus), Place("id-n3", all_gpus)),
+        ("roll", 0): (Place("id-n4", all_gpus),),
+    } == found.places
+
+
+def test_a_replica_of_several_groups_is_on_one_node_where_it_can_be_and_of_one_model() -> None:
+    snapshot = Snapshot([node("h0"), node("h1", free=range(4, 8)), node("h2"), node("v", "dgx-1v")])
+    found = plan(snapshot, *train_and_roll_out(2, 4))
+    assert isinstance(found, GroupPlan)
+    train = found.places["train", 0]
+    assert [(0, 1, 2, 3), (4, 5, 6, 7)] == [place.gpus for place in train]
+    assert 1 == len({place.node_id for place in train})
+    halves = [node("h1", free=range(4)), node("h2"), node("v", "dgx-1v", free=range(4))]
+    found = plan(Snapshot(halves), *train_and_roll_out(2, 4))
+    assert isinstance(found, NotEnoughGpus)  # half on an H100, half on a V100 is no place
+
+
+def test_a_floor_holds_for_all_parts_of_a_replica() -> None:
+    nodes = [node(f"n{i}", rack=rack) for i, rack in enumerate("aab")]
+    found = plan(Snapshot(nodes, near=("rack",)), *train_and_roll_out(2, within="rack"))
+    assert isinstance(found, BelowFloor)
+    assert "train/0 on GPU 0-7 of n0, GPU 0-7 of n1" in str(found)
+
+
+def test_a_tensor_parallel_group_larger_than_a_node_is_refused_though_a_domain_would_hold_it() -> None:
+    trays = [node(name, "gb200-tray", **{GPU_DOMAIN_LABEL: "d"}) for name in "abcde"]
+    roles, requests = train_and_roll_out(1, 8)
+    requests["roll"] = request("roll", 1, 4)
+    found = plan(Snapshot(trays), roles, requests)
+    assert isinstance(found, NotEnoughGpus)
+    assert "no node has 8 GPUs" in str(found)
+    assert "set tensor_parallel to 4 or less, and pipeline_parallel" in str(found)
+    requests["train"] = replace(requests["train"], needs=Needs(4), stages=2)
+    found = plan(Snapshot(trays), roles, requests)
+    assert isinstance(found, GroupPlan)
+    assert 2 == len(found.places["train", 0])
+
+
 def test_together_shares_have_no_room() -> None:
     found = plan(Snapshot([node("h", free=(0,))]), *speculative(1, Needs(1), QUARTER))
     assert "not for all of them together (1 x 1 GPU, 1 x 0.25 of a GPU)" in str(found)
@@ -312,5 +366,7 @@ def test_many_units_on_many_nodes_are_placed_without_being_cut_off() -> None:
     found = plan(Snapshot(nodes, near=("rack",)), *prefill_decode(units=40, decodes=3))
     assert isinstance(found, GroupPlan)
     assert not found.bounded
-    located = {member: (nodes[int(place.node_id[4:])], place.gpus) for member, place in found.places.items()}
+    located = {
+        member: [(nodes[int(place.node_id[4:])], place.gpus)] for member, (place,) in found.places.items()
+    }
     assert {"NODE"} == {one.route.name for one in joined(prefill_decode(40, 3)[0], ("rack",), located)}

@@ -114,6 +114,29 @@ def test_a_draft_model_on_a_share_lies_beside_its_target(service: Any) -> None:
     ray.get(service.release.remote("other"))
 
 
+def test_a_trainer_over_two_nodes_is_placed_with_its_rollout_workers(service: Any) -> None:
+    group = Group(
+        name="rl",
+        members={"train": 1, "roll": 2},
+        links=[{"between": ("train", "roll"), "via": "nvlink", "within": "rack"}],
+    )
+    train = Deployment(name="train", model="org/m", tensor_parallel=8, pipeline_parallel=2)
+    wanted = group.of([train, Deployment(name="roll", model="org/m", gpus=4)])
+    [plan, _] = ray.get(service.plan_all.remote(wanted))
+    ray.get(service.apply_all.remote(wanted, atomic=True))
+    parts = ray.get(service.get.remote("train")).assignments
+    assert [[*range(8)], [*range(8, 16)]] == [one.ranks for one in parts]
+    assert [(one.node, one.gpus) for one in plan.assignments] == [(one.node, one.gpus) for one in parts]
+    for one in parts:
+        assert ranks_gpus(one) == one.gpus == [*range(8)]
+    rolls = ray.get(service.get.remote("roll")).assignments
+    assert 1 == len({one.node for one in rolls} - {one.node for one in parts})
+    [status] = ray.get(service.status.remote())["groups"]
+    assert {"network, one rack"} == {one["route"] for one in status["links"]}
+    assert "unchanged" == ray.get(service.plan_all.remote(wanted))[0].change
+    assert 3 == ray.get(service.release.remote("rl"))
+
+
 def test_members_go_together_or_not_at_all(service: Any) -> None:
     prefill, decode = pd()
     for call in (service.place, service.apply, service.plan):

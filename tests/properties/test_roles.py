@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations, islice, product
+from itertools import combinations, count, product
 from random import Random
 
 import pytest
@@ -13,18 +13,23 @@ from placement.core.labels import GPU_DOMAIN_LABEL
 from placement.core.needs import GIB, WHOLE, Needs, Within
 from placement.core.node import Choice, Node
 from placement.core.request import Place, Request
+from placement.core.role_places import Piece
 from placement.core.roles import GroupPlan, plan
-from placement.core.routes import Member, RoleLink, Roles, Route, Via, joined, meets
+from placement.core.routes import Located, Member, RoleLink, Roles, Route, Via, meets, route
 from placement.core.score import score
 from placement.core.snapshot import Snapshot
-from placement.core.topology import Link, Path, Topology
+from placement.core.topology import Lanes, Link, Path, Topology
 from placement.errors import Unplaceable
 from tests.properties.cases import LARGE, MACHINES, SMALL
 
-Where = dict[Member, tuple[Node, tuple[int, ...]]]
+Where = dict[Piece, Located]
 
-MOST = 5_000
-"""Cases with more ways than this are passed over."""
+MOST = 10_000
+"""Cases in which more is to be tried than this are passed over."""
+
+
+class TooMany(Exception):
+    """There are more ways than a test has time for."""
 
 
 def choices(node: Node, needs: Needs) -> Iterator[Choice]:
@@ -47,59 +52,86 @@ def choices(node: Node, needs: Needs) -> Iterator[Choice]:
                 yield Choice((gpu,), share, rest - share)
 
 
-def everything(nodes: list[Node], members: list[Member], requests: dict[str, Request]) -> Iterator[Where]:
-    """All ways to place replicas."""
-    if not members:
+def everything(
+    nodes: list[Node], pieces: list[Piece], requests: dict[str, Request], tried: Iterator[int]
+) -> Iterator[Where]:
+    """All ways to place the tensor-parallel groups of replicas.
+
+    Raises:
+        TooMany: ``tried`` came to :data:`MOST`.
+    """
+    if next(tried) == MOST:
+        raise TooMany
+    if not pieces:
         yield {}
         return
-    (name, index), *rest = members
-    request = requests[name]
+    piece, *rest = pieces
+    request = requests[piece[0]]
     for i, one in enumerate(nodes):
         if one.cpu_milli < request.cpu_milli:
             continue
         for choice in choices(one, request.needs):
             after = one.after(choice, cpu_milli=one.cpu_milli - request.cpu_milli)
-            for others in everything([*nodes[:i], after, *nodes[i + 1 :]], rest, requests):
-                yield {(name, index): (one, choice.gpus), **others}
+            for others in everything([*nodes[:i], after, *nodes[i + 1 :]], rest, requests, tried):
+                yield {piece: (one, choice.gpus), **others}
 
 
 def cost(
     roles: Roles, requests: dict[str, Request], where: Where, stands: Where | None = None
-) -> tuple[object, ...] | None:
+) -> tuple[Route, int, int, int, int, int] | None:
     """What :mod:`placement.core.roles` promises to keep small, in its order; ``None`` if it may not be so.
 
     Of what stands already only the routes count that lead to others.
     """
     new = where.keys()
     where = {**where, **(stands or {})}
-    homes = {
-        name: {node.id for (of, _), (node, _) in where.items() if of == name}
-        for name, request in requests.items()
-        if request.needs.named
-    }
-    if any(len(home) > 1 for home in homes.values()):
-        return None
-    found = [one for one in joined(roles, ("rack",), where) if one.one in new or one.other in new]
-    if not all(meets(one.link, one.route, where[one.one], where[one.other]) for one in found):
+    for name, request in requests.items():
+        there = {piece: node for piece, (node, _) in where.items() if piece[0] == name}
+        if request.needs.named and len({node.id for node in there.values()}) > 1:
+            return None
+        if any(len({there[p].topology.model for p in there if p[1] == i}) > 1 for _, i, _ in there):
+            return None
+    talk = [
+        (link, one, other)
+        for link in roles.links
+        for one, other in product(*([p for p in where if p[0] == name] for name in link.between))
+        if roles.unit_of(one[:2]) == roles.unit_of(other[:2])
+    ]
+    inside = RoleLink(("", ""), Via.NVLINK)
+    talk += [(inside, one, other) for one, other in combinations(where, 2) if one[:2] == other[:2]]
+    found = [
+        (one, other, link, route(("rack",), link.via, where[one], where[other]))
+        for link, one, other in talk
+        if one in new or other in new
+    ]
+    if not all(meets(link, way, where[one], where[other]) for one, other, link, way in found):
         return None
     order = list(Path)
+    ways = [way for *_, way in found]
     return (
-        max((one.route for one in found), default=Route(-9, 0, Path.UNKNOWN, "", None, (0, 0))),
-        sum(one.route.level + 2 for one in found),
+        max(ways, default=Route(-9, 0, Path.UNKNOWN, "", None, (0, 0))),
+        sum(way.level + 2 for _, _, link, way in found if link is inside),
+        sum(way.level + 2 for _, _, link, way in found if link is not inside),
         -sum(
             round(score(n.topology, gpus).bandwidth_gb_per_s * 1000)
-            for n, gpus in (where[member] for member in new)
+            for n, gpus in (where[piece] for piece in new)
             if len(gpus) > 1
         ),
-        sum(one.route.slowness for one in found),
+        sum(way.slowness for way in ways),
         sum(
-            order.index(where[one.one][0].topology.pcie_path(a, b))
-            for one in found
-            if where[one.one][0].id == where[one.other][0].id
-            and all(requests[name].needs.whole for name in one.link.between)
-            for a, b in product(where[one.one][1], where[one.other][1])
+            order.index(where[one][0].topology.pcie_path(a, b))
+            for one, other, *_ in found
+            if where[one][0].id == where[other][0].id
+            and all(requests[name].needs.whole for name, *_ in (one, other))
+            for a, b in product(where[one][1], where[other][1])
         ),
     )
+
+
+def recut(where: Where) -> bool:
+    """Whether several tensor-parallel groups of a replica are on one node, whose actor says which GPUs each has."""
+    on_nodes = [(*piece[:2], node.id) for piece, (node, gpus) in where.items() if len(gpus) > 1]
+    return len(on_nodes) > len({*on_nodes})
 
 
 def machine(chance: Random, name: str, palette: list[Topology], mixed: bool) -> Node:
@@ -142,14 +174,19 @@ def needs(chance: Random, mixed: bool) -> Needs:
     return Needs(gpus, chance.choice((Within.NODE, Within.NUMA)) if gpus > 1 else Within.NODE)
 
 
-def case(chance: Random, mixed: bool) -> tuple[Snapshot, Roles, dict[str, Request]]:
-    """A small cluster and a small group."""
+def case(chance: Random, kind: str) -> tuple[Snapshot, Roles, dict[str, Request]]:
+    """A small cluster and a small group: of ``whole`` GPUs, ``mixed``, or over ``several`` nodes."""
+    mixed = kind == "mixed" or (kind == "several" and chance.random() < 0.3)
     numas = ((0,), (0,), (1,), (1,))
     switched = Topology(((Link(Path.NVLINK, 12),) * 4,) * 4, numa=numas, model="NVIDIA A100-SXM4-80GB")
-    palette = chance.choices([*MACHINES, switched, switched], k=2)
-    nodes = [machine(chance, f"n{i}", palette, mixed) for i in range(chance.randint(1, 3))]
-    names = ["p", "d", "x"][: chance.randint(1, 3)]
-    counts = {name: chance.choice((1, 1, 2)) for name in names}
+    narrow = Topology(MACHINES[2].links, model=MACHINES[2].model, lanes=(Lanes(4, 8), *(Lanes(4),) * 3))
+    palette = chance.choices([*MACHINES, narrow, switched, switched], k=2)
+    nodes = [
+        machine(chance, f"n{i}", palette, mixed) for i in range(chance.randint(1 + (kind == "several"), 3))
+    ]
+    several = kind == "several"
+    names = ["p", "d", "x"][: chance.randint(1, 2 if several else 3)]
+    counts = {name: 1 if several else chance.choice((1, 1, 2)) for name in names}
     units = chance.randint(1, 2) if sum(counts.values()) < 4 else 1
     links = tuple(
         RoleLink(
@@ -161,31 +198,44 @@ def case(chance: Random, mixed: bool) -> tuple[Snapshot, Roles, dict[str, Reques
         for pair in combinations(names, 2)
         if chance.random() < 0.8
     )
-    requests = {
-        name: Request(
-            name,
-            tuple(range(units * counts[name])),
-            needs(chance, mixed),
-            cpu_milli=chance.choice((0, 1000)) if mixed else 0,
-        )
-        for name in names
-    }
+    requests = {}
+    for name in names:
+        asked = needs(chance, mixed)
+        stages = chance.choice((1, 2, 2, 3)) if several and asked.whole else 1
+        cpu_milli = chance.choice((0, 1000)) if mixed else 0
+        replicas = tuple(range(units * counts[name]))
+        requests[name] = Request(name, replicas, asked, stages, cpu_milli=cpu_milli)
     return Snapshot(nodes, near=("rack",)), Roles("g", counts, units, links), requests
+
+
+def located(nodes: dict[str, Node], places: Mapping[Member, Sequence[Place]]) -> Where:
+    """The nodes and GPUs of these places."""
+    return {
+        (*member, i): (nodes[place.node_id], place.gpus)
+        for member, several in places.items()
+        for i, place in enumerate(several)
+    }
 
 
 def check(
     snapshot: Snapshot,
     roles: Roles,
     requests: dict[str, Request],
-    standing: dict[Member, Place] | None = None,
+    standing: dict[Member, tuple[Place, ...]] | None = None,
 ) -> GroupPlan | None:
     """No other places are better; ``None`` if there are too many, or none."""
-    members = [(name, index) for name, one in requests.items() for index in one.replicas]
-    ways = [*islice(everything(list(snapshot.nodes), members, requests), MOST + 1)]
-    if len(ways) > MOST:
+    pieces = [
+        (name, index, i)
+        for name, one in requests.items()
+        for index in one.replicas
+        for i in range(one.stages)
+    ]
+    try:
+        ways = [*everything(list(snapshot.nodes), pieces, requests, count())]
+    except TooMany:
         return None
     nodes = {one.id: one for one in snapshot.nodes}
-    stands = {member: (nodes[place.node_id], place.gpus) for member, place in (standing or {}).items()}
+    stands = located(nodes, standing or {})
     costs = [cost(roles, requests, where, stands) for where in ways]
     best = min((one for one in costs if one is not None), default=None)
     found = plan(snapshot, roles, requests, standing)
@@ -193,37 +243,42 @@ def check(
         no_nvlink = "known to have NVLink" in str(found)
         assert best is None or no_nvlink, (found, best)
         return None
-    where = {member: (nodes[place.node_id], place.gpus) for member, place in found.places.items()}
-    assert {*members} == where.keys()
-    assert best == cost(roles, requests, where, stands)
-    chosen = {member: (place.node_id, place.gpus) for member, place in found.places.items()}
-    assert any(chosen == {member: (node.id, gpus) for member, (node, gpus) in way.items()} for way in ways)
+    where = located(nodes, found.places)
+    assert {*pieces} == where.keys()
+    reached = cost(roles, requests, where, stands)
+    assert best is not None and reached is not None
+    if recut(where):
+        assert (best[0].level, *best[1:3]) == (reached[0].level, *reached[1:3])
+    else:
+        assert best == reached
+    chosen = {piece: (node.id, gpus) for piece, (node, gpus) in where.items()}
+    assert any(chosen == {piece: (node.id, gpus) for piece, (node, gpus) in way.items()} for way in ways)
     assert not found.bounded
     return found
 
 
-@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("kind", ["whole", "mixed", "several"])
 @pytest.mark.parametrize("seed", range(150))
-def test_no_other_places_are_better(seed: int, mixed: bool) -> None:
-    check(*case(Random(seed), mixed))
+def test_no_other_places_are_better(seed: int, kind: str) -> None:
+    check(*case(Random(seed), kind))
 
 
-@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("kind", ["whole", "mixed", "several"])
 @pytest.mark.parametrize("seed", range(120))
-def test_nothing_better_can_stand_beside_what_stands(seed: int, mixed: bool) -> None:
+def test_nothing_better_can_stand_beside_what_stands(seed: int, kind: str) -> None:
     chance = Random(seed)
-    snapshot, roles, requests = case(chance, mixed)
+    snapshot, roles, requests = case(chance, kind)
     anyhow = replace(roles, links=())
     first = plan(snapshot, anyhow, requests)
     if isinstance(first, Unplaceable):
         return
     standing = {member: place for member, place in first.places.items() if chance.random() < 0.5}
     nodes = {one.id: one for one in snapshot.nodes}
-    for (name, _), place in standing.items():
-        one, asked = nodes[place.node_id], requests[name]
-        choice = one.choice_of(asked.needs, place.gpus)
+    for (name, _, _), (node, gpus) in located(nodes, standing).items():
+        one, asked = nodes[node.id], requests[name]
+        choice = one.choice_of(asked.needs, gpus)
         assert choice is not None
-        nodes[place.node_id] = one.after(choice, cpu_milli=one.cpu_milli - asked.cpu_milli)
+        nodes[one.id] = one.after(choice, cpu_milli=one.cpu_milli - asked.cpu_milli)
     left = {
         name: replace(one, replicas=tuple(i for i in one.replicas if (name, i) not in standing))
         for name, one in requests.items()
