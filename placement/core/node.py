@@ -203,9 +203,9 @@ class Node:
         return None if gpus is None else Choice(gpus, share, WHOLE - share)
 
     def choice_of(self, needs: Needs, gpus: tuple[int, ...]) -> Choice | None:
-        """The same of just these GPUs, whatever their names and free memory; ``None`` if they are not free for it."""
+        """The same of just these GPUs, however good they are; ``None`` if they are not free for it."""
         if needs.profile:
-            return Choice(gpus, WHOLE, 0) if self.instances.keys() >= {*gpus} else None
+            return Choice(gpus, WHOLE, 0) if {*gpus} <= {*self.instances_for(needs)} else None
         share = needs.share_of(self.gpu_memory_bytes)
         rest = min(WHOLE if gpu in self.free else self.rests.get(gpu, 0) for gpu in gpus)
         return None if share is None or rest < share else Choice(gpus, share, rest - share)

@@ -1,4 +1,4 @@
-"""The sets of a node's free GPUs that a replica of a group may have; see :mod:`placement.core.roles`."""
+"""The sets of a node's GPUs that a replica of a group may have; see :mod:`placement.core.roles`."""
 
 from __future__ import annotations
 
