@@ -64,7 +64,8 @@ class _Since(click.ParamType[Since]):
 def events(
     name: str | None, everything: bool, since: Since, follow: bool, address: str | None, as_json: bool
 ) -> None:
-    """Shows what happened to replicas: where they are, which were lost, why some are pending. Of all, or of one NAME.
+    """Shows what happened to replicas: where they are, which were lost, why some are pending. Of all, of one
+    deployment NAME, or of the members of a group NAME.
 
     With --follow, --json prints one object a line.
     """
@@ -78,11 +79,11 @@ def events(
                 if as_json:
                     common.say(json.dumps(one, allow_nan=False))
                 else:
-                    common.show(event_line(one, of_all=name is None))
+                    common.show(event_line(one, of_all=name != one["deployment"]))
         elif as_json:
             common.dump({"deployment": name, "events": list(found)})
         else:
-            common.page(*(event_line(one, of_all=name is None) for one in found))
+            common.page(*(event_line(one, of_all=name != one["deployment"]) for one in found))
 
 
 def _events(service: Any, names: list[str] | None, since: Since, follow: bool) -> Iterator[dict[str, Any]]:
@@ -93,8 +94,14 @@ def _events(service: Any, names: list[str] | None, since: Since, follow: bool) -
         yield from (one for one in found if one["at"] >= earliest)
         if not follow:
             return
+        names = _heard_of(names, found)
         seen = found[-1]["number"] if found else seen
         found = common.ask(service.watch.remote(since=seen, names=names))
+
+
+def _heard_of(names: list[str] | None, found: list[dict[str, Any]]) -> list[str] | None:
+    """The names, and of a group among them its members: they are followed on when it is released."""
+    return None if names is None else sorted({*names, *(one["deployment"] for one in found)} - {""})
 
 
 def _history(service: Any, names: list[str] | None, since: Since, follow: bool) -> Iterator[dict[str, Any]]:
@@ -103,6 +110,7 @@ def _history(service: Any, names: list[str] | None, since: Since, follow: bool) 
     while True:
         page = common.ask(service.history.remote(seen, names, earliest))
         yield from page["entries"]
+        names = _heard_of(names, page["entries"])
         seen = page["last"]
         if skipped := page["skipped"]:
             common.note(f"note: entries that another version wrote are left out: {skipped}")

@@ -29,7 +29,7 @@ from placement.core.needs import WHOLE, Within
 from placement.core.node import Choice, Node
 from placement.core.offers import Bits
 from placement.core.policy import Policy
-from placement.core.replicas import Crowd, Placed, PlannedReplica, take
+from placement.core.replicas import Crowd, Placed, PlannedReplica, in_parts, take
 from placement.core.request import Request
 from placement.core.shape import Shape
 from placement.core.snapshot import Snapshot
@@ -103,6 +103,11 @@ def _cut(request: Request, size: int) -> Request:
         cpu_milli=request.cpu_milli * size // gpus,
         memory_bytes=request.memory_bytes * size // gpus,
     )
+
+
+def nearness(snapshot: Snapshot, node: Node) -> tuple[tuple[str, ...], str, str]:
+    """Sorts nodes so that those near each other are neighbours, as consecutive stages are."""
+    return tuple(node.labels.get(label, "") for label in snapshot.near), node.name, node.id
 
 
 def place(snapshot: Snapshot, request: Request, allowed: Bits) -> Placed:
@@ -385,7 +390,9 @@ class _FreeSets:
             units += [Unit(bit, gpus) for gpus in sets]
         if self._request.parts > 1:
             return units
-        return sorted(units, key=lambda unit: (self._place(unit.node), unit.gpus))
+        return sorted(
+            units, key=lambda unit: (nearness(self._snapshot, self._snapshot.at(unit.node)), unit.gpus)
+        )
 
     def _sets_on(self, bit: Bits, count: int, slowest: int) -> list[Gpus]:
         """So many sets of a node in rank order: those that an engine keeps which sorts its GPUs, if any do."""
@@ -411,33 +418,17 @@ class _FreeSets:
             return spread, node.replicas, bit
         return spread, -len(node.free) if policy is Policy.LEAST_LOADED else len(node.free), bit
 
-    def _place(self, bit: Bits) -> tuple[tuple[str, ...], str, str]:
-        """Sorts nodes so that those near each other are neighbours, as consecutive stages are."""
-        node = self._snapshot.at(bit)
-        return tuple(node.labels.get(label, "") for label in self._snapshot.near), node.name, node.id
-
     # -- taking ----------------------------------------------------------------------------------
 
     def take(self, index: int, chosen: Sequence[Unit]) -> list[PlannedReplica]:
         """Takes the sets for a replica."""
-        size = self._request.needs.gpus
-        parts: dict[Bits, PlannedReplica] = {}
-        for position, unit in enumerate(chosen):
+        sets = []
+        for unit in chosen:
             part, self.changed[unit.node] = take(
                 index, self._node(unit.node), Choice(unit.gpus, WHOLE, 0), self._request
             )
-            alone = len(chosen) == 1
-            ranks = () if alone else tuple(range(position * size, (position + 1) * size))
-            before = parts.get(unit.node)
-            parts[unit.node] = replace(
-                part,
-                gpus=(*before.gpus, *part.gpus) if before else part.gpus,
-                ranks=(*before.ranks, *ranks) if before else ranks,
-                set_size=0 if alone else size,
-                cpu_milli=part.cpu_milli + (before.cpu_milli if before else 0),
-                memory_bytes=part.memory_bytes + (before.memory_bytes if before else 0),
-            )
+            sets.append(part)
             self._mask[unit.node] &= ~sum(1 << gpu for gpu in unit.gpus)
             self._counts[unit.node] = {}
         self._crowd.add(chosen[0].node)
-        return list(parts.values())
+        return in_parts(sets)

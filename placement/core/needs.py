@@ -60,6 +60,11 @@ class Needs(NamedTuple):
         return self.share == WHOLE and not self.memory_bytes and not self.profile
 
     @property
+    def shared(self) -> bool:
+        """Whether a share of a GPU is asked for."""
+        return not self.whole and not self.profile
+
+    @property
     def slowest(self) -> int:
         """The greatest :attr:`~placement.core.shape.Offer.slowness` that will do."""
         return -round(self.min_bandwidth_gb_per_s * 1000) if self.gpus > 1 else 0

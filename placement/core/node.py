@@ -202,6 +202,14 @@ class Node:
         gpus = self.shape.best(self.free_mask(needs), needs.gpus, needs.within)
         return None if gpus is None else Choice(gpus, share, WHOLE - share)
 
+    def choice_of(self, needs: Needs, gpus: tuple[int, ...]) -> Choice | None:
+        """The same of just these GPUs, however good they are; ``None`` if they are not free for it."""
+        if needs.profile:
+            return Choice(gpus, WHOLE, 0) if {*gpus} <= {*self.instances_for(needs)} else None
+        share = needs.share_of(self.gpu_memory_bytes)
+        rest = min(WHOLE if gpu in self.free else self.rests.get(gpu, 0) for gpu in gpus)
+        return None if share is None or rest < share else Choice(gpus, share, rest - share)
+
     def offer(self, needs: Needs) -> Offer | None:
         """How good what :meth:`choose` gives is, and what taking it costs the others."""
         if needs.whole:

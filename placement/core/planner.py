@@ -35,12 +35,11 @@ from operator import or_
 from placement.core import bundles, gangs
 from placement.core.explanation import Sifted, sift
 from placement.core.limits import eligible, limits_without_gpus, roomy, short_of
-from placement.core.needs import WHOLE
-from placement.core.node import Choice, Node
+from placement.core.node import Node
 from placement.core.offers import Bits, rank_of
 from placement.core.policy import Policy
 from placement.core.refusal import refusal_of
-from placement.core.replicas import Crowd, Placed, Plan, PlannedReplica, take
+from placement.core.replicas import Crowd, Placed, Plan, PlannedReplica, in_parts, take
 from placement.core.request import Request, Strategy, Told
 from placement.core.score import Score, slowest_group
 from placement.core.snapshot import Snapshot
@@ -226,20 +225,28 @@ def _as_told(snapshot: Snapshot, request: Request, told: Told) -> tuple[Step, Sn
     changed: dict[Bits, Node] = {}
     short = short_of(request)
     for index in request.replicas:
-        place = told.places.get(index)
-        bit = snapshot.bit(place.node_id) if place else 0
-        node = changed.get(bit) or (snapshot.at(bit) if bit else None)
-        if place is None or node is None or not node.free.issuperset(place.gpus) or (short and short(node)):
-            where = "no place" if place is None else f"GPUs {list(place.gpus)}, which are not free any more"
-            why = f"its group was planned with {where} for replica {index}"
-            return withheld(
-                NotEnoughGpus(request.deployment, why, {}, "the group is planned again in a moment")
-            )
-        replica, changed[bit] = take(index, node, Choice(place.gpus, WHOLE, 0), request)
-        planned.append(replica)
+        sets: list[PlannedReplica] = []
+        for place in told.places.get(index, ()):
+            bit = snapshot.bit(place.node_id)
+            node = changed.get(bit) or (snapshot.at(bit) if bit else None)
+            choice = node.choice_of(request.needs, place.gpus) if node else None
+            if node is None or choice is None or (short and short(node)):
+                return withheld(
+                    _gone(request, index, f"GPUs {list(place.gpus)}, which are not free any more")
+                )
+            part, changed[bit] = take(index, node, choice, request)
+            sets.append(part)
+        if not sets:
+            return withheld(_gone(request, index, "no place"))
+        planned += in_parts(sets)
     plan = Plan(request.deployment, tuple(planned), request.needs.gpus)
     mix = snapshot.mix.plus(request)
     return Step(request, plan, snapshot), snapshot.changed(_occupied(request, planned, changed), mix)
+
+
+def _gone(request: Request, index: int, where: str) -> Unplaceable:
+    why = f"its group was planned with {where} for replica {index}"
+    return NotEnoughGpus(request.deployment, why, {}, "the group is planned again in a moment")
 
 
 def _occupied(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
 
@@ -78,6 +79,25 @@ def take(index: int, node: Node, taken: Choice, request: Request) -> tuple[Plann
         holders=node.holders_with(request.deployment, taken.gpus),
     )
     return planned, after
+
+
+def in_parts(sets: Sequence[PlannedReplica]) -> list[PlannedReplica]:
+    """A replica of these sets, in rank order: all that it takes on a node as one part."""
+    if len(sets) == 1:
+        return [*sets]
+    size = len(sets[0].gpus)
+    parts: dict[str, PlannedReplica] = {}
+    for position, one in enumerate(sets):
+        before = parts.get(one.node_id) or replace(one, gpus=(), cpu_milli=0, memory_bytes=0)
+        parts[one.node_id] = replace(
+            before,
+            gpus=(*before.gpus, *one.gpus),
+            ranks=(*before.ranks, *range(position * size, (position + 1) * size)),
+            set_size=size,
+            cpu_milli=before.cpu_milli + one.cpu_milli,
+            memory_bytes=before.memory_bytes + one.memory_bytes,
+        )
+    return list(parts.values())
 
 
 class Crowd:

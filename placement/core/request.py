@@ -54,12 +54,12 @@ class Told:
     """What was planned of a deployment with the group that it is a member of (:mod:`placement.core.roles`).
 
     Attributes:
-        places: replica -> where it goes.
+        places: replica -> where each of its tensor-parallel groups goes, in rank order.
         refusal: why none of the group goes anywhere.
         bounded: the search for the places was cut off; there may be better ones.
     """
 
-    places: Mapping[int, Place] = field(default_factory=dict)
+    places: Mapping[int, tuple[Place, ...]] = field(default_factory=dict)
     refusal: Unplaceable | None = None
     bounded: bool = False
 

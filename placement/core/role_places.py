@@ -9,12 +9,14 @@ from typing import NamedTuple
 
 from placement.core.labels import GPU_DOMAIN_LABEL
 from placement.core.limits import eligible
-from placement.core.needs import Needs
+from placement.core.needs import WHOLE, Needs
 from placement.core.node import Node
 from placement.core.offers import Bits
 from placement.core.request import Place, Request
+from placement.core.role_sets import Left, Sets, usable
 from placement.core.routes import (
     Gpus,
+    Located,
     Member,
     RoleLink,
     Roles,
@@ -26,43 +28,44 @@ from placement.core.routes import (
     route,
 )
 from placement.core.snapshot import Snapshot
-from placement.core.topology import PATH_ORDER, Topology
-from placement.core.twins import twins_of
+from placement.core.topology import PATH_ORDER
 from placement.errors import BelowFloor, Unplaceable
 
-MOST_SETS = 3_000
-"""So many sets of GPUs of one node are looked at for one replica; the slowest are left out."""
+Cost = tuple[int, int, int, int, int]
+"""Routes within replicas that leave a node, by how far, and so of the others; slowness of the sets, and of the routes;
+steps of PCIe between GPUs that talk.
 
-Cost = tuple[int, int, int, int]
-"""Routes that leave a node, by how far; slowness of the sets, and of the routes; steps of PCIe between GPUs that talk.
-
-Each at least 0: of speeds, what is missing to :data:`_FASTEST`.
+Each at least 0: of speeds, what is missing to :data:`_FASTEST`. Steps are those of whole GPUs.
 """
 
-NOTHING: Cost = (0, 0, 0, 0)
+NOTHING: Cost = (0, 0, 0, 0, 0)
 _FASTEST = 1 << 32
 """MB/s; faster than anything."""
 
 
 def plus(one: Cost, other: Cost, times: int = 1) -> Cost:
     """The cost of both, of the other so many times."""
-    a, b, c, d = other
-    return one[0] + times * a, one[1] + times * b, one[2] + times * c, one[3] + times * d
+    a, b, c, d, e = other
+    return (
+        one[0] + times * a,
+        one[1] + times * b,
+        one[2] + times * c,
+        one[3] + times * d,
+        one[4] + times * e,
+    )
 
+
+Piece = tuple[str, int, int]
+"""A tensor-parallel group of a replica: its deployment, the replica's index there, and its own in the replica."""
+
+_INSIDE = RoleLink(("", ""), Via.NVLINK)
+"""The tensor-parallel groups of a replica talk to each other."""
 
 Level = tuple[int, int]
 """Level and slowness of a route, to be compared."""
 
 NONE: Level = (-3, -_FASTEST)
 """Better than any: of no route."""
-
-
-class Left(NamedTuple):
-    """What is left of a node: free GPUs as a bit mask, CPUs and memory."""
-
-    mask: int
-    cpu_milli: int
-    memory_bytes: int
 
 
 class Option(NamedTuple):
@@ -84,14 +87,14 @@ class Partial:
     Attributes:
         limit: no route is slower.
         left: what is left of the nodes that are not like others any more.
-        at: where replicas are.
+        at: where the pieces of replicas are.
         crowd: (node, deployment) -> how many replicas have been placed there.
         seen: how many places have been looked at.
     """
 
     limit: Level
     left: dict[Bits, Left]
-    at: dict[Member, tuple[Bits, Gpus]]
+    at: dict[Piece, tuple[Bits, Gpus]]
     crowd: dict[tuple[Bits, str], int] = field(default_factory=dict)
     seen: int = 0
 
@@ -105,9 +108,8 @@ class Places:
 
     Attributes:
         roles: as given.
-        missing: the replicas that have no place.
-        todo: the same in the order in which to place them, unit by unit.
-        bounded: something was left out that might be better.
+        todo: the pieces that have no place, in the order in which to place them, unit by unit.
+        cut_off: a round of the search was.
     """
 
     def __init__(
@@ -115,14 +117,15 @@ class Places:
         snapshot: Snapshot,
         roles: Roles,
         requests: Mapping[str, Request],
-        standing: Mapping[Member, Place],
+        standing: Mapping[Member, Sequence[Place]],
         floors: bool = True,
     ) -> None:
         self._snapshot, self.roles, self._requests, self._floors = snapshot, roles, requests, floors
         self._allowed = {name: eligible(snapshot, request) for name, request in requests.items()}
-        self._stands = {
-            member: (bit, place.gpus)
-            for member, place in standing.items()
+        self._stands: dict[Piece, tuple[Bits, Gpus]] = {
+            (*member, i): (bit, place.gpus)
+            for member, places in standing.items()
+            for i, place in enumerate(places)
             if (bit := snapshot.bit(place.node_id))
         }
         self._partners: dict[str, list[tuple[RoleLink, str]]] = {name: [] for name in roles.counts}
@@ -130,30 +133,35 @@ class Places:
             one, other = link.between
             self._partners[one].append((link, other))
             self._partners[other].append((link, one))
-        largest_first = sorted(roles.counts, key=lambda name: -requests[name].needs.gpus)
-        self.missing = {(name, index) for name, request in requests.items() for index in request.replicas}
-        self.todo = [
-            member
+        largest_first = sorted(roles.counts, key=lambda name: _smallness(requests[name].needs))
+        missing = {(name, index) for name, request in requests.items() for index in request.replicas}
+        self.todo: list[Piece] = [
+            (*member, i)
             for unit in range(roles.units)
             for name in largest_first
             for member in roles.members(unit, name)
-            if member in self.missing
+            if member in missing
+            for i in range(requests[name].stages)
         ]
-        self.bounded = False
+        self.cut_off = False
         self._is_connected = self._all_talk()
         self._fastest_sets: dict[str, int] = {}
-        self._fastest_ways: dict[Via, tuple[int, int]] = {}
-        self._exact_gpus = any(request.needs.free_memory_bytes for request in requests.values())
-        self._kinds: dict[int, list[int]] = {}
-        self._sets: dict[tuple[int, int, Needs], list[tuple[int, tuple[int, ...], Gpus]]] = {}
+        self._fastest_ways: dict[tuple[Via, bool], tuple[int, int]] = {}
+        self._named = [name for name, request in requests.items() if request.needs.named]
+        self._sets = Sets(any(one.needs.free_memory_bytes or one.needs.named for one in requests.values()))
         self._routes: dict[tuple[Via, Bits, Gpus, Bits, Gpus], tuple[Route, int]] = {}
         self._classes = self._alike()
         self._touched: dict[Bits, Left] = {bit: self._whole(bit) for bit, _ in self._stands.values()}
 
+    @property
+    def bounded(self) -> bool:
+        """Whether something was left out that might be better."""
+        return self.cut_off or self._sets.bounded
+
     def without_nvlink(self) -> Unplaceable | None:
         """Why a transport over NVLink cannot be had at all, if that is so."""
         for link in self.roles.links:
-            if link.via is not Via.NVLINK or not self.missing:
+            if link.via is not Via.NVLINK or not self.todo:
                 continue
             nodes = list(self._nodes(self._allowed[link.between[0]] | self._allowed[link.between[1]]))
             has = any(
@@ -177,7 +185,8 @@ class Places:
 
     def _whole(self, bit: Bits) -> Left:
         node = self._snapshot.at(bit)
-        return Left(node.mask, node.cpu_milli, node.memory_bytes)
+        slots = sum(1 << slot for slot in node.instances)
+        return Left(node.mask | slots, tuple(sorted(node.rests.items())), node.cpu_milli, node.memory_bytes)
 
     def _alike(self) -> list[list[Bits]]:
         """The nodes that may be used, in classes of which any may stand for any other."""
@@ -194,7 +203,7 @@ class Places:
                 tuple(
                     (
                         bool(bit & self._allowed[name]),
-                        node.free_mask(request.needs),
+                        usable(node, request.needs),
                         node.deployments.get(name, 0),
                     )
                     for name, request in self._requests.items()
@@ -205,30 +214,36 @@ class Places:
             classes.setdefault(key, []).append(bit)
         return list(classes.values())
 
-    def options(self, now: Partial, member: Member, to_come: Sequence[Member]) -> list[Option]:
-        """The places that a replica may have now, the most welcome first.
+    def options(self, now: Partial, piece: Piece, to_come: Sequence[Piece]) -> list[Option]:
+        """The places that a piece may have now, the most welcome first.
 
         Args:
             now: where others are.
-            member: the replica.
+            piece: the piece.
             to_come: it, and those of its unit that come after it.
         """
-        name = member[0]
+        name = piece[0]
         request, allowed, found = self._requests[name], self._allowed[name], []
-        unit = self.roles.unit_of(member)
+        unit = self.unit_of(piece)
         talks = [
-            (link, now.at[other])
+            (link, now.at[other], self._steps(name, partner))
             for link, partner in self._partners[name]
-            for other in self.roles.members(unit, partner)
-            if other in now.at
+            for member in self.roles.members(unit, partner)
+            for i in range(self._requests[partner].stages)
+            if (other := (*member, i)) in now.at
         ]
+        talks += [(_INSIDE, now.at[*piece[:2], i], True) for i in range(piece[2])]
+        model = self._snapshot.at(talks[-1][1][0]).topology.model if piece[2] else None
         together = self._is_connected and now.limit[0] == -2
-        wanted = sum(self._requests[one].needs.gpus for one, _ in to_come) if together else 0
+        known = {} if request.needs.whole else self._known(now, unit)
+        whole = (needs.gpus for one, *_ in to_come if (needs := self._requests[one].needs).whole)
+        wanted = sum(whole) if together else 0
+        allowed &= self.homes(now).get(name, allowed)
         bits = [bit for bit in now.left if bit & allowed]
         if together and talks:
             bits = [bit for bit in bits if bit == talks[0][1][0]]
         for alike in self._classes if not (together and talks) else ():
-            if alike[0] & allowed and (bit := next((one for one in alike if one not in now.left), 0)):
+            if bit := next((one for one in alike if one & allowed and one not in now.left), 0):
                 bits.append(bit)
         for bit in bits:
             left = now.left.get(bit) or self._whole(bit)
@@ -237,65 +252,36 @@ class Places:
             if left.mask.bit_count() < wanted:
                 continue
             node = self._snapshot.at(bit)
+            if piece[2] and node.topology.model != model:
+                continue
             crowd = node.deployments.get(name, 0) + now.crowd.get((bit, name), 0)
-            mask = left.mask if not self._exact_gpus else left.mask & node.free_mask(request.needs)
-            sets = self._sets_on(node, mask, request.needs)
+            sets = self._sets.of(node, left, request.needs, known.get(bit, ()))
             now.seen += len(sets)
             for slowness, loss, gpus in sets:
-                worst, cost = NONE, (0, _FASTEST + slowness, 0, 0)
-                for link, place in talks:
+                worst, cost = NONE, (0, 0, _FASTEST + slowness, 0, 0)
+                for link, place, counts in talks:
                     way, steps = self._route(link.via, (bit, gpus), place)
                     level = way.level, way.slowness
                     there = self._snapshot.at(place[0]), place[1]
                     if level > now.limit or (self._floors and not meets(link, way, (node, gpus), there)):
                         break
                     worst = max(worst, level)
-                    cost = plus(cost, (way.level + 2, 0, _FASTEST + way.slowness, steps))
+                    away = way.level + 2
+                    leaves = (away, 0) if link is _INSIDE else (0, away)
+                    cost = plus(cost, (*leaves, 0, _FASTEST + way.slowness, steps * counts))
                 else:
-                    free = mask.bit_count()
+                    free = left.mask.bit_count()
                     found.append(Option(worst, cost, crowd, loss, free, bit, gpus))
         found.sort()
         return found
 
-    def _sets_on(self, node: Node, mask: int, needs: Needs) -> list[tuple[int, tuple[int, ...], Gpus]]:
-        """Sets of free GPUs that are good enough: slowness, what others lose by it, and the GPUs."""
-        key = id(node.topology), mask, needs
-        if key not in self._sets:
-            found = []
-            before = node.shape.on_offer(mask)
-            for gpus in self._picks(node.topology, mask, needs.gpus):
-                taken = sum(1 << gpu for gpu in gpus)
-                offer = node.shape.offer(taken, needs.gpus, needs.within)
-                if offer is not None and offer.slowness <= needs.slowest:
-                    after = node.shape.on_offer(mask & ~taken)
-                    loss = tuple(a - b for a, b in zip(before, after, strict=True))
-                    found.append((offer.slowness, loss, gpus))
-            found.sort()
-            self.bounded |= len(found) > MOST_SETS
-            self._sets[key] = found[:MOST_SETS]
-        return self._sets[key]
-
-    def _picks(self, topology: Topology, mask: int, count: int) -> Iterator[Gpus]:
-        """The sets of so many free GPUs; of those that differ in twins alone, the lowest."""
-        key = id(topology)
-        if key not in self._kinds:
-            gpus = range(len(topology))
-            ways = tuple(tuple((topology.link(a, b), topology.pcie_path(a, b)) for b in gpus) for a in gpus)
-            near = [(topology.numa[gpu], topology.nearest_nic[gpu], gpu * self._exact_gpus) for gpu in gpus]
-            self._kinds[key] = [sum(1 << gpu for gpu in kind) for kind in twins_of(ways, near)]
-        pools = [
-            [gpu for gpu in range(len(topology)) if (mask & kind) >> gpu & 1] for kind in self._kinds[key]
-        ]
-
-        def pick(pools: Sequence[list[int]], count: int) -> Iterator[Gpus]:
-            if not count:
-                yield ()
-            elif pools:
-                for taken in range(min(count, len(pools[0])), -1, -1):
-                    for rest in pick(pools[1:], count - taken):
-                        yield (*pools[0][:taken], *rest)
-
-        return (tuple(sorted(gpus)) for gpus in pick(pools, count))
+    def _known(self, now: Partial, unit: int) -> dict[Bits, list[int]]:
+        """Node -> the GPUs there on which replicas of a unit are, or such as stand."""
+        found: dict[Bits, list[int]] = {}
+        for piece, (bit, gpus) in now.at.items():
+            if piece in self._stands or self.unit_of(piece) == unit:
+                found.setdefault(bit, []).extend(gpus)
+        return found
 
     def _route(self, via: Via, one: tuple[Bits, Gpus], other: tuple[Bits, Gpus]) -> tuple[Route, int]:
         """The route between two places, and how far apart their GPUs are by PCIe, in sum."""
@@ -303,35 +289,53 @@ class Places:
         if key not in self._routes:
             a, b = self._snapshot.at(one[0]), self._snapshot.at(other[0])
             steps = 0
-            if one[0] == other[0]:
+            if one[0] == other[0] and one[1] != other[1]:
                 steps = sum(PATH_ORDER[a.topology.pcie_path(*pair)] for pair in product(one[1], other[1]))
             self._routes[key] = route(self._snapshot.near, via, (a, one[1]), (b, other[1])), steps
         return self._routes[key]
 
-    def least(self, member: Member, before: Sequence[Member]) -> Cost:
-        """No place for a replica costs less, beside others of its unit."""
-        name, needs = member[0], self._requests[member[0]].needs
-        if name not in self._fastest_sets:
+    def least(self, piece: Piece, before: Sequence[Piece]) -> Cost:
+        """No place for a piece costs less, beside others of its unit."""
+        name, needs = piece[0], self._requests[piece[0]].needs
+        if needs.gpus == 1:
+            self._fastest_sets[name] = 0
+        elif name not in self._fastest_sets:
             sets = [
                 found[0][0]
                 for alike in self._classes
                 if alike[0] & self._allowed[name]
                 and (
-                    found := self._sets_on(node := self._snapshot.at(alike[0]), node.free_mask(needs), needs)
+                    found := self._sets.whole(
+                        node := self._snapshot.at(alike[0]), node.free_mask(needs), needs
+                    )
                 )
             ]
             self._fastest_sets[name] = min(sets, default=-_FASTEST)
-        cost: Cost = (0, _FASTEST + self._fastest_sets[name], 0, 0)
+        cost: Cost = (0, 0, _FASTEST + self._fastest_sets[name], 0, 0)
         for link, partner in self._partners[name]:
-            slowness, steps = self._fastest_way(link.via)
-            pairs = needs.gpus * self._requests[partner].needs.gpus
-            times = sum(other == partner for other, _ in before)
-            cost = plus(cost, (0, 0, _FASTEST + slowness, steps * pairs), times)
+            other_needs = self._requests[partner].needs
+            slowness, steps = self._fastest_way(link.via, needs.shared and other_needs.shared)
+            pairs = needs.gpus * other_needs.gpus * self._steps(name, partner)
+            times = sum(other == partner for other, *_ in before)
+            cost = plus(cost, (0, 0, 0, _FASTEST + slowness, steps * pairs), times)
+        if piece[2]:
+            slowness, steps = self._fastest_way(Via.NVLINK, False)
+            cost = plus(cost, (0, 0, 0, _FASTEST + slowness, steps * needs.gpus**2), piece[2])
         return cost
 
-    def _fastest_way(self, via: Via) -> tuple[int, int]:
-        """No route on a node is faster, and no two GPUs are nearer to each other by PCIe."""
-        if via not in self._fastest_ways:
+    def _steps(self, name: str, partner: str) -> bool:
+        """Whether the steps between GPUs of two roles count: no whole GPU is to be shared for them alone."""
+        return self._requests[name].needs.whole and self._requests[partner].needs.whole
+
+    def _fastest_way(self, via: Via, shared: bool) -> tuple[int, int]:
+        """No route on a node is faster, and no two GPUs are nearer to each other by PCIe.
+
+        Args:
+            via: what the transport can use.
+            shared: both ends may be on one GPU.
+        """
+        key = via, shared
+        if key not in self._fastest_ways:
             machines = {
                 id(node.topology): node.topology for node in self._nodes(sum(c[0] for c in self._classes))
             }
@@ -339,43 +343,68 @@ class Places:
                 (on_node(machine, via, (a,), (b,)).slowness, PATH_ORDER[machine.pcie_path(a, b)])
                 for machine in machines.values()
                 for b in range(len(machine))
-                for a in range(b)
+                for a in range(b + shared)
             ]
             slowness, steps = (min(each) for each in zip(*ways, strict=True)) if ways else (-_FASTEST, 0)
-            self._fastest_ways[via] = slowness, steps
-        return self._fastest_ways[via]
+            self._fastest_ways[key] = slowness, steps
+        return self._fastest_ways[key]
 
     def _all_talk(self) -> bool:
-        """Whether links join all roles, directly or over others."""
+        """Whether links join all replicas of a unit, directly or over others."""
+        if [*self.roles.counts.values()] == [1]:
+            return True
         reached = {*[*self.roles.counts][:1]}
         for _ in self.roles.counts:
             reached |= {other for name in reached for _, other in self._partners[name]}
-        return reached == self.roles.counts.keys()
+        return reached == self.roles.counts.keys() and len(reached) > 1
 
-    def standing_of(self, unit: int) -> list[Member]:
+    def unit_of(self, piece: Piece) -> int:
+        """The unit of a piece."""
+        return self.roles.unit_of(piece[:2])
+
+    def standing_of(self, unit: int) -> list[Piece]:
         """What stands of a unit."""
-        return [member for member in self._stands if self.roles.unit_of(member) == unit]
+        return [piece for piece in self._stands if self.unit_of(piece) == unit]
+
+    def homes(self, now: Partial) -> dict[str, Bits]:
+        """The node of each deployment that names GPUs, which are all of one node, once a replica of it is there."""
+        if not self._named:
+            return {}
+        return {piece[0]: bit for piece, (bit, _) in now.at.items() if piece[0] in self._named}
 
     def begin(self, limit: Level) -> Partial:
         """What stands, and the nodes where it does; no route of what is placed is to be slower."""
         return Partial(limit, dict(self._touched), self.placed())
 
-    def placed(self) -> dict[Member, tuple[Bits, Gpus]]:
+    def placed(self) -> dict[Piece, tuple[Bits, Gpus]]:
         """What stands."""
         return dict(self._stands)
 
     def taken(self, name: str, left: Left | None, option: Option) -> Left:
         """A node once a replica is there."""
         request, left = self._requests[name], left or self._whole(option.bit)
+        rests = left.rests
+        if request.needs.shared:
+            [gpu], share = option.gpus, request.needs.share_of(self._snapshot.at(option.bit).gpu_memory_bytes)
+            rests = tuple(sorted(({**dict(rests), gpu: dict(rests).get(gpu, WHOLE) - (share or 0)}).items()))
         return Left(
             left.mask & ~sum(1 << gpu for gpu in option.gpus),
+            rests,
             left.cpu_milli - request.cpu_milli,
             left.memory_bytes - request.memory_bytes,
         )
 
-    def units(self, todo: Sequence[Member]) -> list[int]:
-        """The unit of each."""
-        return [self.roles.unit_of(member) for member in todo]
+    def located(self, at: Mapping[Piece, tuple[Bits, Gpus]]) -> dict[Member, list[Located]]:
+        """The replicas that have these places, each with those of all its pieces."""
+        found: dict[Member, list[Located]] = {}
+        for piece, (bit, gpus) in at.items():
+            found.setdefault(piece[:2], []).append((self._snapshot.at(bit), gpus))
+        return found
+
+
+def _smallness(needs: Needs) -> tuple[int, bool, int]:
+    """Sorts what is asked for, the largest first."""
+    return -needs.gpus, not needs.whole, -needs.share
 
 
 def _each(bits: Bits) -> Iterator[Bits]:

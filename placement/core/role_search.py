@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from placement.core.offers import Bits
-from placement.core.role_places import NONE, NOTHING, Cost, Level, Places, plus
-from placement.core.routes import Gpus, Member
+from placement.core.role_places import NONE, NOTHING, Cost, Level, Piece, Places, plus
+from placement.core.routes import Gpus
 
 STEPS = 20_000
 """So many places one round of the search looks at, and then it only goes on as it would if each first choice were the
@@ -26,16 +26,16 @@ class _Found(NamedTuple):
 
     worst: Level
     cost: Cost
-    at: dict[Member, tuple[Bits, Gpus]]
+    at: dict[Piece, tuple[Bits, Gpus]]
 
 
-def solve(places: Places, todo: Sequence[Member]) -> _Found | None:
+def solve(places: Places, todo: Sequence[Piece]) -> _Found | None:
     """The best places for some of the replicas, by whole units; ``None`` if there are none."""
     if not todo:
         return _Found(NONE, NOTHING, places.placed())
-    stood = {places.roles.unit_of(member) for member in places.placed()}
-    fresh = [member for member in todo if places.roles.unit_of(member) not in stood]
-    unit = [one for one in fresh if places.roles.unit_of(one) == places.roles.unit_of(fresh[0])]
+    stood = {places.unit_of(piece) for piece in places.placed()}
+    fresh = [piece for piece in todo if places.unit_of(piece) not in stood]
+    unit = [one for one in fresh if places.unit_of(one) == places.unit_of(fresh[0])]
     several = 0 < len(unit) < len(todo)
     best: _Found | None = None
     least = NONE
@@ -75,13 +75,13 @@ class _Run:
     def __init__(
         self,
         places: Places,
-        todo: Sequence[Member],
+        todo: Sequence[Piece],
         limit: Level,
         bound: Cost = NOTHING,
         stood: Iterable[int] = (),
     ) -> None:
         self._places, self._todo, self._now = places, todo, places.begin(limit)
-        units, known, ends = places.units(todo), set(stood), len(todo)
+        units, known, ends = [places.unit_of(piece) for piece in todo], set(stood), len(todo)
         self._begins = [units.index(unit) for unit in units]
         self._ends = [len(units) - units[::-1].index(unit) for unit in units]
         self._least = [NOTHING] * (ends + 1)
@@ -111,27 +111,28 @@ class _Run:
         if i == len(self._todo):
             self._found = _Found(worst, cost, dict(now.at))
             return self._any or cost <= self._least[0]
-        member = self._todo[i]
-        name = member[0]
-        unit = sorted((one, now.at[one, index]) for one, index in self._todo[self._begins[i] : i])
-        state = i, tuple(unit), tuple(sorted(now.left.items()))
+        piece = self._todo[i]
+        name = piece[0]
+        unit = sorted((piece[:2], now.at[piece]) for piece in self._todo[self._begins[i] : i])
+        homes = self._places.homes(now)
+        state = i, tuple(unit), tuple(sorted(now.left.items())), tuple(sorted(homes.items()))
         if state in self._states and (self._any or self._states[state] <= cost):
             return False
         self._states[state] = cost
-        for turn, option in enumerate(self._places.options(now, member, self._todo[i : self._ends[i]])):
+        for turn, option in enumerate(self._places.options(now, piece, self._todo[i : self._ends[i]])):
             later = plus(cost, option.cost)
             if self._found is not None and plus(later, self._least[i + 1]) >= self._found.cost:
                 continue
             if turn and now.seen > STEPS:
-                self._places.bounded = True
+                self._places.cut_off = True
                 return True
             bit, before = option.bit, now.left.get(option.bit)
             now.left[bit] = self._places.taken(name, before, option)
-            now.at[member] = bit, option.gpus
+            now.at[piece] = bit, option.gpus
             now.crowd[bit, name] = now.crowd.get((bit, name), 0) + 1
             done = self._dive(i + 1, max(worst, option.worst), later)
             now.crowd[bit, name] -= 1
-            del now.at[member]
+            del now.at[piece]
             if before is None:
                 del now.left[bit]
             else:

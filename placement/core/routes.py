@@ -38,6 +38,10 @@ class Via(StrEnum):
     """Network cards, on one node as well."""
 
 
+ON_ONE_GPU = -(1 << 31)
+"""Slowness of the route between shares of one GPU: nothing is faster."""
+
+
 @dataclass(frozen=True)
 class RoleLink:
     """Two roles talk.
@@ -89,8 +93,8 @@ class Route:
             nodes, 0 for the narrowest label.
         slowness: minus what it carries per direction, MB/s, at least; over the network, what the PCIe path to the
             nearest network card carries, since nothing is known of the network.
-        path: what it leads over; over the network, the path from a GPU to its nearest card.
-        name: as people say it: ``NV18``, ``PHB``, ``network, one rack``.
+        path: what it leads over; over the network, the path from a GPU to its nearest card; unknown on one GPU.
+        name: as people say it: ``NV18``, ``PHB``, ``one GPU``, ``network, one rack``.
         gb_per_s: what it carries, GB/s (10^9 bytes) per direction; ``None`` where that is not known.
         pair: the two GPUs.
     """
@@ -128,7 +132,7 @@ class Joined(NamedTuple):
 
 
 Located = tuple[Node, Gpus]
-"""Where a replica is."""
+"""Where a replica is, or the part of it on one node."""
 
 
 def route(near: Sequence[str], via: Via, one: Located, other: Located) -> Route:
@@ -182,6 +186,8 @@ def on_node(topology: Topology, via: Via, gpus: Gpus, others: Gpus) -> Route:
     if via is Via.NETWORK:
         slowness, path, pair = _over_cards(topology, gpus, topology, others)
         return Route(-2, slowness, path, f"network, {path} to the card", None, pair)
+    if gpus == others:
+        return Route(-2, ON_ONE_GPU, Path.UNKNOWN, "one GPU", None, (gpus[0], gpus[0]))
     slowness, pair = max(
         ((-speed(pair), pair) for pair in product(gpus, others)),
         key=lambda found: (found[0], [-gpu for gpu in found[1]]),
@@ -226,6 +232,8 @@ def _lanes(topology: Topology, gpu: int) -> int:
 
 def meets(link: RoleLink, found: Route, one: Located, other: Located) -> bool:
     """Whether the route between two replicas is as near, and as fast, as their link asks for."""
+    if found.slowness == ON_ONE_GPU and link.within in ("", *Within):
+        return True
     if link.min_gb_per_s and (found.gb_per_s is None or found.gb_per_s < link.min_gb_per_s):
         return False
     (a, gpus), (b, others) = one, other
@@ -245,10 +253,15 @@ def meets(link: RoleLink, found: Route, one: Located, other: Located) -> bool:
             return label in a.labels and a.labels[label] == b.labels.get(label)
 
 
-def joined(roles: Roles, near: Sequence[str], placed: Mapping[Member, Located]) -> list[Joined]:
-    """All that talk of those that are placed, by unit and link."""
+def joined(roles: Roles, near: Sequence[str], placed: Mapping[Member, Sequence[Located]]) -> list[Joined]:
+    """All that talk of those that are placed, by unit and link. ``placed`` has the parts of each."""
     return [
-        Joined(link, one, other, route(near, link.via, placed[one], placed[other]))
+        Joined(
+            link,
+            one,
+            other,
+            max(route(near, link.via, *parts) for parts in product(placed[one], placed[other])),
+        )
         for unit in range(roles.units)
         for link in roles.links
         for one, other in product(*(roles.members(unit, name) for name in link.between))

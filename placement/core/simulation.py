@@ -22,7 +22,7 @@ from placement.core.reconcile import Desired
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
 from placement.core.roles import tell
-from placement.core.routes import Roles, joined
+from placement.core.routes import Located, Member, Roles, joined
 from placement.core.snapshot import Snapshot
 from placement.errors import Unplaceable
 
@@ -181,11 +181,11 @@ class _Simulation:
         if key is not None and refused is not None and refused.refusal is not None:
             self.hopeless[key] = _reason(refused.refusal)
         nodes = {node.id: node for node in self.snapshot.nodes}
-        located = {
-            (one.deployment, part.replica_index): (nodes[part.node_id], part.gpus)
-            for one, parts in placed
-            for part in parts
-        }
+        located: dict[Member, list[Located]] = {}
+        for one, parts in placed:
+            for part in parts:
+                there = nodes[part.node_id], part.gpus
+                located.setdefault((one.deployment, part.replica_index), []).append(there)
         routes = [one.route for one in joined(roles, self.snapshot.near, located)]
         if routes:
             self.report.routes[str(max(routes))] += 1

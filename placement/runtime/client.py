@@ -240,10 +240,10 @@ class Client(Connected):
         return ask(self._handle.status.remote(node, deployment, state))
 
     def events(self, name: str | None = None, since: int = 0) -> list[Event]:
-        """What happened lately, to one deployment or to all, oldest first.
+        """What happened lately, to one deployment, to the members of a group, or to all, oldest first.
 
         Args:
-            name: the deployment, which may be gone by now.
+            name: the deployment, which may be gone by now, or the group.
             since: the ``number`` of the last event already known.
 
         Raises:
@@ -259,7 +259,7 @@ class Client(Connected):
         Args:
             since: the ``number`` of the last event already known; with 0 all that are known come at once. Where events
                 after it are not kept any more, the first one says so: its state is ``gap``.
-            names: only those of these deployments, which need not be known yet.
+            names: only those of these deployments, which need not be known yet, and of the members of these groups.
             timeout_seconds: how long to wait.
         """
         watch = self._handle.watch

@@ -10,9 +10,9 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 
 from placement.core.reconcile import Desired, Observed
-from placement.core.replicas import PlannedReplica
+from placement.core.replicas import Plan
 from placement.core.request import Told
-from placement.core.roles import still_free, tell
+from placement.core.roles import as_told, tell
 from placement.core.snapshot import Snapshot
 from placement.errors import ReservationFailed, Unplaceable
 from placement.runtime.claims import Claim
@@ -126,17 +126,21 @@ class GroupReconciler:
             found = tell(snapshot, roles, members)  # others plan meanwhile: to search may take a second
             with self._state.lock:
                 snapshot, members = look()
-                if not still_free(snapshot, found):  # they were quicker, and wait this time
+                plans = as_told(snapshot, found)
+                if plans is None:  # they were quicker, and wait this time
                     found = tell(snapshot, roles, members)
-                return self._claimed(found)
+                    plans = as_told(snapshot, found)
+                return self._claimed(found, plans or {})
 
         try:
             return self._cluster.patiently(decide, fresh=True)
         except Unplaceable as refusal:
             return dict.fromkeys(roles.counts, Told(refusal=refusal)), {}
 
-    def _claimed(self, members: Mapping[str, Desired]) -> tuple[dict[str, Told], dict[str, Claim]]:
-        """What the members of a group are told, and claims of that. Under the lock.
+    def _claimed(
+        self, members: Mapping[str, Desired], plans: Mapping[str, Plan]
+    ) -> tuple[dict[str, Told], dict[str, Claim]]:
+        """What the members of a group are told, and claims of what they are to take. Under the lock.
 
         Raises:
             Unplaceable: they are told that there is no place.
@@ -145,13 +149,7 @@ class GroupReconciler:
         if refusal := next((one.refusal for one in told.values() if one.refusal is not None), None):
             raise refusal
         claims: dict[str, Claim] = {}
-        for name, desired in members.items():
-            takes = desired.request.cpu_milli, desired.request.memory_bytes
-            planned = [
-                PlannedReplica(index, *place, cpu_milli=takes[0], memory_bytes=takes[1])
-                for index, place in told[name].places.items()
-            ]
-            if planned:
-                claim = Claim(self._declared(name).deployment, tuple(planned))
-                claims[name] = self._state.claim(claim)
+        for name, plan in plans.items():
+            if plan.replicas:
+                claims[name] = self._state.claim(Claim(self._declared(name).deployment, plan.replicas))
         return told, claims

@@ -5,7 +5,7 @@ What is declared may change meanwhile, by other threads.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol
 
 from placement.errors import UnknownDeployment
@@ -37,6 +37,14 @@ def meant_by(name: str, declared: Mapping[str, Declared], unreadable: Collection
     if not members:
         raise UnknownDeployment(name, tuple(sorted({*declared, *unreadable})))
     return members
+
+
+def with_members(names: Iterable[str], declared: Mapping[str, Declared]) -> list[str]:
+    """The names of deployments, whether they are there or not, with its members in place of each group that is."""
+    found: list[str] = []
+    for name in names:
+        found += [name] if name in declared else _members_of(name, declared) or [name]
+    return found
 
 
 def changed_with(name: str, declared: Mapping[str, Declared]) -> list[str]:

@@ -40,7 +40,7 @@ DeploymentPlacementActor`.
         after a restart of the service if that was lately.
 
         Args:
-            name: the deployment, which may be gone by now; all of them, if it is left out.
+            name: the deployment, which may be gone by now, or a group, for its members; all, if it is left out.
             since: the ``number`` of the last one already known.
 
         Raises:
@@ -57,8 +57,8 @@ DeploymentPlacementActor`.
         """The same, as soon as something has happened; empty if nothing did within the time.
 
         ``watch(seen, ["llama"])``, where ``seen`` is the ``number`` of the last one known, waits for the next change;
-        with ``seen = 0`` all that is known comes at once. The names need not be known yet; without any, all
-        are meant. What memory has no more comes from the history, also after a restart of the service; if that does
+        with ``seen = 0`` all that is known comes at once. The names need not be known yet; that of a group stands for
+        its members if it is declared by then. Without any, all are meant. What memory has no more comes from the history, also after a restart of the service; if that does
         not have it either, the first event is a ``gap``.
 
         Raises:
@@ -69,11 +69,12 @@ DeploymentPlacementActor`.
             named, since = since, names if isinstance(names, int) else 0
             names = [named]
         assert not isinstance(names, int)
+        meant = None if names is None else self._controller.queries.with_members(names)
         found: list[Event] = []
-        if self._controller.feed.may_lack(since, names):
-            found = await self._in(self._reads, self._controller.queries.kept_events, since, names)
+        if self._controller.feed.may_lack(since, meant):
+            found = await self._in(self._reads, self._controller.queries.kept_events, since, meant)
         if not found:
-            found = await self._controller.feed.wait(since, names, min(timeout_seconds, WATCH_SECONDS))
+            found = await self._controller.feed.wait(since, meant, min(timeout_seconds, WATCH_SECONDS))
         return [one.to_dict() for one in found]
 
     async def history(
@@ -83,14 +84,15 @@ DeploymentPlacementActor`.
 
         Args:
             since: the ``number`` of the last entry already known; for the next page the ``last`` of the one before.
-            names: only those about these deployments.
+            names: only those about these deployments, and the members of these groups while they are declared.
             earliest: only those of this time or later, in seconds since 1970.
 
         Returns:
             ``entries``, oldest first; ``last``; whether there are ``more``; how many entries were ``skipped``, since a
             later version wrote them.
         """
-        page = await self._in(self._reads, self._controller.history.read, since, names, earliest)
+        meant = None if names is None else self._controller.queries.with_members(names)
+        page = await self._in(self._reads, self._controller.history.read, since, meant, earliest)
         return {**vars(page), "entries": [history.told(one) for one in page.entries]}
 
     async def log(self, lines: int = 100, cursor: str = "") -> dict[str, Any]:

@@ -16,7 +16,7 @@ from placement.runtime.discovery import NodeInfo
 from placement.runtime.feed import Event, Feed, event_of
 from placement.runtime.fleet import Fleet
 from placement.runtime.history import History
-from placement.runtime.membership import meant_by
+from placement.runtime.membership import meant_by, with_members
 from placement.runtime.observed import ObservedCluster
 from placement.runtime.owners import belongs_to_another
 from placement.runtime.queue import WaitingQueue
@@ -181,10 +181,17 @@ class Queries:
         return meant_by(name, self._state.deployments)
 
     def events(self, name: str | None, since: int) -> list[Event]:
-        """What happened to a deployment, or to all; see the service."""
-        if name is not None and not self._feed.known(name) and self._state.get(name) is None:
+        """What happened to a deployment, to the members of a group, or to all; see the service."""
+        if name is None:
+            return self._feed.since(since)
+        names = with_members([name], self._state.deployments)
+        if names == [name] and not self._feed.known(name) and self._state.get(name) is None:
             raise UnknownDeployment(name, self._state.names())
-        return self._feed.since(since, None if name is None else (name,))
+        return self._feed.since(since, names)
+
+    def with_members(self, names: Iterable[str]) -> list[str]:
+        """Deployments, whether they are known or not, with its members in place of each group that is declared."""
+        return with_members(names, self._state.deployments)
 
     def kept_events(self, since: int, names: Collection[str] | None) -> list[Event]:
         """The same from the history, the first of them; a ``gap`` before them if some are not kept any more."""

@@ -198,10 +198,6 @@ def _check_group(one: Declaration) -> None:
     refused = {
         "runtime": one.runtime_name if one.remote else None,
         "cpus": one.cpus,
-        "mig": one.mig,
-        "gpu_memory_gib": one.gpu_memory_gib,
-        "gpus": one.gpus if isinstance(one.gpus, float) else None,
-        "pipeline_parallel": one.stages if one.stages > 1 else None,
         "placement_group": one.placement_group and "given",
         "constraints.spread": limits.spread and limits.spread.label,
         "constraints.apart_from or near_to": others[0] if others else None,
@@ -213,7 +209,7 @@ def _check_group(one: Declaration) -> None:
         if value:
             raise ValueError(
                 f"{field}: {value} is not possible for a member of a group ({group.name!r}), whose replicas have "
-                "whole GPUs on one node each, are placed by the group's links, and end as one; leave it out, or "
+                "GPUs, are placed by the group's links, and end as one; leave it out, or "
                 f"take {one.name!r} out of the group"
             )
 

@@ -14,7 +14,8 @@ from placement.errors import InvalidDeployment
 from placement.wire.fields import MOST_LABEL, Amount, Count, Declared, Named, check_name
 
 MOST_MEMBERS = 512
-"""More replicas than this in one group are a slip of the pen: they are placed all at once."""
+"""More replicas than this in one group, or tensor-parallel groups of them, are a slip of the pen: all are placed at
+once."""
 
 
 class Grouped(Protocol):
@@ -27,6 +28,14 @@ class Grouped(Protocol):
     @property
     def group(self) -> Group | None:
         """The group that it is a member of."""
+
+    @property
+    def replicas(self) -> int:
+        """How many there are to be."""
+
+    @property
+    def stages(self) -> int:
+        """How many tensor-parallel groups a replica is made of."""
 
     def model_dump(self, *, exclude_unset: bool) -> dict[str, Any]:
         """Its fields."""
@@ -149,7 +158,7 @@ class Group(Declared):
 
         Raises:
             InvalidDeployment: one is missing, or is no member.
-            ValidationError: one cannot be a member, as its replicas are not of whole GPUs on one node each.
+            ValidationError: one cannot be a member, as its replicas have no GPUs, say.
         """
         given = {one.name: one for one in deployments}
         problems = [
@@ -192,6 +201,12 @@ def groups_of(wanted: Sequence[Grouped]) -> dict[str, Group]:
         if group != one.group:
             problems.append(f"group: {one.name!r} declares {group.name!r} unlike others; give all the same")
     for group in found.values():
+        pieces = sum(one.replicas * one.stages for one in wanted if one.group == group)
+        if pieces > MOST_MEMBERS:
+            problems.append(
+                f"group: the replicas of {group.name!r} are made of {pieces} tensor-parallel groups, which are placed "
+                f"all at once; use at most {MOST_MEMBERS}, and several groups"
+            )
         missing = [name for name in group.members if name not in names]
         if missing:
             problems.append(
@@ -219,22 +234,24 @@ def together(wanted: Sequence[Grouped], order: Iterable[int]) -> list[int]:
 
 def located(
     nodes: Mapping[str, Node], replicas: Mapping[str, Iterable[PlannedReplica]]
-) -> dict[Member, Located]:
-    """Where replicas are, of those that are on one node that is alive.
+) -> dict[Member, list[Located]]:
+    """Where the parts of replicas are, of those that are on nodes that are alive.
 
     Args:
         nodes: by id.
         replicas: deployment -> what it holds.
     """
-    return {
-        (name, part.replica_index): (nodes[part.node_id], part.gpus)
-        for name, parts in replicas.items()
-        for part in parts
-        if part.node_id in nodes and part.gpus
-    }
+    found: dict[Member, list[Located]] = {}
+    for name, parts in replicas.items():
+        for part in parts:
+            if part.node_id in nodes and part.gpus:
+                found.setdefault((name, part.replica_index), []).append((nodes[part.node_id], part.gpus))
+    return found
 
 
-def links_of(group: Group, near: Sequence[str], places: Mapping[Member, Located]) -> list[dict[str, Any]]:
+def links_of(
+    group: Group, near: Sequence[str], places: Mapping[Member, Sequence[Located]]
+) -> list[dict[str, Any]]:
     """What path each two replicas got that talk, JSON-ready.
 
     Each has ``unit``, ``between``, ``via``, ``route``, ``gb_per_s`` (``None`` if not known) and ``gpus``.

@@ -33,10 +33,12 @@ def pd(units: int = 2, within: str = "numa") -> list[Deployment]:
     return group.of([Deployment(name=name, model="org/m") for name in ("prefill", "decode")])
 
 
-def units_of(service: Any, decodes: int = 2) -> list[set[tuple[str, int]]]:
+def units_of(
+    service: Any, several: int = 2, names: tuple[str, str] = ("prefill", "decode")
+) -> list[set[tuple[str, int]]]:
     """The (node, PCI root) of each unit; a worker in each bundle has confirmed its GPU."""
     found: dict[int, set[tuple[str, int]]] = {}
-    for name, count in (("prefill", 1), ("decode", decodes)):
+    for name, count in zip(names, (1, several), strict=True):
         for a in ray.get(service.get.remote(name)).assignments:
             assert ranks_gpus(a) == a.gpus
             found.setdefault(a.replica_index // count, set()).add((a.node_name, a.gpus[0] // 4))
@@ -90,6 +92,49 @@ def test_it_waits_as_one_and_comes_as_one(service: Any) -> None:
     assert {("h2", 0)} == units_of(service)[2] or {("h2", 1)} == units_of(service)[2]
     assert 9 == ray.get(service.release.remote("decode"))
     assert {"b0"} == states(service).keys()
+
+
+def test_a_draft_model_on_a_share_lies_beside_its_target(service: Any) -> None:
+    """Of via = "pcie" only a GPU of the same root is near enough; the other user holds those that come first."""
+    ray.get(service.place.remote({"name": "other", "model": "org/m", "gpus": 0.5}))
+    link = {"between": ("target", "draft"), "via": "pcie", "within": "numa"}
+    group = Group(name="sd", members={"target": 1, "draft": 2}, units=2, links=[link])
+    target = Deployment(name="target", model="org/m", gpus=3)
+    draft = Deployment(name="draft", model="org/m", gpus=0.25)
+    ray.get(service.apply_all.remote(group.of([target, draft]), atomic=True))
+    assert all(1 == len(unit) for unit in units_of(service, 2, ("target", "draft")))
+    drafts = ray.get(service.get.remote("draft")).assignments
+    assert {0.25} == {one.share for one in drafts}
+    assert 2 == len({(one.node, *one.gpus) for one in drafts})  # the two of a unit share a GPU
+    [status] = ray.get(service.status.remote())["groups"]
+    assert {"NODE"} == {one["route"] for one in status["links"]}
+    events = ray.get(service.events.remote("sd"))
+    assert {"target", "draft"} == {one["deployment"] for one in events}
+    assert 6 == ray.get(service.release.remote("sd"))
+    ray.get(service.release.remote("other"))
+
+
+def test_a_trainer_over_two_nodes_is_placed_with_its_rollout_workers(service: Any) -> None:
+    group = Group(
+        name="rl",
+        members={"train": 1, "roll": 2},
+        links=[{"between": ("train", "roll"), "via": "nvlink", "within": "rack"}],
+    )
+    train = Deployment(name="train", model="org/m", tensor_parallel=8, pipeline_parallel=2)
+    wanted = group.of([train, Deployment(name="roll", model="org/m", gpus=4)])
+    [plan, _] = ray.get(service.plan_all.remote(wanted))
+    ray.get(service.apply_all.remote(wanted, atomic=True))
+    parts = ray.get(service.get.remote("train")).assignments
+    assert [[*range(8)], [*range(8, 16)]] == [one.ranks for one in parts]
+    assert [(one.node, one.gpus) for one in plan.assignments] == [(one.node, one.gpus) for one in parts]
+    for one in parts:
+        assert ranks_gpus(one) == one.gpus == [*range(8)]
+    rolls = ray.get(service.get.remote("roll")).assignments
+    assert 1 == len({one.node for one in rolls} - {one.node for one in parts})
+    [status] = ray.get(service.status.remote())["groups"]
+    assert {"network, one rack"} == {one["route"] for one in status["links"]}
+    assert "unchanged" == ray.get(service.plan_all.remote(wanted))[0].change
+    assert 3 == ray.get(service.release.remote("rl"))
 
 
 def test_members_go_together_or_not_at_all(service: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from placement.errors import (
 )
 from placement.runtime import group_reconciler
 from placement.runtime.clock import Clock
-from tests.properties.test_service import AtOnce, DirectService, Killed, Ray
+from tests.properties.test_service import AtOnce, DirectService, Killed, NoAutoscaler, Ray
 
 
 def pd(units: int = 2, owner: str = "detached", **link: Any) -> list[Deployment]:
@@ -67,6 +69,74 @@ def test_what_was_placed_is_given_back_if_a_node_refuses_the_rest(
     assert not service.state.claims
 
 
+def test_shares_and_whole_gpus_are_placed_lost_and_placed_again(outside: Ray, service: DirectService) -> None:
+    links = [{"between": ("a", "b"), "via": "pcie", "within": "node"}]
+    group = Group(name="g", members={"a": 1, "b": 1}, units=2, links=links)
+    share = Deployment(name="b", model="org/m", gpus=0.25)
+    service.apply_all(group.of([Deployment(name="a", model="org/m", gpus=2), share]), atomic=True)
+    assert {"a": ["x", "y"], "b": ["x", "y"]} == placed(service)
+    assert {0.25} == {part.share for part in service.state.get("b").result().assignments}
+    outside.nodes.remove("x")
+    outside.nodes.add("z")
+    a_while_passes(service)
+    assert {"a": ["z", "y"], "b": ["z", "y"]} == placed(service)
+    assert not service.state.claims
+    assert 4 == service.release("g")
+
+
+def test_a_replica_over_several_nodes_waits_for_both_and_is_placed_anew_with_the_rest(
+    outside: Ray, service: DirectService
+) -> None:
+    links = [{"between": ("a", "b"), "via": "network"}]
+    group = Group(name="g", members={"a": 1, "b": 1}, links=links)
+    wide = Deployment(name="a", model="org/m", tensor_parallel=4, pipeline_parallel=2)
+    outside.nodes.add("z")
+    wanted = group.of([wide, Deployment(name="b", model="org/m", gpus=2)])
+    service.apply_all(wanted, atomic=True)
+    assert {"a": ["x", "y"], "b": ["z"]} == placed(service)
+    outside.nodes.remove("y")
+    a_while_passes(service)
+    assert {"a": [], "b": ["z"]} == placed(service)
+    outside.nodes.add("w")
+    a_while_passes(service)
+    assert {"a": ["w", "x"], "b": ["z"]} == placed(service)
+    assert ["unchanged"] * 2 == [one.change for one in service.plan_all(wanted)]
+    assert not service.state.claims
+    assert 2 == service.release("g")
+
+
+@pytest.mark.parametrize(
+    ("others", "within", "asked"),
+    [(3, None, ["b:1:0"]), (3, "node", ["b:1:0"]), (2, "node", []), (4, None, ["a:0:0", "b:0:0", "b:1:0"])],
+)
+def test_nodes_are_asked_for_what_all_together_lack_and_not_for_a_floor(
+    service: DirectService, others: int, within: str | None, asked: list[str]
+) -> None:
+    service.apply({"name": "other", "model": "org/m", "gpus": others, "replicas": 2})
+    service.apply_all(pd(1, within=within))
+    a_while_passes(service)
+    demand = service.queue.demand
+    assert isinstance(demand, NoAutoscaler)
+    assert asked == [*demand.wanted]
+
+
+def test_by_its_name_the_events_of_all_members_are_told_in_order(
+    outside: Ray, service: DirectService
+) -> None:
+    service.place({"name": "other", "model": "m"})
+    service.apply_all(pd(1), atomic=True)
+    found = service.events("g")
+    assert {"a", "b"} == {one["deployment"] for one in found}
+    assert sorted([*service.events("a"), *service.events("b")], key=itemgetter("number")) == found
+    assert found[-1:] == service.events("g", found[-2]["number"])
+    watched = asyncio.run(service.queries.watch(0, ["g", "nobody yet"], 0))
+    assert found == [one.to_dict() for one in watched]
+    service.release("g")
+    with pytest.raises(UnknownDeployment):
+        service.events("g")
+    assert "released" == service.events("a")[-1]["state"]
+
+
 @pytest.mark.parametrize("atomic", [True, False])
 def test_it_waits_as_one_if_nodes_keep_refusing(outside: Ray, service: DirectService, atomic: bool) -> None:
     outside.refusals = 100
@@ -111,7 +181,7 @@ def test_others_are_placed_while_the_places_of_a_group_are_searched(
 
     def search(*args: Any) -> Any:
         found = tell(*args)
-        [place] = found["a"].request.told.places.values()
+        [[place]] = found["a"].request.told.places.values()
         chosen.append(place.node_id)
         if len(chosen) == 1:
             limits = {"gpu_nodes": [place.node_id], "apart_from": takes.get("apart_from", ())}

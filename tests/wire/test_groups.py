@@ -194,7 +194,7 @@ def linked(more: str = 'via = "pcie"', *ends: str) -> str:
             {"prefill": "replicas = 3"},
             "replicas: 3, but group 'pd' has 1 unit with 1 each; leave replicas out, or set it to 1",
         ),
-        ({"prefill": "gpus = 0.5"}, "gpus: 0.5 is not possible for a member of a group ('pd')"),
+        ({"prefill": "cpus = 2"}, "cpus: 2.0 is not possible for a member of a group ('pd')"),
         ({"prefill": 'policy = "spread"'}, "policy: spread is not possible for a member of a group"),
         (
             {"members": "{ prefill = 300, decode = 300 }"},
@@ -218,8 +218,8 @@ def test_in_python_unknown_and_missing_members_are_refused() -> None:
         group.of([one])
     with pytest.raises(InvalidDeployment, match="'c' is given, and is no member"):
         group.of([one, Deployment(name="b", model="org/m"), Deployment(name="c", model="org/m")])
-    with pytest.raises(ValidationError, match="mig: 1g.10gb is not possible"):
-        group.of([one, Deployment(name="b", model="org/m", mig="1g.10gb")])
+    with pytest.raises(ValidationError, match="owner: caller is not possible"):
+        group.of([one, Deployment(name="b", model="org/m", owner="caller")])
 
 
 def test_a_workload_of_groups_is_simulated(tmp_path: Path) -> None:
