@@ -129,7 +129,7 @@ def test_few_nodes_without_placements_are_drawn_each() -> None:
     )
 
 
-DEMAND = [
+DEMAND: list[dict[str, Any]] = [
     {"deployment": "first", "replica": 3, "set": number, "asked": "8 x H100 on one node", "state": "refused",
      "reason": "no such node type", "nodes": [], "seconds": 12.4, "again_in_seconds": 130.0}
     for number in (0, 1)

@@ -15,6 +15,7 @@ import pytest
 from aiohttp import web
 
 import placement
+from placement.core.needs import Within
 from placement.dashboard import server, source
 from placement.errors import ClusterUnreachable
 from placement.runtime import bootstrap
@@ -164,7 +165,7 @@ def test_what_happens_is_seen_without_a_reload(page: Page, client: placement.Cli
 
 
 def test_what_waits_says_why_and_each_node_is_asked(page: Page, client: placement.Client) -> None:
-    client.apply(placement.Deployment(name="large", model="m", gpus=4, within="nvlink"))
+    client.apply(placement.Deployment(name="large", model="m", gpus=4, within=Within.NVLINK))
     page.await_(lambda: "large" in page.text("#waiting"))
     assert "replica 0 pending" in page.text("#waiting")
     page.click("#waiting button", "large")
@@ -287,7 +288,7 @@ def _hostile(value: Any, key: str = "") -> Any:
 def test_hostile_texts_are_shown_as_texts(browser: Any, recorded: str) -> None:
     page = Page(browser, recorded)
     for where in ("#map", "#deployments", "#waiting", "#events"):
-        page.await_(lambda where=where: HOSTILE in page.text(where))
+        page.await_(lambda where=where: HOSTILE in page.text(where))  # type: ignore[misc]
     for one in ("#deployments button", "#events button", "#map .name", "#map .cell", "#waiting button"):
         page.click(one)
         page.await_(lambda: HOSTILE in page.text("#detail"))

@@ -13,6 +13,7 @@ from placement import Deployment, Group, InvalidDeployment
 from placement.errors import BelowFloor, GroupStands
 from placement.runtime.embedded import EmbeddedCluster, SimulatedNode
 from placement.wire.files import load_deployments
+from placement.wire.groups import GroupLink
 from tests.integration.conftest import settled
 from tests.integration.test_node_death import kill
 from tests.integration.test_place import ranks_gpus
@@ -28,8 +29,8 @@ def cluster_nodes() -> list[SimulatedNode]:
 
 
 def pd(units: int = 2, within: str = "numa") -> list[Deployment]:
-    link = {"between": ("prefill", "decode"), "via": "pcie", "within": within}
-    group = Group(name="pd", members={"prefill": 1, "decode": 2}, units=units, links=[link])
+    link = GroupLink.model_validate({"between": ("prefill", "decode"), "via": "pcie", "within": within})
+    group = Group(name="pd", members={"prefill": 1, "decode": 2}, units=units, links=(link,))
     return group.of([Deployment(name=name, model="org/m") for name in ("prefill", "decode")])
 
 

@@ -20,13 +20,14 @@ from placement.errors import (
 )
 from placement.runtime import group_reconciler
 from placement.runtime.clock import Clock
+from placement.wire.groups import GroupLink
 from tests.properties.test_service import AtOnce, DirectService, Killed, Ray
 
 
-def pd(units: int = 2, owner: str = "detached", **link: Any) -> list[Deployment]:
+def pd(units: int = 2, owner: Any = "detached", **link: Any) -> list[Deployment]:
     """Two replicas of ``b`` for each of ``a``, on one node."""
-    links = [{"between": ("a", "b"), "via": "pcie", "within": "node", **link}]
-    group = Group(name="g", members={"a": 1, "b": 2}, units=units, links=links)
+    links = GroupLink.model_validate({"between": ("a", "b"), "via": "pcie", "within": "node", **link})
+    group = Group(name="g", members={"a": 1, "b": 2}, units=units, links=(links,))
     return group.of([Deployment(name=name, model="org/m", owner=owner) for name in "ab"])
 
 
@@ -111,7 +112,9 @@ def test_others_are_placed_while_the_places_of_a_group_are_searched(
 
     def search(*args: Any) -> Any:
         found = tell(*args)
-        [place] = found["a"].request.told.places.values()
+        told = found["a"].request.told
+        assert told is not None
+        [place] = told.places.values()
         chosen.append(place.node_id)
         if len(chosen) == 1:
             limits = {"gpu_nodes": [place.node_id], "apart_from": takes.get("apart_from", ())}
