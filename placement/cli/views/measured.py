@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.table import Table
 from rich.text import Text
 
+from placement.cli.views.console import FittedTable
 from placement.core.topology import ordinals
 from placement.errors import counted
 
@@ -22,7 +22,7 @@ def measured_view(report: Mapping[str, Any]) -> list[Any]:
 
 
 def _node(node: Mapping[str, Any]) -> Iterator[Any]:
-    table = Table(title=f"{node['node']}, all-reduce in GB/s", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = FittedTable(title=f"{node['node']}, all-reduce in GB/s", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("GPUs")
     for heading in ("measured", "predicted", "ratio"):
         table.add_column(heading, justify="right")

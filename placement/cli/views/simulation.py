@@ -6,14 +6,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich import box
-from rich.table import Table
 from rich.text import Text
+
+from placement.cli.views.console import FittedTable
 
 
 def simulation_view(reports: Mapping[str, Mapping[str, Any]]) -> list[Any]:
     """What became of a workload under each policy: the sums, the course, and why deployments were refused."""
     names = list(reports)
-    sums = Table(box=box.SIMPLE_HEAD, title="simulated", title_justify="left", title_style="bold")
+    sums = FittedTable(box=box.SIMPLE_HEAD, title="simulated", title_justify="left", title_style="bold")
     sums.add_column("")
     for name in names:
         sums.add_column(name, justify="right")
@@ -38,7 +39,9 @@ def simulation_view(reports: Mapping[str, Mapping[str, Any]]) -> list[Any]:
         of_route = (str(reports[name].get("routes", {}).get(route, 0)) for name in names)
         sums.add_row(f"groups whose slowest route is {route}", *of_route)
 
-    course = Table(box=box.SIMPLE_HEAD, title="over time, GPUs", title_justify="left", title_style="bold")
+    course = FittedTable(
+        box=box.SIMPLE_HEAD, title="over time, GPUs", title_justify="left", title_style="bold"
+    )
     course.add_column("hours", justify="right")
     course.add_column("asked for", justify="right")
     for name in names:
@@ -55,7 +58,7 @@ def simulation_view(reports: Mapping[str, Mapping[str, Any]]) -> list[Any]:
     shown: list[Any] = [sums, course]
     reasons = {reason for report in reports.values() for reason in report["refusals"]}
     if reasons:
-        refused = Table(
+        refused = FittedTable(
             box=box.SIMPLE_HEAD, title="refused, by the last reason that left no node", title_justify="left"
         )
         refused.add_column("reason")
