@@ -250,7 +250,9 @@ def recorded() -> Iterator[str]:
     read = data.read
 
     async def hostile(since: int) -> Any:
-        return _hostile(await read(since))
+        told = _hostile(await read(since))
+        told["status"]["nodes"][0]["others_unlocated"] = 1  # of the GPUs 5 and 6, which are free else
+        return told
 
     data.read = hostile  # type: ignore[method-assign]
     thread = threading.Thread(target=run)
@@ -283,6 +285,13 @@ def _hostile(value: Any, key: str = "") -> Any:
     if isinstance(value, list):
         return [_hostile(one) for one in value]
     return f"{value}{HOSTILE}" if key in TEXTS and isinstance(value, str) else value
+
+
+def test_no_gpu_looks_free_where_others_hold_one_that_is_not_known(browser: Any, recorded: str) -> None:
+    page = Page(browser, recorded)
+    said = "free, or one of 1 that other Ray users hold on this node; which is not known yet"
+    page.await_(lambda: sum(said in label for label in page.labels()) == 2)
+    assert "other Ray users hold 1 more; which ones is not known yet" in page.text("#map")
 
 
 def test_hostile_texts_are_shown_as_texts(browser: Any, recorded: str) -> None:
