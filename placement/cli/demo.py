@@ -174,17 +174,22 @@ def _step(text: str) -> Iterator[Any]:
     """A progress line on stderr: what is being done, and how long it took."""
     start = time.monotonic()
     live = progress.is_shown()
-    click.echo(f"{text} ...", err=True, nl=False)
 
     def tell(detail: str) -> None:
         if live:
-            progress.rewrite(f"{text} ... {detail}")
+            progress.rewrite(f"{text} ...", detail and f" {detail}")
+
+    if live:
+        tell("")
+    else:
+        click.echo(f"{text} ...", err=True, nl=False)
 
     try:
         yield tell
     except BaseException:
         click.echo("", err=True)
         raise
+    took = f" {time.monotonic() - start:.1f} s"
     if live:
-        progress.rewrite(f"{text}:")
-    click.echo(f" {time.monotonic() - start:.1f} s", err=True)
+        progress.rewrite(f"{text}:", took)
+    click.echo("" if live else took, err=True)

@@ -64,7 +64,7 @@ class Progress:
         while not self._over.wait(wait):
             with self._writing:
                 if not self._over.is_set():
-                    rewrite(self._text, f", {time.monotonic() - self._began:.0f} s")
+                    rewrite(self._text, f" ({time.monotonic() - self._began:.0f} s)")
                     self._written = True
             wait = EVERY_SECONDS
 

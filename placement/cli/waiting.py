@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -95,7 +94,7 @@ def until_placed(service: Any, names: Iterable[str], seconds: float, tells: bool
             progress.say(_pending(waited))
             timeout = min(left, WATCH_SECONDS)
             happened = common.ask(service.watch.remote(since=seen, names=[*waiting], timeout_seconds=timeout))
-            for event in happened if seen and tells and not sys.stderr.isatty() else ():
+            for event in happened if seen and tells and not progress.is_shown else ():
                 _happened(event)
             seen = max((event["number"] for event in happened), default=seen)
             changed = {event["deployment"] for event in happened} or set(waiting)

@@ -257,11 +257,11 @@ def test_who_watches_sees_it_on_a_screen_of_its_own_which_is_left_at_the_end() -
 
 
 def test_who_waits_sees_one_line_that_is_written_anew() -> None:
-    exits, shown = on_a_terminal(["wait", "b"], stop_at=b", 1 s")
+    exits, shown = on_a_terminal(["wait", "b"], stop_at=b" (1 s)")
     assert 130 == exits
     progress = shown[: shown.index(b"interrupted")]
     assert b"\n" not in progress.replace(b"^C", b"").strip(), progress
     lines = [line.decode() for line in progress.split(b"\r\x1b[K")]
-    assert lines[1].startswith("1 replica pending; b/1: no[31m room xxx") and lines[1].endswith("x, 1 s")
+    assert lines[1].startswith("1 replica pending; b/1: no[31m room xxx") and lines[1].endswith("x (1 s)")
     assert max(map(len, lines)) == 79
     assert "" == lines[-1]

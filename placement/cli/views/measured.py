@@ -23,9 +23,9 @@ def measured_view(report: Mapping[str, Any]) -> list[Any]:
 
 def _node(node: Mapping[str, Any]) -> Iterator[Any]:
     table = FittedTable(title=f"{node['node']}, all-reduce in GB/s", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("GPUs")
+    table.add_column("GPUs", no_wrap=True)
     for heading in ("measured", "predicted", "ratio"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("")
     for one in node["sets"]:
         measured, predicted = one["gb_per_s"], one["predicted_gb_per_s"]

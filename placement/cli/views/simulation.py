@@ -17,7 +17,7 @@ def simulation_view(reports: Mapping[str, Mapping[str, Any]]) -> list[Any]:
     sums = FittedTable(box=box.SIMPLE_HEAD, title="simulated", title_justify="left", title_style="bold")
     sums.add_column("")
     for name in names:
-        sums.add_column(name, justify="right")
+        sums.add_column(name, justify="right", no_wrap=True)
 
     def row(label: str, value: Callable[[Mapping[str, Any]], str]) -> None:
         sums.add_row(label, *(value(reports[name]) for name in names))
@@ -42,11 +42,11 @@ def simulation_view(reports: Mapping[str, Mapping[str, Any]]) -> list[Any]:
     course = FittedTable(
         box=box.SIMPLE_HEAD, title="over time, GPUs", title_justify="left", title_style="bold"
     )
-    course.add_column("hours", justify="right")
-    course.add_column("asked for", justify="right")
+    course.add_column("hours", justify="right", no_wrap=True)
+    course.add_column("asked for", justify="right", no_wrap=True)
     for name in names:
-        course.add_column(f"allocated\n{name}", justify="right")
-        course.add_column("fragmented", justify="right")
+        course.add_column(f"allocated\n{name}", justify="right", no_wrap=True)
+        course.add_column("fragmented", justify="right", no_wrap=True)
     moments = reports[names[0]]["moments"]
     for i in sorted({len(moments) * tenth // 10 for tenth in range(10)} | {len(moments) - 1}):
         cells = [f"{moments[i]['at_seconds'] / 3600:.2f}", f"{moments[i]['asked_gpus']:.1f}"]
@@ -63,7 +63,7 @@ def simulation_view(reports: Mapping[str, Mapping[str, Any]]) -> list[Any]:
         )
         refused.add_column("reason")
         for name in names:
-            refused.add_column(name, justify="right")
+            refused.add_column(name, justify="right", no_wrap=True)
         for reason in sorted(
             reasons, key=lambda one: (-max(r["refusals"].get(one, 0) for r in reports.values()), one)
         ):
