@@ -183,7 +183,7 @@ def main() -> None:
         try:
             listener.bind(NAME)
         except OSError:
-            sys.exit("another `placement demo --keep` is at it")
+            sys.exit("another `placement demo --keep` is starting it; wait for that one")
         listener.listen()
         with started(lambda name: print(name, flush=True)) as cluster:
             print(f"{READY}{cluster.address}", flush=True)
