@@ -15,7 +15,7 @@ BIN := .venv/bin
 .PHONY: help demo test test-engines chaos soak mutants lint format bench wheel release clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/stamp ## place on simulated GPU nodes, on this machine (no GPU needed)
 	@$(BIN)/placement demo $(ARGS)
@@ -55,6 +55,10 @@ bench: .venv/stamp ## measure what placing costs, what the choice is worth, and 
 	@$(BIN)/python -m benchmarks.choice
 	@$(BIN)/python -m benchmarks.plan
 	@$(BIN)/python -m benchmarks.scale
+
+.PHONY: bench-results
+bench-results: .venv/stamp ## record the quick benchmarks of this version in benchmarks/results; docs/cost.md tells how to compare
+	@$(BIN)/python -m benchmarks.results record $(ARGS)
 
 .PHONY: docs
 docs: .venv/stamp .venv-docs/stamp ## build the documentation into site/; a warning is an error

@@ -53,7 +53,7 @@ def plain(node: str) -> Callable[[], None]:
             PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(2)
         ]
         ray.get([gpu_id.options(scheduling_strategy=strategy).remote() for strategy in strategies])
-        once.undo = lambda: remove_placement_group(group)  # type: ignore[attr-defined]
+        once.undo = lambda: remove_placement_group(group)
 
     return once
 
@@ -66,7 +66,7 @@ def ours(service: Any, node: str, seen: list[list[int]]) -> Callable[[], None]:
             service.place.remote({"name": "bench", "model": "m", "gpus": 2}, {"gpu_nodes": [node]})
         )
         seen.append(result.assignments[0].gpus)
-        once.undo = lambda: ray.get(service.release.remote("bench"))  # type: ignore[attr-defined]
+        once.undo = lambda: ray.get(service.release.remote("bench"))
 
     return once
 
@@ -76,7 +76,7 @@ def timed(once: Callable[[], None]) -> float:
     start = time.perf_counter()
     once()
     took = (time.perf_counter() - start) * 1000
-    once.undo()  # type: ignore[attr-defined]
+    once.undo()
     time.sleep(0.4)
     return took
 

@@ -190,8 +190,8 @@ class Fleet(fleet.Fleet):
     def __init__(self, cluster: Cluster, prefix: str, holdings: Any) -> None:
         super().__init__(lambda info: None, holdings, prefix)
         self._cluster = cluster
-        self.agents: Any = Nobody()
-        self.inventory = Inventory(self.agents, {})
+        nobody: Any = Nobody()
+        self.agents, self.inventory = nobody, Inventory(nobody, {})
 
     def catch_up(self, since: float) -> bool:
         return False
@@ -201,7 +201,7 @@ class Fleet(fleet.Fleet):
 
     def reserve(self, claim: Any, known: Any, create: Any = None) -> Any:
         with self._cluster.outside():
-            reserved = []
+            reserved: list[Any] = []
             for part in claim.replicas:
                 order = order_name(self._prefix, claim.deployment.name, part.replica_index)
                 gpus = len(part.gpus) * part.share / WHOLE

@@ -66,7 +66,7 @@ class Engine(Answers):
 class OwnGroup(Answers):
     """In a group that it makes itself, which ends with it."""
 
-    async def __init__(self) -> None:
+    async def __init__(self) -> None:  # type: ignore[misc]
         self.workers = workers_in(await replica_group([{"GPU": 1}] * 2, within="nvlink"))
 
 

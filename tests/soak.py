@@ -86,7 +86,7 @@ class Soak(Rules):
     cluster: ClassVar[EmbeddedCluster]
     service: ClassVar[Any]
     faults: ClassVar[Path]
-    ends_at: ClassVar[float]
+    ends_at: float
     found: ClassVar[Counter[str]] = Counter()
     slowest: ClassVar[dict[str, float]] = {}
     gpu_nodes: ClassVar[list[str]] = []
@@ -112,7 +112,7 @@ class Soak(Rules):
                 ray.get(asked, timeout=120)
                 self.found["done"] += 1
             except HONEST as refusal:
-                self.found[f"refused: {type(refusal.cause).__name__}"] += 1
+                self.found[f"refused: {type(refusal.cause).__name__}"] += 1  # type: ignore[union-attr]
 
     def kill_the_service(self) -> None:
         self.last = "the service is killed"

@@ -10,8 +10,8 @@ from pathlib import Path as FilePath
 
 import pytest
 
-from benchmarks import bandwidth, choice, clients, partition, scale
-from placement import topologies
+from benchmarks import bandwidth, choice, clients, partition, results, scale
+from placement import __version__, topologies
 from placement.core.matrix import parse_matrix
 from placement.core.topology import UNKNOWN_LINK, Link, Path, Topology
 
@@ -201,3 +201,43 @@ def test_what_a_source_does_not_tell_of_peer_to_peer_is_what_the_driver_says_of_
         for model in ("NVIDIA L40S", "NVIDIA GeForce RTX 4090", "NVIDIA CMP 170HX")
     ]
     assert found == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (results.exact("f", 2), results.exact("f", 2), "same"),
+        (results.exact("f", 2), results.exact("f", 2.1), "better"),
+        (results.exact("f", 2, more_is_better=False), results.exact("f", 2.1, more_is_better=False), "worse"),
+        (results.Figure("f", 2, 1.8, 2.4, True), results.Figure("f", 2.5, 2.2, 3, True), "noise"),
+        (results.Figure("f", 2, 1.8, 2.2, True), results.Figure("f", 2.5, 2.4, 3, True), "noise"),
+        (results.Figure("f", 2, 1.8, 2.2, True), results.Figure("f", 3, 2.8, 3.2, True), "better"),
+        (results.Figure("f", 2, 1.8, 2.2, False), results.Figure("f", 3, 2.8, 3.2, False), "worse"),
+    ],
+)
+def test_what_changed_from_version_to_version(
+    old: results.Figure,
+    new: results.Figure,
+    said: str,
+    tmp_path: FilePath,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    paths = tmp_path / "old.json", tmp_path / "new.json"
+    for path, figure, gone in zip(paths, (old, new), ("was", "is"), strict=True):
+        path.write_text(json.dumps(results.recorded([figure, results.exact(gone, 1)])))
+    results.main(["compare", *map(str, paths)])
+    *_, line, was, now = capsys.readouterr().out.splitlines()
+    assert line.split() == ["f", f"{old.value:g}", f"{new.value:g}", f"{new.value / old.value:.3f}", said]
+    assert (was.split(maxsplit=1), now.split(maxsplit=1)) == (
+        ["was", "only in the old"],
+        ["is", "only in the new"],
+    )
+
+
+def test_this_version_is_recorded() -> None:
+    file = results.load(__version__)
+    assert ([*file["machine"]], file["version"]) == (["cores", "python", "ray"], __version__)
+    *_, last = results.compared(file, file)
+    assert last.endswith(" 1.000  same")
+    with pytest.raises(SystemExit, match=r"9\.9: nothing is recorded of it; there are .*0\.1\.0"):
+        results.load("9.9")

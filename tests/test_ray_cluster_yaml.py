@@ -131,7 +131,9 @@ def test_the_images_bring_the_ray_and_the_python_the_package_needs(prepared: Con
         if "docker" in kind
     }
     versions = {
-        re.fullmatch(r"rayproject/ray:(\d+\.\d+\.\d+)-(py\d+)(?:-gpu)?", image).groups() for image in images
+        found
+        for image in images
+        for found in re.findall(r"^rayproject/ray:(\d+\.\d+\.\d+)-(py\d+)(?:-gpu)?$", image)
     }
     [(ray, python)] = versions
     (needed,) = (one for one in map(Requirement, PROJECT["dependencies"]) if one.name == "ray")
@@ -141,7 +143,7 @@ def test_the_images_bring_the_ray_and_the_python_the_package_needs(prepared: Con
 
 def test_the_head_starts_ray_and_then_the_service(prepared: Config) -> None:
     *_, ray_start, service_start = prepared["head_start_ray_commands"]
-    port = re.search(r"ray start --head --port=(\d+) ", ray_start)[1]
+    [port] = re.findall(r"ray start --head --port=(\d+) ", ray_start)
     assert f"placement up --address 127.0.0.1:{port}" == service_start
     assert "RAY_enable_autoscaler_v2=1" in ray_start, "the first autoscaler knows no labels"
     assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in ray_start

@@ -89,7 +89,7 @@ def test_the_wheel_installs_into_an_empty_environment_and_runs(wheel: Path, tmp_
 @pytest.mark.timeout(900)
 def test_an_allowed_ray_that_is_there_already_stays(wheel: Path, tmp_path: Path) -> None:
     requirement = next(text for text in PROJECT["dependencies"] if text.startswith("ray"))
-    lowest = re.search(r">=(\d+\.\d+)", requirement)[1] + ".0"
+    [lowest] = re.findall(r">=(\d+\.\d+)", requirement)
     python = environment(tmp_path / "environment")
     pip(python, "install", "--no-deps", f"ray=={lowest}", cwd=tmp_path)
     report = pip(python, "install", "--dry-run", "--report", "-", wheel, cwd=tmp_path)
@@ -113,7 +113,7 @@ def test_what_overwrites_its_files_is_told_with_a_fix_that_helps(
     *_, said = failed.stderr.splitlines()
     assert said.startswith("ImportError: "), failed.stderr
     assert {OPENSTACK: "are both imported as `placement`", "placement": "is not whole"}[other] in said
-    fix = re.search("`python -m pip (uninstall .*?)`", said)[1].split()
+    fix = re.findall("`python -m pip (uninstall .*?)`", said)[0].split()
     pip(python, *fix, cwd=tmp_path)
     pip(python, "install", "--no-deps", wheel, cwd=tmp_path)
     output(python, "-c", "import placement", cwd=tmp_path)

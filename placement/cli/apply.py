@@ -15,6 +15,7 @@ from placement import errors
 from placement.cli import common, waiting
 from placement.cli.group import REFUSED, Command, OptionalNumber
 from placement.cli.plan import planned, unmanaged
+from placement.cli.progress import Progress
 from placement.errors import counted
 
 AFTER_PRUNE_SECONDS = 5.0
@@ -74,7 +75,7 @@ def apply(
             sys.exit(REFUSED)
         if not as_json:
             common.note(f"placing {counted(len(wanted), 'deployment')} ...")
-        results, partly = _apply(service, wanted, atomic)
+        results, partly = _apply(service, wanted, atomic, shows=not as_json)
         released = [] if partly else _release(service, pruned)
         waited = None
         if wait is not None:
@@ -107,7 +108,8 @@ def _show_difference(
 ) -> None:
     from placement.cli.views.difference import difference_lines, workers_of
 
-    plans, failures = planned(service, wanted, atomic)
+    with Progress(f"planning {counted(len(wanted), 'deployment')}"):
+        plans, failures = planned(service, wanted, atomic)
     told = {name: error.to_dict() for name, error in failures.items()}
     common.show(*difference_lines([one.to_dict() for one in plans], workers_of(standing), pruned, told), "")
 
@@ -122,13 +124,18 @@ def _agreed(pruned: Sequence[str], standing: Sequence[Mapping[str, Any]], as_jso
 
 
 def _apply(
-    service: Any, wanted: Sequence[Any], atomic: bool
+    service: Any, wanted: Sequence[Any], atomic: bool, shows: bool
 ) -> tuple[waiting.Results, errors.PartlyApplied | None]:
     """The results of those that could be applied, in order, and what became of the others."""
     options = {"atomic": True} if atomic else {}
-    with common.noted(KeyboardInterrupt, common.GOES_ON):
+    with common.noted(KeyboardInterrupt, common.GOES_ON), Progress("placing", shows) as progress:
+
+        def tell() -> None:
+            progress.say(how_many_are_placed(service, wanted))
+
         try:
-            results = common.ask(service.apply_all.remote(wanted, caller=common.asker(), **options))
+            applied = service.apply_all.remote(wanted, caller=common.asker(), **options)
+            results = common.ask(applied, tell if progress.is_shown else None)
         except errors.PartlyApplied as error:
             found: waiting.Results = {}
             for name in error.applied:
@@ -136,6 +143,14 @@ def _apply(
                     found[name] = common.ask(service.get.remote(name)).to_dict()
             return found, error
     return {one.deployment: one.to_dict() for one in results}, None
+
+
+def how_many_are_placed(service: Any, wanted: Sequence[Any]) -> str:
+    """How far the service is: ``25 of 80 replicas placed``."""
+    names = {one.name for one in wanted}
+    standing = [one for one in common.ask(service.status.remote())["deployments"] if one["name"] in names]
+    placed = sum(len({a["replica_index"] for a in one["assignments"]}) for one in standing)
+    return f"{placed} of {counted(sum(one.replicas for one in wanted), 'replica')} placed"
 
 
 def _release(service: Any, names: Sequence[str]) -> list[str]:

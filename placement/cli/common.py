@@ -105,15 +105,15 @@ def service(address: str | None) -> Iterator[Any]:
         yield connection.connect()
 
 
-def ask(reference: Any) -> Any:
-    """The answer of a call to the service.
+def ask(reference: Any, tell: Callable[[], None] | None = None) -> Any:
+    """The answer of a call to the service; ``tell`` is called now and then until it is there.
 
     Raises:
         PlacementError: what the service raised.
     """
     from placement.runtime import connection
 
-    return connection.ask(reference)
+    return connection.ask(reference, tell)
 
 
 def asker() -> dict[str, str]:
@@ -194,7 +194,7 @@ def show(*renderables: Any) -> None:
     from placement.cli.views.console import console
 
     for renderable in renderables:
-        console().print(renderable)
+        console().print(renderable, crop=False)
 
 
 def page(*renderables: Any) -> None:

@@ -9,6 +9,7 @@ import click
 
 from placement.cli import common
 from placement.cli.group import REFUSED, Command
+from placement.cli.progress import Progress
 
 
 @click.command(cls=Command, epilog="\b\nExample:\n  placement doctor\n  placement doctor --timeout 20 --json")
@@ -34,7 +35,8 @@ def doctor(seconds: float, address: str | None, as_json: bool) -> None:
         from placement.runtime import connection, diagnosis
         from placement.runtime import doctor as examination
 
-        findings = connection.in_cluster(examination.findings, seconds)
+        with Progress(f"examining the nodes, for {seconds:g} s at most", not as_json):
+            findings = connection.in_cluster(examination.findings, seconds)
     failed = diagnosis.has_failed(findings)
     if as_json:
         common.dump({"ok": not failed, "findings": [asdict(one) for one in findings]})

@@ -12,6 +12,7 @@ import click
 
 from placement.cli import common
 from placement.cli.group import Command
+from placement.cli.progress import Progress
 from placement.errors import (
     CannotMeasure,
     InvalidMeasurement,
@@ -100,7 +101,7 @@ def measure(
         if text is not None:
             report = _import(service, node, text, str(file))
         else:
-            report = _measure(service, node, sets == "pairs", max_seconds)
+            report = _measure(service, node, sets == "pairs", max_seconds, shows=not as_json)
     if as_json:
         common.dump(report)
         return
@@ -120,7 +121,9 @@ def _targets(service: Any, node: str | None) -> list[Target]:
     return measuring.targets(common.ask(service.topology.remote(node)), common.ask(service.snapshot.remote()))
 
 
-def _measure(service: Any, node: str | None, pairs_only: bool, max_seconds: float) -> dict[str, Any]:
+def _measure(
+    service: Any, node: str | None, pairs_only: bool, max_seconds: float, shows: bool
+) -> dict[str, Any]:
     """Measures the node, or each that has two GPUs free.
 
     Raises:
@@ -141,7 +144,8 @@ def _measure(service: Any, node: str | None, pairs_only: bool, max_seconds: floa
             common.note(f"{target.name}: not measured, the time is over")
             continue
         try:
-            found = measuring.measure(client, target, pairs_only, until, common.note)
+            with Progress(f"measuring {target.name}", shows) as progress:
+                found = measuring.measure(client, target, pairs_only, until, progress.note)
         except (CannotMeasure, Unplaceable, ReservationFailed) as error:
             first = first or error
             common.note(str(error))

@@ -35,9 +35,10 @@ def metrics(what: str | None, as_json: bool) -> None:
         common.dump({"metrics": [{**asdict(one), "name": one.exported} for one in monitoring.METRICS]})
     else:
         from rich import box
-        from rich.table import Table
 
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        from placement.cli.views.console import FittedTable
+
+        table = FittedTable(box=box.SIMPLE_HEAD, pad_edge=False)
         for heading in ("metric", "type", "meaning"):
             table.add_column(heading, overflow="fold")
         for one in monitoring.METRICS:

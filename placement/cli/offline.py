@@ -14,13 +14,26 @@ POLICIES = ("topology", "fragmentation", "pack", "spread", "round_robin", "least
 """As :class:`placement.core.policy.Policy` has them; a test compares the two."""
 
 
-@click.command(cls=Command, epilog="\b\nExample:\n  placement demo")
+@click.command(
+    cls=Command, epilog="\b\nExample:\n  placement demo\n  placement demo --keep\n  placement demo --stop"
+)
+@click.option(
+    "--keep",
+    is_flag=True,
+    help="Leave the cluster for trying, with what is placed on it, and say how to use it; finds one that was left.",
+)
+@click.option("--stop", is_flag=True, help="End the cluster that --keep left, and no other.")
 @common.with_json
-def demo(as_json: bool) -> None:
-    """Places a mixed set of models on an embedded cluster of simulated nodes. Needs no GPU; takes about a minute."""
-    from placement.cli.demo import run
+def demo(keep: bool, stop: bool, as_json: bool) -> None:
+    """Places a mixed set of models on a cluster of simulated nodes of its own. Needs no GPU; takes about a minute."""
+    if keep and stop:
+        raise click.UsageError("--keep and --stop exclude each other; give one of them")
+    from placement.cli import demo as demonstration
 
-    sys.exit(run(as_json))
+    if stop:
+        demonstration.stop(as_json)
+    else:
+        sys.exit(demonstration.keep(as_json) if keep else demonstration.run(as_json))
 
 
 @click.command(

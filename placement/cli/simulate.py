@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import click
 
 from placement import topologies
 from placement.cli import common
+from placement.cli.progress import Progress
 from placement.core.needs import GIB
 from placement.core.node import Node
 from placement.core.policy import Policy
@@ -39,7 +40,7 @@ def run(
         policies: their names; none leaves each deployment its own.
         seed: of a mix.
         arrivals: only so many.
-        show: a progress bar on stderr.
+        show: how it goes, on stderr.
 
     Returns:
         Policy (``"as declared"`` for none) -> what became of it.
@@ -52,13 +53,17 @@ def run(
     arriving = load_workload(workload, seed, arrivals)(snapshot)
     asked: list[Policy | None] = [Policy(name) for name in policies] or [None]
     reports = {}
-    with _progress(len(arriving) * len(asked), show) as advance:
+    total, began = len(arriving) * len(asked), time.monotonic()
+    with Progress("simulating", show) as progress:
+
+        def tell(before: int, arrived: int) -> None:
+            done = before + arrived
+            left = f", {(time.monotonic() - began) * (total - done) / done:.0f} s left" if done else ""
+            progress.say(f"simulating: {done} of {total} deployments{left}")
+
         for turn, policy in enumerate(asked):
-            before = turn * len(arriving)
             reports[policy or "as declared"] = simulate(
-                snapshot,
-                with_policy(arriving, policy),
-                progress=lambda done, before=before: advance(before + done),  # type: ignore[misc]
+                snapshot, with_policy(arriving, policy), progress=partial(tell, turn * len(arriving))
             )
     return reports
 
@@ -121,20 +126,6 @@ def _machines(name: str, count: int) -> Iterator[Node]:
             accelerators=accelerators_of(topology.model),
             compute_capability=facts.compute_capability,
         )
-
-
-@contextmanager
-def _progress(total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    if not show or not sys.stderr.isatty():
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("simulating", total=total)
-        yield lambda done: bar.update(task, completed=done)
 
 
 def draw(reports: Mapping[str, Report], path: Path) -> None:

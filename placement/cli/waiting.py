@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ import click
 from placement import errors
 from placement.cli import common
 from placement.cli.group import Command, NotDone
+from placement.cli.progress import Progress
 from placement.errors import counted
 
 WAITS_ON = (
@@ -80,7 +79,7 @@ def until_placed(service: Any, names: Iterable[str], seconds: float, tells: bool
         seconds: how long at most.
         tells: shows on stderr how it goes.
     """
-    with common.noted(KeyboardInterrupt, WAITS_ON), _Progress(tells) as progress:
+    with common.noted(KeyboardInterrupt, WAITS_ON), Progress("waiting", tells) as progress:
         end = time.monotonic() + seconds
         waiting = list(dict.fromkeys(names))
         waited = Waited()
@@ -92,11 +91,11 @@ def until_placed(service: Any, names: Iterable[str], seconds: float, tells: bool
             left = end - time.monotonic()
             if not waiting or left <= 0:
                 return waited
-            progress.say(waited)
+            progress.say(_pending(waited))
             timeout = min(left, WATCH_SECONDS)
             happened = common.ask(service.watch.remote(since=seen, names=[*waiting], timeout_seconds=timeout))
-            for event in happened if seen else ():
-                progress.happened(event)
+            for event in happened if seen and tells and not progress.is_shown else ():
+                _happened(event)
             seen = max((event["number"] for event in happened), default=seen)
             changed = {event["deployment"] for event in happened} or set(waiting)
 
@@ -147,36 +146,17 @@ def _each(pending: Mapping[str, Mapping[str, str]]) -> str:
     )
 
 
-class _Progress:
-    """How waiting goes, on stderr: one line that is written anew on a terminal, elsewhere one for each event."""
+def _happened(event: Mapping[str, Any]) -> None:
+    """Tells an event, where there is no terminal on which a line can be written anew."""
+    who = "" if event["replica"] is None else f" replica {event['replica']}"
+    common.note(f"{event['deployment']}{who} {event['state']}: {event['text']}".rstrip(": "))
 
-    def __init__(self, tells: bool) -> None:
-        self._lines = tells and not sys.stderr.isatty()
-        self._anew = tells and sys.stderr.isatty()
-        self._since = time.monotonic()
 
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._anew:
-            click.echo("\r\033[K", err=True, nl=False)
-
-    def happened(self, event: Mapping[str, Any]) -> None:
-        """Tells an event."""
-        if self._lines:
-            who = "" if event["replica"] is None else f" replica {event['replica']}"
-            common.note(f"{event['deployment']}{who} {event['state']}: {event['text']}".rstrip(": "))
-
-    def say(self, waited: Waited) -> None:
-        """Tells what is pending."""
-        if not self._anew:
-            return
-        pending = [(name, *one) for name, replicas in waited.pending.items() for one in replicas.items()]
-        text = f"{counted(len(pending), 'replica')} pending, {time.monotonic() - self._since:.0f} s"
-        if pending:
-            name, replica, why = pending[0]
-            text += f"; {name}/{replica}: {' '.join(why.split())}"
-        # One line, whatever is in a node's name.
-        shown = "".join(one for one in text if one.isprintable())[: shutil.get_terminal_size().columns - 1]
-        click.echo(f"\r\033[K{shown}", err=True, nl=False)
+def _pending(waited: Waited) -> str:
+    """``2 replicas pending; a/0: why``."""
+    pending = [(name, *one) for name, replicas in waited.pending.items() for one in replicas.items()]
+    text = f"{counted(len(pending), 'replica')} pending"
+    if pending:
+        name, replica, why = pending[0]
+        text += f"; {name}/{replica}: {' '.join(why.split())}"
+    return text

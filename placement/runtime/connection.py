@@ -95,13 +95,19 @@ def require_ray() -> None:
         )
 
 
-def ask(reference: Any) -> Any:
+def ask(reference: Any, tell: Callable[[], None] | None = None) -> Any:
     """The answer of an actor call; the service's own errors as themselves, without Ray's traceback around them.
+
+    Args:
+        reference: of the call.
+        tell: called twice a second until the answer is there.
 
     Raises:
         ServiceNotRunning: somebody stopped it meanwhile.
     """
     with own_errors():
+        while tell is not None and not ray.wait([reference], timeout=0.5)[0]:
+            tell()
         return ray.get(reference)
 
 

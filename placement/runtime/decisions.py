@@ -9,7 +9,7 @@ import asyncio
 import functools
 import inspect
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from placement.errors import PartlyApplied, PlacementError, counted
@@ -30,7 +30,7 @@ QUIET = "placed", "pending", "applied"
 """States of which no entry is left where nothing has changed."""
 
 
-def decided(call: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+def decided(call: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
     """Has the decisions of a method of the service be kept, and its refusals be counted.
 
     What is asked for is its first argument: a deployment, several, or a name.

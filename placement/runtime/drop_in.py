@@ -30,13 +30,13 @@ logger = logging.getLogger(__name__)
 
 
 def placement_group(
-    bundles: list[dict[str, float]],
+    bundles: Sequence[Mapping[str, float]],
     strategy: str | None = None,
     name: str = "",
     lifetime: str | None = None,
     _soft_target_node_id: str | None = None,
-    bundle_label_selector: list[dict[str, str]] | None = None,
-    topology_strategy: dict[str, str] | None = None,
+    bundle_label_selector: Sequence[Mapping[str, str]] | None = None,
+    topology_strategy: Mapping[str, str] | None = None,
     *,
     gpus: Sequence[int | str] | None = None,
     within: str | None = None,

@@ -108,6 +108,10 @@ class EmbeddedCluster:
         )
         self._count += 1
 
+    def is_alive(self) -> bool:
+        """Whether its head runs; `ray stop` ends it, too."""
+        return ray_internals.simulated_head_is_alive(self._cluster)
+
     def wait(self) -> None:
         """Waits until all nodes that were started have joined."""
         self._cluster.wait_for_nodes()

@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
@@ -66,7 +66,7 @@ def refused(error: BaseException) -> None:
         _count("placement_refusals", code=error.code)
 
 
-def counted(call: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+def counted(call: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
     """Has the refusals of a method of the service be counted."""
 
     @functools.wraps(call)

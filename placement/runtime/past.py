@@ -58,8 +58,8 @@ DeploymentPlacementActor`.
 
         ``watch(seen, ["llama"])``, where ``seen`` is the ``number`` of the last one known, waits for the next change;
         with ``seen = 0`` all that is known comes at once. The names need not be known yet; that of a group stands for
-        its members if it is declared by then. Without any, all are meant. What memory has no more comes from the history, also after a restart of the service; if that does
-        not have it either, the first event is a ``gap``.
+        its members if it is declared by then. Without any, all are meant. What memory has no more comes from the
+        history, also after a restart of the service; if that does not have it either, the first event is a ``gap``.
 
         Raises:
             Busy: too many watch already.

@@ -413,3 +413,8 @@ def end_simulated_node(cluster: Any, node: Any, how: signal.Signals | int) -> No
         process.process.wait()
     node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
     cluster.worker_nodes.discard(node)
+
+
+def simulated_head_is_alive(cluster: Any) -> bool:
+    """Whether each process of the head of such a cluster runs."""
+    return bool(cluster.head_node.remaining_processes_alive())

@@ -56,7 +56,7 @@ class Method:
         answer = self.service.answers[self.name]
         if isinstance(answer, Iterator):
             answer = next(answer)
-        return answer(*args, **options) if isinstance(answer, Callable) else answer  # type: ignore[arg-type]
+        return answer(*args, **options) if callable(answer) else answer
 
 
 def use(monkeypatch: pytest.MonkeyPatch, service: FakeService) -> None:
@@ -66,7 +66,9 @@ def use(monkeypatch: pytest.MonkeyPatch, service: FakeService) -> None:
     def connected(address: str | None) -> Iterator[FakeService]:
         yield service
 
-    def ask(answer: Any) -> Any:
+    def ask(answer: Any, tell: Callable[[], None] | None = None) -> Any:
+        if tell is not None:
+            tell()
         if isinstance(answer, BaseException):
             raise answer
         return answer

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from placement import errors
-from placement.cli import common
+from placement import Deployment, errors
+from placement.cli import apply, common
 from tests.cli.fake_service import (
     ASKER,
     FakeService,
@@ -375,3 +375,10 @@ def test_a_plan_says_what_would_wait_and_exits_with_0(file: str, monkeypatch: py
     assert "planned, nothing is reserved" in lines(done.stdout)
     [listed] = [json.loads(run("plan", file, "--json").stdout)["deployments"]]
     assert [one.to_dict() for one in PLANS] == listed
+
+
+def test_progress_counts_the_replicas_of_what_is_applied(monkeypatch: pytest.MonkeyPatch) -> None:
+    service: Any = FakeService(status=report(standing("a", 0, 1), standing("other", 0)))
+    use(monkeypatch, service)
+    wanted = [Deployment(name="a", model="m", replicas=3), Deployment(name="b", model="m")]
+    assert apply.how_many_are_placed(service, wanted) == "2 of 4 replicas placed"

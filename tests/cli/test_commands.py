@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -257,7 +258,7 @@ def test_options_that_exclude_each_other_are_refused(args: list[str], said: str)
     assert said in result.stderr
 
 
-CLUSTER = {
+CLUSTER: dict[str, Any] = {
     "machines": {
         "pairs": {"matrix": render_matrix(topologies.load("a100-pcie-4x")), "model": "NVIDIA A100 80GB PCIe"}
     },

@@ -6,12 +6,12 @@ import signal
 
 import pytest
 
-from placement.cli.demo import _uninterrupted
+from placement.cli.demo_cluster import uninterrupted
 
 
 def test_an_interrupt_waits_for_the_end_of_the_block() -> None:
     done = []
-    with pytest.raises(KeyboardInterrupt), _uninterrupted():
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
         signal.raise_signal(signal.SIGINT)
         done.append("the rest of the block")
     assert ["the rest of the block"] == done
@@ -20,7 +20,7 @@ def test_an_interrupt_waits_for_the_end_of_the_block() -> None:
 
 def test_an_interrupt_is_let_through_where_it_does_no_harm() -> None:
     done = []
-    with pytest.raises(KeyboardInterrupt), _uninterrupted() as let_through:
+    with pytest.raises(KeyboardInterrupt), uninterrupted() as let_through:
         let_through()
         done.append("first node")
         signal.raise_signal(signal.SIGINT)
@@ -30,6 +30,6 @@ def test_an_interrupt_is_let_through_where_it_does_no_harm() -> None:
 
 
 def test_an_error_of_the_block_is_not_hidden_by_an_interrupt() -> None:
-    with pytest.raises(ValueError, match="broken"), _uninterrupted():
+    with pytest.raises(ValueError, match="broken"), uninterrupted():
         signal.raise_signal(signal.SIGINT)
         raise ValueError("broken")

@@ -40,19 +40,10 @@ def boxes(svg: str) -> list[tuple[str, float, float, float, float]]:
     """Each text, and the box that it takes: left, top, right, bottom."""
     found = []
     root = ElementTree.fromstring(svg)
-    for one, x, y in [
-        (
-            one,
-            *(
-                map(
-                    float,
-                    re.findall(r"[\d.]+", part.get("transform", "")) if part.tag == f"{SVG}g" else (0, 0),
-                )
-            ),
-        )
-        for part in root
-        for one in part.iter(f"{SVG}text")
-    ]:
+    texts = [(part, one) for part in root for one in part.iter(f"{SVG}text")]
+    for part, one in texts:
+        moved = re.findall(r"[\d.]+", part.get("transform", "")) if part.tag == f"{SVG}g" else (0, 0)
+        x, y = map(float, moved)
         size, left = float(one.attrib["font-size"]), x + float(one.attrib["x"])
         wide, base = text_width(str(one.text), size), y + float(one.attrib["y"])
         if "transform" in one.attrib:

@@ -81,7 +81,7 @@ def test_a_shared_gpu_names_all_who_share_it_and_what_is_left() -> None:
         gpu(0, "held", ("embed", 0, 0.25), ("embed", 1, 0.25), ("rank", 0, 0.4)),
         gpu(1, "held", ("embed", 2, 0.5), ("embed", 3, 0.5)),
     ]
-    names = [{"name": name, "assignments": []} for name in ("embed", "rank")]
+    names: list[dict[str, Any]] = [{"name": name, "assignments": []} for name in ("embed", "rank")]
     shown = text(nodes.cluster_map({"nodes": [node(gpu_count=2, gpus=gpus)], "deployments": names}))
     assert "[ 0 embed/0 0.25, embed/1 0.25, rank/0 0.4, 0.1 left   1 embed/2 0.5, embed/3 0.5 ]" in shown
 

@@ -17,7 +17,9 @@ import yaml
 
 from placement import Deployment, Group, errors
 from placement.cli import common
+from placement.core.routes import Via
 from placement.wire.files import parse_deployments
+from placement.wire.groups import GroupLink
 from tests.cli.fake_service import FakeService, assignment, report, result, run, standing, use
 from tests.cli.test_apply import lines, told
 
@@ -111,7 +113,7 @@ def test_what_get_prints_as_yaml_can_be_applied_again(monkeypatch: pytest.Monkey
 
 
 def test_a_group_is_got_by_its_name_and_can_be_applied_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    group = Group(name="g", members={"a": 1, "b": 2}, links=[{"between": ("a", "b"), "via": "pcie"}])
+    group = Group(name="g", members={"a": 1, "b": 2}, links=(GroupLink(between=("a", "b"), via=Via.PCIE),))
     wanted = {one.name: one for one in group.of([Deployment(name=name, model="org/m") for name in "ab"])}
 
     def describe(name: str) -> dict[str, Any]:
@@ -171,7 +173,7 @@ service = FakeService(
     watch=[],
 )
 common.service = lambda address: nullcontext(service)
-common.ask = lambda answer: answer
+common.ask = lambda answer, tell=None: answer
 main(sys.argv[1:])
 """
 
@@ -219,11 +221,11 @@ def test_who_watches_sees_it_on_a_screen_of_its_own_which_is_left_at_the_end() -
 
 
 def test_who_waits_sees_one_line_that_is_written_anew() -> None:
-    exits, shown = on_a_terminal(["wait", "b"], stop_at=b"; b/1: no[31m room")
+    exits, shown = on_a_terminal(["wait", "b"], stop_at=b" (1 s)")
     assert 130 == exits
     progress = shown[: shown.index(b"interrupted")]
     assert b"\n" not in progress.replace(b"^C", b"").strip(), progress
     lines = [line.decode() for line in progress.split(b"\r\x1b[K")]
-    assert lines[1].startswith("1 replica pending, 0 s; b/1: no[31m room xxx")
+    assert lines[1].startswith("1 replica pending; b/1: no[31m room xxx") and lines[1].endswith("x (1 s)")
     assert max(map(len, lines)) == 79
     assert "" == lines[-1]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from io import StringIO
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
-from placement.cli.views.console import host_list, shortened
+from placement.cli.views.console import FittedTable, host_list, shortened
 from placement.cli.views.difference import difference_lines
 from placement.cli.views.nodes import cluster_map
-from placement.cli.views.status import status_view, totals_of
+from placement.cli.views.status import deployments_table, status_view, totals_of
 from placement.cli.views.tables import assignments_table
 from tests.cli.fake_service import assignment, standing
 from tests.cli.test_render import gpu, node
@@ -22,7 +24,7 @@ LONG_NAME = "team-search-llama-3-70b-instruct-production-{:02}"
 
 
 def drawn(width: int, *renderables: Any) -> list[str]:
-    console = Console(width=width, color_system=None)
+    console = Console(width=width, color_system=None, force_terminal=True)
     with console.capture() as capture:
         for renderable in renderables:
             console.print(renderable)
@@ -129,7 +131,7 @@ def test_few_nodes_without_placements_are_drawn_each() -> None:
     )
 
 
-DEMAND = [
+DEMAND: list[dict[str, Any]] = [
     {"deployment": "first", "replica": 3, "set": number, "asked": "8 x H100 on one node", "state": "refused",
      "reason": "no such node type", "nodes": [], "seconds": 12.4, "again_in_seconds": 130.0}
     for number in (0, 1)
@@ -225,6 +227,46 @@ def test_a_table_of_replicas_keeps_to_the_width_and_to_its_gpus() -> None:
     with_gpus = [line for line in lines if "GPU " in line]
     assert len(with_gpus) == sum(len(row["assignments"]) for row in rows)
     assert all("378 GB/s, NV18" in line for line in with_gpus)
+
+
+@pytest.mark.parametrize(("width", "left_out"), [(40, "all-reduce, Ray alone"), (80, "Ray alone"), (200, "")])
+def test_columns_for_which_a_terminal_has_no_room_are_named(width: int, left_out: str) -> None:
+    fields: dict[str, Any] = {
+        "ray_bandwidth_gb_per_s": 14.9,
+        "bandwidth_gb_per_s": 230.0,
+        "weakest_link": "NV12",
+    }
+    placed = assignment(node_name="ノード" * 6, gpus=[0, 1], ray_gpus=[1, 2], **fields)
+    shown = drawn(width, assignments_table([{"deployment": "日本語" * 5, "assignments": [placed]}], "placed"))
+    assert max(map(cell_len, shown)) <= width
+    [row] = [line for line in shown if "GPU 0-1" in line]
+    heading = next(line for line in shown if "replica" in line)
+    assert cell_len(row[: row.index("GPU 0-1")]) == heading.index("holds"), (
+        "wide characters are counted as two"
+    )
+    said = " ".join(" ".join(shown).split())
+    assert (f"left out: {left_out}; a wider terminal or --json shows" in said) == bool(left_out)
+
+
+def test_what_is_piped_has_all_columns_in_full() -> None:
+    name = "long-" * 30
+    placed = assignment(node_name=name, gpus=[0, 1], bandwidth_gb_per_s=230.0, weakest_link="NV12")
+    piped = StringIO()
+    console = Console(file=piped, width=80)
+    rows = [{"deployment": name, "assignments": [placed]}]
+    console.print(assignments_table(rows, "placed"), deployments_table([standing(name, 0)]), crop=False)
+    assert piped.getvalue().count(name) == 3
+
+
+@pytest.mark.parametrize(("width", "left_out"), [(30, ["b", "c"]), (45, ["c"]), (70, [])])
+def test_a_fitted_table_leaves_out_the_last_columns(width: int, left_out: list[str]) -> None:
+    table = FittedTable(box=None)
+    for heading in "abc":
+        table.add_column(heading, no_wrap=True)
+    table.add_row(*(20 * one for one in "abc"))
+    shown = drawn(width, table)
+    assert [one for one in "abc" if not any(20 * one in line for line in shown)] == left_out
+    assert ("left out" in " ".join(shown)) == bool(left_out)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def cloud(folder: Path, version: int = 2, idle_seconds: float = 6.0) -> Iterator
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "AUTOSCALER_METRIC_PORT": str(free_port(host)),
     }
-    command = [Path(sys.executable).parent / "ray", "start", "--head", "--block"]
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block"]
     command += [f"--node-ip-address={host}", f"--port={address.rsplit(':', 1)[1]}"]
     command += ["--num-cpus=0", "--num-gpus=0", "--include-dashboard=false", "--object-store-memory=80000000"]
     command += [f"--ray-client-server-port={free_port(host)}"]

@@ -274,7 +274,7 @@ def test_bundles_are_placed_exactly_when_they_can_be(seed: int) -> None:
         with_resource(
             node(
                 f"n{i}",
-                some.choice([PAIRS, "dgx-1v", 4]),
+                some.choice((PAIRS, "dgx-1v", 4)),
                 "".join(sorted(some.sample("0123", some.randint(1, 4)))),
                 some.randint(1, 6),
                 zone=some.choice("xy"),

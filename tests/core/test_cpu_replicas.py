@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -26,11 +27,11 @@ def node(
 ) -> Node:
     """A node; all of its GPUs are free unless it says how many."""
     free_gpus = frozenset(range(gpus if free is None else free))
-    amounts = {"cpu_milli": round(cpus * 1000), "memory_bytes": round(gib * GIB)}
+    amounts: dict[str, Any] = {"cpu_milli": round(cpus * 1000), "memory_bytes": round(gib * GIB)}
     return Node(name, name, topology=Topology.unknown(gpus), free=free_gpus, labels=labels, **amounts)
 
 
-def ask(replicas: int = 1, cpus: float = 2, gib: float = 0, **fields: object) -> Request:
+def ask(replicas: int = 1, cpus: float = 2, gib: float = 0, **fields: Any) -> Request:
     amounts = {"cpu_milli": round(cpus * 1000), "memory_bytes": round(gib * GIB), "spared_milli": 1000}
     return replace(Request("d", tuple(range(replicas)), **amounts), **fields)  # type: ignore[arg-type]
 
@@ -213,7 +214,7 @@ def test_a_replica_stays_while_as_much_is_asked_for_and_its_node_may_be_used() -
         ({"needs": Needs(1)}, False),
         ({"provider": "openai", "key": "k", "egress": 1}, False),
     ):
-        asked = replace(before, **fields)  # type: ignore[arg-type]
+        asked = replace(before, **fields)
         assert staying(snapshot, stands, before, asked) == ([0] if expected else []), fields
     on_gpus = {0: (PlannedReplica(0, "b", (0,), cpu_milli=2000),)}
     beside = Request("d", (), Needs(1), cpu_milli=2000)

@@ -102,7 +102,8 @@ def test_of_nodes_with_equal_sets_the_policy_decides(policy: Policy, names: str)
 
 
 def test_a_group_may_span_the_nodes_of_one_nvlink_domain() -> None:
-    trays = [node(f"t{i}", "gb200-tray", **{GPU_DOMAIN_LABEL: "r" + "01011"[i]}) for i in range(5)]
+    domains: list[dict[str, Any]] = [{GPU_DOMAIN_LABEL: f"r{one}"} for one in "01011"]
+    trays = [node(f"t{i}", "gb200-tray", **domain) for i, domain in enumerate(domains)]
     chosen = where(plan(Snapshot(trays), request(8)))
     assert [(name, ranks) for _, name, _, ranks in chosen] == [("t0", (0, 1, 2, 3)), ("t2", (4, 5, 6, 7))]
     assert [name for _, name, *_ in where(plan(Snapshot(trays), request(12)))] == ["t1", "t3", "t4"]
@@ -396,7 +397,7 @@ def check(snapshot: Snapshot, wanted: Request, parts: tuple[PlannedReplica, ...]
     assert [one.free for one in vacate(emptied, parts).nodes] == [one.free for one in snapshot.nodes]
 
 
-def vars_of(one: Node) -> dict[str, object]:
+def vars_of(one: Node) -> dict[str, Any]:
     return {name: getattr(one, name) for name in Node.__dataclass_fields__}
 
 

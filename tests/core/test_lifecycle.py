@@ -39,7 +39,7 @@ def test_whatever_is_not_in_the_table_is_loud(state: State | None, event: Event)
 def test_every_state_can_be_reached_and_left_and_every_life_can_end() -> None:
     reached = set(TRANSITIONS.values())
     assert reached - {None} == set(State)
-    can_end = {None}
+    can_end: set[State | None] = {None}
     while more := {state for (state, _), then in TRANSITIONS.items() if then in can_end} - can_end:
         can_end |= more
     assert can_end == {None, *State}

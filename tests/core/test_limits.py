@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -18,21 +19,32 @@ from placement.core.topology import Topology
 from placement.core.wording import describe
 from placement.errors import NoGpuNodes, NotEnoughGpus, Unplaceable
 
+FIELDS: dict[str, dict[str, Any]] = {
+    "a": {
+        "labels": {"zone": "x"},
+        "accelerators": frozenset({"H100", "NVIDIA"}),
+        "compute_capability": (9, 0),
+    },
+    "b": {"labels": {"zone": "y"}, "accelerators": frozenset({"A100"}), "compute_capability": (8, 0)},
+    "c": {"compute_capability": (8, 9)},
+    "d": {"problem": "is ill", "labels": {"zone": "x"}, "accelerators": frozenset({"H100"})},
+}
 CLUSTER = Snapshot(
     Node(
-        name, name, topology=Topology.unknown(2), free=frozenset({0, 1}), cpu_milli=2000, memory_bytes=GIB, **fields
+        name,
+        name,
+        topology=Topology.unknown(2),
+        free=frozenset({0, 1}),
+        cpu_milli=2000,
+        memory_bytes=GIB,
+        **fields,
     )
-    for name, fields in {
-        "a": {"labels": {"zone": "x"}, "accelerators": frozenset({"H100", "NVIDIA"}), "compute_capability": (9, 0)},
-        "b": {"labels": {"zone": "y"}, "accelerators": frozenset({"A100"}), "compute_capability": (8, 0)},
-        "c": {"compute_capability": (8, 9)},
-        "d": {"problem": "is ill", "labels": {"zone": "x"}, "accelerators": frozenset({"H100"})},
-    }.items()
-)  # fmt: skip
+    for name, fields in FIELDS.items()
+)
 
 
-def ask(**fields: object) -> Request:
-    return Request("d", (0,), Needs(1), **fields)  # type: ignore[arg-type]
+def ask(**fields: Any) -> Request:
+    return Request("d", (0,), Needs(1), **fields)
 
 
 def passing(bits: int) -> str:

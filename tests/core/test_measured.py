@@ -131,7 +131,7 @@ def test_what_is_predicted_stays_known() -> None:
 def test_a_machine_has_the_rates_of_its_make_but_where_its_own_are_apart(
     case: str, own: dict[tuple[int, ...], int], rate: int
 ) -> None:
-    of_make = [{(0, 1): 100}, {(0, 1): 120, (2, 3): 90}, {(0, 1): 500}]
+    of_make: list[dict[tuple[int, ...], int]] = [{(0, 1): 100}, {(0, 1): 120, (2, 3): 90}, {(0, 1): 500}]
     assert of_all(own, of_make) == (((0, 1), rate), ((2, 3), 90))
     assert of_all(own | {(1, 2): 5}, of_make) == (((0, 1), rate), ((1, 2), 5), ((2, 3), 90))
 

@@ -75,7 +75,7 @@ def test_a_refusal_says_who_keeps_whom_away(remote: bool, kind: type[Exception])
     snapshot = Snapshot((node("a", "x"), node("b", "y")))
     refusal = plan(snapshot, ask("d", 1, remote, kept_away_by=("x",), near_to=("x",)))
     assert isinstance(refusal, kind)
-    assert refusal.excluded == {  # type: ignore[attr-defined]
+    assert refusal.excluded == {
         "has a replica of 'x', which is to be apart from this one": 1,
         "has no replica of 'x'": 1,
     }

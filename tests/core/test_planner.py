@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -27,12 +28,12 @@ from placement.errors import (
 )
 
 
-def gpu_node(name: str, topology: str | int, busy: tuple[int, ...] = (), **fields: object) -> Node:
+def gpu_node(name: str, topology: str | int, busy: tuple[int, ...] = (), **fields: Any) -> Node:
     shape = Topology.unknown(topology) if isinstance(topology, int) else topologies.load(topology)
     free = frozenset(range(len(shape))) - set(busy)
     return Node(
         id=f"id-{name}", name=name, address=f"10.0.0.{len(name)}", topology=shape, free=free, **fields
-    )  # type: ignore[arg-type]
+    )
 
 
 def egress_node(name: str, serving: tuple[tuple[str, str], ...] = (), **egress: int) -> Node:
@@ -253,7 +254,7 @@ def test_round_robin_takes_the_nodes_in_turn_from_deployment_to_deployment(repli
     assert "".join(turns) == "abcabc"
 
 
-def one_each(*names: str, **fields: object) -> Snapshot:
+def one_each(*names: str, **fields: Any) -> Snapshot:
     return Snapshot(tuple(gpu_node(name, 1, **fields) for name in names))
 
 

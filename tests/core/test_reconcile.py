@@ -327,7 +327,7 @@ def test_each_part_of_what_is_lost_is_given_back_where_its_node_lives() -> None:
 def test_what_waited_gets_room_the_oldest_first() -> None:
     snapshot = world({"a": "012"}).snapshot
     names = ["first", "second", "third"]
-    queue = [(name, Desired(replace(ask(2), deployment=name)), {}) for name in names]
+    queue: list[Any] = [(name, Desired(replace(ask(2), deployment=name)), {}) for name in names]
     decided = dict(admit([*queue, ("small", Desired(replace(ask(1), deployment="small")), {})], snapshot))
     assert [shown(one.actions) for one in decided.values()] == [
         ["+0 on a"],

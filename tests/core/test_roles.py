@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import combinations
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -34,24 +35,24 @@ def a3_highgpu() -> Topology:
     )
 
 
-def node(name: str, machine: str | Topology = "dgx-h100", free: object = None, **labels: str) -> Node:
+def node(name: str, machine: str | Topology = "dgx-h100", free: Any = None, **labels: str) -> Node:
     topology = topologies.load(machine) if isinstance(machine, str) else machine
     gpus = range(len(topology)) if free is None else free
-    return Node(f"id-{name}", name, topology=topology, free=frozenset(gpus), labels=labels)  # type: ignore[arg-type]
+    return Node(f"id-{name}", name, topology=topology, free=frozenset(gpus), labels=labels)
 
 
-def request(name: str, replicas: int, gpus: int = 1, **needs: object) -> Request:
-    return Request(name, tuple(range(replicas)), Needs(gpus, **needs))  # type: ignore[arg-type]
+def request(name: str, replicas: int, gpus: int = 1, **needs: Any) -> Request:
+    return Request(name, tuple(range(replicas)), Needs(gpus, **needs))
 
 
 def prefill_decode(
-    units: int = 2, decodes: int = 2, gpus: tuple[int, int] = (1, 1), **link: object
+    units: int = 2, decodes: int = 2, gpus: tuple[int, int] = (1, 1), **link: Any
 ) -> tuple[Roles, dict[str, Request]]:
     """Units of a prefill replica and some decode replicas."""
-    fields = {"via": PCIE, **link}
+    fields: dict[str, Any] = {"via": PCIE, **link}
     roles = Roles(
         "pd", {"prefill": 1, "decode": decodes}, units, (RoleLink(("prefill", "decode"), **fields),)
-    )  # type: ignore[arg-type]
+    )
     return roles, {
         "prefill": request("prefill", units, gpus[0]),
         "decode": request("decode", units * decodes, gpus[1]),
@@ -197,7 +198,7 @@ def test_via_nvlink_where_no_node_has_it() -> None:
         ({"within": "rack", "via": NETWORK}, True),
     ],
 )
-def test_floors(link: dict[str, object], fits: bool) -> None:
+def test_floors(link: dict[str, Any], fits: bool) -> None:
     found = plan(Snapshot([node("h", rack="r")]), *prefill_decode(**link))
     assert fits is isinstance(found, GroupPlan)
 

@@ -64,10 +64,10 @@ def where(nodes: list[Node], request: Request, *others: Request) -> list[str]:
 @pytest.mark.parametrize("resource", ["cpus", "memory_gib"])
 def test_cpus_and_memory_of_a_kind_count_by_their_mean(resource: str) -> None:
     """Pairs with 8 CPUs each, asked for three times, fit on either node, and a single GPU with one breaks none on b."""
-    pairs = ask(2, replicas=3, **{resource: 8})  # type: ignore[arg-type]
+    pairs = ask(2, replicas=3, **{resource: 8})
     nodes = [node("a", **{resource: 16}), node("b", "012", **{resource: 16})]  # type: ignore[arg-type]
     assert where(nodes, ask(**{resource: 0.5}), pairs) == ["b"]  # type: ignore[arg-type]
-    poor = [node("a", "012", **{resource: 7}), node("b", "012", **{resource: 16})]  # type: ignore[arg-type]
+    poor = [node("a", "012", **{resource: 7}), node("b", "012", **{resource: 16})]
     assert where(poor, ask(1), pairs) == ["a"], "too little for a pair there: nobody misses the GPU"
     assert where(poor[::-1], ask(1), pairs) == ["a"]
 
@@ -75,8 +75,8 @@ def test_cpus_and_memory_of_a_kind_count_by_their_mean(resource: str) -> None:
 @pytest.mark.parametrize("resource", ["cpus", "memory_gib"])
 def test_a_replica_goes_only_where_there_is_as_much_as_it_takes(resource: str) -> None:
     nodes = [node("a", **{resource: 7.999}), node("b", **{resource: 8})]  # type: ignore[arg-type]
-    assert where(nodes, ask(**{resource: 8})) == ["b"]  # type: ignore[arg-type]
-    assert where(nodes, ask(2, **{resource: 4}, replicas=3)).count("b") == 2  # type: ignore[arg-type]
+    assert where(nodes, ask(**{resource: 8})) == ["b"]
+    assert where(nodes, ask(2, **{resource: 4}, replicas=3)).count("b") == 2
 
 
 def test_what_is_asked_for_more_often_counts_more() -> None:

@@ -150,7 +150,7 @@ def test_remote_replicas_stay_while_they_call_the_same_with_as_many_units() -> N
         ({"provider": "anthropic"}, False),
         ({"provider": None, "key": None}, False),
     ):
-        assert stays(held, before, replace(before, **fields), snapshot) is expected, fields  # type: ignore[arg-type]
+        assert stays(held, before, replace(before, **fields), snapshot) is expected, fields
 
 
 def test_only_as_many_stay_in_a_domain_as_may() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from placement import topologies
@@ -180,7 +182,7 @@ def test_arrivals_may_be_given_in_any_order() -> None:
     ],
 )
 def test_what_is_free_is_of_use_where_there_is_just_as_much_beside_it(
-    asked: dict[str, int], fragmented: float
+    asked: dict[str, Any], fragmented: float
 ) -> None:
     mix = Mix().plus(ask(replicas=2, **asked))
     assert fragmentation(Snapshot([node("a")], mix=mix)) == (2, fragmented)

@@ -18,7 +18,8 @@ from aiohttp import web
 from placement import Deployment, topologies
 from placement.core.explanation import Explanation, Stage
 from placement.core.lifecycle import State
-from placement.core.score import shape_of
+from placement.core.needs import Within
+from placement.core.shape import shape_of
 from placement.dashboard import server
 from placement.errors import UnknownDeployment, UnknownNode
 from placement.runtime.discovery import DeadNode, NodeInfo
@@ -57,7 +58,8 @@ class Recorded:
     cluster = "10.0.0.1:6379"
 
     def __init__(self, nodes: int) -> None:
-        self.reads, self.fails = 0, None
+        self.reads = 0
+        self.fails: Exception | None = None
         self.feed = Feed()
         self.facts: dict[str, NodeFacts] = {}
         self.nodes = [self._node(number) for number in range(nodes)]
@@ -65,7 +67,7 @@ class Recorded:
         self.deployments: dict[str, Known] = {}
         for number, info in enumerate(self.nodes):
             self._occupy(number, info)
-        waits = Deployment(name="llama-405b", model="meta-llama/Llama-3.1-405B", gpus=8, within="nvlink")
+        waits = Deployment(name="llama-405b", model="meta-llama/Llama-3.1-405B", gpus=8, within=Within.NVLINK)
         self.deployments["llama-405b"] = Known(waits, states={0: State.PENDING}, reasons={0: NO_ROOM})
         self.feed.add("llama-405b", 0, "pending", NO_ROOM)
         self.feed.add("mixtral", None, "refused", f"cannot place 'mixtral': {NO_ROOM}")

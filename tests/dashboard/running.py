@@ -17,7 +17,7 @@ from pathlib import Path
 def dashboard(address: str, env: Mapping[str, str] = os.environ) -> Iterator[str]:
     """Runs the command, until it is interrupted; the address that it prints."""
     command = [
-        Path(sys.executable).with_name("placement"),
+        str(Path(sys.executable).with_name("placement")),
         "dashboard",
         "--port",
         "0",

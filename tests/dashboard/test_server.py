@@ -231,11 +231,11 @@ def test_what_one_node_reports_and_why_something_waits_is_asked_once_for_all() -
         asked = []
         answer = source.node
 
-        async def node(name: str) -> Any:
-            asked.append(name)
-            return await answer(name)
+        async def asked_of(node: str) -> Any:
+            asked.append(node)
+            return await answer(node)
 
-        source.node = node  # type: ignore[method-assign]
+        source.node = asked_of  # type: ignore[method-assign]
         app = server.application(server.Board(source), source, server.Guard("127.0.0.1", None))
         async with TestClient(TestServer(app)) as other:
             for _ in range(3):

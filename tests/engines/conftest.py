@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,7 +72,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "torch_dtype": "float32",
     }
     words = {f"w{i}": i for i in range(WORDS)}
-    tokenizer = {
+    tokenizer: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,

@@ -38,7 +38,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 class Own:
     """A replica that has no GPU itself; its workers are in its group."""
 
-    async def __init__(self, version: str) -> None:
+    async def __init__(self, version: str) -> None:  # type: ignore[misc]
         self.version = version
         self.ranks = ranks_in(await replica_group([{"GPU": 1}] * 2, within="nvlink"))
         self.where = await asyncio.gather(*(rank.where.remote() for rank in self.ranks))

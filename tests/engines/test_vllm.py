@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import ray
 
-from placement import Client, Deployment, InvalidDeployment
+from placement import Client, Deployment, InvalidDeployment, PlacementConstraints
 from placement.runtime.embedded import SimulatedNode, free_port
 from tests.integration.conftest import left_over, settled
 from tests.integration.test_place import another_user, node_id
@@ -184,7 +184,11 @@ def test_an_engine_in_an_actor_inside_a_group_has_its_ranks_there(
 ) -> None:
     result = Client().place(
         Deployment(
-            name="inside", model=str(model), runtime="vllm", gpus=2, constraints={"gpu_nodes": ["pcie-b"]}
+            name="inside",
+            model=str(model),
+            runtime="vllm",
+            gpus=2,
+            constraints=PlacementConstraints(gpu_nodes=("pcie-b",)),
         )
     )
     options = result.engine_options(0) | {"runtime_env": {"env_vars": result.environment(0)}}

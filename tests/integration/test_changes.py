@@ -147,7 +147,7 @@ def test_egress_that_is_replaced_in_its_place_is_not_called_refused(service: Any
 
 def test_apart_holds_both_ways_and_in_any_order_of_a_file(service: Any) -> None:
     b = {"name": "b", "model": "m", "constraints": {"apart_from": ["a", "r"]}}
-    a = {
+    a: dict[str, Any] = {
         "name": "a",
         "model": "m",
         "gpus": 4,
@@ -155,7 +155,7 @@ def test_apart_holds_both_ways_and_in_any_order_of_a_file(service: Any) -> None:
         "constraints": {"gpu_nodes": ["pcie-a", "pcie-b"]},
     }
     r = {"name": "r", "model": "gpt-4o", "constraints": {"egress_nodes": ["pcie-a", "pcie-b"]}}
-    c = {"name": "c", "model": "m", "constraints": {"near_to": ["b"]}}
+    c: dict[str, Any] = {"name": "c", "model": "m", "constraints": {"near_to": ["b"]}}
     for file in ([c, b, a, r], [r, a, b, c]):
         planned = ray.get(service.plan_all.remote(file))
         results = ray.get(service.apply_all.remote(file))

@@ -15,6 +15,7 @@ import pytest
 from aiohttp import web
 
 import placement
+from placement.core.needs import Within
 from placement.dashboard import server, source
 from placement.errors import ClusterUnreachable
 from placement.runtime import bootstrap
@@ -164,7 +165,7 @@ def test_what_happens_is_seen_without_a_reload(page: Page, client: placement.Cli
 
 
 def test_what_waits_says_why_and_each_node_is_asked(page: Page, client: placement.Client) -> None:
-    client.apply(placement.Deployment(name="large", model="m", gpus=4, within="nvlink"))
+    client.apply(placement.Deployment(name="large", model="m", gpus=4, within=Within.NVLINK))
     page.await_(lambda: "large" in page.text("#waiting"))
     assert "replica 0 pending" in page.text("#waiting")
     page.click("#waiting button", "large")
@@ -249,7 +250,9 @@ def recorded() -> Iterator[str]:
     read = data.read
 
     async def hostile(since: int) -> Any:
-        return _hostile(await read(since))
+        told = _hostile(await read(since))
+        told["status"]["nodes"][0]["others_unlocated"] = 1  # of the GPUs 5 and 6, which are free else
+        return told
 
     data.read = hostile  # type: ignore[method-assign]
     thread = threading.Thread(target=run)
@@ -284,10 +287,17 @@ def _hostile(value: Any, key: str = "") -> Any:
     return f"{value}{HOSTILE}" if key in TEXTS and isinstance(value, str) else value
 
 
+def test_no_gpu_looks_free_where_others_hold_one_that_is_not_known(browser: Any, recorded: str) -> None:
+    page = Page(browser, recorded)
+    said = "free, or one of 1 that other Ray users hold on this node; which is not known yet"
+    page.await_(lambda: sum(said in label for label in page.labels()) == 2)
+    assert "other Ray users hold 1 more; which ones is not known yet" in page.text("#map")
+
+
 def test_hostile_texts_are_shown_as_texts(browser: Any, recorded: str) -> None:
     page = Page(browser, recorded)
     for where in ("#map", "#deployments", "#waiting", "#events"):
-        page.await_(lambda where=where: HOSTILE in page.text(where))
+        page.await_(lambda where=where: HOSTILE in page.text(where))  # type: ignore[misc]
     for one in ("#deployments button", "#events button", "#map .name", "#map .cell", "#waiting button"):
         page.click(one)
         page.await_(lambda: HOSTILE in page.text("#detail"))

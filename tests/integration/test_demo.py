@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,3 +78,52 @@ def test_ctrl_c_cleans_up(moment: str) -> None:
     assert demo.wait(timeout=60) == 130, (seen + rest).decode()
     assert b"interrupted" in rest
     assert b"Traceback" not in rest
+
+
+@pytest.fixture
+def kept_apart() -> Iterator[dict[str, str]]:
+    """An environment in which no demo is kept yet, and none is left."""
+    folder = tempfile.mkdtemp(prefix="kept-")  # a short name, since Ray's sockets are below it
+    env = ENV | {"RAY_TMPDIR": folder}
+    yield env
+    subprocess.run([*COMMAND, "--stop"], env=env, timeout=240, check=True)
+    shutil.rmtree(folder)
+
+
+def told(env: dict[str, str], *args: str) -> Any:
+    done = subprocess.run([*COMMAND, *args, "--json"], env=env, capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stderr) == (0, "")
+    return json.loads(done.stdout)
+
+
+def test_one_that_is_kept_outlives_its_terminal_until_it_is_told_to_end(kept_apart: dict[str, str]) -> None:
+    leader, follower = pty.openpty()
+    demo = subprocess.Popen(
+        [*COMMAND, "--keep"],
+        env=kept_apart,
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        start_new_session=True,
+    )
+    os.close(follower)
+    shown = b""
+    with contextlib.suppress(OSError):  # the last process that had the terminal has ended
+        while more := os.read(leader, 4096):
+            shown += more
+    os.close(leader)
+    assert demo.wait(timeout=60) == 0, shown.decode()
+    assert b"22 of 22 workers" in shown and b"placement demo --stop" in shown, shown.decode()
+
+    kept = told(kept_apart, "--keep")
+    assert f"export RAY_ADDRESS={kept['address']}".encode() in shown, (
+        "it is found, and none is started beside it"
+    )
+    command = [COMMAND[0], "status", "--address", kept["address"], "--json"]
+    status = json.loads(subprocess.run(command, env=kept_apart, stdout=subprocess.PIPE, check=True).stdout)
+    assert {one["state"] for one in status["deployments"]} == {"placed"}
+    assert (status["totals"]["deployments"], status["totals"]["gpus"]) == (10, 20)
+
+    assert told(kept_apart, "--stop") == {"stopped": True}
+    assert settled(lambda: not its_processes()), its_processes()
+    assert told(kept_apart, "--stop") == {"stopped": False}

@@ -52,7 +52,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedCluste
 def examine(address: str, *options: str) -> tuple[int, dict[tuple[str | None, str], dict[str, Any]], str]:
     """Exit code, findings by node and check, and stderr of the command, beside this driver."""
     command = [
-        Path(sys.executable).with_name("placement"),
+        str(Path(sys.executable).with_name("placement")),
         "doctor",
         "--address",
         address,
@@ -153,7 +153,7 @@ def test_a_node_that_hangs_is_told_and_left_alone(cluster: EmbeddedCluster) -> N
 
 
 def test_nothing_stays_held_where_it_is_killed(address: str) -> None:
-    command = [Path(sys.executable).with_name("placement"), "doctor", "--address", address]
+    command = [str(Path(sys.executable).with_name("placement")), "doctor", "--address", address]
     seen: list[str] = []
     for _ in range(5):  # each hold is there for some milliseconds
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

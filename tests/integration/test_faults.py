@@ -40,7 +40,7 @@ REMOTE = {"model": "gpt-4o", "serving": {"max_concurrent": 3}}
 
 SERVICE = ("service.planned", "service.reserved", "service.kept")
 NODE = ("agent.steered", "agent.created")
-STEPS = [
+STEPS: list[Any] = [
     *((PAIR, step) for step in (*SERVICE, "service.ordered", *NODE, "agent.verified")),
     *((SHARE, step) for step in (*SERVICE, "service.ordered", *NODE)),
     *(

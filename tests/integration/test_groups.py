@@ -13,6 +13,7 @@ from placement import Deployment, Group, InvalidDeployment
 from placement.errors import BelowFloor, GroupStands
 from placement.runtime.embedded import EmbeddedCluster, SimulatedNode
 from placement.wire.files import load_deployments
+from placement.wire.groups import GroupLink
 from tests.integration.conftest import settled
 from tests.integration.test_node_death import kill
 from tests.integration.test_place import ranks_gpus
@@ -28,8 +29,8 @@ def cluster_nodes() -> list[SimulatedNode]:
 
 
 def pd(units: int = 2, within: str = "numa") -> list[Deployment]:
-    link = {"between": ("prefill", "decode"), "via": "pcie", "within": within}
-    group = Group(name="pd", members={"prefill": 1, "decode": 2}, units=units, links=[link])
+    link = GroupLink.model_validate({"between": ("prefill", "decode"), "via": "pcie", "within": within})
+    group = Group(name="pd", members={"prefill": 1, "decode": 2}, units=units, links=(link,))
     return group.of([Deployment(name=name, model="org/m") for name in ("prefill", "decode")])
 
 
@@ -97,8 +98,8 @@ def test_it_waits_as_one_and_comes_as_one(service: Any) -> None:
 def test_a_draft_model_on_a_share_lies_beside_its_target(service: Any) -> None:
     """Of via = "pcie" only a GPU of the same root is near enough; the other user holds those that come first."""
     ray.get(service.place.remote({"name": "other", "model": "org/m", "gpus": 0.5}))
-    link = {"between": ("target", "draft"), "via": "pcie", "within": "numa"}
-    group = Group(name="sd", members={"target": 1, "draft": 2}, units=2, links=[link])
+    link = GroupLink(between=("target", "draft"), via="pcie", within="numa")
+    group = Group(name="sd", members={"target": 1, "draft": 2}, units=2, links=(link,))
     target = Deployment(name="target", model="org/m", gpus=3)
     draft = Deployment(name="draft", model="org/m", gpus=0.25)
     ray.get(service.apply_all.remote(group.of([target, draft]), atomic=True))
@@ -118,7 +119,7 @@ def test_a_trainer_over_two_nodes_is_placed_with_its_rollout_workers(service: An
     group = Group(
         name="rl",
         members={"train": 1, "roll": 2},
-        links=[{"between": ("train", "roll"), "via": "nvlink", "within": "rack"}],
+        links=(GroupLink(between=("train", "roll"), via="nvlink", within="rack"),),
     )
     train = Deployment(name="train", model="org/m", tensor_parallel=8, pipeline_parallel=2)
     wanted = group.of([train, Deployment(name="roll", model="org/m", gpus=4)])

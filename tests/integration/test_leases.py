@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def ends(client: Client, names: list[str], what: str, gpus: float = 8.0, egress:
         time.sleep(0.005)
     freed = time.monotonic() - began
     for name in names:
-        assert settled(lambda name=name: is_forgotten(client, name)), client.describe(name)
+        assert settled(partial(is_forgotten, client, name)), client.describe(name)
     forgot = time.monotonic() - began
     print(f"\n{what}: free after {freed:.2f} s, forgotten after {forgot:.2f} s")
     recovered(what, forgot)
@@ -218,8 +219,8 @@ def test_of_two_who_ask_for_the_same_name_at_once_one_gets_it(client: Client) ->
     for call in calls:
         try:
             outcomes.append(ray.get(call))
-        except DeploymentConflict as conflict:
-            outcomes.append(conflict)
+        except DeploymentConflict as refused:
+            outcomes.append(refused)
     [conflict] = [one for one in outcomes if isinstance(one, DeploymentConflict)]
     [told] = [one for one in outcomes if isinstance(one, dict)]
     assert "another caller" in str(conflict)

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -94,7 +94,7 @@ def values(ask: Ask, query: str) -> dict[tuple[str, ...], float]:
     return {tuple(v for _, v in sorted(one["metric"].items())): float(one["value"][1]) for one in told}
 
 
-def tells(ask: Ask, query: str, expected: dict[tuple[str, ...], float]) -> None:
+def tells(ask: Ask, query: str, expected: Mapping[Any, float]) -> None:
     """That Prometheus says so; what happened just now reaches it within seconds, each metric at its own time."""
     assert settled(lambda: values(ask, query) == expected, 120), (values(ask, query), expected)
 
@@ -129,7 +129,7 @@ def test_prometheus_says_what_status_says_and_the_dashboard_and_the_alerts_work(
     tells(ask, "max by (kind) (ray_placement_queue_length)", {("deployment",): 1, ("call",): 0})
     tells(ask, "0 < max(ray_placement_queue_oldest_seconds) < bool 3600", {(): 1})
     tells(ask, "sum by (code) (ray_placement_refusals_total)", {("not_enough_gpus",): 1})
-    speed = pair.assignments[0].bandwidth_gb_per_s * 1e9
+    speed = (pair.assignments[0].bandwidth_gb_per_s or 0) * 1e9
     tells(ask, "max by (deployment) (ray_placement_allreduce_bytes_per_second)", {("pair",): speed})
     tells(ask, "max by (deployment) (ray_placement_allreduce_best_ratio)", {("pair",): 1})
 

@@ -258,6 +258,7 @@ def test_callers_at_once_queue(
 
 
 def test_what_ray_refuses_is_refused_as_ray_does_and_the_rest_with_the_fix(service: Any) -> None:
+    wrong: dict[str, Any]
     for wrong in (
         {"bundles": []},
         {"bundles": [ONE], "strategy": "STRICT"},

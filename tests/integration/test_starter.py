@@ -77,7 +77,7 @@ def surroundings(actor: Any) -> dict[str, Any]:
     return found
 
 
-CLEAN = {"runtime_env": {}, "group": None, "devices": None, "marks": [], "shadowed": False}
+CLEAN: dict[str, Any] = {"runtime_env": {}, "group": None, "devices": None, "marks": [], "shadowed": False}
 
 
 def the_agent() -> Any:

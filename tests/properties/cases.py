@@ -240,6 +240,10 @@ def gpu_request(chance: Random, mode: str) -> Request:
 
 def remote_request(chance: Random) -> Request:
     """A request for egress units."""
+    others: tuple[dict[str, Any], ...] = (
+        *({}, {}, {}, {}),
+        *({"apart_from": ("x",)}, {"near_to": ("y",)}, {"kept_away_by": ("x",)}),
+    )
     return Request(
         "d",
         tuple(range(chance.randint(1, 4))),
@@ -249,9 +253,7 @@ def remote_request(chance: Random) -> Request:
         egress_nodes=chance.choice((None, tuple(chance.sample(NAMES, k=2)))),
         egress_preference=tuple(chance.sample(NAMES, k=chance.randint(0, 2))),
         standing=standing(chance),
-        **chance.choice(
-            ({}, {}, {}, {}, {"apart_from": ("x",)}, {"near_to": ("y",)}, {"kept_away_by": ("x",)})
-        ),
+        **chance.choice(others),
     )
 
 
@@ -313,7 +315,7 @@ def offered(snapshot: Snapshot) -> object:
     for (needs, policy), known in snapshot._offers.items():
         assert known._nodes == fresh.offers(needs, policy)._nodes
     if snapshot.room is not None:
-        assert snapshot.room._nodes == list(snapshot.nodes)
+        assert vars(snapshot.room)["_nodes"] == list(snapshot.nodes)
     nodes = [
         [copy.copy(getattr(node, field)) for field in Node.__dataclass_fields__] for node in snapshot.nodes
     ]

@@ -312,10 +312,8 @@ def will_do(profile: str | None, needs: Needs) -> bool:
 
 def has_named(node: Node, needs: Needs) -> bool:
     """Whether a node has all GPUs that are named, each as it is asked for."""
-    slots = {
-        **{gpu: gpu for gpu in range(len(node.topology))},
-        **{uuid: gpu for gpu, uuid in node.uuids.items()},
-    }
+    slots: dict[int | str, int] = {gpu: gpu for gpu in range(len(node.topology))}
+    slots |= {uuid: gpu for gpu, uuid in node.uuids.items()}
     return all(name in slots and will_do(node.slots.get(slots[name]), needs) for name in needs.named)
 
 

@@ -77,10 +77,10 @@ CLUSTER = (
                 Node("id-a", "a", "10.0.0.1", topologies.load("a100-pcie-4x"), frozenset({0, 1}), rests={2: 500},
                      gpu_memory_bytes=80 << 30, free_memory={0: 1 << 36}, cpu_milli=64000, memory_bytes=1 << 38,
                      accelerators=frozenset({"A100"}), labels={"zone": "x"}, compute_capability=(8, 0),
-                     deployments=frozenset({"llama"})),
+                     deployments={"llama": 1}),
                 Node("id-m", "m", topology=MIG.topology(), free=frozenset({11, 12}), slots=MIG.slots,
                      instances={1: "1g.10gb"}, gpu_memory_bytes=80 << 30),
-                Node("id-e", "e", egress={"egress": 64}, serving=frozenset({("openai", "0123456789abcdef")})),
+                Node("id-e", "e", egress={"egress": 64}, serving={("openai", "0123456789abcdef"): 1}),
             ]
         ),
         [

@@ -47,7 +47,7 @@ class MeasuredOracle(Oracle):
             return min((predicted * rate // usual for rate, usual in counts), default=predicted)
         bounds = [predicted]
         for gpu in gpus if slow else ():
-            hops = [tuple(sorted((gpu, other))) for other in gpus if other != gpu]
+            hops = [(min(gpu, other), max(gpu, other)) for other in gpus if other != gpu]
             second = sorted(reached[hop][0] if hop in slow else 10**9 for hop in hops)[-2]
             ring = second * (1000 + 230 * (len(gpus) - 2) // len(gpus)) // 1000
             nvlinks = [

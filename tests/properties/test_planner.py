@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -119,8 +120,8 @@ def test_the_best_set_is_left_alone_where_two_others_are_needed() -> None:
         (Node("id", "row", topology=Topology(tuple(map(tuple, links))), free=frozenset(range(4))),)
     )
     one, two = (Request("d", tuple(range(n)), Needs(2, Within.NVLINK)) for n in (1, 2))
-    assert [replica.gpus for replica in plan(row, one).replicas]  # type: ignore[union-attr] == [(1, 2)]
-    assert [replica.gpus for replica in plan(row, two).replicas]  # type: ignore[union-attr] == [(0, 1), (2, 3)]
+    assert [replica.gpus for replica in plan(row, one).replicas] == [(1, 2)]  # type: ignore[union-attr]
+    assert [replica.gpus for replica in plan(row, two).replicas] == [(0, 1), (2, 3)]  # type: ignore[union-attr]
 
 
 @settings(max_examples=100, deadline=None)
@@ -159,5 +160,5 @@ def test_after_every_step_free_and_held_add_up_and_nothing_is_held_twice(
             assert not snapshot.node(node.id).free & set(held)
 
 
-def _fields(node: Node) -> dict[str, object]:
+def _fields(node: Node) -> dict[str, Any]:
     return {name: getattr(node, name) for name in Node.__dataclass_fields__}

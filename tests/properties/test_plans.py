@@ -118,8 +118,9 @@ def declared(draw: st.DrawFn) -> Deployment:
         limits = {**limits, "near_to": []}
     policy = draw(st.sampled_from(("topology", "topology", "spread", "pack", "fragmentation")))
     fields = draw(st.one_of(LOCAL, LOCAL, REMOTE))
-    return Deployment(
-        name=name, model="m", replicas=draw(st.integers(1, 3)), policy=policy, constraints=limits, **fields
+    replicas = draw(st.integers(1, 3))
+    return Deployment.model_validate(
+        {"name": name, "model": "m", "replicas": replicas, "policy": policy, "constraints": limits, **fields}
     )
 
 
@@ -168,6 +169,6 @@ def test_together_or_one_by_one_is_the_same(
         # What waits to be replaced stays where it was placed.
         current = [replica for replica in held.replicas if not replica.generation]
         limits, here = held.deployment.constraints, {replica.node for replica in current}
-        for other in limits.apart_from if limits else ():
-            there = world.held[other].replicas if other in world.held else ()
-            assert not here & {replica.node for replica in there}, (held.deployment.name, other)
+        for apart in limits.apart_from if limits else ():
+            there = world.held[apart].replicas if apart in world.held else ()
+            assert not here & {replica.node for replica in there}, (held.deployment.name, apart)

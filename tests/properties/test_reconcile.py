@@ -167,7 +167,7 @@ def test_all_that_waits_is_looked_at_as_if_it_were_one_after_the_other(seed: int
     kinds = [declared(chance, None) for _ in range(3)]
     queue: list[tuple[str, Desired, Mapping[int, Observed]]] = []
     for number in range(chance.randint(2, 8)):
-        kind, observed, name = chance.choice(kinds), dict[int, Observed](), f"q{number}"
+        kind, standing, name = chance.choice(kinds), dict[int, Observed](), f"q{number}"
         request = replace(kind.request, deployment=name)
         if chance.random() < 0.5:  # some of it is there, as declared or as declared before
             earlier = replace(request, **(change(chance, request) if chance.random() < 0.5 else {}))
@@ -175,8 +175,8 @@ def test_all_that_waits_is_looked_at_as_if_it_were_one_after_the_other(seed: int
             step, later = advance(snapshot, one)
             if isinstance(step.outcome, Plan):
                 snapshot = later
-                observed[one.replicas[0]] = Observed(step.outcome.replicas, earlier)
-        queue.append((name, replace(kind, request=request), observed))
+                standing[one.replicas[0]] = Observed(step.outcome.replicas, earlier)
+        queue.append((name, replace(kind, request=request), standing))
     decided = admit(queue, Snapshot(snapshot.nodes, snapshot.near))
     now = Snapshot(snapshot.nodes, snapshot.near)
     for (name, desired, observed), (key, together) in zip(queue, decided, strict=True):

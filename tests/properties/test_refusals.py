@@ -84,7 +84,7 @@ def request(dice: random.Random) -> Request:
         needs = needs._replace(within=dice.choice((Within.NODE, *Within)), min_bandwidth_gb_per_s=floor)
     if not whole:
         kinds = ({"share": 500}, {"memory_bytes": 20 * GIB}, {"profile": "1g.10gb"})
-        needs = needs._replace(**dice.choice(kinds))  # type: ignore[arg-type]
+        needs = needs._replace(**dice.choice(kinds))
     names = dice.choice(((), (), (), (0, 1, 2, 3), (1, 2), ("GPU-n1-1",), (0, "GPU-n1-1")))
     spread = dice.choice((None, "zone"))
     stages, parts = (dice.randint(1, 3), dice.choice((1, 1, 2))) if whole else (1, 1)

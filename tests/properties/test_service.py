@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import Executor, Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -126,7 +127,7 @@ class Ray:
     lates: int = 0
     late: list[Callable[[], None]] = field(default_factory=list)
     orphans_suspected: bool = False
-    meanwhile: list[Callable[[], None]] = field(default_factory=list)
+    meanwhile: list[Callable[[], object]] = field(default_factory=list)
     under_way: int = 0
     kill_at: str = ""
     store_fails: str = ""
@@ -279,7 +280,7 @@ class Fleet(fleet.Fleet):
         for node in self._ray.actors:
             self._ray.actors[node] = set(self._holdings(node))
 
-    def forget_all_but(self, alive: frozenset[str]) -> None:
+    def forget_all_but(self, alive: Collection[str]) -> None:
         self._ray.actors = {node: held for node, held in self._ray.actors.items() if node in alive}
 
     def _forgotten(self, order: str, nodes: Iterable[str]) -> None:
@@ -305,7 +306,7 @@ class Fleet(fleet.Fleet):
     ) -> tuple[list[tuple[str, NodeAssignment]], list[Refusal]]:
         ray = self._ray
         made: dict[int, Group] = {}
-        reserved = []
+        reserved: list[tuple[str, NodeAssignment]] = []
         for part in claim.replicas:
             if ray.meanwhile:
                 ray.meanwhile.pop()()
@@ -317,7 +318,7 @@ class Fleet(fleet.Fleet):
             if ray.lates:
                 ray.lates -= 1
                 late = Group(group.name, next(ray.numbers))
-                ray.late.append(lambda late=late, part=part, units=units: self._late(late, part, units))
+                ray.late.append(partial(self._late, late, part, units))
                 return reserved, [Refusal(part.node_id, part.node_id, 1, "no answer", full=True, at_most=0)]
             if create is not None:
                 faults.point("service.lent")
@@ -399,11 +400,11 @@ class DirectService(Controller):
     def __init__(self, node_types: Sequence[NodeType] = ()) -> None:
         super().__init__(lambda info: None, node_types=node_types)
 
-    def place(self, deployment: Any, caller: Any = None, lending: Any = None) -> PlacementResult:  # type: ignore[override]
+    def place(self, deployment: Any, caller: Any = None, lending: Any = None) -> PlacementResult:
         wanted = parse(deployment, None)
         return super().place(wanted, owner_of(wanted, caller), lending)
 
-    def apply(self, deployment: Any, atomic: bool = False, caller: Any = None) -> PlacementResult:  # type: ignore[override]
+    def apply(self, deployment: Any, atomic: bool = False, caller: Any = None) -> PlacementResult:
         wanted = parse(deployment, None)
         return super().apply(wanted, atomic, owner_of(wanted, caller))
 

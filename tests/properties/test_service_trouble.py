@@ -80,7 +80,7 @@ class Trouble(Service):
 
     @initialize(nodes=st.integers(1, 4))
     def begin(self, nodes: int) -> None:
-        self.patches = [
+        self.patches: list[Any] = [
             mock.patch.object(test_service, "Ray", Weak),
             mock.patch.object(test_service, "Fleet", Watchful),
             mock.patch.object(clock, "draining_nodes", lambda: frozenset(self.ray.draining)),

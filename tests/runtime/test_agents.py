@@ -101,7 +101,7 @@ def ray() -> Iterator[Ray]:
 
 @pytest.fixture
 def known(ray: Ray) -> Agents:
-    known = Agents(ray.make, lambda node: {}, lambda node: None)  # type: ignore[arg-type]
+    known = Agents(ray.make, lambda node: {}, lambda node: None)
     known.agent(NODE)
     return known
 

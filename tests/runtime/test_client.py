@@ -27,7 +27,7 @@ from placement.runtime import async_client, borrowing, client, client_base
 from placement.runtime.borrowing import Borrower, OwnGroups
 from placement.runtime.leases import Loan
 
-WANTED = {"name": "mine", "model": "m", "replicas": 2, "owner": "caller"}
+WANTED: dict[str, Any] = {"name": "mine", "model": "m", "replicas": 2, "owner": "caller"}
 CALLER = {"job": "01000000", "node": "aa", "pid": "7"}
 
 
@@ -387,7 +387,7 @@ def test_a_group_waits_for_room_and_is_called_what_its_owner_says(
         Groups(),
     )
     lifetimes: list[str | None] = []
-    create, groups.create = groups.create, lambda loan: lifetimes.append(loan.lifetime) or create(loan)  # type: ignore[func-returns-value, method-assign]
+    create, groups.create = groups.create, lambda loan: lifetimes.append(loan.lifetime) or create(loan)  # type: ignore[method-assign]
     borrower = Borrower(service)
     borrower.groups = groups
     assert borrower.create_group(layout, name, lifetime, None) == groups.there[called]

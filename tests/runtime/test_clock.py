@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from functools import partial
 from types import SimpleNamespace
@@ -97,7 +97,7 @@ class Later(Executor):
 
 
 @pytest.fixture
-def controller(monkeypatch: pytest.MonkeyPatch) -> Iterator[Controller]:
+def controller(monkeypatch: pytest.MonkeyPatch) -> Controller:
     controller = Controller()
     monkeypatch.setattr(clock, "time", SimpleNamespace(monotonic=lambda: controller.now, time=float))
     monkeypatch.setattr(clock, "live_node_ids", lambda: frozenset(controller.alive))

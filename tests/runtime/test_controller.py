@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -337,7 +338,7 @@ def test_calls_that_wait_are_tried_in_their_turn_among_the_declarations(
     service.place(one("holds", gpus=4))
     tickets = []
     for name in ("early", "late"):
-        ticket = Ticket(parse(one(name, gpus=3), None), lambda name=name: service.place(one(name, gpus=3)))
+        ticket = Ticket(parse(one(name, gpus=3), None), partial(service.place, one(name, gpus=3)))
         with pytest.raises(NotEnoughGpus):
             ticket.attempt()
         service.queue.tickets.add(ticket)
@@ -508,7 +509,7 @@ def test_a_call_that_waits_is_tried_only_when_there_is_room_or_its_name_is_taken
 ) -> None:
     service.place(one("holds", gpus=4))
     ticket = ticket_for(service, one("call", gpus=3))
-    attempts = []
+    attempts: list[int] = []
     ticket._do = lambda: attempts.append(1) or service.place(one("call", gpus=3))
     a_while_passes(service)
     assert not attempts

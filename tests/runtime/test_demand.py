@@ -86,6 +86,12 @@ class MakeBelieve:
         self.on[group] = node_id
 
 
+def wait_of(told: asking.Asked) -> float:
+    """After how many seconds it is asked again."""
+    assert told.again is not None and told.since is not None
+    return told.again - told.since
+
+
 class World:
     """The asks on that cluster, looked at as often as they say."""
 
@@ -285,7 +291,7 @@ def test_what_the_planner_refuses_is_not_asked_for_again_for_minutes_nor_anythin
     told = world.run(arrivals.PLACED_SECONDS)
     assert [State.NOT_ASKED, State.NOT_ASKED, State.ASKED] == [one.state for one in told.values()]
     assert "1 node came for it, on which it was not placed" == told["a:0:0"].reason
-    assert shapes.REFUSED_SECONDS[0] == told["a:0:0"].again - told["a:0:0"].since
+    assert shapes.REFUSED_SECONDS[0] == wait_of(told["a:0:0"])
     assert [8.0] == [world.ray.groups[group][0].total["GPU"] for group in world.ray.open]
     states = world.states(shapes.REFUSED_SECONDS[0])
     assert [State.ASKED, State.NOT_ASKED, State.ASKED] == list(states.values()), (
@@ -325,7 +331,7 @@ def test_one_need_never_brings_node_after_node(world: World) -> None:
 
 
 def test_what_no_node_type_can_hold_is_withdrawn_and_asked_again_after_a_growing_wait(world: World) -> None:
-    world.wanted = {f"a:{index}:0": GPU8 for index in range(3)} | {"b:0:0": GPU4}
+    world.wanted = {**{f"a:{index}:0": GPU8 for index in range(3)}, "b:0:0": GPU4}
     world.run()
     kept, *too_many, other = world.ray.open
     world.ray.infeasible = set(too_many)  # the type's maximum is reached with the first
@@ -336,7 +342,7 @@ def test_what_no_node_type_can_hold_is_withdrawn_and_asked_again_after_a_growing
     assert told["a:1:0"].reason == (
         "no node type of this cluster can hold a node with 8 GPUs, or its maximum is reached"
     )
-    assert 30.0 == told["a:1:0"].again - told["a:1:0"].since
+    assert 30.0 == wait_of(told["a:1:0"])
     assert [kept, other] == world.ray.open
     assert State.INFEASIBLE is world.states(27)["a:1:0"]
     world.run(5)
@@ -347,7 +353,7 @@ def test_what_no_node_type_can_hold_is_withdrawn_and_asked_again_after_a_growing
         assert 2 == len(world.ray.open)
         world.ray.infeasible |= set(world.ray.open) - {other}
         told = world.run(asking.STATUS_SECONDS)
-        assert ([other], wait) == (world.ray.open, told["a:1:0"].again - told["a:1:0"].since)
+        assert ([other], wait) == (world.ray.open, wait_of(told["a:1:0"]))
         world.run(wait)
     (group,) = set(world.ray.open) - {other}
     world.ray.arrive(group, "new")

@@ -141,14 +141,14 @@ def test_of_what_stands_the_last_event_is_known_however_many_came_after(
     for name in ("a", "a", "gone", "b"):
         log.add(name, 0, "placed", name)
     last = log.since(0, ["a"])[-1]
-    for name in range(9):
-        log.add(f"d{name}", 0, "placed")
+    for number in range(9):
+        log.add(f"d{number}", 0, "placed")
     assert (log.since(0, ["a"]), log.known("a"), log.known("gone")) == ([last], True, False)
     log.add("a", 0, "released")
     assert [one.state for one in log.since(0, ["a"])] == ["placed", "released"]
     standing.clear()
-    for name in range(9):
-        log.add(f"d{name}", 0, "placed")
+    for number in range(9):
+        log.add(f"d{number}", 0, "placed")
     assert not log.known("a")
 
 
@@ -235,7 +235,7 @@ class CountingLoop(asyncio.SelectorEventLoop):
 
     wakes = 0
 
-    def call_soon_threadsafe(self, *args: object, **options: object) -> asyncio.Handle:  # type: ignore[override]
+    def call_soon_threadsafe(self, *args: object, **options: object) -> asyncio.Handle:
         self.wakes += 1
         return super().call_soon_threadsafe(*args, **options)  # type: ignore[arg-type]
 

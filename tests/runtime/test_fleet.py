@@ -18,6 +18,7 @@ from placement.runtime.fleet import Fleet
 from placement.runtime.orders import Holding, Refusal, Refused, order_name
 from placement.runtime.results import NodeAssignment
 from placement.wire.deployment import Deployment
+from placement.wire.runtime_config import Serving
 
 NODES = [NodeInfo(name, name, name, 4, egress={"egress": 8}) for name in "ab"]
 
@@ -121,7 +122,7 @@ def test_a_release_does_without_an_actor_that_does_not_answer(
     nodes: Fleet, agents: Agents, removed: list[Any], is_known: bool
 ) -> None:
     (agents.hung if is_known else agents.hangs).add("a")
-    held = [(ORDER, NodeAssignment(0, node, [0], node, [0])) for node in "ab"]  # type: ignore[arg-type]
+    held = [(ORDER, NodeAssignment(0, node, [0], node, [0])) for node in "ab"]
     nodes.give_back(held)
     asked = [(node, method) for node, method, _ in agents.asked]
     assert asked == ([("b", "release")] if is_known else [("a", "release"), ("b", "release")])
@@ -169,12 +170,12 @@ def test_egress_that_was_lent_before_the_caller_failed_is_given_back(
         PlannedReplica(index, node, egress_resource="egress", egress_units=2)
         for index, node in enumerate("ab")
     )
-    declared = Deployment(name="d", model="gpt-4o", replicas=2, serving={"max_concurrent": 2})
+    declared = Deployment(name="d", model="gpt-4o", replicas=2, serving=Serving(max_concurrent=2))
     made: list[Any] = []
 
-    def create(name: str, bundles: list[dict[str, float]], on: list[str]) -> Any:
-        made.append((bundles, on))
-        if on == ["b"]:
+    def create(name: str, bundles: Any, nodes: list[str], domain: Any = None) -> Any:
+        made.append((bundles, nodes))
+        if nodes == ["b"]:
             raise ConnectionError
         return "group on a"
 

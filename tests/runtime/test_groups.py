@@ -58,6 +58,6 @@ def test_a_bundle_with_several_gpus_is_asked_once_for_all_of_them(monkeypatch: p
     slots(monkeypatch, None)
     node = NodeGroups("node", None)
     monkeypatch.setattr(node, "_ask", ask)
-    assert node.gpus_of("group", [0, 0, 2]) == [2, 3, 5]  # type: ignore[arg-type]
-    assert node.gpus_of("group", [2], 0.25) == [5]  # type: ignore[arg-type]
+    assert node.gpus_of("group", [0, 0, 2]) == [2, 3, 5]
+    assert node.gpus_of("group", [2], 0.25) == [5]
     assert asked == [(0, 2), (2, 1), (2, 0.25)]

@@ -171,9 +171,11 @@ def test_events_are_known_after_a_death_and_who_watches_misses_none(
     assert numbers_rise(kept(after))
 
 
-def test_a_service_that_was_stopped_leaves_no_doubt(start: Callable[[], DeploymentPlacementActor]) -> None:
+def test_a_service_that_was_stopped_leaves_no_doubt(
+    start: Callable[[], DeploymentPlacementActor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = start()
-    before._controller.fleet.agents.stop = int
+    monkeypatch.setattr(before._controller.fleet.agents, "stop", int)
     asked(before.place(one()), before.stop_agents())
     assert [entry["state"] for entry in kept(start(), "service")] == ["started", "stopped", "started"]
     assert "missing" not in kept(start(), "service")[-1]["text"]

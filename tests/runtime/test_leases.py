@@ -72,7 +72,8 @@ def test_a_group_that_comes_at_the_last_moment_is_not_lost(monkeypatch: pytest.M
 
 
 def test_how_bundles_are_spread_that_ray_is_to_place() -> None:
-    bundles, labels = ({"GPU": 1.0}, {"CPU": 1.0}), ({}, {"zone": "a"})
+    bundles = ({"GPU": 1.0}, {"CPU": 1.0})
+    labels: tuple[dict[str, str], ...] = ({}, {"zone": "a"})
     layout = BundleLayout(bundles=bundles, strategy=Strategy.SPREAD, bundle_label_selector=labels)
 
     async def loan(nodes: list[str]) -> Loan:

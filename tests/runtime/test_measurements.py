@@ -34,7 +34,7 @@ def measured(host: str, rates: Mapping[tuple[int, ...], float], name: str = "a10
         host=host,
         uuids=(None,) * 4,
         machine=Machine.make(topologies.load(name)),
-        rates=[MeasuredRate(gpus=gpus, gb_per_s=rate) for gpus, rate in rates.items()],
+        rates=tuple(MeasuredRate(gpus=gpus, gb_per_s=rate) for gpus, rate in rates.items()),
     )
 
 

@@ -57,7 +57,7 @@ def test_identical_calls_meanwhile_share_one_outcome_and_later_ones_begin_anew()
 
 def test_an_error_is_everybody_s_and_is_not_kept() -> None:
     async def scene() -> None:
-        shared, call = Outcomes(), Call(UnknownDeployment("d", []))
+        shared, call = Outcomes(), Call(UnknownDeployment("d", ()))
         tasks = [asyncio.create_task(shared.share("key", call.start)) for _ in range(3)]
         await turns()
         call.may_end.set()

@@ -9,6 +9,7 @@ import itertools
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -56,10 +57,10 @@ class Slots:
     others: set[int] = field(default_factory=set)
     others_shares: dict[int, int] = field(default_factory=dict)
     groups: dict[int, dict[int, int]] = field(default_factory=dict)
-    disturb: object = None
+    disturb: Any = None
     steps: int = 0
     books_lag_by: int = 0
-    _ids: itertools.count = field(default_factory=itertools.count)
+    _ids: itertools.count[int] = field(default_factory=itertools.count)
 
     def rests(self) -> dict[int, int]:
         """Thousandths free of each GPU."""

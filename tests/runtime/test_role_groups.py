@@ -22,13 +22,14 @@ from placement.errors import (
 )
 from placement.runtime import group_reconciler
 from placement.runtime.clock import Clock
+from placement.wire.groups import GroupLink
 from tests.properties.test_service import AtOnce, DirectService, Killed, NoAutoscaler, Ray
 
 
-def pd(units: int = 2, owner: str = "detached", **link: Any) -> list[Deployment]:
+def pd(units: int = 2, owner: Any = "detached", **link: Any) -> list[Deployment]:
     """Two replicas of ``b`` for each of ``a``, on one node."""
-    links = [{"between": ("a", "b"), "via": "pcie", "within": "node", **link}]
-    group = Group(name="g", members={"a": 1, "b": 2}, units=units, links=links)
+    links = GroupLink.model_validate({"between": ("a", "b"), "via": "pcie", "within": "node", **link})
+    group = Group(name="g", members={"a": 1, "b": 2}, units=units, links=(links,))
     return group.of([Deployment(name=name, model="org/m", owner=owner) for name in "ab"])
 
 
@@ -70,12 +71,12 @@ def test_what_was_placed_is_given_back_if_a_node_refuses_the_rest(
 
 
 def test_shares_and_whole_gpus_are_placed_lost_and_placed_again(outside: Ray, service: DirectService) -> None:
-    links = [{"between": ("a", "b"), "via": "pcie", "within": "node"}]
+    links = (GroupLink(between=("a", "b"), via="pcie", within="node"),)
     group = Group(name="g", members={"a": 1, "b": 1}, units=2, links=links)
     share = Deployment(name="b", model="org/m", gpus=0.25)
     service.apply_all(group.of([Deployment(name="a", model="org/m", gpus=2), share]), atomic=True)
     assert {"a": ["x", "y"], "b": ["x", "y"]} == placed(service)
-    assert {0.25} == {part.share for part in service.state.get("b").result().assignments}
+    assert {0.25} == {part.share for part in service.get("b").assignments}
     outside.nodes.remove("x")
     outside.nodes.add("z")
     a_while_passes(service)
@@ -87,7 +88,7 @@ def test_shares_and_whole_gpus_are_placed_lost_and_placed_again(outside: Ray, se
 def test_a_replica_over_several_nodes_waits_for_both_and_is_placed_anew_with_the_rest(
     outside: Ray, service: DirectService
 ) -> None:
-    links = [{"between": ("a", "b"), "via": "network"}]
+    links = (GroupLink(between=("a", "b"), via="network"),)
     group = Group(name="g", members={"a": 1, "b": 1}, links=links)
     wide = Deployment(name="a", model="org/m", tensor_parallel=4, pipeline_parallel=2)
     outside.nodes.add("z")
@@ -129,7 +130,7 @@ def test_by_its_name_the_events_of_all_members_are_told_in_order(
     assert {"a", "b"} == {one["deployment"] for one in found}
     assert sorted([*service.events("a"), *service.events("b")], key=itemgetter("number")) == found
     assert found[-1:] == service.events("g", found[-2]["number"])
-    watched = asyncio.run(service.queries.watch(0, ["g", "nobody yet"], 0))
+    watched = asyncio.run(service.feed.wait(0, service.queries.with_members(["g", "nobody yet"]), 0))
     assert found == [one.to_dict() for one in watched]
     service.release("g")
     with pytest.raises(UnknownDeployment):
@@ -181,7 +182,9 @@ def test_others_are_placed_while_the_places_of_a_group_are_searched(
 
     def search(*args: Any) -> Any:
         found = tell(*args)
-        [[place]] = found["a"].request.told.places.values()
+        told = found["a"].request.told
+        assert told is not None
+        [[place]] = told.places.values()
         chosen.append(place.node_id)
         if len(chosen) == 1:
             limits = {"gpu_nodes": [place.node_id], "apart_from": takes.get("apart_from", ())}

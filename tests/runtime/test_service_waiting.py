@@ -60,7 +60,7 @@ def test_a_cancelled_call_leaves_the_queue_and_is_not_placed_later(
 ) -> None:
     async def scene() -> None:
         await service.place(one("holds", gpus=4))
-        ask = service.place if how == "place" else service.lend
+        ask: Any = service.place if how == "place" else service.lend
         call = asyncio.create_task(ask(one(), None, 600.0, caller=A))
         await until(lambda: waiting(service))
         call.cancel()
@@ -100,14 +100,14 @@ def test_what_waits_for_who_has_ended_is_not_placed(
 ) -> None:
     async def scene() -> None:
         await service.place(one("holds", gpus=4))
-        ask = service.place if how == "place" else service.lend
+        ask: Any = service.place if how == "place" else service.lend
         calls = [asyncio.create_task(ask(one(c["job"]), None, 600.0, caller=c)) for c in (A, B)]
         await until(lambda: len(waiting(service)) == 2)
         monkeypatch.setattr(queue, "has_ended", lambda owner: owner["job"] == A["job"])
         await room_comes(service)
         with pytest.raises(LeaseExpired, match="has ended"):
             await calls[0]
-        assert (await calls[1]).deployment == B["job"]  # type: ignore[union-attr]
+        assert (await calls[1]).deployment == B["job"]
         with pytest.raises(UnknownDeployment):
             await service.get(A["job"])
 
@@ -173,7 +173,7 @@ def test_what_a_lease_came_to_is_not_known_for_ever(
 def a_node_hangs(outside: Ray) -> Iterator[threading.Event]:
     """The next reservation does not come to an end before this does; what is handed on is set once it has begun."""
     begun, over = threading.Event(), threading.Event()
-    outside.meanwhile.append(lambda: (begun.set(), over.wait())[0])
+    outside.meanwhile.append(lambda: (begun.set(), over.wait()))
     try:
         yield begun
     finally:

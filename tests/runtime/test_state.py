@@ -19,6 +19,7 @@ from placement.runtime.deployment_state import DeploymentState, held_replica, ho
 from placement.runtime.orders import Holding
 from placement.runtime.results import NodeAssignment
 from placement.runtime.state import ServiceState
+from placement.wire.runtime_config import RuntimeConfig, Serving
 
 
 def group(number: int) -> Any:
@@ -160,8 +161,8 @@ def test_a_tally_counts_what_stands_and_what_is_about_to() -> None:
         name="r",
         model="gpt-4o",
         runtime="openai",
-        serving={"max_concurrent": 3},
-        runtime_config={"api_key": {"from_env": "K"}},
+        serving=Serving(max_concurrent=3),
+        runtime_config=RuntimeConfig.model_validate({"api_key": {"from_env": "K"}}),
     )
     egress = NodeAssignment(0, "n", [], group(9), [0], egress_resource="egress", egress_units=3)
     beside = {"cpus_per_gpu": 1.5, "memory_bytes_per_gpu": 7}

@@ -127,11 +127,12 @@ def test_instances_are_reported_by_their_profile() -> None:
 
 def test_what_a_deployment_runs_on_is_reported_and_who_says_so() -> None:
     deployments = {}
-    for name, fields in {
+    said: dict[str, dict[str, Any]] = {
         "a": {"model": "gpt-5"},
         "b": {"model": "gpt-5", "runtime": "vllm"},
         "c": {"model": "m", "runtime_config": {"runtime": "ort"}},
-    }.items():
+    }
+    for name, fields in said.items():
         deployments[name] = Known(Deployment.model_validate({"name": name, **fields}))
     report = cluster_status(observed([], deployments))
     assert [(one["runtime"], one["runtime_from"]) for one in report["deployments"]] == [

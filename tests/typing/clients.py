@@ -6,8 +6,11 @@ from placement import (
     AsyncClient,
     Client,
     Deployment,
+    Group,
     NodeAssignment,
+    NotEnoughGpus,
     PlacementConstraints,
+    PlacementError,
     PlacementPlan,
     PlacementResult,
     bind,
@@ -85,5 +88,30 @@ async def refused_to_async(client: AsyncClient) -> None:
 
 
 def laid_out() -> None:
-    placement_group([{"GPU": 1, "CPU": 1}] * 4, "PACK", "group", within="nvlink", wait_seconds=0)
+    bundles = [{"GPU": 1, "CPU": 1}] * 4  # whole numbers, and a list that somebody else may have
+    placement_group(bundles, "PACK", "group", within="nvlink", wait_seconds=0)
     placement_group([{"GPU": 1}], stategy="PACK")  # type: ignore[call-arg]
+    placement_group({"GPU": 1})  # type: ignore[arg-type]
+    placement_group([{"GPU": 1}], wait_seconds="long")  # type: ignore[arg-type]
+
+
+def declared() -> None:
+    wanted = Deployment(name="d", model="m", gpus=2, constraints=PlacementConstraints(gpus=(0, 1)))
+    assert_type(wanted.replicas, int)
+    assert_type(Group(name="g", members={"d": 1}, links=()).of([wanted]), list[Deployment])
+    Deployment(name="d")  # type: ignore[call-arg]
+    Deployment(name="d", model="m", replica=2)  # type: ignore[call-arg]
+    Deployment(name="d", model="m", replicas="two")  # type: ignore[arg-type]
+    PlacementConstraints(gpu_nodes=1)  # type: ignore[arg-type]
+
+
+def failed(client: Client, wanted: Deployment) -> None:
+    try:
+        client.place(wanted)
+    except NotEnoughGpus as error:
+        assert_type(error.requested, int)
+        assert_type(error.excluded, dict[str, int])
+        print(error.nodes)  # type: ignore[attr-defined]
+    except PlacementError as error:
+        assert_type(error.code, str)
+        assert_type(error.to_dict(), dict[str, Any])

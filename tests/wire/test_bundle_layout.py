@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from placement.wire.requests import request_unchecked
 GPU = {"GPU": 1, "CPU": 1}
 
 
-def declared(*bundles: dict[str, float], fields: dict[str, Any] | None = None, **layout: Any) -> Deployment:
+def declared(
+    *bundles: Mapping[str, float], fields: dict[str, Any] | None = None, **layout: Any
+) -> Deployment:
     group = {"bundles": bundles, **layout}
     base = {"name": "g", "model": "m", "runtime": "python", "owner": "caller", "placement_group": group}
     return parse_model(Deployment, {**base, **(fields or {})}, "g")

@@ -195,7 +195,7 @@ def both_hold(*held: dict[str, Any]) -> dict[str, Any]:
         (lying(held={"replica_index": -1}), "deployment 'd': replica -1: replica_index is -1; use 0 to"),
         ({**lying(), "deployments": lying(held={"gpus": [0]})["deployments"] * 2}, "deployment 'd' is there twice"),
         (lying() | {"machines": {"m": {"matrix": TWO.replace("NV2", "NV" + "9" * 99)}}}, "which is no link"),
-        (lying(**{"x\ny": 1}), "nodes.0.x?y: Extra inputs"),
+        (lying(None, **{"x\ny": 1}), "nodes.0.x?y: Extra inputs"),
         (lying(free=[float("nan")]), "nodes.0.free.0: "),
         (both_hold({"gpus": [0]}, {"gpus": [1, 0]}), "deployment 'e': replica 0: gpus names GPU 0, of which others"),
         (both_hold({"gpus": [0], "share": 600}, {"gpus": [0], "share": 401}), "of which others hold too much already"),

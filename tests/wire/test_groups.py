@@ -17,16 +17,19 @@ from placement.errors import BelowFloor, GroupStands, InvalidDeployment, NotEnou
 from placement.wire.cluster import ClusterFile
 from placement.wire.dry_run import explain_deployments, plan_deployments
 from placement.wire.files import load_deployments, parse_deployments
+from placement.wire.groups import GroupLink
 from placement.wire.held import HeldDeployment
 from placement.wire.plans import PlacementPlan
 from placement.wire.workload import load_workload
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "groups.toml"
-LINK = {"between": ["prefill", "decode"], "via": "pcie", "within": "numa"}
+LINK: dict[str, Any] = {"between": ["prefill", "decode"], "via": "pcie", "within": "numa"}
 
 
 def pd(units: int = 2, link: dict[str, Any] | None = None, **fields: Any) -> list[Deployment]:
-    group = Group(name="pd", members={"prefill": 1, "decode": 2}, units=units, links=[link or LINK])
+    group = Group(
+        name="pd", members={"prefill": 1, "decode": 2}, units=units, links=(GroupLink(**(link or LINK)),)
+    )
     return group.of([Deployment(name=name, model="org/m", **fields) for name in ("prefill", "decode")])
 
 

@@ -6,14 +6,20 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.cells import cell_len, chop_cells
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
 
 from placement.cli import streams
 from placement.core.topology import ordinals
 
 COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "bright_red", "bright_cyan", "bright_green")
 WIDTH = 100
-"""Columns where it is not a terminal."""
+"""Columns of sentences where it is not a terminal."""
+WITHOUT_END = 10_000
+"""Columns of tables there: what reads them reads names in full."""
 
 
 def console() -> Console:
@@ -27,13 +33,68 @@ def colours(names: Iterable[str]) -> dict[str, str]:
     return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(sorted(set(names)))}
 
 
+def table_width(console: Console, options: ConsoleOptions) -> int:
+    """How many columns a table may have: those of the terminal."""
+    return options.max_width if console.is_terminal else WITHOUT_END
+
+
+def left_out_line(headings: Sequence[str]) -> Text:
+    """That columns of a table were left out, and how to see them."""
+    columns = f"{len(headings)} column{'s' * (len(headings) > 1)}"
+    said = f"{columns} left out: {', '.join(headings)}; a wider terminal or --json shows "
+    return Text(said + ("it" if len(headings) == 1 else "them"), style="dim")
+
+
+FOLDED = 10
+"""Columns of the terminal that one has at least whose words may be broken."""
+
+
+class FittedTable(Table):
+    """A table that leaves out columns, the last first, where they do not fit, and says which."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Draws it."""
+        options = options.update(max_width=table_width(console, options))
+        columns, kept = self.columns, list(self.columns)
+        try:
+            while (
+                console.is_terminal and len(kept) > 1 and self._least_width(console, kept) > options.max_width
+            ):
+                kept.pop()
+            self.columns = kept
+            yield from super().__rich_console__(console, options)
+        finally:
+            self.columns = columns
+        if left_out := columns[len(kept) :]:
+            yield left_out_line([" ".join(str(column.header).split()) or "notes" for column in left_out])
+
+    def _least_width(self, console: Console, columns: list[Any]) -> int:
+        """In how many columns of the terminal these fit, where nothing that may not be broken is cut."""
+        self.columns = columns
+        anywhere = console.options.update(max_width=WITHOUT_END)
+        width = Measurement.get(console, anywhere, self).maximum
+        for column in columns:
+            if not column.no_wrap:
+                sizes = [Measurement.get(console, anywhere, cell) for cell in (column.header, *column.cells)]
+                least = column.min_width or max(size.minimum for size in sizes)
+                least = min(least, FOLDED) if column.overflow == "fold" else least
+                width -= max(0, max(size.maximum for size in sizes) - least)
+        return width
+
+
 def shortened(name: str, width: int) -> str:
     """A name in so many columns: the middle is left out, as names differ at their ends."""
-    if len(name) <= width:
+    if cell_len(name) <= width:
         return name
     head = max(width // 2, 1)
     tail = max(width - head - 1, 0)
-    return f"{name[:head]}…{name[len(name) - tail :]}"
+    end = chop_cells(name[::-1], tail)[0][::-1] if tail else ""
+    return f"{chop_cells(name, head)[0]}…{end}"
+
+
+def padded(text: str, width: int) -> str:
+    """A text in so many columns of the terminal; names may have characters that take two."""
+    return text + " " * (width - cell_len(text))
 
 
 def few(names: Sequence[str], most: int = 12) -> str:
@@ -64,7 +125,7 @@ def host_list(names: Sequence[str], width: int) -> str:
         ranges = re.sub(r"\d+", lambda one, digits=digits: one[0].zfill(digits), ordinals(found))  # type: ignore[misc]
         parts.append((f"{prefix}{ranges if len(found) == 1 else f'[{ranges}]'}{suffix}", len(found)))
     text = ", ".join(part for part, _ in parts)
-    if len(text) <= width:
+    if cell_len(text) <= width:
         return text
     total = sum(count for _, count in parts)
     return f"{shortened(names[0], max(width - 15, 8))} and {total - 1} more"

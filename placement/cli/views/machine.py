@@ -9,9 +9,9 @@ from itertools import combinations
 from typing import Any
 
 from rich import box
-from rich.table import Table
 from rich.text import Text
 
+from placement.cli.views.console import FittedTable
 from placement.cli.views.measured import measured_lines
 from placement.cli.views.nodes import by_profile
 from placement.core.bandwidth import generation
@@ -135,10 +135,10 @@ def _how_many(report: Mapping[str, Any], whole: int, lost: int) -> str:
     return " and ".join(parts)
 
 
-def _links(shape: Topology, gpus: Sequence[int]) -> Table:
+def _links(shape: Topology, gpus: Sequence[int]) -> FittedTable:
     """One row for each GPU. Network cards would be a dozen columns more, so only the nearest are named."""
     # Sixteen GPUs fit into 100 columns, just.
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1 if len(gpus) <= 8 else 0, 0, 0))
+    table = FittedTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1 if len(gpus) <= 8 else 0, 0, 0))
     table.add_column("GPU", no_wrap=True)
     for gpu in gpus:
         table.add_column(str(gpu), no_wrap=True)
@@ -160,8 +160,8 @@ def _nearest_nic(shape: Topology, gpu: int) -> str:
     return f"{path} {first}" + (f" and {len(more)} more" if more else "")
 
 
-def _gpus(gpus: Iterable[Mapping[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+def _gpus(gpus: Iterable[Mapping[str, Any]]) -> FittedTable:
+    table = FittedTable(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("GPU", "minor", "name", "PCI", "memory used", "compute", "MIG", "UUID"):
         table.add_column(heading, no_wrap=True)
     for gpu in gpus:

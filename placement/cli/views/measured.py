@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.table import Table
 from rich.text import Text
 
+from placement.cli.views.console import FittedTable
 from placement.core.topology import ordinals
 from placement.errors import counted
 
@@ -22,10 +22,10 @@ def measured_view(report: Mapping[str, Any]) -> list[Any]:
 
 
 def _node(node: Mapping[str, Any]) -> Iterator[Any]:
-    table = Table(title=f"{node['node']}, all-reduce in GB/s", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("GPUs")
+    table = FittedTable(title=f"{node['node']}, all-reduce in GB/s", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("GPUs", no_wrap=True)
     for heading in ("measured", "predicted", "ratio"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("")
     for one in node["sets"]:
         measured, predicted = one["gb_per_s"], one["predicted_gb_per_s"]

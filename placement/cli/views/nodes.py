@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from placement.cli.views.brackets import Part, bracket, filled
-from placement.cli.views.console import age_text, colours, host_list, shortened
+from placement.cli.views.console import age_text, colours, host_list, padded, shortened
 from placement.core.topology import ordinals
 from placement.errors import counted
 
@@ -64,7 +65,7 @@ class ClusterMap:
 
     def _large(self, nodes: Sequence[Node], idle: Mapping[Any, Sequence[Node]], width: int) -> Iterator[Text]:
         """A name, and beside it, or where that is too narrow below it, what the node has."""
-        longest = max((len(node["name"]) for node in nodes), default=0)
+        longest = max((cell_len(node["name"]) for node in nodes), default=0)
         beside = longest <= max(16, width // 5)
         indent = longest + 4 if beside else 5
         for node in nodes:
@@ -125,9 +126,9 @@ class ClusterMap:
             kinds.setdefault("dead" if died_text(node) else heading, []).append(node)
         for kind, alike in kinds.items():
             yield Text(shortened(f" {kind}: {counted(len(alike), 'node')}", width), style="bold")
-            longest = min(max(len(node["name"]) for node in alike), width // 2)
+            longest = min(max(cell_len(node["name"]) for node in alike), width // 2)
             for node in alike:
-                line = Text("   ").append(shortened(node["name"], longest).ljust(longest) + "  ")
+                line = Text("   ").append(padded(shortened(node["name"], longest), longest) + "  ")
                 line.append(self._free(node))
                 line = _cut(line, self._who(node), width)
                 line.style = "dim" if died_text(node) else ""

@@ -6,17 +6,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich import box
-from rich.table import Table
 from rich.text import Text
+
+from placement.cli.views.console import FittedTable
 
 
 def simulation_view(reports: Mapping[str, Mapping[str, Any]]) -> list[Any]:
     """What became of a workload under each policy: the sums, the course, and why deployments were refused."""
     names = list(reports)
-    sums = Table(box=box.SIMPLE_HEAD, title="simulated", title_justify="left", title_style="bold")
+    sums = FittedTable(box=box.SIMPLE_HEAD, title="simulated", title_justify="left", title_style="bold")
     sums.add_column("")
     for name in names:
-        sums.add_column(name, justify="right")
+        sums.add_column(name, justify="right", no_wrap=True)
 
     def row(label: str, value: Callable[[Mapping[str, Any]], str]) -> None:
         sums.add_row(label, *(value(reports[name]) for name in names))
@@ -38,12 +39,14 @@ def simulation_view(reports: Mapping[str, Mapping[str, Any]]) -> list[Any]:
         of_route = (str(reports[name].get("routes", {}).get(route, 0)) for name in names)
         sums.add_row(f"groups whose slowest route is {route}", *of_route)
 
-    course = Table(box=box.SIMPLE_HEAD, title="over time, GPUs", title_justify="left", title_style="bold")
-    course.add_column("hours", justify="right")
-    course.add_column("asked for", justify="right")
+    course = FittedTable(
+        box=box.SIMPLE_HEAD, title="over time, GPUs", title_justify="left", title_style="bold"
+    )
+    course.add_column("hours", justify="right", no_wrap=True)
+    course.add_column("asked for", justify="right", no_wrap=True)
     for name in names:
-        course.add_column(f"allocated\n{name}", justify="right")
-        course.add_column("fragmented", justify="right")
+        course.add_column(f"allocated\n{name}", justify="right", no_wrap=True)
+        course.add_column("fragmented", justify="right", no_wrap=True)
     moments = reports[names[0]]["moments"]
     for i in sorted({len(moments) * tenth // 10 for tenth in range(10)} | {len(moments) - 1}):
         cells = [f"{moments[i]['at_seconds'] / 3600:.2f}", f"{moments[i]['asked_gpus']:.1f}"]
@@ -55,12 +58,12 @@ def simulation_view(reports: Mapping[str, Mapping[str, Any]]) -> list[Any]:
     shown: list[Any] = [sums, course]
     reasons = {reason for report in reports.values() for reason in report["refusals"]}
     if reasons:
-        refused = Table(
+        refused = FittedTable(
             box=box.SIMPLE_HEAD, title="refused, by the last reason that left no node", title_justify="left"
         )
         refused.add_column("reason")
         for name in names:
-            refused.add_column(name, justify="right")
+            refused.add_column(name, justify="right", no_wrap=True)
         for reason in sorted(
             reasons, key=lambda one: (-max(r["refusals"].get(one, 0) for r in reports.values()), one)
         ):

@@ -8,10 +8,9 @@ from typing import Any
 
 from rich.console import RenderableType
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
-from placement.cli.views.console import age_text, owner_text, replicas_text
+from placement.cli.views.console import FittedTable, age_text, owner_text, replicas_text
 from placement.cli.views.nodes import cluster_map
 from placement.cli.views.tables import assignments_table, links_view, runtimes_note
 from placement.errors import counted
@@ -173,7 +172,7 @@ def summary(one: Deployment) -> dict[str, Any]:
 
 def deployments_table(
     deployments: Iterable[Deployment], title: str | None = None, owners: bool = True
-) -> Table:
+) -> FittedTable:
     """One row for each deployment. Names are never cut, so that they can be copied.
 
     Args:
@@ -182,7 +181,7 @@ def deployments_table(
         owners: whether they are shown where all are detached.
     """
     rows = [summary(one) for one in deployments]
-    table = Table(
+    table = FittedTable(
         title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style=""
     )
     aged = any(row["age_seconds"] is not None for row in rows)

@@ -9,12 +9,20 @@ from datetime import datetime
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
-from placement.cli.views.console import few, replicas_text, shortened
+from placement.cli.views.console import (
+    FittedTable,
+    few,
+    left_out_line,
+    padded,
+    replicas_text,
+    shortened,
+    table_width,
+)
 from placement.core.topology import ordinals
 from placement.errors import counted
 
@@ -22,7 +30,8 @@ from placement.errors import counted
 class AssignmentsTable:
     """One row for each replica and node: where it is, on what, how fast that is, and what Ray alone would give.
 
-    Where it is too wide, names lose their middle.
+    Where it is too wide for a terminal, what Ray would give is broken between words, then names lose their middle, then
+    the last columns are left out.
 
     Args:
         deployments: results, or plans.
@@ -62,41 +71,61 @@ class AssignmentsTable:
         if self._rows:
             yield Text(self._title, style="italic")
             yield Text()
-            yield from self._lines(options.max_width)
+            width = table_width(console, options)
+            wide = options.update(max_width=width)
+            for drawn in self._lines(width):
+                yield from console.render(drawn, wide)
             yield Text()
         for line in self._notes:
             yield Padding(Text(line), (0, 0, 0, 1), expand=False)
 
     def _lines(self, width: int) -> Iterator[Text]:
         headings = [*HEADINGS, "Ray alone"] if self._beside_ray else HEADINGS
-        widths = [max(map(len, column)) for column in zip(headings, *self._rows, strict=True)]
-        over = sum(widths) + len(GAP) * (len(widths) - 1) + 2 - width
-        if self._beside_ray and over > 0:  # it is broken between words
-            cut = min(over, widths[-1] - min(widths[-1], NARROW))
-            widths[-1], over = widths[-1] - cut, over - cut
-        while over > 0 and max(widths[0], widths[2]) > NARROW:
-            widths[0 if widths[0] >= widths[2] else 2] -= 1
-            over -= 1
+        natural = [max(map(cell_len, column)) for column in zip(headings, *self._rows, strict=True)]
+        shown = len(natural)
+        while _over(widths := _narrowed(natural[:shown], width), width) and shown > len(KEPT_HEADINGS):
+            shown -= 1
+        broken = shown > len(HEADINGS)
 
         def line(cells: Sequence[str], style: str = "") -> Text:
-            text = GAP.join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+            text = GAP.join(padded(cell, width) for cell, width in zip(cells, widths, strict=True))
             return Text(f" {text.rstrip()}", style=style, no_wrap=True, overflow="ellipsis")
 
-        yield line(headings, "bold")
+        yield line(headings[:shown], "bold")
         yield Text(" " + "─" * (sum(widths) + len(GAP) * (len(widths) - 1)), no_wrap=True, overflow="crop")
         for row in self._rows:
-            cells = [shortened(row[0], widths[0]), row[1], shortened(row[2], widths[2]), *row[3:]]
-            if not self._beside_ray:
+            cells = [shortened(row[0], widths[0]), row[1], shortened(row[2], widths[2]), *row[3:shown]]
+            if not broken:
                 yield line(cells)
                 continue
             for number, part in enumerate(textwrap.wrap(cells[-1], widths[-1]) or [""]):
                 yield line([*([""] * (len(cells) - 1) if number else cells[:-1]), part])
+        if left_out := headings[shown:]:
+            yield left_out_line(left_out)
+
+
+def _narrowed(widths: Sequence[int], width: int) -> list[int]:
+    """The columns' widths where there are so many columns of the terminal, as near to that as they may come."""
+    widths = [*widths]
+    if len(widths) > len(HEADINGS):  # what Ray would give is broken between words
+        widths[-1] -= min(_over(widths, width), widths[-1] - min(widths[-1], NARROW))
+    least = NARROW if len(widths) > len(KEPT_HEADINGS) else NARROWEST
+    floors = {0: max(least, len(HEADINGS[0])), 2: least}
+    while _over(widths, width) and (wider := [one for one in floors if widths[one] > floors[one]]):
+        widths[max(wider, key=widths.__getitem__)] -= 1
+    return widths
+
+
+def _over(widths: Sequence[int], width: int) -> int:
+    """By how much a table of such columns is too wide."""
+    return max(0, sum(widths) + len(GAP) * (len(widths) - 1) + 2 - width)
 
 
 GAP = "   "
-HEADINGS = ["deployment", "replica", "node", "holds", "all-reduce"]
-NARROW = 12
-"""Columns that names and what Ray would give have at least, where a table is too wide."""
+KEPT_HEADINGS = ["deployment", "replica", "node", "holds"]
+HEADINGS = [*KEPT_HEADINGS, "all-reduce"]
+NARROW, NARROWEST = 12, 4
+"""Columns that names and what Ray would give have at least, before a column is left out; and after."""
 
 
 def assignments_table(
@@ -235,7 +264,7 @@ def runtimes_note(deployments: Iterable[Mapping[str, Any]]) -> Text:
 def explanation_view(explained: Mapping[str, Any]) -> list[Any]:
     """Stage by stage, how many nodes were left and what excluded the others."""
     why = explained["explanation"]
-    table = Table(
+    table = FittedTable(
         title=f"{explained['deployment']}: {counted(why['nodes'], 'node')}",
         title_justify="left",
         box=box.SIMPLE_HEAD,

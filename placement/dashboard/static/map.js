@@ -147,7 +147,7 @@ function card(node, small) {
   if (node.gpu_count) made.append(sets);
   if (node.others_unlocated)
     made.append(
-      el("p", { class: "egress" }, `other Ray users hold ${node.others_unlocated} more, which are not known yet`),
+      el("p", { class: "egress" }, `other Ray users hold ${node.others_unlocated} more; which ones is not known yet`),
     );
   if (!small) made.append(whoOn(node));
   for (const one of node.egress)
@@ -272,6 +272,13 @@ function look(node, at) {
     return { kind: "odd", mark: "?", text: problem ? "lost" : state, words: problem || state };
   if (state === "other")
     return { kind: "other", mark: `–${suspect}`, text: "other", words: "held by another Ray user" };
+  if (state === "free" && node.others_unlocated)
+    return {
+      kind: "odd",
+      mark: "?",
+      text: "free?",
+      words: `free, or one of ${node.others_unlocated} that other Ray users hold on this node; which is not known yet`,
+    };
   if (state === "free") return { kind: "free", mark: suspect, text: "free", words: `free${suspect && ", suspect"}` };
   const shared = used < 0.9995 || who.length > 1;
   return {
