@@ -10,6 +10,7 @@ import ray
 from ray.util.placement_group import placement_group
 
 from placement import Deployment, Group, InvalidDeployment
+from placement.core.routes import Via
 from placement.errors import BelowFloor, GroupStands
 from placement.runtime.embedded import EmbeddedCluster, SimulatedNode
 from placement.wire.files import load_deployments
@@ -98,7 +99,7 @@ def test_it_waits_as_one_and_comes_as_one(service: Any) -> None:
 def test_a_draft_model_on_a_share_lies_beside_its_target(service: Any) -> None:
     """Of via = "pcie" only a GPU of the same root is near enough; the other user holds those that come first."""
     ray.get(service.place.remote({"name": "other", "model": "org/m", "gpus": 0.5}))
-    link = GroupLink(between=("target", "draft"), via="pcie", within="numa")
+    link = GroupLink(between=("target", "draft"), via=Via.PCIE, within="numa")
     group = Group(name="sd", members={"target": 1, "draft": 2}, units=2, links=(link,))
     target = Deployment(name="target", model="org/m", gpus=3)
     draft = Deployment(name="draft", model="org/m", gpus=0.25)
@@ -119,7 +120,7 @@ def test_a_trainer_over_two_nodes_is_placed_with_its_rollout_workers(service: An
     group = Group(
         name="rl",
         members={"train": 1, "roll": 2},
-        links=(GroupLink(between=("train", "roll"), via="nvlink", within="rack"),),
+        links=(GroupLink(between=("train", "roll"), via=Via.NVLINK, within="rack"),),
     )
     train = Deployment(name="train", model="org/m", tensor_parallel=8, pipeline_parallel=2)
     wanted = group.of([train, Deployment(name="roll", model="org/m", gpus=4)])

@@ -11,6 +11,7 @@ import pytest
 
 from placement import Deployment, Group
 from placement.core.roles import tell
+from placement.core.routes import Via
 from placement.errors import (
     DeploymentConflict,
     GroupStands,
@@ -71,7 +72,7 @@ def test_what_was_placed_is_given_back_if_a_node_refuses_the_rest(
 
 
 def test_shares_and_whole_gpus_are_placed_lost_and_placed_again(outside: Ray, service: DirectService) -> None:
-    links = (GroupLink(between=("a", "b"), via="pcie", within="node"),)
+    links = (GroupLink(between=("a", "b"), via=Via.PCIE, within="node"),)
     group = Group(name="g", members={"a": 1, "b": 1}, units=2, links=links)
     share = Deployment(name="b", model="org/m", gpus=0.25)
     service.apply_all(group.of([Deployment(name="a", model="org/m", gpus=2), share]), atomic=True)
@@ -88,7 +89,7 @@ def test_shares_and_whole_gpus_are_placed_lost_and_placed_again(outside: Ray, se
 def test_a_replica_over_several_nodes_waits_for_both_and_is_placed_anew_with_the_rest(
     outside: Ray, service: DirectService
 ) -> None:
-    links = (GroupLink(between=("a", "b"), via="network"),)
+    links = (GroupLink(between=("a", "b"), via=Via.NETWORK),)
     group = Group(name="g", members={"a": 1, "b": 1}, links=links)
     wide = Deployment(name="a", model="org/m", tensor_parallel=4, pipeline_parallel=2)
     outside.nodes.add("z")
