@@ -39,6 +39,12 @@ class Groups(Protocol):
     def ready_or_removed(self, group: Any, deadline_seconds: float) -> bool:
         """Waits for a group; one that could not be had is gone."""
 
+    def wait_for(self, group: Any, deadline_seconds: float) -> bool:
+        """The same, for a group that somebody else creates."""
+
+    def is_gone(self, group: Any) -> bool:
+        """Whether somebody has removed a group, or it ended with its creator."""
+
     def remove(self, group: Any) -> None:
         """Gives a group back."""
 
@@ -101,7 +107,6 @@ class FreeGpus:
     def forget(self, name: str) -> None:
         """Notes that an order is not reserved any more."""
         if self.held.pop(name, None) is not None:
-            self._foreign = None
             self.note_freed()
 
     def note_change(self) -> None:
@@ -149,8 +154,13 @@ class FreeGpus:
             if expected == len(not_ours) and not is_lost:
                 self._foreign = frozenset()
         if is_lost:
-            expected, self._foreign = math.floor(whole + 1e-6), None
-        elif expected == len(not_ours) and self._foreign is not None:
+            not_ours |= self._given_back()
+            expected = math.floor(whole + 1e-6)
+            if expected == len(not_ours):
+                self._foreign = frozenset()
+            elif expected != len(not_ours - self.foreign):
+                self._foreign = None
+        if expected == len(not_ours) and self._foreign is not None:
             return not_ours if len(not_ours) >= count else None
         free = not_ours - self.foreign
         is_recent = self._foreign is not None and time.monotonic() - self._looked_at < TRUST_SECONDS
@@ -173,6 +183,11 @@ class FreeGpus:
                 return frozenset(seen)
         self._foreign = None
         return None
+
+    def _given_back(self) -> frozenset[int]:
+        """GPUs that count as ours, of groups that their owners have removed, or that ended with them."""
+        lent = [held for held in self.held.values() if held.group is not None]
+        return frozenset(gpu for held in lent if self._groups.is_gone(held.group) for gpu in held.gpus)
 
     def catch_up(self, free: Collection[int]) -> None:
         """Waits until the cluster's books show what was given back here, or taken for a moment to look.

@@ -97,6 +97,14 @@ class NodeGroups:
             self._ready.add(group.id.hex())
         return ready
 
+    def wait_for(self, group: PlacementGroup, deadline_seconds: float) -> bool:
+        """The same, for a group that somebody else creates."""
+        return ready_or_removed(group, deadline_seconds)
+
+    def is_gone(self, group: PlacementGroup) -> bool:
+        """See :func:`is_gone`."""
+        return is_gone(group.id.hex())
+
     def remove(self, group: PlacementGroup) -> None:
         """See :func:`remove_group`."""
         ready = group.id.hex() in self._ready
@@ -259,12 +267,6 @@ def live_groups(wanted: Callable[[str], bool]) -> dict[str, LiveGroup]:
             nodes = frozenset(bundle.node_id.hex() for bundle in group.bundles if bundle.node_id)
             found[group.placement_group_id.hex()] = LiveGroup(group.name, nodes)
     return found
-
-
-def is_created(group: PlacementGroup) -> bool:
-    """Whether a group holds what it was asked for, on all its nodes."""
-    row = placement_group_table(group)
-    return bool(row) and row["state"] == "CREATED"
 
 
 def is_gone(group_id: str) -> bool:
