@@ -76,6 +76,7 @@ class FreeGpus:
         self.held: dict[str, Holding] = {}
         self._groups = groups
         self._gpu_count = gpu_count
+        self._removed: set[str] = set()
         self._foreign: frozenset[int] | None = frozenset()
         self._changed_at = float("-inf")
         self._freed_at = time.monotonic()  # an earlier actor of this node may have died with holds
@@ -102,10 +103,12 @@ class FreeGpus:
     def adopt(self, holdings: Mapping[str, Holding]) -> None:
         """Notes what is reserved already, by order name, and that nothing else of ours is."""
         self.held = dict(holdings)
+        self._removed.clear()
         self._foreign = None
 
     def forget(self, name: str) -> None:
         """Notes that an order is not reserved any more."""
+        self._removed.discard(name)
         if self.held.pop(name, None) is not None:
             self.note_freed()
 
@@ -138,7 +141,7 @@ class FreeGpus:
             to_be_sure: try it all the same where the cluster's books say that there are fewer, since on a busy
                 cluster they lag by more than we wait.
         """
-        not_ours = frozenset(range(self._gpu_count)) - self.ours()
+        not_ours = (frozenset(range(self._gpu_count)) - self.ours()) | self._given_back()
         expected = len(not_ours) - len(self.foreign)
         is_lost = False
         quiet = time.monotonic() - self._changed_at
@@ -154,6 +157,7 @@ class FreeGpus:
             if expected == len(not_ours) and not is_lost:
                 self._foreign = frozenset()
         if is_lost:
+            self._removed |= {name for name, held in self.held.items() if self._is_removed(held)}
             not_ours |= self._given_back()
             expected = math.floor(whole + 1e-6)
             if expected == len(not_ours):
@@ -184,10 +188,12 @@ class FreeGpus:
         self._foreign = None
         return None
 
+    def _is_removed(self, held: Holding) -> bool:
+        return held.group is not None and held.share == WHOLE and self._groups.is_gone(held.group)
+
     def _given_back(self) -> frozenset[int]:
-        """GPUs that count as ours, of groups that their owners have removed, or that ended with them."""
-        lent = [held for held in self.held.values() if held.group is not None]
-        return frozenset(gpu for held in lent if self._groups.is_gone(held.group) for gpu in held.gpus)
+        """GPUs that count as ours although their owner has removed their group, or ended."""
+        return frozenset(gpu for name in self._removed & self.held.keys() for gpu in self.held[name].gpus)
 
     def catch_up(self, free: Collection[int]) -> None:
         """Waits until the cluster's books show what was given back here, or taken for a moment to look.

@@ -55,7 +55,7 @@ class NodeReserver:
 
     def remove(self, name: str, group: Any) -> None:
         """Gives a reserved group back."""
-        self.gpus.held.pop(name, None)
+        self.gpus.forget(name)
         self._groups.remove(group)
         self.gpus.note_freed()
 

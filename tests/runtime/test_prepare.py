@@ -127,6 +127,10 @@ def test_a_node_is_not_looked_at_for_what_owners_have_removed(clock: Clock, othe
     first, gpus = lend("first")
     slots.remove(first)  # its owner has, and the service has not heard of it
     assert not {*gpus} & {*lend("second")[1]}, "they are given to nobody until it has"
+    clock.now -= free_gpus.BOOKS_LAG_SECONDS * 2
+    assert not {*gpus} & {*lend("at once")[1]}, "and steered past without a look at the books"
+    slots.remove(max(slots.groups))
+    reserver.gpus.forget("at once")
     reserver.gpus.forget("first")
     assert lend("third")[1] == gpus
     assert slots.looks == looks
