@@ -52,6 +52,7 @@ format: .venv/stamp ## mend what `make lint` can mend
 
 bench: .venv/stamp ## measure what placing costs, what the choice is worth, and how planning and the service grow
 	@$(BIN)/python -m benchmarks.place $(ARGS)
+	@$(BIN)/python -m benchmarks.drop_in $(ARGS)
 	@$(BIN)/python -m benchmarks.choice
 	@$(BIN)/python -m benchmarks.plan
 	@$(BIN)/python -m benchmarks.scale

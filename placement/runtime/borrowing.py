@@ -27,9 +27,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 P = ParamSpec("P")
 
-READY_DEADLINE_SECONDS = 0.15
-"""How long a group may take to be ready; it takes some milliseconds where the GPUs are as free as they should be."""
-
 
 class OwnGroups:
     """Placement groups that belong to this process: Ray removes them when it ends.
@@ -41,12 +38,8 @@ class OwnGroups:
         """Returns once :meth:`create` would be quick: under ``ray://`` a worker process has to start for it."""
         in_cluster(_nothing)
 
-    def create(self, loan: Loan) -> PlacementGroup | None:
-        """Creates the group that a loan is for.
-
-        Returns:
-            The group, ready; ``None`` if it could not be had, and nothing of it is left.
-        """
+    def create(self, loan: Loan) -> PlacementGroup:
+        """Has Ray create the group that a loan is for. The actors of its nodes wait until it is ready."""
         return in_cluster(_create, loan)
 
     def find(self, name: str) -> PlacementGroup | None:
@@ -56,9 +49,9 @@ class OwnGroups:
         except ValueError:
             return None
 
-    def remove(self, group: PlacementGroup, ready: bool) -> None:
+    def remove(self, group: PlacementGroup) -> None:
         """See :func:`placement.runtime.groups.remove_group`."""
-        groups.remove_group(group, ready)
+        groups.remove_group(group)
 
 
 class Borrowed:
@@ -79,12 +72,10 @@ class Borrowed:
         """Creates the group that a loan is for.
 
         Returns:
-            The group's id, hex, to confirm the loan with; empty if the group could not be had.
+            The group's id, hex, to confirm the loan with.
         """
         self._loan = loan
         group = self._groups.create(replace(loan, **self._own))
-        if group is None:
-            return ""
         self._made.append(group)
         return str(group.id.hex())
 
@@ -94,20 +85,20 @@ class Borrowed:
         for group in self._made:
             if group.id not in used:
                 with contextlib.suppress(Exception):
-                    self._groups.remove(group, True)
+                    self._groups.remove(group)
         return result
 
     def give_back(self, error: BaseException) -> None:
         """Ends a request that failed: removes all its groups, and cancels its loan unless the service ended it."""
         for group in self._made:
             with contextlib.suppress(Exception):
-                self._groups.remove(group, True)
+                self._groups.remove(group)
         if self._loan is None:
             return
         with contextlib.suppress(Exception):  # one that was being made when the request was interrupted
             found = self._groups.find(self._loan.group_name)
             if found is not None and found.id not in {group.id for group in self._made}:
-                self._groups.remove(found, False)
+                self._groups.remove(found)
         if not isinstance(error, PlacementError):
             with contextlib.suppress(Exception):
                 # Not waited for: if it is lost, the loan ends by itself.
@@ -273,13 +264,7 @@ def _nothing() -> None:
     pass
 
 
-def _create(loan: Loan) -> PlacementGroup | None:
-    group = groups.create_group(
+def _create(loan: Loan) -> PlacementGroup:
+    return groups.create_group(
         loan.group_name, loan.bundles, loan.nodes, loan.lifetime, loan.strategy, loan.labels
     )
-    try:
-        ready = groups.ready_or_removed(group, min(READY_DEADLINE_SECONDS, loan.seconds))
-    except BaseException:  # Ctrl-C
-        groups.remove_group(group)
-        raise
-    return group if ready else None

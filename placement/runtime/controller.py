@@ -25,7 +25,6 @@ from placement.errors import (
     PartlyApplied,
     PlacementError,
     UnknownDeployment,
-    Unplaceable,
     UnreadableRecord,
 )
 from placement.runtime import ledger
@@ -119,6 +118,7 @@ class Controller:
         self.lifetimes = Lifetimes(
             self.queue, self.reconciler, partial(self._reconcile, patient=False), self.releases, self.turns
         )
+        self.reconciler.forget_removed = self.lifetimes.forget_removed
         self.queries = Queries(
             self.state, self.cluster, self.fleet, self.feed, self.queue, self.near, self.history
         )
@@ -145,17 +145,8 @@ class Controller:
                     return self.reconciler.bring_about(work).result()
             self._require_readable(wanted.name)
             with self._refusal_told(wanted.name):
-                new = _new(wanted, owner)
-                try:
-                    return self._place(new, lending)
-                except Unplaceable:
-                    if not self.lifetimes.forget_removed():
-                        raise
-                return self._place(new, lending)
-
-    def _place(self, new: DeploymentState, lending: Lending | None) -> PlacementResult:
-        work = Work(None, new, atomic=True, strict=True, lending=lending)
-        return self.reconciler.bring_about(work).result()
+                work = Work(None, _new(wanted, owner), atomic=True, strict=True, lending=lending)
+                return self.reconciler.bring_about(work).result()
 
     def apply(self, wanted: Deployment, atomic: bool = False, owner: Owner | None = None) -> PlacementResult:
         """Declares a deployment, and does what can be done for it now; see the service."""

@@ -39,6 +39,12 @@ class Groups(Protocol):
     def ready_or_removed(self, group: Any, deadline_seconds: float) -> bool:
         """Waits for a group; one that could not be had is gone."""
 
+    def wait_for(self, group: Any, deadline_seconds: float) -> bool:
+        """The same, for a group that somebody else creates."""
+
+    def is_gone(self, group: Any) -> bool:
+        """Whether somebody has removed a group, or it ended with its creator."""
+
     def remove(self, group: Any) -> None:
         """Gives a group back."""
 
@@ -70,6 +76,7 @@ class FreeGpus:
         self.held: dict[str, Holding] = {}
         self._groups = groups
         self._gpu_count = gpu_count
+        self._removed: set[str] = set()
         self._foreign: frozenset[int] | None = frozenset()
         self._changed_at = float("-inf")
         self._freed_at = time.monotonic()  # an earlier actor of this node may have died with holds
@@ -96,12 +103,13 @@ class FreeGpus:
     def adopt(self, holdings: Mapping[str, Holding]) -> None:
         """Notes what is reserved already, by order name, and that nothing else of ours is."""
         self.held = dict(holdings)
+        self._removed.clear()
         self._foreign = None
 
     def forget(self, name: str) -> None:
         """Notes that an order is not reserved any more."""
+        self._removed.discard(name)
         if self.held.pop(name, None) is not None:
-            self._foreign = None
             self.note_freed()
 
     def note_change(self) -> None:
@@ -133,7 +141,7 @@ class FreeGpus:
             to_be_sure: try it all the same where the cluster's books say that there are fewer, since on a busy
                 cluster they lag by more than we wait.
         """
-        not_ours = frozenset(range(self._gpu_count)) - self.ours()
+        not_ours = (frozenset(range(self._gpu_count)) - self.ours()) | self._given_back()
         expected = len(not_ours) - len(self.foreign)
         is_lost = False
         quiet = time.monotonic() - self._changed_at
@@ -149,8 +157,14 @@ class FreeGpus:
             if expected == len(not_ours) and not is_lost:
                 self._foreign = frozenset()
         if is_lost:
-            expected, self._foreign = math.floor(whole + 1e-6), None
-        elif expected == len(not_ours) and self._foreign is not None:
+            self._removed |= {name for name, held in self.held.items() if self._is_removed(held)}
+            not_ours |= self._given_back()
+            expected = math.floor(whole + 1e-6)
+            if expected == len(not_ours):
+                self._foreign = frozenset()
+            elif expected != len(not_ours - self.foreign):
+                self._foreign = None
+        if expected == len(not_ours) and self._foreign is not None:
             return not_ours if len(not_ours) >= count else None
         free = not_ours - self.foreign
         is_recent = self._foreign is not None and time.monotonic() - self._looked_at < TRUST_SECONDS
@@ -173,6 +187,13 @@ class FreeGpus:
                 return frozenset(seen)
         self._foreign = None
         return None
+
+    def _is_removed(self, held: Holding) -> bool:
+        return held.group is not None and held.share == WHOLE and self._groups.is_gone(held.group)
+
+    def _given_back(self) -> frozenset[int]:
+        """GPUs that count as ours although their owner has removed their group, or ended."""
+        return frozenset(gpu for name in self._removed & self.held.keys() for gpu in self.held[name].gpus)
 
     def catch_up(self, free: Collection[int]) -> None:
         """Waits until the cluster's books show what was given back here, or taken for a moment to look.

@@ -3,7 +3,8 @@
 1. Prepare: the actor of each node makes the best GPUs those that Ray gives next.
 2. Create: one placement group, in the service for a replica over several nodes, or in the caller's own process,
    whose end is then that of the group.
-3. Confirm: each actor verifies from inside that its bundles hold just what it prepared; or cancel.
+3. Confirm: each actor waits until the group is ready, and verifies from inside that its bundles hold just what it
+   prepared; or cancel.
 
 A bounded number of times, under the nodes' turns. What is prepared is let go by itself if nobody comes in time.
 """
@@ -29,9 +30,8 @@ from placement.runtime.node_agent import LEASE_SECONDS, Part
 from placement.runtime.orders import Order, Prepared, Refusal, Refused, order_of
 from placement.runtime.results import NodeAssignment
 
-GROUP_DEADLINE_SECONDS = 0.3
-"""Long enough for Ray to try twice; see :func:`~placement.runtime.groups.ready_or_removed`."""
 MAX_ATTEMPTS = 6
+NOT_MADE = f"no placement group was made within {LEASE_SECONDS:g} s"
 
 
 class Creator(Protocol):
@@ -52,14 +52,8 @@ class Creator(Protocol):
         and nothing is held then.
 
         Returns:
-            The group, ready; ``None``, and nothing left, if it could not be had.
+            The group, ready or about to be; ``None`` if it was not made.
         """
-
-
-def create_detached(name: str, bundles: list[dict[str, float]], nodes: list[str]) -> PlacementGroup | None:
-    """The service is the creator: the group stays until it is released."""
-    group = groups.create_group(name, bundles, nodes)
-    return group if groups.ready_or_removed(group, GROUP_DEADLINE_SECONDS) else None
 
 
 class GroupReservation:
@@ -174,17 +168,13 @@ class GroupReservation:
             faults.point("service.prepared")
             began = time.monotonic()
             group = self._created(attempt, prepared)
-            self._too_slow = time.monotonic() - began > LEASE_SECONDS
             faults.point("service.group_created")
-            if group is None:
-                reason = "another Ray user took GPUs meanwhile, or CPUs or memory are short"
-                if self._too_slow:
-                    reason = f"no placement group was made within {LEASE_SECONDS:g} s"
-                return self._interfered(attempt, reason)
-            found = self._confirm(group)
+            found = NOT_MADE if group is None else self._confirm(group)
             faults.point("service.confirmed")
-            if found is None:
-                return self._interfered(attempt, "another Ray user took or freed GPUs meanwhile")
+            if isinstance(found, str):
+                self._too_slow = time.monotonic() - began > LEASE_SECONDS
+                return self._interfered(attempt, found)
+            assert group is not None
             done = True
             for one in prepared.values():
                 metrics.steered(attempt - 1 + one.attempts)
@@ -230,22 +220,23 @@ class GroupReservation:
             bundles = [dict(bundle) for bundle in self._layout.bundles]
             home = self._parts[0].node_id if self._layout.strategy is Strategy.STRICT_PACK else ""
             nodes = [at.get(i, home) for i in range(len(bundles))]
-        if self._create is None:
-            return create_detached(f"{self._name}:{attempt}", bundles, nodes)
+        if self._create is None:  # it stays until it is released
+            return groups.create_group(f"{self._name}:{attempt}", bundles, nodes)
         faults.point("service.lent")
         label = None if self._layout is None else self._layout.domain_label
         labels = self._nodes[self._parts[0].node_id].labels
         domain = {label: labels[label]} if label else None
         return self._create(f"{self._name}:{attempt}", bundles, nodes, domain)
 
-    def _confirm(self, group: PlacementGroup) -> dict[str, Part] | None:
-        """Node -> its part; ``None`` if any does not hold just what it prepared."""
+    def _confirm(self, group: PlacementGroup) -> dict[str, Part] | str:
+        """Node -> its part; or why one does not hold just what it prepared."""
         asked = {
             node: self._agents[node].confirm.remote(self._orders[node], group, bundles)
             for node, bundles in self._bundles.items()
         }
         found = self._all.answers(asked, self._deadline)
-        return found if all(isinstance(part, Part) for part in found.values()) else None
+        refused = [one.reason for one in found.values() if isinstance(one, Refused)]
+        return refused[0] if refused else found
 
     def _interfered(self, attempts: int, reason: str) -> Refusal:
         names = ", ".join(self._nodes[part.node_id].name for part in self._parts)

@@ -48,6 +48,9 @@ POLL_SECONDS = 0.02
 MAX_TRIES = 3
 """How often GPUs are asked for that the books show as free: parts of several add up there, and cannot be had whole."""
 
+WARM_SECONDS = 0.5
+"""How long a task may take before it is asked whether its group is still there."""
+
 GPU_IDS_DEADLINE_SECONDS = 60.0
 """How long a task in a group that is ready may take. A cold worker process takes 1 to 3 s on a busy machine."""
 
@@ -97,6 +100,14 @@ class NodeGroups:
             self._ready.add(group.id.hex())
         return ready
 
+    def wait_for(self, group: PlacementGroup, deadline_seconds: float) -> bool:
+        """The same, for a group that somebody else creates."""
+        return ready_or_removed(group, deadline_seconds)
+
+    def is_gone(self, group: PlacementGroup) -> bool:
+        """See :func:`is_gone`."""
+        return is_gone(group.id.hex())
+
     def remove(self, group: PlacementGroup) -> None:
         """See :func:`remove_group`."""
         ready = group.id.hex() in self._ready
@@ -106,14 +117,21 @@ class NodeGroups:
     def gpus_of(self, group: PlacementGroup, bundles: Iterable[int], share: float = 1) -> list[int]:
         """The slots of which these bundles hold a ``share``, as a worker in each of them says.
 
+        Those of the first ones only, if the group is gone.
+
         A bundle is named once for each GPU that it holds. Asked one after the other, so that one warm worker process
         answers all.
 
         Raises:
             ray.exceptions.GetTimeoutError: a bundle did not answer in time.
         """
-        asked = Counter(bundles).items()
-        return [slot for bundle, count in asked for slot in sorted(self._ask(group, bundle, share * count))]
+        slots: list[int] = []
+        for bundle, count in Counter(bundles).items():
+            found = self._ask(group, bundle, share * count)
+            if not found:
+                break
+            slots += sorted(found)
+        return slots
 
     def warm(self) -> None:
         """Waits until a worker process is there to answer the next probe at once."""
@@ -159,18 +177,26 @@ class NodeGroups:
         )
 
     def _ask(self, group: PlacementGroup, bundle: int, share: float) -> list[int]:
-        """The slots of which a bundle holds a ``share``."""
+        """The slots of which a bundle holds a ``share``; none, if its group is gone."""
         inside = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
-        ids = self._answer(self._probe.options(num_gpus=share, scheduling_strategy=inside))
+        ids = self._answer(self._probe.options(num_gpus=share, scheduling_strategy=inside), group)
         return [self._slot(gpu_id) for gpu_id in ids]
 
-    def _answer(self, task: Any) -> list[str]:
-        reference = task.remote()
-        try:
-            return list(ray.get(reference, timeout=GPU_IDS_DEADLINE_SECONDS))
-        except ray.exceptions.GetTimeoutError:
-            ray.cancel(reference, force=True)
-            raise
+    def _answer(self, task: Any, group: PlacementGroup | None = None) -> list[str]:
+        """What a task says; nothing, if its group is gone."""
+        reference, end = task.remote(), time.monotonic() + GPU_IDS_DEADLINE_SECONDS
+        while True:
+            try:
+                return list(ray.get(reference, timeout=WARM_SECONDS))
+            except ray.exceptions.RayError as error:
+                gone = group is not None and is_gone(group.id.hex())
+                late = isinstance(error, ray.exceptions.GetTimeoutError)
+                if late and not gone and time.monotonic() < end:
+                    continue
+                ray.cancel(reference, force=True)
+                if gone:  # with whoever created it; Ray may keep such a task waiting for ever
+                    return []
+                raise
 
 
 def create_group(
@@ -259,12 +285,6 @@ def live_groups(wanted: Callable[[str], bool]) -> dict[str, LiveGroup]:
             nodes = frozenset(bundle.node_id.hex() for bundle in group.bundles if bundle.node_id)
             found[group.placement_group_id.hex()] = LiveGroup(group.name, nodes)
     return found
-
-
-def is_created(group: PlacementGroup) -> bool:
-    """Whether a group holds what it was asked for, on all its nodes."""
-    row = placement_group_table(group)
-    return bool(row) and row["state"] == "CREATED"
 
 
 def is_gone(group_id: str) -> bool:

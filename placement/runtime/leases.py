@@ -38,7 +38,6 @@ class Loan:
         strategy: how bundles are spread.
         labels: label -> condition, for each bundle.
         lifetime: ``None``, so that the group ends with who creates it, or ``detached``.
-        seconds: how long it is there.
     """
 
     id: str
@@ -49,7 +48,6 @@ class Loan:
     strategy: str = "PACK"
     labels: tuple[Mapping[str, str], ...] = ()
     lifetime: str | None = None
-    seconds: float = LEND_SECONDS
 
 
 class Lending:
@@ -79,7 +77,7 @@ class Lending:
         nodes: list[str],
         domain: Mapping[str, str] | None = None,
     ) -> Any | None:
-        """Has the caller create a group, and waits for it; ``None`` if there is none. In the thread that reserves."""
+        """Has the caller create a group; ``None`` if he does not. In the thread that reserves."""
         answer: Future[str] = Future()
         with self._lock:
             if self._is_over:
@@ -101,10 +99,7 @@ class Lending:
                     self._is_over = True  # who was too late once has gone, as far as we can tell
                     answer.set_result("")
             group_id = answer.result()
-        if not group_id:
-            return None
-        group = groups.group_from_hex(group_id)
-        return group if groups.is_created(group) else None
+        return groups.group_from_hex(group_id) if group_id else None
 
     @property
     def is_over(self) -> bool:
@@ -126,7 +121,7 @@ class Lending:
         """The next loan, or the outcome.
 
         Args:
-            group_id: the group that the caller has created, hex; empty if it could not be had.
+            group_id: the group that the caller has created, hex; empty if it has not.
         """
         assert self._outcome is not None
         with self._lock:
@@ -174,7 +169,7 @@ class Loans:
         asyncio.get_running_loop().call_later(KEPT_SECONDS, self._lendings.pop, lending.id, None)
 
     async def confirm(self, loan_id: str, group_id: str) -> Loan | PlacementResult:
-        """The next loan, or the result, once the group of a loan is there; empty if it could not be had.
+        """The next loan, or the result, once the group of a loan is made; empty if it was not.
 
         Raises:
             LeaseExpired: it is too late.

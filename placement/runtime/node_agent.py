@@ -231,14 +231,17 @@ class NodePlacementActor:
         """Lets go of what is prepared, if anything is."""
         self._let_go(used=False)
 
-    def confirm(self, order: Order, group: PlacementGroup, bundles: Sequence[int]) -> Part | None:
-        """What the bundles of a group hold here, if it is just what was prepared."""
-        prepared = self._let_go(used=True)
+    def confirm(self, order: Order, group: PlacementGroup, bundles: Sequence[int]) -> Part | Refused:
+        """What the bundles of a group hold here, once it is ready, if it is just what was prepared."""
+        ready = self._reserver.wait_for(group)  # what is prepared stays so until then
+        prepared = self._let_go(used=ready)
+        if not ready:
+            return Refused("another Ray user took GPUs meanwhile, or CPUs or memory are short", 1, full=False)
         if prepared is None:
-            return None
+            return Refused("the GPUs that were prepared had been let go", 1, full=False)
         bundle_of = self._reserver.confirm(order, prepared, group, bundles)
         if bundle_of is None:
-            return None
+            return Refused("another Ray user took or freed GPUs meanwhile", 1, full=False)
         machine = with_rates(hardware_of(self._last_facts(), self._gpu_count), order.measured)
         topology = machine.topology
         gpus, size = [gpu for one in prepared.sets for gpu in one], len(prepared.sets[0])

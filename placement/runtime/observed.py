@@ -181,7 +181,12 @@ class ObservedCluster:
         with self._state.lock:
             return self.snapshot(nodes), self._state.held()
 
-    def patiently(self, decide: Callable[[list[NodeInfo], float, bool], T], fresh: bool = False) -> T:
+    def patiently(
+        self,
+        decide: Callable[[list[NodeInfo], float, bool], T],
+        fresh: bool = False,
+        forget_removed: Callable[[], bool] = lambda: False,
+    ) -> T:
         """Decides; before a refusal stands, looks again at all nodes, and at books that show our own last change.
 
         Three times in all: others' changes, which keep coming, are no reason to wait. The last time with what we
@@ -191,6 +196,7 @@ class ObservedCluster:
             decide: what to do with the nodes that are alive, with books that may lag by so many seconds, and that are
                 to be read anew or not.
             fresh: begin with everything as it is now.
+            forget_removed: forgets what owners have removed, which comes before any wait; whether there was anything.
 
         Raises:
             UnknownNode, UnknownGpu, Unplaceable: what ``decide`` raised last.
@@ -203,6 +209,9 @@ class ObservedCluster:
                 return decide(nodes, VIEW_LAG_SECONDS, is_fresh)
             except (Unplaceable, UnknownNode, UnknownGpu) as error:
                 refusal = error
+                if looks_left and forget_removed():
+                    nodes, is_fresh = self.nodes(), True
+                    continue
                 if not self._fleet.catch_up(changed_at) and is_fresh:
                     break
                 if looks_left:

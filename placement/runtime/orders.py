@@ -112,11 +112,15 @@ class Order:
 
 @dataclass(frozen=True)
 class Holding:
-    """What a replica that stands holds: GPUs, and thousandths of each."""
+    """What a replica that stands holds: GPUs, and thousandths of each.
+
+    ``group``: its placement group, where its owner may remove that and it is known.
+    """
 
     deployment: str
     gpus: tuple[int, ...]
     share: int = WHOLE
+    group: Any = None
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,7 @@ class Reconciler:
 
     Attributes:
         gone: ids of placement groups that are not there any more although a deployment has them.
+        forget_removed: forgets what the owners of leases have removed; whether there was anything.
         outlook: what is asked of the autoscaler for replicas that wait, or why nothing is: the ends of their reasons.
     """
 
@@ -120,6 +121,7 @@ class Reconciler:
     ) -> None:
         self.state, self.cluster, self.fleet, self.actions, self.feed = state, cluster, fleet, actions, feed
         self.gone: set[str] = set()
+        self.forget_removed: Callable[[], bool] = lambda: False
         self.outlook: Callable[[Request, Sequence[int]], Mapping[int, str]] = lambda request, indices: {}
         self.types_for: Callable[[Request, Sequence[int]], str] = lambda request, indices: ""
 
@@ -217,7 +219,7 @@ class Reconciler:
         try:
             # A replica that is there may have lost its node since the nodes were last read.
             fresh = work.replans > 0 or work.known is not None
-            return self.cluster.patiently(decide, fresh)
+            return self.cluster.patiently(decide, fresh, self.forget_removed)
         except Unplaceable:
             if work.is_refused:
                 raise

@@ -26,7 +26,7 @@ from placement.core.wording import gpu_names
 from placement.runtime import faults
 from placement.runtime.free_gpus import BOOKS_LAG_SECONDS, FreeGpus, Groups
 from placement.runtime.orders import GpuHardware, Holding, Order, Prepared, Refused, Reserved, Steering
-from placement.runtime.steering import Steerer
+from placement.runtime.steering import READY_DEADLINE_SECONDS, Steerer
 
 MAX_ATTEMPTS = 12
 MAX_LOOKS = 3
@@ -55,7 +55,7 @@ class NodeReserver:
 
     def remove(self, name: str, group: Any) -> None:
         """Gives a reserved group back."""
-        self.gpus.held.pop(name, None)
+        self.gpus.forget(name)
         self._groups.remove(group)
         self.gpus.note_freed()
 
@@ -209,7 +209,12 @@ class NodeReserver:
             self.gpus.forget_foreign()
         for filler in prepared.fillers:
             self._groups.remove(filler)
-        self.gpus.note_freed()
+        if prepared.fillers:
+            self.gpus.note_freed()
+
+    def wait_for(self, group: Any) -> bool:
+        """Whether a group that somebody else creates becomes ready; if not, it is gone."""
+        return self._groups.wait_for(group, READY_DEADLINE_SECONDS)
 
     def confirm(
         self, order: Order, prepared: Prepared, group: Any, bundles: Sequence[int]
@@ -228,7 +233,7 @@ class NodeReserver:
         if is_share:
             self._strayed = False
         faults.point("agent.confirmed")
-        self.gpus.held[order.name] = Holding(order.deployment, tuple(sorted(slots)), prepared.share)
+        self.gpus.held[order.name] = Holding(order.deployment, tuple(sorted(slots)), prepared.share, group)
         return dict(zip(slots, bundles, strict=True))
 
     def _share(self, order: Order, machine: GpuHardware, share: int) -> Reserved | Refused:

@@ -336,7 +336,7 @@ class DeploymentPlacementActor(Past):
 
     @metrics.counted
     async def confirm(self, loan_id: str, group_id: str) -> Loan | PlacementResult:
-        """Says that the group of a loan is there, by its id in hex; empty if it could not be had.
+        """Says that the group of a loan is made, by its id in hex; empty if it was not.
 
         Returns:
             What is to be created next, or the result.

@@ -84,17 +84,15 @@ class Group:
 class Groups(OwnGroups):
     """Groups that are there, by name; ``id-`` and the name is the id of one."""
 
-    def __init__(self, cannot: tuple[str, ...] = (), meanwhile: Callable[[str], None] = lambda name: None):
+    def __init__(self, meanwhile: Callable[[str], None] = lambda name: None):
         self.there: dict[str, Group] = {}
-        self.removed: list[tuple[str, bool]] = []
-        self.cannot, self.meanwhile = cannot, meanwhile
+        self.removed: list[str] = []
+        self.meanwhile = meanwhile
 
     def warm(self) -> None:
         pass
 
     def create(self, loan: Loan) -> Any:
-        if loan.group_name in self.cannot:
-            return None
         self.there[loan.group_name] = Group(Id(f"id-{loan.group_name}"))
         self.meanwhile(loan.group_name)
         return self.there[loan.group_name]
@@ -102,10 +100,10 @@ class Groups(OwnGroups):
     def find(self, name: str) -> Any:
         return self.there.get(name)
 
-    def remove(self, group: Any, ready: bool) -> None:
+    def remove(self, group: Any) -> None:
         name = group.id.hex().removeprefix("id-")
         del self.there[name]
-        self.removed.append((name, ready))
+        self.removed.append(name)
 
 
 def loan(number: int) -> Loan:
@@ -155,19 +153,11 @@ def test_what_stands_already_needs_no_group(kind: Any) -> None:
 
 
 @both
-def test_a_group_that_cannot_be_had_is_confirmed_as_none_and_another_attempt_follows(kind: Any) -> None:
-    service, groups = Service(loan(1), loan(2), result("group-2")), Groups(cannot=("group-1",))
-    place(kind, service, groups)
-    assert service.calls == [LEND, ("confirm", "loan-1", ""), ("confirm", "loan-2", "id-group-2")]
-    assert list(groups.there) == ["group-2"]
-
-
-@both
 def test_a_group_that_the_result_does_not_hold_is_removed(kind: Any) -> None:
     """Other GPUs were in it than were lent, so that the service made another attempt."""
     service, groups = Service(loan(1), loan(2), result("group-2")), Groups()
     place(kind, service, groups)
-    assert (list(groups.there), groups.removed) == (["group-2"], [("group-1", True)])
+    assert (list(groups.there), groups.removed) == (["group-2"], ["group-1"])
 
 
 @both
@@ -186,7 +176,7 @@ def test_who_was_too_late_or_whose_service_started_anew_asks_once_more(kind: Any
     expired = LeaseExpired("mine", "none came")
     service, groups = Service(loan(1), loan(2), expired, loan(3), result("group-3")), Groups()
     place(kind, service, groups)
-    assert (list(groups.there), groups.removed) == (["group-3"], [("group-1", True), ("group-2", True)])
+    assert (list(groups.there), groups.removed) == (["group-3"], ["group-1", "group-2"])
     service, groups = Service(loan(1), expired, loan(2), LeaseExpired("mine", "again")), Groups()
     with pytest.raises(LeaseExpired, match="again"):
         place(kind, service, groups)
@@ -207,7 +197,7 @@ def test_a_caller_who_is_interrupted_leaves_no_group_and_cancels(kind: Any, stop
     service, groups = Service(loan(1), loan(2)), Groups(meanwhile=interrupt)
     with pytest.raises(stop):
         place(kind, service, groups)
-    assert groups.removed == [("group-1", True), ("group-2", False)]
+    assert groups.removed == ["group-1", "group-2"]
     assert service.calls[-1] == ("cancel", "loan-2")
 
 
@@ -242,13 +232,13 @@ def test_a_cancelled_task_waits_for_the_group_that_is_being_created_and_removes_
             await task
 
     asyncio.run(run())
-    assert (groups.there, groups.removed) == ({}, [("group-1", True)])
+    assert (groups.there, groups.removed) == ({}, ["group-1"])
     assert service.calls[-1] == ("cancel", "loan-1")
 
 
 def test_trouble_with_giving_back_does_not_hide_the_error() -> None:
     class Broken(Groups):
-        def remove(self, group: Any, ready: bool) -> None:
+        def remove(self, group: Any) -> None:
             raise RuntimeError("Ray is gone")
 
     service = Service(loan(1), OSError("first"))

@@ -554,6 +554,19 @@ def test_what_the_owner_of_a_lease_has_removed_is_not_what_he_gets_when_he_asks_
     assert again.placement_group.id.hex() in outside.groups.keys() - {first}
 
 
+def test_what_an_owner_has_removed_makes_room_before_anything_waits_for_rays_books(
+    outside: Ray, service: DirectService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def waited(since: float) -> bool:
+        raise AssertionError("it was waited for Ray's books")
+
+    place_for(service, CALLER, gpus=4)
+    outside.groups.clear()
+    monkeypatch.setattr(service.fleet, "catch_up", waited)
+    service.place(one("b", gpus=4))
+    assert service.state.names() == ("b",)
+
+
 def test_a_lease_ends_with_its_time_and_is_nobodys_to_change_by_apply(
     outside: Ray, service: DirectService
 ) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 
+from placement.runtime import groups
 from placement.runtime.groups import NodeGroups
 from placement.runtime.ray_internals import visible_devices
 
@@ -61,3 +63,43 @@ def test_a_bundle_with_several_gpus_is_asked_once_for_all_of_them(monkeypatch: p
     assert node.gpus_of("group", [0, 0, 2]) == [2, 3, 5]
     assert node.gpus_of("group", [2], 0.25) == [5]
     assert asked == [(0, 2), (2, 1), (2, 0.25)]
+
+
+LATE, FAILED = ray.exceptions.GetTimeoutError(), ray.exceptions.WorkerCrashedError()
+
+
+@pytest.mark.parametrize(
+    ("answers", "gone", "found"),
+    [
+        ([["2"], LATE, ["3"]], [False], [2, 3]),
+        ([["2"], LATE], [True], [2]),
+        ([FAILED], [True], []),
+    ],
+    ids=["late", "waits for ever", "failed"],
+)
+def test_what_runs_in_a_group_that_is_gone_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, answers: list[Any], gone: list[bool], found: list[int]
+) -> None:
+    """Its creator was killed: Ray keeps the task waiting, or says that it failed. The other bundles are not asked."""
+
+    class Probe:
+        def options(self, **options: Any) -> Probe:
+            return self
+
+        def remote(self) -> str:
+            return "task"
+
+    def get(task: str, timeout: float) -> list[str]:
+        if isinstance(answer := left.pop(0), Exception):
+            raise answer
+        return list(answer)
+
+    left, asked = [*answers], iter(gone)
+    cancelled: list[str] = []
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "cancel", lambda task, force: cancelled.append(task))
+    monkeypatch.setattr(groups, "is_gone", lambda group_id: next(asked))
+    slots(monkeypatch, None)
+    group: Any = SimpleNamespace(id=b"g")
+    assert NodeGroups("node", Probe()).gpus_of(group, range(2)) == found
+    assert (left, len(cancelled)) == ([], sum(gone))

@@ -81,8 +81,23 @@ def test_what_nobody_comes_for_is_let_go(
         time.sleep(0.01)
     assert slots.groups == {}
     late = slots.reserve(order.name, {"GPU": 1.0}, 1)
-    assert actor.confirm(order, late, [0]) is None
+    refused = actor.confirm(order, late, [0])
+    assert isinstance(refused, Refused) and refused.reason == "the GPUs that were prepared had been let go"
     actor.release([(order.name, late)])
+    assert slots.groups == {}
+
+
+def test_a_group_that_does_not_get_ready_is_refused_with_the_reason(
+    actor: NodePlacementActor, slots: Slots
+) -> None:
+    """The caller does not wait for it; what is prepared is held until here."""
+    prepared = actor.prepare(PAIR, 1)
+    assert isinstance(prepared, Prepared) and slots.groups
+    slots.others = {0, 2, 3}  # somebody was faster
+    group = slots.reserve(PAIR.name, prepared.bundle({}), 2)
+    refused = actor.confirm(PAIR, group, [0, 1])
+    assert isinstance(refused, Refused) and not refused.full
+    assert refused.reason == "another Ray user took GPUs meanwhile, or CPUs or memory are short"
     assert slots.groups == {}
 
 
@@ -91,7 +106,7 @@ def test_a_new_preparation_lets_go_of_the_one_before(actor: NodePlacementActor, 
     held = set(slots.groups)
     assert held, "GPU 1 is kept from Ray"
     group = create(slots, QUARTER, actor.prepare(QUARTER, 1))
-    assert actor.confirm(QUARTER, group, [0]) and set(slots.groups) == {group}
+    assert isinstance(actor.confirm(QUARTER, group, [0]), Part) and set(slots.groups) == {group}
 
 
 def test_it_chooses_by_the_rates_that_the_plan_was_made_with(slots: Slots) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from placement import topologies
 from placement.core.needs import WHOLE, Needs, Within
 from placement.core.topology import Topology
-from placement.runtime import reservation
+from placement.runtime import free_gpus, reservation
 from placement.runtime.orders import GpuHardware, Order, Prepared, Refused, Reserved
 from placement.runtime.reservation import NodeReserver
 from tests.runtime.test_reservation import Clock, Slots
@@ -90,7 +90,7 @@ def test_what_is_confirmed_is_known_as_ours_and_by_bundle() -> None:
     assert not set(after.gpus) & {0, *wanted}
     assert slots.looks == 1, "nothing that is not ours has changed"
     reserver.gpus.forget("r")
-    assert reserver.gpus.foreign == frozenset()
+    assert reserver.gpus.foreign == {0}, "nothing that is not ours has changed"
 
 
 def test_other_gpus_than_those_prepared_are_not_confirmed() -> None:
@@ -106,6 +106,37 @@ def test_other_gpus_than_those_prepared_are_not_confirmed() -> None:
     again = reserver.prepare(order(2), PAIRS, 1)
     assert isinstance(again, Prepared)
     assert (again.sets, again.foreign_gpus) == (((2, 3),), (0,))
+
+
+@pytest.mark.parametrize("others", [set(), {7}])
+def test_a_node_is_not_looked_at_for_what_owners_have_removed(clock: Clock, others: set[int]) -> None:
+    slots = Watched(8, others=others)
+    reserver = NodeReserver(slots, 8)
+    reserver.look_ahead(1)
+    looks = slots.looks
+
+    def lend(name: str) -> tuple[int, tuple[int, ...]]:
+        clock.now += free_gpus.BOOKS_LAG_SECONDS * 2
+        prepared = reserver.prepare(order(2, name), DGX1, 1)
+        assert isinstance(prepared, Prepared) and prepared.attempts == 1
+        group = create(slots, prepared)
+        reserver.finish(prepared, used=True)
+        assert reserver.confirm(order(2, name), prepared, group, [0, 1])
+        return group, prepared.sets[0]
+
+    first, gpus = lend("first")
+    slots.remove(first)  # its owner has, and the service has not heard of it
+    assert not {*gpus} & {*lend("second")[1]}, "they are given to nobody until it has"
+    clock.now -= free_gpus.BOOKS_LAG_SECONDS * 2
+    assert not {*gpus} & {*lend("at once")[1]}, "and steered past without a look at the books"
+    slots.remove(max(slots.groups))
+    reserver.gpus.forget("at once")
+    reserver.gpus.forget("first")
+    assert lend("third")[1] == gpus
+    assert slots.looks == looks
+    slots.others = {*others, slots.free()[-1]}
+    lend("fourth")
+    assert slots.looks == looks + 1, "somebody has come, which the books tell"
 
 
 @pytest.mark.parametrize(

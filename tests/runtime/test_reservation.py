@@ -102,6 +102,12 @@ class Slots:
     def ready_or_removed(self, group: int, deadline_seconds: float) -> bool:
         return group in self.groups
 
+    def wait_for(self, group: int, deadline_seconds: float) -> bool:
+        return group in self.groups
+
+    def is_gone(self, group: int) -> bool:
+        return group not in self.groups
+
     def remove(self, group: int) -> None:
         self.groups.pop(group, None)
 
