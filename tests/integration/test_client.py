@@ -170,9 +170,7 @@ class Lender:
 
     def _loan(self) -> Loan:
         number = len(self.confirmed)
-        return Loan(
-            str(number), "mine", f"lent-{number}-{id(self)}", [{"GPU": 1.0}] * 2, [self.node] * 2, seconds=5.0
-        )
+        return Loan(str(number), "mine", f"lent-{number}-{id(self)}", [{"GPU": 1.0}] * 2, [self.node] * 2)
 
     async def lend(
         self, deployment: Any, constraints: Any, wait_seconds: float, *, caller: dict[str, str]
