@@ -1,4 +1,4 @@
-"""``placement demo``: the main job, on an embedded cluster of simulated nodes."""
+"""``placement demo``: what placement does, shown on an embedded cluster of simulated nodes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(as_json: bool) -> int:
     """Runs the demo.
 
     Returns:
-        The exit code: 0 if every worker got the GPU that its replica was promised, and all was given back.
+        The exit code: 0 if every worker got the GPU of its replica's result, and everything was given back.
     """
     deployments = parse_deployments(files("placement.cli").joinpath(EXAMPLE).read_text(), ".toml", EXAMPLE)
     with ExitStack() as stack:
@@ -134,9 +134,9 @@ def _beside_ray(deployments: list[dict[str, Any]]) -> Table:
 
 @contextmanager
 def _uninterrupted() -> Iterator[Callable[[], None]]:
-    """Holds back Ctrl-C and SIGTERM until the end of the block, or until what it yields is called.
+    """Delays Ctrl-C and SIGTERM until the end of the block, or until the function that it yields is called.
 
-    Ray keeps no account of a node whose start was cut short, and half a clean-up leaves the other half.
+    Ray cannot stop a node whose start was interrupted, and an interrupted clean-up leaves processes behind.
     """
     held_back: list[int] = []
     before = {

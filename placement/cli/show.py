@@ -1,4 +1,4 @@
-"""``placement status``, ``list``, ``get`` and ``events``: what stands, and what happened."""
+"""``placement status``, ``list``, ``get`` and ``events``: what is placed, and what happened."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
     "  placement status --picture cluster.svg\n  placement status --json",
 )
 @_filters
-@click.option(
-    "--deployment", metavar="NAME", help="Only this deployment, or group, and the nodes that it is on."
-)
+@click.option("--deployment", metavar="NAME", help="Only this deployment, or group, and its nodes.")
 @click.option(
     "--watch",
     cls=OptionalNumber,
     unsaid=EVERY_SECONDS,
     type=common.Seconds(min=0.1),
     metavar="[SECONDS]",
-    help=f"Go on until interrupted, and show it again each {EVERY_SECONDS:g} s, or as often as is said.",
+    help=f"Show it again every SECONDS, {EVERY_SECONDS:g} if left out, until interrupted.",
 )
-@common.with_picture("Draws it as well, for a slide: each node, its NVLink islands, and who sits where.")
+@common.with_picture(
+    "Also draws a picture, for a slide: each node, its NVLink islands, and the replicas on them."
+)
 @common.with_address
 @common.with_json
 def status(
@@ -54,9 +54,9 @@ def status(
     address: str | None,
     as_json: bool,
 ) -> None:
-    """Shows how many GPUs are free, what waits, each node with who sits where, and each deployment.
+    """Shows how many GPUs are free, what waits, each node with the replicas on it, and each deployment.
 
-    On a terminal it is shown with PAGER, else less. With --watch, --json prints one report a line.
+    On a terminal it is shown with PAGER, else less. With --watch, --json prints one report per line.
     """
     if picture is not None and watch is not None:
         raise click.UsageError("--picture draws one moment; leave out --watch")
@@ -81,7 +81,7 @@ def status(
 
 
 def _report(service: Any, **filters: str | None) -> dict[str, Any]:
-    """What the service says of what the filters leave."""
+    """The service's report, with only what the filters select."""
     given = {name: value for name, value in filters.items() if value is not None}
     report: dict[str, Any] = common.ask(service.status.remote(**given))
     return report
@@ -164,15 +164,19 @@ def get(names: tuple[str, ...], output: str | None, address: str | None, as_json
 )
 @click.argument("name", required=False)
 @click.option(
-    "--since", type=click.IntRange(min=0), default=0, metavar="NUMBER", help="Only those after this one."
+    "--since",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="NUMBER",
+    help="Only events with a higher number.",
 )
-@click.option("--follow", is_flag=True, help="Go on until interrupted, and show what happens as it does.")
+@click.option("--follow", is_flag=True, help="Go on until interrupted, and show events as they happen.")
 @common.with_address
 @common.with_json
 def events(name: str | None, since: int, follow: bool, address: str | None, as_json: bool) -> None:
-    """Shows what happened to replicas: where they are, which were lost, why some are pending. Of all, or of one NAME.
+    """Shows what happened to replicas: where they are, which were lost, why some are pending. Of NAME, or of all.
 
-    With --follow, --json prints one object a line.
+    With --follow, --json prints one object per line.
     """
     from placement.cli.views.tables import event_line
 

@@ -17,25 +17,23 @@ from placement.cli import common
 from placement.cli.group import Command, NotDone
 from placement.errors import counted
 
-WAITS_ON = (
-    "what is declared stays, and waits on; `placement wait` waits for it, `placement release` takes it back"
-)
+WAITS_ON = "the deployment goes on waiting; `placement wait` waits for it, `placement release` gives it up"
 WATCH_SECONDS = 30.0
-"""So long one question to the service may take."""
+"""How long one question to the service may take."""
 
 Results = dict[str, dict[str, Any]]
-"""Deployment -> its result as JSON has it."""
+"""Deployment -> its result as JSON-ready values."""
 
 
 @dataclass
 class Waited:
-    """What became of deployments that were waited for.
+    """The outcome of waiting for deployments.
 
     Attributes:
-        results: of those that stand.
-        pending: deployment -> replica -> why, of those that wait on.
-        given_up: the same of those whose deadline is over.
-        gone: those that are no more: released, or given up before any of them was placed.
+        results: of the deployments that exist.
+        pending: deployment -> replica -> why, of those that still wait.
+        given_up: the same, of those whose deadline is over.
+        gone: deployments that no longer exist: released, or given up before any replica was placed.
     """
 
     results: Results = field(default_factory=dict)
@@ -51,14 +49,14 @@ class Waited:
     type=common.Seconds(min=0),
     default=math.inf,
     metavar="SECONDS",
-    help="How long at most; without it, as long as it takes.",
+    help="Wait this long at most; without it, as long as it takes.",
 )
 @common.with_address
 @common.with_json
 def wait(names: tuple[str, ...], timeout: float, address: str | None, as_json: bool) -> None:
     """Waits until all replicas of deployments, or groups, are placed as they are declared.
 
-    Exits with 1 if they are not in time.
+    Exits with 1 if they are not placed in time.
     """
     with common.service(address) as service:
         waited = until_placed(service, common.members(service, names), timeout, not as_json)
@@ -72,13 +70,13 @@ def wait(names: tuple[str, ...], timeout: float, address: str | None, as_json: b
 
 
 def until_placed(service: Any, names: Iterable[str], seconds: float, tells: bool) -> Waited:
-    """Waits until nothing of some deployments is pending, or to be replaced, or the time is over.
+    """Waits until no replica of some deployments is pending or to be replaced, or the time is over.
 
     Args:
         service: the handle.
         names: of the deployments.
         seconds: how long at most.
-        tells: shows on stderr how it goes.
+        tells: shows the progress on stderr.
     """
     with common.noted(KeyboardInterrupt, WAITS_ON), _Progress(tells) as progress:
         end = time.monotonic() + seconds
@@ -102,7 +100,7 @@ def until_placed(service: Any, names: Iterable[str], seconds: float, tells: bool
 
 
 def _look(service: Any, name: str, waited: Waited) -> bool:
-    """Notes how a deployment is; whether there is nothing more to wait for."""
+    """Records the state of a deployment; returns whether there is nothing more to wait for."""
     waited.pending.pop(name, None)
     try:
         described = common.ask(service.describe.remote(name))
@@ -121,7 +119,7 @@ def _look(service: Any, name: str, waited: Waited) -> bool:
 
 
 def require_placed(waited: Waited, seconds: float) -> None:
-    """That all replicas of all of them are placed as they are declared.
+    """Checks that all replicas of all of them are placed as they are declared.
 
     Raises:
         NotDone: they are not.
@@ -148,7 +146,7 @@ def _each(pending: Mapping[str, Mapping[str, str]]) -> str:
 
 
 class _Progress:
-    """How waiting goes, on stderr: one line that is written anew on a terminal, elsewhere one for each event."""
+    """Progress of waiting, on stderr: one line that is rewritten on a terminal, else a line for each event."""
 
     def __init__(self, tells: bool) -> None:
         self._lines = tells and not sys.stderr.isatty()
@@ -163,13 +161,13 @@ class _Progress:
             click.echo("\r\033[K", err=True, nl=False)
 
     def happened(self, event: Mapping[str, Any]) -> None:
-        """Tells an event."""
+        """Prints an event."""
         if self._lines:
             who = "" if event["replica"] is None else f" replica {event['replica']}"
             common.note(f"{event['deployment']}{who} {event['state']}: {event['text']}".rstrip(": "))
 
     def say(self, waited: Waited) -> None:
-        """Tells what is pending."""
+        """Prints what is pending."""
         if not self._anew:
             return
         pending = [(name, *one) for name, replicas in waited.pending.items() for one in replicas.items()]

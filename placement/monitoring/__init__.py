@@ -57,7 +57,7 @@ METRICS = (
     Metric(
         "placement_gpus", GAUGE, "GPUs",
         "GPUs that Ray has on the node, by state: `free`; `placed`, held whole by one replica (a MIG instance counts "
-        "as one); `shared`, held in shares; `foreign`, held by other Ray users; `unknown`, which NVML reports as failed.",
+        "as one); `shared`, held in shares; `foreign`, held by other Ray users; `unknown`, reported as failed by NVML.",
         ("node", "state"),
     ),
     Metric(

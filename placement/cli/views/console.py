@@ -1,4 +1,4 @@
-"""Where everything is drawn, in which colours, and how what is too long is told in less."""
+"""The console, its colours, and how texts that are too long are shortened."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def colours(names: Iterable[str]) -> dict[str, str]:
 
 
 def shortened(name: str, width: int) -> str:
-    """A name in so many columns: the middle is left out, as names differ at their ends."""
+    """A name in ``width`` columns: the middle is left out, as names differ at their ends."""
     if len(name) <= width:
         return name
     head = max(width // 2, 1)
@@ -48,7 +48,7 @@ def replicas_text(indices: Sequence[int]) -> str:
 
 
 def host_list(names: Sequence[str], width: int) -> str:
-    """Names of nodes as Slurm writes them: ``gpu-[001-019,024]``; those for which there is no room by number."""
+    """Names of nodes as Slurm writes them: ``gpu-[001-019,024]``; if that is too long, the first and how many more."""
     numbered: dict[tuple[str, int, str], list[int]] = {}
     for name in names:
         match = _NUMBERED.fullmatch(name)
@@ -84,7 +84,7 @@ def age_text(seconds: float | None) -> str:
 
 
 def owner_text(owner: Any) -> str:
-    """``detached``, ``job 01000000``: whose end ends a deployment."""
+    """``detached``, ``job 01000000``: the owner of a deployment."""
     if not isinstance(owner, Mapping):
         return str(owner or "detached")
     kind = str(owner.get("kind", ""))
