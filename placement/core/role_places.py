@@ -1,4 +1,4 @@
-"""The places that a replica of a group may have beside others, and what each costs; see :mod:`placement.core.roles`."""
+"""The possible places of a group's replicas beside others, and their cost; see :mod:`placement.core.roles`."""
 
 from __future__ import annotations
 
@@ -31,30 +31,30 @@ from placement.core.twins import twins_of
 from placement.errors import BelowFloor, Unplaceable
 
 MOST_SETS = 3_000
-"""So many sets of GPUs of one node are looked at for one replica; the slowest are left out."""
+"""How many sets of GPUs of one node are considered for one replica; the slowest are left out."""
 
 Cost = tuple[int, int, int, int]
 """Routes that leave a node, by how far; slowness of the sets, and of the routes; steps of PCIe between GPUs that talk.
 
-Each at least 0: of speeds, what is missing to :data:`_FASTEST`.
+Each is at least 0: a speed counts as its difference from :data:`_FASTEST`.
 """
 
 NOTHING: Cost = (0, 0, 0, 0)
 _FASTEST = 1 << 32
-"""MB/s; faster than anything."""
+"""MB/s; faster than any link."""
 
 
 def plus(one: Cost, other: Cost, times: int = 1) -> Cost:
-    """The cost of both, of the other so many times."""
+    """The sum of two costs, the second multiplied by a number."""
     a, b, c, d = other
     return one[0] + times * a, one[1] + times * b, one[2] + times * c, one[3] + times * d
 
 
 Level = tuple[int, int]
-"""Level and slowness of a route, to be compared."""
+"""Level and slowness of a route, for comparison."""
 
 NONE: Level = (-3, -_FASTEST)
-"""Better than any: of no route."""
+"""Better than any route: the value if there is none."""
 
 
 class Left(NamedTuple):
@@ -66,7 +66,7 @@ class Left(NamedTuple):
 
 
 class Option(NamedTuple):
-    """A place for a replica. Sorts from the most to the least welcome."""
+    """A place for a replica. Sorts from the best to the worst."""
 
     worst: Level
     cost: Cost
@@ -79,14 +79,14 @@ class Option(NamedTuple):
 
 @dataclass
 class Partial:
-    """Where some replicas are, while others are being placed.
+    """Where replicas are, while others are being placed.
 
     Attributes:
         limit: no route is slower.
-        left: what is left of the nodes that are not like others any more.
+        left: what is left of the nodes that have been used.
         at: where replicas are.
         crowd: (node, deployment) -> how many replicas have been placed there.
-        seen: how many places have been looked at.
+        seen: how many places have been considered.
     """
 
     limit: Level
@@ -101,13 +101,13 @@ class Places:
 
     Args:
         snapshot, roles, requests, standing: as in :func:`placement.core.roles.plan`.
-        floors: whether those of the links count.
+        floors: whether the links' floors count.
 
     Attributes:
         roles: as given.
         missing: the replicas that have no place.
-        todo: the same in the order in which to place them, unit by unit.
-        bounded: something was left out that might be better.
+        todo: the missing replicas in the order in which to place them, unit by unit.
+        bounded: places were left out that might be better.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Places:
         self._touched: dict[Bits, Left] = {bit: self._whole(bit) for bit, _ in self._stands.values()}
 
     def without_nvlink(self) -> Unplaceable | None:
-        """Why a transport over NVLink cannot be had at all, if that is so."""
+        """Why a link via NVLink is impossible on all nodes; ``None`` if it is possible."""
         for link in self.roles.links:
             if link.via is not Via.NVLINK or not self.missing:
                 continue
@@ -180,7 +180,7 @@ class Places:
         return Left(node.mask, node.cpu_milli, node.memory_bytes)
 
     def _alike(self) -> list[list[Bits]]:
-        """The nodes that may be used, in classes of which any may stand for any other."""
+        """The nodes that may be used, in classes of interchangeable nodes."""
         labels = {*self._snapshot.near, GPU_DOMAIN_LABEL, *(link.within for link in self.roles.links)}
         takes = any(request.cpu_milli or request.memory_bytes for request in self._requests.values())
         anywhere = 0
@@ -206,12 +206,12 @@ class Places:
         return list(classes.values())
 
     def options(self, now: Partial, member: Member, to_come: Sequence[Member]) -> list[Option]:
-        """The places that a replica may have now, the most welcome first.
+        """The places that a replica may have now, the best first.
 
         Args:
             now: where others are.
             member: the replica.
-            to_come: it, and those of its unit that come after it.
+            to_come: the replica, and those of its unit that come after it.
         """
         name = member[0]
         request, allowed, found = self._requests[name], self._allowed[name], []
@@ -258,7 +258,7 @@ class Places:
         return found
 
     def _sets_on(self, node: Node, mask: int, needs: Needs) -> list[tuple[int, tuple[int, ...], Gpus]]:
-        """Sets of free GPUs that are good enough: slowness, what others lose by it, and the GPUs."""
+        """Sets of free GPUs that meet the floors: slowness, the loss to others, and the GPUs."""
         key = id(node.topology), mask, needs
         if key not in self._sets:
             found = []
@@ -276,7 +276,7 @@ class Places:
         return self._sets[key]
 
     def _picks(self, topology: Topology, mask: int, count: int) -> Iterator[Gpus]:
-        """The sets of so many free GPUs; of those that differ in twins alone, the lowest."""
+        """The sets of ``count`` free GPUs; of sets that differ only in twins, the lowest."""
         key = id(topology)
         if key not in self._kinds:
             gpus = range(len(topology))
@@ -309,7 +309,7 @@ class Places:
         return self._routes[key]
 
     def least(self, member: Member, before: Sequence[Member]) -> Cost:
-        """No place for a replica costs less, beside others of its unit."""
+        """A lower bound of a replica's cost beside others of its unit."""
         name, needs = member[0], self._requests[member[0]].needs
         if name not in self._fastest_sets:
             sets = [
@@ -330,7 +330,7 @@ class Places:
         return cost
 
     def _fastest_way(self, via: Via) -> tuple[int, int]:
-        """No route on a node is faster, and no two GPUs are nearer to each other by PCIe."""
+        """The fastest route on a node, and the nearest two GPUs by PCIe: lower bounds of the cost."""
         if via not in self._fastest_ways:
             machines = {
                 id(node.topology): node.topology for node in self._nodes(sum(c[0] for c in self._classes))
@@ -346,26 +346,26 @@ class Places:
         return self._fastest_ways[via]
 
     def _all_talk(self) -> bool:
-        """Whether links join all roles, directly or over others."""
+        """Whether links join all roles, directly or through others."""
         reached = {*[*self.roles.counts][:1]}
         for _ in self.roles.counts:
             reached |= {other for name in reached for _, other in self._partners[name]}
         return reached == self.roles.counts.keys()
 
     def standing_of(self, unit: int) -> list[Member]:
-        """What stands of a unit."""
+        """The placed replicas of a unit."""
         return [member for member in self._stands if self.roles.unit_of(member) == unit]
 
     def begin(self, limit: Level) -> Partial:
-        """What stands, and the nodes where it does; no route of what is placed is to be slower."""
+        """The placed replicas and their nodes; no new route may be slower than ``limit``."""
         return Partial(limit, dict(self._touched), self.placed())
 
     def placed(self) -> dict[Member, tuple[Bits, Gpus]]:
-        """What stands."""
+        """The placed replicas."""
         return dict(self._stands)
 
     def taken(self, name: str, left: Left | None, option: Option) -> Left:
-        """A node once a replica is there."""
+        """A node after a replica was placed there."""
         request, left = self._requests[name], left or self._whole(option.bit)
         return Left(
             left.mask & ~sum(1 << gpu for gpu in option.gpus),
@@ -374,7 +374,7 @@ class Places:
         )
 
     def units(self, todo: Sequence[Member]) -> list[int]:
-        """The unit of each."""
+        """The unit of each replica."""
         return [self.roles.unit_of(member) for member in todo]
 
 

@@ -1,22 +1,23 @@
 """Groups of roles: deployments whose replicas talk to each other, planned as one.
 
-A group consists of *units*, each with so many replicas of every *role*: one prefill replica with two decode replicas,
-four times. Roles that talk are joined by a :class:`~placement.core.routes.RoleLink`: within a unit each replica of the
-one talks to each replica of the other. All units are placed, or none; in this order,
+A group consists of *units*, each with a given number of replicas of every *role*: one prefill replica with two decode
+replicas, four times. Roles that talk are joined by a :class:`~placement.core.routes.RoleLink`: within a unit each
+replica of the one talks to each replica of the other. All units are placed, or none; in this order,
 
-1. the slowest route between two that talk is the best that it can be: on one node the fastest, then in one NVLink
+1. the slowest route between two that talk is as good as possible: on one node the fastest, then in one NVLink
    domain, then in the narrowest region by the operator's labels (:class:`~placement.core.routes.Route`);
-2. of all routes as few as can be leave a node;
+2. as few routes as possible leave a node;
 3. the sets of GPUs of the replicas, each as predicted for its own all-reduce, are fastest in sum;
 4. all routes are fastest in sum;
-5. all pairs of GPUs that talk are nearest in sum by PCIe, also below NVLink: on one switch, one root, one NUMA node.
+5. all pairs of GPUs that talk are nearest in sum by PCIe, even if NVLink joins them: one switch, one root, one NUMA
+   node.
 
-Among equals, one replica after the other goes where the fewest of its deployment are, then to the set that costs
+Among equals, one replica after the other goes to the node with the fewest of its deployment, then to the set that costs
 others least, to the node with the fewest free GPUs, and the lowest ordinals.
 
 The choice is exact unless a round of the search is cut off, after :data:`~placement.core.role_search.STEPS` places,
-which :attr:`GroupPlan.bounded` says. GPUs, and nodes, that can change places without any difference are tried once; and
-what is known to be the least that a unit costs ends the search as soon as all do.
+which :attr:`GroupPlan.bounded` says. Of interchangeable GPUs, and nodes, only one is tried; and
+the search ends as soon as every unit has its lower bound of cost.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class GroupPlan:
     """Where the replicas of a group go.
 
     Attributes:
-        places: of those that had none.
-        bounded: the search was cut off; there may be a better way.
+        places: of the replicas that had none.
+        bounded: the search was cut off; there may be better places.
     """
 
     places: Mapping[Member, Place]
@@ -60,13 +61,13 @@ def plan(
     Args:
         snapshot: the cluster.
         roles: the group.
-        requests: deployment -> what is asked for; its ``replicas`` are those to place. Whole GPUs, and each
+        requests: deployment -> its request; its ``replicas`` are those to place. Whole GPUs, and each
             replica on one node.
         standing: the replicas that stay where they are.
 
     Returns:
-        The places, or why there are none. A refusal for lack of room is that of the deployment, where one alone has
-        none; else it is the group's, and names the two replicas and their route, if it is a link's floor.
+        The places, or why there are none. If one deployment alone has no room, it is that deployment's refusal;
+        else it is the group's, and names the two replicas and their route if a link's floor is not met.
     """
     places = Places(snapshot, roles, requests, standing or {})
     if (lacking := places.without_nvlink()) is not None:
@@ -87,14 +88,14 @@ def plan(
 def tell(
     snapshot: Snapshot, roles: Roles, members: Mapping[str, tuple[Desired, Mapping[int, Observed]]]
 ) -> dict[str, Desired]:
-    """The members of a group, each told where its replicas go that have no place, or that there are none for all.
+    """The members of a group, each with the places of its missing replicas, or with the refusal of the group.
 
-    What is there stays, also of a unit that has lost a replica: what is missing is placed beside it, all of it or none.
+    Replicas that are there stay, even if their unit lost others: the missing ones are placed near them, all or none.
 
     Args:
         snapshot: the cluster.
         roles: the group.
-        members: deployment -> its declaration, and what is there of it.
+        members: deployment -> its declaration, and its existing replicas.
     """
     requests: dict[str, Request] = {}
     standing: dict[Member, Place] = {}
@@ -131,7 +132,7 @@ def tell(
 
 
 def still_free(snapshot: Snapshot, told: Mapping[str, Desired]) -> bool:
-    """Whether the places can be had that were chosen some time before.
+    """Whether places that were chosen before are still free.
 
     Args:
         snapshot: the cluster as it is now.
@@ -152,7 +153,7 @@ def still_free(snapshot: Snapshot, told: Mapping[str, Desired]) -> bool:
 def _refusal(
     snapshot: Snapshot, roles: Roles, requests: Mapping[str, Request], standing: Mapping[Member, Place]
 ) -> Unplaceable:
-    """Why there is no place for a group."""
+    """The refusal of a group."""
     for request in requests.values():
         if request.replicas and isinstance(alone := planner.plan(snapshot, request), Unplaceable):
             return alone

@@ -33,9 +33,9 @@ class Via(StrEnum):
     NVLINK = "nvlink"
     """NVLink where there is one, else PCIe; between nodes NVLink in one NVLink domain, else the network."""
     PCIE = "pcie"
-    """PCIe also where there is NVLink; between nodes the network."""
+    """PCIe, even where there is NVLink; between nodes the network."""
     NETWORK = "network"
-    """Network cards, on one node as well."""
+    """Network cards, even on one node."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class RoleLink:
     Attributes:
         between: their deployments.
         via: what their transport can use.
-        within: how far apart they may be: a :class:`~placement.core.needs.Within`, or a node label of which their
-            nodes must share the value; empty for no limit.
+        within: how far apart they may be: a :class:`~placement.core.needs.Within`, or a node label that must have the
+            same value on their nodes; empty for no limit.
         min_gb_per_s: the least that the route between any two of their GPUs must carry, GB/s per direction.
     """
 
@@ -82,16 +82,16 @@ class Roles:
 
 @dataclass(frozen=True, order=True)
 class Route:
-    """The slowest way between the GPUs of two replicas. A smaller one is better.
+    """The slowest path between the GPUs of two replicas. A smaller route is better.
 
     Attributes:
         level: -2 on one node, -1 between nodes of one NVLink domain; else of the narrowest region that holds both
             nodes, 0 for the narrowest label.
-        slowness: minus what it carries per direction, MB/s, at least; over the network, what the PCIe path to the
-            nearest network card carries, since nothing is known of the network.
-        path: what it leads over; over the network, the path from a GPU to its nearest card.
-        name: as people say it: ``NV18``, ``PHB``, ``network, one rack``.
-        gb_per_s: what it carries, GB/s (10^9 bytes) per direction; ``None`` where that is not known.
+        slowness: minus its bandwidth per direction, MB/s (the lower end of a range); over the network, the PCIe path to
+            the nearest network card counts, since nothing is known of the network.
+        path: the kind of path; over the network, the path from a GPU to its nearest card.
+        name: its name for users: ``NV18``, ``PHB``, ``network, one rack``.
+        gb_per_s: its bandwidth, GB/s (10^9 bytes) per direction; ``None`` if unknown.
         pair: the two GPUs.
     """
 
@@ -132,10 +132,10 @@ Located = tuple[Node, Gpus]
 
 
 def route(near: Sequence[str], via: Via, one: Located, other: Located) -> Route:
-    """The slowest way between the GPUs of two replicas.
+    """The slowest path between the GPUs of two replicas.
 
     Args:
-        near: labels of which nodes near each other share the values, widest first.
+        near: labels that have the same value on nodes near each other, widest first.
         via: what their transport can use.
         one: a node and GPUs there.
         other: the others.
@@ -165,7 +165,7 @@ def route(near: Sequence[str], via: Via, one: Located, other: Located) -> Route:
 
 
 def on_node(topology: Topology, via: Via, gpus: Gpus, others: Gpus) -> Route:
-    """The same on one node: what two of the GPUs reach that are alone, at least, as for their collectives."""
+    """The same on one node: the bandwidth of a set of two GPUs, the lower end of a range."""
     kind = generation(topology.model)
     host, _ = hosts_of(topology.cpu, kind.pcie)
 
@@ -173,7 +173,7 @@ def on_node(topology: Topology, via: Via, gpus: Gpus, others: Gpus) -> Route:
         link = topology.link(*pair)
         if link.path is not Path.NVLINK or via is Via.NVLINK:
             return link if link.path is not Path.UNKNOWN else Link(topology.pcie_path(*pair))
-        # Those that NVLink joins reach each other's memory.
+        # GPUs that NVLink joins reach each other's memory.
         return Link(topology.pcie_path(*pair), peer=True)
 
     def speed(pair: tuple[int, int]) -> int:
@@ -192,7 +192,7 @@ def on_node(topology: Topology, via: Via, gpus: Gpus, others: Gpus) -> Route:
 
 
 def fastest_nvlink(node: Node, gpu: int) -> int:
-    """What the NVLinks of a GPU carry that lead to one peer, or into the switch, MB/s; 0 if it has none."""
+    """The bandwidth of a GPU's NVLinks to one peer, or into the switch, MB/s; 0 if it has none."""
     best = max(node.topology.links[gpu], key=lambda link: link.nvlinks)
     return hop_mb_per_s(best, generation(node.topology.model)) if best.nvlinks else 0
 
@@ -200,17 +200,17 @@ def fastest_nvlink(node: Node, gpu: int) -> int:
 def _over_cards(
     one: Topology, gpus: Gpus, other: Topology, others: Gpus
 ) -> tuple[int, Path, tuple[int, int]]:
-    """How slow the way over two GPUs' network cards is, over what its slower end leads, and the GPUs."""
+    """The slowness of the path over two GPUs' network cards, the kind of path at its slower end, and the GPUs."""
     here, there = _to_card(one, gpus), _to_card(other, others)
     slowness, path, _ = max(here, there, key=lambda end: (end[0], PATH_ORDER[end[1]]))
     return slowness, path, (here[2], there[2])
 
 
 def _to_card(topology: Topology, gpus: Gpus) -> tuple[int, Path, int]:
-    """The GPU that is farthest from a network card: how slow the way there is, and over what it leads.
+    """The GPU that is farthest from a network card: the slowness of that path, and its kind.
 
-    A card reaches a GPU's memory below a switch, as NCCL has it (``ncclTopoCheckGdr`` in ``src/graph/paths.cc``);
-    past a host bridge the data goes through the host's.
+    Below a switch a card reaches a GPU's memory directly, as in NCCL (``ncclTopoCheckGdr`` in ``src/graph/paths.cc``);
+    past a host bridge the data goes through the host's memory.
     """
     gpu = max(gpus, key=lambda gpu: (PATH_ORDER[topology.nearest_nic[gpu]], -gpu))
     path = topology.nearest_nic[gpu]
@@ -225,7 +225,7 @@ def _lanes(topology: Topology, gpu: int) -> int:
 
 
 def meets(link: RoleLink, found: Route, one: Located, other: Located) -> bool:
-    """Whether the route between two replicas is as near, and as fast, as their link asks for."""
+    """Whether the route between two replicas meets the floors of their link."""
     if link.min_gb_per_s and (found.gb_per_s is None or found.gb_per_s < link.min_gb_per_s):
         return False
     (a, gpus), (b, others) = one, other
@@ -246,7 +246,7 @@ def meets(link: RoleLink, found: Route, one: Located, other: Located) -> bool:
 
 
 def joined(roles: Roles, near: Sequence[str], placed: Mapping[Member, Located]) -> list[Joined]:
-    """All that talk of those that are placed, by unit and link."""
+    """All pairs of placed replicas that talk, by unit and link."""
     return [
         Joined(link, one, other, route(near, link.via, placed[one], placed[other]))
         for unit in range(roles.units)

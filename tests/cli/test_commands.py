@@ -377,7 +377,7 @@ def test_a_matrix_may_come_from_a_file_of_windows(tmp_path: Path, encoding: str)
     result = run("topology", "--file", str(file), "--json")
     [node] = json.loads(result.stdout)["nodes"]
     assert (result.exit_code, node["gpu_count"], node["known"]) == (0, 2, True)
-    left_out = "the network cards are left out, since names ran together: 1 of them for 2 columns"
+    left_out = "the network cards are ignored, since their names are not separated: 1 of them for 2 columns"
     assert left_out == node["problem"]
     assert " ".join(run("topology", "--file", str(file)).stdout.split()).endswith(left_out)
 
