@@ -41,7 +41,7 @@ class Score:
 
     @property
     def known_gb_per_s(self) -> float | None:
-        """The bandwidth if it was measured or every link is known, else ``None``: users would take a guess as a fact."""
+        """The bandwidth if measured or if every link is known, else ``None``: users would take a guess as a fact."""
         unknown = self.weakest is None or (self.weakest == UNKNOWN_LINK and not self.measured)
         return None if unknown else self.bandwidth_gb_per_s
 

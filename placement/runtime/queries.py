@@ -1,4 +1,4 @@
-"""What can be asked that changes nothing: plans, snapshots, status, and what is known of a deployment."""
+"""Queries, which change nothing: plans, snapshots, status, and what is known of a deployment."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from placement.wire.plans import ExplainedPlan, PlacementPlan
 from placement.wire.requests import mix_of, request_unchecked
 
 STATUS_SECONDS = 5.0
-"""How long ``status`` waits for nodes that have not said yet what their GPUs are."""
+"""How long ``status`` waits for nodes that have not reported their GPUs yet."""
 
 
 class Queries:
-    """Answers them. Thread-safe.
+    """Answers queries. Thread-safe.
 
     Args:
-        state: what is declared and what is there.
+        state: all deployments.
         cluster: the nodes as they were last seen.
         fleet: the nodes' actors.
-        feed: what happened.
+        feed: the events.
         queue: what waits for room.
-        near: labels of which nodes near each other share the values, widest first.
+        near: labels that have the same value on nodes near each other, widest first.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Queries:
         return [plan for _, plan in sorted(self.plan_in_order(wanted, atomic), key=itemgetter(0))]
 
     def explain_all(self, wanted: Sequence[Deployment]) -> list[ExplainedPlan]:
-        """The same, with what became of every node."""
+        """The same, with which nodes were excluded and why."""
         return explain_deployments(*self._look(wanted), wanted)
 
     def _look(self, wanted: Iterable[Deployment]) -> tuple[Snapshot, dict[str, HeldDeployment]]:
@@ -86,13 +86,13 @@ class Queries:
     def status(
         self, node: str | None = None, deployment: str | None = None, state: str | None = None
     ) -> dict[str, Any]:
-        """What there is and who holds it; see the service."""
+        """The status of the cluster; see the service."""
         nodes = self._cluster.nodes()
         self._fleet.inventory.refresh(nodes, patience_seconds=STATUS_SECONDS)
         return cluster_status(self._observed(nodes), node, deployment, state)
 
     def readings(self) -> dict[metrics.Series, float]:
-        """What the gauges of :mod:`placement.runtime.metrics` say now. No node is asked, and no node actor started."""
+        """The gauges of :mod:`placement.runtime.metrics` now. It asks no node, and starts no node actor."""
         nodes, now = self._cluster.nodes(), time.time()
         seen = self._observed(nodes)
         self._cluster.read()
@@ -129,7 +129,7 @@ class Queries:
         )
 
     def topology(self, node: str | None) -> list[dict[str, Any]]:
-        """What the GPUs of each node report, read anew; see the service."""
+        """The facts of each node's GPUs, read now; see the service."""
         nodes = [info for info in self._cluster.nodes() if info.gpu_count]
         if node is not None:
             chosen = [info for info in nodes if info.named(node)]
@@ -150,7 +150,7 @@ class Queries:
         """What is known of a deployment.
 
         Raises:
-            UnknownDeployment: nothing is.
+            UnknownDeployment: it does not exist.
         """
         known = self._state.get(name)
         if known is None:
@@ -158,7 +158,7 @@ class Queries:
         return known
 
     def describe(self, name: str) -> dict[str, Any]:
-        """A deployment as it is declared, and what is there of it; see the service."""
+        """A deployment's declaration, and its replicas; see the service."""
         one = self.get(name)
         return {
             "deployment": one.deployment.model_dump(mode="json", exclude_none=True, exclude_defaults=True),
@@ -177,7 +177,7 @@ class Queries:
         return meant_by(name, self._state.deployments)
 
     def events(self, name: str | None, since: int) -> list[Event]:
-        """What happened to a deployment, or to all; see the service."""
+        """The events of a deployment, or of all; see the service."""
         if name is not None and not self._feed.known(name) and self._state.get(name) is None:
             raise UnknownDeployment(name, self._state.names())
         return self._feed.since(since, None if name is None else (name,))

@@ -88,7 +88,7 @@ LOST = (*FACTS.gpus[:3], GpuFacts(ordinal=3, errors=("NVML does not show it",)))
         ),
         (facts(gpus=LOST), "driver", "failed", "nothing is placed on GPU 3", "placement topology --node gpu-a"),
         (facts(problem="NVML answered in part: x"), "driver", "warning", "answered in part", "nvidia-smi"),
-        (facts(pairs=()), "topology", "warning", "how its GPUs are linked is not known", "driver"),
+        (facts(pairs=()), "topology", "warning", "the links between its GPUs are unknown", "driver"),
         (node_said(cuda_device_order=None), "device order", "failed", "is not set", "export CUDA_DEVICE"),
         (
             node_said(cuda_device_order="FASTEST_FIRST"),
@@ -129,7 +129,7 @@ def test_what_is_found_and_what_to_do(node: Examined, check: str, state: State, 
             ServiceSaid("0.0.9", ("zone",)),
             "service",
             "failed",
-            "version 0.0.9 runs, and this command is 0.1.0",
+            "it runs version 0.0.9, and this command is version 0.1.0",
         ),
         (ServiceSaid("0.1.0", ("zone", "rack")), "near", "warning", "1 GPU node has no such label: gpu-a"),
         (

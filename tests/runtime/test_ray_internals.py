@@ -128,7 +128,7 @@ def test_an_older_one_is_refused_with_the_reason_and_the_fix(version: str, why: 
 def test_a_newer_one_is_warned_of() -> None:
     newer = f"{ray_internals.NEWEST[0]}.{ray_internals.NEWEST[1] + 1}.0"
     assert (
-        f"Ray {newer} is newer than all that placement was tested with (2.52 to 2.60)"
+        f"Ray {newer} is newer than all versions that placement was tested with (2.52 to 2.60)"
         in require_supported(newer)
     )
     assert "`placement doctor`" in require_supported(newer)
@@ -159,4 +159,6 @@ def test_and_on_a_newer_one_with_a_warning(
     with caplog.at_level(logging.WARNING):
         assert placement.start() == "the service"
     [record] = caplog.records
-    assert record.getMessage().startswith("Ray 2.99.0 is newer than all that placement was tested with")
+    assert record.getMessage().startswith(
+        "Ray 2.99.0 is newer than all versions that placement was tested with"
+    )

@@ -133,8 +133,8 @@ def test_it_leaves_the_queue_also_while_there_is_no_room(
 @pytest.mark.parametrize(
     ("ask", "advice"),
     [
-        (lambda service: service.place(one(owner="caller")), "place`, which does that"),
-        (lambda service: service.apply(one(owner="caller")), "place`, which does that"),
+        (lambda service: service.place(one(owner="caller")), "place`, which creates them"),
+        (lambda service: service.apply(one(owner="caller")), "place`, which creates them"),
         (lambda service: service.apply_all([one(owner="caller")]), "one by one"),
     ],
     ids=["place", "apply", "apply_all"],
