@@ -94,7 +94,7 @@ def _show(deployments: list[Any]) -> dict[str, Any]:
 
 def _tell(report: dict[str, Any]) -> None:
     out = console()
-    out.print("\nWho sits where; a bracket is an NVLink island, llama-70b/1 is replica 1 of llama-70b")
+    out.print("\nWhere each replica is; a bracket is an NVLink island, llama-70b/1 is replica 1 of llama-70b")
     out.print(cluster_map(report["status"]))
     out.print(_beside_ray(report["deployments"]))
     out.print(" * the lowest-numbered free GPUs at that moment, which is what Ray gives without placement\n")
