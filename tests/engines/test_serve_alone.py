@@ -47,7 +47,9 @@ def test_a_service_that_hangs_is_not_waited_for_and_used_again_once_it_answers(n
         assert gpus_of_a_new_replica() == (1, 2), "Ray's choice"
     finally:
         os.kill(pid, signal.SIGCONT)
-    assert "has not answered within 5 s: placement group SERVE_REPLICA::app#Unchanged#" in controllers_log()
+    assert (
+        "has not answered within 5 s: for placement group SERVE_REPLICA::app#Unchanged#" in controllers_log()
+    )
     assert settled(lambda: Client().status()["deployments"] == [])
 
     def is_exact_again() -> bool:

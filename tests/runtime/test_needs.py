@@ -123,14 +123,14 @@ def test_a_cpu_replica_asks_for_cpus_and_memory_on_any_node() -> None:
     ("wanted", "why"),
     [
         (request(gpu_nodes=("a",)), "constraints.gpu_nodes names nodes"),
-        (Request("d", (0,), Needs(1, named=(2, "GPU-0001"))), "constraints.gpus names GPUs by their UUID"),
+        (Request("d", (0,), Needs(1, named=(2, "GPU-0001"))), "constraints.gpus names GPUs by UUID"),
         (
             Request("d", (0,), Needs(1, named=(2,)), standing={"n": 1}),
             "names GPUs of the node on which other replicas",
         ),
         (request(near_to=("other",)), "constraints.near_to"),
         (replace(request(), needs=Needs(1, free_memory_bytes=GIB)), "constraints.min_free_gpu_memory_gib"),
-        (request(compute_capability=(9, 0)), "name constraints.accelerators as well"),
+        (request(compute_capability=(9, 0)), "set constraints.accelerators as well"),
         (request(labels={"ray.io/node-id": "ab12"}), "ray.io/node-id names nodes"),
         (request(labels={"ray.io/accelerator-type": "T4"}, accelerators=("H100",)), "no node can meet"),
         (request(accelerators=("@",)), "no accelerator type for @"),

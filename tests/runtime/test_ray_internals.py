@@ -137,7 +137,8 @@ def test_a_newer_one_is_warned_of() -> None:
 def test_one_that_lacks_something_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(ray._private.state.GlobalState, "get_draining_nodes")
     with pytest.raises(
-        UnsupportedRay, match=r"lacks what is stood on: ray\._private\.state\.\S*get_draining_nodes"
+        UnsupportedRay,
+        match=r"lacks something that placement uses: ray\._private\.state\.\S*get_draining_nodes",
     ):
         require_supported()
 
