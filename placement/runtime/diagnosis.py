@@ -240,7 +240,7 @@ def _steering(info: NodeInfo, trial: Steering | str) -> Finding:
         more = f", at attempt {trial.attempts}: others took GPUs meanwhile" if trial.attempts > 1 else ""
         return Finding("steering", info.name, "ok", said + more)
     gave = "none" if trial.got is None else f"GPU {trial.got}"
-    said = f"GPU {trial.wanted} was wanted; after {counted(trial.attempts, 'attempt')} Ray last gave {gave}"
+    said = f"GPU {trial.wanted} was wanted; after {counted(trial.attempts, 'attempt')} Ray still gave {gave}"
     fix = (
         "if others take and free GPUs there all the time, run this again; if not, this Ray gives GPUs in an unknown "
         "way, and exact GPUs are not possible: use a tested version"
