@@ -103,8 +103,8 @@ LOST = (*FACTS.gpus[:3], GpuFacts(ordinal=3, errors=("NVML does not show it",)))
         (replace(NODE, steering=Steering(3, 3, 4, 2)), "steering", "ok", "at attempt 2: others took", ""),
         (replace(NODE, steering=Steering(2, 2, 1, 1)), "steering", "ok", "the one free GPU was given", ""),
         (replace(NODE, steering=Steering(None, None, 0, 3)), "steering", "skipped", "no GPU is free", ""),
-        (replace(NODE, steering=Steering(3, 0, 4, 12)), "steering", "failed", "12 attempts Ray still gave GPU 0", "again"),
-        (replace(NODE, steering=Steering(3, None, 4, 12)), "steering", "failed", "Ray still gave none", "run this again"),
+        (replace(NODE, steering=Steering(3, 0, 4, 12)), "steering", "failed", "Ray still gave GPU 0", "again"),
+        (replace(NODE, steering=Steering(3, None, 4, 12)), "steering", "failed", "still gave none", "run this again"),
         (replace(NODE, steering="no answer within 30 s"), "steering", "failed", "within 30 s", "run this again"),
         (
             replace(info(egress={"egress": 0}), egress={"egress": 0.5}),

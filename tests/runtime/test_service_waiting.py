@@ -152,7 +152,7 @@ def test_who_is_to_own_the_groups_is_told_how(
 def test_a_loan_that_nobody_knows_of(service: DeploymentPlacementActor) -> None:
     async def scene() -> None:
         await service.cancel("none")
-        with pytest.raises(LeaseExpired, match="started anew"):
+        with pytest.raises(LeaseExpired, match="restarted"):
             await service.confirm("none", "")
 
     asyncio.run(scene())
