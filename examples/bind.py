@@ -1,4 +1,4 @@
-"""Place a model and bind each worker to what is near its GPU: its own CPUs, the memory beside it, the network cards.
+"""Place a model and bind each worker to what is near its GPU: its own CPUs, the memory near it, the network cards.
 
 On a running cluster (``ray start --head --num-gpus=8``; the service is started if it does not run)::
 
@@ -18,7 +18,7 @@ class Engine:
     """Stands for one rank of an inference engine."""
 
     def __init__(self) -> None:
-        placement.bind()  # first of all: before there is a model in memory
+        placement.bind()  # first, before a model is loaded
 
     def where(self) -> str:
         gpu = ray.get_runtime_context().get_accelerator_ids()["GPU"][0]

@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=2, help="GPUs per replica")
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument(
-        "--owned", action="store_true", help="all of it ends with this process, even if that is killed"
+        "--owned", action="store_true", help="release it when this process ends, even if it is killed"
     )
     parser.add_argument(
         "--wait", type=float, default=0.0, metavar="SECONDS", help="how long to wait for room"

@@ -1,11 +1,11 @@
 """A Ray Serve application on exact GPUs, in two ways.
 
-As it is, with nothing of placement in it, where the head was started so::
+Unchanged, without placement in the code, if the head was started like this::
 
     RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH=placement.serve.install ray start --head --num-gpus=8
     serve run examples.serve_app:engine
 
-On a cluster that was started otherwise, with a group that the replica makes itself::
+On any other cluster, with a group that the replica creates itself::
 
     serve run examples.serve_app:own_group
 
@@ -38,7 +38,7 @@ def workers_in(group: PlacementGroup) -> list[ray.actor.ActorHandle]:
 
 
 class Answers:
-    """What both engines do, once they have their workers."""
+    """What both engines do after their workers have started."""
 
     workers: list[ray.actor.ActorHandle]
 
@@ -55,16 +55,16 @@ class Answers:
     ray_actor_options={"num_cpus": 0.1}, placement_group_bundles=[{"CPU": 0.1}, {"GPU": 1}, {"GPU": 1}]
 )
 class Engine(Answers):
-    """In a group that Serve makes."""
+    """In a group that Serve creates."""
 
     def __init__(self) -> None:
         self.workers = workers_in(get_current_placement_group())
 
 
-# No GPUs here: the replica makes its group, and waits until there is room.
+# No GPUs here: the replica creates its group, and waits until there is room.
 @serve.deployment(ray_actor_options={"num_cpus": 0.1})
 class OwnGroup(Answers):
-    """In a group that it makes itself, which ends with it."""
+    """In a group that the replica creates itself, which ends with the replica."""
 
     async def __init__(self) -> None:  # type: ignore[misc]
         self.workers = workers_in(await replica_group([{"GPU": 1}] * 2, within="nvlink"))

@@ -1,6 +1,6 @@
 """Distributed GPU placement on Ray: exact GPUs, chosen by topology, reserved by Ray itself.
 
-Names are imported when first used, so that ``import placement`` costs nothing and needs no Ray.
+Names are imported when first used, so ``import placement`` is fast and needs no Ray.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What goes wrong, as types.
+"""The errors of this package.
 
-Every field is a positional constructor argument, so that an error crosses a Ray actor call as itself.
+Every field is a positional constructor argument, so that an error keeps its type across a Ray actor call.
 The sentence is in ``__str__``: what was refused, why, and what to do next. No error carries a secret.
-Every class has a ``code`` of its own, which stays when sentences are worded anew; docs/errors.md lists them.
+Every class has a ``code`` of its own, which stays the same when messages are reworded; docs/errors.md lists them.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ class PlacementError(Exception):
     """Base of every error this package raises on purpose.
 
     Attributes:
-        code: what programs tell it by; each class has its own.
+        code: identifies the error for programs; each class has its own.
     """
 
     code: ClassVar[str] = "placement_error"
 
     def to_dict(self) -> dict[str, Any]:
         """``code``, ``type``, ``message`` and the fields, as JSON-ready values."""
-        # ray.get raises a class that Ray makes from ours and its own; ours is the cause.
+        # ray.get raises a class that Ray derives from our class and its own; our error is its cause.
         cause = vars(self).get("cause")
         if isinstance(cause, PlacementError):
             return cause.to_dict()
@@ -57,8 +57,8 @@ class UnknownTopology(PlacementError):
 
     Args:
         name: what was asked for.
-        known: the names there are.
-        where: what named it (``"label placement/topology of node 127.0.0.4"``), may be empty.
+        known: the names in the catalogue.
+        where: where it was named (``"label placement/topology of node 127.0.0.4"``), may be empty.
     """
 
     code = "unknown_topology"
@@ -224,13 +224,13 @@ class NotEnoughGpus(Unplaceable):
 
 
 class BelowFloor(Unplaceable):
-    """There are enough free GPUs, but nowhere as close together or as fast as the deployment demands."""
+    """There are enough free GPUs, but no set as close together or as fast as the deployment demands."""
 
     code = "below_floor"
 
 
 class NotEnoughEgress(Unplaceable):
-    """There are egress nodes for the provider, but without this much capacity free."""
+    """There are egress nodes for the provider, but none has enough capacity free."""
 
     code = "not_enough_egress"
 
@@ -254,7 +254,7 @@ class ReservationFailed(PlacementError):
     def __str__(self) -> str:
         return (
             f"cannot reserve {self.deployment!r} on {self.node}: gave up after {counted(self.attempts, 'attempt')} "
-            f"({self.reason}); nothing is held, so try again, or when the node is less busy"
+            f"({self.reason}); nothing is held; try again now, or when the node is less busy"
         )
 
 
@@ -263,7 +263,7 @@ class DeploymentConflict(PlacementError):
 
     Args:
         name: the deployment.
-        differences: field -> (what stands, what was asked for) as text; equal where the values are not shown.
+        differences: field -> (what is placed, what was asked for) as text; equal if the values are not shown.
     """
 
     code = "deployment_conflict"
@@ -284,7 +284,7 @@ class DeploymentConflict(PlacementError):
 
 
 class GroupStands(PlacementError):
-    """A group is placed, and what is declared anew would move what is placed. Nothing is changed.
+    """A group is placed, and its new declaration would move placed replicas. Nothing is changed.
 
     Args:
         group: its name.
@@ -300,8 +300,8 @@ class GroupStands(PlacementError):
 
     def __str__(self) -> str:
         return (
-            f"group {self.group!r}, member {self.deployment!r}: {self.problem}; only units and what moves no replica "
-            f"change while it is placed, so release it first: placement release {self.group}"
+            f"group {self.group!r}, member {self.deployment!r}: {self.problem}; while it is placed, only units and "
+            f"fields that move no replica can change, so release it first: placement release {self.group}"
         )
 
 
@@ -310,7 +310,7 @@ class UnknownDeployment(PlacementError):
 
     Args:
         name: what was asked for.
-        known: the names that are.
+        known: the names that are placed.
     """
 
     code = "unknown_deployment"
@@ -330,7 +330,7 @@ class UnknownNode(PlacementError):
     Args:
         field: where it was named (``"constraints.gpu_nodes"``, ``"--node"``).
         name: what was asked for.
-        known: the nodes there are.
+        known: the nodes of the cluster.
     """
 
     code = "unknown_node"
@@ -349,7 +349,7 @@ class UnknownGpu(PlacementError):
     Args:
         field: where it was named (``"constraints.gpus"``).
         name: what was asked for: an ordinal, or a UUID.
-        known: the GPUs there are, each with its node; of that many, the first few are shown.
+        known: the GPUs that exist, each with its node; if there are many, the first few are shown.
     """
 
     code = "unknown_gpu"
@@ -362,7 +362,9 @@ class UnknownGpu(PlacementError):
         shown, more = self.known[:8], len(self.known) - 8
         listed = ", ".join([*shown, *([f"and {more} more"] if more > 0 else [])])
         what = f"GPU {self.name}" if isinstance(self.name, int) else self.name
-        none = "none that is known" + ("" if isinstance(self.name, int) else " by its UUID, which NVML tells")
+        none = "none that is known" + (
+            "" if isinstance(self.name, int) else " by its UUID, which NVML reports"
+        )
         return f"{self.field}: no node has {what}; there are: {listed or none}"
 
 
@@ -385,13 +387,13 @@ class UnreadableRecord(PlacementError):
         fix = (
             "run the version of placement that wrote it, with `placement down --keep-placements` in between"
             if self.newer
-            else f"give back what it holds with `placement release {self.name}`, then place it anew"
+            else f"release what it holds with `placement release {self.name}`, then place it again"
         )
         return f"{self.name!r}: {self.problem}; {fix}"
 
 
 class ServiceNotRunning(PlacementError):
-    """The cluster is there, the placement service is not.
+    """The cluster answers, but no placement service runs on it.
 
     Args:
         address: the cluster's address.
@@ -411,11 +413,11 @@ class ServiceNotRunning(PlacementError):
 
 
 class UnsupportedRay(PlacementError):
-    """The installed Ray is not one that placement can stand on. Nothing was started.
+    """The installed Ray is not a version that placement can use. Nothing was started.
 
     Args:
-        version: of Ray, as it is installed.
-        requirement: what to install, in the words of pip (``"ray[default]>=2.52,<2.61"``).
+        version: the installed version of Ray.
+        requirement: what to install, in pip's syntax (``"ray[default]>=2.52,<2.61"``).
         problem: what is wrong with that version.
     """
 
@@ -428,7 +430,7 @@ class UnsupportedRay(PlacementError):
     def __str__(self) -> str:
         return (
             f"placement cannot run on Ray {self.version}: {self.problem}; `pip install '{self.requirement}'` in the "
-            "Python that runs `ray start`, on all nodes, and start the cluster anew"
+            "Python that runs `ray start`, on all nodes, and start the cluster again"
         )
 
 
@@ -475,11 +477,11 @@ class ServiceDiffers(PlacementError):
 
 
 class Busy(PlacementError):
-    """The service has as much to do at once as it takes on; nothing was begun.
+    """The service has reached its limit of calls under way; this call did nothing.
 
     Args:
         what: ``"calls that change deployments"`` and the like.
-        limit: how many of them it takes on at once.
+        limit: how many of them it accepts at once.
     """
 
     code = "busy"
@@ -496,7 +498,7 @@ class PartlyApplied(PlacementError):
     """Some deployments of several could not be applied; the others were.
 
     Args:
-        failures: deployment -> what became of it, the error as :meth:`PlacementError.to_dict` has it.
+        failures: deployment -> its error, as :meth:`PlacementError.to_dict` gives it.
         applied: the names of the others.
     """
 
@@ -513,7 +515,7 @@ class PartlyApplied(PlacementError):
 
 
 class LeaseExpired(PlacementError):
-    """GPUs were prepared for a caller's own placement group, which did not come in time. Nothing is held.
+    """GPUs were prepared for a caller's own placement group, which was not created in time. Nothing is held.
 
     Args:
         deployment: its name.
@@ -531,7 +533,7 @@ class LeaseExpired(PlacementError):
 
 
 class InvalidMeasurement(PlacementError):
-    """A file that ``placement measure --import`` cannot take: not its own, not of nccl-tests, or not of this node.
+    """A file that ``placement measure --import`` cannot read: not its own, not of nccl-tests, or not of this node.
 
     Args:
         source: the file.
@@ -578,7 +580,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def _json_ready(value: Any) -> Any:
-    """A field as JSON has it; a number that JSON lacks is unknown."""
+    """A field as a JSON value; a number that JSON cannot express is ``None``."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Whether ``placement`` is the package of ``ray-placement``, whole and alone.
+"""Checks that ``placement`` is the complete package of ``ray-placement``, and the only one of that name.
 
 Two other distributions have that import name: OpenStack's ``openstack-placement``, and ``placement``, an empty one
 on PyPI that a mistaken ``pip install placement`` brings. In one folder each overwrites files of the other, and
@@ -12,7 +12,7 @@ import os
 import sys
 
 _OPENSTACK = os.path.join("placement", "microversion.py")
-"""A module of openstack-placement, in its 1.0.0 of 2019 as in 16.0.0, and none of ours."""
+"""A module that openstack-placement has (1.0.0 of 2019 and 16.0.0) and ray-placement does not."""
 
 _FIX = (
     "`python -m pip uninstall -y openstack-placement placement ray-placement`, then install ray-placement again; "
@@ -21,10 +21,10 @@ _FIX = (
 
 
 def require_intact() -> None:
-    """Checks it by a look at each folder of ``sys.path``: microseconds, with nothing imported.
+    """Checks each folder of ``sys.path``: it takes microseconds and imports nothing.
 
-    The packages whose ``__init__`` calls it are those that a command, a driver or a Ray worker imports first. Where
-    the other's ``placement`` comes first on the path, nothing of ours runs that could tell.
+    The packages whose ``__init__`` calls it are those that a command, a driver or a Ray worker imports first. If
+    the other ``placement`` comes first on the path, no code of ray-placement runs, so this cannot be detected.
 
     Raises:
         ImportError: another distribution is there, or has overwritten or removed ``placement/__init__.py``.
@@ -38,6 +38,6 @@ def require_intact() -> None:
     package = sys.modules["placement"]
     if not hasattr(package, "__version__"):
         raise ImportError(
-            f"`placement` in {package.__path__[0]} is not whole: another distribution of that import name has "
+            f"`placement` in {package.__path__[0]} is not complete: another distribution of that import name has "
             f"overwritten or removed placement/__init__.py of ray-placement: {_FIX}"
         )

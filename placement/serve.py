@@ -2,8 +2,8 @@
 
 :func:`install` is for all of a cluster, :func:`replica_group` and :class:`Callback` are for one deployment.
 
-Serve makes the placement groups of its replicas itself and takes none from outside (ray-project/ray#59857). So
-:func:`install` replaces the one function by which its controller makes them.
+Serve creates the placement groups of its replicas itself and accepts no existing ones (ray-project/ray#59857). So
+:func:`install` replaces the one function with which its controller creates them.
 """
 
 from __future__ import annotations
@@ -34,62 +34,62 @@ SECONDS_VARIABLE = "PLACEMENT_SERVE_SECONDS"
 SECONDS = 5.0
 """How long Serve's controller waits for one group on exact GPUs, unless SECONDS_VARIABLE says otherwise.
 
-It does nothing else meanwhile; requests do not go through it. A group takes some hundredths of a second, the first on a
-node about one.
+The controller does nothing else meanwhile; requests do not pass through it. A group takes some hundredths of a second,
+the first on a node about one.
 """
 QUIET = 6
-"""After it has waited in vain, the service is not asked again for so many times as long."""
+"""After a timeout the service is not asked again for this many times SECONDS."""
 
 logger = logging.getLogger("ray.serve.placement")  # so that it is in the log of Serve's controller
 
 _MAKER = "_default_create_placement_group"
 _USED = {"bundles", "strategy", "name", "bundle_label_selector"}
 _KNOWN = _USED | {
-    "target_node_id",  # a hint, and the service's policy chooses the node
-    "runtime_env",  # of no effect on a group
+    "target_node_id",  # only a hint; the service's policy chooses the node
+    "runtime_env",  # without effect on a group
     "fallback_strategy",  # Serve does not use it yet
 }
-"""The fields of what Serve asks its function for (Ray 2.60, ``serve/_private/common.py``)."""
+"""The fields of Serve's request to its function (Ray 2.60, ``serve/_private/common.py``)."""
 
 
 def install() -> None:
-    """Has every placement group with GPUs that Serve's controller makes lie on the best GPUs that are free.
+    """Makes Serve's controller create every placement group with GPUs on the best GPUs that are free.
 
-    To be called by the controller: start the head with
+    The controller calls it: start the head with
     ``RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH=placement.serve.install`` in its environment.
 
-    A group is made as by ``placement.placement_group(..., lifetime="detached")``, under Serve's own name. Serve removes
-    it when its replica ends, and finds it by its name after the controller has died. Where the service does not run,
-    it is started (with PLACEMENT_WITHOUT_SERVICE=ray it is not).
+    A group is created as by ``placement.placement_group(..., lifetime="detached")``, under Serve's own name. Serve
+    removes it when its replica ends, and finds it by its name after the controller has died. If the service does not
+    run, it is started (with PLACEMENT_WITHOUT_SERVICE=ray it is not).
 
-    It never keeps a replica from starting. Where exact GPUs cannot be had, since no set is free, the service does not
-    run or does not answer within PLACEMENT_SERVE_SECONDS (5), the group is the one that Serve would have made: it pends
-    until Ray finds room, Ray's autoscaler sees it, and its GPUs are Ray's choice. One warning says so.
+    It never keeps a replica from starting. If no set is free, or the service does not
+    run or does not answer within PLACEMENT_SERVE_SECONDS (5), Serve creates the group as without placement: it is
+    pending until Ray finds room, Ray's autoscaler sees it, and Ray chooses its GPUs. One warning says so.
 
-    Where Ray differs from what this relies on, an error is logged, and Serve makes its groups as without it.
+    If this Ray differs from what it relies on, it logs an error, and Serve creates its groups as without placement.
     """
     try:
         ray_serve = ray_internals.serve_defaults()
         problem = _difference(ray_serve)
         seconds = float(os.environ.get(SECONDS_VARIABLE, SECONDS))
-    except Exception as error:  # raised, it would end Serve's controller
+    except Exception as error:  # an exception would end Serve's controller
         problem = str(error)
     if problem:
         logger.error(
-            "placement.serve.install has changed nothing: %s; Serve makes its placement groups on whatever GPUs Ray "
-            "gives. Install a ray-placement for Ray %s, or unset RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH",
+            "placement.serve.install has changed nothing: %s; Serve's placement groups get the GPUs that Ray chooses. "
+            "Install a ray-placement for Ray %s, or unset RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH",
             problem,
             ray.__version__,
         )
         return
-    # It blocks Serve's controller knowingly, and not for long; Ray would warn of that.
+    # It blocks Serve's controller on purpose, and not for long; Ray would warn about that.
     os.environ.setdefault("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")
     setattr(ray_serve, _MAKER, _Maker(getattr(ray_serve, _MAKER), seconds))
     logger.info("Serve's placement groups lie on exact GPUs (placement.serve.install)")
 
 
 def _difference(ray_serve: Any) -> str:
-    """In what Ray differs from what :func:`install` relies on; empty if in nothing."""
+    """How Ray differs from what :func:`install` relies on; empty if it does not."""
     maker = getattr(ray_serve, _MAKER, None)
     if maker is None or list(inspect.signature(maker).parameters) != ["request"]:
         return f"Ray {ray.__version__} has no {ray_serve.__name__}.{_MAKER}(request)"
@@ -102,10 +102,10 @@ def _difference(ray_serve: Any) -> str:
 
 
 class _Maker:
-    """Makes Serve's placement groups in its controller: on exact GPUs, or as Serve does where these cannot be had.
+    """Creates Serve's placement groups in its controller: on exact GPUs, or as Serve does if that is not possible.
 
     Args:
-        serves_own: the function that Serve has for it.
+        serves_own: Serve's own function for it.
         seconds: how long one group may take.
     """
 
@@ -123,13 +123,13 @@ class _Maker:
                 quiet = QUIET * self._seconds
                 self._not_before = time.monotonic() + quiet
                 logger.warning(
-                    "the placement service has not answered within %g s: placement group %s, and those of the next "
-                    "%g s, are Ray's own, on whatever GPUs Ray gives; see `placement status`, or raise %s",
+                    "the placement service has not answered within %g s: for placement group %s, and those of the next "
+                    "%g s, Ray chooses the GPUs; see `placement status`, or raise %s",
                     self._seconds, request.name, quiet, SECONDS_VARIABLE,
                 )  # fmt: skip
-            except Exception as error:  # raised, it would count as a failed start of the replica
+            except Exception as error:  # an exception would count as a failed start of the replica
                 logger.warning(
-                    "placement group %s is Ray's own, on whatever GPUs Ray gives, once it finds room: %s",
+                    "Ray chooses the GPUs of placement group %s, once it finds room: %s",
                     request.name,
                     error,
                 )
@@ -148,9 +148,9 @@ class _Maker:
 
 
 def _hurried(end: float) -> Borrower:
-    """Borrows of the running service, and waits for no answer longer than until ``end``, of ``time.monotonic()``.
+    """Borrows GPUs from the running service, and waits for its answers until ``end``, by ``time.monotonic()``.
 
-    Then it raises ``ray.exceptions.GetTimeoutError``, and nothing stays reserved.
+    After that it raises ``ray.exceptions.GetTimeoutError``, and nothing stays reserved.
     """
 
     def ask(reference: Any) -> Any:
@@ -166,7 +166,7 @@ def _hurried(end: float) -> Borrower:
 
 
 def _start_service() -> None:
-    """Starts the service unless it runs, or is not to run; Serve's controller does not wait for that."""
+    """Starts the service unless it runs, or must not be started; Serve's controller does not wait for it."""
     if os.environ.get(WITHOUT_SERVICE, "start") == "start":
         try:
             from placement.runtime import bootstrap  # all of the service
@@ -179,20 +179,21 @@ def _start_service() -> None:
 async def replica_group(
     bundles: list[dict[str, float]], strategy: str = "PACK", **options: Any
 ) -> PlacementGroup:
-    """A group of a Serve replica's own, for clusters without :func:`install`: call it in ``async __init__``.
+    """A placement group that a Serve replica creates for itself, without :func:`install`: call it in ``async
+    __init__``.
 
-    The deployment itself asks for no GPU. Its replica waits for room, in the queue of all that waits, where Ray's
-    autoscaler (v2) hears of it; Serve has it ``STARTING`` meanwhile, however long. The group ends with the replica,
-    however that ends. ``placement status`` shows it under the names of its application and deployment.
+    The Serve deployment itself asks for no GPU. Its replica waits for room in the service's queue, for which Ray's
+    autoscaler (v2) is asked for nodes; Serve shows it as ``STARTING`` meanwhile, however long. The group ends with the
+    replica, however that ends. ``placement status`` shows it under the names of its application and deployment.
 
     Args:
         bundles: as in :func:`placement.placement_group`.
         strategy: as there.
-        options: further ones of it, as ``within`` and ``wait_seconds``.
+        options: its other arguments, such as ``within`` and ``wait_seconds``.
 
     Raises:
         RayServeException: this process is no replica.
-        Same as :func:`placement.placement_group`. To Serve that is a failed start, of which it allows three.
+        Same as :func:`placement.placement_group`. Serve counts it as a failed start, and allows three of them.
 
     Example:
         ::
@@ -208,10 +209,10 @@ async def replica_group(
 
 
 class Callback(ray_internals.serve_llm_callback()):  # type: ignore[misc]
-    """Gives the vLLM engine of one Serve LLM deployment exact GPUs, for clusters on which :func:`install` is not set.
+    """Gives the vLLM engine of one Serve LLM deployment exact GPUs, for clusters without :func:`install`.
 
-    The replica itself asks for no GPU, the engine's workers get :func:`replica_group`. All others of
-    :func:`placement.placement_group`'s options are ``callback_kwargs``.
+    The replica itself asks for no GPU; the engine's workers get a :func:`replica_group`. Other arguments of
+    :func:`placement.placement_group` go into ``callback_kwargs``.
 
     Raises:
         InvalidDeployment: Serve has reserved GPUs for the replica already.
@@ -236,7 +237,7 @@ class Callback(ray_internals.serve_llm_callback()):  # type: ignore[misc]
         engine = self.llm_config.get_engine_config()
         if any(bundle.get("GPU") for bundle in engine.placement_bundles):
             problem = (
-                "Serve has reserved GPUs for the replica already, and they would be held twice; say "
+                "Serve has reserved GPUs for the replica already, which it would not use; set "
                 'placement_group_config={"bundles": [{"CPU": 1}]} and accelerator_config={"kind": "gpu"}'
             )
             raise InvalidDeployment("LLMConfig.placement_group_config", (problem,))

@@ -1,6 +1,6 @@
 """vLLM on exact GPUs: ``vllm serve MODEL --distributed-executor-backend placement.vllm.Executor``.
 
-For vLLM 0.21 and later; nothing else of this package imports it. How it is used, and what is not: docs/vllm.md.
+For vLLM 0.21 and later; no other module of this package imports it. How to use it, and its limits: docs/vllm.md.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ except ImportError as error:
     ) from error
 
 OPTIONS = "additional_config.placement"
-"""Where an engine says what it wants: ``--additional-config '{"placement": {"within": "nvlink"}}'``."""
+"""The key of an engine's options: ``--additional-config '{"placement": {"within": "nvlink"}}'``."""
 
 _FROM_VLLM = {
     "model": "the model",
@@ -44,7 +44,7 @@ _FROM_VLLM = {
     "replicas": "there being one engine",
     "owner": "there being one engine",
 }
-"""Fields of a deployment that an engine does not say, and what says them."""
+"""Fields of a deployment that follow from vLLM's own options, and from which."""
 
 logger = init_logger("vllm.placement")
 
@@ -52,29 +52,30 @@ logger = init_logger("vllm.placement")
 class Executor(RayExecutorV2):  # type: ignore[misc]
     """vLLM's own Ray executor, on the best GPUs that are free.
 
-    It is vLLM's, but for the placement group. That is a deployment of the placement service: the process of vLLM's
-    engine core owns it, so that it ends with that process, however it ends, and is never placed anew. It is as large
-    as tensor, pipeline and prefill-context parallelism say; the GPUs of each pipeline stage are one set on one node,
-    and ranks go by these (``docs/rank-order.md``). Without pipeline parallelism it lies on several nodes only where no
-    node has so many GPUs.
+    Only the placement group differs from vLLM's executor. It is a deployment of the placement service: the process of
+    vLLM's engine core owns it, so it ends with that process, however it ends, and is never placed again. Its size
+    follows from tensor, pipeline and prefill-context parallelism. The GPUs of each pipeline stage are one set on one
+    node, and ranks follow these sets (``docs/rank-order.md``). Without pipeline parallelism it is on several nodes only
+    if no node has so many GPUs.
 
-    In an actor that runs in a placement group, or where ``parallel_config.placement_group`` is set, that group is used.
+    In an actor that runs in a placement group, or if ``parallel_config.placement_group`` is set, that group is used.
 
-    What else it is to have stands in vLLM's ``additional_config``, under ``placement``: ``wait_seconds``, how long to
-    wait for room (as long as it takes, if left out; vLLM itself gives up after VLLM_ENGINE_READY_TIMEOUT_S), and any
-    field of :class:`placement.Deployment` that vLLM does not say: ``name``, ``within``, ``min_bandwidth_gb_per_s``,
-    ``policy``, ``constraints``. Without a name it is called by the model, with a suffix of its own.
+    Options are in vLLM's ``additional_config``, under ``placement``: ``wait_seconds``, how long to
+    wait for room (without limit if left out; vLLM itself gives up after VLLM_ENGINE_READY_TIMEOUT_S), and any
+    field of :class:`placement.Deployment` that vLLM's options do not set: ``name``, ``within``,
+    ``min_bandwidth_gb_per_s``, ``policy``, ``constraints``. Without ``name`` it is named after the model, with a random
+    suffix.
 
     The cluster is that of RAY_ADDRESS, else the one that was started on this machine. If the service does not run it
-    is started; with PLACEMENT_WITHOUT_SERVICE=ray in the environment the group is vLLM's own then.
+    is started; with PLACEMENT_WITHOUT_SERVICE=ray in the environment vLLM creates the group itself instead.
 
     Raises:
         ClusterUnreachable: there is no Ray cluster.
         InvalidDeployment: the options are refused.
         DeploymentConflict: another engine of that name runs.
-        Unplaceable: there is no room in time: ``NoGpuNodes``, ``NotEnoughGpus`` or ``BelowFloor``.
-        ReservationFailed, LeaseExpired: others kept taking the GPUs, or this process was too slow, until the time was
-            over.
+        Unplaceable: no room was found in time: ``NoGpuNodes``, ``NotEnoughGpus`` or ``BelowFloor``.
+        ReservationFailed, LeaseExpired: until the time was over, others kept taking the GPUs, or this process was too
+            slow.
         ServiceNotRunning: the service cannot be started.
 
     Example:
@@ -96,11 +97,11 @@ class Executor(RayExecutorV2):  # type: ignore[misc]
         if self._placed is not None:
             config.placement_group = self._placed.assignments[0].placement_group
             os.environ.update(self._placed.environment(0))
-        config.distributed_executor_backend = "ray"  # which vLLM's workers ask for by that name
+        config.distributed_executor_backend = "ray"  # vLLM's workers ask for it by that name
         super()._init_executor()
 
     def shutdown(self) -> None:
-        """Ends the workers, and gives back the GPUs that were placed for them."""
+        """Ends the workers, and gives back their GPUs."""
         super().shutdown()
         placed, self._placed = getattr(self, "_placed", None), None
         if placed is not None and ray.is_initialized():
@@ -108,7 +109,7 @@ class Executor(RayExecutorV2):  # type: ignore[misc]
 
 
 def _place(vllm_config: Any) -> PlacementResult | None:
-    """The GPUs of an engine; ``None`` where the service does not run and is not to be started."""
+    """The GPUs of an engine; ``None`` if the service does not run and must not be started."""
     options = _options(vllm_config.additional_config)
     wait_seconds = options.pop("wait_seconds", None)
     wanted = _deployment(vllm_config, options)
@@ -136,7 +137,7 @@ def _options(additional_config: Any) -> dict[str, Any]:
         isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds < 0
     ):
         problems.append(
-            f"wait_seconds: {seconds!r} is no time to wait; use seconds, or leave it out to wait as long as it takes"
+            f"wait_seconds: {seconds!r} is no time to wait; use seconds, or leave it out to wait without limit"
         )
     if problems:
         raise InvalidDeployment(OPTIONS, tuple(problems))
@@ -144,7 +145,7 @@ def _options(additional_config: Any) -> dict[str, Any]:
 
 
 def _deployment(vllm_config: Any, options: Mapping[str, Any]) -> Deployment:
-    """An engine as the service knows it."""
+    """The deployment of an engine."""
     parallel, model = vllm_config.parallel_config, str(vllm_config.model_config.model)
     stages = parallel.pipeline_parallel_size
     name = options.get("name")

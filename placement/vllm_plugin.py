@@ -1,8 +1,8 @@
-"""What vLLM's command line lacks to take :class:`placement.vllm.Executor` with pipeline parallelism.
+"""Makes vLLM's command line accept :class:`placement.vllm.Executor` with pipeline parallelism.
 
-vLLM 0.21 to 0.33 asks the executor's *class* whether it has pipeline parallelism, and a command line only names it:
-``_check_feature_supported`` in ``vllm/engine/arg_utils.py`` then refuses. vLLM loads this by the entry point
-``vllm.general_plugins``, before it checks.
+vLLM 0.21 to 0.33 asks the executor's *class* whether it supports pipeline parallelism, but a command line gives only
+its name: ``_check_feature_supported`` in ``vllm/engine/arg_utils.py`` then refuses. vLLM loads this plugin by the entry
+point ``vllm.general_plugins``, before it checks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ NAME = "placement.vllm.Executor"
 
 
 def register() -> None:
-    """Has vLLM's arguments hold the class where they hold its name. Of no effect on any other executor."""
+    """Replaces the executor's name in vLLM's arguments by its class. Other executors are not changed."""
     from vllm.engine.arg_utils import EngineArgs
 
     check = getattr(EngineArgs, "_check_feature_supported", None)

@@ -125,7 +125,7 @@ SAMPLES = [
     errors.Busy("calls that change deployments", 4096),
     errors.PartlyApplied({"llama": NODE.to_dict()}, ("whisper",)),
     errors.LeaseExpired("llama", "its placement group did not come in time"),
-    errors.CannotMeasure("gpu-a", "one of its GPUs is free, and it takes two; release some, or wait"),
+    errors.CannotMeasure("gpu-a", "one of its GPUs is free, and two are needed; release some, or wait"),
     errors.NoCollectiveLibrary(
         "gpu-a",
         "its workers cannot import torch (No module named 'torch'); `pip install torch` in their Python",

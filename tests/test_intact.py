@@ -59,4 +59,4 @@ def test_an_init_that_was_overwritten_or_removed_is_told(copy: Path, package: st
     file = copy / "placement" / "__init__.py"
     file.unlink() if left is None else file.write_text(left)
     error = said(f"import placement.{package}", copy)
-    assert error.startswith(f"ImportError: `placement` in {copy / 'placement'} is not whole"), error
+    assert error.startswith(f"ImportError: `placement` in {copy / 'placement'} is not complete"), error

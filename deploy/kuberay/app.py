@@ -1,6 +1,6 @@
 """A Serve application whose replicas have their GPUs placed: each waits for its own, and they are free when it ends.
 
-What runs on them here is a stand-in that says which GPU it has; an engine that makes its own workers, as vLLM does, is
+Here a stand-in runs on them that says which GPU it has; an engine that creates its own workers, as vLLM does, is
 started with ``Engine.options(**assignment.engine_options())`` instead.
 """
 
@@ -22,12 +22,12 @@ class Worker:
 
 @serve.deployment(ray_actor_options={"num_cpus": 0.1})
 class Engine:
-    """A replica, which has no GPU itself."""
+    """A replica, which requests no GPU from Serve."""
 
     def __init__(self) -> None:
         name = f"engine-{serve.get_replica_context().replica_id.unique_id}"
         wanted = Deployment(name=name, model="my/model", gpus=2, owner="caller")
-        # A replica that raises counts as a failed start; one that waits has the autoscaler bring a node.
+        # A replica that raises counts as a failed start; while it waits, the autoscaler may start a node.
         (assignment,) = Client.start().place(wanted, wait_seconds=1800).assignments
         self.node, self.gpus = assignment.node_name, assignment.gpus
         self.workers = [Worker.options(**assignment.actor_options(rank)).remote() for rank in range(2)]

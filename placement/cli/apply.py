@@ -19,7 +19,7 @@ from placement.cli.progress import Progress
 from placement.errors import counted
 
 AFTER_PRUNE_SECONDS = 5.0
-"""So long what waits may take to get the room of what was released."""
+"""How long waiting replicas may take to get the room of what was released."""
 
 
 @click.command(
@@ -31,7 +31,7 @@ AFTER_PRUNE_SECONDS = 5.0
 @click.option(
     "--atomic",
     is_flag=True,
-    help="If any deployment does not fit now, change nothing; without it, what finds no room waits.",
+    help="If any deployment does not fit now, change nothing; without it, replicas that find no room wait.",
 )
 @click.option("--prune", is_flag=True, help="Release deployments that none of the files names. Asks first.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
@@ -41,7 +41,7 @@ AFTER_PRUNE_SECONDS = 5.0
     unsaid=math.inf,
     type=common.Seconds(min=0),
     metavar="[SECONDS]",
-    help="Wait until all replicas are placed, so long at most; exits with 1 if they are not.",
+    help="Wait until all replicas are placed, for SECONDS at most; exits with 1 if they are not.",
 )
 @common.with_address
 @common.with_json
@@ -57,7 +57,7 @@ def apply(
 ) -> None:
     """Makes the cluster match each FILE (TOML or YAML, a folder of them, or - for stdin).
 
-    Replicas that find no room wait for it; the command says which, and this is no error. If one deployment cannot be
+    Replicas that find no room wait for it. The command says which; this is no error. If one deployment cannot be
     applied, the others still are. Deployments that no FILE names stay as they are.
     """
     from placement.wire.files import load_all
@@ -115,7 +115,7 @@ def _show_difference(
 
 
 def _agreed(pruned: Sequence[str], standing: Sequence[Mapping[str, Any]], as_json: bool) -> bool:
-    """Whether those that no file names may be released."""
+    """Asks whether the deployments that no file names may be released."""
     replicas = sum(
         len({a["replica_index"] for a in one["assignments"]}) for one in standing if one["name"] in pruned
     )
@@ -126,7 +126,7 @@ def _agreed(pruned: Sequence[str], standing: Sequence[Mapping[str, Any]], as_jso
 def _apply(
     service: Any, wanted: Sequence[Any], atomic: bool, shows: bool
 ) -> tuple[waiting.Results, errors.PartlyApplied | None]:
-    """The results of those that could be applied, in order, and what became of the others."""
+    """The results of those that could be applied, in order, and the errors of the others."""
     options = {"atomic": True} if atomic else {}
     with common.noted(KeyboardInterrupt, common.GOES_ON), Progress("placing", shows) as progress:
 
@@ -158,7 +158,7 @@ def _release(service: Any, names: Sequence[str]) -> list[str]:
     for name in names:
         with (
             common.noted(KeyboardInterrupt, f"the placement service goes on releasing {name}"),
-            contextlib.suppress(errors.UnknownDeployment),  # somebody else was quicker
+            contextlib.suppress(errors.UnknownDeployment),  # somebody else released it first
         ):
             common.ask(service.release.remote(name, caller=common.asker()))
             released.append(name)
@@ -166,7 +166,7 @@ def _release(service: Any, names: Sequence[str]) -> list[str]:
 
 
 def _places(service: Any, results: waiting.Results) -> dict[str, int]:
-    """Where in the queue what waits is."""
+    """The places in the queue of the deployments that wait."""
     if not any(one["pending"] for one in results.values()):
         return {}
     report = common.ask(service.status.remote())

@@ -20,7 +20,7 @@ import click
 from placement.cli import streams
 
 GOES_ON = (
-    "the placement service goes on; `placement status` shows what stands, `placement release` gives it back"
+    "the placement service goes on; `placement status` shows what is placed, `placement release` releases it"
 )
 
 
@@ -38,7 +38,7 @@ def with_json(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def with_files(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the files of deployments, and how folders among them are read."""
-    text = "Of a folder, also the files of folders in it."
+    text = "For a folder, read the files of its subfolders too."
     command = click.option("-R", "--recursive", is_flag=True, help=text)(command)
     path = click.Path(path_type=Path, allow_dash=True)
     return click.argument("files", nargs=-1, required=True, metavar="FILE...", type=path)(command)
@@ -86,7 +86,7 @@ def cluster(address: str | None) -> Iterator[str]:
 
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with connection.cluster(address) as found:
-        # Connecting, Ray sets a handler of its own, which exits with 15 and says nothing.
+        # When Ray connects it sets a handler of its own, which exits with 15 and prints nothing.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)
         yield found
@@ -125,17 +125,17 @@ def asker() -> dict[str, str]:
 
 
 def members(service: Any, names: Iterable[str]) -> list[str]:
-    """The deployments that names mean, each once: of a group its members.
+    """The deployments that names mean, each once; a group's name means its members.
 
     Raises:
-        UnknownDeployment: one means none.
+        UnknownDeployment: a name means none.
     """
     return list(dict.fromkeys(one for name in names for one in ask(service.members.remote(name))))
 
 
 @contextmanager
 def noted(kind: type[BaseException], note: str) -> Iterator[None]:
-    """Has what ends the block say one thing more."""
+    """Adds a note to the exception that ends the block."""
     try:
         yield
     except kind as error:
@@ -145,7 +145,7 @@ def noted(kind: type[BaseException], note: str) -> Iterator[None]:
 
 @contextmanager
 def writing(option: str, path: Path) -> Iterator[None]:
-    """Within, a file is written that an option names.
+    """A block that writes the file that an option names.
 
     Raises:
         click.UsageError: it cannot be.
@@ -159,12 +159,12 @@ def writing(option: str, path: Path) -> Iterator[None]:
 
 
 def agreed(what: str, instead: str, as_json: bool) -> bool:
-    """Whether something may be done; asked on a terminal.
+    """Asks on a terminal whether something may be done.
 
     Args:
         what: ``"release 2 deployments"``.
         instead: what to add where nobody can be asked: ``"add --yes"``.
-        as_json: JSON is asked for, so that nobody is asked.
+        as_json: the output is JSON, so that nobody is asked.
 
     Raises:
         click.UsageError: nobody can be asked.
@@ -190,7 +190,7 @@ def dump(value: Any) -> None:
 
 
 def show(*renderables: Any) -> None:
-    """What rich draws, on stdout."""
+    """A rich renderable on stdout."""
     from placement.cli.views.console import console
 
     for renderable in renderables:
@@ -218,7 +218,7 @@ def _paged(text: str) -> bool:
     command = shlex.split(os.environ.get("PAGER", "less"))
     if not command:
         return False
-    # Of less: colours, no paging of what fits, and what was shown stays.
+    # Options of less: colours, no paging if it fits on the screen, and keep the text at the end.
     env = {"LESS": "FRX", **os.environ}
     try:
         pager = subprocess.Popen(
@@ -227,9 +227,9 @@ def _paged(text: str) -> bool:
     except OSError:
         return False
     assert pager.stdin is not None
-    with suppress(BrokenPipeError), pager.stdin:  # it may be left before all is written
+    with suppress(BrokenPipeError), pager.stdin:  # the user may quit it before all is written
         pager.stdin.write(text)
     while True:
-        with suppress(KeyboardInterrupt):  # which is meant for the pager
+        with suppress(KeyboardInterrupt):  # Ctrl-C is meant for the pager
             pager.wait()
             return True

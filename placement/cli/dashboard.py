@@ -22,18 +22,19 @@ HOST, PORT = "127.0.0.1", 8267
     "--host",
     default=HOST,
     show_default=True,
-    help="Where to listen. For a look from another machine prefer `ssh -L 8267:localhost:8267`, which is encrypted.",
+    help="Where to listen. To look from another machine prefer `ssh -L 8267:localhost:8267`, which is encrypted.",
 )
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=PORT, show_default=True, help="0 for any that is free."
+    "--port", type=click.IntRange(0, 65535), default=PORT, show_default=True, help="0 for any free port."
 )
 @common.with_address
 @common.with_json
 def dashboard(host: str, port: int, address: str | None, as_json: bool) -> None:
     """Serves a live map of the cluster until interrupted, and prints its address. It only reads.
 
-    Nodes, NVLink islands, who sits where with the bandwidth, what waits and why, and what just happened. If the service
-    ends, the page says so, and goes on when it is back. Where the cluster has a token, the printed address has a key.
+    It shows nodes, NVLink islands, replicas with their bandwidth, what waits and why, and the last events. If the
+    service ends, the page says so, and goes on when it is back. If the cluster has a token, the printed address has a
+    key.
     """
     from placement.dashboard import server
 

@@ -28,7 +28,7 @@ def run(as_json: bool) -> int:
     """Runs the demo.
 
     Returns:
-        The exit code: 0 if every worker got the GPU that its replica was promised, and all was given back.
+        The exit code: 0 if every worker got the GPU of its replica's result, and everything was given back.
     """
     with ExitStack() as stack:
         with _step(STARTING) as tell:
@@ -134,7 +134,7 @@ def _show(report: dict[str, Any], as_json: bool) -> None:
 
 def _tell(report: dict[str, Any]) -> None:
     out = console()
-    out.print("\nWho sits where; a bracket is an NVLink island, llama-70b/1 is replica 1 of llama-70b")
+    out.print("\nWhere each replica is; a bracket is an NVLink island, llama-70b/1 is replica 1 of llama-70b")
     out.print(cluster_map(report["status"]))
     out.print(_beside_ray(report["deployments"]), crop=False)
     out.print(" * the lowest-numbered free GPUs at that moment, which is what Ray gives without placement\n")

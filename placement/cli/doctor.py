@@ -1,4 +1,4 @@
-"""``placement doctor``: whether what placement stands on holds here."""
+"""``placement doctor``: checks whether this cluster meets what placement relies on."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from placement.cli.progress import Progress
     default=60,
     show_default=True,
     metavar="SECONDS",
-    help="How long all of it may take. A node that has not answered in half of that is left alone.",
+    help="How long the command may take. A node that has not answered in half of that time is skipped.",
 )
 @common.with_address
 @common.with_json
 def doctor(seconds: float, address: str | None, as_json: bool) -> None:
     """Checks each node, and says what to do: versions, NVML and driver, device order, labels, egress, and steering.
 
-    Steering is really tried: on each GPU node with a free GPU, Ray is made to give the last free one, which is given
-    back at once. Others may use the cluster meanwhile; nothing stays held, however this ends. The service need not run.
-    Exits with 1 if a check failed.
+    Steering is really tested: on each GPU node with a free GPU, Ray is made to give the last free one, which is given
+    back at once. Others may use the cluster meanwhile. Nothing stays held, however the command ends. The service need
+    not run. Exits with 1 if a check failed.
     """
     with common.cluster(address):
         from placement.runtime import connection, diagnosis

@@ -1,4 +1,4 @@
-"""What all commands of ``placement`` have in common when they fail: one line or JSON on stderr, and an exit code."""
+"""How all commands of ``placement`` fail: one line or JSON on stderr, and an exit code."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
 
 
 def exit_code(kind: type[errors.PlacementError]) -> int:
-    """What a command that fails with such an error exits with."""
+    """The exit code of a command that fails with such an error."""
     return next(code for base, code in _EXIT_CODES if issubclass(kind, base))
 
 
 class NotDone(Exception):
-    """What was asked for was not reached, though nothing was refused.
+    """The command did not reach its goal, though nothing was refused.
 
     Args:
-        code: what programs tell it by, as docs/errors.md lists it.
+        code: its code for programs, as docs/errors.md lists it.
         message: what was not reached, and what to do next.
-        fields: what else programs find in it.
+        fields: its further fields for programs.
     """
 
     def __init__(self, code: str, message: str, fields: Mapping[str, Any]) -> None:
@@ -59,7 +59,7 @@ class OptionalNumber(click.Option):
     """An option whose value may be left out: ``--wait``, ``--wait 30``.
 
     Args:
-        unsaid: the value that it has then.
+        unsaid: its value if only the option is given.
     """
 
     def __init__(self, *args: Any, unsaid: float, **kwargs: Any) -> None:
@@ -68,10 +68,10 @@ class OptionalNumber(click.Option):
 
 
 class Command(click.Command):
-    """A command that alone prints to stdout; SIGTERM ends it as Ctrl-C does."""
+    """A command whose stdout only it can write to; SIGTERM ends it as Ctrl-C does."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Gives each option whose number is left out the one that it has then."""
+        """Adds the number to each option that was given without one."""
         unsaid = {
             name: option.unsaid
             for option in self.params
@@ -99,7 +99,7 @@ class Commands(click.Group):
     command_class = Command
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs; a full disk, or a closed stream, is no fault of the program."""
+        """Runs it; a full disk, or a closed stream, is reported as such and not as a defect."""
         streams.open_closed()
         try:
             return super().main(*args, **kwargs)
@@ -113,7 +113,7 @@ class Commands(click.Group):
             sys.exit(REFUSED)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Notes whether JSON is asked for, since a command that fails to parse cannot say so."""
+        """Records whether JSON is asked for, as that must be known even if the arguments cannot be parsed."""
         ctx.meta[_AS_JSON] = _asks_json(args)
         try:
             return super().parse_args(ctx, args)
@@ -160,7 +160,7 @@ def _is_number(args: Sequence[str]) -> bool:
 
 
 def _asks_json(args: Sequence[str]) -> bool:
-    """Whether the arguments ask for JSON, however the command will read them."""
+    """Whether the arguments ask for JSON, before the command parses them."""
     short = {"-ojson", "--output=json", "--json"}
     return not short.isdisjoint(args) or any(pair in _PAIRS for pair in pairwise(args))
 
@@ -175,7 +175,7 @@ def _usage(error: click.UsageError) -> dict[str, Any]:
 def _tell_error(
     as_json: bool, told: dict[str, Any], error: BaseException | None = None, prefix: str = "error: "
 ) -> None:
-    """One line of JSON, so that it can be told from what Ray may have said before; or the message with its notes."""
+    """One line of JSON, so that it differs from what Ray may have printed before; or the message with its notes."""
     message = "; ".join([told["message"], *getattr(error, "__notes__", ())])
     click.echo(json.dumps({"error": {**told, "message": message}}) if as_json else prefix + message, err=True)
 

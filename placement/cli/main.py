@@ -30,8 +30,8 @@ __all__ = ["POLICIES", "Commands", "exit_code", "main"]
 
 EPILOG = """\b
 Exit codes:
-  0    done; also where something waits for room
-  1    refused: it does not fit, others were in the way, the name is not known, or the
+  0    done; also if something waits for room
+  1    refused: there is no room, other users took the GPUs, the name is not known, or the
        service runs with other settings or in another version; not all could be applied,
        or placed in the time given; or, of `placement diff`, something differs; or, of
        `placement doctor`, a check failed

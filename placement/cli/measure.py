@@ -1,4 +1,4 @@
-"""``placement measure``: what the links really give."""
+"""``placement measure``: measures the real bandwidth of sets of GPUs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     type=click.Choice(["pairs", "all-sizes"]),
     default="pairs",
     show_default=True,
-    help="All pairs of free GPUs; or also, of each larger size, one set of those that are alike.",
+    help="All pairs of free GPUs; or also, of each larger size, one of each kind of interchangeable sets.",
 )
 @click.option(
     "--max-seconds",
@@ -47,26 +47,26 @@ if TYPE_CHECKING:
     default=600,
     show_default=True,
     metavar="SECONDS",
-    help="No set is begun after that; inf for no limit. A set takes 1 to 5 s.",
+    help="No new set is started after this time; inf for no limit. A set takes 1 to 5 s.",
 )
 @click.option(
     "--import",
     "file",
     type=click.Path(path_type=Path, allow_dash=True),
-    help="Measure nothing: keep what this file says, written by --export or by nccl-tests' all_reduce_perf; "
+    help="Measure nothing: keep the rates of this file, written by --export or by nccl-tests' all_reduce_perf; "
     "- for stdin.",
 )
 @click.option(
     "--export",
     "export",
     type=click.Path(path_type=Path, allow_dash=True),
-    help="Measure nothing: write what is kept, of all hosts or of --node; - for stdout.",
+    help="Measure nothing: write the kept rates, of all hosts or of --node; - for stdout.",
 )
 @click.option(
     "--forget",
     is_flag=True,
-    help="Measure nothing: forget what is kept, of all hosts or of --node. Choices go by predictions again, or by "
-    "what other nodes of the make reached. --json prints what was forgotten; --import takes it back.",
+    help="Measure nothing: forget the kept rates, of all hosts or of --node. GPUs are chosen by predictions again, or "
+    "by the rates of other nodes of the make. --json prints the forgotten rates, for --import.",
 )
 @common.with_address
 @common.with_json
@@ -80,11 +80,11 @@ def measure(
     address: str | None,
     as_json: bool,
 ) -> None:
-    """Runs a real all-reduce between free GPUs, and shows what they reach beside what is predicted.
+    """Runs a real all-reduce between free GPUs, and shows the measured rate beside the predicted one.
 
-    All free GPUs of a node are held meanwhile, as placements are, and given back however this ends; one node after the
-    other. It takes PyTorch on the nodes. The rates are kept: choices on that node, and on others of its make, go by
-    them from then on, and `placement status` tells of pairs that reach less than half of what is predicted.
+    It holds all free GPUs of a node meanwhile, like a placement, and gives them back however it ends; one node after
+    the other. The nodes need PyTorch. The rates are kept: from then on GPUs of that node, and of others of its make,
+    are chosen by them, and `placement status` names pairs that reach less than half of their prediction.
     """
     from placement.wire.text import read_input
 
@@ -111,10 +111,10 @@ def measure(
 
 
 def _targets(service: Any, node: str | None) -> list[Target]:
-    """The GPU nodes, or just this one; their GPUs are read anew.
+    """The GPU nodes, or only this one; their GPUs are read again.
 
     Raises:
-        UnknownNode: no GPU node goes by that.
+        UnknownNode: no GPU node has that id, name or address.
     """
     from placement.runtime import measuring
 
@@ -127,7 +127,7 @@ def _measure(
     """Measures the node, or each that has two GPUs free.
 
     Raises:
-        CannotMeasure, Unplaceable, ReservationFailed: it could not be done on any.
+        CannotMeasure, Unplaceable, ReservationFailed: no node could be measured.
     """
     from placement.runtime import measuring
     from placement.runtime.client import Client
@@ -157,7 +157,7 @@ def _measure(
 
 
 def _import(service: Any, node: str | None, text: str, source: str) -> dict[str, Any]:
-    """Has the service keep what a file says.
+    """Makes the service keep the rates of a file.
 
     Raises:
         InvalidMeasurement: it is not such a file, or not of that node.
@@ -175,7 +175,7 @@ def _import(service: Any, node: str | None, text: str, source: str) -> dict[str,
 
 
 def _of_nccl_tests(text: str, source: str, targets: Sequence[Target], node: str | None) -> list[Measurement]:
-    """What nccl-tests printed, of the node that is named, or that calls itself as it does there."""
+    """The rates that nccl-tests printed, for the named node, or the node that has the printed host name."""
     from placement.wire.measurements import MeasuredRate, gpus_of, parse_nccl_tests
 
     rates: dict[str, list[MeasuredRate]] = {}
@@ -198,7 +198,7 @@ def _of_nccl_tests(text: str, source: str, targets: Sequence[Target], node: str 
 
 
 def _forget(service: Any, node: str | None, as_json: bool) -> None:
-    """Has the service forget what was measured.
+    """Makes the service forget measured rates.
 
     Raises:
         CannotMeasure: nothing was measured on the node.
@@ -215,7 +215,7 @@ def _forget(service: Any, node: str | None, as_json: bool) -> None:
 
 
 def _export(service: Any, node: str | None, file: Path) -> None:
-    """Writes what is kept.
+    """Writes the kept rates.
 
     Raises:
         CannotMeasure: nothing was measured on the node.

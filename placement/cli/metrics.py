@@ -1,4 +1,4 @@
-"""``placement metrics``: what the service tells Prometheus, and what to load into Grafana and Prometheus for it."""
+"""``placement metrics``: the service's metrics, and the files for Grafana and Prometheus that use them."""
 
 from __future__ import annotations
 

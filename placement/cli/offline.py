@@ -11,7 +11,7 @@ from placement.cli import common
 from placement.cli.group import Command
 
 POLICIES = ("topology", "fragmentation", "pack", "spread", "round_robin", "least_loaded")
-"""As :class:`placement.core.policy.Policy` has them; a test compares the two."""
+"""The policies of :class:`placement.core.policy.Policy`; a test compares the two."""
 
 
 @click.command(
@@ -55,10 +55,10 @@ def demo(keep: bool, stop: bool, as_json: bool) -> None:
     "policies",
     multiple=True,
     type=click.Choice(POLICIES),
-    help="Instead of each deployment's own. Give several to compare them.",
+    help="The policy to use instead of each deployment's own. Give several to compare them.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of a mix: the same seed, the same arrivals.")
-@click.option("--arrivals", type=click.IntRange(min=1), help="Only so many.")
+@click.option("--seed", default=0, show_default=True, help="Of a mix: the same seed gives the same arrivals.")
+@click.option("--arrivals", type=click.IntRange(min=1), help="Replay only this many arrivals.")
 @click.option(
     "--picture", type=click.Path(path_type=Path), help="Draw the GPUs over time here: .svg or .png."
 )
@@ -72,11 +72,11 @@ def simulate(
     picture: Path | None,
     as_json: bool,
 ) -> None:
-    """Replays WORKLOAD on a cluster and shows what would become of it. Needs no Ray and reserves nothing.
+    """Replays WORKLOAD on a cluster and shows the result. Needs no Ray and reserves nothing.
 
     WORKLOAD is a mix (.toml, .yaml), a trace (.csv with arrive_seconds, depart_seconds and fields of a
-    deployment), or a pod list of the openb trace (.csv). What fits nowhere when it arrives is refused and
-    does not come back.
+    deployment), or a pod list of the openb trace (.csv). A deployment that fits nowhere when it arrives is refused and
+    does not arrive again.
     """
     from placement.cli import simulate as simulation
 

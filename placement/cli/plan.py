@@ -1,4 +1,4 @@
-"""``placement plan``, ``placement diff`` and ``placement snapshot``: what would become of declarations."""
+"""``placement plan``, ``placement diff`` and ``placement snapshot``: what applying declarations would do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from placement.cli import common
 from placement.cli.group import Command
 
 DIFFERENT = 1
-"""What ``placement diff`` exits with where applying would change something, as ``diff`` and ``kubectl diff`` do."""
+"""The exit code of ``placement diff`` if applying would change something, as for ``diff`` and ``kubectl diff``."""
 
 Failures = dict[str, errors.PlacementError]
 """Deployment -> why it could not be applied."""
@@ -30,14 +30,18 @@ Failures = dict[str, errors.PlacementError]
     "--file",
     "cluster",
     type=click.Path(path_type=Path),
-    help="Plan for the cluster that `placement snapshot` wrote here. Needs no Ray and no cluster.",
-)
-@click.option("--explain", is_flag=True, help="Also say, stage by stage, what excluded how many nodes.")
-@click.option(
-    "--atomic", is_flag=True, help="All of it, or it is refused; without it, what finds no room waits."
+    help="Plan for the cluster in this file of `placement snapshot`. Needs no Ray and no cluster.",
 )
 @click.option(
-    "--prune", is_flag=True, help="As if what stands and is in none of the files were released after."
+    "--explain", is_flag=True, help="Also say, stage by stage, how many nodes were excluded and why."
+)
+@click.option(
+    "--atomic",
+    is_flag=True,
+    help="Refuse if any deployment does not fit now; without it, replicas that find no room wait.",
+)
+@click.option(
+    "--prune", is_flag=True, help="Also show the release of deployments that none of the files names."
 )
 @common.with_address
 @common.with_json
@@ -109,13 +113,13 @@ def plan(
     epilog="\b\nExample:\n  placement diff deployments.toml || placement apply deployments.toml",
 )
 @common.with_files
-@click.option("--prune", is_flag=True, help="What stands and is in none of the files is a difference, too.")
+@click.option("--prune", is_flag=True, help="Deployments that none of the files names are a difference, too.")
 @common.with_address
 @common.with_json
 def diff(files: tuple[Path, ...], recursive: bool, prune: bool, address: str | None, as_json: bool) -> None:
-    """Shows how what stands differs from what each FILE declares: + new, = unchanged, ~ changed, -/+ replaced.
+    """Shows how the cluster differs from what each FILE declares: + new, = unchanged, ~ changed, -/+ replaced.
 
-    Exits with 0 where nothing differs, and with 1 where something does.
+    Exits with 0 if nothing differs, and with 1 if something does.
     """
     from placement.cli.views.difference import difference_lines, differs, unmanaged_line, workers_of
     from placement.wire.files import load_all
@@ -151,7 +155,7 @@ def snapshot(address: str | None, as_json: bool) -> None:
 
 
 def planned(service: Any, wanted: Sequence[Any], atomic: bool = False) -> tuple[list[Any], Failures]:
-    """What applying would do; where one cannot be applied, what each alone would do.
+    """What applying would do; if one deployment cannot be applied, what each alone would do.
 
     Returns:
         The plans, and why others cannot be applied.
@@ -178,7 +182,7 @@ def planned(service: Any, wanted: Sequence[Any], atomic: bool = False) -> tuple[
 
 
 def _apart(wanted: Sequence[Any]) -> list[list[Any]]:
-    """The deployments one by one, but the members of a group together."""
+    """The deployments one by one, except that the members of a group come together."""
     found: dict[tuple[bool, str], list[Any]] = {}
     for one in wanted:
         key = (True, one.group.name) if one.group else (False, one.name)
@@ -187,7 +191,7 @@ def _apart(wanted: Sequence[Any]) -> list[list[Any]]:
 
 
 def unmanaged(standing: Iterable[Mapping[str, Any]], names: Iterable[str]) -> list[str]:
-    """What stands and is not among the names; without what ends with its owner, and what is released already."""
+    """Placed deployments that are not among the names; without those that have an owner or are being released."""
     known = set(names)
     return sorted(
         one["name"]
@@ -216,7 +220,7 @@ def _first(failures: Failures) -> errors.PlacementError:
 
 
 def _held(name: str, one: Any) -> dict[str, Any]:
-    """A deployment of a file of ``placement snapshot``, as a status report has it."""
+    """A deployment in a file of ``placement snapshot``, in the form of a status report."""
     assignments = [
         {"replica_index": index, "gpus": list(part.gpus)}
         for index, parts in one.by_index().items()

@@ -1,4 +1,4 @@
-"""``placement release`` and ``placement renew``: deployments given back, or kept for longer."""
+"""``placement release`` and ``placement renew``: deployments released, or kept for longer."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from placement.errors import counted
 @common.with_address
 @common.with_json
 def release(names: tuple[str, ...], everything: bool, yes: bool, address: str | None, as_json: bool) -> None:
-    """Gives back all that deployments hold, and ends the workers in their placement groups.
+    """Releases deployments: gives back all that they hold, and ends the workers in their placement groups.
 
-    If one of the names is not known, nothing is released. With --all, say --yes where nobody can be asked.
+    If one of the names is not known, nothing is released. With --all, add --yes if there is no terminal to ask on.
     """
     if everything == bool(names):
         raise click.UsageError("give the names of deployments, or --all" + " and no names" * everything)
@@ -68,7 +68,7 @@ def _release(service: Any, report: dict[str, Any], names: tuple[str, ...], as_js
 
 
 def _release_all(service: Any, report: dict[str, Any], yes: bool, as_json: bool) -> dict[str, int]:
-    """Releases everything; how many replicas each deployment had."""
+    """Releases everything; returns how many replicas each deployment had."""
     replicas = {one["name"]: _replicas(one) for one in report["deployments"]}
     if replicas and not yes and not common.agreed(what_ends(report), "add --yes", as_json):
         common.note("nothing is changed")
@@ -96,7 +96,7 @@ def _replicas(one: dict[str, Any]) -> int:
 @common.with_address
 @common.with_json
 def renew(names: tuple[str, ...], address: str | None, as_json: bool) -> None:
-    """Has deployments with ttl_seconds stand for as long again from now on."""
+    """Renews deployments with ttl_seconds: their time starts again now."""
     renewed: dict[str, float | None] = {}
     with common.service(address) as service:
         for name in dict.fromkeys(names):
@@ -106,7 +106,7 @@ def renew(names: tuple[str, ...], address: str | None, as_json: bool) -> None:
             if not as_json:
                 when = None if until is None else datetime.fromtimestamp(until).strftime("%Y-%m-%d %H:%M:%S")
                 common.say(
-                    f"{name} stands {f'until {when}' if when else 'without limit: it has no ttl_seconds'}"
+                    f"{name} stays {f'until {when}' if when else 'without limit: it has no ttl_seconds'}"
                 )
     if as_json:
         common.dump({"renewed": renewed})

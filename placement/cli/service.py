@@ -33,7 +33,7 @@ from placement.errors import counted
     "--node-types",
     metavar="FILE",
     type=click.Path(dir_okay=False),
-    help="The cluster configuration of `ray up`: refusals for lack of room then name the node types that would do.",
+    help="The cluster configuration of `ray up`: refusals for lack of room then name the node types that would help.",
 )
 @click.option(
     "--history-days",
@@ -86,7 +86,7 @@ def up(
             said = "is started"
             if not as_json:
                 common.note("starting the placement service ...")
-        # Also where it was found: it may be restarting, and this waits until it answers.
+        # Also if it was found: it may be restarting, and this waits until it answers.
         service = bootstrap.start(**options)
         _require_same(service, found, asked)
         status = common.ask(service.status.remote())
@@ -105,8 +105,8 @@ def up(
 
 
 def _require_same(service: Any, address: str, options: dict[str, Any]) -> None:
-    """That what runs is what was asked for."""
-    # First the version: another one may have no settings to tell.
+    """Checks that the running service has the version and settings that were asked for."""
+    # First the version: another version may not report its settings.
     asked: dict[str, Any] = {"version": __version__}
     runs = {"version": common.ask(service.ping.remote())}
     if asked == runs and options:
@@ -140,7 +140,7 @@ def _setting(value: Any) -> str:
 def down(yes: bool, keep_placements: bool, address: str | None, as_json: bool) -> None:
     """Releases everything and stops the service.
 
-    Asks before it releases, since the workers of all deployments end. Where nobody can be asked, and with --json, say
+    Asks before it releases, since the workers of all deployments end. If there is no terminal, and with --json, give
     --yes.
     """
     from placement.runtime import bootstrap, connection
@@ -152,7 +152,9 @@ def down(yes: bool, keep_placements: bool, address: str | None, as_json: bool) -
             if not common.agreed(what, "add --yes, or --keep-placements to leave them", as_json):
                 common.note("nothing is changed")
                 sys.exit(REFUSED)
-        with common.noted(KeyboardInterrupt, "what was begun goes on; `placement down` again does the rest"):
+        with common.noted(
+            KeyboardInterrupt, "releases that have begun go on; run `placement down` again for the rest"
+        ):
             released = bootstrap.stop(keep_placements)
     if as_json:
         common.dump({"released": released})

@@ -31,18 +31,18 @@ def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
     "  placement status --picture cluster.svg\n  placement status --json",
 )
 @_filters
-@click.option(
-    "--deployment", metavar="NAME", help="Only this deployment, or group, and the nodes that it is on."
-)
+@click.option("--deployment", metavar="NAME", help="Only this deployment, or group, and its nodes.")
 @click.option(
     "--watch",
     cls=OptionalNumber,
     unsaid=EVERY_SECONDS,
     type=common.Seconds(min=0.1),
     metavar="[SECONDS]",
-    help=f"Go on until interrupted, and show it again each {EVERY_SECONDS:g} s, or as often as is said.",
+    help=f"Show it again every SECONDS, {EVERY_SECONDS:g} if left out, until interrupted.",
 )
-@common.with_picture("Draws it as well, for a slide: each node, its NVLink islands, and who sits where.")
+@common.with_picture(
+    "Also draws a picture, for a slide: each node, its NVLink islands, and the replicas on them."
+)
 @common.with_address
 @common.with_json
 def status(
@@ -54,9 +54,9 @@ def status(
     address: str | None,
     as_json: bool,
 ) -> None:
-    """Shows how many GPUs are free, what waits, each node with who sits where, and each deployment.
+    """Shows how many GPUs are free, what waits, each node with the replicas on it, and each deployment.
 
-    On a terminal it is shown with PAGER, else less. With --watch, --json prints one report a line.
+    On a terminal it is shown with PAGER, else less. With --watch, --json prints one report per line.
     """
     if picture is not None and watch is not None:
         raise click.UsageError("--picture draws one moment; leave out --watch")
@@ -81,7 +81,7 @@ def status(
 
 
 def _report(service: Any, **filters: str | None) -> dict[str, Any]:
-    """What the service says of what the filters leave."""
+    """The service's report, with only what the filters select."""
     given = {name: value for name, value in filters.items() if value is not None}
     report: dict[str, Any] = common.ask(service.status.remote(**given))
     return report

@@ -24,7 +24,7 @@ from placement.wire.cluster import load_cluster
 from placement.wire.workload import load_workload, openb_cluster, read_rows, with_policy
 
 CPUS_PER_GPU, MEMORY_GIB_PER_GPU = 16, 128
-"""What a node of a described cluster has beside each GPU, since the catalogue does not say."""
+"""CPUs and memory for each GPU of a described cluster, since the catalogue does not say."""
 
 OPENB_NODES = {"sn", "cpu_milli", "memory_mib", "gpu", "model"}
 
@@ -43,7 +43,7 @@ def run(
         show: how it goes, on stderr.
 
     Returns:
-        Policy (``"as declared"`` for none) -> what became of it.
+        Policy (``"as declared"`` for none) -> the result.
 
     Raises:
         InvalidDeployment, UnknownNode: the workload is refused.
@@ -170,7 +170,7 @@ def draw(reports: Mapping[str, Report], path: Path) -> None:
 
 
 def check_picture(path: Path) -> None:
-    """Whether a picture can be drawn, before hours of simulation.
+    """Checks that a picture can be drawn, before hours of simulation.
 
     Raises:
         click.UsageError: the ending is another, or matplotlib is not installed.

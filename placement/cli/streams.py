@@ -1,6 +1,6 @@
-"""Standard output for what a command has to say, and for nothing else.
+"""Keeps standard output for the command's own output.
 
-Ray prints on the driver's stdout what it hears of raylets (``(raylet) Raylet is terminated``), also with
+Ray prints messages about raylets on the driver's stdout (``(raylet) Raylet is terminated``), even with
 ``log_to_driver=False``: ``listen_error_messages`` in ray/_private/worker.py. That goes to stderr.
 """
 
@@ -19,19 +19,19 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 def open_closed() -> None:
-    """Has a stream that was closed (``>&-``) read or write nothing; what is opened next would take its place."""
+    """Opens a stream that was closed (``>&-``) on the null device; the next opened file would take its number."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def is_full(error: OSError) -> bool:
-    """Whether standard output could not take what was printed, and not a file of that name."""
+    """Whether the error is about standard output, and not about a file that an option names."""
     return error.errno in _FULL and error.filename is None
 
 
 def give_up() -> None:
-    """Has what is still to be printed go nowhere, so that nothing fails again at the end."""
+    """Discards what is still to be printed, so that flushing at the end does not fail again."""
     with suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -45,7 +45,7 @@ def out() -> TextIO:
 
 @contextmanager
 def kept_apart() -> Iterator[None]:
-    """Until the end of the block only :func:`out` is stdout; what anybody else writes there goes to stderr."""
+    """Until the end of the block only :func:`out` writes to stdout; what other code writes there goes to stderr."""
     global _kept
     before = sys.stdout
     if before is None:  # it was closed
@@ -62,7 +62,7 @@ def kept_apart() -> Iterator[None]:
         finally:
             _kept, sys.stdout = None, before
         return
-    # Below Python, too: of a process that was started, or of a library in C++.
+    # Also below Python: child processes, and libraries in C++.
     before.flush()
     with open(os.dup(real), "w", encoding=before.encoding, errors=before.errors) as _kept:
         os.dup2(errors, real)

@@ -26,7 +26,7 @@ from placement.cli.group import Command
     help="Output of `nvidia-smi topo -m` instead; - for stdin. Needs no cluster.",
 )
 @click.option("--gpu", metavar="NAME", help="With --file: the GPUs' product name, which the text lacks.")
-@common.with_picture("Draws it as well: GPUs, links, PCIe switches, NUMA nodes, network cards.")
+@common.with_picture("Also draws a picture: GPUs, links, PCIe switches, NUMA nodes, network cards.")
 @common.with_address
 @common.with_json
 def topology(
@@ -38,7 +38,7 @@ def topology(
     address: str | None,
     as_json: bool,
 ) -> None:
-    """Shows how the GPUs of each node are linked, as NVML, the catalogue or a file says."""
+    """Shows how the GPUs of each node are linked, from NVML, the catalogue or a file."""
     recorded = name is not None or file is not None
     if sum(choice is not None for choice in (node, name, file)) > 1:
         raise click.UsageError("--node, --name and --file exclude each other; give one of them")

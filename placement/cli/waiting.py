@@ -16,25 +16,23 @@ from placement.cli.group import Command, NotDone
 from placement.cli.progress import Progress
 from placement.errors import counted
 
-WAITS_ON = (
-    "what is declared stays, and waits on; `placement wait` waits for it, `placement release` takes it back"
-)
+WAITS_ON = "the deployment goes on waiting; `placement wait` waits for it, `placement release` gives it up"
 WATCH_SECONDS = 30.0
-"""So long one question to the service may take."""
+"""How long one question to the service may take."""
 
 Results = dict[str, dict[str, Any]]
-"""Deployment -> its result as JSON has it."""
+"""Deployment -> its result as JSON-ready values."""
 
 
 @dataclass
 class Waited:
-    """What became of deployments that were waited for.
+    """The outcome of waiting for deployments.
 
     Attributes:
-        results: of those that stand.
-        pending: deployment -> replica -> why, of those that wait on.
-        given_up: the same of those whose deadline is over.
-        gone: those that are no more: released, or given up before any of them was placed.
+        results: of the deployments that exist.
+        pending: deployment -> replica -> why, of those that still wait.
+        given_up: the same, of those whose deadline is over.
+        gone: deployments that no longer exist: released, or given up before any replica was placed.
     """
 
     results: Results = field(default_factory=dict)
@@ -50,14 +48,14 @@ class Waited:
     type=common.Seconds(min=0),
     default=math.inf,
     metavar="SECONDS",
-    help="How long at most; without it, as long as it takes.",
+    help="Wait this long at most; without it, as long as it takes.",
 )
 @common.with_address
 @common.with_json
 def wait(names: tuple[str, ...], timeout: float, address: str | None, as_json: bool) -> None:
     """Waits until all replicas of deployments, or groups, are placed as they are declared.
 
-    Exits with 1 if they are not in time.
+    Exits with 1 if they are not placed in time.
     """
     with common.service(address) as service:
         waited = until_placed(service, common.members(service, names), timeout, not as_json)
@@ -71,13 +69,13 @@ def wait(names: tuple[str, ...], timeout: float, address: str | None, as_json: b
 
 
 def until_placed(service: Any, names: Iterable[str], seconds: float, tells: bool) -> Waited:
-    """Waits until nothing of some deployments is pending, or to be replaced, or the time is over.
+    """Waits until no replica of some deployments is pending or to be replaced, or the time is over.
 
     Args:
         service: the handle.
         names: of the deployments.
         seconds: how long at most.
-        tells: shows on stderr how it goes.
+        tells: shows the progress on stderr.
     """
     with common.noted(KeyboardInterrupt, WAITS_ON), Progress("waiting", tells) as progress:
         end = time.monotonic() + seconds
@@ -101,7 +99,7 @@ def until_placed(service: Any, names: Iterable[str], seconds: float, tells: bool
 
 
 def _look(service: Any, name: str, waited: Waited) -> bool:
-    """Notes how a deployment is; whether there is nothing more to wait for."""
+    """Records the state of a deployment; returns whether there is nothing more to wait for."""
     waited.pending.pop(name, None)
     try:
         described = common.ask(service.describe.remote(name))
@@ -120,7 +118,7 @@ def _look(service: Any, name: str, waited: Waited) -> bool:
 
 
 def require_placed(waited: Waited, seconds: float) -> None:
-    """That all replicas of all of them are placed as they are declared.
+    """Checks that all replicas of all of them are placed as they are declared.
 
     Raises:
         NotDone: they are not.

@@ -1,4 +1,4 @@
-"""What would make room where there is none, and which node came closest."""
+"""Advice: what would make room for a refused request, and which node came closest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from placement.errors import counted
 
 
 def releasing(snapshot: Snapshot, request: Request, nodes: Sequence[Node]) -> str:
-    """``release something``, if there would be room for one more replica on the nodes once all others had gone."""
+    """``release something``, if one more replica would fit once all other deployments were gone."""
     if request.needs.named and request.stages > 1:
         helps = any(gangs.has_room_emptied(snapshot, request, snapshot.bit(node.id)) for node in nodes)
     elif request.stages > 1 or request.parts > 1:
@@ -30,7 +30,7 @@ def releasing(snapshot: Snapshot, request: Request, nodes: Sequence[Node]) -> st
 
 
 def others_hold(request: Request, nodes: Sequence[Node]) -> bool:
-    """Whether anything but this deployment holds GPUs of the nodes, as far as can be told."""
+    """Whether other deployments or users hold GPUs of the nodes, as far as is known."""
     held = 0
     for node in nodes:
         mask = node.named_mask(request.needs)
@@ -41,7 +41,7 @@ def others_hold(request: Request, nodes: Sequence[Node]) -> bool:
 
 
 def adding(request: Request, groups: int) -> str:
-    """What nodes to add for so many groups more."""
+    """Which nodes to add for ``groups`` more groups."""
     if request.stages * request.parts == 1:
         return f"add a node with {describe(request.needs)}"
     where = f" in one {GPU_DOMAIN_LABEL}" if request.parts > 1 else ""
@@ -49,7 +49,7 @@ def adding(request: Request, groups: int) -> str:
 
 
 def asking_for_fewer(request: Request, some: bool) -> str:
-    """What less to ask for, if ``some`` of it is there."""
+    """What to ask for less of, if ``some`` of it is there."""
     fewer = ["replicas"] if sum(request.standing.values()) else []
     if some and request.needs.whole and request.needs.gpus * request.stages * request.parts > 1:
         fewer.append("GPUs")
@@ -60,7 +60,7 @@ def asking_for_fewer(request: Request, some: bool) -> str:
 
 
 def in_stages(snapshot: Snapshot, request: Request, nodes: Sequence[Node]) -> str:
-    """Which pipeline stages a replica could be cut into so that there is room for it, if there are any."""
+    """The pipeline stages into which a replica could be cut so that it fits, if there are any."""
     needs = request.needs
     if not needs.whole:
         return ""
@@ -76,7 +76,7 @@ def in_stages(snapshot: Snapshot, request: Request, nodes: Sequence[Node]) -> st
 
 
 def size_miss(snapshot: Snapshot, nodes: Sequence[Node], request: Request) -> tuple[str, str]:
-    """Of nodes all too small: how large the largest is, and what would do."""
+    """For nodes that are all too small: how large the largest is, and what would help."""
     needs = request.needs
     known = ", ".join(sorted({profile for node in nodes for profile in node.profiles}))
     if needs.profile:
@@ -84,7 +84,7 @@ def size_miss(snapshot: Snapshot, nodes: Sequence[Node], request: Request) -> tu
         return "no node has one", advice
     if not any(node.whole_gpus for node in nodes):
         instead = f"ask for a MIG instance (mig: one of {known}), or " if known else ""
-        miss = "the GPUs are all cut up into MIG instances" if known else "no GPU can be used"
+        miss = "all GPUs have MIG on, and only their instances can be used" if known else "no GPU can be used"
         return miss, f"{instead}add a node with {describe(needs)}"
     if needs.memory_bytes:
         most = max((node.gpu_memory_bytes or 0 for node in nodes), default=0)
@@ -145,7 +145,7 @@ def how_apart(node: Node, count: int, within: Within) -> str:
     """``gpu-a has 4 free GPUs, but in NVLink islands of 2 + 2``."""
     has = f"{node.name} has {len(node.free)} free GPUs, but"
     groups = _groups(node, within)
-    if max(map(len, groups)) >= count:  # joined, and yet no ring: a mesh
+    if max(map(len, groups)) >= count:  # joined by NVLinks, but without a ring: a mesh
         return f"{has} no {count} of them form an NVLink ring"
     if within is Within.NUMA and not any(node.topology.numa):
         return f"{has} its NUMA nodes are unknown"
@@ -170,7 +170,7 @@ def _groups(node: Node, within: Within) -> list[tuple[int, ...]]:
 
 
 def asking_for_wider(nearest: Node, needs: Needs) -> str:
-    """``ask for within: node (...)``: the nearest distance that a node offers, and what it is worth."""
+    """``ask for within: node (...)``: the nearest distance that a node offers, and its bandwidth."""
     best = score(nearest.topology, nearest.best(needs._replace(within=Within.NODE)) or ())
     looser = [other.value for other in Within if nearest.offer(needs._replace(within=other)) is not None]
     return f"ask for within: {looser[0]} ({reached(best)}, weakest link {best.link_name}, on {nearest.name})"

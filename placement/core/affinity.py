@@ -8,14 +8,14 @@ from typing import TypedDict
 from placement.core.topology import Nic, NumaNode, Path, Topology, ordinals
 
 _NEAR = (Path.PIX, Path.PXB, Path.PHB, Path.NODE)
-"""Best first. A card past the link between NUMA nodes is not near."""
+"""The paths to a near card, best first. A card on another NUMA node is not near."""
 
 
 class Affinity(TypedDict, total=False):
-    """What is near one GPU. What is unknown, or not there, is left out.
+    """What is near one GPU. Unknown or missing things are left out.
 
     Attributes:
-        cpus: CPUs of its own, as Linux writes them (``0-3,64-67``): no other GPU of the node has one of them.
+        cpus: CPUs of its own, as Linux writes them (``0-3,64-67``): they belong to no other GPU of the node.
         numa_node: the NUMA node whose memory is nearest.
         ports: the working RDMA ports of the nearest cards that have any: ``mlx5_0:1``.
         interfaces: the working network interfaces of the nearest cards that have any: ``eth0``.
@@ -48,14 +48,14 @@ def _affinity(topology: Topology, gpu: int) -> Affinity:
 
 
 def _share(topology: Topology, node: NumaNode, gpu: int) -> tuple[tuple[int, ...], ...]:
-    """A GPU's cores of a NUMA node that it is near. With fewer cores than GPUs there, nobody has any."""
+    """A GPU's share of the cores of a NUMA node near it. With fewer cores than GPUs there, no GPU gets any."""
     sharing = [other for other, numa in enumerate(topology.numa) if node.number in numa]
     cores, parts, part = len(node.cores), len(sharing), sharing.index(gpu)
     return node.cores[part * cores // parts : (part + 1) * cores // parts] if cores >= parts else ()
 
 
 def _nearest(topology: Topology, gpu: int, names: Callable[[Nic], tuple[str, ...]]) -> list[str]:
-    """What the nearest cards that have such a name are called, if they are near."""
+    """The names (of ports, or of interfaces) of the nearest cards that have any, if these cards are near."""
     for path in _NEAR:
         if found := [name for nic in topology.nics if nic.paths[gpu] is path for name in names(nic)]:
             return found

@@ -1,32 +1,33 @@
-"""What a collective over a set of GPUs can carry: the rates of links, and the rings that they allow.
+"""The bandwidth of a collective over a set of GPUs: the rates of links, and the rings that they allow.
 
-The figure predicted is the *bus bandwidth* of a large all-reduce, as nccl-tests reports it: GB/s (10^9 bytes)
+The predicted figure is the *bus bandwidth* of a large all-reduce, as nccl-tests reports it: GB/s (10^9 bytes)
 per GPU and direction, comparable between sets of different sizes.
 
 **The model.** NCCL moves a large all-reduce in rings through all GPUs, or, on NVSwitch since Hopper, by
 reductions inside the switch (NVLS). So for a set of *k* GPUs:
 
-- *NVSwitch*: each GPU has ``links x rate`` to spend, whoever the peer. Rings reach just that. NVLS moves
+- *NVSwitch*: each GPU has ``links x rate`` to any peer. Rings reach exactly that. NVLS moves
   ``(k + 1) / k`` of the data per direction instead of ``2 (k - 1) / k``, at an efficiency of its own, so that
-  it reports ``links x rate x efficiency x 2 (k - 1) / (k + 1)``. The better of the two; rings alone where NVLS is off.
+  it reports ``links x rate x efficiency x 2 (k - 1) / (k + 1)``. The better of the two counts; only rings if NVLS is
+  off.
 - *Direct NVLinks*: every undirected ring over NVLinks through all *k*, edge-disjoint from the others, carries
   ``rate`` in each of its two directions: ``2 x rings x rate``; between two GPUs ``links x rate``. A set
-  can be joined by NVLinks and have no such ring: 48 of the 70 quads of a DGX-1V are like that.
+  can be joined by NVLinks and have no such ring: 48 of the 70 sets of four of a DGX-1V are like that.
 - *Otherwise* one ring over NVLink and PCIe, as fast as its slowest hop: the best such ring. A hop between GPUs that do
-  not reach each other's memory goes through the host's, and what the set shares counts as well: see
+  not reach each other's memory goes through the host's, and shared links to the host count as well: see
   :func:`staged_mb_per_s`.
 
-What is not known of a machine, its processors, whether its GPUs have peer-to-peer, or whether NVLS is on, makes the
-figure a range: the least is that of the slowest host that it may be, without either; the most that of the fastest,
-with both.
+If something about a machine is unknown (its processors, whether its GPUs have peer-to-peer, whether NVLS is on), the
+figure is a range: the lower end is that of the slowest host that it may be, without either; the upper end that of the
+fastest, with both.
 
 **The figures** (MB/s, so that sums are exact). NVLink: what NCCL charges per link (``src/graph/topo.h`` of
 NVIDIA/nccl: SM60 18, SM70 20, SM86 12, SM90 20.6, SM100 40.1 GB/s), but 19.2 on A100 (SM80 20), whose SMs
 limit 12 links to about 230 GB/s (NVIDIA/nccl-tests issue 149). NVLS efficiency 0.85 on Hopper, 0.74 on
 Blackwell (``src/graph/tuning.cc`` of the same). PCIe: 12 GB/s for sixteen lanes of the third generation and
-twice that in each later one (topo.h). Hosts: fitted to what was published of them.
+twice that in each later one (topo.h). Hosts: fitted to published results.
 
-Published figures beside it, and the ones that it misses: ``docs/bandwidth.md``, ``tests/core/test_bandwidth.py``.
+Comparison with published figures, and those that it misses: ``docs/bandwidth.md``, ``tests/core/test_bandwidth.py``.
 """
 
 from __future__ import annotations
@@ -39,23 +40,23 @@ from functools import lru_cache
 from placement.core.topology import Lanes, Link, Path
 
 _LANES_X16 = {1: 3_200, 2: 6_400, 3: 12_000, 4: 24_000, 5: 48_000, 6: 96_000}
-"""What sixteen lanes of each generation carry: NCCL's 12 GB/s for the third (``topo.h``), others in proportion."""
+"""The rate of sixteen lanes of each generation: NCCL's 12 GB/s for the third (``topo.h``), others in proportion."""
 
 
 BELOW_ONE_SWITCH = (Path.PIX, Path.PXB)
-"""Paths of GPUs whose link to the host is one and the same."""
+"""Paths between GPUs that share one link to the host."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """How fast GPUs copy through the memory of a host, MB/s; the lanes on the way there come on top.
+    """How fast GPUs copy through the memory of a host, MB/s; the time on the PCIe lanes is added.
 
     Attributes:
         near: between GPUs of one NUMA node.
         far: between NUMA nodes.
-        peer: what two GPUs reach peer-to-peer between NUMA nodes, where NCCL lets them: on AMD, if there are no
+        peer: what two GPUs reach peer-to-peer between NUMA nodes, if NCCL allows it: on AMD, if there are no
             more than two (``ncclTopoCheckP2p`` in ``src/graph/paths.cc`` of NVIDIA/nccl 2.30); 0 where it does not.
-        bridged: whether GPUs below one host bridge share it.
+        bridged: whether GPUs below one host bridge share its bandwidth.
     """
 
     near: int
@@ -80,18 +81,18 @@ _HOSTS: tuple[tuple[str, Host, Host], ...] = (
     (r"EPYC (?:[89]\w{2}[45]|9V\d+)|Genoa|Bergamo|Siena|Turin|Threadripper PRO [79]", _ZEN_4, _ZEN_4),
     (r"EPYC 7\w{2}[23]|Rome|Milan|Threadripper PRO [35]", _ZEN_2, _ZEN_2),
     (r"Xeon\D* [3-9][12]\d\d\D*|Skylake|Cascade", _XEON, _XEON),
-    # Nobody has published a figure of the third generation: between the one before and the one after.
+    # No figure is published for the third generation: it is taken as between the one before and the one after.
     (r"Xeon\D* [3-9]3\d\d\D*|Ice Lake", _XEON, _XEON_4),
     (r"Xeon\D* (?:[3-9][45]|6[5-9])\d\d\D*|Sapphire|Emerald|Granite", _XEON_4, _XEON_4),
 )
-"""Product names of processors, and between which hosts they are; one host twice: they were measured."""
+"""Product names of processors, and the hosts between which they are; the same host twice if they were measured."""
 
 
 @lru_cache(maxsize=256)
 def hosts_of(cpu: str | None, pcie: int) -> tuple[Host, Host]:
-    """The slowest and the fastest host that one with these processors can be; twice the same where it is known.
+    """The slowest and the fastest host that these processors may be; twice the same if they are known.
 
-    Of processors that nobody knows: the slowest that was measured with cards of that PCIe generation, and the
+    For unknown processors: the slowest host that was measured with cards of that PCIe generation, and the
     fastest of all.
 
     Args:
@@ -105,18 +106,18 @@ def hosts_of(cpu: str | None, pcie: int) -> tuple[Host, Host]:
 
 
 def lanes_mb_per_s(lanes: Lanes | None, gpu: Generation) -> int:
-    """What a GPU's PCIe link carries per direction; all that its generation has, where the link is not known."""
+    """The rate of a GPU's PCIe link per direction; the full rate of its generation if the link is unknown."""
     lanes = lanes or Lanes(gpu.pcie)
     return _LANES_X16[min(max(lanes.generation, 1), 6)] * lanes.width // 16
 
 
 def staged_mb_per_s(host_mb_per_s: int, lanes_mb_per_s: int, count: int, bridge: int, uplink: int) -> int:
-    """What a ring reaches whose hops go through the host's memory.
+    """The bandwidth of a ring whose hops go through the host's memory.
 
-    A byte takes its time in the host and on the lanes, one after the other: ``bridge / host + uplink / lanes``, where
-    as many of the ring's GPUs share a host bridge, and an uplink. Longer rings overlap better:
-    ``1 + 0.23 (1 - 2 / k)``. The form follows from what is shared; 0.23 and the hosts' figures are fitted to 40
-    published results on 10 machines, two of which are off by more than 15 % (see ``docs/bandwidth.md``).
+    A byte takes time in the host and then on the lanes: ``bridge / host + uplink / lanes``, where
+    ``bridge`` and ``uplink`` of the ring's GPUs share a host bridge, and an uplink. Longer rings overlap better:
+    ``1 + 0.23 (1 - 2 / k)``. The form of the formula follows from what is shared; 0.23 and the hosts' figures are
+    fitted to 40 published results on 10 machines, two of which are off by more than 15 % (see ``docs/bandwidth.md``).
 
     Args:
         host_mb_per_s: of :class:`Host`, near or far.
@@ -135,18 +136,18 @@ def staged_mb_per_s(host_mb_per_s: int, lanes_mb_per_s: int, count: int, bridge:
 
 
 _UNKNOWN = 100
-"""A pair nobody could look at: below every path that is known, on the slowest host."""
+"""The rate of a pair with an unknown link: slower than every known path on the slowest host."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What a GPU model brings along.
+    """The properties of a GPU model.
 
     Attributes:
         pcie: its PCIe generation.
-        nvlink_mb_per_s: what a collective gets of one NVLink, per direction.
+        nvlink_mb_per_s: what a collective gets from one NVLink, per direction.
         nvlinks: how many NVLinks a GPU has. Peers that add up to more meet in an NVSwitch.
-        nvls_percent: efficiency of reductions inside NVSwitch; 0 where there are none.
+        nvls_percent: efficiency of reductions inside NVSwitch; 0 if it has none.
     """
 
     pcie: int
@@ -179,14 +180,14 @@ def generation(model: str | None) -> Generation:
 
 
 def has_switch(links: Sequence[Sequence[Link]], gpu: Generation) -> bool:
-    """Whether the GPUs meet in an NVSwitch: it offers every peer all links of a GPU, a mesh divides them."""
+    """Whether the GPUs meet in an NVSwitch: it offers all links of a GPU to every peer; a mesh divides them."""
     return any(sum(link.nvlinks for link in row) > gpu.nvlinks for row in links)
 
 
 def hop_mb_per_s(link: Link, gpu: Generation) -> int:
-    """What one hop carries per direction between two GPUs that reach each other's memory: by NVLink, or below a switch.
+    """The rate of one hop per direction between two GPUs that reach each other's memory: by NVLink, or below a switch.
 
-    Strictly ordered as these paths are, and increasing in the number of NVLinks.
+    It is strictly ordered like the paths, and increases with the number of NVLinks.
     """
     pcie = _LANES_X16[gpu.pcie]
     if link.path is Path.NVLINK:
@@ -203,7 +204,7 @@ def pair_mb_per_s(
     peer: bool = False,
     shared: tuple[int, int] | None = None,
 ) -> int:
-    """What two GPUs reach that are alone, per direction: a collective of the two, or a copy from one to the other.
+    """The bandwidth of a set of two GPUs, per direction: a collective of the two, or a copy from one to the other.
 
     Args:
         link: what joins them.
@@ -211,7 +212,7 @@ def pair_mb_per_s(
         lanes_mb_per_s: of the one with the slower PCIe link.
         host: what they copy through.
         peer: whether they have peer-to-peer over PCIe, if the link does not know.
-        shared: how many of them share a host bridge, and an uplink; what their path says if not given.
+        shared: how many of them share a host bridge, and an uplink; derived from their path if not given.
     """
     if link.path in (Path.NVLINK, Path.UNKNOWN):
         return hop_mb_per_s(link, gpu)
@@ -227,20 +228,20 @@ def pair_mb_per_s(
 
 
 def switch_mb_per_s(links: int, count: int, gpu: Generation) -> int:
-    """What ``count`` GPUs reach over NVSwitch with ``links`` NVLinks each: the better of rings and NVLS."""
+    """The bandwidth of ``count`` GPUs on an NVSwitch with ``links`` NVLinks each: the better of rings and NVLS."""
     rings = links * gpu.nvlink_mb_per_s
     nvls = rings * gpu.nvls_percent * 2 * (count - 1) // (100 * (count + 1))
     return max(rings, nvls)
 
 
 _RING_SEARCH_STEPS = 200
-"""Bounds the search for rings. On every machine that exists it ends by itself, after 50 at most."""
+"""The limit of the search for rings. On every existing machine the search ends by itself, after 50 at most."""
 
 
 def nvlink_rings(links: Sequence[Sequence[Link]], gpus: Sequence[int]) -> int:
     """Most edge-disjoint undirected rings over direct NVLinks through all ``gpus`` (three or more).
 
-    Exact on real machines. On a dense mesh of many GPUs, which nobody builds, the search may stop early and
+    Exact on real machines. On a dense mesh of many GPUs, which does not exist, the search may stop early and
     return fewer than there are.
     """
     size = len(gpus)
@@ -258,7 +259,7 @@ def nvlink_rings(links: Sequence[Sequence[Link]], gpus: Sequence[int]) -> int:
     steps = _RING_SEARCH_STEPS
 
     def pack(first: int, limit: int) -> int:
-        """Most rings out of ``rings[first:]`` with the room that is left, up to ``limit``."""
+        """The most rings out of ``rings[first:]`` with the links that are left, up to ``limit``."""
         nonlocal steps
         best = 0
         for index in range(first, len(rings)):

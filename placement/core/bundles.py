@@ -1,9 +1,9 @@
 """Replicas that are one placement group laid out bundle by bundle: which node each bundle goes to, and which GPUs.
 
-The strategies mean what they mean in Ray. ``STRICT_SPREAD`` finds a node for each bundle whenever there is a way to;
-``SPREAD`` does the same, and doubles up where there is none; ``PACK`` takes the one best node if one holds all, else
-fills node after node, the one that takes most first. The GPUs that a replica has on one node are one set, the best
-that is free: its bundles get them in ascending order, as Ray gives them.
+The strategies mean what they mean in Ray. ``STRICT_SPREAD`` finds a node for each bundle whenever that is possible;
+``SPREAD`` does the same, and shares nodes if it is not possible; ``PACK`` takes the best single node that holds all,
+else fills node after node, first the node that takes most. The GPUs that a replica has on one node are one set, the
+best that is free: its bundles get them in ascending order, as Ray gives them.
 
 A bundle without GPUs is not planned: Ray finds a place for it.
 """
@@ -26,7 +26,7 @@ from placement.core.snapshot import Snapshot
 
 OTHERS = "has other bundles of the group"
 ELSEWHERE = "is in another domain than other bundles of the group"
-"""Why a bundle that finds no node may not be on one."""
+"""Why a node is excluded for a bundle that finds no node."""
 
 Layout = dict[Bits, list[int]]
 """Node -> the bundles on it, by index."""
@@ -53,8 +53,8 @@ def place(snapshot: Snapshot, request: Request, allowed: Bits) -> tuple[Request,
     """Places the one replica of a request whose bundles may lie on several nodes.
 
     Returns:
-        The request, and where the replica is. If there is no room, what the first bundle asks for that finds no node,
-        and the nodes as it finds them.
+        The request, and the replica's places. If there is no room: the request of the first bundle that finds no node,
+        and the nodes in that state.
     """
     domains = [allowed]
     if request.domain_label is not None:
@@ -84,11 +84,11 @@ def place(snapshot: Snapshot, request: Request, allowed: Bits) -> tuple[Request,
 def _refused(
     snapshot: Snapshot, request: Request, allowed: Bits, tried: Sequence[tuple[_Room, Layout, int | None]]
 ) -> tuple[Request, Placed]:
-    """The first bundle that finds no node, in the domain that has room for the most; and the nodes as it finds them."""
+    """The first bundle that finds no node, in the domain with most room; and the nodes in that state."""
     room, layout, stuck = max(tried, key=lambda one: sum(map(len, one[1].values())))
     assert stuck is not None
     problems: dict[Bits, str] = {}
-    # If there is no node for it anyway, the others are not to blame.
+    # If no node would do even without the other bundles, these are not the reason.
     if anywhere := _Room(snapshot, request, allowed).nodes_for(stuck):
         problems = dict.fromkeys(set(anywhere) - set(room.nodes), ELSEWHERE) | dict.fromkeys(layout, OTHERS)
     return room.alone(stuck), (
@@ -100,11 +100,11 @@ def _refused(
 _SPREAD = (Strategy.SPREAD, Strategy.STRICT_SPREAD)
 
 _Fill = tuple[int, Rank, tuple[int, ...]]
-"""What a node takes: minus its GPUs, how welcome it is then, how many bundles of each kind. Sorts the best first."""
+"""What a node takes: minus its GPUs, the node's rank, how many bundles of each kind. Sorts the best first."""
 
 
 class _Room:
-    """Which bundles which node has room for."""
+    """For which bundles each node has room."""
 
     def __init__(self, snapshot: Snapshot, request: Request, allowed: Bits) -> None:
         self._snapshot, self._request = snapshot, request
@@ -113,7 +113,7 @@ class _Room:
         self._ranked: dict[Bundle, list[Bits]] = {}
         self._fills: dict[tuple[Bits, tuple[int, ...]], _Fill | None] = {}
         bundles = request.bundles
-        # As Ray does: what is hardest to place comes first.
+        # As in Ray: the bundle that is hardest to place comes first.
         self._order = sorted(
             (i for i, bundle in enumerate(bundles) if bundle.gpus),
             key=lambda i: (
@@ -126,17 +126,17 @@ class _Room:
         )
 
     def cost(self, layout: Layout) -> tuple[object, ...]:
-        """Sorts the layouts in several domains, the most welcome first.
+        """Sorts the layouts in several domains, the best first.
 
-        By how few nodes they take, or how many where they are to be spread; then the worst of these; then, the tightest
-        domain.
+        By how few nodes they take, or how many if they are to be spread; then by the worst of these nodes; then the
+        fullest domain.
         """
         nodes = -len(layout) if self._request.strategy in _SPREAD else len(layout)
         ranks = [rank for bit, bundles in layout.items() if (rank := self._rank(bit, bundles)) is not None]
         return nodes, max(ranks), sum(len(self._snapshot.at(bit).free) for bit in self.nodes), self.nodes
 
     def together(self, bundles: Iterable[int]) -> Request:
-        """What some bundles ask for as one replica on one node, their labels aside."""
+        """The request of some bundles as one replica on one node, without their labels."""
         needs, cpu_milli, memory_bytes, resources = self._total(bundles)
         return replace(
             self._request,
@@ -149,12 +149,12 @@ class _Room:
         )
 
     def alone(self, bundle: int) -> Request:
-        """What one bundle asks for."""
+        """The request of one bundle."""
         labels = {**self._request.labels, **dict(self._request.bundles[bundle].labels)}
         return replace(self.together((bundle,)), labels=labels, strategy=self._request.strategy)
 
     def spread(self) -> tuple[Layout, int | None]:
-        """The bundles, each on a node of its own, as far as there is a way to; and the first that finds no node."""
+        """The bundles, each on a node of its own, as far as possible; and the first that finds no node."""
         node_of: dict[int, Bits] = {}
         holder: dict[Bits, int] = {}
         stuck = next((i for i in self._order if not self._find_own(i, node_of, holder)), None)
@@ -173,7 +173,7 @@ class _Room:
         return layout, None
 
     def _find_own(self, bundle: int, node_of: dict[int, Bits], holder: dict[Bits, int]) -> bool:
-        """Finds a free node for a bundle, others moving over where that helps (an augmenting path); whether one is."""
+        """Finds a free node for a bundle; others may move (an augmenting path). Returns whether it did."""
         comes: dict[Bits, int] = {}
         waiting = deque([bundle])
         while waiting:
@@ -203,7 +203,7 @@ class _Room:
         return self._ranked[key]
 
     def pack(self) -> tuple[Layout, int | None]:
-        """The bundles on as few nodes as can be; and the first that finds no node."""
+        """The bundles on as few nodes as possible; and the first that finds no node."""
         layout: Layout = {}
         left = {kind: list(alike) for kind, alike in groupby(self._order, self._request.bundles.__getitem__)}
         while any(left.values()):
@@ -219,7 +219,7 @@ class _Room:
         return layout, None
 
     def _fill(self, bit: Bits, left: Mapping[Bundle, Sequence[int]]) -> _Fill | None:
-        """Of each kind of bundle that is left, what a node takes, the largest first; ``None`` if nothing."""
+        """How many bundles of each remaining kind a node takes, the largest first; ``None`` if it takes none."""
         free = len(self._snapshot.at(bit).free)
         most = tuple(min(len(alike), free // kind.gpus) for kind, alike in left.items())
         if (bit, most) not in self._fills:
@@ -238,11 +238,11 @@ class _Room:
         return self._fills[bit, most]
 
     def _total(self, bundles: Iterable[int]) -> tuple[Needs, int, int, Resources]:
-        """What some bundles need of a node's GPUs, and the CPUs (thousandths), memory and else that they take."""
+        """What some bundles need of a node: GPUs, CPUs (thousandths), memory and custom resources."""
         several = [self._request.bundles[i] for i in bundles]
         gpus = sum(bundle.gpus for bundle in several)
         needs = self._request.needs._replace(gpus=gpus)
-        if gpus == 1:  # there is no link that a floor could be about
+        if gpus == 1:  # a floor is about links, and there is none
             needs = needs._replace(within=Within.NODE, min_bandwidth_gb_per_s=0.0)
         cpu_milli, memory_bytes = (
             sum(one.cpu_milli for one in several),
@@ -251,7 +251,7 @@ class _Room:
         return needs, cpu_milli, memory_bytes, summed(one.resources for one in several)
 
     def _rank(self, bit: Bits, bundles: Sequence[int]) -> Rank | None:
-        """How welcome a node is to these bundles together; ``None`` if it has no room for them."""
+        """The node's rank for these bundles together; ``None`` if it has no room for them."""
         node = self._snapshot.at(bit)
         if not all(meets(node.labels, *one) for i in bundles for one in self._request.bundles[i].labels):
             return None

@@ -1,7 +1,7 @@
-"""Why a request goes to some nodes and not to others: counted, stage by stage, always in the same words.
+"""Why nodes were excluded for a request: counted, stage by stage, always in the same words.
 
-A stage is a question put to each node in turn; a node that fails it gets the stage's reason and is asked no
-more. The same stages explain a plan (``placement plan --explain``) and a refusal.
+A stage is a question about each node; a node that fails it is excluded with the stage's reason and not asked any
+further. The same stages explain a plan (``placement plan --explain``) and a refusal.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Stage:
     """One question.
 
     Attributes:
-        name: what it is about (``"free GPUs"``).
+        name: its topic (``"free GPUs"``).
         kept: how many nodes passed.
         excluded: reason -> how many nodes it excluded.
     """
@@ -71,9 +71,9 @@ class Explanation:
 
     Attributes:
         nodes: how many nodes there are.
-        stages: the questions, up to the last one that still had a node to ask.
-        nearest_miss: the excluded node that came closest to having room, and what it lacks, if one did.
-        advice: what would make room where there is none; empty where there is.
+        stages: the questions, up to the last one before which a node was left.
+        nearest_miss: the excluded node that came closest, and what it lacks; empty if there is none.
+        advice: what would make room; empty if there is room.
     """
 
     nodes: int
@@ -98,7 +98,7 @@ class Explanation:
 
 
 class _Sieve:
-    """Nodes, put to one stage after another."""
+    """The nodes that are left after each stage."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         self.nodes = nodes
@@ -108,11 +108,11 @@ class _Sieve:
 
     @cached_property
     def largest(self) -> int:
-        """GPUs of the largest of the nodes that were dropped last. Asked once all stages are put."""
+        """GPUs of the largest node among those dropped last. Asked once all stages are done."""
         return max((node.whole_gpus for node in self.dropped), default=0)
 
     def put(self, name: str, objection: Objection) -> bool:
-        """Drops the nodes with an objection; says whether any is left."""
+        """Drops the nodes with an objection; returns whether any is left."""
         if not self.left and self.stages:
             return False
         kept: list[Node] = []
@@ -131,27 +131,27 @@ class _Sieve:
 
 
 def explain(snapshot: Snapshot, request: Request) -> Explanation:
-    """What became of every node for the next replica of ``request``."""
+    """Which nodes are excluded for the next replica of ``request``, and why."""
     sieve, miss, advice, _ = sift(snapshot, request)
     return Explanation(len(snapshot.nodes), tuple(sieve.stages), miss, advice)
 
 
 Sifted = tuple[_Sieve, str, str, str]
-"""The sieve, the nearest miss, the advice, and the stage at which no node was left (empty if some are)."""
+"""The sieve, the nearest miss, the advice, and the stage at which no node was left (empty if some are left)."""
 
 HAS_NO_GPUS = "has no GPUs"
-"""The reason of a node without any."""
+"""The reason for a node without GPUs."""
 
 _REPAIR = "run `placement status` and repair the nodes it names, or add a node"
 
 
 def no_egress(provider: str) -> str:
-    """The reason of a node that may not call out to a provider."""
+    """The reason for a node that may not call the provider."""
     return f"has no egress resource for {provider}"
 
 
 def sift(snapshot: Snapshot, request: Request) -> Sifted:
-    """What became of every node for the next replica of ``request``, whatever the deployment is called."""
+    """The same, independent of the deployment's name."""
     if request.on_cpus:
         return _sift_cpus(snapshot, request)
     return _sift_gpus(snapshot, request) if request.provider is None else _sift_egress(snapshot, request)
@@ -273,7 +273,7 @@ def _sift_gpus(snapshot: Snapshot, request: Request) -> Sifted:
             )
             return sieve, _spread_miss(request), advice, "spread"
     if request.stages > 1 or request.parts > 1:
-        places = [snapshot.bit(node.id) for node in sieve.left]  # named GPUs are those of one node
+        places = [snapshot.bit(node.id) for node in sieve.left]  # all named GPUs are on one node
         places = places if needs.named else [snapshot.select(sieve.left)]
         free = max(gangs.groups_free(snapshot, request, place) for place in places)
         enough = free >= request.stages
@@ -290,7 +290,7 @@ def _sift_gpus(snapshot: Snapshot, request: Request) -> Sifted:
 
 
 def _only_named(node: Node, needs: Needs) -> Node:
-    """A node as one sees it who looks at the GPUs that are named, and no others."""
+    """The node reduced to the GPUs that are named."""
     mask = node.named_mask(needs)
     return replace(
         node,
@@ -301,7 +301,7 @@ def _only_named(node: Node, needs: Needs) -> Node:
 
 
 def _full_domains(snapshot: Snapshot, request: Request) -> set[str]:
-    """Values of the spread label under which no more replicas may go."""
+    """Values of the spread label whose nodes may take no more replicas."""
     counts: Counter[str] = Counter()
     for node in snapshot.nodes:
         value = node.labels.get(request.spread_label or "")
@@ -377,7 +377,7 @@ def _sift_cpus(snapshot: Snapshot, request: Request) -> Sifted:
 
 
 def _not_permitted(sieve: _Sieve, request: Request) -> Sifted | None:
-    """What excludes the last node for a replica without GPUs before room is looked at, if that does."""
+    """The refusal of a replica without GPUs, if limits exclude all nodes before their room is checked."""
     field, names = request.only_nodes
     if not sieve.put("constraints", outside(field, names)):
         return sieve, "", f"widen constraints.{field}", "constraints"
@@ -390,7 +390,7 @@ def _not_permitted(sieve: _Sieve, request: Request) -> Sifted | None:
 
 
 def _spread_too_far(snapshot: Snapshot, sieve: _Sieve, request: Request, a_node: str) -> Sifted | None:
-    """The same at the question whether a domain has too many replicas already."""
+    """The same for the stage that excludes domains with too many replicas."""
     if not request.max_per_domain or sieve.put(*_spread_stage(request, _full_domains(snapshot, request))):
         return None
     advice = any_of("raise constraints.spread.max", f"add {a_node} with another {request.spread_label}")

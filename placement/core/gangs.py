@@ -1,20 +1,20 @@
 """Replicas made of several sets of GPUs: on one node, or on several that are near each other.
 
 A replica is ``stages`` tensor-parallel groups; a group is ``parts`` sets of GPUs, each on one node, and, if there
-are several, on nodes of one NVLink domain. All GPUs of a replica are of one model. Of all the places it is
-given the one where, in this order,
+are several, on nodes of one NVLink domain. All GPUs of a replica are of one model. A replica gets
+the places that are best in this order:
 
-1. the fewest replicas of the deployment are, where it spreads over a label;
-2. the slowest set is fastest;
+1. the domain has the fewest replicas of the deployment, if it spreads over a label;
+2. the slowest set is as fast as possible;
 3. the nodes are nearest to each other: on one node, in the narrowest region by the operator's labels;
-4. it lies on the fewest nodes, its ranks go by ascending GPU on the most of them, in the region with the least room,
-   on the nodes whose loss costs others least.
+4. the replica is on the fewest nodes; its ranks go by ascending GPU on most of them; it is in the region with the least
+   room, and on the nodes where others lose least.
 
-Of equally fast sets of a node those are taken whose ranks go by ascending GPU, as engines sort the GPUs of a node.
+Of equally fast sets of a node it takes those whose ranks go by ascending GPU, as engines sort the GPUs of a node.
 
-All replicas are placed exactly when they can be: a node has room for a certain number of disjoint sets, a
-domain, a model and a region for the sum of their nodes', and each set that is taken lowers it by just one. With a
-floor on the links a fast set may lower it by more; it is taken only if the other replicas still fit.
+All replicas are placed whenever that is possible: a node has room for a certain number of disjoint sets; a
+domain, a model and a region have room for the sum over their nodes; each set that is taken lowers that number by one.
+With a floor on the links a fast set may lower it by more; then it is taken only if the other replicas still fit.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ Gpus = tuple[int, ...]
 
 
 Picked = tuple[Bits, int]
-"""How many sets are taken of a node."""
+"""How many sets are taken from a node."""
 
 
 class Near(NamedTuple):
     """Nodes for a replica. Sorts the best first.
 
     Attributes:
-        level: of the narrowest region in which they are; -1 if they are one node.
+        level: the level of the narrowest region that holds them; -1 for one node.
         nodes: how many.
-        resorted: on how many of them ranks cannot go by ascending GPU at that speed.
-        groups: for how many groups there is room in that region.
+        resorted: on how many of them an engine that sorts GPUs would change the sets to slower ones.
+        groups: how many groups that region has room for.
         picked: the nodes; where groups have parts, group by group.
     """
 
@@ -61,7 +61,7 @@ class Near(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """A set of GPUs that is free."""
+    """A free set of GPUs."""
 
     node: Bits
     gpus: Gpus
@@ -71,8 +71,8 @@ def splits(snapshot: Snapshot, request: Request, nodes: Bits) -> Iterator[Reques
     """The ways to cut a request that is larger than each of ``nodes``: first inside NVLink domains, then into stages.
 
     The fewest, and so the largest, pieces first; all pieces are equal. They have two GPUs or more, except where no
-    node has two. A floor on the links between GPUs is kept within each piece; pieces of one GPU have no links, so that
-    there is no such cut then, unless an NVLink domain keeps them on NVLink.
+    node has two. A floor on the links between GPUs holds within each piece. Pieces of one GPU have no links, so with a
+    floor they are not used, unless an NVLink domain keeps them on NVLink.
     """
     needs = request.needs
     if not needs.whole or any(node.whole_gpus >= needs.gpus for node in _members(snapshot, nodes)):
@@ -91,7 +91,7 @@ def splits(snapshot: Snapshot, request: Request, nodes: Bits) -> Iterator[Reques
 
 
 def in_stages(request: Request, size: int) -> Request:
-    """The request cut into stages of so many GPUs."""
+    """The request cut into stages of ``size`` GPUs."""
     return replace(_cut(request, size), stages=request.stages * request.needs.gpus // size)
 
 
@@ -123,13 +123,13 @@ def place(snapshot: Snapshot, request: Request, allowed: Bits) -> Placed:
 
 
 def groups_free(snapshot: Snapshot, request: Request, allowed: Bits) -> int:
-    """For how many tensor-parallel groups there is room where a replica may lie: the most of any such place."""
+    """How many tensor-parallel groups a single place has room for: the most of any place."""
     free = _FreeSets(snapshot, request, allowed)
     return max(map(free.groups, free.places()), default=0)
 
 
 def has_room_emptied(snapshot: Snapshot, request: Request, allowed: Bits) -> bool:
-    """Whether there would be room for one replica more than stand, if all else went."""
+    """Whether one more replica would fit if all other deployments were gone."""
     emptied = {node.id: node.emptied() for node in _members(snapshot, allowed)}
     others = Snapshot((emptied.get(node.id, node) for node in snapshot.nodes), snapshot.near)
     return _FreeSets(others, request, allowed).more_than_stand()
@@ -147,7 +147,7 @@ def _members(snapshot: Snapshot, nodes: Bits) -> Iterator[Node]:
 
 
 class _FreeSets:
-    """The sets that are free.
+    """The free sets.
 
     A *place* is nodes with GPUs of one model, in one domain of the label that the deployment spreads over, if it
     does: all sets of a replica are in one place.
@@ -180,13 +180,13 @@ class _FreeSets:
     # -- counting --------------------------------------------------------------------------------
 
     def places(self) -> list[Bits]:
-        """Where replicas may still lie."""
+        """The places that may still take replicas."""
         return [
             bits & alike for bits, _ in self._crowd.open_domains() for alike in self._alike if bits & alike
         ]
 
     def more_than_stand(self) -> bool:
-        """Whether more replicas fit in a domain of the spread, or anywhere, than stand there."""
+        """Whether a domain of the spread, or the cluster, has room for more replicas than it has."""
         for bits, _ in self._crowd.open_domains():
             standing = sum(self._crowd.on(bit) for bit in _each(bits))
             if sum(self.groups(bits & alike) // self._request.stages for alike in self._alike) > standing:
@@ -194,7 +194,7 @@ class _FreeSets:
         return False
 
     def groups(self, nodes: Bits, slowest: int | None = None) -> int:
-        """For how many tensor-parallel groups there is room on some nodes, none of whose sets is slower."""
+        """How many tensor-parallel groups fit on some nodes with no slower set."""
         least = self._request.needs.slowest if slowest is None else slowest
         return sum(self._groups_by_domain(nodes, least).values())
 
@@ -213,14 +213,14 @@ class _FreeSets:
         return self._listed[nodes]
 
     def _count(self, bit: Bits, slowest: int) -> int:
-        """How many disjoint sets a node has room for, none of them slower."""
+        """How many disjoint sets that are no slower a node has room for."""
         known = self._counts[bit]
         if slowest not in known:
             known[slowest] = self._count_with(bit, slowest, self._mask[bit], 0)
         return known[slowest]
 
     def _count_with(self, bit: Bits, slowest: int, mask: int, taken: int) -> int:
-        """The same with these GPUs free, once so many sets have been taken."""
+        """The same for these free GPUs, after a number of sets has been taken."""
         node, request = self._node(bit), self._request
         count = max(map(len, self._disjoint(node.shape, mask, slowest)))
         for have, each in ((node.cpu_milli, request.cpu_milli), (node.memory_bytes, request.memory_bytes)):
@@ -229,7 +229,7 @@ class _FreeSets:
         return count
 
     def _disjoint(self, shape: Shape, mask: int, slowest: int) -> tuple[list[Gpus], list[Gpus]]:
-        """Disjoint sets, none slower: the best one after the other, and as many as there are."""
+        """Disjoint sets that are no slower: the best one after the other; as many as there are."""
         key = (shape, mask, slowest)
         if key not in self._sets:
             self._sets[key] = shape.disjoint(mask, self._request.needs, slowest)
@@ -241,7 +241,7 @@ class _FreeSets:
     # -- choosing --------------------------------------------------------------------------------
 
     def choose(self, to_come: int) -> list[Unit] | None:
-        """The sets of the next replica, in rank order; ``None`` if there is no room for it.
+        """The sets of the next replica, in rank order; ``None`` if it does not fit.
 
         Args:
             to_come: how many replicas are still to be placed after it.
@@ -257,13 +257,13 @@ class _FreeSets:
                         chosen = self._in_rank_order(near, slowest, exchanged)
                         if self._spares(chosen, to_come):
                             return chosen
-            if speeds:  # whatever is fast is in the way of others
+            if speeds:  # every fast set would leave others without room
                 near = min(self._nearest(place, slowest) for place in speeds)
                 return self._in_rank_order(near, slowest, exchanged=False, packed=True)
         return None
 
     def _speeds_in(self, place: Bits) -> list[int]:
-        """The slownesses of the slowest set with which a replica fits in a place, the fastest first."""
+        """The values of the slowest set's slowness with which a replica fits in a place, the fastest first."""
         needs = self._request.needs
         if place not in self._speeds:
             shapes = {self._node(bit).shape for bit in self._within(place)}
@@ -278,7 +278,7 @@ class _FreeSets:
         """Whether as many of the replicas to come still fit once these sets are taken."""
         needs = self._request.needs
         if not to_come or not needs.floor:
-            return True  # any set that is taken lowers the room of its node by just one
+            return True  # every set that is taken lowers the room of its node by exactly one
         taken: dict[Bits, list[int]] = {}
         for unit in chosen:
             taken.setdefault(unit.node, []).append(sum(1 << gpu for gpu in unit.gpus))
@@ -296,7 +296,7 @@ class _FreeSets:
         return spared
 
     def _replicas(self, without: Bits = 0) -> int:
-        """How many replicas there is room for, once there is one more on a node."""
+        """How many replicas fit once one more is on a node."""
         total = 0
         for bits, most in self._crowd.open_domains():
             fit = sum(self.groups(bits & alike) // self._request.stages for alike in self._alike)
@@ -306,7 +306,7 @@ class _FreeSets:
         return total
 
     def _nearest(self, place: Bits, slowest: int) -> Near:
-        """The nodes of a place that are nearest to each other, for a replica with no slower set."""
+        """The nodes of a place that are nearest to each other and hold a replica with no slower set."""
         best: Near | None = None
         wanted = self._request.stages * self._request.parts
         alone = any(self._count(bit, slowest) >= wanted for bit in self._within(place))
@@ -314,7 +314,7 @@ class _FreeSets:
         for level, bits in self._snapshot.regions:
             region = bits & place
             if best is not None and level > found_at and (best.level < 0 or not alone):
-                break  # all that follow are wider
+                break  # all further regions are wider
             if not region or (groups := self.groups(region, slowest)) < self._request.stages:
                 continue
             picked = self._pick(region, slowest)
@@ -327,7 +327,7 @@ class _FreeSets:
         return best
 
     def _pick(self, region: Bits, slowest: int) -> list[Picked]:
-        """How many sets to take of which nodes, on the fewest nodes, group by group where groups have parts."""
+        """How many sets to take from which nodes, on the fewest nodes, group by group if groups have parts."""
         missing, parts = self._request.stages, self._request.parts
         if parts == 1:
             return self._fewest_nodes(region, missing, slowest)
@@ -352,7 +352,7 @@ class _FreeSets:
         return picked
 
     def _fewest_nodes(self, nodes: Bits, sets: int, slowest: int) -> list[Picked]:
-        """So many sets, node by node: the fullest use of each, the last one where the least is left."""
+        """The sets, node by node: each node is used fully, the last one is the one with the least left over."""
         room = {bit: count for bit in self._within(nodes) if (count := self._count(bit, slowest))}
         rank = {bit: self._rank(bit) for bit in room}
         picked: list[Picked] = []
@@ -375,8 +375,8 @@ class _FreeSets:
         Args:
             near: on which nodes.
             slowest: none is slower.
-            exchanged: whether it may be other sets than the best ones so that ranks go by ascending GPU.
-            packed: out of as many disjoint ones as there are.
+            exchanged: whether other sets than the best ones may be taken so that ranks go by ascending GPU.
+            packed: whether they are taken from a largest collection of disjoint sets.
         """
         units = []
         for bit, count in near.picked:
@@ -395,7 +395,7 @@ class _FreeSets:
         )
 
     def _sets_on(self, bit: Bits, count: int, slowest: int) -> list[Gpus]:
-        """So many sets of a node in rank order: those that an engine keeps which sorts its GPUs, if any do."""
+        """Sets of a node in rank order: if possible those that stay the same when an engine sorts the GPUs."""
         shape, mask = self._node(bit).shape, self._mask[bit]
         key = (shape, mask, count, slowest)
         if key not in self._ranked:
@@ -405,7 +405,7 @@ class _FreeSets:
         return self._ranked[key]
 
     def _is_resorted(self, bit: Bits, count: int, slowest: int) -> bool:
-        """Whether an engine that sorts the GPUs of a node cuts other sets from them."""
+        """Whether an engine that sorts the GPUs of a node would get other sets."""
         if count == 1 or self._request.needs.gpus == 1:
             return False
         return any(one[-1] > other[0] for one, other in pairwise(self._sets_on(bit, count, slowest)))

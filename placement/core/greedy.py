@@ -1,4 +1,4 @@
-"""Good sets of GPUs on a machine that is too large for tables: grown by whoever is joined best."""
+"""Good sets of GPUs on a machine that is too large for tables: grown by the GPU with the best links."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Greedy:
     Args:
         interconnect: its links.
         numa: the NUMA nodes of each GPU.
-        rates: what was measured, if anything was.
+        rates: measured rates, if there are any.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class Greedy:
         self._interconnect, self._numa, self._rates = interconnect, numa, rates
 
     def mb_per_s(self, gpus: Sequence[int]) -> int:
-        """The bus bandwidth of two or more GPUs: measured, else the least that it may be."""
+        """The bus bandwidth of two or more GPUs: measured, else the lower end of the prediction."""
         measured = self._rates.of(tuple(sorted(gpus))) if self._rates is not None else None
         return measured or self._interconnect.at_least(gpus)
 
@@ -38,7 +38,7 @@ class Greedy:
         return sorted(-speed for speed in speeds)
 
     def best(self, mask: int, count: int, within: Within) -> tuple[int, ...] | None:
-        """Grows a set from each free GPU by whoever is joined best, and takes the best of them."""
+        """Grows a set from each free GPU by the GPU with the best links, and takes the best set."""
         free = [gpu for gpu in range(mask.bit_length()) if mask >> gpu & 1]
         joined = self._interconnect.pairs
         if self._rates is not None:

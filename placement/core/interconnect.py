@@ -1,4 +1,4 @@
-"""What the GPUs of one machine carry to each other, by the links between them and what these share."""
+"""The bandwidth between the GPUs of one machine, from the links between them and what these share."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BELOW_ONE_BRIDGE = (*BELOW_ONE_SWITCH, Path.PHB)
 
 
 class Hop(NamedTuple):
-    """One hop of a ring: what it carries, MB/s, or, where it goes through the host's memory, what that carries.
+    """One hop of a ring: its direct rate, MB/s, or the rate of the host's memory if it goes through that.
 
     The other one is 0.
     """
@@ -37,20 +37,20 @@ class Hop(NamedTuple):
 
 
 class Interconnect:
-    """The links of a machine, and what sets of its GPUs carry over them.
+    """The links of a machine, and the bandwidth of sets of its GPUs.
 
     Args:
         links: between each two GPUs.
         gpu: their generation.
         lanes: of each GPU.
         host: what they copy through.
-        peer: whether GPUs have peer-to-peer over PCIe of which that is not known.
+        peer: whether GPUs have peer-to-peer over PCIe if that is unknown.
 
     Attributes:
         links: as given.
-        hops: per pair of GPUs, a hop of a ring, whatever else shares its way.
-        pairs: per pair of GPUs, what the two reach that are alone, MB/s.
-        lanes_mb_per_s: what the PCIe lanes of each GPU carry, MB/s.
+        hops: per pair of GPUs, a hop of a ring, without regard to what shares its path.
+        pairs: per pair of GPUs, the bandwidth of a set of the two, MB/s.
+        lanes_mb_per_s: the rate of each GPU's PCIe lanes, MB/s.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Interconnect:
         return 2 * nvlink_rings(self.links, gpus) * self._gpu.nvlink_mb_per_s
 
     def _hop(self, a: int, b: int) -> Hop:
-        """A hop between two GPUs, whatever else shares its way."""
+        """A hop between two GPUs, without regard to what shares its path."""
         link, gpu = self.links[a][b], self._gpu
         if link.path in (Path.NVLINK, Path.UNKNOWN):
             return Hop(hop_mb_per_s(link, gpu), 0)
@@ -88,14 +88,14 @@ class Interconnect:
         return self._peer if link.peer is None else link.peer
 
     def _pair(self, a: int, b: int) -> int:
-        """What two GPUs reach that are alone."""
+        """The bandwidth of a set of two GPUs."""
         lanes = min(self.lanes_mb_per_s[a], self.lanes_mb_per_s[b])
         one, other = self._uplink[a], self._uplink[b]
         shared = (1, 2) if one == other else (2 if self._bridge[one] == self._bridge[other] else 1, 1)
         return pair_mb_per_s(self.links[a][b], self._gpu, lanes, self._host, self._peer, shared)
 
     def staged(self, gpus: Sequence[int], host: int) -> int:
-        """What a ring through all of them carries whose slowest hop goes through the host's memory."""
+        """The rate of a ring through all of them whose slowest hop goes through the host's memory."""
         islands = components(gpus, lambda a, b: self.hops[a][b].direct > 0)
         uplinks = Counter(self._uplink[island[0]] for island in islands)
         bridges = Counter(self._bridge[uplink] for uplink in uplinks)
@@ -104,7 +104,7 @@ class Interconnect:
         return staged_mb_per_s(host, lanes, len(gpus), bridge, max(uplinks.values()))
 
     def _all_staged(self, host: int, count: int) -> set[int]:
-        """All that rings of so many GPUs can carry whose slowest hop goes through the host's memory."""
+        """All rates that rings of ``count`` GPUs can have whose slowest hop goes through the host's memory."""
         return {
             staged_mb_per_s(host, lanes, count, bridge, uplink)
             for lanes in set(self.lanes_mb_per_s)
@@ -113,7 +113,7 @@ class Interconnect:
         }
 
     def speeds_of(self, count: int) -> set[int]:
-        """All that :meth:`at_least` may say of so many GPUs."""
+        """All values that :meth:`at_least` may return for ``count`` GPUs."""
         pairs = list(combinations(range(len(self.links)), 2))
         links = {self.links[a][b].nvlinks for a, b in pairs} - {0} if self._switch else set()
         hops = {self.hops[a][b] for a, b in pairs}
@@ -124,7 +124,7 @@ class Interconnect:
         return speeds | {switch_mb_per_s(each, count, self._gpu) for each in links}
 
     def at_least(self, gpus: Sequence[int]) -> int:
-        """What two or more GPUs reach in whatever order a ring goes through them."""
+        """What two or more GPUs reach with any order of the ring."""
         fewest = min(self.links[a][b].nvlinks for a, b in combinations(gpus, 2))
         if self._switch and fewest:
             return switch_mb_per_s(fewest, len(gpus), self._gpu)

@@ -17,10 +17,10 @@ _VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 
 
 def parse_condition(text: str) -> tuple[bool, frozenset[str]]:
-    """A condition as (is the label to have one of the values?, the values).
+    """A condition as (whether the label must have one of the values, the values).
 
     Raises:
-        ValueError: it is not in Ray's syntax; says what is.
+        ValueError: it is not in Ray's syntax; the message shows the syntax.
     """
     wanted = not text.startswith("!")
     rest = text.removeprefix("!")

@@ -1,4 +1,4 @@
-"""What can happen to a replica, and when.
+"""The states of a replica, and the events that each state allows.
 
 An event that a state does not allow is a defect in the caller: it raises, and changes nothing.
 """
@@ -10,24 +10,24 @@ from enum import StrEnum
 
 
 class State(StrEnum):
-    """Where a replica is in its life."""
+    """The state of a replica."""
 
     PENDING = "pending"
-    """Wanted, and there is no room for it."""
+    """Declared, but there is no room for it."""
     RESERVING = "reserving"
-    """Its GPUs are being reserved. It holds nothing that anybody may rely on."""
+    """Its GPUs are being reserved. Nothing is promised yet."""
     PLACED = "placed"
     """It holds its GPUs, verified and recorded."""
     DEGRADED = "degraded"
-    """One of its nodes is gone, others hold their part. It moves whole."""
+    """One of its nodes is gone, others hold their part. It moves as a whole."""
     LOST = "lost"
-    """All of it is gone, or given back after a part of it was."""
+    """It holds nothing any more: all of it is gone, or the rest was given back."""
     RELEASING = "releasing"
-    """It is being given back, and will be, whatever happens."""
+    """It is being released. This is carried out, whatever fails."""
 
 
 class Event(StrEnum):
-    """What happens to a replica."""
+    """An event of a replica."""
 
     RESERVE = "reserve"
     RESERVED = "reserved"
@@ -73,7 +73,7 @@ class IllegalTransition(Exception):
         self.replica, self.state, self.event = replica, state, event
 
     def __str__(self) -> str:
-        return f"replica {self.replica} is {self.state or 'not there'}: {self.event.value!r} cannot happen to it now"
+        return f"replica {self.replica} is {self.state or 'not there'}: event {self.event.value!r} is not allowed now"
 
 
 def after(replica: int, state: State | None, event: Event) -> State | None:

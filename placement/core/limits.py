@@ -1,7 +1,7 @@
-"""What excludes a node for a request: limits on what it is, and a lack of room beside its GPUs.
+"""What excludes a node for a request: limits on the node, and a lack of CPUs, memory or custom resources.
 
-Each is a question: an :data:`Objection` with the reason. The planner asks which nodes are left
-(:func:`eligible`), an explanation how many each reason excluded.
+Each limit is a question; an :data:`Objection` answers with the reason. The planner asks which nodes are left
+(:func:`eligible`); an explanation asks how many each reason excluded.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from placement.core.snapshot import Snapshot
 from placement.core.wording import cpus, gpu_names
 
 Objection = Callable[[Node], str | None]
-"""Why a node is out; ``None`` if it is not."""
+"""Why a node is excluded; ``None`` if it is not."""
 
 NAMED = "named GPUs"
-"""The stage at which nodes are left out that do not have the GPUs that are named."""
+"""The stage that excludes nodes without the named GPUs."""
 
 
 def limits(request: Request) -> list[tuple[str, Objection]]:
-    """The questions about what a node is, as far as the request asks: (stage, objection)."""
+    """The questions about a node's properties that the request asks: (stage, objection)."""
     return _lasting_limits(Kind.of(request)) + _passing_limits(request)
 
 
 def limits_without_gpus(request: Request) -> list[tuple[str, Objection]]:
-    """The same for a remote or a CPU replica, which no limit on GPUs concerns."""
+    """The same for a remote or a CPU replica, for which limits on GPUs do not count."""
     return _label_limits(request.labels.items()) + _passing_limits(request)
 
 
 def _passing_limits(request: Request) -> list[tuple[str, Objection]]:
-    """Those that depend on where others are, and the spread."""
+    """The limits that depend on where other replicas are, and the spread."""
     asked: list[tuple[str, Objection]] = []
     if request.needs.named and (home := {id for id, count in request.standing.items() if count}):
         asked.append(
@@ -59,7 +59,7 @@ def _label_limits(labels: Iterable[tuple[str, str]]) -> list[tuple[str, Objectio
 
 
 def _lasting_limits(kind: Kind) -> list[tuple[str, Objection]]:
-    """Those whose answers stay the same, whatever is placed."""
+    """The limits whose answers do not depend on what is placed."""
     asked = _label_limits(kind.labels)
     if kind.needs.named:
         asked.append((NAMED, _without_named(kind.needs)))
@@ -86,9 +86,9 @@ def _lasting_limits(kind: Kind) -> list[tuple[str, Objection]]:
 
 
 def short_of(request: Request) -> Objection | None:
-    """The question about CPUs and memory, if the request takes any.
+    """The question about CPUs and memory, if the request needs any.
 
-    On a node with free GPUs a CPU replica takes only CPUs that these can spare.
+    On a node with free GPUs a CPU replica leaves a CPU for each of them.
     """
     cpu, memory, spared = request.cpu_milli, request.memory_bytes, request.spared_milli
     resources = request.resources
@@ -115,7 +115,7 @@ def short_of(request: Request) -> Objection | None:
 
 
 def eligible(snapshot: Snapshot, request: Request) -> Bits:
-    """The nodes that nothing but a lack of room excludes."""
+    """The nodes that no limit excludes, with or without room."""
     if request.on_cpus:
         return _eligible_for_cpus(snapshot, request)
     return open_to(snapshot, Kind.of(request)) & _unobjected(snapshot, _passing_limits(request))
@@ -129,7 +129,7 @@ def _eligible_for_cpus(snapshot: Snapshot, request: Request) -> Bits:
 
 
 def open_to(snapshot: Snapshot, kind: Kind) -> Bits:
-    """The nodes that a kind of request may go to, whatever is placed there."""
+    """The nodes that a kind of request may go to, without regard to what is placed there."""
     named = kind.needs.named
     limited = kind._replace(needs=NO_GPUS._replace(named=named, profile=kind.needs.profile if named else ""))
     if limited not in snapshot.open_to:
@@ -141,7 +141,7 @@ def open_to(snapshot: Snapshot, kind: Kind) -> Bits:
 
 
 def _unobjected(snapshot: Snapshot, asked: list[tuple[str, Objection]]) -> Bits:
-    """The nodes to which nothing is objected; where nothing is asked, all that are usable."""
+    """The nodes without an objection; if nothing is asked, all usable nodes."""
     if not asked:
         return snapshot.usable
     return snapshot.select(
@@ -165,7 +165,7 @@ def _unlike(key: str, condition: str) -> Objection:
 
 
 def _without_named(needs: Needs) -> Objection:
-    """Whether a node lacks a GPU that is named, or has it in another way than it is asked for."""
+    """Why a node cannot give a named GPU: it lacks it, or it is a MIG instance and not a GPU, or the reverse."""
 
     def objection(node: Node) -> str | None:
         for name in needs.named:
@@ -198,7 +198,7 @@ def _not_shared_with(other: str) -> Objection:
 
 
 def too_small(node: Node, needs: Needs) -> str | None:
-    """Why a node could not even take such a replica if all of it were free."""
+    """Why a node could not hold such a replica even if all of it were free."""
     if needs.profile:
         return None if needs.profile in node.profiles else f"has no MIG instances {needs.profile}"
     if not node.whole_gpus:
@@ -211,7 +211,7 @@ def too_small(node: Node, needs: Needs) -> str | None:
 
 
 def outside(field_name: str, allowed: tuple[str, ...] | None) -> Objection:
-    """The question whether a node is among those that a constraint names."""
+    """The question whether a constraint names the node."""
 
     def objection(node: Node) -> str | None:
         if allowed is None or any(node.named(name) for name in allowed):

@@ -1,11 +1,11 @@
-"""Reading and writing what ``nvidia-smi topo -m`` prints.
+"""Reads and writes the output of ``nvidia-smi topo -m``.
 
-Read as printed, or as people paste it: columns parted by tabs or by blanks, a Markdown table, a legend below; what
-came in between on the way is taken off by :mod:`placement.core.pasted`. The affinity columns differ between drivers
-(none, CPU Affinity, NUMA Affinity, GPU NUMA ID, in any order); what is not there is unknown. Every other column is a
-network card. A GPU's row tells all of them, so the cards' own rows, which people like to cut off, are not read.
+It is read as printed, or as people paste it: columns separated by tabs or blanks, a Markdown table, a legend below;
+:mod:`placement.core.pasted` removes what was added on the way. The affinity columns differ between drivers
+(none, CPU Affinity, NUMA Affinity, GPU NUMA ID, in any order); missing ones are unknown. Every other column is a
+network card. A GPU's row has all of them, so the cards' own rows, which people often cut off, are not read.
 
-A GPU's row must be whole: where a cell is missing and neither tabs nor its place tell which, the text is refused.
+A GPU's row must be complete: if a cell is missing and neither tabs nor position show which, the text is refused.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ _PARTED = re.compile(
     rf"{_AFFINITY_NAME.pattern}|\S+?(?=\s|$|CPU\s*Affinity|NUMA\s*Affinity|(?<=\d)(?:NIC|GPU|mlx)\d)",
     re.IGNORECASE,
 )
-"""The same where names ran together: ``NIC11NIC12``."""
+"""The same for names without blanks between them: ``NIC11NIC12``."""
 
 _PATHS = {path.value: Link(path) for path in Path if path is not Path.NVLINK} | {"SOC": Link(Path.SYS)}
-"""SOC is what drivers before 2016 or so printed for SYS."""
+"""Drivers before about 2016 printed SOC for SYS."""
 
 _MOST_CPUS = 65536
-"""Refuses ``0-999999999`` before it is spelt out. Linux knows at most 8192 CPUs."""
+"""Refuses ``0-999999999`` before it is expanded. Linux has at most 8192 CPUs."""
 
 _TAB = 8
-"""How wide a terminal draws a tab."""
+"""The width of a tab on a terminal."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A matrix, and what of it could not be read though the GPUs' part is whole."""
+    """A matrix, and what could not be read although the GPUs' part is complete."""
 
     topology: Topology
     notes: tuple[str, ...] = ()
@@ -61,10 +61,10 @@ class _Row:
 
 
 def parse_matrix(text: str) -> Topology:
-    """The GPUs, the links between them and to the network cards, out of the output of ``nvidia-smi topo -m``.
+    """The GPUs and the links between them and to the network cards, from the output of ``nvidia-smi topo -m``.
 
-    CPU and NUMA affinities are taken over where they are printed; the model is not printed. Network cards are
-    called what their columns are called, also where a legend below gives ``NIC0`` another name.
+    CPU and NUMA affinities are read where they are printed; the model is not printed. Network cards are
+    named like their columns, even if a legend below gives ``NIC0`` another name.
 
     Raises:
         MatrixError: the text has no matrix, or a damaged or partial one, or two; names the line.
@@ -73,7 +73,7 @@ def parse_matrix(text: str) -> Topology:
 
 
 def read_matrix(text: str) -> Reading:
-    """The same, and what had to be left out.
+    """The same, and what had to be ignored.
 
     Raises:
         MatrixError: as :func:`parse_matrix`.
@@ -113,18 +113,18 @@ def render_matrix(topology: Topology) -> str:
         near = [ordinals(topology.cpus[a]) or NOT_AVAILABLE, ordinals(topology.numa[a]) or NOT_AVAILABLE]
         lines.append("\t".join([name, *links, *(nic.paths[a] for nic in nics), *near]))
     for nic in nics:
-        # What is between two network cards is not kept: nothing is placed by it.
+        # The links between two network cards are not kept: nothing uses them.
         others = [f" {SELF} " if other is nic else Path.UNKNOWN for other in nics]
         lines.append("\t".join([nic.name, *nic.paths, *others]))
     return "\n".join(lines) + "\n"
 
 
 def _read(matrix: Pasted) -> tuple[list[str], dict[str, _Row], tuple[str, ...]]:
-    """The columns, the rows by name, and what was left out."""
+    """The columns, the rows by name, and what was ignored."""
     header = matrix.header
     if header.is_table:
         columns = _table_cells(header)
-        # Without a bar at the ends there is none before the rows' names either.
+        # Without a bar at the ends, the rows' names have no bar before them either.
         columns = [_column_name(name) for name in (columns if "" in columns else ["", *columns])]
         _check_columns(columns, header.number)
         return columns, _rows(columns, matrix, lambda row: _table_row(columns, row)), ()
@@ -139,7 +139,7 @@ def _read(matrix: Pasted) -> tuple[list[str], dict[str, _Row], tuple[str, ...]]:
         columns, cells_of = left_out
         named, there = len(plain) - len(columns), len(matrix.rows[0].body.split()) - 1 - len(columns)
         notes = (
-            f"the network cards are left out, since names ran together: {named} of them for {there} columns",
+            f"the network cards are ignored, since their names are not separated: {named} of them for {there} columns",
         )
     else:
         cells_of = partial(_cells, columns, header)
@@ -189,7 +189,7 @@ def _names(pattern: re.Pattern[str], header: Line) -> list[str]:
 
 
 def _column_name(name: str) -> str:
-    """A column's name, those of the affinities as newer drivers have them."""
+    """A column's name; affinity columns get the names of newer drivers."""
     whole = (known for known, pattern in _AFFINITY.items() if re.fullmatch(pattern, name, re.IGNORECASE))
     return next(whole, name)
 
@@ -213,7 +213,7 @@ def _label(columns: Sequence[str], row: Line) -> str | None:
 
 
 def _cells(columns: Sequence[str], header: Line, row: Line) -> dict[str, str] | None:
-    """The cells of a row by column, an affinity empty where tabs or place tell so; ``None`` if they do not fit."""
+    """The cells of a row by column; an affinity is empty if tabs or position show that. ``None`` if they do not fit."""
     cells = row.body.split()[1:]
     if len(cells) == len(columns):
         return dict(zip(columns, cells, strict=True))
@@ -229,14 +229,14 @@ def _cells(columns: Sequence[str], header: Line, row: Line) -> dict[str, str] | 
 
 
 def _by_tabs(row: Line, links: int, affinities: Sequence[str]) -> list[str] | None:
-    """The cells as the tabs tell them, also where a terminal drew them as blanks."""
+    """The cells by tabs, even if a terminal turned these into blanks."""
     tabbed = row.body if "\t" in row.body else _with_tabs(row)
     if tabbed is None:
         return None
     _, *cells = (cell.strip() for cell in tabbed.split("\t"))
     found, rest = cells[:links], cells[links:]
     for i in range(len(affinities)):
-        # What is not available is written after one more tab, for looks.
+        # Before a missing value one more tab is printed, for alignment.
         if i and len(rest) > len(affinities) - i and rest[:2] == ["", NOT_AVAILABLE]:
             rest = rest[1:]
         if not rest:
@@ -246,7 +246,7 @@ def _by_tabs(row: Line, links: int, affinities: Sequence[str]) -> list[str] | No
 
 
 def _with_tabs(row: Line) -> str | None:
-    """A row with the tabs that blanks stand for; ``None`` where they stand for no tabs."""
+    """A row in which blanks are tabs again; ``None`` if they cannot be tabs."""
     for origin in (0, row.start):
         label, *cells = re.finditer(r"\S+", row.body)
         text, end = label[0], row.start + label.end() - origin
@@ -265,7 +265,7 @@ def _with_tabs(row: Line) -> str | None:
 
 
 def _by_place(header: Line, row: Line, links: int, affinities: Sequence[str]) -> list[str] | None:
-    """The cells of a table drawn with blanks, where each affinity begins right below its name."""
+    """The cells of a table drawn with blanks, in which each affinity begins right below its name."""
     names = [match.start() for match in _AFFINITY_NAME.finditer(header.text)][-len(affinities) :]
     words = list(re.finditer(r"\S+", row.text))
     first = next((i for i, word in enumerate(words) if word.start() >= row.start), 0) + 1
@@ -277,7 +277,7 @@ def _by_place(header: Line, row: Line, links: int, affinities: Sequence[str]) ->
 
 
 def _is_sound(cells: Mapping[str, str]) -> bool:
-    """Whether there are links where links belong, and nowhere else."""
+    """Whether the columns of links hold links, and no other columns do."""
     return all(
         (cell == SELF or cell in _PATHS or NVLINKS.fullmatch(cell) is not None) == (name not in _AFFINITIES)
         for name, cell in cells.items()
@@ -287,7 +287,7 @@ def _is_sound(cells: Mapping[str, str]) -> bool:
 def _without_nics(
     columns: Sequence[str], rows: Sequence[Line]
 ) -> tuple[list[str], Callable[[Line], dict[str, str] | None]] | None:
-    """The columns beside the network cards', and how to read them, where only the cards' names ran together.
+    """The columns other than the network cards', and how to read them, if only the cards' names are not separated.
 
     All rows must agree on how many more cells there are than names, and the GPUs must come first, the affinities last.
     """

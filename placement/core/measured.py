@@ -1,4 +1,4 @@
-"""What was measured of a machine's sets of GPUs, and which other sets that speaks for."""
+"""The measured rates of a machine's sets of GPUs, and the other sets to which they apply."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from placement.core.topology import Lanes, Link, MeasuredRates, Topology
 
 Gpus = tuple[int, ...]
 Likeness = tuple[int, int, tuple[int, ...], tuple[int, ...]]
-"""How many GPUs, what is predicted, their links and their PCIe links: the same for sets that are alike."""
+"""The number of GPUs, the prediction, their links and their PCIe links: equal for sets that are alike."""
 
 NOISE_PERCENT = 10
-"""Sets that differ by no more are equally fast, if they are alike, or the same on two machines of one make. One
-machine's figures differ by a few percent from run to run, and by as much from those of the next machine; a choice that
-went by that would be chance."""
+"""Rates of sets that are alike, or of one set on two machines of one make, count as equal if they differ by no more.
+One machine's figures differ by a few percent from run to run, and by as much from those of the next machine; a choice
+that by such a difference would be chance."""
 
 
 def is_apart(rate: int, usual: int) -> bool:
@@ -25,24 +25,24 @@ def is_apart(rate: int, usual: int) -> bool:
 
 
 def is_suspect(measured_mb_per_s: int, predicted_mb_per_s: int) -> bool:
-    """Whether a set reaches so little that something must be wrong: less than half of what is predicted."""
+    """Whether a set is so slow that something must be wrong: less than half of its prediction."""
     return 2 * measured_mb_per_s < predicted_mb_per_s
 
 
 def beside_predicted(measured_mb_per_s: int, predicted_mb_per_s: int) -> dict[str, object]:
-    """What is said beside a measured rate, JSON-ready."""
+    """The fields that go with a measured rate, JSON-ready."""
     suspect = is_suspect(measured_mb_per_s, predicted_mb_per_s)
     return {"predicted_gb_per_s": predicted_mb_per_s / 1000, "suspect": suspect}
 
 
 def of_all(own: Mapping[Gpus, int], of_make: Iterable[Mapping[Gpus, int]]) -> MeasuredRates:
-    """The rates that hold for a machine: of each set the median of its make, and its own where that is apart.
+    """The rates of a machine: for each set the median of its make, or its own rate if that differs by more than noise.
 
-    So machines that are sound have the same rates, and none is preferred for noise.
+    So healthy machines have the same rates, and none is preferred because of noise.
 
     Args:
-        own: what was measured on it.
-        of_make: what was measured on each machine of its make, itself among them.
+        own: the rates measured on it.
+        of_make: the rates measured on each machine of its make, including itself.
     """
     all_rates: dict[Gpus, list[int]] = {}
     for rates in of_make:
@@ -59,7 +59,7 @@ class Alike:
     Args:
         links: between each two GPUs.
         lanes: of each GPU.
-        predicted: what is predicted of a set, MB/s.
+        predicted: the predicted rate of a set, MB/s.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Alike:
         lanes: Sequence[Lanes | None],
         predicted: Callable[[Sequence[int]], int],
     ) -> None:
-        # By number, as links take long to compare.
+        # Links are compared by number, as comparing them takes long.
         numbers: dict[object, int] = {}
         self._links = [[numbers.setdefault(link, len(numbers)) for link in row] for row in links]
         self._lanes = [numbers.setdefault(one, len(numbers)) for one in lanes]
@@ -84,16 +84,16 @@ class Alike:
 def sets_to_measure(
     topology: Topology, gpus: Collection[int], pairs_only: bool, predicted: Callable[[Sequence[int]], int]
 ) -> list[Gpus]:
-    """Which sets of free GPUs are worth measuring, the most telling first.
+    """Which sets of free GPUs are worth measuring, the most informative first.
 
-    All pairs, since each link may be worse than it should be, neighbours first; then of each larger size one set of
-    those that are alike, sizes that are powers of two first, as replicas are.
+    All pairs, since each link may be worse than it should be, neighbours first; then of each larger size one set from
+    each class of sets that are alike, sizes that are powers of two first, as most replicas have such sizes.
 
     Args:
         topology: how the GPUs are linked.
         gpus: those that are free.
         pairs_only: no larger sets.
-        predicted: what is predicted of a set, MB/s.
+        predicted: the predicted rate of a set, MB/s.
     """
     free = sorted(gpus)
     pairs = sorted(combinations(free, 2), key=lambda pair: (pair[1] - pair[0], pair))
@@ -111,16 +111,16 @@ def sets_to_measure(
 class Rates:
     """Measured rates of a machine's sets, and of sets that are alike.
 
-    Sets are *alike* if nothing that is known tells them apart but which GPUs they are: as many GPUs, the same links
-    between them, as many of each, the same PCIe lanes, and the same prediction. They count as equally fast: the rate
-    of all is the median of those that were measured. A set whose own rate differs from that by more than
+    Sets are *alike* if all that is known of them is equal, except which GPUs they are: the number of GPUs, the links
+    between them, the PCIe lanes, and the prediction. They count as equally fast: the rate
+    of all is the median of the measured ones. A set whose own rate differs from that by more than
     :data:`NOISE_PERCENT` is *apart*: it has its own.
 
     Args:
         measured: the rates, MB/s.
         links: between each two GPUs.
         lanes: of each GPU.
-        predicted: what is predicted of a set, MB/s.
+        predicted: the predicted rate of a set, MB/s.
         switch: whether the GPUs meet in an NVSwitch.
 
     Attributes:
@@ -159,23 +159,23 @@ class Rates:
         return _Suspects(slow, predicted, self._links, self._switch, sound)
 
     def at_most(self, gpus: Gpus, predicted_mb_per_s: int) -> int:
-        """What is predicted of a set that was not measured, but for what its suspect pairs show that it cannot be."""
+        """The predicted rate of a set that was not measured, limited by the bounds of its suspect pairs."""
         return self._suspects.at_most(gpus, predicted_mb_per_s)
 
     def of(self, gpus: Gpus) -> int | None:
-        """The rate of a set, ascending; ``None`` if neither it nor any that is alike was measured."""
-        if len(gpus) not in self._sizes:  # soon said: a machine of 16 GPUs has 65,519 sets
+        """The rate of a set (ascending); ``None`` if neither it nor any set alike was measured."""
+        if len(gpus) not in self._sizes:  # a quick answer, as a machine of 16 GPUs has 65,519 sets
             return None
         own = self.apart.get(gpus)
         return self._usual.get(self._likeness(gpus)) if own is None else own
 
     def all_of(self, count: int) -> set[int]:
-        """All rates that sets of so many GPUs may have."""
+        """All rates that sets of ``count`` GPUs may have."""
         usual = {rate for likeness, rate in self._usual.items() if likeness[0] == count}
         return usual | {rate for gpus, rate in self.apart.items() if len(gpus) == count}
 
     def split(self, twins: Iterable[Sequence[int]]) -> list[list[int]]:
-        """Groups of twins, cut so that no two of a group are told apart by a set that is apart."""
+        """Groups of twins, divided so that exchanging two GPUs of a group keeps which sets are apart."""
         found: dict[Gpus, list[int]] = {}
         for number, kind in enumerate(twins):
             for gpu in kind:
@@ -185,19 +185,20 @@ class Rates:
 
 
 class _Suspects:
-    """What suspect pairs show of larger sets that hold them, by how collectives go through the links.
+    """The bounds that suspect pairs set for larger sets that contain them, by how collectives use the links.
 
-    - Over an NVSwitch a GPU spends the same links on whoever its peer is, so that one of the two has no more than the
-      pair reached: a set that holds both is slower than predicted by as much as the pair. Not so if each of them was
-      measured with another GPU and was not suspect; then only a set of three, whose ring has no way around the pair.
-    - In a ring each GPU has two hops, so that the ring is no faster than the second fastest of any GPU's hops. One
-      between a suspect pair carries what the pair reached, and up to 23 % more, as longer rings overlap
+    - On an NVSwitch a GPU uses the same links for every peer, so one of the two has no more than the
+      pair reached: a set that contains both is slower than predicted by the same factor as the pair. This does not hold
+      if each of them was measured with another GPU and was not suspect; then only a set of three is slower, whose ring
+      cannot avoid the pair.
+    - In a ring each GPU has two hops, so the ring is no faster than the second fastest of any GPU's hops. A hop
+      between a suspect pair carries what the pair reached, and up to 23 % more, as transfers overlap in longer rings
       (:func:`placement.core.bandwidth.staged_mb_per_s`).
-    - Of several rings over NVLink each leaves a GPU over one of its hops: no more than these carry together.
+    - Several rings over NVLink each leave a GPU over one of its hops: together they carry no more than these hops.
 
     Args:
-        slow: the suspect pairs, with what was measured, MB/s.
-        predicted: of every pair, MB/s.
+        slow: the suspect pairs, with their measured rates, MB/s.
+        predicted: the predicted rate of every pair, MB/s.
         links: between each two GPUs.
         switch: whether they meet in an NVSwitch.
         sound: the GPUs that were measured with another one and were not suspect.
@@ -221,7 +222,7 @@ class _Suspects:
         self._slowest_first = [(1 << a | 1 << b, (a, b), a in sound and b in sound) for a, b in by_part]
 
     def at_most(self, gpus: Gpus, predicted_mb_per_s: int) -> int:
-        """What a set reaches at most, of which that is predicted."""
+        """The most that a set with this prediction can reach."""
         if len(gpus) < 3 or not self._slow:
             return predicted_mb_per_s
         mask = sum(1 << gpu for gpu in gpus)
@@ -230,12 +231,12 @@ class _Suspects:
                 if both & mask == both and (not alone or len(gpus) == 3):
                     return predicted_mb_per_s * self._slow[pair] // self._predicted[pair]
             return predicted_mb_per_s
-        # Of the others there is a hop that is not known to be slow for each of the two.
+        # For all other pairs, each of the two GPUs has hops that are not known to be slow.
         tight = [gpu for gpu in gpus if (self._slow_with[gpu] & mask).bit_count() >= len(gpus) - 2]
         return min([predicted_mb_per_s, *(self._leaving(gpu, gpus) for gpu in tight)])
 
     def _leaving(self, gpu: int, gpus: Gpus) -> int:
-        """What rings through a set carry at most at one of its GPUs, of whose hops all but one or none are slow."""
+        """The most that rings through a set carry at one of its GPUs, of whose hops at most one is not slow."""
         hops = [(gpu, other) for other in gpus if other != gpu]
         slow = sorted((self._slow[hop] for hop in hops if hop in self._slow), reverse=True)
         second = slow[0] if len(slow) < len(hops) else slow[1]

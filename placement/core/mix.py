@@ -1,4 +1,4 @@
-"""What is asked for on a cluster, by kind: that is what room should be left for."""
+"""The kinds of requests on a cluster: room should be left for them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from placement.core.request import Request
 
 
 class Kind(NamedTuple):
-    """What requests have in common that could take each other's place.
+    """What interchangeable requests have in common.
 
-    CPUs and memory are not among it: their mean over a kind tells as much as each by itself, and some twenty
-    kinds are looked at instead of hundreds.
+    CPUs and memory are not part of it: their mean over a kind predicts as well as each value, and some twenty
+    kinds are compared instead of hundreds.
     """
 
     needs: Needs
@@ -34,7 +34,7 @@ class Asked(NamedTuple):
 
     Attributes:
         sets: how many sets of GPUs; most replicas are one.
-        cpu_milli, memory_bytes: what they take besides, in all.
+        cpu_milli, memory_bytes: the CPUs and memory that they take, in total.
     """
 
     sets: int
@@ -49,10 +49,10 @@ class Mix:
         self.kinds: Mapping[Kind, Asked] = kinds or {}
 
     def plus(self, request: Request) -> Mix:
-        """The mix with a request more."""
+        """The mix with one more request."""
         if request.provider is not None or not request.needs.gpus:
             return self
-        if request.needs.named:  # just these GPUs: room on others is of no use to it
+        if request.needs.named:  # it needs exactly these GPUs: room on others is of no use to it
             return self
         kind = Kind.of(request)
         sets, cpu, memory = self.kinds.get(kind, (0, 0, 0))

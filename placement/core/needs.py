@@ -10,10 +10,10 @@ WHOLE = 1000
 """A whole GPU, in thousandths."""
 
 ANY_PROFILE = "any"
-"""Asks for a MIG instance of whatever profile: one that is named by its UUID."""
+"""Asks for a MIG instance of any profile: one that is named by its UUID."""
 
 GpuName = int | str
-"""What somebody calls a GPU: its ordinal on the node, or the UUID of the GPU or of the MIG instance."""
+"""The name of a GPU: its ordinal on the node, or the UUID of the GPU or of the MIG instance."""
 
 GIB = 1 << 30
 
@@ -28,7 +28,7 @@ class Within(StrEnum):
     NUMA = "numa"
     """They share a NUMA node, and it is known."""
     NODE = "node"
-    """They are on one node, as they always are."""
+    """They are on one node; this is always so."""
 
 
 class Needs(NamedTuple):
@@ -37,12 +37,12 @@ class Needs(NamedTuple):
     Attributes:
         gpus: how many GPUs.
         within: how close together.
-        min_bandwidth_gb_per_s: the least predicted bandwidth between them that will do.
-        share: thousandths of one GPU, where it is not a whole one.
+        min_bandwidth_gb_per_s: the least bandwidth between them.
+        share: thousandths of one GPU, if not a whole one.
         memory_bytes: another way to ask for a share: as much of one GPU as has this much memory; 0 if not asked.
-        free_memory_bytes: the least memory that NVML must show as free on each GPU.
+        free_memory_bytes: the least memory that NVML must report as free on each GPU.
         profile: a MIG instance of this profile instead of a GPU; empty if not asked.
-        named: only these GPUs, which are to be on the node, all of them; empty for any.
+        named: only these GPUs, all of which must be on the node; empty for any.
     """
 
     gpus: int
@@ -66,12 +66,12 @@ class Needs(NamedTuple):
 
     @property
     def slowest(self) -> int:
-        """The greatest :attr:`~placement.core.shape.Offer.slowness` that will do."""
+        """The greatest :attr:`~placement.core.shape.Offer.slowness` that meets the floor."""
         return -round(self.min_bandwidth_gb_per_s * 1000) if self.gpus > 1 else 0
 
     @property
     def floor(self) -> bool:
-        """Whether some sets of this size will not do."""
+        """Whether some sets of this size may not meet the floors."""
         return self.within is not Within.NODE or self.slowest < 0
 
     def share_of(self, gpu_memory_bytes: int | None) -> int | None:
@@ -83,10 +83,10 @@ class Needs(NamedTuple):
         return -(-self.memory_bytes * WHOLE // gpu_memory_bytes)
 
     def least_share(self, gpu_memory_bytes: Iterable[int | None]) -> int:
-        """Thousandths of the largest GPU among these sizes; a whole one if none will do."""
+        """Thousandths of the largest GPU among these sizes; a whole GPU if none is large enough."""
         shares = map(self.share_of, gpu_memory_bytes)
         return min((share for share in shares if share is not None), default=WHOLE)
 
 
 NO_GPUS = Needs(0)
-"""What a remote replica needs of GPUs, and one on CPUs."""
+"""The needs of a remote replica and of a CPU replica: no GPUs."""

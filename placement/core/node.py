@@ -1,4 +1,4 @@
-"""One node: what it has, what of it is free, what it offers to a request, and what it is once something is taken."""
+"""One node: what it has, what is free, what it offers to a request, and how it changes when something is taken."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from placement.core.tables import LEFTOVER_SIZES
 from placement.core.topology import Topology
 
 UNKNOWN_PROFILE = "?"
-"""Of a slot that cannot be identified: a MIG instance of unknown size, a GPU that is lost. Nothing is placed on it."""
+"""The profile of a slot that cannot be identified: an unknown MIG instance, a lost GPU. Nothing is placed on it."""
 
 UNIT = 10_000
 """Ray counts resources in ten-thousandths (``FixedPoint`` in Ray's ``fixed_point.h``)."""
 
 _PLENTY = 1 << 62
-"""More than there is of anything."""
+"""More than any node has."""
 
 _SHARED_ALREADY = (-1,) * len(LEFTOVER_SIZES)
-"""What a share of a GPU that is shared already costs others: less than a whole GPU ever does."""
+"""The cost to others of a share on a GPU that is shared already: less than that of any whole GPU."""
 
 
 class Choice(NamedTuple):
@@ -45,26 +45,26 @@ class Node:
 
     Attributes:
         id: Ray's node id, hex.
-        name: what people call it (Ray's node name, else its address).
+        name: its name for users (Ray's node name, else its address).
         topology: its GPUs; no GPUs on a pure egress node.
-        free: GPU ordinals believed free. Exact unless other Ray users hold GPUs here; the node actor
+        free: GPU ordinals that count as free. Exact unless other Ray users hold GPUs here; the node actor
             finds out when it reserves.
         egress: resource name (``egress`` or ``egress_<provider>``) -> concurrent requests still free.
-        serving: (provider, key fingerprint) -> how many remote replicas that call it sit here.
-        problem: why nothing may be placed here, if so.
-        rests: GPU -> thousandths still free, of the GPUs that this service shares out.
+        serving: (provider, key fingerprint) -> how many remote replicas that call it are here.
+        problem: why nothing may be placed here; ``None`` if it may.
+        rests: GPU -> thousandths still free, for the GPUs that are shared.
         instances: slots that are free MIG instances -> profile; none of them is in ``free``.
-        slots: the same of all MIG instances, free or not.
+        slots: the same for all MIG instances, free or not.
         gpu_memory_bytes: memory of one GPU, the smallest if they differ; ``None`` if unknown.
-        free_memory: GPU -> bytes that NVML shows as free, where it does.
+        free_memory: GPU -> bytes that NVML reports as free, if known.
         cpu_milli, memory_bytes: CPUs (thousandths) and memory not yet reserved.
         labels: Ray's node labels.
-        accelerators: names its GPUs go by: Ray's accelerator type (``"H100"``), words of the product name.
+        accelerators: names of its GPUs: Ray's accelerator type (``"H100"``), words of the product name.
         compute_capability: the lowest of its GPUs; ``None`` if unknown.
         deployments: name -> how many replicas of it, or parts of one, are here.
         uuids: slot -> UUID of the GPU, or of the MIG instance, as far as it is known.
-        resources: custom resource of Ray's -> free amount in Ray's books, in units of :data:`UNIT`.
-        holders: GPU -> the deployments that hold all or some of it, one for each replica that does, sorted.
+        resources: Ray's custom resource -> free amount in Ray's accounting, in units of :data:`UNIT`.
+        holders: GPU -> the deployments that hold all or some of it, one entry per replica, sorted.
     """
 
     id: str
@@ -107,7 +107,7 @@ class Node:
 
     @property
     def held(self) -> frozenset[int]:
-        """The slots of which somebody holds all or a part. A lost one is nobody's."""
+        """The slots that are held, wholly or in part. Lost slots are not counted."""
         usable = {slot for slot in range(len(self.topology)) if self.slots.get(slot) != UNKNOWN_PROFILE}
         return frozenset(usable - self.free - self.instances.keys())
 
@@ -117,7 +117,7 @@ class Node:
 
     @property
     def whole_gpus(self) -> int:
-        """How many GPUs it has that are neither cut up into MIG instances nor lost, free or not."""
+        """How many GPUs it has that have no MIG instances and are not lost, free or not."""
         return len(self.topology) - len(self.slots)
 
     @property
@@ -135,7 +135,7 @@ class Node:
         return {uuid: slot for slot, uuid in self.uuids.items()}
 
     def slot_of(self, name: GpuName) -> int | None:
-        """The slot that somebody names; ``None`` if the node has none such, or nobody knows it by that."""
+        """The slot of a named GPU; ``None`` if the node has no such slot, or its UUID is unknown."""
         if isinstance(name, int):
             return name if name < len(self.topology) else None
         return self._slots_by_uuid.get(name)
@@ -153,7 +153,7 @@ class Node:
         return None if taken is None else taken.gpus
 
     def free_mask(self, needs: Needs) -> int:
-        """The wholly free GPUs that will do, by their name and by how much free memory they have, as a bit mask."""
+        """The wholly free GPUs that meet the limits on names and free memory, as a bit mask."""
         mask = self.mask & self.named_mask(needs)
         if not needs.free_memory_bytes:
             return mask
@@ -161,7 +161,7 @@ class Node:
         return sum(1 << gpu for gpu in self.free if mask >> gpu & 1 and self.free_memory.get(gpu, 0) >= least)
 
     def shared_with_room(self, needs: Needs, share: int) -> list[tuple[int, int]]:
-        """The GPUs that are shared already and have so many thousandths left, as (thousandths left, GPU)."""
+        """The GPUs that are shared already and have enough left, as (thousandths left, GPU)."""
         named = self.named_mask(needs)
         return [
             (rest, gpu)
@@ -170,7 +170,7 @@ class Node:
         ]
 
     def instances_for(self, needs: Needs) -> list[int]:
-        """The free MIG instances of the profile that have as much free memory as is needed."""
+        """The free MIG instances of the profile that have enough free memory."""
         named = self.named_mask(needs)
         return [
             slot
@@ -211,7 +211,7 @@ class Node:
         return None if share is None or rest < share else Choice(gpus, share, rest - share)
 
     def offer(self, needs: Needs) -> Offer | None:
-        """How good what :meth:`choose` gives is, and what taking it costs the others."""
+        """How good the choice of :meth:`choose` is, and what it costs others."""
         if needs.whole:
             return self._offer_whole(needs, needs.gpus)
         taken = self.choose(needs)
@@ -229,11 +229,13 @@ class Node:
         offer = self.shape.offer(mask, count, needs.within)
         if offer is None or not needs.named:
             return offer
-        gpus = self.shape.best(mask, count, needs.within)  # to others it matters what else is free here
+        gpus = self.shape.best(
+            mask, count, needs.within
+        )  # what it costs others depends on what else is free here
         return offer._replace(loss=self.shape.loss(self.mask, gpus or ()), free=len(self.free))
 
     def copies(self, needs: Needs) -> int:
-        """How often ``needs`` are met by its free GPUs, all at once."""
+        """How many times its free GPUs meet ``needs`` at the same time."""
         if needs.profile:
             return len(self.instances_for(needs))
         share = needs.share_of(self.gpu_memory_bytes)
@@ -246,7 +248,7 @@ class Node:
         return len(self.shape.packed(mask, needs)) if needs.floor else mask.bit_count() // needs.gpus
 
     def emptied(self) -> Node:
-        """The node as it would be if all that is placed on it went; how much CPU and memory that frees is not known."""
+        """The node as if nothing were placed on it; the CPUs and memory that this would free are unknown."""
         held = self.held
         if not held:
             return self
@@ -276,7 +278,7 @@ class Node:
         return replace(self, free=self.free - {gpu}, rests={**self.rests, gpu: taken.rest}, **fields)
 
     def before(self, gpus: Collection[int], share: int, profile: str) -> Node:
-        """The node once that has been given back. What has been lost since is of no use."""
+        """The node once that has been given back. Slots that were lost since do not become free."""
         gpus = [gpu for gpu in gpus if self.slots.get(gpu) != UNKNOWN_PROFILE]
         if not gpus:
             return self
@@ -307,19 +309,19 @@ class Node:
         return left
 
     def occupied(self, replicas: int, deployment: str, serving: tuple[str, str] | None = None) -> Node:
-        """The node with so many replicas of a deployment more, or fewer; ``serving`` is what remote ones call."""
-        changed = copy(self)  # with what has been worked out of its GPUs, which stay as they are
+        """The node with more, or fewer, replicas of a deployment; ``serving`` is what remote ones call."""
+        changed = copy(self)  # results computed for its GPUs are kept, as the GPUs do not change
         vars(changed)["deployments"] = _plus(self.deployments, deployment, replicas)
         if serving is not None:
             vars(changed)["serving"] = _plus(self.serving, serving, replicas)
         return changed
 
     def egress_for(self, provider: str) -> dict[str, int]:
-        """What a replica calling ``provider`` may take here, and how much is free: its own before the general one."""
+        """The egress resources for ``provider`` here, and how much is free: its own before the general one."""
         return {r: self.egress[r] for r in (f"egress_{provider}", "egress") if r in self.egress}
 
     def egress_resource(self, provider: str, units: int = 0) -> str | None:
-        """The resource that a replica of so many units takes here; ``None`` if none has them free."""
+        """The egress resource from which a replica takes its units here; ``None`` if none has enough free."""
         return next((r for r, left in self.egress_for(provider).items() if left >= units), None)
 
 
@@ -327,6 +329,6 @@ K = TypeVar("K")
 
 
 def _plus(counts: Mapping[K, int], key: K, more: int) -> Mapping[K, int]:
-    """The counts with one changed; what there is none of is left out."""
+    """The counts with one changed; zero counts are left out."""
     changed = {**counts, key: counts.get(key, 0) + more}
     return {key: count for key, count in changed.items() if count > 0}

@@ -1,4 +1,4 @@
-"""Which nodes are how welcome to a kind of request."""
+"""The ranks of nodes for a kind of request."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Bits = int
 
 
 class Offers:
-    """Which nodes are how welcome to one kind of request: rank -> nodes, the best rank first."""
+    """The ranks of nodes for one kind of request: rank -> nodes, the best rank first."""
 
     def __init__(self, nodes: dict[Rank, Bits]) -> None:
         self._nodes = nodes
         self._best_first = sorted(nodes)
 
     def copy(self) -> Offers:
-        """The same, to be changed on its own."""
+        """A copy that can be changed on its own."""
         return Offers(dict(self._nodes))
 
     def move(self, node: Bits, old: Rank | None, new: Rank | None) -> None:
-        """Notes that one node's rank has changed; ``None`` is "has no room"."""
+        """Records that one node's rank has changed; ``None`` is "has no room"."""
         if old == new:
             return
         if old is not None:
@@ -43,7 +43,7 @@ class Offers:
             self._nodes[new] = self._nodes.get(new, 0) | node
 
     def best(self, preference: Iterable[Bits]) -> Bits:
-        """The one node to take; none if no node of ``preference`` has room.
+        """The node to take, as a set of one; empty if no node of ``preference`` has room.
 
         The first half of the rank counts first. Among the nodes that are equal in it, those in the first of
         the ``preference`` sets (disjoint, most wanted first) that holds any; among these the second half;
@@ -66,27 +66,27 @@ def is_usable(node: Node) -> bool:
 
 
 def rank_of(node: Node, needs: Needs, policy: Policy) -> Rank | None:
-    """How welcome a node is to a request; ``None`` if it has no GPUs for it that are good enough.
+    """The node's rank for a request; ``None`` if it has no GPUs that meet the request.
 
-    Whether it has the CPUs is not looked at.
+    CPUs are not checked here.
     """
     if not needs.gpus:
         return _rank_of_cpus(node, policy)
     offer = node.offer(needs)
     if offer is None or offer.slowness > needs.slowest:
         return None
-    replicas = node.replicas if policy is Policy.ROUND_ROBIN else 0  # counted only where it matters
+    replicas = node.replicas if policy is Policy.ROUND_ROBIN else 0  # counted only if it matters
     return policy.rank(offer, not needs.whole, replicas)
 
 
 def usable_rank(node: Node, needs: Needs, policy: Policy) -> Rank | None:
-    """The same; ``None`` too if nothing may be placed there."""
+    """The same; also ``None`` if nothing may be placed there."""
     usable = is_usable(node) if needs.gpus else node.problem is None
     return rank_of(node, needs, policy) if usable else None
 
 
 def _rank_of_cpus(node: Node, policy: Policy) -> Rank:
-    """Sorts nodes by how welcome their CPUs are to CPU replicas: under every policy those without GPUs first."""
+    """The rank of a node for CPU replicas: under every policy nodes without GPUs come first."""
     gpus = len(node.topology) > 0
     match policy:
         case Policy.PACK:
@@ -95,5 +95,5 @@ def _rank_of_cpus(node: Node, policy: Policy) -> Rank:
             return (gpus,), (node.replicas,)
         case Policy.LEAST_LOADED:
             return (gpus, -node.cpu_milli), ()
-        case _:  # the fullest: fewest others could use what is left
+        case _:  # the fullest, whose remaining CPUs the fewest others could use
             return (gpus,), (node.free_slots if gpus else node.cpu_milli,)

@@ -1,7 +1,7 @@
-"""Finds the one matrix in a text that somebody pasted: what stands before each line, what comes before and after.
+"""Finds the one matrix in a pasted text, and removes prefixes of lines and text before and after it.
 
-What came between ``nvidia-smi`` and the file is taken off here: colours, quote marks, HTML, a prefix on every line
-(``srun -l``, ``kubectl logs``, ``docker compose``, syslog). A text that holds something else is named for what it is.
+It removes what was added between ``nvidia-smi`` and the file: colours, quote marks, HTML, a prefix on every line
+(``srun -l``, ``kubectl logs``, ``docker compose``, syslog). If a text is something else, the error says what.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NVLINKS = re.compile(r"NV[1-9]\d?")
 """The cell of a pair joined by NVLinks. 18 are the most so far."""
 
 _MARKS = re.compile(
-    r"(?:\x1b|\^\[|\u241b)\[[0-9;?]*[A-Za-z]"  # a colour, or one shown as text (cat -v)
+    r"(?:\x1b|\^\[|\u241b)\[[0-9;?]*[A-Za-z]"  # a colour, or its escape shown as text (cat -v)
     r"|\[[0-9;]*m"  # one that lost its ESC on the way
     r"|</?(?:pre|code|span|div|p|br)\b[^<>]*>"
     r"|\*\*|[`\u200b-\u200d\u2060\ufeff]",
@@ -36,7 +36,7 @@ _HEADER = re.compile(r"GPU0(?![\d:,.=])")
 _ROW = re.compile(r"GPU\d+(?=[\s|]|$)")
 _LEGEND = re.compile(r"(?:^|[\s|:>])Legend\b")
 _P2P = {"OK", "CNS", "GNS", "TNS", "NS", "DR", "U"}
-"""What ``nvidia-smi topo -p2p`` says of a pair: allowed, or why not."""
+"""The cells of ``nvidia-smi topo -p2p``: allowed, or why not."""
 _CELL = re.compile(
     "|".join(
         [
@@ -51,7 +51,7 @@ _CELL = re.compile(
     )
 )
 _NEAR = 64
-"""A row of a matrix comes so soon after its header, with other programs' lines in between."""
+"""How many lines after its header a row may come, with other programs' lines in between."""
 _NAME = re.compile(r"CPU|NUMA|Affinity|GPU|ID|(?:GPU|NIC)\d+|mlx\S+")
 
 _ERROR = re.compile(
@@ -99,18 +99,18 @@ class Line:
 
     @property
     def prefix(self) -> str:
-        """What stands before that."""
+        """The prefix before that."""
         return self.text[: self.start]
 
     @property
     def is_table(self) -> bool:
-        """Whether it is a row of a Markdown table. One bar or two are a quote mark, or a frame around all."""
+        """Whether it is a row of a Markdown table. One or two bars are a quote mark, or a frame."""
         return self.body.lstrip().startswith("|") and self.body.count("|") > 2
 
 
 @dataclass(frozen=True)
 class Pasted:
-    """A header line and the rows of GPUs below it, as they come."""
+    """A header line and the rows of GPUs below it, in order."""
 
     header: Line
     rows: tuple[Line, ...]
@@ -120,7 +120,7 @@ def find_matrix(text: str) -> Pasted:
     """The one matrix in a text.
 
     Raises:
-        MatrixError: there is none, with what there is instead; or there are two, or its lines are wrapped.
+        MatrixError: there is none (with what the text is instead), or there are two, or its lines are wrapped.
     """
     lines = _cleaned(text)
     headers = list(_headers(lines))
@@ -172,7 +172,7 @@ def _words(line: str) -> list[str]:
 
 
 def _headers(lines: Sequence[str]) -> Iterator[Line]:
-    """Lines that look like the header of a matrix; after a prefix only where a row below has the same."""
+    """Lines that look like the header of a matrix; after a prefix only if a row below has the same prefix."""
     other: Line | None = None
     seen = False
     for number, line in enumerate(lines, 1):
@@ -191,12 +191,12 @@ def _headers(lines: Sequence[str]) -> Iterator[Line]:
             other = header
     if (
         not seen and other is not None
-    ):  # its columns do not begin with GPU0, which is said where they are read
+    ):  # its columns do not begin with GPU0; the reader of columns reports that
         yield other
 
 
 def _end(header: Line, later: Sequence[Line], last: int) -> int:
-    """Where the rows below a header end: with the next header of the same machine. Two may print at the same time."""
+    """Where the rows below a header end: at the next header with the same prefix, as two machines may print at once."""
     prefix = _form(header.prefix)
     return next((one.number - 1 for one in later if header.is_table or _form(one.prefix) == prefix), last)
 
@@ -219,12 +219,12 @@ def _rows(header: Line, below: Sequence[str]) -> tuple[Line, ...]:
 
 
 def _form(prefix: str) -> str:
-    """A prefix without what differs from line to line: times, counts."""
+    """A prefix without the parts that differ from line to line: times, counts."""
     return re.sub(r"\d+", "0", " ".join(prefix.split()))
 
 
 def _refuse_wrapped(matrix: Pasted, lines: Sequence[str]) -> None:
-    """Refuses lines that a terminal wrapped: such a line only goes on with the header or a row."""
+    """Refuses lines that a terminal wrapped: such a line only continues the header or a row."""
     if matrix.header.is_table:
         return
     rows = {row.number for row in matrix.rows}
@@ -246,7 +246,7 @@ def _refuse_wrapped(matrix: Pasted, lines: Sequence[str]) -> None:
 
 
 def _refuse_others(lines: Sequence[str]) -> None:
-    """Names what the text is instead of a matrix, if that can be told."""
+    """Says what the text is instead of a matrix, if that is recognized."""
     for number, line in enumerate(lines, 1):
         if _ROW.match(line.lstrip()) is None and _ERROR.search(line):
             said = "".join(one if one.isprintable() else " " for one in line.strip(" .\t"))
@@ -258,5 +258,5 @@ def _refuse_others(lines: Sequence[str]) -> None:
 
 
 def shortened(text: str, most: int = 40) -> str:
-    """A text that fits into a message."""
+    """A text shortened for a message."""
     return text if len(text) <= most else f"{text[:most]}..."

@@ -7,9 +7,9 @@ Rules, in order:
    strategy says (:mod:`placement.core.bundles`). Where GPUs are named, all replicas are on one node that has them all.
    A remote replica's capacity lies on one egress node, the CPUs and the memory of a CPU replica on one node.
 2. All replicas are placed, or none.
-3. A node is left out that has no set of GPUs as close together, or as fast, as the request demands.
+3. A node without a set of GPUs as close together, or as fast, as the request demands is excluded.
 4. A GPU replica goes where the best set on offer is fastest; among equals, to the node with the fewest
-   replicas of the same deployment, then to the one where others lose least by it (large sets stay whole),
+   replicas of the same deployment, then to the one where other requests lose least by it (large sets stay whole),
    then to the one with the fewest free GPUs. Fractions fill the fullest shared GPU that still
    fits. (:class:`~placement.core.policy.Policy` has other orders to choose from.)
 5. A remote replica goes to the node with the fewest replicas of the same deployment, in the domain with the
@@ -17,11 +17,11 @@ Rules, in order:
    that already serve the same (provider, API key) so that they can share a rate limiter, then to the one with
    the most capacity left. Its units come from the node's own resource for the provider, or, where that has too
    few left, from the general one.
-6. A CPU replica goes to a node without GPUs where one has room, whatever the policy; among equals, to the one with the
+6. A CPU replica goes to a node without GPUs if one has room, under every policy; among equals, to the one with the
    fewest replicas of the same deployment, then to the one with the fewest CPUs free, so that large requests keep room.
    On a node with GPUs it takes CPUs that these can spare, and leaves ``spared_milli`` for each GPU that is free; the
    node with the fewest free GPUs goes first.
-7. The last key is the node's name and id: the same input gives the same plan, to the letter.
+7. The last key is the node's name and id: the same input always gives the same plan.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ def plan(snapshot: Snapshot, request: Request) -> Plan | Unplaceable:
     """Chooses a node for each replica of ``request``.
 
     Returns:
-        The plan, or why there is none. Nothing is raised: both are answers.
+        The plan, or why there is none. Both are answers; nothing is raised.
     """
     return advance(snapshot, request)[0].outcome
 
 
 @dataclass(frozen=True)
 class Step:
-    """What became of one request.
+    """The outcome of one request.
 
     Attributes:
-        request: what was asked; for a refusal with what had been planned until then as standing.
+        request: what was asked; for a refusal, with the replicas planned before it as standing.
         outcome: its plan, or why there is none.
-        seen: the cluster as its first replica found it; as the refused replica found it, if one was.
+        seen: the cluster before its first replica was planned; for a refusal, before the refused replica.
     """
 
     request: Request
@@ -85,12 +85,12 @@ def vacate(
     deployment: str = "",
     called: tuple[str, str] | None = None,
 ) -> Snapshot:
-    """The snapshot as it is once these replicas have gone. Nodes that are no more are passed over.
+    """The snapshot without these replicas. Nodes that no longer exist are skipped.
 
     Args:
         snapshot: the cluster.
-        replicas: what leaves.
-        deployment: whose they are.
+        replicas: the replicas to remove.
+        deployment: their deployment.
         called: what they call, as (provider, key), if they are remote.
     """
     changed: dict[str, Node] = {}
@@ -113,9 +113,9 @@ def vacate(
 
 
 def advance(snapshot: Snapshot, request: Request) -> tuple[Step, Snapshot]:
-    """What becomes of a request, and the snapshot once that is done: the plan carried out, or nothing.
+    """The outcome of a request, and the snapshot after it: with the plan carried out, or unchanged.
 
-    Either way the request is among what is asked for then.
+    Either way the request is then part of the mix.
     """
     found = attempt(snapshot, request)
     if isinstance(found, Shortfall):
@@ -124,7 +124,7 @@ def advance(snapshot: Snapshot, request: Request) -> tuple[Step, Snapshot]:
 
 
 class _Cause:
-    """Why there is no room for a request. Worked out when it is asked, since that costs more than a plan."""
+    """Why there is no room for a request. Computed only when needed, as it costs more than a plan."""
 
     def __init__(
         self,
@@ -138,24 +138,24 @@ class _Cause:
 
     @cached_property
     def fitting(self) -> Counter[str]:
-        """Where the replicas would be for which there is room."""
+        """The places of the replicas that fit."""
         first_parts = {replica.replica_index: replica.node_id for replica in reversed(self._planned)}
         return Counter(first_parts.values())
 
     @cached_property
     def seen(self) -> Snapshot:
-        """The cluster as the replica finds it for which there is no room."""
+        """The cluster before the replica that does not fit was planned."""
         if not self._changed:
             return self._snapshot
         return self._snapshot.changed(_occupied(self._request, self._planned, self._changed))
 
     @cached_property
     def sifted(self) -> Sifted:
-        """What became of the nodes for it."""
+        """Which nodes were excluded for it, and why."""
         return sift(self.seen, self.asked(self._request))
 
     def asked(self, request: Request) -> Request:
-        """A request, once what fits of it is there."""
+        """A request after the replicas that fit have been planned."""
         return replace(request, standing=Counter(request.standing) + self.fitting)
 
 
@@ -164,9 +164,9 @@ class Shortfall:
     """No room for all replicas of a request.
 
     Attributes:
-        request: what was asked, cut to pieces if it is larger than a node.
-        fitting: for how many replicas there is room.
-        cause: why there is none for the next.
+        request: what was asked, divided if it is larger than a node.
+        fitting: how many replicas fit.
+        cause: why the next one does not.
     """
 
     request: Request
@@ -180,7 +180,7 @@ class Shortfall:
         return Step(refused, why, self.cause.seen)
 
     def of(self, other: Request) -> Shortfall:
-        """The same for another deployment, which asks for the same."""
+        """The same for another deployment with an equal request."""
         request = replace(
             self.request, deployment=other.deployment, replicas=other.replicas, standing=other.standing
         )
@@ -189,7 +189,7 @@ class Shortfall:
 
 @dataclass(frozen=True)
 class Withheld(Shortfall):
-    """A request that is told that it has no place, whatever room there is for it."""
+    """A member of a group that got no place: it has none even if there is room for it alone."""
 
     refusal: Unplaceable
 
@@ -199,7 +199,7 @@ class Withheld(Shortfall):
 
 
 def attempt(snapshot: Snapshot, request: Request) -> tuple[Step, Snapshot] | Shortfall:
-    """Plans a request; says what is planned, with the snapshot once that is done, or that there is no room."""
+    """Plans a request; returns the plan with the snapshot after it, or that there is no room."""
     if request.told is not None:
         return _as_told(snapshot, request, request.told)
     place = _place_local if request.provider is None else _place_remote
@@ -214,7 +214,7 @@ def attempt(snapshot: Snapshot, request: Request) -> tuple[Step, Snapshot] | Sho
 
 
 def _as_told(snapshot: Snapshot, request: Request, told: Told) -> tuple[Step, Snapshot] | Shortfall:
-    """Places replicas where the plan of their group has them."""
+    """Places replicas as the plan of their group says."""
 
     def withheld(why: Unplaceable) -> Withheld:
         return Withheld(request, 0, _Cause(snapshot, request, (), {}), why)
@@ -258,24 +258,24 @@ def _occupied(
 
 
 def _place_local(snapshot: Snapshot, request: Request) -> tuple[Request, Placed]:
-    """Places as many replicas as there is room for, the request cut to pieces if it is larger than a node."""
+    """Places as many replicas as fit; the request is divided if it is larger than a node."""
     place = _place_on_one_node if request.needs.named else _place_among
     return place(snapshot, request, eligible(snapshot, request))
 
 
 def _place_on_one_node(snapshot: Snapshot, request: Request, nodes: Bits) -> tuple[Request, Placed]:
-    """The same where GPUs are named: on the best node by the policy of those that have room for the most."""
+    """The same for named GPUs: on the nodes with room for the most replicas, the one that is best by the policy."""
     wanted = len(request.replicas) * request.stages
     ranked = []
     for bit in (snapshot.bit(node.id) for node in snapshot.nodes):
         if bit & nodes and (rank := rank_of(snapshot.at(bit), request.needs, request.policy)) is not None:
             ranked.append((-min(wanted, snapshot.at(bit).copies(request.needs)), rank, bit))
-    # Which GPUs are to be left to others is no question here.
+    # The GPUs are given, so what is left to others does not matter.
     asked = replace(request, policy=Policy.TOPOLOGY)
     found: list[Placed] = [([], {})]
     for room, _, bit in sorted(ranked):
         found.append(_place_among(snapshot, asked, bit)[1])
-        # How fast the best set is says nothing of the others that a replica is made of.
+        # The speed of the best set says nothing about the replica's other sets.
         is_best = request.stages == 1 and len(found[-1][0]) == len(request.replicas)
         if is_best or -room < wanted:
             break
@@ -283,7 +283,7 @@ def _place_on_one_node(snapshot: Snapshot, request: Request, nodes: Bits) -> tup
 
 
 def _slowest(snapshot: Snapshot, request: Request, placed: Placed) -> Score:
-    """How good the slowest of the sets is that replicas are made of."""
+    """How good the slowest set of the replicas is."""
     sets = [(snapshot.node(one.node_id).topology, one.gpus) for one in placed[0]]
     scores = [slowest_group(topology, gpus, request.needs.gpus) for topology, gpus in sets]
     return min(scores, default=Score(0.0))
@@ -297,7 +297,7 @@ def _place_among(snapshot: Snapshot, request: Request, nodes: Bits) -> tuple[Req
             if placed[0]:
                 return one, placed
         return bundles.place(snapshot, request, nodes)
-    # That policy looks at CPUs by itself, but not at what is to be spared.
+    # That policy counts CPUs by itself, but not the CPUs to leave for free GPUs.
     look = request.policy is not Policy.FRAGMENTATION or request.spared_milli
     allowed = nodes & roomy(snapshot, request) if look else nodes
     if request.on_cpus:
@@ -306,7 +306,7 @@ def _place_among(snapshot: Snapshot, request: Request, nodes: Bits) -> tuple[Req
         placed = _place_singly(snapshot, request, allowed)
         if len(placed[0]) == len(request.replicas):
             return request, placed
-        if request.needs.floor:  # the best set for one may be two that others need
+        if request.needs.floor:  # the best set for one may break two sets that others need
             placed = max(placed, gangs.place(snapshot, request, allowed), key=lambda found: len(found[0]))
     else:
         placed = gangs.place(snapshot, request, allowed)
@@ -321,7 +321,7 @@ def _place_among(snapshot: Snapshot, request: Request, nodes: Bits) -> tuple[Req
 
 
 def _place_singly(snapshot: Snapshot, request: Request, allowed: Bits) -> Placed:
-    """Each replica on the node that is best for it, one after the other."""
+    """Places each replica on the node that is best for it, one after the other."""
     if request.policy is Policy.FRAGMENTATION:
         return _place_kindly(snapshot, request, allowed)
     needs, policy = request.needs, request.policy
@@ -350,8 +350,8 @@ def _place_singly(snapshot: Snapshot, request: Request, allowed: Bits) -> Placed
 
 
 def _place_kindly(snapshot: Snapshot, request: Request, allowed: Bits) -> Placed:
-    """The same, each where all that is asked for keeps the most room."""
-    from placement.core.room import room_of  # numpy takes longer to import than most plans take
+    """The same, each where all kinds of requests keep the most room."""
+    from placement.core.room import room_of  # importing numpy takes longer than most plans
 
     room, mix = room_of(snapshot), snapshot.mix.plus(request)
     crowd = Crowd(snapshot, request, allowed)
@@ -362,7 +362,7 @@ def _place_kindly(snapshot: Snapshot, request: Request, allowed: Bits) -> Placed
     try:
         for index in request.replicas:
             wanted = crowd.open()
-            if with_gpus:  # those without come first
+            if with_gpus:  # nodes without GPUs come first
                 apart = [bits & ~with_gpus for bits in wanted] + [bits & with_gpus for bits in wanted]
                 wanted = [bits for bits in apart if bits]
             found = room.choose(request, mix, wanted, crowd.on)
@@ -382,7 +382,7 @@ def _place_kindly(snapshot: Snapshot, request: Request, allowed: Bits) -> Placed
 
 
 def _place_remote(snapshot: Snapshot, request: Request) -> tuple[Request, Placed]:
-    """Places as many replicas as there is capacity for."""
+    """Places as many remote replicas as there is capacity for."""
     provider = request.provider or ""
     identity = request.calls
     asked = limits_without_gpus(request)

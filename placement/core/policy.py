@@ -8,7 +8,7 @@ from typing import Any
 from placement.core.shape import Offer
 
 Rank = tuple[tuple[Any, ...], tuple[Any, ...]]
-"""How welcome a node is to a request; the least is best. Between the halves, replicas of the same deployment count."""
+"""A node's rank for a request; the least is best. Between its halves, replicas of the same deployment are compared."""
 
 
 class Policy(StrEnum):
@@ -21,7 +21,7 @@ class Policy(StrEnum):
     TOPOLOGY = "topology"
     """The fastest set on offer; then fewest replicas of the same deployment; then the set that costs others least.
 
-    A share of a GPU goes where others miss it least; only among equals replicas spread."""
+    A share of a GPU goes where it costs others least; replicas spread only among equals."""
     PACK = "pack"
     """The fullest node."""
     SPREAD = "spread"
@@ -31,13 +31,14 @@ class Policy(StrEnum):
     LEAST_LOADED = "least_loaded"
     """The node with the most free GPUs; then as topology."""
     FRAGMENTATION = "fragmentation"
-    """The fastest set on offer; then what leaves most room for all that is asked for (:mod:`placement.core.room`);
-    then fewest replicas of the same deployment. For fleets of shares, single GPUs and large sets."""
+    """The fastest set on offer; then the set that leaves most room for all kinds of requests
+    (:mod:`placement.core.room`); then fewest replicas of the same deployment. For fleets of shares, single GPUs and
+    large sets."""
 
     def rank(self, offer: Offer, shared: bool = False, replicas: int = 0) -> Rank:
-        """Sorts offers, of shares if ``shared``, of nodes with so many replicas (which only round robin asks).
+        """The rank of an offer; ``shared`` for shares. Only round robin uses the number of replicas on the node.
 
-        Before the second half, replicas of the same deployment count.
+        Replicas of the same deployment are compared before the second half.
         """
         slowness, loss, rest, free = offer
         match self:

@@ -1,15 +1,15 @@
-"""What is to be done so that a deployment is as it is declared: ``reconcile(desired, observed, snapshot)``.
+"""Which actions make a deployment match its declaration: ``reconcile(desired, observed, snapshot)``.
 
-The loop of the service is: look at what is there, ask here what is to be done, do it, look again. Nothing is remembered
-between two rounds, so that a change that was cut off, a node that died and a declaration that waited for room all
-take the same way. Promises:
+The loop of the service is: look at what is there, ask here what to do, do it, look again. Nothing is remembered
+between two rounds, so that an interrupted change, a node that died and a declaration that waited for room all
+take the same path. Promises:
 
-1. What satisfies the declaration stays (:mod:`placement.core.staying` decides).
-2. What is replaced is given up only once its replacement has room: beside it, or in its own place.
-3. What is there and no longer wanted is given back, whether there is room for the rest or not.
-4. All that is missing is placed at once if that is possible; if not, each replica by itself, the first by index. A
-   gang's are placed all at once or not at all.
-5. Carried out, the actions leave nothing to do but to wait: a second round has no other.
+1. A replica that satisfies the declaration stays (:mod:`placement.core.staying` decides).
+2. A replica is given up only once its replacement has room: beside it, or in its place.
+3. A replica that is no longer wanted is given back, even if there is no room for the rest.
+4. All missing replicas are placed at once if possible; if not, one by one, in the order of their indices. The replicas
+   of a gang are placed all at once or not at all.
+5. Once the actions are carried out, only waiting is left: a second round has no other action.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Desired:
     """One deployment as it is declared now.
 
     Attributes:
-        request: what is asked for; of ``replicas`` all that are wanted, 0 to n-1. ``standing`` is empty.
-        gang: replicas that are missing are placed all at once, or none of them.
-        releasing: all of it is to go.
+        request: the request; its ``replicas`` are all that are wanted, 0 to n-1. ``standing`` is empty.
+        gang: missing replicas are placed all at once, or none of them.
+        releasing: the deployment is being released.
     """
 
     request: Request
@@ -51,8 +51,8 @@ class Observed:
 
     Attributes:
         parts: what it holds on each node, by ranks.
-        request: that of the declaration under which it was placed; which replicas it names is of no meaning.
-        gone: whether its placement group is not there any more.
+        request: that of the declaration by which it was placed; its ``replicas`` have no meaning.
+        gone: whether its placement group no longer exists.
     """
 
     parts: tuple[PlannedReplica, ...]
@@ -62,9 +62,9 @@ class Observed:
 
 @dataclass(frozen=True)
 class Drop:
-    """A replica is lost: what is left of it is to be given back, and it is to be forgotten.
+    """A replica is lost: give back what is left of it, and forget it.
 
-    ``nodes``: ids of its nodes that are no more; none if its placement group alone is gone.
+    ``nodes``: ids of its nodes that no longer exist; empty if only its placement group is gone.
     """
 
     index: int
@@ -73,21 +73,21 @@ class Drop:
 
 @dataclass(frozen=True)
 class Keep:
-    """Replicas of an earlier declaration satisfy this one: they count as replicas of this one from now on."""
+    """Replicas of an earlier declaration satisfy this one: from now on they count as replicas of this one."""
 
     indices: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Release:
-    """Replicas are to be given back: they are no longer wanted, or what comes next takes their place."""
+    """Give back replicas: they are no longer wanted, or the next action needs their place."""
 
     indices: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Reserve:
-    """A plan is to be carried out; after that, what it ``replaces`` is to be given back."""
+    """Carry out a plan; after that, give back what it ``replaces``."""
 
     plan: Plan
     replaces: tuple[int, ...] = ()
@@ -95,7 +95,7 @@ class Reserve:
 
 @dataclass(frozen=True)
 class Wait:
-    """There is no room for these replicas. Those of them that an earlier declaration placed stay as they are."""
+    """There is no room for these replicas. Those of them that were placed by an earlier declaration stay."""
 
     indices: tuple[int, ...]
     refusal: Unplaceable
@@ -106,12 +106,12 @@ Action = Drop | Keep | Release | Reserve | Wait
 
 @dataclass(frozen=True)
 class Decision:
-    """What is to be done.
+    """The decision.
 
     Attributes:
-        actions: in the order in which they are to be executed; none if nothing is to be done.
-        snapshot: the cluster once they have been.
-        refusal: why nothing is done; only of what is ``atomic``.
+        actions: in the order of execution; empty if there is nothing to do.
+        snapshot: the cluster after the actions.
+        refusal: why nothing is done; only with ``atomic``.
         step: what was planned first, or, if something waits or is refused, what was refused; ``None`` if nothing
             is missing.
     """
@@ -130,15 +130,15 @@ def reconcile(
     atomic: bool = False,
     may_wait: Collection[int] = (),
 ) -> Decision:
-    """What is to be done so that ``desired`` is there.
+    """Which actions make the cluster match ``desired``.
 
     Args:
         desired: the declaration.
         observed: index -> replica, of all that are there.
-        snapshot: the cluster; what is observed is held on it.
-        atomic: if there is no room for all that is missing, nothing is done.
-        may_wait: indices that were waiting before, there or not. If ``atomic``, there need be no room for them, nor
-            for those that were lost with a node.
+        snapshot: the cluster, which includes what is observed.
+        atomic: if there is no room for all missing replicas, nothing is done.
+        may_wait: indices that were waiting before. With ``atomic``, these need no room, nor do
+            replicas that were lost with a node.
     """
     return _Round(desired, observed, snapshot, _Refused()).decide(atomic, may_wait)
 
@@ -146,7 +146,7 @@ def reconcile(
 def outcome(
     desired: Desired, observed: Mapping[int, Observed], actions: Iterable[Action]
 ) -> dict[int, Observed]:
-    """What is there once actions are carried out."""
+    """The replicas after the actions."""
     there = dict(observed)
     for action in actions:
         if isinstance(action, Drop):
@@ -174,12 +174,12 @@ def _by_index(plan: Plan) -> dict[int, tuple[PlannedReplica, ...]]:
 def admit(
     waiting: Sequence[tuple[Key, Desired, Mapping[int, Observed]]], snapshot: Snapshot
 ) -> list[tuple[Key, Decision]]:
-    """Looks at all that waits, with one snapshot: each on what those before it leave.
+    """Plans the whole queue on one snapshot: each entry on what those before it leave.
 
-    Which goes first is the caller's to say: by age now, by priority or quota later.
+    The caller decides the order: by age now, by priority or quota later.
 
     Args:
-        waiting: key, declaration and what is there of it; those that go first come first.
+        waiting: key, declaration and its existing replicas, in the order of the queue.
         snapshot: the cluster.
     """
     refused = _Refused()
@@ -192,17 +192,17 @@ def admit(
 
 
 class _Refused:
-    """Requests for which there was no room on a cluster that has only lost room since."""
+    """Requests that were refused on a cluster that has only lost room since."""
 
     def __init__(self) -> None:
         self._known: dict[Hashable, Shortfall] = {}
 
     def clear(self) -> None:
-        """Forgets all: there may be more room now."""
+        """Forgets all refusals: there may be more room now."""
         self._known.clear()
 
     def attempt(self, snapshot: Snapshot, request: Request) -> tuple[Step, Snapshot] | Shortfall:
-        """Plans a request, unless it is known that there is no room."""
+        """Plans a request, unless an equal one is known to be refused."""
         alike = request.likeness
         if alike is None:
             return attempt(snapshot, request)
@@ -218,7 +218,7 @@ class _Refused:
 _ASKED = attrgetter(
     *(one.name for one in fields(Request) if one.name not in ("replicas", "standing", "kept_away_by", "told"))
 )
-"""What a declaration asks for, without which replicas are meant and what others have to do with it."""
+"""A declaration's request, without the indices of its replicas and its relations to other deployments."""
 
 
 def _ask_the_same(one: Request, other: Request) -> bool:
@@ -226,15 +226,15 @@ def _ask_the_same(one: Request, other: Request) -> bool:
 
 
 class _Round:
-    """One look at a deployment, and what is decided on the way.
+    """One round of reconciling a deployment, with its decisions so far.
 
     Attributes:
-        stays: replicas that are as declared, placed just now or before.
-        outdated: those that are to be replaced.
-        surplus: those that are not wanted any more.
-        missing: the indices of those that are not there.
-        dropped: those of them that were lost.
-        holding: those that are to be replaced, too, but not now.
+        stays: replicas that match the declaration, placed just now or before.
+        outdated: replicas to be replaced.
+        surplus: replicas that are no longer wanted.
+        missing: the indices of replicas that are not there.
+        dropped: the missing ones that were lost.
+        holding: replicas to be replaced, but not now.
     """
 
     def __init__(
@@ -264,10 +264,12 @@ class _Round:
         return self.wait(self.place())
 
     def decide_atomic(self, may_wait: Collection[int]) -> Decision:
-        """Places all that must be placed, or does nothing; then what may wait."""
+        """Places all that must be placed, or does nothing; then places what may wait."""
         may = [index for index in self.missing if index in may_wait]
         holding = {index: one for index, one in self.outdated.items() if index in may_wait}
-        if holding and self.place_jointly() is None:  # what waits to be replaced may make room for the others
+        if (
+            holding and self.place_jointly() is None
+        ):  # a replica that waits to be replaced may make room for the others
             return self.wait(None)
         if self.desired.gang and len(may) + len(holding) < len(self.missing) + len(self.outdated):
             may, holding = [], {}
@@ -287,7 +289,7 @@ class _Round:
         return decision if planned is None else replace(decision, step=planned)
 
     def sort(self) -> None:
-        """Tells apart what is lost, what stays, what is outdated and what is not wanted."""
+        """Sorts the replicas: lost, staying, outdated, or no longer wanted."""
         request, snapshot, stays = self.desired.request, self.snapshot, self.stays
         wanted = frozenset(request.replicas)
         earlier: list[tuple[Request, dict[int, Observed]]] = []
@@ -321,7 +323,7 @@ class _Round:
         self.missing = [i for i in request.replicas if i not in self.stays and i not in self.outdated]
 
     def place(self) -> Step | None:
-        """Places what is missing or outdated, as far as there is room; says why not for the rest."""
+        """Places what is missing or outdated, as far as there is room; returns why the rest is not placed."""
         short: Shortfall | None = None
         while self.missing or self.outdated:
             refused = self.place_jointly()
@@ -331,14 +333,14 @@ class _Round:
                 break
             self.release_surplus()
             short = self.place_singly()
-            # What was replaced may have left room, and without what was placed the others may fit together.
+            # Replaced replicas may have left room, and the rest may now fit together.
             if not outdated or len(self.missing) + len(self.outdated) == left:
                 break
         self.release_surplus()
         return None if short is None else short.step()
 
     def place_jointly(self) -> tuple[Shortfall, Shortfall] | None:
-        """Places all at once: beside what leaves, or in its place; if there is no room, says why not for both."""
+        """Places all at once: beside what they replace, or in its place; if neither fits, returns both reasons."""
         leaving = {**self.outdated, **self.surplus}
         indices = tuple(sorted([*self.missing, *self.outdated]))
         request = self.asking(indices, self.holding)
@@ -354,9 +356,9 @@ class _Round:
         return None
 
     def place_singly(self) -> Shortfall | None:
-        """Places one after the other; returns why not for the first for which there is no room.
+        """Places one after the other; returns the refusal of the first that does not fit.
 
-        Of one that is not there yet, rather than of one that is to be replaced.
+        A missing replica counts before one that is to be replaced.
         """
         refused: Shortfall | None = None
         holds: Shortfall | None = None
@@ -367,13 +369,13 @@ class _Round:
                 request = self.asking((index,), self.outdated)
                 found = self.refused.attempt(self.snapshot, request)
                 if isinstance(found, Shortfall):
-                    refused = found  # the others ask for the same
+                    refused = found  # the others have equal requests
                 else:
                     self.reserve(*found)
         return refused or holds
 
     def replace_one(self, index: int) -> Shortfall | None:
-        """Replaces one: beside it, or in its place; if there is no room, says why not beside it."""
+        """Replaces one: beside it, or in its place; if neither fits, returns the refusal for a place beside it."""
         others = {other: one for other, one in self.outdated.items() if other != index}
         request = self.asking((index,), others)
         beside = self.refused.attempt(self.snapshot, request)
@@ -388,7 +390,7 @@ class _Round:
         return None
 
     def wait(self, step: Step | None) -> Decision:
-        """The decision, in which all that has found no room waits."""
+        """The decision, in which all that found no room waits."""
         left = tuple(sorted([*self.missing, *self.outdated]))
         if step is not None and left:
             assert isinstance(step.outcome, Unplaceable)
@@ -398,24 +400,24 @@ class _Round:
     # -- what the actions do -----------------------------------------------------------------------
 
     def asking(self, indices: tuple[int, ...], others: Mapping[int, Observed]) -> Request:
-        """The request for some replicas, beside those that stay and others that are there as yet."""
+        """The request for some replicas, with those that stay and others that are still there as standing."""
         begin = [parts[0].node_id for parts in self.stays.values()]
         begin += [one.parts[0].node_id for one in others.values()]
         return replace(self.desired.request, replicas=indices, standing=Counter(begin))
 
     def release(self, indices: Iterable[int]) -> None:
-        """Decides to give some back."""
+        """Decides to give some replicas back."""
         leaving = tuple(sorted(indices))
         if leaving:
             self.actions.append(Release(leaving))
             self.vacate(leaving)
 
     def release_surplus(self) -> None:
-        """Decides to give back what is not wanted any more."""
+        """Decides to give back what is no longer wanted."""
         self.release(self.surplus)
 
     def reserve(self, step: Step, later: Snapshot, replaces: Iterable[int] = ()) -> None:
-        """Decides to place what is planned, and to give back what it replaces."""
+        """Decides to carry out the plan, and to give back what it replaces."""
         assert isinstance(step.outcome, Plan)
         leaving = tuple(sorted(replaces))
         self.actions.append(Reserve(step.outcome, leaving))
@@ -427,14 +429,14 @@ class _Round:
         self.missing = [i for i in self.missing if i not in self.stays]
 
     def vacate(self, indices: Sequence[int]) -> None:
-        """Notes that some of what is there has gone."""
+        """Records that some replicas are gone."""
         if indices:
             self.snapshot = self.without(indices, self.snapshot)
             self.surplus = {i: one for i, one in self.surplus.items() if i not in indices}
             self.refused.clear()
 
     def without(self, indices: Iterable[int], snapshot: Snapshot) -> Snapshot:
-        """The snapshot once some of what is there has gone."""
+        """The snapshot without some of the replicas."""
         leaving: dict[tuple[str, str] | None, list[PlannedReplica]] = {}
         for index in indices:
             one = self.observed[index]

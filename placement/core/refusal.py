@@ -1,4 +1,4 @@
-"""The error with which a replica that finds no place is refused, by what became of the nodes for it."""
+"""The error for a replica that finds no place, made from the reasons that excluded the nodes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from placement.errors import (
 
 
 def refusal_of(request: Request, index: int, sifted: Sifted) -> Unplaceable:
-    """Why replica ``index`` finds no place, by what became of the nodes for it."""
-    # A refusal names the stage at which no node was left, and what would help: else the planner is at fault.
+    """The error for replica ``index``, made from the reasons that excluded the nodes."""
+    # A refusal must name the stage at which no node was left, and what would help; otherwise the planner has a defect.
     assert sifted[3] and sifted[2] and not sifted[0].stages[-1].kept, (request, sifted[0].stages)
     if request.on_cpus:
         return _refuse_cpus(request, index, sifted)

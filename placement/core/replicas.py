@@ -1,4 +1,4 @@
-"""What a plan consists of: replicas with their places, and the nodes as they are then."""
+"""The parts of a plan: replicas with their places, and the nodes after them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from placement.core.snapshot import Snapshot
 
 @dataclass(frozen=True)
 class PlannedReplica:
-    """What one replica takes on one node: GPUs, egress units, or CPUs alone.
+    """What one replica takes on one node: GPUs, egress units, or only CPUs.
 
     A replica over several nodes is several of these with the same ``replica_index``.
 
     Attributes:
         gpus: in the order of ``ranks``.
-        ranks: which ranks of the replica run here; empty where all do, in order.
-        set_size: GPUs of each of the sets that the replica is made of; 0 where all of its GPUs are one.
+        ranks: which ranks of the replica run here; empty if all do, in order.
+        set_size: GPUs of each of the replica's sets; 0 if all of its GPUs are one set.
         share: thousandths of each GPU.
-        profile: that of the MIG instance which ``gpus`` is; empty for a GPU.
-        cpu_milli, memory_bytes: CPUs (thousandths) and memory that it takes as well, or alone.
+        profile: the profile of the MIG instance in ``gpus``; empty for a GPU.
+        cpu_milli, memory_bytes: CPUs (thousandths) and memory that it takes, beside GPUs or without.
     """
 
     replica_index: int
@@ -45,11 +45,11 @@ class PlannedReplica:
 
 @dataclass(frozen=True)
 class Plan:
-    """A decision. Nothing is reserved by it.
+    """A decision about places. It reserves nothing.
 
     Attributes:
-        replicas: by index; of one over several nodes, one for each.
-        set_size: how many GPUs each of the sets has that a replica is made of.
+        replicas: by index; a replica over several nodes has an entry for each node.
+        set_size: GPUs of each of a replica's sets.
     """
 
     deployment: str
@@ -58,11 +58,11 @@ class Plan:
 
 
 Placed = tuple[list[PlannedReplica], dict[Bits, Node]]
-"""Replicas that found a place, and the nodes as they are then."""
+"""Replicas that found a place, and the nodes after them."""
 
 
 def take(index: int, node: Node, taken: Choice, request: Request) -> tuple[PlannedReplica, Node]:
-    """The replica on a node that takes this there, and the node afterwards."""
+    """The replica that takes this on a node, and the node afterwards."""
     planned = PlannedReplica(
         index,
         node.id,
@@ -101,7 +101,7 @@ def in_parts(sets: Sequence[PlannedReplica]) -> list[PlannedReplica]:
 
 
 class Crowd:
-    """How many replicas of one deployment sit on each node and, where it spreads, in each domain.
+    """How many replicas of one deployment are on each node and, if it spreads, in each domain.
 
     Args:
         snapshot: the cluster.
@@ -128,7 +128,7 @@ class Crowd:
                 self.add(bit)
 
     def add(self, bit: Bits) -> None:
-        """Notes one replica more on a node."""
+        """Counts one more replica on a node."""
         old = self._level_of.get(bit, 0)
         self._level_of[bit] = old + 1
         if len(self._levels) == old + 1:
@@ -146,7 +146,7 @@ class Crowd:
         return self._level_of.get(bit, 0)
 
     def domains(self) -> list[list[Bits]]:
-        """The domains that may take more replicas, in sets: the fewest replicas first."""
+        """The domains that may take more replicas, as sets of nodes: the fewest replicas first."""
         by_count: dict[int, list[Bits]] = {}
         for domain, bits in self._domains.items():
             count = self._in_domain[domain]
@@ -168,11 +168,11 @@ class Crowd:
         ]
 
     def close(self, bits: Bits) -> None:
-        """Takes no more replicas on these nodes."""
+        """Excludes these nodes from now on."""
         self._levels = [level & ~bits for level in self._levels]
 
     def open(self) -> list[Bits]:
-        """The nodes in sets: the fewest replicas in the domain first."""
+        """The nodes as sets: the fewest replicas in the domain first."""
         anywhere = 0
         for level in self._levels:
             anywhere |= level
@@ -181,7 +181,7 @@ class Crowd:
         return [anywhere & reduce(or_, domains) for domains in self.domains()]
 
     def preference(self) -> list[Bits]:
-        """The nodes in sets: the fewest replicas in the domain first, then the fewest on the node."""
+        """The nodes as sets: the fewest replicas in the domain first, then the fewest on the node."""
         if not self._domains:
             return self._levels
         by_count: dict[int, Bits] = {}

@@ -16,23 +16,23 @@ class Strategy(StrEnum):
     """How the bundles of one placement group are spread over nodes; each means what it means in Ray."""
 
     PACK = "PACK"
-    """On as few nodes as can be."""
+    """On as few nodes as possible."""
     STRICT_PACK = "STRICT_PACK"
     """On one node."""
     SPREAD = "SPREAD"
-    """On as many nodes as can be."""
+    """On as many nodes as possible."""
     STRICT_SPREAD = "STRICT_SPREAD"
     """Each on a node of its own."""
 
 
 Resources = tuple[tuple[str, int], ...]
-"""Custom resource of Ray's -> amount, sorted."""
+"""Ray's custom resource -> amount, sorted."""
 
 
 class Bundle(NamedTuple):
     """What one bundle of a placement group takes: whole GPUs, CPUs (thousandths), memory, and label -> condition.
 
-    ``resources``: custom ones of Ray's, in its own smallest units; see :data:`~placement.core.node.UNIT`.
+    ``resources``: Ray's custom resources, in its smallest units; see :data:`~placement.core.node.UNIT`.
     """
 
     gpus: int
@@ -51,7 +51,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Told:
-    """What was planned of a deployment with the group that it is a member of (:mod:`placement.core.roles`).
+    """The plan for a deployment that was made with its group (:mod:`placement.core.roles`).
 
     Attributes:
         places: replica -> where each of its tensor-parallel groups goes, in rank order.
@@ -70,32 +70,32 @@ class Request:
 
     Attributes:
         replicas: indices of the replicas to place.
-        needs: what each needs of a node's GPUs; none where ``provider`` is set, and for a CPU replica.
-        stages: a replica is so many times ``needs``: tensor-parallel groups, one for each pipeline stage.
-        parts: a group lies on so many nodes of one NVLink domain, ``needs`` on each.
+        needs: what each needs of a node's GPUs; none if ``provider`` is set, and for a CPU replica.
+        stages: how many times a replica has ``needs``: one tensor-parallel group for each pipeline stage.
+        parts: on how many nodes of one NVLink domain a tensor-parallel group is, with ``needs`` on each.
         divisible: a replica that no node can hold may be cut into stages.
         policy: which node goes first among those with room.
         provider, key: what a remote replica calls, and the fingerprint of its API key.
         egress: egress units per remote replica.
-        gpu_nodes, egress_nodes, cpu_nodes: only these nodes, by id, name or address; ``None`` means any. The one counts
-            that is of its kind: :attr:`only_nodes`.
+        gpu_nodes, egress_nodes, cpu_nodes: only these nodes, by id, name or address; ``None`` means any. Only the one
+            for the request's kind counts: :attr:`only_nodes`.
         egress_preference: egress nodes to try first, best first.
         labels: label -> condition, in Ray's syntax (``"a"``, ``"!a"``, ``"in(a, b)"``, ``"!in(a, b)"``).
         accelerators: accelerator types, as Ray names them.
-        compute_capability: the least that will do.
-        cpu_milli, memory_bytes: CPUs (thousandths) and memory that it takes for each ``needs`` as well; all that a CPU
+        compute_capability: the least that is accepted.
+        cpu_milli, memory_bytes: CPUs (thousandths) and memory that it also takes with each ``needs``; all that a CPU
             replica takes.
         spared_milli: CPUs (thousandths) that a CPU replica leaves on its node for each GPU that is free there.
         apart_from, near_to: deployments that must not, or must, have a replica on the node.
         kept_away_by: deployments that ask to be apart from this one: they must not be on the node either.
         spread_label, max_per_domain: at most so many replicas on nodes with one value of that label.
-        standing: node id -> replicas of the same deployment that already sit there, or begin there.
-        bundles: what each takes, where a replica may lie on several nodes bundle by bundle. ``needs``, ``cpu_milli``
-            and ``memory_bytes`` are then those of all together (:mod:`placement.core.bundles`).
+        standing: node id -> how many replicas of the same deployment are there already, or have their first part there.
+        bundles: what each bundle takes, if a replica is laid out bundle by bundle. ``needs``, ``cpu_milli``
+            and ``memory_bytes`` are then the sums (:mod:`placement.core.bundles`).
         strategy: how the bundles are spread.
         domain_label: all bundles are on nodes with one value of this label; ``None`` for any nodes.
         resources: custom resources that it takes, all bundles together.
-        told: where the replicas go, if that is not to be chosen.
+        told: where the replicas go, if their group's plan has decided it.
     """
 
     deployment: str
@@ -149,9 +149,9 @@ class Request:
 
     @property
     def likeness(self) -> Hashable:
-        """Equal for requests of which, for as many replicas, all have room or none has, and for the same reasons.
+        """Equal for requests that, with the same number of replicas, all fit or all do not, for the same reasons.
 
-        ``None`` where it matters who is where, and where a GPU that is taken makes room for CPU replicas.
+        ``None`` if the result depends on where other replicas are, or if taking a GPU makes room for CPU replicas.
         """
         stand = any(self.standing.values())
         if self.spared_milli or self.told is not None or self.apart_from or self.near_to or self.kept_away_by:

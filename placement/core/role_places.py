@@ -1,4 +1,4 @@
-"""The places that a replica of a group may have beside others, and what each costs; see :mod:`placement.core.roles`."""
+"""The possible places of a group's replicas beside others, and their cost; see :mod:`placement.core.roles`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Each at least 0: of speeds, what is missing to :data:`_FASTEST`. Steps are those
 
 NOTHING: Cost = (0, 0, 0, 0, 0)
 _FASTEST = 1 << 32
-"""MB/s; faster than anything."""
+"""MB/s; faster than any link."""
 
 
 def plus(one: Cost, other: Cost, times: int = 1) -> Cost:
@@ -62,14 +62,14 @@ _INSIDE = RoleLink(("", ""), Via.NVLINK)
 """The tensor-parallel groups of a replica talk to each other."""
 
 Level = tuple[int, int]
-"""Level and slowness of a route, to be compared."""
+"""Level and slowness of a route, for comparison."""
 
 NONE: Level = (-3, -_FASTEST)
-"""Better than any: of no route."""
+"""Better than any route: the value if there is none."""
 
 
 class Option(NamedTuple):
-    """A place for a replica. Sorts from the most to the least welcome."""
+    """A place for a replica. Sorts from the best to the worst."""
 
     worst: Level
     cost: Cost
@@ -82,14 +82,14 @@ class Option(NamedTuple):
 
 @dataclass
 class Partial:
-    """Where some replicas are, while others are being placed.
+    """Where replicas are, while others are being placed.
 
     Attributes:
         limit: no route is slower.
         left: what is left of the nodes that are not like others any more.
         at: where the pieces of replicas are.
         crowd: (node, deployment) -> how many replicas have been placed there.
-        seen: how many places have been looked at.
+        seen: how many places have been considered.
     """
 
     limit: Level
@@ -104,7 +104,7 @@ class Places:
 
     Args:
         snapshot, roles, requests, standing: as in :func:`placement.core.roles.plan`.
-        floors: whether those of the links count.
+        floors: whether the links' floors count.
 
     Attributes:
         roles: as given.
@@ -159,7 +159,7 @@ class Places:
         return self.cut_off or self._sets.bounded
 
     def without_nvlink(self) -> Unplaceable | None:
-        """Why a transport over NVLink cannot be had at all, if that is so."""
+        """Why a link via NVLink is impossible on all nodes; ``None`` if it is possible."""
         for link in self.roles.links:
             if link.via is not Via.NVLINK or not self.todo:
                 continue
@@ -189,7 +189,7 @@ class Places:
         return Left(node.mask | slots, tuple(sorted(node.rests.items())), node.cpu_milli, node.memory_bytes)
 
     def _alike(self) -> list[list[Bits]]:
-        """The nodes that may be used, in classes of which any may stand for any other."""
+        """The nodes that may be used, in classes of interchangeable nodes."""
         labels = {*self._snapshot.near, GPU_DOMAIN_LABEL, *(link.within for link in self.roles.links)}
         takes = any(request.cpu_milli or request.memory_bytes for request in self._requests.values())
         anywhere = 0
@@ -373,7 +373,7 @@ class Places:
         return {piece[0]: bit for piece, (bit, _) in now.at.items() if piece[0] in self._named}
 
     def begin(self, limit: Level) -> Partial:
-        """What stands, and the nodes where it does; no route of what is placed is to be slower."""
+        """The placed replicas and their nodes; no new route may be slower than ``limit``."""
         return Partial(limit, dict(self._touched), self.placed())
 
     def placed(self) -> dict[Piece, tuple[Bits, Gpus]]:
@@ -381,7 +381,7 @@ class Places:
         return dict(self._stands)
 
     def taken(self, name: str, left: Left | None, option: Option) -> Left:
-        """A node once a replica is there."""
+        """A node after a replica was placed there."""
         request, left = self._requests[name], left or self._whole(option.bit)
         rests = left.rests
         if request.needs.shared:

@@ -10,8 +10,8 @@ from placement.core.role_places import NONE, NOTHING, Cost, Level, Piece, Places
 from placement.core.routes import Gpus
 
 STEPS = 20_000
-"""So many places one round of the search looks at, and then it only goes on as it would if each first choice were the
-best; there are a few rounds. Some tenths of a second each."""
+"""How many places one round of the search considers; then it only completes the choice by taking each first place as
+the best; there are a few rounds. Some tenths of a second each."""
 
 _ANY: Level = (1 << 30, 0)
 
@@ -21,7 +21,7 @@ class _Found(NamedTuple):
 
     Attributes:
         worst: the slowest route between two that talk.
-        at: where all are, also those that stand.
+        at: where all replicas are, including those placed before.
     """
 
     worst: Level
@@ -39,7 +39,7 @@ def solve(places: Places, todo: Sequence[Piece]) -> _Found | None:
     several = 0 < len(unit) < len(todo)
     best: _Found | None = None
     least = NONE
-    if several:  # no unit of several can do better than one does alone
+    if several:  # no unit can do better beside others than alone
         alone = solve(places, unit)
         if alone is None:
             return None
@@ -62,14 +62,14 @@ def solve(places: Places, todo: Sequence[Piece]) -> _Found | None:
 
 
 class _Run:
-    """One search: depth first, replica after replica, the most welcome place first.
+    """One search: depth first, replica after replica, the best place first.
 
     Args:
         places: those that they may have.
         todo: the replicas, unit by unit.
         limit: no route is slower.
-        bound: the least that a unit costs of which nothing stands.
-        stood: the units of which something does.
+        bound: the least cost of a unit of which nothing is placed yet.
+        stood: the units of which something is placed already.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class _Run:
         self._begins = [units.index(unit) for unit in units]
         self._ends = [len(units) - units[::-1].index(unit) for unit in units]
         self._least = [NOTHING] * (ends + 1)
-        """All replicas from one on cost no less than this."""
+        """A lower bound of the cost of all replicas from one on."""
         for i in range(ends - 1, -1, -1):
             before = [*places.standing_of(units[i]), *todo[self._begins[i] : i]]
             self._least[i] = plus(self._least[i + 1], places.least(todo[i], before))
@@ -96,17 +96,17 @@ class _Run:
         self._any = False
 
     def first(self) -> _Found | None:
-        """Any places."""
+        """The first places found."""
         self._any = True
         return self.best()
 
     def best(self) -> _Found | None:
-        """The places that cost least."""
+        """The places with the least cost."""
         self._dive(0, NONE, NOTHING)
         return self._found
 
     def _dive(self, i: int, worst: Level, cost: Cost) -> bool:
-        """Places what is left from one replica on; whether nothing better can come."""
+        """Places the replicas from one on; returns whether nothing better can follow."""
         now = self._now
         if i == len(self._todo):
             self._found = _Found(worst, cost, dict(now.at))

@@ -1,10 +1,10 @@
 """Groups of roles: deployments whose replicas talk to each other, planned as one.
 
-A group consists of *units*, each with so many replicas of every *role*: one prefill replica with two decode replicas,
-four times. Roles that talk are joined by a :class:`~placement.core.routes.RoleLink`: within a unit each replica of the
-one talks to each replica of the other. All units are placed, or none; in this order,
+A group consists of *units*, each with a given number of replicas of every *role*: one prefill replica with two decode
+replicas, four times. Roles that talk are joined by a :class:`~placement.core.routes.RoleLink`: within a unit each
+replica of the one talks to each replica of the other. All units are placed, or none; in this order,
 
-1. the slowest route between two that talk is the best that it can be: on one node the fastest, then in one NVLink
+1. the slowest route between two that talk is as good as possible: on one node the fastest, then in one NVLink
    domain, then in the narrowest region by the operator's labels (:class:`~placement.core.routes.Route`);
 2. of the routes within replicas that are made of several tensor-parallel groups as few as can be leave a node;
 3. so it is with all others;
@@ -18,8 +18,8 @@ others least, to the node with the fewest free GPUs, and the lowest ordinals; a 
 already, the fullest. The route of a share, or of a MIG instance, is that of its GPU.
 
 The choice is exact unless a round of the search is cut off, after :data:`~placement.core.role_search.STEPS` places,
-which :attr:`GroupPlan.bounded` says. GPUs, and nodes, that can change places without any difference are tried once; and
-what is known to be the least that a unit costs ends the search as soon as all do.
+which :attr:`GroupPlan.bounded` says. Of interchangeable GPUs, and nodes, only one is tried; and
+the search ends as soon as every unit has its lower bound of cost.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def plan(
         standing: the replicas that stay where they are, with the places of their tensor-parallel groups.
 
     Returns:
-        The places, or why there are none. A refusal for lack of room is that of the deployment, where one alone has
-        none; else it is the group's, and names the two replicas and their route, if it is a link's floor.
+        The places, or why there are none. If one deployment alone has no room, it is that deployment's refusal;
+        else it is the group's, and names the two replicas and their route if a link's floor is not met.
     """
     places = Places(snapshot, roles, requests, standing or {})
     if (lacking := places.without_nvlink()) is not None:
@@ -107,14 +107,14 @@ def _in_rank_order(snapshot: Snapshot, needs: Needs, sets: Sequence[Located]) ->
 def tell(
     snapshot: Snapshot, roles: Roles, members: Mapping[str, tuple[Desired, Mapping[int, Observed]]]
 ) -> dict[str, Desired]:
-    """The members of a group, each told where its replicas go that have no place, or that there are none for all.
+    """The members of a group, each with the places of its missing replicas, or with the refusal of the group.
 
-    What is there stays, also of a unit that has lost a replica: what is missing is placed beside it, all of it or none.
+    Replicas that are there stay, even if their unit lost others: the missing ones are placed near them, all or none.
 
     Args:
         snapshot: the cluster.
         roles: the group.
-        members: deployment -> its declaration, and what is there of it.
+        members: deployment -> its declaration, and its existing replicas.
     """
     requests: dict[str, Request] = {}
     standing: dict[Member, list[Place]] = {}

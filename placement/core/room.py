@@ -1,16 +1,16 @@
 """The policy ``fragmentation``: of all GPUs that a request could take, those that cost the others least.
 
-*Room* is how often a kind of request would fit on a node if nothing else came: whole sets of GPUs or shares of
-them, limited by the node's CPUs and memory, which are not counted in whole requests. What a choice costs is
+**Room* is how often a kind of request would fit on a node if nothing else were placed: whole sets of GPUs or shares of
+them, limited by the node's CPUs and memory, which are counted in fractions. The cost of a choice is
 
     sum over the kinds k of what is asked for here:   asked_k / share_k  x  room_k lost / room_k in the cluster
 
-so that room is dear where it is scarce (the one make of GPU that some insist on, the last empty nodes, the GPUs
-with CPUs beside them) and cheap where there is plenty. A kind counts as often as it was asked for; a share
-counts more the smaller it is, since small ones are what fills up GPUs that are partly taken.
+so that scarce room costs much (the one GPU model that some deployments demand, the last empty nodes, the GPUs
+with free CPUs beside them) and plentiful room costs little. A kind counts as often as it was asked for; a share
+counts more the smaller it is, since small shares fill up GPUs that are partly taken.
 
-Fragmentation Gradient Descent (Weng et al., "Beware of Fragmentation", USENIX ATC 2023) likewise looks at what a
-choice takes from a typical mix. It weighs the GPUs of a node that a kind cannot use; this one weighs what is
+Fragmentation Gradient Descent (Weng et al., "Beware of Fragmentation", USENIX ATC 2023) also considers what a
+choice takes from a typical mix. It weighs the GPUs of a node that a kind cannot use; this policy weighs what is
 left for the kind on all nodes together. ``python -m benchmarks.openb`` shows both.
 """
 
@@ -36,21 +36,21 @@ Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 TIE = 1e-9
-"""Costs that differ by less, of the greatest, are equal: no more than sums in another order can differ by."""
+"""Costs that differ by less than this part of the greatest are equal: rounding of sums can differ by that much."""
 
 
 def room_of(snapshot: Snapshot) -> Room:
-    """The room in a cluster; worked out once, and carried on from snapshot to snapshot."""
+    """The room in a cluster; computed once, and passed on from snapshot to snapshot."""
     if not isinstance(snapshot.room, Room):
         snapshot.room = Room(snapshot)
     return snapshot.room
 
 
 class Room:
-    """What every node has room for. Follows one cluster through its changes.
+    """The room of every node. It follows one cluster through its changes.
 
-    Nodes whose GPUs are alike and free to the same extent are in one *state*, whichever GPUs these are. What a
-    state has room for, and what can become of it, is worked out once.
+    Nodes with the same GPUs that are equally free are in one *state*, whichever GPUs these are. The room of a
+    state, and the states that can follow it, are computed once.
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
@@ -69,7 +69,7 @@ class Room:
         self._look_at(())
 
     def _look_at(self, kinds: tuple[Kind, ...]) -> None:
-        """Looks at these kinds of requests from now on. What is known of those with the same needs is kept."""
+        """Uses these kinds of requests from now on. Results for kinds with the same needs are kept."""
         known = {kind.needs: self._copies[:, column] for column, kind in enumerate(self._kinds)}
         table = np.zeros((len(self._copies), len(kinds)))
         for column, kind in enumerate(kinds):
@@ -87,7 +87,7 @@ class Room:
         self._changed = set(range(len(self._nodes)))
 
     def update(self, bit: Bits, node: Node) -> None:
-        """Notes that a node has changed."""
+        """Records that a node has changed."""
         position = bit.bit_length() - 1
         self._nodes[position] = node
         self._state[position] = self._intern(node)
@@ -102,7 +102,7 @@ class Room:
 
         Args:
             request: what is placed.
-            mix: what is asked for on the cluster, this request among it.
+            mix: the mix of requests on the cluster, including this one.
             wanted: sets of nodes, the most wanted first.
             crowded: how many replicas of the same deployment are on a node.
         """
@@ -124,12 +124,12 @@ class Room:
     def _least(
         self, request: Request, mix: Mix, nodes: Ints, afterwards: Ints, crowded: Callable[[Bits], int]
     ) -> tuple[Bits, Choice]:
-        """Of these nodes, which would then be in these states, the one that costs least."""
+        """Of these nodes, which would then be in these states, the one with the least cost."""
         costs = self._costs(request, mix, nodes, afterwards)
         equal = np.flatnonzero(costs <= costs.min() + TIE * np.abs(costs).max())
         replicas = np.array([crowded(1 << position) for position in nodes[equal].tolist()])
         alike = np.stack([self._state[nodes[equal]], afterwards[equal], replicas])
-        firsts = np.unique(alike, axis=1, return_index=True)[1].tolist()  # of those that are alike, the first
+        firsts = np.unique(alike, axis=1, return_index=True)[1].tolist()  # of nodes that are alike, the first
 
         def order(i: int) -> tuple[int, Any, int]:
             node = self._nodes[nodes[equal[i]]]
@@ -142,7 +142,7 @@ class Room:
         return 1 << position, taken
 
     def _costs(self, request: Request, mix: Mix, nodes: Ints, afterwards: Ints) -> Floats:
-        """What each of these choices costs the kinds of the mix."""
+        """The cost of each of these choices for the kinds of the mix."""
         asked = self._follow(mix)
         total = self._room.sum(axis=0)
         prices = np.divide(asked, self._shares * total, out=np.zeros_like(asked), where=total > 0)
@@ -156,7 +156,7 @@ class Room:
         return costs
 
     def _follow(self, mix: Mix) -> Floats:
-        """Brings the room of all nodes up to date; says how much of each kind is asked for."""
+        """Brings the room of all nodes up to date; returns how much of each kind is asked for."""
         if self._kinds != tuple(mix.kinds):
             self._look_at(tuple(mix.kinds))
         self._fill()
@@ -192,7 +192,7 @@ class Room:
         return found
 
     def _fastest(self, needs: Needs, nodes: Ints, afterwards: Ints) -> tuple[Ints, Ints]:
-        """Those that offer the fastest set."""
+        """The nodes that offer the fastest set."""
         speeds: dict[int, int] = {}
         for state in np.unique(self._state[nodes]).tolist():
             offer = self._examples[state].offer(needs)
@@ -229,7 +229,7 @@ class Room:
         return known
 
     def _fill(self) -> None:
-        """Works out for the states that are new how often each kind fits by GPUs alone."""
+        """Computes for new states how often each kind fits, by GPUs only."""
         new = self._examples[self._filled :]
         if not new:
             return
@@ -251,7 +251,7 @@ class Room:
         return np.unpackbits(packed, bitorder="little", count=len(self._nodes)).astype(np.bool_)
 
     def _share(self, kind: Kind) -> int:
-        """Thousandths of a GPU that a kind asks for; on the largest that it may have, where that matters."""
+        """Thousandths of a GPU that a kind asks for; of the largest GPU that it may have, if that matters."""
         if not kind.needs.memory_bytes:
             return kind.needs.share
         may = open_to(self._snapshot, kind)
@@ -277,9 +277,9 @@ def ways(node: Node, needs: Needs) -> Sequence[Choice]:
 
 
 def _state_of(node: Node) -> Hashable:
-    """Equal for nodes that have room for the same, and on which the same would be left."""
+    """Equal for nodes that have the same room, now and after a choice."""
     fixed = (node.shape, node.gpu_memory_bytes, tuple(sorted(node.instances.values())))
-    if node.free_memory or not node.shape.in_order:  # then it matters which GPUs are free, not only how many
+    if node.free_memory or not node.shape.in_order:  # here it matters which GPUs are free, not only how many
         named = (node.instances, node.rests, node.free_memory)
         return (*fixed, node.mask, *(tuple(sorted(one.items())) for one in named))
     rests = {**dict.fromkeys(node.free, WHOLE), **node.rests}

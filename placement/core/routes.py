@@ -33,9 +33,9 @@ class Via(StrEnum):
     NVLINK = "nvlink"
     """NVLink where there is one, else PCIe; between nodes NVLink in one NVLink domain, else the network."""
     PCIE = "pcie"
-    """PCIe also where there is NVLink; between nodes the network."""
+    """PCIe, even where there is NVLink; between nodes the network."""
     NETWORK = "network"
-    """Network cards, on one node as well."""
+    """Network cards, even on one node."""
 
 
 ON_ONE_GPU = -(1 << 31)
@@ -49,8 +49,8 @@ class RoleLink:
     Attributes:
         between: their deployments.
         via: what their transport can use.
-        within: how far apart they may be: a :class:`~placement.core.needs.Within`, or a node label of which their
-            nodes must share the value; empty for no limit.
+        within: how far apart they may be: a :class:`~placement.core.needs.Within`, or a node label that must have the
+            same value on their nodes; empty for no limit.
         min_gb_per_s: the least that the route between any two of their GPUs must carry, GB/s per direction.
     """
 
@@ -86,7 +86,7 @@ class Roles:
 
 @dataclass(frozen=True, order=True)
 class Route:
-    """The slowest way between the GPUs of two replicas. A smaller one is better.
+    """The slowest path between the GPUs of two replicas. A smaller route is better.
 
     Attributes:
         level: -2 on one node, -1 between nodes of one NVLink domain; else of the narrowest region that holds both
@@ -136,10 +136,10 @@ Located = tuple[Node, Gpus]
 
 
 def route(near: Sequence[str], via: Via, one: Located, other: Located) -> Route:
-    """The slowest way between the GPUs of two replicas.
+    """The slowest path between the GPUs of two replicas.
 
     Args:
-        near: labels of which nodes near each other share the values, widest first.
+        near: labels that have the same value on nodes near each other, widest first.
         via: what their transport can use.
         one: a node and GPUs there.
         other: the others.
@@ -169,7 +169,7 @@ def route(near: Sequence[str], via: Via, one: Located, other: Located) -> Route:
 
 
 def on_node(topology: Topology, via: Via, gpus: Gpus, others: Gpus) -> Route:
-    """The same on one node: what two of the GPUs reach that are alone, at least, as for their collectives."""
+    """The same on one node: the bandwidth of a set of two GPUs, the lower end of a range."""
     kind = generation(topology.model)
     host, _ = hosts_of(topology.cpu, kind.pcie)
 
@@ -177,7 +177,7 @@ def on_node(topology: Topology, via: Via, gpus: Gpus, others: Gpus) -> Route:
         link = topology.link(*pair)
         if link.path is not Path.NVLINK or via is Via.NVLINK:
             return link if link.path is not Path.UNKNOWN else Link(topology.pcie_path(*pair))
-        # Those that NVLink joins reach each other's memory.
+        # GPUs that NVLink joins reach each other's memory.
         return Link(topology.pcie_path(*pair), peer=True)
 
     def speed(pair: tuple[int, int]) -> int:
@@ -198,7 +198,7 @@ def on_node(topology: Topology, via: Via, gpus: Gpus, others: Gpus) -> Route:
 
 
 def fastest_nvlink(node: Node, gpu: int) -> int:
-    """What the NVLinks of a GPU carry that lead to one peer, or into the switch, MB/s; 0 if it has none."""
+    """The bandwidth of a GPU's NVLinks to one peer, or into the switch, MB/s; 0 if it has none."""
     best = max(node.topology.links[gpu], key=lambda link: link.nvlinks)
     return hop_mb_per_s(best, generation(node.topology.model)) if best.nvlinks else 0
 
@@ -206,17 +206,17 @@ def fastest_nvlink(node: Node, gpu: int) -> int:
 def _over_cards(
     one: Topology, gpus: Gpus, other: Topology, others: Gpus
 ) -> tuple[int, Path, tuple[int, int]]:
-    """How slow the way over two GPUs' network cards is, over what its slower end leads, and the GPUs."""
+    """The slowness of the path over two GPUs' network cards, the kind of path at its slower end, and the GPUs."""
     here, there = _to_card(one, gpus), _to_card(other, others)
     slowness, path, _ = max(here, there, key=lambda end: (end[0], PATH_ORDER[end[1]]))
     return slowness, path, (here[2], there[2])
 
 
 def _to_card(topology: Topology, gpus: Gpus) -> tuple[int, Path, int]:
-    """The GPU that is farthest from a network card: how slow the way there is, and over what it leads.
+    """The GPU that is farthest from a network card: the slowness of that path, and its kind.
 
-    A card reaches a GPU's memory below a switch, as NCCL has it (``ncclTopoCheckGdr`` in ``src/graph/paths.cc``);
-    past a host bridge the data goes through the host's.
+    Below a switch a card reaches a GPU's memory directly, as in NCCL (``ncclTopoCheckGdr`` in ``src/graph/paths.cc``);
+    past a host bridge the data goes through the host's memory.
     """
     gpu = max(gpus, key=lambda gpu: (PATH_ORDER[topology.nearest_nic[gpu]], -gpu))
     path = topology.nearest_nic[gpu]

@@ -1,4 +1,4 @@
-"""How good a set of GPUs is, and the best set among those that are free."""
+"""How good a set of GPUs is, and the best set among the free GPUs."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Score:
             GPU and direction, as nccl-tests reports it: measured or predicted; infinite for fewer than two GPUs.
         weakest: the slowest link between two of them; not part of the order.
         weakest_pair: that pair (its lowest ordinals, if several tie); not part of the order.
-        upper_gb_per_s: what it may be at most, where something that decides it is not known: the host's processors,
-            whether the GPUs have peer-to-peer, or whether the NVSwitch reduces (NVLS); ``bandwidth_gb_per_s`` is the
-            least then. ``None`` where nothing is missing. Not part of the order.
-        measured: whether the bandwidth was measured, on the set or one alike; not part of the order.
+        upper_gb_per_s: the upper end of the bandwidth, if something that decides it is unknown: the host's processors,
+            whether the GPUs have peer-to-peer, or whether the NVSwitch reduces (NVLS); ``bandwidth_gb_per_s`` is then
+            the lower end. ``None`` if nothing is unknown. Not part of the order.
+        measured: whether the bandwidth was measured, on the set or on one alike; not part of the order.
     """
 
     bandwidth_gb_per_s: float
@@ -41,13 +41,13 @@ class Score:
 
     @property
     def known_gb_per_s(self) -> float | None:
-        """The bandwidth where it was measured or every link is known: for people, who would take a guess for a fact."""
+        """The bandwidth if measured or if every link is known, else ``None``: users would take a guess as a fact."""
         unknown = self.weakest is None or (self.weakest == UNKNOWN_LINK and not self.measured)
         return None if unknown else self.bandwidth_gb_per_s
 
     @property
     def known_upper_gb_per_s(self) -> float | None:
-        """:attr:`upper_gb_per_s` where every link is known."""
+        """:attr:`upper_gb_per_s` if every link is known."""
         return None if self.known_gb_per_s is None else self.upper_gb_per_s
 
 
@@ -66,7 +66,7 @@ def score(topology: Topology, gpus: Collection[int]) -> Score:
 
 
 def suspect_pairs(topology: Topology) -> list[tuple[tuple[int, ...], int, int]]:
-    """The pairs that were measured at less than half of what is predicted: GPUs, measured and predicted MB/s."""
+    """The pairs that were measured at less than half of their prediction: GPUs, measured and predicted MB/s."""
     pairs = [(gpus, rate) for gpus, rate in topology.measured if len(gpus) == 2]
     if not pairs:
         return []
@@ -76,14 +76,14 @@ def suspect_pairs(topology: Topology) -> list[tuple[tuple[int, ...], int, int]]:
 
 
 def slowest_group(topology: Topology, gpus: Sequence[int], size: int) -> Score:
-    """How good the slowest of the tensor-parallel groups is that GPUs in rank order are cut into.
+    """How good the slowest tensor-parallel group is, if GPUs in rank order are cut into groups.
 
-    Of ``sorted(gpus)`` it is what an engine gets that sorts the GPUs of a node; see ``docs/rank-order.md``.
+    For ``sorted(gpus)`` it is what an engine gets that sorts the GPUs of a node; see ``docs/rank-order.md``.
 
     Args:
         topology: how they are linked.
         gpus: in rank order.
-        size: of each group; 0 if all are one.
+        size: GPUs of each group; 0 if all are one group.
     """
     size = size or max(1, len(gpus))
     scores = [score(topology, gpus[i : i + size]) for i in range(0, max(1, len(gpus)), size)]
@@ -93,7 +93,7 @@ def slowest_group(topology: Topology, gpus: Sequence[int], size: int) -> Score:
 
 
 def ray_set(free: Collection[int], count: int) -> tuple[int, ...] | None:
-    """The GPUs that Ray alone would give: it goes through its slots in ascending order.
+    """The GPUs that Ray alone would give: it takes free slots in ascending order.
 
     That is ``NodeResourceInstanceSet::TryAllocate`` in Ray's ``resource_instance_set.cc``.
 
@@ -112,15 +112,15 @@ def best_set(
     In this order:
 
     1. the highest :class:`Score`;
-    2. what leaves the other free GPUs best off: the best bandwidth that they still offer to a request for 8
+    2. the set that leaves most to others: the best bandwidth that the other free GPUs still offer to a request for 8
        GPUs, then the sum over all their sets of 8; then the same for 4, and for 2;
-    3. what is worth most when it is given back: the same measure, of the set itself, so that GPUs which
+    3. the set that is worth most when it is given back: the same measure, of the set itself, so that GPUs which
        belong together come and go together;
     4. the nearest network card of the GPU that is farthest from one; then the fewest NUMA nodes;
-    5. the lowest ordinals, which is what Ray gives of itself, so that nothing need be steered.
+    5. the lowest ordinals, which Ray gives anyway, so that nothing need be steered.
 
-    The same answer every time, and exact: as good as any set by trying all. (On machines of more than 16
-    GPUs among which hardly two are alike it is a good one.)
+    The answer is always the same, and exact: as good as by trying all sets. (On machines of more than 16
+    GPUs of which hardly two are interchangeable it is good, but not exact.)
 
     Returns:
         Ordinals, ascending, or ``None`` if there are no ``count`` free GPUs ``within`` such a distance.
@@ -139,7 +139,7 @@ def best_set(
 
 
 def choose(topology: Topology, free: Collection[int], needs: Needs, more: int = 0) -> tuple[int, ...] | None:
-    """The best set that meets ``needs`` and, if that can be had, leaves room for as many ``more`` like it.
+    """The best set that meets ``needs`` and, if possible, leaves room for ``more`` sets like it.
 
     Returns:
         Ordinals, ascending, or ``None`` if no free set meets them.

@@ -1,8 +1,8 @@
 """What the free GPUs of a machine offer: the best set of them, several at once, and what taking it costs others.
 
-All that can be asked of machines of one shape is worked out once, on first use, and shared by every node of
-that shape: the bandwidth of every set (:mod:`placement.core.bandwidth`) and what every rest still has on offer
-(:mod:`placement.core.tables`). Choosing is then a look at a table.
+All answers about machines of one shape are computed once, on first use, and shared by every node of
+that shape: the bandwidth of every set (:mod:`placement.core.bandwidth`) and what the remaining GPUs still offer
+(:mod:`placement.core.tables`). Choosing is then a table lookup.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from placement.core.topology import PATH_ORDER, Lanes, MeasuredRates, Path, Topo
 from placement.core.twins import Pick, Picks, twins_of
 
 MAX_PICKS = 1 << 16
-"""Machines with more picks (17 GPUs and more, no two of them alike) are not tabulated."""
+"""Machines with more picks (17 GPUs and more, no two of them interchangeable) have no tables."""
 
 _OVER_PCIE = (*BELOW_ONE_SWITCH, Path.PHB, Path.NODE, Path.SYS)
 
 
 class Offer(NamedTuple):
-    """What a node's free GPUs hold for a request. Sorts from the most to the least welcome.
+    """What a node's free GPUs offer to a request. Sorts from the best to the worst.
 
     Attributes:
         slowness: minus the predicted bandwidth of the best set, MB/s; 0 for a single GPU.
-        loss: how much less the others are then offered: the best bandwidth for 8, 4 and 2 GPUs, MB/s.
+        loss: how much less is then offered to others: the best bandwidth for 8, 4 and 2 GPUs, MB/s.
         rest: thousandths that stay free on a GPU that is shared.
         free: how many GPUs are free before.
     """
@@ -50,23 +50,23 @@ def shape_of(topology: Topology) -> Shape:
 
 
 def shape_at_best(topology: Topology) -> Shape:
-    """The same for the best machine that it can be, where something that decides the bandwidth is not known."""
+    """The same for the best machine that it may be, if something that decides the bandwidth is unknown."""
     return _at_best(_Same(topology))
 
 
 class Shape:
-    """Machines that nothing but their names tells apart. Get one from :func:`shape_of`.
+    """Machines that differ only in their names. Get one from :func:`shape_of`.
 
     Attributes:
-        hops: per pair of GPUs, what one hop of a ring carries, MB/s.
-        twins: the groups of GPUs that can change places without any difference.
+        hops: per pair of GPUs, the rate of one hop of a ring, MB/s.
+        twins: the groups of interchangeable GPUs.
         in_order: each group's ordinals come after those of the groups before, so that of equally good sets the
             lowest is the same pick wherever as many of each group are free.
-        predicted: the same machine, if nothing had been measured; itself if nothing was.
+        predicted: the same machine without measured rates; itself if it has none.
 
     Args:
         host: what they copy through.
-        peer: whether GPUs have peer-to-peer over PCIe of which that is not known.
+        peer: whether GPUs have peer-to-peer over PCIe if that is unknown.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Shape:
 
     @property
     def tabulated(self) -> bool:
-        """Whether it has tables: all but machines of more than 16 GPUs of which hardly two are alike."""
+        """Whether it has tables. Only machines of more than 16 GPUs, hardly two interchangeable, have none."""
         return self._tables is not None
 
     def mb_per_s(self, gpus: Sequence[int]) -> int:
@@ -115,17 +115,17 @@ class Shape:
         return self._greedy.mb_per_s(gpus)
 
     def measured_mb_per_s(self, gpus: Sequence[int]) -> int | None:
-        """What was measured of two or more GPUs, or of others that are alike; ``None`` if nothing was."""
+        """The measured rate of two or more GPUs, or of a set alike; ``None`` if there is none."""
         return None if self._rates is None else self._rates.of(tuple(sorted(gpus)))
 
     def at_most(self, gpus: Sequence[int], predicted_mb_per_s: int) -> int:
-        """What is predicted of two or more GPUs, but for what their suspect pairs show that it cannot be."""
+        """The predicted rate of two or more GPUs, limited by the bounds of their suspect pairs."""
         if self._rates is None or self._tables is None:
             return predicted_mb_per_s
         return self._rates.at_most(tuple(sorted(gpus)), predicted_mb_per_s)
 
     def slownesses(self, count: int) -> list[int]:
-        """The :attr:`Offer.slowness` that sets of so many GPUs can have, the fastest first."""
+        """The values of :attr:`Offer.slowness` that sets of ``count`` GPUs can have, the fastest first."""
         if count < 2:
             return [0]
         if self._tables is None:
@@ -145,7 +145,7 @@ class Shape:
             return found
 
     def offer(self, mask: int, count: int, within: Within = Within.NODE) -> Offer | None:
-        """What taking :meth:`best` gives, and what it costs the others; ``None`` if there is no such set."""
+        """The offer of :meth:`best`, with its cost to others; ``None`` if there is no such set."""
         key = (mask, count, within)
         try:
             return self._offered[key]
@@ -194,7 +194,7 @@ class Shape:
                 if pool & bits
             )
             best: tuple[int, tuple[Pick, ...]] = (0, ())
-            for pick in fitting:  # that takes a GPU of the first group; or none does
+            for pick in fitting:  # a pick that takes a GPU of the first group; or no pick does
                 if pick & bits and ((pool | spare) - pick) & spare == spare:
                     count, picks = most(pool - pick)
                     if count + 1 > best[0]:
@@ -214,7 +214,7 @@ class Shape:
     def disjoint(
         self, mask: int, needs: Needs, slowest: int
     ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-        """Disjoint sets of which none is slower: the best one after the other, and as many as there are."""
+        """Disjoint sets that are no slower: the best one after the other; as many as there are."""
         best: list[tuple[int, ...]] = []
         rest = mask
         while gpus := self.best(rest, needs.gpus, needs.within):
@@ -227,7 +227,7 @@ class Shape:
         return best, self.packed(mask, needs._replace(min_bandwidth_gb_per_s=-slowest / 1000))
 
     def several(self, mask: int, needs: Needs, count: int) -> list[tuple[int, ...]] | None:
-        """So many disjoint sets in rank order, the slowest as fast as can be; ``None`` if there are fewer."""
+        """Disjoint sets in rank order, the slowest as fast as possible; ``None`` if there are too few."""
         for slowest in self.slownesses(needs.gpus):
             if slowest <= needs.slowest:
                 for sets in self.disjoint(mask, needs, slowest):
@@ -238,11 +238,11 @@ class Shape:
     def in_rank_order(
         self, sets: Sequence[tuple[int, ...]], needs: Needs, others: int = 0
     ) -> list[tuple[int, ...]]:
-        """As many sets, in rank order: ascending chunks of their GPUs if that makes the slowest no slower.
+        """The same number of sets in rank order: ascending chunks of their GPUs if the slowest gets no slower.
 
-        Such chunks are what an engine makes of a node's GPUs that sorts them; see ``docs/rank-order.md``. They are
-        the same GPUs cut anew; else, if there are any, chunks of GPUs in ``others``, a mask; else the sets as they
-        are. The search is exact, as the chunk that ends first leaves most to the next.
+        An engine that sorts a node's GPUs uses such chunks; see ``docs/rank-order.md``. They are
+        the same GPUs cut in another way; else, if there are any, chunks of GPUs in ``others``, a mask; else the sets as
+        they are. The search is exact, as the chunk that ends first leaves most to the next.
         """
         slowest = max(map(self._slowness_of, sets))
 
@@ -299,7 +299,7 @@ class Shape:
 class _Same:
     """A topology compared by identity: hashing its n x n links takes longer than an answer.
 
-    It holds the topology, so that no other one can get the same identity while this is a key.
+    It keeps the topology alive, so that no other one can get the same identity while this is a key.
     """
 
     __slots__ = ("topology",)
@@ -316,13 +316,13 @@ class _Same:
 
 @lru_cache(maxsize=4096)
 def _shape_of(same: _Same) -> Shape:
-    """The shape at the worst that is possible."""
+    """The shape of the worst machine that this may be."""
     return _at(same.topology, 0)
 
 
 @lru_cache(maxsize=4096)
 def _at_best(same: _Same) -> Shape:
-    """The shape at the best that is possible; the same one where nothing is unknown that matters."""
+    """The shape of the best machine that this may be; the same shape if nothing relevant is unknown."""
     return _at(same.topology, 1)
 
 

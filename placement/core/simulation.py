@@ -1,6 +1,6 @@
-"""What would become of a workload: deployments arrive and leave, and the planner places them. No Ray, no clock.
+"""Simulates a workload: deployments arrive and leave, and the planner places them. No Ray, no clock.
 
-A deployment that finds no place when it arrives is refused and does not come back (a loss system): queues
+A deployment that finds no place when it arrives is refused and does not arrive again (a loss system): queues
 would hide what a policy costs.
 """
 
@@ -29,10 +29,10 @@ from placement.errors import Unplaceable
 
 @dataclass(frozen=True)
 class Arrival:
-    """A deployment that comes, and goes after ``stays_seconds``; ``None`` means never.
+    """A deployment that arrives, and leaves after ``stays_seconds``; ``None`` means never.
 
     Attributes:
-        roles: the group whose members come together; then ``others`` are the requests of the other members.
+        roles: the group whose members arrive together; then ``others`` are the requests of the other members.
     """
 
     at_seconds: float
@@ -52,12 +52,12 @@ class Moment:
     """The cluster at one time. GPUs are counted in parts where they are shared; MIG instances are not counted.
 
     Attributes:
-        arrived_gpus: asked for so far, by all that has arrived.
-        asked_gpus: asked for by those that arrived and would not have left yet.
+        arrived_gpus: asked for so far, by all arrivals.
+        asked_gpus: asked for by arrivals that would not have left yet.
         allocated_gpus: held.
         free_gpus: free, parts of GPUs included.
-        fragmented_gpus: of these, what a request drawn from the mix that has arrived could not use, in expectation:
-            all that is free on a node that cannot take it, else the parts that are too small for it. This is
+        fragmented_gpus: how many of these an average request of the arrived mix could not use:
+            all free GPUs of a node that cannot hold it, else the parts that are too small for it. This is
             the measure of Weng et al., "Beware of Fragmentation", USENIX ATC 2023, section 3.
     """
 
@@ -71,15 +71,15 @@ class Moment:
 
 @dataclass
 class Report:
-    """What became of it.
+    """The result of a simulation.
 
     Attributes:
         gpus: of the cluster.
-        moments: in order; not every event has one.
+        moments: in order; not one for every event.
         placed, refused: how many deployments.
         reasons: the last reason of a refusal -> how many deployments it refused.
-        bandwidth: of each replica with sets of two or more GPUs: the part it has of the bandwidth of the best
-            set on any node that it may go to, were that empty.
+        bandwidth: for each replica with sets of two or more GPUs: its bandwidth divided by that of the best
+            set on any node that it may go to, if that node were empty.
         routes: slowest route between two replicas of a group that talk -> how many groups had it.
     """
 
@@ -112,13 +112,13 @@ def simulate(
     moments: int = 200,
     progress: Callable[[int], None] = lambda arrived: None,
 ) -> Report:
-    """Places what arrives, in order, and frees what leaves. What leaves at a time goes before what comes then.
+    """Places what arrives, in order, and frees what leaves. At the same time, departures come before arrivals.
 
     Args:
         snapshot: the cluster at the beginning.
         arrivals: in any order.
         moments: how many are reported at most, evenly spread over the arrivals.
-        progress: told how many have arrived, now and then.
+        progress: called now and then with the number of arrivals so far.
     """
     return _Simulation(snapshot, arrivals, moments).run(progress)
 
@@ -158,7 +158,7 @@ class _Simulation:
             heapq.heappush(self.leaving, (at, turn, amount, planned))
 
     def kept_away(self, request: Request) -> Request:
-        """The request, with what keeps away from it."""
+        """The request, with the deployments that keep away from it."""
         if not self.apart:
             return request
         keep_away = (name for name, other in +self.apart if other == request.deployment)
@@ -192,10 +192,10 @@ class _Simulation:
         return placed
 
     def place(self, request: Request) -> tuple[PlannedReplica, ...]:
-        """What it holds from now on; nothing if it is refused."""
+        """What it holds from now on; empty if it is refused."""
         alike = request.likeness
         key = None if alike is None else (alike, len(request.replicas))
-        # Between two departures room only shrinks: what was refused stays refused.
+        # Between two departures room only shrinks, so a refused request stays refused.
         if key is not None and key in self.hopeless:
             self.refuse(self.hopeless[key])
             self.snapshot = self.snapshot.changed((), self.snapshot.mix.plus(request))
@@ -231,7 +231,7 @@ class _Simulation:
                 self.allocated -= _gpus(replica)
 
     def measure(self, request: Request, plan: Plan) -> None:
-        """Notes which part of the best possible bandwidth each replica has."""
+        """Records which part of the best possible bandwidth each replica has."""
         size = request.needs.gpus
         if size < 2:
             return
@@ -271,9 +271,9 @@ def gpus_asked(snapshot: Snapshot, request: Request) -> float:
 
 
 def fragmentation(snapshot: Snapshot) -> tuple[float, float]:
-    """Free GPUs, and how many of them a request of the snapshot's mix could not use, in expectation.
+    """Free GPUs, and how many of them an average request of the snapshot's mix could not use.
 
-    Of requests for MIG instances there is nothing to say; how close together GPUs must be is not looked at.
+    Requests for MIG instances are not counted; floors on distance are ignored.
     """
     nodes = snapshot.nodes
     widest = max((len(node.topology) for node in nodes), default=0)

@@ -16,17 +16,17 @@ from placement.core.offers import Bits, Offers, is_usable, usable_rank
 from placement.core.policy import Policy, Rank
 
 NEAR_LABELS = ("ray.io/availability-region", "ray.io/availability-zone", "block", "rack", GPU_DOMAIN_LABEL)
-"""What makes nodes near each other unless the operator says otherwise, widest first."""
+"""The labels that make nodes near each other unless the operator names others, widest first."""
 
 MOST_KINDS = 256
-"""Of so many kinds of requests it is remembered which nodes are how welcome to them."""
+"""For how many kinds of requests the nodes' ranks are remembered."""
 
 
 class Follower(Protocol):
-    """What is worked out of all nodes, and kept up to date: :class:`placement.core.room.Room`."""
+    """What is computed from all nodes, and kept up to date: :class:`placement.core.room.Room`."""
 
     def update(self, bit: Bits, node: Node) -> None:
-        """Notes that a node has changed."""
+        """Records that a node has changed."""
 
 
 class Snapshot:
@@ -34,14 +34,14 @@ class Snapshot:
 
     Args:
         nodes: in any order; :attr:`nodes` has them by name and id.
-        near: labels of which nodes that are near each other share the values, widest first.
-        mix: what is asked for on this cluster, as far as it is known.
+        near: labels that have the same value on nodes near each other, widest first.
+        mix: the mix of requests on this cluster, as far as known.
 
     Attributes:
-        room: what there is room for, once it has been worked out; handed on to what it changes into.
-        open_to: kind of request -> the nodes that it may go to, as far as somebody asked.
+        room: the room of its nodes, once computed; passed on to changed snapshots.
+        open_to: kind of request -> the nodes that it may go to, for kinds that were asked for.
 
-    One that is kept and shared by threads is planned with in copies (:meth:`copy`), and followed (:meth:`followed`).
+    A snapshot shared by threads is copied for planning (:meth:`copy`), and updated by :meth:`followed`.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Snapshot:
         return self.nodes[self._position[node_id]]
 
     def bit(self, node_id: str) -> Bits:
-        """The set of just the node of that id; empty if there is none."""
+        """The set of only the node of that id; empty if there is none."""
         position = self._position.get(node_id)
         return 0 if position is None else 1 << position
 
@@ -137,9 +137,9 @@ class Snapshot:
         return found
 
     def offers(self, needs: Needs, policy: Policy) -> Offers:
-        """How welcome every usable node is to a request. Not to be changed.
+        """The ranks of all usable nodes for a request. Do not change the result.
 
-        What is known of the snapshot that this one comes from is brought up to date, rather than asked of every node.
+        Results of the snapshot from which this one was made are updated, not computed again for every node.
         """
         key = (needs, policy)
         known = self._offers.get(key)
@@ -159,7 +159,7 @@ class Snapshot:
         return known
 
     def _since(self, key: tuple[Needs, Policy], known: Offers, nodes: tuple[Node, ...]) -> Offers:
-        """Offers of when the nodes were these, as they are now."""
+        """Offers that were computed for these older nodes, brought up to date."""
         if nodes is self.nodes:
             return known
         found = known.copy()
@@ -170,7 +170,7 @@ class Snapshot:
     def changed(self, nodes: Iterable[Node], mix: Mix | None = None) -> Snapshot:
         """The same cluster with some nodes replaced, by others of the same id, name, address and labels.
 
-        What was worked out of the cluster is carried over, so that this takes next to no time.
+        Computed results are carried over, so this is fast.
         """
         offers = {key: known.copy() for key, known in self._offers.copy().items()}
         later, positions = self._replaced(nodes, mix)
@@ -183,9 +183,9 @@ class Snapshot:
         return later
 
     def followed(self, nodes: Iterable[Node]) -> Snapshot:
-        """The same as :meth:`changed`, for one cluster that is followed for long, through all kinds of requests.
+        """The same as :meth:`changed`, for a cluster that is followed for long, with all kinds of requests.
 
-        Offers are brought up to date when they are next asked for; those that were not for longest are forgotten.
+        Offers are brought up to date when they are next asked for; the least recently used ones are forgotten.
         """
         later, _ = self._replaced(nodes, None)
         earlier = {
@@ -200,9 +200,9 @@ class Snapshot:
         return later
 
     def copy(self) -> Snapshot:
-        """The same, for one who plans with it: what that works out of the nodes is known to this one, too.
+        """A copy to plan with: results that are computed with it are also known to this one.
 
-        The room is not shared, since planning changes it.
+        The room is not shared, as planning changes it.
         """
         later = Snapshot((), self.near, self.mix)
         later.nodes, later.open_to, later._origin = self.nodes, self.open_to, self
@@ -240,11 +240,11 @@ class Snapshot:
 
 
 _OF_ALL = ("_position", "_by_name", "usable", "regions")
-"""What is worked out of the nodes as such, whatever is free on them."""
+"""Results that depend only on the nodes, not on what is free on them."""
 
 
 def _is_same_machine(old: Node, new: Node) -> bool:
-    """Whether nodes differ in nothing but what is free, and in what is placed there."""
+    """Whether nodes differ only in what is free and what is placed there."""
     return (
         old.problem == new.problem
         and (old.topology is new.topology or old.topology == new.topology)

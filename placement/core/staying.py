@@ -1,7 +1,7 @@
-"""Which replicas stay where they are when their deployment is declared anew.
+"""Which replicas stay where they are when their deployment is declared again.
 
 A replica stays if what it holds is what is asked for now, and its nodes meet the limits that changed. A limit that did
-not change is no reason to move, and neither is a fact that nobody knows.
+not change is no reason to move, and neither is an unknown fact.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ def staying(
     after: Request,
     others: Iterable[Replica] = (),
 ) -> list[int]:
-    """Of the replicas that stand, those that stay.
+    """The placed replicas that stay.
 
     Args:
-        snapshot: the cluster on which they stand.
+        snapshot: the cluster on which they are placed.
         replicas: index -> its parts.
-        before: what was asked for when they were placed, whichever replicas it names.
+        before: the request by which they were placed; its ``replicas`` have no meaning.
         after: what is asked for now.
-        others: replicas of the deployment that stay in any case; where it is to spread, these count first.
+        others: replicas of the deployment that stay in any case; if it spreads, these count first.
     """
     others = [*others]
     stay = [index for index, parts in sorted(replicas.items()) if _stays(snapshot, parts, before, after)]
-    if after.needs.named:  # which are those of one node
+    if after.needs.named:  # all named GPUs are on one node
         first = [parts for parts in (*others, *(replicas[index] for index in stay))][:1]
         home = {part.node_id for parts in first for part in parts}
         stay = [index for index in stay if {part.node_id for part in replicas[index]} <= home]
@@ -58,7 +58,7 @@ def _stays(snapshot: Snapshot, parts: Replica, before: Request, after: Request) 
 
 
 def _holds(snapshot: Snapshot, parts: Replica, before: Request, after: Request) -> bool:
-    """Whether a replica holds as much as is asked for now, and of the same."""
+    """Whether a replica holds the same kind and amount of resources as is asked for now."""
     if before.calls != after.calls:
         return False
     if after.calls is not None:
@@ -88,13 +88,13 @@ def _holds(snapshot: Snapshot, parts: Replica, before: Request, after: Request) 
 
 
 def _is_alike(parts: Replica, old: Needs, new: Needs) -> bool:
-    """Whether it has GPUs where these are asked for, and an instance of the profile where that is."""
+    """Whether it has GPUs if GPUs are asked for, and an instance of the profile if that is."""
     is_any = new.profile == ANY_PROFILE and all(part.profile for part in parts)
     return old.profile == new.profile or is_any
 
 
 def _are_named(snapshot: Snapshot, part: PlannedReplica, after: Request) -> bool:
-    """Whether the GPUs that a replica holds on a node are among those that are named now; where that is known."""
+    """Whether the GPUs that a replica holds on a node are among those that are named now, as far as known."""
     if not snapshot.bit(part.node_id):
         return True
     node, names = snapshot.node(part.node_id), after.needs.named
@@ -142,7 +142,7 @@ def _lies_well(snapshot: Snapshot, parts: Replica, before: Request, after: Reque
         return True
     if _is_cut(snapshot, ordered, after):
         return True
-    # One that no node can hold may be cut, if it is cut in one of the ways in which it would be.
+    # A replica that no node can hold may be divided, if it is divided in one of the ways that a plan would use.
     together = len({node_id for node_id, _ in ordered}) == 1
     cuts = [] if together else gangs.splits(snapshot, after, eligible(snapshot, after))
     return any(_is_cut(snapshot, ordered, cut) for cut in cuts)
@@ -154,7 +154,7 @@ def _arrangement(request: Request) -> tuple[object, ...]:
 
 
 def _is_cut(snapshot: Snapshot, ordered: Sequence[tuple[str, int]], request: Request) -> bool:
-    """Whether GPUs in the order of ranks are the sets that a request asks for, each as good as it asks."""
+    """Whether GPUs in rank order form the sets that a request asks for, and each meets its floors."""
     size = request.needs.gpus
     domains: list[str | None] = []
     for i in range(0, len(ordered), size):
@@ -187,7 +187,7 @@ def _spread(
     after: Request,
     others: Iterable[Replica],
 ) -> list[int]:
-    """Of these, those of which there are not too many in one domain: the first by index."""
+    """As many of these replicas as each domain may have: the first by index."""
     label, in_domain, kept = after.spread_label or "", Counter[str](), []
 
     def domains_of(parts: Replica) -> set[str | None]:

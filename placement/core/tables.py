@@ -1,4 +1,4 @@
-"""What every set of a machine's GPUs reaches, and what every rest still has on offer: worked out once, on first use."""
+"""The bandwidth of every set of a machine's GPUs, and what all remaining GPUs still offer: computed once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from placement.core.topology import Path
 from placement.core.twins import Pick, Picks
 
 LEFTOVER_SIZES = (8, 4, 2)
-"""What others are most likely to ask for: replicas come in powers of two, as tensor parallelism does."""
+"""The sizes that others most likely ask for: powers of two, as in tensor parallelism."""
 
 
 class Tables:
@@ -21,17 +21,18 @@ class Tables:
 
     Args:
         interconnect: its links.
-        picks: its GPUs, by which can change places.
+        picks: its GPUs, grouped by which are interchangeable.
         numa: the NUMA nodes of each GPU.
         nic: how far each is from the nearest network card.
-        rates: what was measured, if anything was.
-        predicted: the tables of the same machine if nothing had been measured.
+        rates: measured rates, if there are any.
+        predicted: the tables of the same machine without measured rates.
 
     Attributes:
         bandwidth: the bus bandwidth of a pick, MB/s; 0 for fewer than two GPUs.
         reach: the distances that a pick keeps within.
         near: how far its farthest GPU is from a network card, and on how many NUMA nodes they are.
-        left: what it offers as a rest: the best bandwidth and the sum of all, for sets of 8, of 4 and of 2 GPUs.
+        left: what a pick offers if it is left over: the best bandwidth and the sum of all, for sets of 8, of 4 and of 2
+            GPUs.
         fastest_first: the picks of so many GPUs, those that are equally fast together.
     """
 
@@ -93,7 +94,7 @@ class Tables:
             self.reach[pick] = frozenset(distance for distance, kept in reach.items() if kept)
 
     def _take_over(self, members: Mapping[Pick, Gpus], rates: Rates, predicted: Tables) -> None:
-        """Fills them with what is predicted, which is worked out, but for what was measured."""
+        """Fills them with the predictions, replaced by measured rates where there are any."""
         for pick, gpus in members.items():
             same = predicted._picks.of(sum(1 << gpu for gpu in gpus))
             self.near[pick], self.reach[pick] = predicted.near[same], predicted.reach[same]
@@ -105,10 +106,10 @@ class Tables:
         return -self.bandwidth[pick]
 
     def _best_ring(self, members: Mapping[Pick, Sequence[int]]) -> dict[Pick, int]:
-        """Per pick of two or more, what the best ring through it carries, MB/s."""
+        """Per pick of two or more, the rate of the best ring through it, MB/s."""
         hops = {self._interconnect.hops[a][b] for a, b in self._pairs()}
         found = dict.fromkeys((pick for picks in self._of_size[2:] for pick in picks), 0)
-        # A ring is as fast as the slowest of its direct hops, and of those through the host: all pairs of bounds.
+        # A ring is as fast as its slowest direct hop and its slowest hop through the host: try all pairs of bounds.
         directs = sorted({hop.direct for hop in hops} - {0})
         for host in sorted({hop.host for hop in hops} | {0}):
             through = {hop for hop in hops if host and hop.host >= host}
@@ -170,7 +171,7 @@ class Tables:
         return closed
 
     def _what_rests_offer(self) -> dict[Pick, tuple[int, ...]]:
-        """Per pick, as a rest: the best bandwidth and the sum of all, for sets of 8, of 4 and of 2 GPUs."""
+        """Per pick, what it offers if left over: the best bandwidth and the sum, for sets of 8, of 4 and of 2 GPUs."""
         best: dict[Pick, tuple[int, ...]] = {}
         for count, picks in enumerate(self._of_size):
             for pick in picks:
@@ -186,7 +187,7 @@ class Tables:
                     elif count == size:
                         row += [self.bandwidth[pick]] * 2
                     else:
-                        # A set of `size` lies in `count - size` of the rests that are one GPU smaller.
+                        # A set of `size` is contained in `count - size` of the picks that are one GPU smaller.
                         total = sum(rest[2 * i + 1] * taken for rest, taken in smaller)
                         row += [max(rest[2 * i] for rest, _ in smaller), total // (count - size)]
                 best[pick] = tuple(row)

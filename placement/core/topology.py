@@ -1,7 +1,7 @@
 """How the GPUs of one node are joined: links, islands, NUMA nodes. Immutable and hashable.
 
-A topology says what ``nvidia-smi topo -m`` says. NVLink hides the PCIe path of a pair there, and so
-it does here: a pair is joined by *n* NVLinks, or by a PCIe path, or by something nobody knows.
+A topology holds what ``nvidia-smi topo -m`` shows. There NVLink hides the PCIe path of a pair, and so
+it does here: a pair is joined by *n* NVLinks, by a PCIe path, or by an unknown link.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import cached_property
 
 
 class Path(StrEnum):
-    """What a pair of GPUs talks over, best first. Names and meaning are those of ``nvidia-smi topo -m``."""
+    """The path between a pair of GPUs, best first. Names and meaning are those of ``nvidia-smi topo -m``."""
 
     NVLINK = "NV"
     """One or more NVLinks, direct or through NVSwitch."""
@@ -29,11 +29,11 @@ class Path(StrEnum):
     SYS = "SYS"
     """The interconnect between NUMA nodes (UPI, xGMI)."""
     UNKNOWN = "?"
-    """Nobody could tell. Never treated as fast, and never as absent."""
+    """Unknown. Never treated as fast, and never as absent."""
 
 
 PATH_ORDER = {path: order for order, path in enumerate(Path)}
-"""A path -> its place, the best first."""
+"""A path -> its position, the best first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +41,10 @@ class Link:
     """What joins two GPUs: a path, and the number of NVLinks where the path is NVLink.
 
     Attributes:
-        path: what they talk over.
+        path: the kind of path.
         nvlinks: how many NVLinks, direct or through NVSwitch.
-        peer: whether one can read and write the other's memory over PCIe without the host's; ``None`` where unknown.
-            Not where the driver forbids it, nor where requests are redirected through the root complex (ACS).
+        peer: whether one can read and write the other's memory over PCIe without the host's; ``None`` if unknown.
+            False if the driver forbids it, or if requests are redirected through the root complex (ACS).
 
     Raises:
         ValueError: NVLinks were counted on another path, or none on an NVLink path.
@@ -74,13 +74,13 @@ class Nic:
     """A network card, and how near it is to each GPU.
 
     Attributes:
-        name: what the column is called: ``"mlx5_0"``; newer drivers say ``"NIC0"``.
+        name: the name of its column: ``"mlx5_0"``; newer drivers print ``"NIC0"``.
         paths: ``paths[g]`` leads from GPU ``g`` to the card.
-        ports: those of its RDMA ports that work: ``"mlx5_0:1"``; empty where unknown.
-        interfaces: those of its network interfaces that packets are sent over: ``"eth0"``; empty where unknown.
+        ports: its working RDMA ports: ``"mlx5_0:1"``; empty if unknown.
+        interfaces: its working network interfaces: ``"eth0"``; empty if unknown.
 
     Raises:
-        ValueError: the name is no word of its own, or a path is NVLink.
+        ValueError: the name is not a single word, or a path is NVLink.
     """
 
     name: str
@@ -100,10 +100,10 @@ class NumaNode:
     """A NUMA node of the host.
 
     Attributes:
-        number: what Linux calls it.
-        cores: the CPUs of each of its cores that may be used, ascending; empty where unknown, and where it has none.
+        number: its number in Linux.
+        cores: the CPUs of each of its cores that may be used, ascending; empty if unknown, or if it has none.
         memory_bytes: its memory, ``None`` where unknown.
-        socket: the processor that it is of, ``None`` where unknown.
+        socket: the processor that it belongs to, ``None`` if unknown.
     """
 
     number: int
@@ -117,7 +117,7 @@ class Lanes:
     """A GPU's PCIe link.
 
     Attributes:
-        generation: the highest that card and slot can do; the current one drops when the GPU is idle.
+        generation: the highest that card and slot support; the current one drops when the GPU is idle.
         width: how many lanes it has.
     """
 
@@ -144,18 +144,18 @@ class Topology:
         nics: the network cards; empty where unknown.
         model: product name shared by the GPUs (``"NVIDIA H100 80GB HBM3"``), ``None`` where unknown.
             Ignored by ``==``: two machines of one shape are one topology.
-        below: ``below[a][b]`` is the PCIe path of two GPUs, also below NVLink, which hides it in ``links``; empty where
-            that was not read (NVML tells it, ``nvidia-smi topo -m`` does not).
+        below: ``below[a][b]`` is the PCIe path of two GPUs, even if NVLink hides it in ``links``; empty if
+            that was not read (NVML reports it, ``nvidia-smi topo -m`` does not).
         lanes: per GPU its PCIe link, ``None`` where unknown.
         cpu: product name of the host's processors (``"AMD EPYC 7502"``), ``None`` where unknown.
         numa_nodes: the NUMA nodes of the host; empty where unknown.
-        measured: what was measured, on this machine or on others of its make; empty if nothing was.
+        measured: measured rates, from this machine or others of its make; empty if there are none.
         nvls: whether collectives reduce inside the NVSwitch (NVLS), ``None`` where unknown. It matters only on an
             NVSwitch of Hopper and later.
 
     Raises:
         ValueError: the matrix is not square or not symmetric, a list has another length, two network
-            cards have one name, or what was measured is no set of its GPUs, or no rate.
+            cards have one name, or a measured entry is no set of its GPUs, or no rate.
     """
 
     links: tuple[tuple[Link, ...], ...]
@@ -215,9 +215,9 @@ class Topology:
         return self.links[a][b]
 
     def pcie_path(self, a: int, b: int) -> Path:
-        """The PCIe path between two GPUs, also where NVLink joins them; :attr:`Path.UNKNOWN` if nobody can tell.
+        """The PCIe path between two GPUs, even if NVLink joins them; :attr:`Path.UNKNOWN` if unknown.
 
-        Where NVLink hides it and :attr:`below` does not tell it, it is as short as what both have near shows: PCIe is a
+        If NVLink hides it and :attr:`below` does not have it, an upper bound follows from what is near both: PCIe is a
         tree, so that two GPUs are no farther from each other than the farther of them is from any network card, and
         GPUs of one NUMA node are no farther apart than :attr:`Path.NODE`.
         """
@@ -257,7 +257,7 @@ class Topology:
 
     @cached_property
     def islands(self) -> tuple[tuple[int, ...], ...]:
-        """GPUs joined by NVLink, directly or over others, each island ascending; a lone GPU is its own."""
+        """GPUs joined by NVLink, directly or through others, each island ascending; a lone GPU is its own island."""
         return tuple(components(range(len(self)), lambda a, b: self.links[a][b].nvlinks > 0))
 
     def island_of(self, ordinal: int) -> int:
@@ -266,7 +266,7 @@ class Topology:
 
 
 def components(items: Iterable[int], joined: Callable[[int, int], bool]) -> list[tuple[int, ...]]:
-    """The groups that are joined, directly or over others, each ascending."""
+    """The groups that are joined, directly or through others, each ascending."""
     found: list[tuple[int, ...]] = []
     left = list(items)
     while left:

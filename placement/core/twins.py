@@ -1,7 +1,7 @@
-"""GPUs that can change places, and sets of GPUs as counts of them.
+"""Interchangeable GPUs, and sets of GPUs as counts of them.
 
-GPUs that can change places without any difference are *twins*. Sets that take equally many of each group
-of twins are equally good, and leave equally much, so that counts are searched instead of sets: 9 instead of 256
+GPUs that can change places without any difference are *twins*. Sets that take the same number of each group
+of twins are equally good, and leave the same, so that counts are searched instead of sets: 9 instead of 256
 for an NVSwitch board. Such counts, a *pick*, are packed into one integer, a field per group with one bit to
 spare, so that taking a pick out of another is one subtraction.
 """
@@ -15,7 +15,7 @@ Pick = int
 
 
 def twins_of(links: Sequence[Sequence[object]], places: Sequence[object]) -> list[list[int]]:
-    """The GPUs, ascending, grouped so that two of a group can change places and nothing changes."""
+    """The GPUs, ascending, in groups of twins."""
     kinds: list[list[int]] = []
     for gpu, place in enumerate(places):
         for kind in kinds:
@@ -33,13 +33,13 @@ class Picks:
     """The picks of a machine.
 
     Args:
-        twins: the groups of GPUs that can change places.
+        twins: the groups of interchangeable GPUs.
 
     Attributes:
         twins: as given.
         units: the pick of one GPU, per group.
         fields: the bits of a pick that count a group's GPUs, per group.
-        spare: the bit to spare of every field: that of a group is gone once too many of it are taken out.
+        spare: the spare bit of every field: a group's bit is cleared if too many of its GPUs are subtracted.
     """
 
     def __init__(self, twins: list[list[int]]) -> None:
@@ -57,7 +57,7 @@ class Picks:
             self._masks.append(sum(1 << gpu for gpu in kind))
 
     def of(self, mask: int) -> Pick:
-        """How many GPUs of each group a bit mask has."""
+        """The pick of a bit mask: how many GPUs of each group it has."""
         return sum(
             (mask & kind).bit_count() * unit for kind, unit in zip(self._masks, self.units, strict=True)
         )
@@ -68,7 +68,7 @@ class Picks:
             yield (pick & bits) // unit
 
     def lowest(self, pick: Pick, mask: int) -> tuple[int, ...]:
-        """The lowest free GPUs that a pick can mean."""
+        """The lowest free GPUs that match a pick."""
         gpus: list[int] = []
         for kind, count in zip(self.twins, self.counts(pick), strict=True):
             if count:

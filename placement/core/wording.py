@@ -1,4 +1,4 @@
-"""What is asked for, as people say it: in refusals, in explanations and in the reasons why something waits."""
+"""Words for requests: in refusals, in explanations and in the reasons why something waits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from placement.errors import counted
 
 
 def gpu_names(names: Iterable[GpuName]) -> str:
-    """``GPU 2-3``, ``GPU-1db5...``, as people call them."""
+    """``GPU 2-3``, ``GPU-1db5...``: named GPUs."""
     named = [*names]
     slots = tuple(name for name in named if isinstance(name, int))
     texts = [f"GPU {ordinals(slots)}"] if slots else []
@@ -47,7 +47,7 @@ def describe_cpus(request: Request) -> str:
 
 
 def sets_of(count: int, needs: Needs, more: str = "") -> str:
-    """``3 sets of 4 GPUs``, ``3 more sets of 4 GPUs``; ``3 GPUs``, where a set is one."""
+    """``3 sets of 4 GPUs``, ``3 more sets of 4 GPUs``; ``3 GPUs`` if a set is one GPU."""
     thing = "GPU" if needs.gpus == 1 else "set"
     named = f"{count} {more}{thing}" + ("" if count == 1 else "s")
     return named if needs.gpus == 1 else f"{named} of {counted(needs.gpus, 'GPU')}"
@@ -73,7 +73,7 @@ def gb_per_s(bandwidth: float) -> str:
 
 
 def reached(best: Score) -> str:
-    """``200 GB/s``, or ``between 5 and 25 GB/s`` where an input of the prediction is not known."""
+    """``200 GB/s``, or ``between 5 and 25 GB/s`` if an input of the prediction is unknown."""
     if best.upper_gb_per_s is None:
         return gb_per_s(best.bandwidth_gb_per_s)
     return f"between {best.bandwidth_gb_per_s:g} and {gb_per_s(best.upper_gb_per_s)}"

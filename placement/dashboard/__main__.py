@@ -1,8 +1,8 @@
-"""``python -m placement.dashboard ADDRESS``: asks the placement service for a server of the page, which started it.
+"""``python -m placement.dashboard ADDRESS``: the child process with which the page's server asks the placement service.
 
 A line of standard input is a question, ``[number, what, *arguments]``; a line of standard output its answer,
-``[number, answer, error]``, in any order. The first answer, number 0, says which cluster it is connected to. It ends
-with its input.
+``[number, answer, error]``, in any order. The first answer, number 0, is the cluster that it is connected to. It ends
+when its input ends.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ THREADS = 8
 
 
 def main() -> int:
-    """Answers until there is no question left; 1 if it could not connect."""
-    # Ray, too, prints on standard output what it hears of raylets.
+    """Answers until the input ends; returns 1 if it could not connect."""
+    # Ray also prints messages about raylets on standard output.
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     answers = _Answers(out)
@@ -48,12 +48,12 @@ class _Answers:
         self._out, self._lock = out, threading.Lock()
 
     def tell(self, number: int, answer: Callable[[], Any], cluster: str) -> None:
-        """Writes what a function returns, or raises."""
+        """Writes the result or the error of a function."""
         try:
             line = [number, answer(), None]
         except PlacementError as error:
             line = [number, None, error.to_dict()]
-        except Exception as error:  # of Ray, which may fail in any way while a head or the service goes
+        except Exception as error:  # Ray may raise anything while a head or the service ends
             reason = next(iter(str(error).splitlines()), "")[:200]
             line = [number, None, ClusterUnreachable(cluster, f"{type(error).__name__}: {reason}").to_dict()]
         self.write(line)

@@ -1,8 +1,8 @@
-"""Serves the page, and tells every browser that shows it what changes. It only reads, and answers GET alone.
+"""Serves the page, and sends changes to every browser that shows it. It only reads, and answers only GET.
 
-What keeps others out, as docs/dashboard.md has it: it listens on loopback unless told otherwise; a request must name
-a host that is this server's (a page of another site, whose name was made to lead here, does not); where the cluster
-has a token, a request must have it; and nothing but the page's own script runs in the page.
+Access control (docs/dashboard.md): it listens on loopback unless told otherwise; a request must name
+a host of this server, against DNS rebinding; if the cluster
+has a token, a request must have the key; and only the page's own script runs in the page.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from placement.errors import PlacementError, UnknownDeployment, UnknownNode
 logger = logging.getLogger(__name__)
 
 EVERY_SECONDS = 1.0
-"""The service is asked so often, while anybody looks."""
+"""How often the service is asked while anybody has the page open."""
 SHARE, MOST_SECONDS = 0.1, 5.0
-"""And no more often than that answering takes this part of the time; but after so long at the latest."""
+"""Asking takes at most this part of the time, but the interval is at most this long."""
 MACHINES_SECONDS = 60.0
-"""How GPUs are linked is asked so often, and when it is known of other nodes."""
+"""How often the machines are asked for; also whenever other nodes are known."""
 FACTS_SECONDS = 5.0
-"""What was said of a node, or of why something waits, is said again without asking for so long."""
+"""How long an answer about a node, or about why something waits, is used again."""
 HEARTBEAT_SECONDS = 15.0
 
 PAGE = {
@@ -63,10 +63,10 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Board:
-    """What the page shows, asked of a source for all who look, and kept up to date while anybody does.
+    """The contents of the page, from one source for all viewers, kept up to date while there are any.
 
     Args:
-        source: who is asked.
+        source: where the data comes from.
     """
 
     def __init__(self, source: Source) -> None:
@@ -103,7 +103,7 @@ class Board:
         )
 
     async def follow(self) -> None:
-        """Asks again and again, without end, while anybody looks. A service that is gone is shown as that."""
+        """Asks repeatedly while anybody has the page open. If the service is gone, the page shows that."""
         while True:
             await self._viewed.wait()
             began = time.monotonic()
@@ -111,17 +111,17 @@ class Board:
                 await self.refresh()
             except PlacementError as error:
                 self._show(self.entries | {"service": self._service(str(error))})
-            except Exception:  # a service of another version may tell something else
-                logger.exception("what the service said cannot be shown")
-                problem = "what the service says cannot be shown; is it of the same version as this page?"
+            except Exception:  # a service of another version may answer in another form
+                logger.exception("the service's answer cannot be shown")
+                problem = "the service's answer cannot be shown; is it of the same version as this page?"
                 self._show(self.entries | {"service": self._service(problem)})
             took = time.monotonic() - began
             await asyncio.sleep(max(EVERY_SECONDS, min(took / SHARE, MOST_SECONDS)))
 
     async def changes(self) -> AsyncGenerator[dict[str, Any], None]:
-        """What makes a page of nothing what it should show, and from then on what has changed; without end.
+        """First everything that the page shows, then what has changed; without end.
 
-        Whoever is slow to take it is told all that changed meanwhile as one. ``{}`` every few seconds, if nothing did.
+        A slow reader gets all changes meanwhile as one. If nothing changes, ``{}`` every few seconds.
         """
         self._viewers += 1
         self._viewed.set()
@@ -151,28 +151,28 @@ class Board:
 
 
 class Answers:
-    """Questions about one thing: who asks what was asked a moment ago is given the same answer."""
+    """Questions about one thing: a repeated question within a moment gets the same answer."""
 
     def __init__(self, ask: Callable[[str], Awaitable[Mapping[str, Any]]]) -> None:
         self._ask = ask
         self._known: dict[str, tuple[float, asyncio.Task[Mapping[str, Any]]]] = {}
 
     async def of(self, name: str) -> Mapping[str, Any]:
-        """The answer of a moment ago, or a new one."""
+        """The recent answer, or a new one."""
         now = time.monotonic()
         self._known = {key: one for key, one in self._known.items() if now - one[0] < FACTS_SECONDS}
         if name not in self._known:
             self._known[name] = now, asyncio.ensure_future(self._ask(name))
-        # Who leaves does not end the question of others.
+        # A viewer that leaves does not end the question of others.
         return await asyncio.shield(self._known[name][1])
 
 
 class Guard:
-    """Who may look.
+    """Decides who may look.
 
     Args:
         host: where the server listens.
-        token: of the cluster; ``None`` where it has none.
+        token: the cluster's token; ``None`` if it has none.
     """
 
     def __init__(self, host: str, token: str | None) -> None:
@@ -183,12 +183,10 @@ class Guard:
             self._names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
 
     def refusal(self, request: web.Request) -> web.Response | None:
-        """What is answered instead of what was asked for, if anything."""
+        """The refusal of a request; ``None`` if it is allowed."""
         if not self._is_ours(request.headers.get("Host", "")):
             # https://en.wikipedia.org/wiki/DNS_rebinding
-            text = (
-                "this server does not go by that name; use the address that `placement dashboard` printed\n"
-            )
+            text = "this server does not have that name; use the address that `placement dashboard` printed\n"
             return web.Response(status=421, text=text)
         if request.method != "GET":
             return web.Response(status=405, text="this page only reads: GET\n", headers={"Allow": "GET"})
@@ -198,23 +196,23 @@ class Guard:
         given = request.query.get("token")
         if given is not None and self._knows(given):
             found = web.Response(status=303, headers={"Location": "/"})
-            # Lax: a link to the page may lead from anywhere; nothing else is sent along with it.
+            # Lax: a link on any page may lead here, but other sites' requests do not carry the cookie.
             found.set_cookie(cookie, self.key, httponly=True, samesite="Lax", path="/")
             return found
         bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
         if self._knows(request.cookies.get(cookie, "")) or self._knows(bearer):
             return None
-        text = "this cluster has a token, and so has its page; use the address that `placement dashboard` printed\n"
+        text = "this cluster has a token, so its page needs a key; use the address that `placement dashboard` printed\n"
         return web.Response(status=401, text=text, headers={"WWW-Authenticate": "Bearer"})
 
     def _knows(self, given: str) -> bool:
-        """Whether it is the page's key or the cluster's token; in the same time, whatever is given."""
+        """Whether it is the page's key or the cluster's token; compared in constant time."""
         assert self.key is not None and self.token is not None
         told = given.encode("utf-8", "replace")
         return hmac.compare_digest(told, self.key.encode()) | hmac.compare_digest(told, self.token.encode())
 
     def _is_ours(self, said: str) -> bool:
-        """Whether a Host header names this server: an IP address, which nobody can make lead elsewhere, or its name."""
+        """Whether a Host header names this server: an IP address, which DNS cannot redirect, or its name."""
         name = said.rpartition("]")[0].removeprefix("[") or said.partition(":")[0]
         try:
             ipaddress.ip_address(name)
@@ -224,9 +222,9 @@ class Guard:
 
 
 def viewing_key(token: str) -> str:
-    """What lets somebody look at the page of a cluster with this token, and no more.
+    """The key that allows reading the page of a cluster with this token, and nothing else.
 
-    With the token itself one may run anything there, so it stands in no address and no cookie.
+    The token itself allows running code there, so it is in no address and no cookie.
     """
     return hmac.new(token.encode(), b"placement dashboard", hashlib.sha256).hexdigest()
 
@@ -268,11 +266,11 @@ def application(board: Board, source: Source, guard: Guard) -> web.Application:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
         kind = "whole"
-        # That it is closed ends this.
+        # It ends when the connection is closed.
         with contextlib.suppress(ConnectionError):
             async with contextlib.aclosing(board.changes()) as changes:
                 async for changed in changes:
-                    # No line break is in it: JSON escapes those in texts.
+                    # It has no line break: JSON escapes those in texts.
                     data = (
                         f"event: {kind}\ndata: {json.dumps(changed, separators=(',', ':'))}\n\n"
                         if changed
@@ -317,13 +315,13 @@ async def serve(address: str | None, host: str, listener: socket.socket, tell: C
     """Serves the page of a cluster until it is cancelled.
 
     Args:
-        address: of the cluster, as ``--address`` of every command.
-        host: where it listens, as the user said it.
+        address: the cluster's address, as in ``--address`` of every command.
+        host: where it listens, as the user gave it.
         listener: the socket that does.
-        tell: is told the page's address, once it can be asked for.
+        tell: called with the page's address, once it answers.
 
     Raises:
-        ClusterUnreachable, ServiceNotRunning: there is none now. One that goes later is waited for.
+        ClusterUnreachable, ServiceNotRunning: there is none now. If it ends later, the server waits for it.
     """
     source = ServiceSource(address)
     try:

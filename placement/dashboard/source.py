@@ -18,19 +18,19 @@ from placement import errors
 from placement.errors import ClusterUnreachable, PlacementError
 
 ANSWER_SECONDS = 30.0
-"""A question that has no answer after this long is given up, and so is the child."""
+"""After this time without an answer a question is given up, and the child is ended."""
 START_SECONDS = 90.0
 """How long the child may take to import Ray and to connect."""
 GOODBYE_SECONDS = 5.0
 MOST_BYTES = 1 << 28
-"""Of one answer: far more than the status of 10,000 nodes."""
+"""The largest answer: far more than the status of 10,000 nodes."""
 
 
 class Source(Protocol):
-    """What is asked for the page. Each method raises a :class:`~placement.PlacementError` if there is no answer.
+    """The questions of the page. Each method raises a :class:`~placement.PlacementError` if there is no answer.
 
     Attributes:
-        cluster: which cluster it is, for people.
+        cluster: the cluster's name for users.
     """
 
     cluster: str
@@ -39,13 +39,13 @@ class Source(Protocol):
         """``status``, and the ``events`` after number ``since``."""
 
     async def machines(self) -> Mapping[str, Any]:
-        """``machines``: by key, as a cluster file has them; ``machine_of``: node id -> key."""
+        """``machines``: by key, as in a cluster file; ``machine_of``: node id -> key."""
 
     async def node(self, node: str) -> Mapping[str, Any]:
-        """What the GPUs of one node report, as ``topology`` of the service tells it."""
+        """The facts of one node's GPUs, from ``topology`` of the service."""
 
     async def why(self, deployment: str) -> Mapping[str, Any]:
-        """Where a deployment would fit now, stage by stage, as ``placement plan --explain`` tells it."""
+        """Where a deployment would fit now, stage by stage, as ``placement plan --explain`` shows it."""
 
 
 class ServiceSource:
@@ -56,7 +56,7 @@ class ServiceSource:
 
     Attributes:
         cluster: the address that was found.
-        token: the cluster's authentication token; ``None`` where it has none. Both are known after :meth:`start`.
+        token: the cluster's authentication token; ``None`` if it has none. Both are known after :meth:`start`.
     """
 
     def __init__(self, address: str | None) -> None:
@@ -90,7 +90,7 @@ class ServiceSource:
         return answer
 
     async def start(self) -> asyncio.subprocess.Process:
-        """Has a child that is connected.
+        """Starts the child, and waits until it is connected.
 
         Raises:
             ClusterUnreachable: nothing answers at the address.
@@ -113,7 +113,7 @@ class ServiceSource:
             return child
 
     async def close(self) -> None:
-        """Ends the child, which goes with its input, and says goodbye to Ray if that takes no longer than a moment."""
+        """Ends the child by closing its input; it disconnects from Ray if that takes only a moment."""
         if self._child is not None and self._child.stdin is not None:
             self._child.stdin.close()
             with contextlib.suppress(TimeoutError):
@@ -156,7 +156,7 @@ class ServiceSource:
                 self._child = None
             for waiting in self._waiting.values():
                 if not waiting.done():
-                    reason = "the process that asks it has ended; it is started again"
+                    reason = "the process that asks the service has ended; it is started again"
                     waiting.set_exception(ClusterUnreachable(self.cluster, reason))
 
     async def _end_child(self) -> None:

@@ -1,6 +1,6 @@
-"""What the page shows, as entries: key -> JSON-ready value. Only entries that change are sent.
+"""The contents of the page, as entries: key -> JSON-ready value. Only changed entries are sent.
 
-An entry whose value has not changed is the same object as before, so that comparing two boards costs one look a key.
+An entry whose value has not changed is the same object as before, so that comparing two boards costs one check per key.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from placement.core.matrix import parse_matrix
 Entries = Mapping[str, Any]
 
 KEPT_EVENTS = 200
-"""So many events are shown."""
+"""How many events are shown."""
 AGE_STEP_SECONDS = 5.0
-"""Times are told in such steps, so that what only grows older is not sent anew each second."""
+"""Times are rounded to this step, so that ages alone do not make entries change each second."""
 
 
 def entries_of(
@@ -24,9 +24,9 @@ def entries_of(
     """Nodes, deployments, groups and totals of a report.
 
     Args:
-        status: as ``status`` of the service tells it.
-        machine_of: node id -> key of its machine, where that is known.
-        at: when it was told, in seconds since 1970.
+        status: the service's ``status``.
+        machine_of: node id -> key of its machine, if known.
+        at: the time of the status, in seconds since 1970.
         before: the entries before.
     """
     found: dict[str, Any] = {"totals": status["totals"], "demand": [_asked(one) for one in status["demand"]]}
@@ -43,7 +43,7 @@ def entries_of(
 
 
 def machine_entries(machines: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """How the GPUs of each make of node are linked, and near which NUMA node each is.
+    """The links between the GPUs of each make of node, and the NUMA node near each GPU.
 
     Args:
         machines: of a cluster file (:class:`placement.wire.cluster.ClusterFile`).
@@ -71,12 +71,12 @@ def with_events(entries: Entries, events: Iterable[Mapping[str, Any]]) -> dict[s
 
 
 def unchanged_kept(before: Entries, now: Entries) -> dict[str, Any]:
-    """``now``, with what is equal to the value before being that value itself."""
+    """``now``, in which unchanged values are the same objects as before."""
     return {key: before[key] if before.get(key) == value else value for key, value in now.items()}
 
 
 def changes(before: Entries, now: Entries) -> dict[str, Any]:
-    """What makes the second of the first: new values by key, and ``None`` for keys that are gone."""
+    """The difference of two boards: new values by key, and ``None`` for keys that are gone."""
     gone = dict.fromkeys(before.keys() - now.keys())
     return gone | {key: value for key, value in now.items() if before.get(key) is not value}
 
@@ -109,7 +109,7 @@ def _deployment(one: Mapping[str, Any], at: float, before: Mapping[str, Any]) ->
     )  # fmt: skip
     found = {key: one[key] for key in shown}
     since = at - one["age_seconds"]
-    # When it began is told as an age, which two answers do not say alike to the millisecond.
+    # Its start is reported as an age, which differs by milliseconds between two answers.
     known = before.get("since")
     found["since"] = known if known is not None and abs(known - since) < AGE_STEP_SECONDS else round(since)
     found["not_placed"] = [each for each in one["replica_states"] if each["state"] != "placed"]
@@ -125,11 +125,11 @@ _IF_SAID = {
     "mig", "bandwidth_gb_per_s", "bandwidth_measured", "upper_bandwidth_gb_per_s", "weakest_link", "ray_gpus",
     "ray_bandwidth_gb_per_s", "egress_resource", "egress_units", "cpus",
 }  # fmt: skip
-"""Left out where they say nothing: there may be thousands."""
+"""Empty fields are left out, as there may be thousands."""
 
 
 def _asked(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of what was asked of the autoscaler."""
+    """A row of the requests to the autoscaler."""
     return {
         key: _stepped(value) if key in ("seconds", "again_in_seconds") and value is not None else value
         for key, value in row.items()

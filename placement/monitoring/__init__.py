@@ -1,4 +1,4 @@
-"""What the service tells Prometheus, as a table; and the Grafana dashboard and the alert rules that go by it.
+"""The service's Prometheus metrics, as a table; and the Grafana dashboard and the alert rules that use them.
 
 :mod:`placement.runtime.metrics` measures what the table names. docs/metrics.md shows it to users.
 """
@@ -19,7 +19,7 @@ OUTCOMES = ("reserved", "full", "interfered", "failed")
 OTHERS = "(others)"
 """The label of all nodes, or deployments, beyond those that have series of their own."""
 MOST_NODES, MOST_DEPLOYMENTS = 1000, 200
-"""So many have series of their own: the oldest deployments, and the first nodes by name."""
+"""How many have series of their own: the oldest deployments, and the first nodes by name."""
 
 GAUGE, COUNTER, HISTOGRAM = "gauge", "counter", "histogram"
 
@@ -32,7 +32,7 @@ class Metric:
         name: without Ray's prefix, and without the ``_total`` that a counter gets.
         kind: gauge, counter or histogram.
         unit: what it counts, or the unit of what it measures.
-        meaning: what it says.
+        meaning: what it measures.
         labels: the names of its labels, beside those that Ray adds.
         buckets: the upper bounds of a histogram's buckets.
     """
@@ -57,29 +57,29 @@ METRICS = (
     Metric(
         "placement_gpus", GAUGE, "GPUs",
         "GPUs that Ray has on the node, by state: `free`; `placed`, held whole by one replica (a MIG instance counts "
-        "as one); `shared`, held in shares; `foreign`, held by other Ray users; `unknown`, failed by what NVML says.",
+        "as one); `shared`, held in shares; `foreign`, held by other Ray users; `unknown`, reported as failed by NVML.",
         ("node", "state"),
     ),
     Metric(
         "placement_gpus_lost", GAUGE, "GPUs",
-        "GPUs that NVML says have failed, whether somebody holds them or not.",
+        "GPUs that NVML reports as failed, held or not.",
         ("node",),
     ),
     Metric("placement_nodes", GAUGE, "nodes", "`alive`, `draining`, or `dead` (in the last minutes).", ("state",)),
     Metric(
         "placement_replicas", GAUGE, "replicas",
-        "Replicas by deployment: `placed`; `pending`, waiting for room; `lost` with a node, or its group, and not yet "
-        "placed again; `releasing`.",
+        "Replicas by deployment: `placed`; `pending`, waiting for room; `lost`, whose node or placement group is gone, "
+        "and not yet placed again; `releasing`.",
         ("deployment", "state"),
     ),
     Metric(
         "placement_deployments", GAUGE, "deployments",
-        "Deployments by whose end ends them: `none`, `caller` (these are leases), `job` or `actor`.",
+        "Deployments by the kind of their owner: `none`, `caller` (these are leases), `job` or `actor`.",
         ("owner",),
     ),
     Metric(
         "placement_queue_length", GAUGE, "deployments, calls",
-        "What waits for room: a stored `deployment`, or a `call` with `wait_seconds`.",
+        "How many wait for room: stored deployments (`deployment`), or calls with `wait_seconds` (`call`).",
         ("kind",),
     ),
     Metric(
@@ -94,14 +94,14 @@ METRICS = (
     ),
     Metric(
         "placement_allreduce_best_ratio", GAUGE, "0 to 1",
-        "The same as a part of what the best set of that size would have on that node, were it empty; of the replica "
-        "that is worst off.",
+        "That bandwidth divided by that of the best set of the same size on the node if it were empty; the least over "
+        "the replicas.",
         ("deployment",),
     ),
     Metric(
         "placement_gpus_fragmented", GAUGE, "GPUs",
-        "Of the free GPUs, those that a request like the declared ones could not use, in expectation (Weng et al., "
-        "USENIX ATC 2023, section 3); 0 while nothing is declared.",
+        "How many free GPUs an average request like the declared ones could not use (Weng et al., USENIX ATC 2023, "
+        "section 3); 0 while nothing is declared.",
     ),
     Metric(
         "placement_refusals", COUNTER, "calls",
@@ -112,24 +112,25 @@ METRICS = (
     Metric(
         "placement_reservations", COUNTER, "reservations",
         "Attempts to reserve what was planned: `reserved`; `full`, a node had too few GPUs free after all; "
-        "`interfered`, what Ray gave could not be verified, since others took or freed some, or a node did not answer; "
+        "`interfered`, the GPUs could not be verified, since others took or freed some, or a node did not answer; "
         "`failed`, with an exception.",
         ("outcome",),
     ),
     Metric(
         "placement_steering_attempts", HISTOGRAM, "attempts",
-        "How many attempts a node took until the GPUs that Ray gave were those that were wanted.",
+        "How many attempts a node needed until Ray gave the wanted GPUs.",
         (), (1, 2, 3, 4, 6, 8, 12),
     ),
     Metric(
         "placement_duration_seconds", HISTOGRAM, "seconds",
-        "From the beginning of an attempt to place replicas until they are reserved, verified and recorded; without "
-        "the time in the queue.",
+        "From the start of an attempt to place replicas until they are reserved, verified and recorded; without the "
+        "time in the queue.",
         (), _SECONDS,
     ),
     Metric(
         "placement_recovery_seconds", HISTOGRAM, "seconds",
-        "From when the loss of a replica was noticed until it was placed again, by one and the same service process.",
+        "From when the loss of a replica was noticed until it was placed again; only where the service did not restart "
+        "in between.",
         (), _LONG,
     ),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the state of its NVLinks and of its NVSwitch means for a node: what cannot be used, and whether NVLS is on."""
+"""What the state of NVLinks and NVSwitch means for a node: what cannot be used, and whether NVLS is on."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from placement.core.topology import ordinals
 from placement.wire.facts import LINK_UP, Fabric, GpuFacts, PairFacts
 
 NO_FABRIC: tuple[Fabric, ...] = ("not started", "in progress", "failed")
-"""What a GPU says whose NVLinks to the switch lead nowhere, though each of them is up: they train without it."""
+"""Fabric states in which a GPU cannot use its NVSwitch, although each of its links is up."""
 _NVLS_DRIVER, _NVLS_CAPABILITY = 530, (9, 0)
 """The first driver of CUDA 12.1, which NVLS needs (``src/transport/nvls.cc`` of NVIDIA/nccl), and Hopper."""
 
 
 def fabric_problem(gpus: Sequence[GpuFacts]) -> str:
-    """Which GPUs cannot use their NVSwitch, or not well, and what to look at; empty if there are none."""
+    """Which GPUs cannot use their NVSwitch, or only in part, and what to check; empty if there are none."""
     found: dict[Fabric, list[int]] = {}
     for gpu in gpus:
         if gpu.fabric is not None and gpu.fabric != "completed":
@@ -27,11 +27,11 @@ def fabric_problem(gpus: Sequence[GpuFacts]) -> str:
 
 
 def links_down(gpus: Sequence[GpuFacts], pairs: Sequence[PairFacts]) -> str:
-    """Which NVLinks are down that should be up, and what to look at; empty if there are none.
+    """Which NVLinks are down that should be up, and what to check; empty if there are none.
 
-    That a link is down is no fault in itself: a card without a bridge has such links, and one of a mesh that is
-    passed through to a virtual machine. It should be up where another GPU of the model has more links up (and the
-    GPU has any, or they meet in a switch), and where it is one of a bridge. A bridge is four links from Ampere on
+    A link that is down is no fault in itself: a card without a bridge has such links, and so has a part of a mesh that
+    is passed through to a virtual machine. It should be up if another GPU of the model has more links up (and the
+    GPU has any, or they meet in a switch), or if it belongs to a bridge. A bridge is four links from Ampere on
     (NVIDIA's product brief of the A100 PCIe: three bridges, twelve links), all two of Turing.
     """
     up = {
@@ -60,22 +60,22 @@ def links_down(gpus: Sequence[GpuFacts], pairs: Sequence[PairFacts]) -> str:
 
 
 def _bridge(capability: tuple[int, int] | None) -> int:
-    """How many links a bridge between two cards has; 1 where that says nothing."""
+    """How many links a bridge between two cards has; 1 if unknown."""
     return 1 if capability is None or capability < (7, 5) else 2 if capability == (7, 5) else 4
 
 
 def has_nvls(gpus: Sequence[GpuFacts], driver: str | None, enabled: int | None) -> bool | None:
-    """Whether NCCL reduces inside the NVSwitch (NVLS); ``None`` if unknown, or where there is no such switch.
+    """Whether NCCL reduces inside the NVSwitch (NVLS); ``None`` if unknown, or without such a switch.
 
-    By NCCL's own conditions (``ncclNvlsInit`` in ``src/transport/nvls.cc``): not with ``NCCL_NVLS_ENABLE=0``, nor
-    with a driver older than CUDA 12.1. And only where the GPUs are registered with the switch's fabric
-    (NVIDIA/TensorRT-LLM#16595) and it is sound (pytorch/pytorch#177472). A virtual GPU has it only with unified memory
-    on (NVIDIA AI Enterprise, "NVLink Multicast"), which nobody can see.
+    NCCL's own conditions (``ncclNvlsInit`` in ``src/transport/nvls.cc``) exclude ``NCCL_NVLS_ENABLE=0``, and
+    drivers older than CUDA 12.1. The GPUs must also be registered with the switch's fabric
+    (NVIDIA/TensorRT-LLM#16595), which must be healthy (pytorch/pytorch#177472). A virtual GPU has it only with unified
+    memory on (NVIDIA AI Enterprise, "NVLink Multicast"), which cannot be read.
 
     Args:
         gpus: those of the node.
         driver: its version.
-        enabled: what NCCL is told, ``None`` if nothing.
+        enabled: NCCL's setting, ``None`` if there is none.
     """
     switched = [gpu for gpu in gpus if gpu.nvswitch_links and not gpu.mig_enabled]
     if not switched or any((gpu.compute_capability or (0, 0)) < _NVLS_CAPABILITY for gpu in switched):

@@ -1,9 +1,10 @@
-"""What Linux tells, without root, of the machine around the GPUs: NUMA nodes, network cards, ACS, processors.
+"""What Linux reports, without root, of the machine around the GPUs: NUMA nodes, network cards, ACS, processors.
 
-Read from ``/proc``, ``/sys`` and ``/dev/infiniband``, or from these below ``PLACEMENT_HOST_ROOT``. What is not there,
-as in a container with a cut-off ``/sys``, is unknown: ``None``, ``()``, ``Path.UNKNOWN``. Nothing here fails.
+It is read from ``/proc``, ``/sys`` and ``/dev/infiniband``, or from these below ``PLACEMENT_HOST_ROOT``. What is
+missing, as in a container with a restricted ``/sys``, is unknown: ``None``, ``()``, ``Path.UNKNOWN``. Nothing here
+fails.
 
-PCIe is a tree, and a device's real path in ``/sys/devices`` goes through it: the host bridge (``pci0000:17``), then
+PCIe is a tree, and a device's real path in ``/sys/devices`` follows it: the host bridge (``pci0000:17``), then
 bridge after bridge (a root port; a switch's port towards the host and one towards the device), then the device.
 """
 
@@ -57,7 +58,7 @@ class Device:
 
     Attributes:
         folder: its real path in ``/sys/devices``.
-        chain: the names on the way to it: host bridge, bridges, itself.
+        chain: the names on the path to it: host bridge, bridges, itself.
         numa: its NUMA node; ``None`` if unknown.
     """
 
@@ -78,7 +79,7 @@ class Host:
     def cpu(self) -> str | None:
         """The processors' product name, and their family; ``None`` if they differ or have none.
 
-        A virtual machine's name often says no more than "AMD EPYC"; family and model do.
+        A virtual machine's name is often only "AMD EPYC"; family and model then say more.
         """
         told: dict[str, set[str]] = {}
         for row in _text(self._root / "proc/cpuinfo").splitlines():
@@ -125,7 +126,7 @@ class Host:
 
         Args:
             address: where it is.
-            numa: its NUMA nodes as somebody else tells them, for where Linux does not.
+            numa: its NUMA nodes from another source, used if Linux does not report them.
         """
         found = address and self._at(self._sys / "bus/pci/devices" / address)
         if not found:
@@ -135,9 +136,9 @@ class Host:
         return found
 
     def path(self, a: Device | None, b: Device | None) -> Path:
-        """What ``nvidia-smi topo -m`` calls the way between two devices.
+        """The path between two devices, in the terms of ``nvidia-smi topo -m``.
 
-        One switch is two bridges in a row, so that devices on one are two steps below what they have in common.
+        A switch is two bridges in a row, so devices on one switch are two steps below their common bridge.
         """
         if a is None or b is None:
             return Path.UNKNOWN
@@ -151,10 +152,10 @@ class Host:
         return Path.NODE if a.numa == b.numa else Path.SYS
 
     def redirected(self, a: Device | None, b: Device | None) -> bool | None:
-        """Whether ACS sends what two devices below one root port say to each other through the root complex.
+        """Whether ACS redirects traffic between two devices below one root port through the root complex.
 
-        ``None`` where that is unknown, as for everybody but root: the rest sees 64 bytes of a bridge's configuration.
-        Also where they have no bridge in common, so that all they say goes there anyway.
+        ``None`` if unknown, as for all users except root: they see only 64 bytes of a bridge's configuration.
+        Also ``None`` if they have no common bridge, as all traffic then goes through the root complex anyway.
         """
         if a is None or b is None or (common := _common(a, b)) < 2:
             return None
@@ -169,7 +170,7 @@ class Host:
         return True if True in states else None if None in states or not states else False
 
     def nics(self, gpus: Sequence[Device | None]) -> tuple[NicFacts, ...]:
-        """The network cards: the RDMA devices, as ``nvidia-smi topo -m`` has them, or else the Ethernet cards."""
+        """The network cards: the RDMA devices, as in ``nvidia-smi topo -m``, or else the Ethernet cards."""
         rdma = self._cards("infiniband")
         found = []
         for name, card in rdma or self._cards("net"):
@@ -226,7 +227,7 @@ class Host:
         return _numbers(_text(self._cpu(cpu) / "thread_siblings_list"))
 
     def _at(self, link: FilePath) -> Device | None:
-        """The PCI device that a link of ``/sys`` leads to; a virtio device is on the card that it is of."""
+        """The PCI device that a link of ``/sys`` leads to; for a virtio device its card."""
         folder = FilePath(os.path.realpath(link))
         if _VIRTIO.fullmatch(folder.name):
             folder = folder.parent
@@ -241,10 +242,10 @@ class Host:
 
 
 def nccl_number(name: str) -> int | None:
-    """What NCCL's setting is in a worker here: by the environment, which Ray hands on, or by NCCL's own files.
+    """NCCL's setting in a worker here: from the environment, which Ray passes on, or from NCCL's own files.
 
-    The first that says it counts, as in ``src/misc/param.cc`` of NVIDIA/nccl. ``None`` where none does, or it is no
-    number, which NCCL passes over.
+    The first one found counts, as in ``src/misc/param.cc`` of NVIDIA/nccl. ``None`` if there is none, or if it is no
+    number, which NCCL ignores.
     """
     files = (os.environ.get("NCCL_CONF_FILE") or "~/.nccl.conf", "/etc/nccl.conf")
     rows = [row for file in files for row in _text(FilePath(os.path.expanduser(file))).splitlines()]
@@ -256,7 +257,7 @@ def nccl_number(name: str) -> int | None:
 
 
 def _common(a: Device, b: Device) -> int:
-    """How many names the ways to two devices begin with in common."""
+    """How many names the paths to two devices have in common at the beginning."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a.chain, b.chain, strict=False)))
 
 
@@ -266,7 +267,9 @@ def _redirects(config: FilePath) -> bool | None:
         space = config.read_bytes()
     except OSError:
         return None
-    if len(space) < _CONFIG_BYTES or space.startswith(b"\xff\xff"):  # the latter: it does not answer
+    if len(space) < _CONFIG_BYTES or space.startswith(
+        b"\xff\xff"
+    ):  # a device that does not answer reads as all ones
         return None
     at, seen = _FIRST_EXTENDED, set[int]()
     while at >= _FIRST_EXTENDED and at not in seen:
@@ -280,7 +283,7 @@ def _redirects(config: FilePath) -> bool | None:
 
 
 def _names(folder: FilePath) -> list[str]:
-    """What is in a folder, numbers in their order; nothing if it cannot be read."""
+    """The entries of a folder, in numeric order; empty if it cannot be read."""
     try:
         found = os.listdir(folder)
     except OSError:
@@ -300,12 +303,12 @@ def _text(file: FilePath) -> str:
 
 
 def _number(text: str) -> int | None:
-    """A number that is not negative: Linux writes -1 for what it does not know."""
+    """A number that is not negative: Linux writes -1 for unknown."""
     return int(text) if re.fullmatch(r"\d+\s*", text, re.ASCII) else None
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    """A list as Linux writes it, ``0-3,8``; empty if it is none."""
+    """A list as Linux writes it, ``0-3,8``; empty if it is not one."""
     found: list[int] = []
     for part in text.strip().split(","):
         match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part, re.ASCII)

@@ -25,13 +25,13 @@ _FRESH_SECONDS = 5.0
 class Reader:
     """Keeps the last good reading of this node's GPUs. Thread-safe.
 
-    Each reading is made by a child process. One that passes its deadline is killed. Where that does not help
-    (it hangs inside the driver) it is left alone, and no other is started before it has ended.
+    Each reading is made by a child process. If it misses its deadline it is killed. If that does not help
+    (it hangs inside the driver) it is left alone, and no other child is started before it has ended.
 
     Args:
-        deadline_seconds: how long a reading may take. Where the driver starts the GPUs for it (no persistence
+        deadline_seconds: how long a reading may take. If the driver has to start the GPUs for it (no persistence
             mode) 8 GPUs were seen to take 30 s (Azure/aks-gpu#105), else below 1 s (unslothai/unsloth#10720).
-            May be set anew; then it is valid from the next reading on.
+            It may be changed, for the next readings.
         env: variables set for the child, beside this process's own.
         clock: monotonic seconds, for the age of a reading.
     """
@@ -43,7 +43,7 @@ class Reader:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.deadline_seconds = deadline_seconds
-        # Whatever this process can import, the child can; its working directory is no place to import from.
+        # The child can import what this process can, but not from the working directory.
         paths = [str(Path(__file__).parents[2]), *filter(None, sys.path)]
         self._env = {**os.environ, **(env or {}), "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
         self._clock = clock
@@ -59,13 +59,13 @@ class Reader:
         return self._last is not None
 
     def facts(self, max_age_seconds: float | None = None) -> NodeFacts:
-        """The last good reading with its age, and in ``problem`` why the newest one failed, if it did.
+        """The last good reading with its age; ``problem`` says why the newest one failed, if it did.
 
         The first call starts a reading and waits for it, at most for the deadline. Never raises: if there was
         no good reading yet, the source is ``"none"``.
 
         Args:
-            max_age_seconds: an older reading is replaced first; if that takes more than 5 s, it has to do.
+            max_age_seconds: an older reading is replaced first; if that takes more than 5 s, the old one is returned.
         """
         with self._changed:
             age = 0.0 if self._last is None else self._clock() - self._last[1]
@@ -109,7 +109,7 @@ class Reader:
         with self._changed:
             self._reading = False
             if reading and reading.source == "none" and self._last and self._last[0].source == "nvml":
-                # What NVML said is worth more than that it says nothing now.
+                # An old reading is better than none.
                 failure, reading = reading.problem, None
             if reading is not None:
                 self._last = reading, started

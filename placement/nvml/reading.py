@@ -1,18 +1,18 @@
 """One reading, in this process. The only module that imports pynvml.
 
-What a call that fails means, fact by fact:
+The meaning of a failed call, fact by fact:
 
 - The fact is unknown (``None``, ``()``, ``Path.UNKNOWN``), never zero; every other fact is still read.
 - The failure is reported, in ``GpuFacts.errors`` or, for pairs and the node, only in ``NodeFacts.problem``;
-  but not where it says that this GPU or this driver has no such feature (``_NO_FEATURE``).
+  but not if it means that this GPU or this driver has no such feature (``_NO_FEATURE``).
 - A GPU without NVLink answers NOT_SUPPORTED, or INVALID_ARGUMENT, for every link number. That is zero
   NVLinks, and known, unless the same GPU counts some links elsewhere (field 91): then it is unknown.
-- A fact that another call tells as well is taken from there: the memory from the older call, the links of a
+- A fact that another call also reports is taken from there: the memory from the older call, the links of a
   GPU from their other ends, the links to a switch from field 147, the profile and the memory of a MIG instance
   from its attributes.
 - A GPU that is not registered with its NVSwitch has no links there, and the problem says so.
-- A link that is down joins nothing. It is a problem where it should be up: see :mod:`placement.nvml.fabric`.
-- What fails on a MIG instance is reported in its ``MigFacts.errors``, and for the node under its GPU.
+- A link that is down is not counted. It is a problem if it should be up: see :mod:`placement.nvml.fabric`.
+- A failure on a MIG instance is reported in its ``MigFacts.errors``, and for the node under its GPU.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ _OLD_SPEEDS = tuple(
 """One field for each of the first twelve links, which GPUs before Hopper have."""
 _LINK_VERSION = (pynvml.NVML_FI_DEV_NVLINK_GET_VERSION, 0)
 _VERSIONS = {1: "1.0", 2: "2.0", 3: "2.2", 4: "3.0", 5: "3.1", 6: "4.0", 7: "5.0", 8: "6.0"}
-"""NVML_NVLINK_VERSION_* of nvml.h, of which older bindings do not have all."""
+"""NVML_NVLINK_VERSION_* of nvml.h; older bindings lack some."""
 
 _ANCESTORS = {
     pynvml.NVML_TOPOLOGY_INTERNAL: Path.PIX,  # two GPUs on one board
@@ -119,7 +119,7 @@ def read() -> NodeFacts:
 class _NvLinks:
     """How many active NVLinks of one GPU lead to each PCI address, and to NVSwitches; ``None`` if unknown.
 
-    And its links one by one, also those that are not active, and their version.
+    Also its links one by one, including inactive ones, and their version.
     """
 
     peers: Mapping[str, int] | None
@@ -128,7 +128,7 @@ class _NvLinks:
     version: str | None = None
 
     def to(self, bus_id: str | None) -> int | None:
-        """How many lead straight to the GPU at that address."""
+        """How many lead directly to the GPU at that address."""
         if self.peers is None or (bus_id is None and self.peers):
             return None
         return self.peers.get(bus_id, 0) if bus_id else 0
@@ -139,7 +139,7 @@ _UNKNOWN_NVLINKS = _NvLinks(peers=None, switch=None)
 
 @dataclass
 class _Reading:
-    """One pass over all GPUs. Keeps what failed: (call, error) -> the GPUs that each such call was about."""
+    """One pass over all GPUs. Collects failures: (call, error) -> the GPUs of each such call."""
 
     failures: dict[tuple[str, str], set[tuple[int, ...]]] = field(default_factory=dict)
     host: Host = field(default_factory=Host)
@@ -153,14 +153,14 @@ class _Reading:
         fine: Collection[int] = (),
         no_link: Any = None,
     ) -> Any:
-        """What a call about ``gpus`` answers; ``None`` if it fails, ``no_link`` if there is no such link.
+        """The answer of a call about ``gpus``; ``None`` if it fails, ``no_link`` if there is no such link.
 
-        ``fine`` are errors that only say that there is nothing to tell.
+        ``fine`` are errors that only mean that there is nothing to report.
         """
         try:
             return call(*args)
         except pynvml.NVMLError as error:
-            # By number: an error's class cannot be put in a set, and new errors have none.
+            # By number: an error's class is not hashable, and new errors have no class.
             if no_link is not None and error.value in _NO_LINK:
                 return no_link
             if report and error.value not in _NO_FEATURE and error.value not in fine:
@@ -221,7 +221,7 @@ class _Reading:
         try:
             return pynvml.nvmlDeviceGetHandleByIndex(gpu)
         except pynvml.NVMLError as error:
-            # Whatever the reason, nothing of this GPU can be read: it is always reported.
+            # Nothing of this GPU can be read, for whatever reason: this is always reported.
             self.failures.setdefault(("nvmlDeviceGetHandleByIndex", _sentence(error)), set()).add((gpu,))
             return None
 
@@ -235,7 +235,7 @@ class _Reading:
         mig_enabled: bool | None,
     ) -> GpuFacts:
         one = (gpu,)
-        # With MIG on, only the privileged may ask for the memory of all instances together.
+        # With MIG on, only privileged users may read the memory of all instances together.
         memory = self.memory(one, handle, fine={pynvml.NVML_ERROR_NO_PERMISSION} if mig_enabled else ())
         return GpuFacts(
             ordinal=gpu,
@@ -260,14 +260,14 @@ class _Reading:
         )
 
     def numa_nodes(self, gpus: tuple[int, ...], handle: Any, bus_id: str | None) -> tuple[int, ...]:
-        """Those near a GPU, as NVML tells them, or else Linux."""
+        """The NUMA nodes or CPUs near a GPU, from NVML or else from Linux."""
         scope = pynvml.NVML_AFFINITY_SCOPE_NODE
         found = _bits(self.ask(gpus, pynvml.nvmlDeviceGetMemoryAffinity, handle, _NUMA_WORDS, scope))
         device = None if found else self.host.device(bus_id)
         return found if device is None or device.numa is None else (device.numa,)
 
     def vgpu(self, gpus: tuple[int, ...], handle: Any) -> bool | None:
-        """Whether a virtual machine has only a virtual GPU of it; one that is passed through is whole."""
+        """Whether it is a virtual GPU; a GPU that is passed through to a virtual machine is not."""
         mode = self.ask(gpus, pynvml.nvmlDeviceGetVirtualizationMode, handle)
         return None if mode is None else mode == pynvml.NVML_GPU_VIRTUALIZATION_MODE_VGPU
 
@@ -276,14 +276,14 @@ class _Reading:
         return newer or self.ask(gpus, pynvml.nvmlDeviceGetMemoryInfo, handle, fine=fine)
 
     def instance_handles(self, gpu: int, handle: Any) -> list[Any]:
-        """The MIG instances of one GPU. There are holes among their indices, so that all are asked for."""
+        """The MIG instances of one GPU. Their indices have gaps, so all indices are asked for."""
         most = self.ask((gpu,), pynvml.nvmlDeviceGetMaxMigDeviceCount, handle) or 0
         call = pynvml.nvmlDeviceGetMigDeviceHandleByIndex
         found = [self.ask((gpu,), call, handle, index, fine=_NO_INSTANCE) for index in range(most)]
         return [part for part in found if part is not None]
 
     def instance(self, gpu: int, handle: Any, gpu_memory_bytes: int | None) -> MigFacts:
-        alone = _Reading()  # so that no other instance of this GPU answers for what fails here
+        alone = _Reading()  # so that failures are not mixed with those of other instances of this GPU
         attributes = alone.ask((gpu,), pynvml.nvmlDeviceGetAttributes_v2, handle)
         memory = alone.memory((gpu,), handle)
         nominal = attributes and attributes.memorySizeMB << 20
@@ -328,12 +328,12 @@ class _Reading:
     def nvlinks(
         self, gpu: int, handle: Any, capability: tuple[int, int] | None, bus_ids: Sequence[str | None]
     ) -> _NvLinks:
-        """Where the active links of one GPU lead. One link that cannot be told makes all of them unknown."""
+        """Where the active links of one GPU lead. One unknown link makes all of them unknown."""
         wanted = [_LINK_COUNT, _SWITCH_LINK_COUNT, _LINK_VERSION, *_LINK_STATES, *_LINK_SPEEDS, *_OLD_SPEEDS]
         answers = self.ask((gpu,), pynvml.nvmlDeviceGetFieldValues, handle, wanted) or ()
         fields = {(value.fieldId, value.scopeId): _field(value) for value in answers}
 
-        # NCCL's choice too: from Hopper on the field tells the state, and the call is deprecated.
+        # As in NCCL: from Hopper on the field has the state, and the call is deprecated.
         if (capability or (0, 0)) >= (9, 0) and _count(fields.get(_LINK_STATES[0])) is not None:
             states = [fields.get(key) for key in _LINK_STATES]
         else:
@@ -364,15 +364,15 @@ class _Reading:
             if bus_id is not None and (is_gpu or bus_id in bus_ids):
                 peers[bus_id] += 1
             elif remote is not None and bus_id is None and not is_gpu:
-                # Virtual machines and some switches hide the far end; NCCL takes that for a switch as well.
+                # Virtual machines and some switches hide the far end; NCCL also takes that for a switch.
                 switch += 1
             else:
                 return unknown
         return replace(unknown, peers=peers, switch=switch)
 
     def fabric(self, gpu: int, handle: Any) -> Fabric | None:
-        """How far a GPU is registered with its NVSwitch; ``None`` where it need not be (A100), or does not tell."""
-        # The newer version tells the health, too; older drivers do not have it.
+        """How far a GPU is registered with its NVSwitch; ``None`` if it need not be (A100), or is unknown."""
+        # The newer version also has the health; older drivers do not have it.
         for info in (pynvml.c_nvmlGpuFabricInfo_v3_t(), pynvml.c_nvmlGpuFabricInfo_v2_t()):
             call = pynvml.nvmlDeviceGetGpuFabricInfoV
             if self.ask((gpu,), call, handle, ctypes.byref(info)) is not None:
@@ -392,7 +392,7 @@ class _Reading:
         """All failures in one sentence, by error."""
         by_error: dict[str, list[str]] = {}
         for (call, error), where in self.failures.items():
-            # Where every failed pair has one GPU in common, it is that GPU.
+            # If all failed pairs have one GPU in common, that GPU is the cause.
             gpus = set.intersection(*map(set, where)) or set().union(*where)
             by_error.setdefault(error, []).append(f"{call} on GPU {ordinals(tuple(gpus))}" if gpus else call)
         errors = (f"{error}: {', '.join(calls)}" for error, calls in by_error.items())
@@ -402,13 +402,13 @@ class _Reading:
 def _each(
     states: Sequence[int | None], fields: Mapping[tuple[int, int], int | None]
 ) -> tuple[NvLinkFacts, ...] | None:
-    """The links of one GPU, in NVML's order; ``None`` if nobody can tell how many there are."""
+    """The links of one GPU, in NVML's order; ``None`` if their number is unknown."""
     present = [link for link, state in enumerate(states) if state not in (None, _ABSENT)]
     told = _count(fields.get(_LINK_COUNT))
     count = told if None in states or (not present and told) else max(present, default=-1) + 1
     if count is None:
         return None
-    # A link that is down has no speed, which the driver calls 0.
+    # A link that is down has no speed; the driver reports 0.
     return tuple(
         NvLinkFacts(
             state=_STATES.get(state), mb_per_s=_count(fields.get(new)) or _count(fields.get(old)) or None
@@ -419,9 +419,9 @@ def _each(
 
 def _between(one: _NvLinks, other: _NvLinks, one_bus_id: str | None, other_bus_id: str | None) -> int | None:
     """NVLinks between two GPUs, as ``nvidia-smi topo -m`` counts them."""
-    # Either end can tell the direct ones.
+    # Either end can report the direct links.
     direct = [n for n in (one.to(other_bus_id), other.to(one_bus_id)) if n is not None]
-    # A switch gives two GPUs what the one with fewer links has; one without any settles it.
+    # On a switch two GPUs have as many links as the one with fewer; if one has none, the answer is 0.
     switch = [n for n in (one.switch, other.switch) if n is not None]
     known = [min(direct)] if direct else []
     if len(switch) == 2 or 0 in switch:
@@ -430,9 +430,9 @@ def _between(one: _NvLinks, other: _NvLinks, one_bus_id: str | None, other_bus_i
 
 
 def _profile(name: str | None, attributes: Any, gpu_memory_bytes: int | None) -> str | None:
-    """What a MIG instance is called for its size: ``1g.10gb``.
+    """The profile of a MIG instance, from its size: ``1g.10gb``.
 
-    Newer drivers put it last in the name. Else it follows from the attributes, as in NVIDIA's go-nvlib
+    Newer drivers have it at the end of the name. Otherwise it follows from the attributes, as in NVIDIA's go-nvlib
     (``getMigMemorySizeGB``): the GB are those of as many eighths of the GPU's memory as the instance touches.
     """
     _, told, profile = (name or "").rpartition(" MIG ")

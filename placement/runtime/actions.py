@@ -1,4 +1,4 @@
-"""What the controller does to one deployment, step by step. Every step may be taken again at any time."""
+"""The steps by which the controller changes one deployment. Every step may be repeated at any time."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from placement.runtime.results import NodeAssignment
 from placement.runtime.state import ServiceState
 
 AUTOSCALER = "; autoscaler: "
-"""In a reason for which a replica waits, what Ray's autoscaler makes of it follows this."""
+"""Separates, in a reason why a replica waits, the part about Ray's autoscaler."""
 
 logger = logging.getLogger(__name__)
 
 
 class Actions:
-    """Changes what is there, and has the ledger and the state say so.
+    """Changes what is there, and records it in the ledger and the state.
 
     Args:
         state: what is declared and what is there.
         fleet: the nodes.
-        feed: who wants to know of it.
+        feed: where events are reported.
 
     Attributes:
-        unwritten: deployments of which the ledger could not be told the last change.
+        unwritten: deployments whose last change could not be written to the ledger.
     """
 
     def __init__(self, state: ServiceState, fleet: Fleet, feed: Feed) -> None:
@@ -43,16 +43,16 @@ class Actions:
         self.unwritten: set[str] = set()
 
     def commit(self, one: DeploymentState, closing: Iterable[Claim] = ()) -> None:
-        """Has the ledger and the state say what a deployment is, or neither of them; and closes claims with it."""
+        """Writes a deployment to the ledger and the state, or to neither; closes claims with it."""
         try:
             records.save(one)
-        except BaseException:  # whether it was written is not known
+        except BaseException:  # it is unknown whether it was written
             self.write_back(one.name)
             raise
         self._put(one, closing)
 
     def note(self, one: DeploymentState) -> None:
-        """Has the state say what a deployment is now that something of it is gone; the ledger, as soon as it can."""
+        """Writes a deployment that lost something to the state now, and to the ledger as soon as possible."""
         self._put(one)
         self.write_back(one.name)
 
@@ -63,18 +63,18 @@ class Actions:
         self._fleet.recorded(one.name)
 
     def write_back(self, name: str) -> None:
-        """Has the ledger say what the state says; later, if it cannot be reached."""
+        """Writes the state of a deployment to the ledger; later, if the ledger cannot be reached."""
         known = self._state.get(name)
         try:
             records.save(known) if known else ledger.delete(name)
         except Exception:
-            logger.exception("what is there of %r could not be written; trying again", name)
+            logger.exception("the record of %r could not be written; trying again", name)
             self.unwritten.add(name)
         else:
             self.unwritten.discard(name)
 
     def release(self, one: DeploymentState, indices: Collection[int]) -> DeploymentState:
-        """Gives back what some replicas hold; what is left. The state is not told yet."""
+        """Gives back what some replicas hold; returns what is left. The state is not changed yet."""
         held = [index for index in indices if index in one.replicas]
         self._fleet.give_back([(one.replicas[i].order, part) for i in held for part in one.replicas[i].parts])
         faults.point("service.given_back")
@@ -83,7 +83,7 @@ class Actions:
         return one.without([index for index in indices if index in one.states])
 
     def drop(self, one: DeploymentState, index: int, alive: Collection[str]) -> tuple[bool, str]:
-        """Gives back what is left of a replica that has lost a node, or its group.
+        """Gives back what is left of a replica that lost a node, or its placement group.
 
         Returns:
             Whether anything was left of it, and what happened.
@@ -105,10 +105,10 @@ class Actions:
     def reserve(
         self, one: DeploymentState, claim: Claim, nodes: Sequence[NodeInfo], create: Creator | None
     ) -> tuple[DeploymentState, Claim] | list[Refusal]:
-        """Reserves what is claimed, all or none of it; with it, and a claim of what was really got.
+        """Reserves a claim, all or nothing; returns the deployment with it, and a claim of what was really reserved.
 
         Returns:
-            Why not, if not: then nothing of it is held, and the claim is closed.
+            The reason, if it fails: then nothing of it is held, and the claim is closed.
         """
         try:
             with metrics.reserving() as outcome:
@@ -133,13 +133,13 @@ class Actions:
         taken = tuple(held_replica(assignment).planned() for _, assignment in reserved)
         if _as_counted(taken) == _as_counted(claim.replicas):
             return one, claim
-        with self._state.lock:  # until it is in the state; what is really held may not be as planned
+        with self._state.lock:  # until it is in the state; what is really held may differ from the plan
             got = self._state.claim(replace(claim, replicas=taken))
             self._state.close([claim])
         return one, got
 
     def undo(self, one: DeploymentState, indices: Iterable[int], claim: Claim) -> None:
-        """Gives back what was just reserved and could not be written down."""
+        """Gives back what was just reserved but could not be recorded."""
         held = [(one.replicas[i].order, part) for i in indices for part in one.replicas[i].parts]
         self._fleet.give_back(held)
         self._fleet.recorded(one.name)
@@ -152,30 +152,30 @@ class Actions:
         now: float,
         keep: Callable[[DeploymentState], None],
     ) -> DeploymentState:
-        """Notes which replicas wait, and why; ``keep`` says how durably."""
+        """Records which replicas wait, and why; ``keep`` says whether in the ledger, too."""
         later = one.pending(reasons, now)
         if later != self._state.get(one.name):
             keep(later)
         for index, reason in reasons.items():
-            # What the autoscaler makes of it is shown, and no event.
+            # The part about the autoscaler is shown in the status, but is no event.
             if one.reasons.get(index, "").partition(AUTOSCALER)[0] != reason.partition(AUTOSCALER)[0]:
                 self._feed.add(one.name, index, State.PENDING, reason)
         return later
 
     def tell_places(self, one: DeploymentState, indices: Iterable[int]) -> None:
-        """Has those who watch hear where replicas are."""
+        """Reports the places of replicas as events."""
         for index in indices:
             where = ", ".join(map(place_of, one.replicas[index].parts))
             self._feed.add(one.name, index, one.states[index], f"on {where}")
 
 
 def _outcome(refusals: Sequence[Refusal]) -> str:
-    """What became of a reservation, as the metrics say it."""
+    """The outcome of a reservation, for the metrics."""
     if not refusals:
         return "reserved"
     return "full" if all(one.full for one in refusals) else "interfered"
 
 
 def _as_counted(replicas: Iterable[PlannedReplica]) -> set[PlannedReplica]:
-    """Replicas as they count for plans: whatever the order of their GPUs, which ranks these are, and in which set."""
+    """Replicas as they count for plans: without the order of their GPUs, their ranks and sets."""
     return {replace(one, gpus=tuple(sorted(one.gpus)), ranks=(), set_size=0) for one in replicas}

@@ -1,4 +1,4 @@
-"""The GPU nodes' actors: found or made, given one reservation at a time, and ended where nothing is left to do."""
+"""The GPU nodes' actors: found or created, given one reservation at a time, and ended if they are not needed."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from placement.runtime.orders import Holding, Refused
 from placement.wire.facts import NodeFacts
 
 DEADLINE_SECONDS = 60.0
-"""How long actors may take for what they are asked, all together; one that hangs is done without."""
+"""How long actors may take for one step, all together; after that one that hangs is ignored."""
 SUSPECT_SECONDS = 2.0
-"""An actor that has answered before takes 20 to 200 ms. From here on others are preferred to its node."""
+"""An actor that has answered before takes 20 to 200 ms. After this time other nodes are preferred."""
 COLD_SECONDS = 10.0
-"""The same for one that is new: its process, and that of its first probe, start within 3 to 5 s."""
+"""The same for a new actor: its process, and that of its first probe, start within 3 to 5 s."""
 UNREACHABLE_SECONDS = 10.0
-"""One that has answered before, and by then shows no sign of life beside its work, is not waited for any longer."""
+"""An actor that has answered before, and shows no sign of life for this long, is not waited for any longer."""
 POLL_SECONDS = 0.25
-"""How often those who wait for an actor, or for a node's turn, look up; an answer is taken up at once."""
+"""How often a thread that waits for an actor, or for a node's turn, checks whether to give up."""
 HOLDS_SECONDS = 2.0
 """How long the holds of an actor stay after its death, at most; 0.3 to 1.5 s were measured."""
 RESTORE_DEADLINE_SECONDS = 20.0
 """A reservation that was under way when the service died ends within its node actor's bounded attempts."""
 
 HUNG_SECONDS = 1.0
-"""How long one may take that has not even done yet what it was too late with before."""
+"""How long an actor may take that is still at a call for which it was too late."""
 AILING_SECONDS, MOST_AILING_SECONDS = 10.0, 3600.0
-"""How long other nodes are preferred to one on which an actor failed: at first, and at most."""
+"""How long other nodes are preferred to one on which an actor failed: the first and the longest time."""
 
 logger = logging.getLogger(__name__)
 
 
 class Unanswered(Exception):
-    """A node's turn does not come: somebody has it and waits for an actor that does not answer.
+    """A node's turn does not come: another reservation has it and waits for an actor that does not answer.
 
     Args:
         node_id: the node.
-        problem: what keeps it, for the sentence of a refusal.
+        problem: why, as a part of a refusal's sentence.
     """
 
     def __init__(self, node_id: str, problem: str) -> None:
@@ -59,9 +59,9 @@ class Unanswered(Exception):
 
 
 class _Hung(NamedTuple):
-    """An actor that was too late: ``call`` is answered once what it was at is over.
+    """An actor that was too late: it answers ``call`` once its current work is over.
 
-    ``since`` it has been waited for, and after ``sign`` it has shown no sign of life.
+    It has been waited for ``since`` that time; ``sign`` is its last sign of life.
     """
 
     call: Any
@@ -73,9 +73,9 @@ class Agents:
     """All node actors. Thread-safe.
 
     Args:
-        make_agent: creates (or finds) the actor of a node.
-        holdings: node id -> order name -> what stands there.
-        facts: node id -> what its GPUs are, as far as is known; for an actor that is new.
+        make_agent: creates or finds the actor of a node.
+        holdings: node id -> order name -> what is held there.
+        facts: node id -> what is known of its GPUs, for a new actor.
     """
 
     def __init__(
@@ -99,12 +99,14 @@ class Agents:
         self._died: dict[str, float] = {}
 
     def agent(self, info: NodeInfo) -> Any:
-        """The actor of a node, made if there is none."""
+        """The actor of a node, created if there is none."""
         with self._lock:
             self._used[info.id] = time.monotonic()
             if info.id in self._agents:
                 return self._agents[info.id]
-        made = self._make_agent(info)  # not under the lock: Ray may take its time; two get the same one
+        made = self._make_agent(
+            info
+        )  # not under the lock, as Ray may take long; two callers get the same actor
         with self._lock:
             if info.id not in self._agents:
                 self._agents[info.id] = made
@@ -113,12 +115,12 @@ class Agents:
             return self._agents[info.id]
 
     def known(self) -> dict[str, Any]:
-        """Node id -> its actor, of those that were made or found by now."""
+        """Node id -> its actor, for those created or found so far."""
         with self._lock:
             return dict(self._agents)
 
     def forget(self, order: str, node_ids: Collection[str]) -> None:
-        """Tells the actors of these nodes of an order that is gone without their doing."""
+        """Tells the actors of these nodes that an order is gone, which others removed."""
         for node_id, agent in self.known().items():
             if node_id in node_ids:
                 agent.forget.remote(order)
@@ -131,10 +133,11 @@ class Agents:
         """One reservation at a time on each of these nodes. Always taken in the same order: no deadlock.
 
         Yields:
-            What gives one node's turn up before the others'.
+            A function that gives one node's turn up before the others'.
 
         Raises:
-            Unanswered: who has a node's turn waits for an actor that hangs, or one of these is known to.
+            Unanswered: a node's turn is taken by a reservation that waits for a hanging actor, or an actor is known to
+                hang.
         """
         chosen = sorted(set(node_ids))
         began = time.monotonic()
@@ -147,7 +150,7 @@ class Agents:
         with self.working(chosen):
             try:
                 while len(taken) < len(chosen):
-                    while self._is_kept_from(chosen, began):  # no turn is kept from others meanwhile
+                    while self._is_kept_from(chosen, began):  # no turn is held meanwhile
                         time.sleep(POLL_SECONDS)
                     for node_id in chosen:
                         with self._lock:
@@ -155,7 +158,7 @@ class Agents:
                         while not turn.acquire(timeout=POLL_SECONDS):
                             self._is_kept_from([node_id], began)
                         taken[node_id] = turn
-                    if self._is_kept_from(chosen, began):  # who had the turn has given up
+                    if self._is_kept_from(chosen, began):  # the holder of the turn has given up
                         for node_id in chosen:
                             leave(node_id)
                 yield leave
@@ -164,10 +167,10 @@ class Agents:
                     leave(node_id)
 
     def _is_kept_from(self, node_ids: Iterable[str], began: float) -> bool:
-        """Whether the actor of one of these nodes does not answer, as far as is known.
+        """Checks that no actor of these nodes is known not to answer.
 
         Raises:
-            Unanswered: it has not, and who waits since ``began`` has waited for long enough.
+            Unanswered: one does not, and the wait since ``began`` was long enough.
         """
         waited = time.monotonic() - began
         with self._lock:
@@ -182,7 +185,7 @@ class Agents:
         return any(node_id in silent for node_id in node_ids)
 
     def _silent(self) -> dict[str, float]:
-        """Node id -> seconds that its actor has not answered, of those where that is not normal. Under the lock."""
+        """Node id -> seconds that its actor has not answered, if that is longer than normal. Under the lock."""
         now = time.monotonic()
         found = {}
         for node_id, since in self._awaited.items():
@@ -198,7 +201,7 @@ class Agents:
 
     @contextlib.contextmanager
     def working(self, node_ids: Iterable[str]) -> Iterator[None]:
-        """The actors of these nodes have something to do; they are not ended meanwhile."""
+        """A block in which the actors of these nodes are in use and not ended."""
         chosen = set(node_ids)
         with self._lock:
             self._busy.update(chosen)
@@ -210,7 +213,7 @@ class Agents:
                 self._used |= dict.fromkeys(chosen, time.monotonic())
 
     def answer(self, node_id: str, call: Any) -> Any:
-        """What an actor answers; :class:`~placement.runtime.orders.Refused`, if it fails or is too late."""
+        """The answer of an actor; :class:`~placement.runtime.orders.Refused` if it fails or is too late."""
         return self.answers({node_id: call})[node_id]
 
     def answers(
@@ -219,16 +222,16 @@ class Agents:
         deadline: float | None = None,
         answered: Callable[[str], None] = lambda node_id: None,
     ) -> dict[str, Any]:
-        """What several actors answer, waited for side by side.
+        """The answers of several actors, waited for at the same time.
 
         Args:
-            calls: node id -> what its actor was asked.
-            deadline: when all of them are too late, on the monotonic clock; in a minute, if not given. One that hung
+            calls: node id -> the call of its actor.
+            deadline: when all of them are too late, on the monotonic clock; in a minute by default. One that hung
                 before, or shows no sign of life, is given less time.
-            answered: told of each node when it has answered, or is waited for no longer.
+            answered: called for each node when it has answered, or is no longer waited for.
 
         Returns:
-            Node id -> the answer; :class:`~placement.runtime.orders.Refused`, if it fails or is too late.
+            Node id -> the answer; :class:`~placement.runtime.orders.Refused` if it fails or is too late.
         """
         began = time.monotonic()
         end = began + DEADLINE_SECONDS if deadline is None else deadline
@@ -269,13 +272,13 @@ class Agents:
         return said
 
     def _signs_of_life(self, node_ids: Iterable[str]) -> dict[str, Any]:
-        """Asks the actors of these nodes what is answered beside their work, those that are not just starting."""
+        """Asks the actors of these nodes, except new ones, for a sign of life, which they give beside their work."""
         with self._lock:
             known = {node_id: self._agents.get(node_id) for node_id in node_ids if node_id in self._answered}
         return {node_id: agent.facts.remote() for node_id, agent in known.items() if agent is not None}
 
     def _said(self, node_id: str, call: Any, done: bool, began: float, sign: float) -> Any:
-        """One answer, or why there is none; ``sign`` is when the actor last showed a sign of life."""
+        """One answer, or why there is none; ``sign`` is the time of the actor's last sign of life."""
         try:
             if not done:
                 raise ray.exceptions.GetTimeoutError
@@ -297,19 +300,19 @@ class Agents:
     def failed(
         self, node_id: str, error: Exception, since: float | None = None, sign: float | None = None
     ) -> bool:
-        """Takes note of a call that failed. What it did or may still do is looked after (:meth:`orphans_suspected`).
+        """Records a call that failed. Groups that it may leave behind are removed later (:meth:`orphans_suspected`).
 
         Args:
             node_id: of the actor.
-            error: what became of the call.
+            error: the error of the call.
             since: when it was made, on the monotonic clock.
             sign: when the actor last showed a sign of life; when the call was made, if not given.
 
         Returns:
-            Whether the actor may live on and still be at it.
+            Whether the actor may be alive and still working on it.
         """
         logger.error("the node actor of %s failed: %s", node_id, str(error) or type(error).__name__)
-        raised = isinstance(error, ray.exceptions.RayTaskError)  # whatever it is that it raised
+        raised = isinstance(error, ray.exceptions.RayTaskError)  # any exception of the actor's code
         lives = not raised and isinstance(
             error, (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError)
         )
@@ -319,11 +322,11 @@ class Agents:
                 agent = self._agents.pop(node_id, None)
                 self._answered.discard(node_id)
                 if raised and agent is not None:
-                    ray.kill(agent)  # it may not have tidied up: what it held for a moment goes with it
+                    ray.kill(agent)  # it may not have cleaned up: its holds end with it
                 self._died[node_id] = time.monotonic()
                 self._orphans_suspected = True
             elif node_id in self._agents:
-                # It does one thing after the other: once it answers this, what it was at is over.
+                # It does one thing after the other: once it answers this, the earlier work is over.
                 told = self._adopt(node_id)
                 since = time.monotonic() if since is None else since
                 self._hung[node_id] = _Hung(told, since, since if sign is None else sign)
@@ -331,15 +334,15 @@ class Agents:
         return lives
 
     def suspect(self) -> frozenset[str]:
-        """Nodes to which others are to be preferred: their actors have not answered for longer than is normal.
+        """Nodes to avoid if possible: their actors have not answered for longer than normal.
 
-        And for a while those on which one failed, longer if again and again.
+        Also, for a while, nodes on which an actor failed; longer if it fails repeatedly.
         """
         with self._lock:
             return self._ailing.waiting() | self._silent().keys()
 
     def silent(self) -> frozenset[str]:
-        """Nodes whose actors have not answered for longer than is normal, and are still asked."""
+        """Nodes whose actors have not answered for longer than normal, and are still waited for."""
         with self._lock:
             return frozenset(self._silent())
 
@@ -352,19 +355,19 @@ class Agents:
         }
 
     def are_cold(self, node_ids: Iterable[str]) -> bool:
-        """Whether the actor of one of these nodes has yet to answer for the first time, or does not any more."""
+        """Whether the actor of one of these nodes has never answered yet, or no longer answers."""
         with self._lock:
             silent = self._silent()
             return any(node_id in silent or node_id not in self._answered for node_id in node_ids)
 
     def suspect_orphans(self, calls: Iterable[Any] = (), now: bool = True) -> None:
-        """Groups may be left over that nobody knows of: now, and once these calls have ended."""
+        """Records that unknown groups may be left over: now, and once these calls have ended."""
         with self._lock:
             self._orphans_suspected |= now
             self._late += calls
 
     def orphans_suspected(self) -> bool:
-        """Whether, since the last call, groups may have been left over that nobody knows of."""
+        """Whether unknown groups may have been left over since the last call."""
         with self._lock:
             if self._late:
                 done, self._late = ray.wait(self._late, num_returns=len(self._late), timeout=0)
@@ -373,21 +376,21 @@ class Agents:
             return suspected
 
     def rediscover(self, nodes: Sequence[NodeInfo]) -> list[Any]:
-        """Finds the actors that live and are not known here: those of an earlier service, or given up as lost.
+        """Finds living actors that are not known here: those of an earlier service, or given up as lost.
 
         Returns:
-            Calls that are answered once these have ended what they were doing and know what stands on their nodes.
+            Calls that are answered once these actors have finished their work and know what is held on their nodes.
         """
         return list(self._rediscover(nodes).values())
 
     def _rediscover(self, nodes: Sequence[NodeInfo]) -> dict[str, Any]:
         unknown = living_agents() - self.known().keys()
-        # What was prepared was so for a group that nobody will make.
+        # What they had prepared was for a group that will not be created.
         return {info.id: self.agent(info).cancel.remote() for info in nodes if info.id in unknown}
 
     def restore(self, nodes: Sequence[NodeInfo]) -> None:
-        """Takes up what an earlier service left, and waits until it has ended what it was doing."""
-        with self._lock:  # some may have died with it
+        """Takes over the actors of an earlier service, and waits until they have finished their work."""
+        with self._lock:  # some may have died with the earlier service
             self._died |= dict.fromkeys((info.id for info in nodes if info.gpu_count), time.monotonic())
         told = self._rediscover(nodes)
         if told:
@@ -401,7 +404,7 @@ class Agents:
                 self._answered |= {node_id for node_id, call in told.items() if call not in late}
 
     def reap(self) -> list[str]:
-        """Waits until the holds of actors that died are gone: Ray ends them, within two seconds.
+        """Waits until the holds of dead actors are gone: Ray ends them within two seconds.
 
         Returns:
             The nodes that had such an actor.
@@ -418,14 +421,14 @@ class Agents:
         return list(died)
 
     def idle(self, seconds: float) -> list[str]:
-        """Nodes of which the actor has had nothing to do for so long."""
+        """Nodes whose actor has been idle for this long."""
         with self._lock:
             return [node_id for node_id in self._agents if self._is_idle(node_id, seconds)]
 
     def stop_idle(self, node_id: str, seconds: float) -> None:
-        """Ends a node's actor, unless it has something to do by now.
+        """Ends a node's actor, unless it is in use again.
 
-        To Ray's autoscaler a node with an actor on it is busy, and stays.
+        Ray's autoscaler counts a node with an actor as busy, and keeps it.
         """
         with self._lock:
             if node_id in self._agents and self._is_idle(node_id, seconds):
@@ -435,20 +438,20 @@ class Agents:
         return self._busy[node_id] <= 0 and time.monotonic() - self._used[node_id] > seconds
 
     def forget_all_but(self, alive: Collection[str]) -> None:
-        """Forgets nodes that are no more."""
+        """Forgets nodes that no longer exist."""
         with self._lock:
             everything: tuple[MutableMapping[str, Any], ...] = (
                 self._agents, self._turns, self._busy, self._used, self._hung, self._ailing, self._died,
             )  # fmt: skip
             self._answered &= set(alive) | {node_id for node_id, users in self._busy.items() if users > 0}
-            # One that has something to do may have joined since these were read.
+            # A node in use may have joined since the list was read.
             for node_id in {node for known in everything for node in known} - set(alive):
                 if self._busy[node_id] <= 0:
                     for known in everything:
                         known.pop(node_id, None)
 
     def stop(self) -> None:
-        """Ends all of them. Placement groups stay as they are."""
+        """Ends all of them. Placement groups stay."""
         with self._lock:
             for agent in self._agents.values():
                 ray.kill(agent)

@@ -24,16 +24,16 @@ def reserve_amounts(
 ) -> None:
     """Reserves replicas that are egress capacity, or CPUs and memory, of one node.
 
-    There are no slots to steer, so that Ray's own table verifies it.
+    There are no slots to steer; Ray's own table verifies the reservation.
 
     Args:
         info: the node.
         replicas: what was planned on it.
         names: replica index -> name of its order.
-        reserved: what is reserved is added to it at once, with the name of its order: it is known then whatever is
+        reserved: each reservation is added to it at once, with the name of its order, so that it is known whatever is
             raised later.
-        refusals: what could not be had is added to it.
-        create: who creates the groups; the service, if not given.
+        refusals: what could not be reserved is added to it.
+        create: the creator of the groups; by default the service.
     """
 
     def made() -> Iterator[tuple[PlannedReplica, PlacementGroup | None]]:
@@ -45,7 +45,7 @@ def reserve_amounts(
             else:
                 yield replica, groups.create_group(name, [bundle], [info.id])
 
-    # Our own all at once; a caller's one after the other, since he may fail before the next.
+    # The service's own groups all at once; a caller's one after the other, since it may fail before the next.
     all_made = made() if create is not None else list(made())
     faults.point("service.egress_created")
     for replica, group in all_made:
@@ -72,7 +72,7 @@ def reserve_amounts(
 
 
 def _bundle(replica: PlannedReplica) -> dict[str, float]:
-    """What the one bundle of a replica without GPUs takes."""
+    """The resources of the one bundle of a replica without GPUs."""
     if replica.egress_resource is not None:
         return {replica.egress_resource: float(replica.egress_units)}
     amounts = {"CPU": replica.cpu_milli / 1000, "memory": float(replica.memory_bytes)}

@@ -1,4 +1,4 @@
-"""What became of the nodes that came for what was asked: whether it was placed on them."""
+"""Tracks new nodes that were asked for: whether the waiting sets were placed on them."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from placement.runtime.autoscaler import Cluster, Heard
 from placement.runtime.needs import Need
 
 KNOWN_SECONDS = 60.0
-"""By when a node that arrived has said what its GPUs are: a first NVML reading may take 30 s."""
+"""How long a new node may take to report its GPUs: a first NVML reading may take 30 s."""
 
 PLACED_SECONDS = 30.0
-"""By when what arrived is placed from then on, or else is not wanted on that node."""
+"""How long placing on it may take after that; otherwise the planner does not want that node."""
 
 
 class Verdict(Enum):
-    """How an arrival ended."""
+    """The end of an arrival."""
 
     PLACED = auto()
-    """It was placed, and may be wanted anew by now."""
+    """It was placed; by now it may be wanted again."""
     LOST = auto()
-    """The nodes are no more, or hold something that has waited for longer. This is nothing against the next."""
+    """The nodes are gone, or hold something that waited longer. The next arrival may still succeed."""
     UNWANTED = auto()
-    """It waits all the same: the planner does not want these nodes."""
+    """It still waits: the planner does not want these nodes."""
 
 
 @dataclass
 class Arrival:
-    """What arrived, until it is clear whether it was placed."""
+    """An arrival, until it is clear whether it was placed."""
 
     need: Need
     held: Mapping[str, Mapping[str, float]]
@@ -39,7 +39,7 @@ class Arrival:
 
 
 class Arrivals(dict[str, Arrival]):
-    """Key -> what arrived for it. Not thread-safe.
+    """Key -> the nodes that arrived for it. Not thread-safe.
 
     Args:
         cluster: Ray.
@@ -56,12 +56,12 @@ class Arrivals(dict[str, Arrival]):
         heard: tuple[Heard | None, float],
         now: float,
     ) -> Iterator[tuple[str, Arrival, Verdict]]:
-        """The arrivals of which it is clear by now how they ended; these are in it no more.
+        """Removes and returns the arrivals whose end is known by now.
 
         Args:
-            wanted: key -> need, or why nothing is asked for it.
+            wanted: key -> need, or why no node is asked for.
             known: ids of nodes whose GPUs are known.
-            heard: what the autoscaler said last, and when.
+            heard: the autoscaler's last report, and its time.
             now: of :func:`time.monotonic`.
         """
         for key, arrival in list(self.items()):
@@ -84,7 +84,7 @@ class Arrivals(dict[str, Arrival]):
             yield key, arrival, verdict
 
     def _is_taken(self, arrival: Arrival) -> bool:
-        """Whether others have by now what it was given back for."""
+        """Whether others hold by now what was given back for it."""
         free = self._cluster.free()
         return any(
             free.get(node_id, {}).get(resource, 0.0) < amount - 1e-6
@@ -94,5 +94,5 @@ class Arrivals(dict[str, Arrival]):
 
 
 def _is_gone(arrival: Arrival, heard: Heard | None, heard_at: float) -> bool:
-    """Whether the nodes that came are no more."""
+    """Whether the nodes that arrived no longer exist."""
     return heard is not None and heard_at > arrival.at and not heard.nodes.keys() & arrival.held.keys()

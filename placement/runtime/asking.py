@@ -1,14 +1,15 @@
-"""Decides what is asked of the autoscaler, one step after another: what waits -> groups to create and to remove.
+"""Decides step by step what the autoscaler is asked for: from what waits to groups to create and to remove.
 
-Each set that waits is one *ask*: a pending placement group that takes nothing on the nodes that are there. Its life:
+Each waiting set is one *ask*: a pending placement group that takes nothing on the existing nodes. Its life:
 
     open ──> held ──> freeing ──> arrived
      │         a new node has it; its GPUs are given back once that node is known
      └──> infeasible: no node type can hold it now
 
-No need brings node after node. What arrived and waits all the same, since the planner does not want that node, is not
-asked for again for minutes, nor is anything of the same shape; nor is a shape for which nodes come that lack the labels
-which their type promises. A shape that failed is tried again with one ask, and with all of them after that one arrived.
+No need starts node after node. If a node arrived and the planner does not want it, the set still waits; it is not
+asked for again for minutes, nor is anything of the same shape; nor is a shape for which nodes arrive that lack the
+labels which their type promises. A shape that failed is tried again with one ask, and with all asks after that one
+arrived.
 """
 
 from __future__ import annotations
@@ -28,41 +29,41 @@ from placement.runtime.needs import NODE_ID_LABEL, Need, Way
 from placement.runtime.shapes import Shapes
 
 FICKLE_SECONDS = 5.0, 3600.0
-"""The first and the longest wait before what was withdrawn while it was asked for, and waits again, is asked for anew:
+"""The first and the longest delay before a need that was withdrawn, and waits again, is asked for again:
 its node may be on its way."""
 
 FORGOTTEN_SECONDS = 60.0
 """After how long that is forgotten."""
 
 HOLD_SECONDS = 60.0
-"""How long a new node is held for whoever waits while its GPUs are not known yet. Reading them takes 3 s, more on a
-machine that is still busy with its own start; given back earlier it is idle, and may be taken away again."""
+"""How long a new node is held while its GPUs are not known yet. Reading them takes 3 s, more on a
+machine that is still busy with its own start; if it were given back earlier, it would be idle and might be removed."""
 
 BOOKS_SECONDS = 0.25
-"""By when Ray's books show what a group took. They follow by up to 0.1 s."""
+"""After this time Ray's records show what a group took. They lag by up to 0.1 s."""
 
 RIVAL_SECONDS = 1.0
-"""After how long Ray has placed on a new node all that has room there; it places one group after the other."""
+"""How long Ray takes to place on a new node all groups that fit; it places one after the other."""
 
 FREE_SECONDS = 1.0
-"""Longest wait for them to show it free again; 43 to 95 ms have been seen."""
+"""Longest wait for the records to show it free again; 43 to 95 ms were measured."""
 
 STATUS_SECONDS = 2.0
-"""How often the autoscaler is heard while something is asked; its own round takes 5 s unless configured otherwise."""
+"""How often the autoscaler's report is read while something is asked; its own round takes 5 s by default."""
 
 NEW_SECONDS = 10.0, 0.5
-"""For how long an ask is new, and how often the autoscaler is heard then: with each of its rounds in which it cannot
-bring it, Ray says so on the console of every driver."""
+"""How long an ask is new, and how often the report is read in that time: in each round in which the autoscaler cannot
+start it, Ray prints a line on the console of every driver."""
 
 QUIET_SECONDS = 10.0
-"""The same while nothing is."""
+"""The same while nothing is asked."""
 
 LEAVE_SECONDS = 2.0
-"""Longest wait for a moment at which a group can be removed; Ray tries to reserve a pending one each second."""
+"""Longest wait for a moment at which a group can be removed; Ray tries to reserve a pending one every second."""
 
 
 class State(StrEnum):
-    """What became of a need."""
+    """The state of a need."""
 
     ASKED = "asked"
     ARRIVED = "arrived"
@@ -72,14 +73,14 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Asked:
-    """What became of one need.
+    """The state of one need, with its reason.
 
     Attributes:
         state: see :class:`State`.
-        reason: why, or what is waited for.
+        reason: why, or what it waits for.
         nodes: ids of the new nodes that hold it, or held it until now.
-        since: when that state began, of :func:`time.monotonic`; ``None`` if it is not known.
-        again: when it is asked for again, likewise; ``None`` if that depends on something else.
+        since: when that state began, by :func:`time.monotonic`; ``None`` if unknown.
+        again: when it will be asked for again, likewise; ``None`` if that depends on something else.
     """
 
     state: State
@@ -91,7 +92,7 @@ class Asked:
 
 @dataclass
 class _Ask:
-    """A group that is there for one need."""
+    """The group of one need."""
 
     need: Need
     way: Way
@@ -104,7 +105,7 @@ class _Ask:
     free_before: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def fits(self, node: SeenNode) -> bool:
-        """Whether a node has what is asked for, as far as its labels and what it has in all tell."""
+        """Whether a node has what is asked for, by its labels and its total resources."""
         return self.need.met_by(node.labels) and any(
             all(node.total.get(resource, 0.0) >= amount for resource, amount in bundle)
             for bundle in self.way.bundles
@@ -145,7 +146,7 @@ class Asks:
 
     @property
     def told(self) -> Mapping[str, Asked]:
-        """What became of each need, as of the last step. Never changed, only replaced."""
+        """The state of each need after the last step. Never changed, only replaced."""
         return self._told
 
     @property
@@ -154,30 +155,30 @@ class Asks:
         return not self._asks and not self._leaving
 
     def listen(self) -> None:
-        """Hears the autoscaler."""
+        """Reads the autoscaler's report."""
         self._heard = self._cluster.hear()
         self._heard_at = time.monotonic()
 
     def outlook(self, need: Need | str) -> Asked:
-        """What becomes of a need once it is wanted, as far as is known. May be called by any thread."""
+        """What would happen to a need if it were asked for, as far as known. May be called by any thread."""
         if isinstance(need, str):
             return Asked(State.NOT_ASKED, need)
         heard = self._heard
         if heard is None:
-            return Asked(State.NOT_ASKED, "the autoscaler has not been heard yet")
+            return Asked(State.NOT_ASKED, "the autoscaler has not reported yet")
         if heard.problem:
             return Asked(State.NOT_ASKED, heard.problem)
         return self._waiting.get(str(need)) or Asked(State.ASKED, f"asked for {need}")
 
     def step(self, wanted: Mapping[str, Need | str], known: Collection[str]) -> float | None:
-        """Looks at what is asked, and changes it to what is wanted.
+        """Changes what is asked to what is wanted.
 
         Args:
-            wanted: key -> need, oldest first; or why nothing is asked for it.
+            wanted: key -> need, oldest first; or why no node is asked for.
             known: ids of nodes whose GPUs are known.
 
         Returns:
-            After how many seconds to look again; ``None``: not before something else is wanted.
+            After how many seconds to call it again; ``None``: not before something else is wanted.
         """
         now, known = time.monotonic(), frozenset(known)
         self._hand_over(wanted)
@@ -208,10 +209,10 @@ class Asks:
     # -- one ask -----------------------------------------------------------------------------------
 
     def _hand_over(self, wanted: Mapping[str, Need | str]) -> None:
-        """Has what is asked for one that no longer waits be for another that waits for the same.
+        """Transfers the ask of a need that no longer waits to another need of the same shape.
 
-        Which of them gets a node that has come is the planner's to say: with the node that came for the second replica
-        the first is placed, and what is asked for the first is for the second from then on.
+        The planner decides who gets a new node: on the node that was asked for the second replica it may place
+        the first; from then on the ask of the first is for the second.
         """
         for key, ask in list(self._asks.items()):
             if wanted.get(key) == ask.need:
@@ -245,11 +246,11 @@ class Asks:
             self._leave(key, now)
 
     def _is_undisputed(self, ask: _Ask, waited: float, now: float) -> bool:
-        """Whether no other ask would take at once what this one gives back; those that would are asked for anew.
+        """Whether no other ask would take at once what this one gives back; asks that would are replaced by new ones.
 
-        They were asked for before the node came, so that they are not kept off it.
+        They were created before the node joined, so their selectors do not exclude it.
         """
-        if waited >= RIVAL_SECONDS:  # what was to have a place beside it has it by now
+        if waited >= RIVAL_SECONDS:  # by now Ray has placed all groups that fit beside it
             for key in self._rivals(ask):
                 if self._cluster.look(self._asks[key].group).state == "PENDING":
                     self._leave(key, now, renew=True)
@@ -268,7 +269,7 @@ class Asks:
         ]
 
     def _freed(self, ask: _Ask) -> bool:
-        """Whether the books show what the group took as free again."""
+        """Whether Ray's records show what the group took as free again."""
         free = self._cluster.free()
         for node, amounts in ask.held.items():
             before, after = ask.free_before.get(node, {}), free.get(node, {})
@@ -280,13 +281,13 @@ class Asks:
         return True
 
     def _leave(self, key: str, now: float, renew: bool = False) -> None:
-        """Withdraws an ask; to ask for it anew once it has gone, or not."""
+        """Withdraws an ask, perhaps to ask for it again once it is gone."""
         ask = self._asks.pop(key)
         if not ask.freeing_since:
             self._leaving.append(_Leaving(ask.group, now, renews=key if renew else ""))
 
     def _remove(self, now: float) -> None:
-        """Removes what is to be removed and can be: what is removed while Ray reserves it leaks its GPUs."""
+        """Removes the withdrawn groups that can be removed now: removal while Ray reserves a group leaks its GPUs."""
         for one in list(self._leaving):
             seen = self._cluster.look(one.group)
             one.attempt = seen.attempt if one.attempt is None else one.attempt
@@ -301,7 +302,7 @@ class Asks:
     # -- shapes that fail --------------------------------------------------------------------------
 
     def _judge(self, wanted: Mapping[str, Need | str], known: frozenset[str], now: float) -> None:
-        """Tells which arrivals were placed, and which the planner did not want."""
+        """Records which arrivals were placed, and which the planner did not want."""
         for key, arrival, verdict in self._arrivals.judge(wanted, known, (self._heard, self._heard_at), now):
             if verdict is Verdict.PLACED:
                 self._shapes.placed(arrival.need)
@@ -309,7 +310,7 @@ class Asks:
                 self._fickle.fail(key)
             else:
                 came = counted(len(arrival.held), "node")
-                self._refuse(arrival.need, f"{came} came for it, on which it was not placed", now)
+                self._refuse(arrival.need, f"{came} joined for it, and it was not placed there", now)
         for key, since in list(self._absent.items()):
             if now - since >= FORGOTTEN_SECONDS:
                 del self._absent[key]
@@ -326,7 +327,7 @@ class Asks:
             self._leave(key, now)
 
     def _hear(self, wanted: Mapping[str, Need | str], now: float) -> None:
-        """Hears the autoscaler when it is time to, and withdraws what it cannot bring."""
+        """Reads the autoscaler's report when it is time to, and withdraws what it cannot start."""
         pause = STATUS_SECONDS if self._asks else QUIET_SECONDS
         if any(now - ask.since < NEW_SECONDS[0] and not ask.held for ask in self._asks.values()):
             pause = NEW_SECONDS[1]
@@ -347,14 +348,14 @@ class Asks:
         for need in {ask.need for ask in self._asks.values()}:
             asks = [ask for ask in self._asks.values() if ask.need == need]
             strays = {node for ask in asks for node in self._strays(ask, heard)}
-            if len(strays) > len(asks):  # each brought one, and one more shows that there is no end to it
+            if len(strays) > len(asks):  # each ask started one node; one more shows that it would never end
                 came = counted(len(strays), "node")
-                self._refuse(need, f"{came} came without the labels that it asks for", now)
+                self._refuse(need, f"{came} joined without the labels that it asks for", now)
 
     def _next_way(self, ask: _Ask, heard: Heard) -> None:
         """What no node type can hold is asked for in another way, or later."""
         largest = max((node.total.get("GPU", 0.0) for node in heard.nodes.values()), default=0.0)
-        # A node so large may be on its way: then it is the maximum that is reached, and pieces would take its place.
+        # A node that large may be on its way: then the maximum is reached, and smaller parts would take its place.
         for other in self._asks.values():
             if other.group not in heard.infeasible:
                 sizes = [amount for bundle in other.way.bundles for name, amount in bundle if name == "GPU"]
@@ -362,7 +363,7 @@ class Asks:
         self._shapes.next_way(ask.need, ask.way, largest)
 
     def _strays(self, ask: _Ask, heard: Heard) -> set[str]:
-        """Nodes that came after it was asked for, large enough for it but for their labels."""
+        """Nodes that joined after it was asked for and are large enough, but lack the labels."""
         total = ask.way.total
         return {
             node_id
@@ -391,13 +392,13 @@ class Asks:
             if key in self._arrivals and self._arrivals[key].need == need:
                 continue
             if shape in asked and self._shapes.failed(shape):
-                continue  # one ask shows whether it is better now
+                continue  # one ask shows whether it works now
             if len(self._asks) >= self._max_open:
                 return
             way = self._shapes.way(need)
             try:
                 group = self._cluster.create(self._prefix + secrets.token_hex(6), way, _beyond(need, there))
-            except Exception as error:  # what one asks for must not keep others from asking
+            except Exception as error:  # an error of one ask must not stop the others
                 self._shapes.fail(need, f"it could not be asked for: {error}")
                 waiting.add(shape)
                 continue
@@ -405,19 +406,19 @@ class Asks:
             asked.add(shape)
 
     def _tell(self, key: str, need: Need | str) -> Asked:
-        """What became of one need."""
+        """The state of one need."""
         if isinstance(need, str):
             return Asked(State.NOT_ASKED, need)
         if ask := self._asks.get(key):
             if ask.held:
-                return Asked(State.ASKED, "a node has come for it", tuple(ask.held), ask.since)
+                return Asked(State.ASKED, "a node has joined for it", tuple(ask.held), ask.since)
             refused = self._heard.refused if self._heard else ()
             reason = f"asked for {need}"
             if refused:
                 reason += f"; the cloud refuses node type {', '.join(refused)}"
             return Asked(State.ASKED, reason, (), ask.since)
         if arrival := self._arrivals.get(key):
-            return Asked(State.ARRIVED, "a node has come for it", tuple(arrival.held), arrival.at)
+            return Asked(State.ARRIVED, "a node has joined for it", tuple(arrival.held), arrival.at)
         asked = self.outlook(need)
         if asked.state is not State.ASKED:
             return asked
@@ -432,7 +433,7 @@ class Asks:
 
 
 def _beyond(need: Need, there: frozenset[str]) -> dict[str, str]:
-    """The conditions of a need, and that it be on none of the nodes that are there."""
+    """The conditions of a need, and the exclusion of all existing nodes."""
     labels = dict(need.labels)
     but = there | (parse_condition(labels[NODE_ID_LABEL])[1] if NODE_ID_LABEL in labels else frozenset())
     if but:

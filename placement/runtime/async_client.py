@@ -1,4 +1,4 @@
-"""The service, typed, for ``async`` code: each method is that of :class:`~placement.runtime.client.Client`, awaited."""
+"""The typed client for ``async`` code: the methods of :class:`~placement.runtime.client.Client`, awaited."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class AsyncClient(Connected):
         *,
         owner: ActorHandle | None = None,
     ) -> PlacementResult:
-        """See :meth:`Client.place`. If it is cancelled while it waits for room, it no longer waits."""
+        """See :meth:`Client.place`. Cancelling it while it waits for room gives up the request."""
         who = caller(owner)
         if is_lease(deployment, owner):
             return await self._borrower.borrow(deployment, constraints, wait_seconds, who)

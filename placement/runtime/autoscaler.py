@@ -1,17 +1,17 @@
-"""The one seam to Ray's autoscaler: pending placement groups, and what it says of them.
+"""The only module that talks to Ray's autoscaler: pending placement groups, and its report about them.
 
-Measured with Ray 2.60's second autoscaler, and relied on by those who call this:
+Measured with Ray 2.60's autoscaler v2; the callers rely on it:
 
-- It takes a pending group for what it is: one bundle of 8 GPUs brings a node type with 8 and none with 4; label
-  selectors choose the type. A node is there 1.4 to 3 s later where the cloud takes no time.
-- A selector ``ray.io/node-id: !in(...)`` of all nodes that are there keeps the group off them, so that it takes nothing
+- It takes a pending group literally: one bundle of 8 GPUs starts a node type with 8 and none with 4; label
+  selectors choose the type. The node joins 1.4 to 3 s later if the cloud takes no time.
+- A selector ``ray.io/node-id: !in(...)`` with all existing nodes keeps the group off them, so that it takes nothing
   that others could use. A thousand ids cost 6 ms once, and 60 kB in each of the autoscaler's rounds.
-- A group without a lifetime ends 13 ms after the actor whose process made it, however that ended.
-- What no node type can hold, or none any more, it names among its infeasible requests, and Ray prints a line about it
+- A group without a lifetime ends 13 ms after the actor whose process created it, however that ended.
+- It lists what no node type can hold now among its infeasible requests, and Ray prints a line about it
   on the console of every driver in each round.
-- The first autoscaler ignores labels.
+- Autoscaler v1 ignores labels.
 
-``request_resources`` is never used: it is one request for the whole cluster, and the last caller's counts.
+``request_resources`` is never used: it is one request for the whole cluster, and the last caller overwrites it.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ GCS_SECONDS = 5
 """Longest wait for one answer of the GCS about the autoscaler."""
 
 FAILED_SECONDS = 60.0
-"""For how long a machine that the cloud refused is told."""
+"""How long a machine that the cloud refused is reported."""
 
 NO_AUTOSCALER = "the cluster has no autoscaler"
 
 OLD_AUTOSCALER = (
-    "the cluster's autoscaler is the first one, which ignores labels: "
+    "the cluster runs autoscaler v1, which ignores labels: "
     "start the head with RAY_enable_autoscaler_v2=1 in its environment"
 )
 
 
 @dataclass(frozen=True)
 class Group:
-    """What Ray says of a placement group.
+    """Ray's state of a placement group.
 
     Attributes:
         state: ``"PENDING"``, ``"PREPARED"``, ``"CREATED"``, ``"RESCHEDULING"`` or ``"REMOVED"``.
         nodes: node id -> resource -> amount that it holds there.
         attempt: how often Ray has tried to reserve it.
         idle: no attempt is under way.
-        hopeless: no node could hold it, so that Ray does not even try.
+        hopeless: no node could hold it, so Ray does not try.
     """
 
     state: str
@@ -62,7 +62,7 @@ class Group:
 
 @dataclass(frozen=True)
 class SeenNode:
-    """A node as the autoscaler sees it: its labels, and what it has in all."""
+    """A node as the autoscaler sees it: its labels, and its total resources."""
 
     labels: Mapping[str, str]
     total: Mapping[str, float]
@@ -70,12 +70,12 @@ class SeenNode:
 
 @dataclass(frozen=True)
 class Heard:
-    """What the autoscaler says.
+    """The autoscaler's report.
 
     Attributes:
-        problem: why nothing can be asked of it; empty if all is well.
+        problem: why it cannot be asked; empty if it can.
         infeasible: ids of groups that no node type can hold now.
-        refused: node types of which the cloud did not give a machine of late.
+        refused: node types of which the cloud has recently refused a machine.
         nodes: node id -> node.
     """
 
@@ -86,22 +86,22 @@ class Heard:
 
 
 class Cluster(Protocol):
-    """What is asked of Ray. Each may raise, and may hang for as long as the GCS does."""
+    """The calls to Ray. Each may raise, and may hang for as long as the GCS does."""
 
     def hear(self) -> Heard:
-        """What the autoscaler says."""
+        """The autoscaler's report."""
 
     def create(self, name: str, way: Way, labels: Mapping[str, str]) -> str:
         """Creates a group that ends with this process, and returns its id."""
 
     def look(self, group: str) -> Group:
-        """What Ray says of a group."""
+        """Ray's state of a group."""
 
     def remove(self, group: str) -> None:
         """Removes it."""
 
     def free(self) -> Mapping[str, Mapping[str, float]]:
-        """Node id -> resource -> what is free, as the books show it."""
+        """Node id -> resource -> what is free in Ray's records."""
 
 
 class RayCluster:
@@ -110,8 +110,8 @@ class RayCluster:
     def hear(self) -> Heard:
         """See :meth:`Cluster.hear`."""
         reply = autoscaler_status(GCS_SECONDS)
-        # `ray up` and KubeRay tell each node which of their machines it is; `ray start` by hand runs an autoscaler
-        # too, which only watches.
+        # `ray up` and KubeRay give each node the id of its machine; `ray start` by hand runs an autoscaler
+        # too, but one that starts no nodes.
         states = reply.cluster_resource_state.node_states
         if not any(node.instance_id or node.ray_node_type_name for node in states):
             return Heard(NO_AUTOSCALER)
@@ -141,7 +141,7 @@ class RayCluster:
         """See :meth:`Cluster.create`."""
         group = placement_group(
             [dict(bundle) for bundle in way.bundles],
-            strategy="PACK",  # of one bundle there is nothing more strict
+            strategy="PACK",  # for one bundle nothing is stricter
             name=name,
             bundle_label_selector=[dict(labels)] * len(way.bundles),
         )

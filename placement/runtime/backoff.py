@@ -1,4 +1,4 @@
-"""Who did not do what was asked is asked less and less often."""
+"""Exponential backoff: what fails is tried less and less often."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import time
 
 
 class Backoff(dict[str, tuple[float, float]]):
-    """Those that failed -> how many seconds to wait, and until when: twice as long each time. Not thread-safe.
+    """What failed -> how many seconds to wait, and until when: twice as long each time. Not thread-safe.
 
-    ``del`` or ``pop`` ends it. Who has waited long enough is still in it, since the next failure counts on.
+    ``del`` or ``pop`` removes an entry. It stays in after its wait, so that the next failure doubles the wait.
 
     Args:
         first_seconds: the first wait.
@@ -20,11 +20,11 @@ class Backoff(dict[str, tuple[float, float]]):
         self._first, self._most = first_seconds, most_seconds
 
     def fail(self, key: str) -> None:
-        """Notes a failure."""
+        """Records a failure."""
         wait = min(2 * self[key][0], self._most) if key in self else self._first
         self[key] = wait, time.monotonic() + wait
 
     def waiting(self) -> frozenset[str]:
-        """Those whose time is not over yet."""
+        """The entries whose wait is not over yet."""
         now = time.monotonic()
         return frozenset(key for key, (_, until) in self.items() if now < until)

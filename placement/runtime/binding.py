@@ -13,11 +13,11 @@ CPUS, NUMA_NODE = "PLACEMENT_CPUS", "PLACEMENT_NUMA_NODE"
 
 
 class Binding(NamedTuple):
-    """What a process is bound to; empty and ``None`` where it is as it was.
+    """What a process is bound to; empty or ``None`` where nothing was changed.
 
     Attributes:
         cpus: the CPUs that its threads run on.
-        numa_node: the NUMA node that its memory comes from as long as there is some.
+        numa_node: the NUMA node from which its memory comes as long as that has some free.
     """
 
     cpus: frozenset[int] = frozenset()
@@ -25,17 +25,17 @@ class Binding(NamedTuple):
 
 
 def bind() -> Binding:
-    """Binds this process to what is near its GPU, by the variables that ``environment(...)`` of its assignment gave it.
+    """Binds this process to what is near its GPU, by the variables from ``environment(...)`` of its assignment.
 
-    The CPUs are those of ``PLACEMENT_CPUS`` that the process may use now, for all its threads and those to come; with
-    none of them, it stays on the CPUs that it has. Memory of ``PLACEMENT_NUMA_NODE`` is preferred, by ``libnuma.so.1``
-    (Debian's libnuma1), for this thread and those that it starts; without that library, or where the process may not
-    use that node, memory stays as it is. Call it first thing in a worker: before there is a model in memory.
+    The CPUs are those of ``PLACEMENT_CPUS`` that the process may use now, for all its threads, also later ones; if
+    there are none, it keeps its CPUs. Memory of ``PLACEMENT_NUMA_NODE`` is preferred, by ``libnuma.so.1``
+    (Debian's libnuma1), for this thread and those that it starts; without that library, or if the process may not
+    use that node, memory stays as it is. Call it first in a worker, before a model is loaded.
 
-    Never fails for what is unknown: with neither variable it does nothing.
+    It does nothing if neither variable is set.
 
     Raises:
-        ValueError: a variable holds something else.
+        ValueError: a variable has an invalid value.
 
     Example:
         ::
@@ -48,7 +48,7 @@ def bind() -> Binding:
     wanted = _cpus(os.environ.get(CPUS, ""))
     cpus = frozenset(wanted & os.sched_getaffinity(0))
     for thread in os.listdir("/proc/self/task") if cpus else ():
-        with suppress(ProcessLookupError):  # it has ended since
+        with suppress(ProcessLookupError):  # the thread has ended meanwhile
             os.sched_setaffinity(int(thread), cpus)
     node = os.environ.get(NUMA_NODE, "")
     if node and not node.isdecimal():
@@ -65,7 +65,7 @@ def _cpus(text: str) -> Set[int]:
 
 
 def _prefer_memory_of(node: int) -> bool:
-    """Has this thread's memory come from a NUMA node; ``False`` if that cannot be."""
+    """Makes this thread's memory come from a NUMA node; returns ``False`` if that is not possible."""
     try:
         numa = ctypes.CDLL("libnuma.so.1")
     except OSError:

@@ -32,23 +32,23 @@ from placement.wire.node_types import node_types as read_node_types
 
 START_DEADLINE_SECONDS = 120.0
 JOB_DEADLINE_SECONDS = START_DEADLINE_SECONDS + 60.0
-"""The same, and time for the starting process to connect."""
+"""The same, plus time for the starting process to connect."""
 RESTART_SECONDS = 1.0
 STOP_SECONDS = 10.0
-"""The longest that is waited for the service to be gone; it takes some hundredths."""
+"""The longest wait for the service to be gone; it takes some hundredths of a second."""
 MOST_CALLS = 10_000
-"""How many calls may be under way at once; all but a few of them wait, which costs next to nothing."""
+"""How many calls may be under way at once; nearly all of them wait, which costs little."""
 
 logger = logging.getLogger(__name__)
 
-# num_cpus=0: holding a bundle of one GPU leaves no CPU for a probe. max_calls=0: keep the worker process,
+# num_cpus=0: a bundle of one GPU has no CPU for a probe. max_calls=0: keep the worker process,
 # which Ray otherwise ends after every task that had a GPU.
 probe = ray.remote(num_cpus=0, max_calls=0)(my_gpu_ids)
 _Agent = ray.remote(num_cpus=0, concurrency_groups={"facts": 1})(NodePlacementActor)
 
 
 class DeploymentPlacementActor(Service):
-    """The service as an actor: started anew until it could take up what stood."""
+    """The service as an actor: it is restarted until it could read the records of an earlier service."""
 
     def __init__(self, *args: Any) -> None:
         log.begin(ray_internals.logs_folder())
@@ -58,10 +58,10 @@ class DeploymentPlacementActor(Service):
         try:
             super().__init__(*args)
         except Exception:
-            # To Ray an actor that could not be constructed is dead for good. One whose process ended is not.
+            # If its constructor raised, Ray would never restart the actor. If its process ends, Ray does.
             if is_new:
                 raise
-            logger.exception("what stood could not be taken up; starting anew")
+            logger.exception("the records of placed deployments could not be read; starting again")
             time.sleep(RESTART_SECONDS)
             os._exit(1)
 
@@ -70,7 +70,7 @@ _Service = ray.remote(num_cpus=0)(DeploymentPlacementActor)
 
 
 def make_agent(info: NodeInfo) -> Any:
-    """The node actor of a GPU node, made if there is none."""
+    """The node actor of a GPU node, created if there is none."""
     return _Agent.options(
         name=agent_name(info.id),
         namespace=NAMESPACE,
@@ -87,16 +87,16 @@ def start(
     history_days: float = HISTORY_DAYS,
     history_mib: float = HISTORY_MIB,
 ) -> Any:
-    """Gets the placement service of the connected cluster, started if need be. Safe to call at any time.
+    """Gets the placement service of the connected cluster, and starts it if it does not run. Safe to call at any time.
 
     The service is a detached actor on the head node: it outlives the caller and restarts if it dies. It and its node
-    actors run as the nodes were started, whoever calls: no ``runtime_env`` and no placement group of the caller is
-    theirs.
+    actors run in the environment in which the nodes were started; they do not inherit the caller's ``runtime_env`` or
+    placement group.
 
     Args:
         near: node labels that make nodes near each other, widest first (``("zone", "block", "rack")``): the
-            stages of a replica over several nodes share as many of them as they can. Of no effect on a
-            service that runs.
+            stages of a replica over several nodes share as many of them as possible. Ignored by a
+            running service.
         idle_seconds: how long the actor of a node that holds nothing stays there. It makes the next placement on
             that node about a second quicker, and keeps Ray's autoscaler from removing the node; ``math.inf`` where
             nodes are never removed. Of no effect on a service that runs.
@@ -112,9 +112,10 @@ def start(
 
     Raises:
         RuntimeError: Ray is not connected; call ``ray.init(address="auto")`` first.
-        UnsupportedRay: it is older than what was tested, or lacks what is used of it. A newer one is warned of.
+        UnsupportedRay: Ray is older than the tested versions, or lacks something that is used. A newer one gives a
+            warning.
         InvalidDeployment: the file cannot be read, or is no cluster configuration.
-        ServiceNotRunning: it cannot run there; the package is not installed on the head node, for example.
+        ServiceNotRunning: it cannot run there, for example because the package is not installed on the head node.
         ray.exceptions.GetTimeoutError: the actor did not come up within two minutes.
     """
     require_ray()
@@ -150,7 +151,7 @@ def start_in_this_job(
         max_task_retries=-1,
         max_concurrency=MOST_CALLS,
         resources=ray_internals.HEAD,
-        # The default would be the placement group of the calling task, if that captures its children.
+        # By default it would be in the placement group of the calling task, if that captures child tasks.
         scheduling_strategy="DEFAULT",
     ).remote(make_agent, tuple(near), idle_seconds, tuple(types), history_days, history_mib)
     _wait_for(service)
@@ -172,13 +173,13 @@ def _wait_for(service: Any) -> None:
 
 
 def import_problem(error: Exception) -> str | None:
-    """What could not be imported where an actor was to run; ``None`` if it died of something else."""
+    """The import that failed where an actor was to run; ``None`` if it died for another reason."""
     found = re.search(r"(?:ModuleNotFound|Import)Error: (.+)", str(error))
     return found[1] if found else None
 
 
 def _has_environment() -> bool:
-    """Whether what this process starts inherits a ``runtime_env``; ``config`` says only how one is set up."""
+    """Whether actors of this process inherit a ``runtime_env``; its ``config`` alone does not count."""
     inherited = ray.get_runtime_context().runtime_env
     return any(value for key, value in inherited.items() if key != "config")
 
@@ -186,8 +187,8 @@ def _has_environment() -> bool:
 def _start_in_a_job_of_its_own(types: Sequence[NodeType], *settings: Any) -> None:
     """Starts the service as a job of its own.
 
-    An actor inherits the ``runtime_env`` of whoever makes it, and cannot say that it wants none: its own is merged
-    into that. CUDA_VISIBLE_DEVICES in it makes all GPU ids wrong that Ray tells the node actors and the probes.
+    An actor inherits the ``runtime_env`` of its creator, and cannot ask for none: its own is merged
+    into that. With CUDA_VISIBLE_DEVICES in it, all GPU ids that Ray reports to node actors and probes are wrong.
     """
     context = ray.get_runtime_context()
     arguments = context.gcs_address, [asdict(one) for one in types], *settings
@@ -229,7 +230,7 @@ def stop(keep_placements: bool = False) -> list[str]:
     """Stops the service and its node actors.
 
     Args:
-        keep_placements: leave all placement groups as they are; the next :func:`start` finds them again.
+        keep_placements: keep all placement groups; the next :func:`start` finds them again.
 
     Returns:
         The deployments that were released.
@@ -246,7 +247,7 @@ def stop(keep_placements: bool = False) -> list[str]:
 
 
 def _wait_until_gone(service: Any) -> None:
-    """Ray ends it in its own time; until then whoever starts it would get the one that is about to go."""
+    """Waits until it is gone: before that, starting the service would return the one that is about to end."""
     end = time.monotonic() + STOP_SECONDS
     with contextlib.suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
         while time.monotonic() < end:

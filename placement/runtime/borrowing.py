@@ -31,11 +31,11 @@ P = ParamSpec("P")
 class OwnGroups:
     """Placement groups that belong to this process: Ray removes them when it ends.
 
-    Under ``ray://`` they belong to the process in the cluster that stands for it, which ends when it disconnects.
+    Under ``ray://`` they belong to its proxy process in the cluster, which ends when it disconnects.
     """
 
     def warm(self) -> None:
-        """Returns once :meth:`create` would be quick: under ``ray://`` a worker process has to start for it."""
+        """Returns once :meth:`create` will be quick: under ``ray://`` a worker process has to start first."""
         in_cluster(_nothing)
 
     def create(self, loan: Loan) -> PlacementGroup:
@@ -55,12 +55,12 @@ class OwnGroups:
 
 
 class Borrowed:
-    """What one request has been lent so far. None of it stays unless the request succeeds.
+    """The loans of one request so far. None of them stays unless the request succeeds.
 
     Args:
         service: the service's actor handle.
-        groups: makes and removes the groups.
-        own: what the caller says of the groups himself: fields of :class:`Loan`.
+        groups: creates and removes the groups.
+        own: the caller's own settings of the groups: fields of :class:`Loan`.
     """
 
     def __init__(self, service: ActorHandle, groups: OwnGroups, own: Mapping[str, Any] | None = None) -> None:
@@ -80,7 +80,7 @@ class Borrowed:
         return str(group.id.hex())
 
     def keep(self, result: PlacementResult) -> PlacementResult:
-        """Ends a request that succeeded. Groups that are not in its result, from attempts that failed, are removed."""
+        """Ends a request that succeeded. Groups of failed attempts, which are not in its result, are removed."""
         used = {a.placement_group.id for a in result.assignments}
         for group in self._made:
             if group.id not in used:
@@ -95,7 +95,9 @@ class Borrowed:
                 self._groups.remove(group)
         if self._loan is None:
             return
-        with contextlib.suppress(Exception):  # one that was being made when the request was interrupted
+        with contextlib.suppress(
+            Exception
+        ):  # a group that was being created when the request was interrupted
             found = self._groups.find(self._loan.group_name)
             if found is not None and found.id not in {group.id for group in self._made}:
                 self._groups.remove(found)
@@ -106,7 +108,7 @@ class Borrowed:
 
 
 class Borrower:
-    """Has the service lend what its caller owns, for code that may block.
+    """Lets the service lend GPUs for groups that the caller owns; for code that may block.
 
     Args:
         service: the service's actor handle.
@@ -114,7 +116,7 @@ class Borrower:
         ask_or_abandon: the same; has the service stop the call as well if it is not waited for to the end.
 
     Attributes:
-        groups: makes and removes the groups.
+        groups: creates and removes the groups.
     """
 
     def __init__(
@@ -212,7 +214,7 @@ class AsyncBorrower:
         service: the service's actor handle.
 
     Attributes:
-        groups: makes and removes the groups.
+        groups: creates and removes the groups.
     """
 
     def __init__(self, service: ActorHandle) -> None:

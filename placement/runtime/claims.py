@@ -1,4 +1,4 @@
-"""What is about to be reserved, and what one node has of that and of what stands."""
+"""What is about to be reserved, and the sum of claims and holdings on a node."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from placement.wire.deployment import Deployment
 
 @dataclass(frozen=True, eq=False)
 class Claim:
-    """Replicas that are about to be reserved, so that nobody else plans with the same room.
+    """Replicas that are about to be reserved, so that no other plan uses the same room.
 
-    ``set_size``: how many GPUs each set of a replica that is made of several has.
+    ``set_size``: GPUs of each set, for replicas of several sets.
     """
 
     deployment: Deployment
@@ -27,8 +27,8 @@ class Tally:
     """What this service holds and claims on one node.
 
     Attributes:
-        gpus, claimed_gpus: whole GPUs (and MIG instances) of replicas that stand, and of those about to be
-            reserved; a GPU of which a share stands is in ``gpus``.
+        gpus, claimed_gpus: whole GPUs (and MIG instances) of placed replicas, and of those about to be
+            reserved; a GPU of which a share is held is in ``gpus``.
         shares: GPU -> thousandths in use by both, of GPUs that are shared.
         egress: resource -> units of both.
         serving: (provider, key fingerprint) -> replicas of both.
@@ -48,7 +48,7 @@ class Tally:
     memory_bytes: int = 0
 
     def add(self, deployment: Deployment, replica: PlannedReplica) -> None:
-        """Counts one replica, but for its whole GPUs."""
+        """Counts one replica, except its whole GPUs."""
         self.deployments[deployment.name] += 1
         for gpu in replica.gpus:
             self.holders.setdefault(gpu, []).append(deployment.name)

@@ -1,6 +1,6 @@
-"""The service, typed: for editors, type checkers, and callers who own what they place.
+"""The typed client: for editors, type checkers, and callers that own what they place.
 
-Each method asks the service's method of the same name, and hands its answer and its errors back as they are.
+Each method calls the service's method of the same name, and returns its answer, or raises its error.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Client(Connected):
 
     Raises:
         RuntimeError: Ray is not connected; call ``ray.init(address="auto")`` first.
-        ServiceNotRunning: nobody started it; :meth:`start` does. Every method raises it once the service is stopped.
+        ServiceNotRunning: it was not started; :meth:`start` does that. Every method raises it once the service is
+            stopped.
     """
 
     def __init__(self, service: ActorHandle | None = None) -> None:
@@ -69,12 +70,13 @@ class Client(Connected):
         *,
         owner: ActorHandle | None = None,
     ) -> PlacementResult:
-        """Places all replicas of a deployment, or none. Placing an identical deployment again returns what stands.
+        """Places all replicas of a deployment, or none. Placing an identical deployment again returns the existing
+        result.
 
         With ``owner: caller`` in the deployment this process creates the placement groups, and Ray removes them when
-        it ends, however it ends. (If this process is a normal actor, when its driver has ended, too; if it is connected
-        through ``ray://``, once Ray no longer expects it to come back, which is 30 s after it was killed.) On Ctrl-C,
-        what was asked for is given up.
+        it ends, however it ends. (If this process is a normal actor, its driver must have ended, too; if it is
+        connected through ``ray://``, once Ray no longer expects it to come back, which is 30 s after it was killed.) On
+        Ctrl-C, the request is given up.
 
         Args:
             deployment: a :class:`~placement.Deployment`, or a mapping of its fields.
@@ -86,13 +88,13 @@ class Client(Connected):
             InvalidDeployment: a field is refused.
             UnknownNode: the constraints name a node that the cluster lacks.
             UnreadableRecord: the ledger has a record of that name that the service cannot read.
-            DeploymentConflict: the name stands with another declaration.
-            Unplaceable: it fits nowhere in time: ``NoGpuNodes``, ``NotEnoughGpus``, ``BelowFloor``,
+            DeploymentConflict: the name is in use with another declaration.
+            Unplaceable: no room was found in time: ``NoGpuNodes``, ``NotEnoughGpus``, ``BelowFloor``,
                 ``NoEgressNodes``, ``NotEnoughEgress`` or ``NoCpuNodes``.
             ReservationFailed: others kept taking the GPUs.
             LeaseExpired: this process was too slow to create a group, twice; or the actor ``owner`` has ended. In every
                 case nothing of it stays reserved.
-            Busy: the service has too much to do.
+            Busy: the service has reached its limit of calls under way.
         """
         who = caller(owner)
         if is_lease(deployment, owner):
@@ -110,12 +112,13 @@ class Client(Connected):
     ) -> PlacementResult:
         """Stores the declaration, and makes the cluster match it. Replicas that find no room are ``pending``.
 
-        With ``owner: caller`` in the deployment it is all or nothing: nobody could create the groups later.
+        With ``owner: caller`` in the deployment it is all or nothing, since the service could not create the groups
+        later.
 
         Args:
             deployment: a :class:`~placement.Deployment`, or a mapping of its fields.
             constraints: limits the choice of nodes; replaces ``deployment.constraints``.
-            atomic: all of the change or nothing.
+            atomic: make the change completely or not at all.
             owner: an actor whose end ends the deployment.
 
         Raises:
@@ -158,15 +161,15 @@ class Client(Connected):
         """Where a deployment's replicas are.
 
         Raises:
-            UnknownDeployment: no deployment of that name stands.
+            UnknownDeployment: no deployment of that name exists.
         """
         return ask(self._handle.get.remote(name))
 
     def describe(self, name: str) -> dict[str, Any]:
-        """A deployment as it is declared, what is there of it, its owner and age; JSON-ready.
+        """A deployment's declaration, its replicas, owner and age; JSON-ready.
 
         Raises:
-            UnknownDeployment: no deployment of that name stands.
+            UnknownDeployment: no deployment of that name exists.
         """
         return ask(self._handle.describe.remote(name))
 
@@ -174,19 +177,19 @@ class Client(Connected):
         """The deployments that a name means: the members of the group of that name, or the one of that name.
 
         Raises:
-            UnknownDeployment: neither stands.
+            UnknownDeployment: neither exists.
         """
         return ask(self._handle.members.remote(name))
 
     def wait(self, name: str, timeout_seconds: float | None = None) -> PlacementResult:
-        """Where a deployment's replicas are, once none of them is pending; after the time, as it is then.
+        """Where a deployment's replicas are, as soon as none of them is pending, or when the time is over.
 
         Args:
             name: the deployment.
-            timeout_seconds: how long to wait; for ever if left out.
+            timeout_seconds: how long to wait; without limit if left out.
 
         Raises:
-            UnknownDeployment: no deployment of that name stands, or it was released meanwhile.
+            UnknownDeployment: no deployment of that name exists, or it was released meanwhile.
         """
         waiting = Waiting(timeout_seconds)
         while True:
@@ -195,26 +198,27 @@ class Client(Connected):
                 return result
 
     def renew(self, name: str) -> float | None:
-        """Has a deployment with ``ttl_seconds`` stand for so long from now on. To ask for it again does the same.
+        """Renews a deployment with ``ttl_seconds``: its time starts again now. Placing or applying it again does the
+        same.
 
         Returns:
             Until when, in seconds since 1970; ``None`` if it has no such limit.
 
         Raises:
-            UnknownDeployment: no deployment of that name stands.
+            UnknownDeployment: no deployment of that name exists.
         """
         return ask(self._handle.renew.remote(name))
 
     def release(self, name: str) -> int:
         """Gives back everything that a deployment holds, and ends the workers in its groups.
 
-        The members of a group end as one, by its name or by that of any of them.
+        The members of a group are released together, by the group's name or that of any member.
 
         Returns:
             How many replicas were released.
 
         Raises:
-            UnknownDeployment: no deployment of that name stands.
+            UnknownDeployment: no deployment of that name exists.
             UnreadableRecord: a later version of the service wrote its record.
         """
         return ask(self._handle.release.remote(name, caller=caller()))
@@ -230,7 +234,7 @@ class Client(Connected):
     def status(
         self, node: str | None = None, deployment: str | None = None, state: str | None = None
     ) -> Status:
-        """Nodes with their GPUs and who is on them, and deployments with their replicas; JSON-ready.
+        """Nodes with their GPUs and the replicas on them, and deployments with their replicas; JSON-ready.
 
         Args:
             node: only this node, by its name, id or address.
@@ -254,7 +258,7 @@ class Client(Connected):
     def watch(
         self, since: int = 0, names: Sequence[str] | None = None, timeout_seconds: float = WATCH_SECONDS
     ) -> list[Event]:
-        """Events after ``since``, as soon as there is one; none if nothing happened within the time.
+        """Events after ``since``, as soon as there is one; empty if nothing happened in time.
 
         Args:
             since: the ``number`` of the last event already known; with 0 all that are known come at once. Where events
@@ -298,7 +302,7 @@ class Client(Connected):
                 time.sleep(FOLLOW_SECONDS)
 
     def topology(self, node: str | None = None) -> list[dict[str, Any]]:
-        """What each GPU node's GPUs report, read anew; JSON-ready.
+        """The facts of each GPU node's GPUs, read now; JSON-ready.
 
         Raises:
             UnknownNode: no GPU node has that id, name or address.
@@ -306,13 +310,14 @@ class Client(Connected):
         return ask(self._handle.topology.remote(node))
 
     def forget_measurements(self, node: str | None = None) -> list[dict[str, Any]]:
-        """Forgets what was measured on a node, or on all hosts; choices go by the rest, or by predictions, again.
+        """Forgets the measured rates of a node, or of all hosts; GPUs are then chosen by other rates, or by
+        predictions.
 
         Args:
-            node: its id, name or address; of a host that is no node now its name. ``None`` for all hosts.
+            node: its id, name or address, or the name of a host that is no longer a node. ``None`` for all hosts.
 
         Returns:
-            What was forgotten, as ``placement measure --export`` writes it; nothing if nothing was kept of that node.
+            The forgotten rates, as ``placement measure --export`` writes them; empty if the node had none.
         """
         return ask(self._handle.forget_measurements.remote(node))
 

@@ -1,4 +1,4 @@
-"""What both clients take and return, and what they are."""
+"""The types and the base class of both clients."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ WATCH_SECONDS = 30.0
 FOLLOW_SECONDS = 0.5
 """How often who follows the history asks for what is new."""
 WAIT_SECONDS = 60.0
-"""How long one call of ``wait`` waits at most: the service does not notice that who waits has died."""
+"""How long one call of ``wait`` waits at most: the service does not notice that its caller has died."""
 
 
 class Event(TypedDict):
-    """One thing that happened to a deployment.
+    """An event of a deployment.
 
     ``number`` grows from event to event, also across restarts of the service; ``at`` is in seconds since 1970, and
-    ``time`` the same in words, in UTC; ``replica`` is ``None`` for the deployment as a whole.
+    ``time`` the same as a date, in UTC; ``replica`` is ``None`` for the deployment as a whole.
     """
 
     number: int
@@ -57,7 +57,7 @@ class Entry(Event):
 
 
 class Status(TypedDict):
-    """Nodes with their GPUs and who is on them, deployments with their replicas, groups with their routes."""
+    """Nodes with their GPUs and the replicas on them, deployments with their replicas, groups with their routes."""
 
     nodes: list[dict[str, Any]]
     deployments: list[dict[str, Any]]
@@ -68,22 +68,22 @@ class Status(TypedDict):
 
 
 class Connected:
-    """What both clients are."""
+    """The base of both clients."""
 
     def __init__(self, service: ActorHandle | None = None) -> None:
         self._handle = connection.connect() if service is None else service
 
     @property
     def handle(self) -> ActorHandle:
-        """The bare actor handle, for ``client.handle.place.remote(...)``: its answers are awaited, or got by Ray."""
+        """The bare actor handle, for ``client.handle.place.remote(...)``; its answers need ``await`` or ``ray.get``."""
         return self._handle
 
 
 class Waiting:
-    """The time that somebody waits, in parts.
+    """A time to wait, divided into parts.
 
     Args:
-        seconds: all of it; ``None`` for ever.
+        seconds: the whole time; ``None`` for no limit.
     """
 
     def __init__(self, seconds: float | None) -> None:
@@ -91,13 +91,13 @@ class Waiting:
         self._until = 0.0
 
     def next_seconds(self) -> float:
-        """How long to wait next."""
+        """The length of the next part."""
         now = time.monotonic()
         self._until = min(self._end, now + WAIT_SECONDS)
         return max(0.0, self._until - now)
 
     def is_over(self) -> bool:
-        """Whether what was waited for came before that time was over, or no more is left."""
+        """Whether the event came before the part was over, or no time is left."""
         now = time.monotonic()
         return now < self._until or now >= self._end
 

@@ -1,4 +1,4 @@
-"""The controller's clock: one cheap look at the nodes each second, and whatever that calls for."""
+"""The controller's clock: one cheap look at the nodes each second, and the work that follows from it."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 1.0
 GLANCE_SECONDS = 0.1
-"""How often, between two looks, it is seen whether something came or went that waits, or for which it waits."""
+"""How often, between two looks, it checks whether the queue has changed, or a node has joined for it."""
 RETRY_SECONDS = 5.0
-"""How often what is pending is tried while nothing that we know of has changed: others free GPUs, too."""
+"""How often pending replicas are tried while nothing known has changed: other users free GPUs, too."""
 
 RECONCILERS = 8
-"""How many deployments are placed anew at a time after a node's death, where node actors may have to be started."""
+"""How many deployments are placed again at a time after a node's death, as node actors may have to start."""
 
 ATTEMPTS = 32
-"""How much of what waits is tried at a time."""
+"""How many waiting entries are tried at a time."""
 
 ATTEMPT_SECONDS = 1.0
-"""How long it is waited for one that is tried before the next is: its node may hang. Room is claimed within that."""
+"""How long one attempt is waited for before the next starts: its node may hang. It claims its room within this time."""
 
 logger = logging.getLogger(__name__)
 
 
 class Clock:
-    """Notices nodes that came, went or drain; has what they held placed anew, and what waits tried again.
+    """Notices nodes that join, leave or drain; places lost replicas again, and tries waiting ones again.
 
     Args:
-        controller: what it has do that.
-        reconcilers: where this goes on, so that no look waits for it; in threads, if it is left out.
+        controller: does that work.
+        reconcilers: runs the work, so that no look waits for it; threads by default.
     """
 
     def __init__(self, controller: Controller, reconcilers: Executor | None = None) -> None:
@@ -78,7 +78,7 @@ class Clock:
                 looked_at = time.monotonic()
                 self.look()
             except Exception:
-                logger.exception("looking after the nodes failed; trying again")
+                logger.exception("the look at the nodes failed; trying again")
 
     def look(self) -> None:
         """One look."""
@@ -105,9 +105,9 @@ class Clock:
         controller.stop_idle_agents()
 
     def glance(self) -> None:
-        """Has what waits tried again at once where a look each second would be late: a node has come for it.
+        """Tries waiting entries at once if a look each second would be late: a node has joined for them.
 
-        No more than a fifth of the time goes into that.
+        It takes at most a fifth of the time.
         """
         queue = self._controller.queue
         queue.ask_for_nodes()
@@ -117,7 +117,7 @@ class Clock:
             self._try_again(self._tried_with)
 
     def _try_again(self, with_: object) -> None:
-        """Begins to try what waits."""
+        """Starts to try what waits."""
         self._tried_with, self._tried_on = with_, self._controller.queue.news()
         self._trying = self._reconcilers.submit(self._try_all)
 
@@ -127,17 +127,17 @@ class Clock:
         try:
             self._controller.queue.try_all(self._reconcile, self._attempt)
         except Exception:
-            logger.exception("what waits could not be tried; trying again")
+            logger.exception("the queue could not be tried; trying again")
         self._tried_at = time.monotonic()
         self._tried_for = self._tried_at - began
 
     def _begin(self, name: str, do: Callable[[], None]) -> None:
-        """Begins to do something to a deployment, unless something is being done already."""
+        """Starts some work on a deployment, unless work on it is under way already."""
         if name not in self._reconciling:
             self._reconciling[name] = self._reconcilers.submit(self._do, name, do)
 
     def _attempt(self, name: str, do: Callable[[], None]) -> None:
-        """Has one be tried that waits, unless it is being tried already; what comes next does not wait for it long."""
+        """Tries one waiting entry, unless it is being tried already; the next one does not wait for it long."""
         self._attempts = {other: one for other, one in self._attempts.items() if not one.done()}
         if name not in self._attempts:
             self._attempts[name] = self._triers.submit(do)
@@ -150,4 +150,4 @@ class Clock:
         try:
             do()
         except Exception:
-            logger.exception("%r could not be brought to what is declared; trying again", name)
+            logger.exception("%r could not be reconciled; trying again", name)

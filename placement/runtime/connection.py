@@ -43,13 +43,13 @@ def connect_ray(address: str | None = None, **options: Any) -> str:
     Args:
         address: ``host:port`` of the head; ``None`` or ``"auto"`` takes RAY_ADDRESS, else the cluster
             that was started on this machine.
-        options: further ones of ``ray.init``.
+        options: further arguments of ``ray.init``.
 
     Returns:
         The address it connected to.
 
     Raises:
-        ClusterUnreachable: nothing answers there, or it is no head's address. Said within seconds, where Ray would
+        ClusterUnreachable: nothing answers there, or it is no head's address. Raised within seconds, while Ray would
             retry for minutes.
     """
     wanted = address or os.environ.get("RAY_ADDRESS") or "auto"
@@ -61,7 +61,7 @@ def connect_ray(address: str | None = None, **options: Any) -> str:
     try:
         ray.init(address=found, **options, **_loopback_options(found))
     except (ConnectionError, RuntimeError, TimeoutError, ValueError, OSError) as error:
-        # Ray 2.52 has no word for a token that is wrong.
+        # Ray 2.52 does not say that a token is wrong.
         reason = (
             str(error).strip()
             or f"{type(error).__name__}; is the token right, in RAY_AUTH_TOKEN or its file?"
@@ -103,7 +103,7 @@ def ask(reference: Any, tell: Callable[[], None] | None = None) -> Any:
         tell: called twice a second until the answer is there.
 
     Raises:
-        ServiceNotRunning: somebody stopped it meanwhile.
+        ServiceNotRunning: it was stopped meanwhile.
     """
     with own_errors():
         while tell is not None and not ray.wait([reference], timeout=0.5)[0]:
@@ -112,7 +112,7 @@ def ask(reference: Any, tell: Callable[[], None] | None = None) -> Any:
 
 
 def ask_or_abandon(reference: Any) -> Any:
-    """The same; has the service stop the call as well if it is not waited for to the end, on Ctrl-C."""
+    """The same; on Ctrl-C the service stops the call, too."""
     with _abandoning(reference):
         return ask(reference)
 
@@ -124,17 +124,17 @@ async def answer(reference: Any) -> Any:
 
 
 async def answer_or_abandon(reference: Any) -> Any:
-    """:func:`ask_or_abandon` for ``async`` code: on Ctrl-C, or if it is cancelled."""
+    """:func:`ask_or_abandon` for ``async`` code: on Ctrl-C, or on cancellation."""
     with _abandoning(reference):
         return await answer(reference)
 
 
 @contextmanager
 def own_errors() -> Iterator[None]:
-    """Errors of the service as themselves, where a call of it is waited for.
+    """A block that waits for a call, in which the service's errors have their own type.
 
     Raises:
-        ServiceNotRunning: somebody stopped it meanwhile.
+        ServiceNotRunning: it was stopped meanwhile.
     """
     try:
         yield
@@ -148,7 +148,7 @@ def own_errors() -> Iterator[None]:
 
 @contextmanager
 def _abandoning(reference: Any) -> Iterator[None]:
-    """Has the service stop a call as well if the caller no longer waits for it: on Ctrl-C, or if it is cancelled."""
+    """A block after which the service stops the call, too, if the caller no longer waits: on Ctrl-C or cancellation."""
     try:
         yield
     except Exception:
@@ -160,17 +160,17 @@ def _abandoning(reference: Any) -> Iterator[None]:
 
 
 def in_cluster(function: Callable[..., T], *arguments: Any) -> T:
-    """What a function returns that needs a process of the cluster: this one, or under ``ray://`` one there."""
+    """Runs a function in a process of the cluster: this one, or under ``ray://`` one there; returns its result."""
     if ray_internals.is_ray_client():
         return ray.get(ray.remote(num_cpus=0)(function).remote(*arguments))
     return function(*arguments)
 
 
 def caller(owner: Any = None) -> dict[str, str]:
-    """Who asks, for the service: it ends what this process owns when this process has ended.
+    """Describes the caller to the service, which ends what this process owns when this process has ended.
 
     Args:
-        owner: the handle of an actor that is to own what is asked for, instead.
+        owner: the handle of an actor that is to be the owner instead.
 
     Returns:
         ``job`` and ``node``: ids, hex; of the proxy in the cluster that stands for a ``ray://`` client. ``actor``: the
@@ -193,7 +193,7 @@ def caller(owner: Any = None) -> dict[str, str]:
 
 def _require_listener(address: str) -> None:
     if address.startswith(("http://", "https://")):
-        raise ClusterUnreachable(address, "that is the job server, which only `ray job submit` talks to")
+        raise ClusterUnreachable(address, "that is the job server's address, for `ray job submit` only")
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise ClusterUnreachable(address, "not of the form HOST:PORT")
@@ -204,6 +204,6 @@ def _require_listener(address: str) -> None:
 
 
 def _loopback_options(address: str) -> dict[str, str]:
-    """Where the head has a loopback address of its own (simulated nodes), this driver must use the same."""
+    """If the head has a loopback address of its own (simulated nodes), this driver must use the same."""
     host = address.rpartition(":")[0]
     return ray_internals.driver_at(host) if host.startswith("127.") and host != "127.0.0.1" else {}

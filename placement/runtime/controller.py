@@ -1,10 +1,10 @@
-"""The controller: brings each deployment from what is there to what is declared, and is the only one to change it.
+"""The controller: makes each deployment match its declaration; nothing else changes deployments.
 
-Whatever happens (a call, a node that died, a kill, a while that passed) ends in the same loop: look, ask
-:func:`placement.core.reconcile.reconcile` what to do, do it. What a death left behind is dealt with in this way, too.
+Every event (a call, a dead node, a restart, a timer) leads to the same loop: look, ask
+:func:`placement.core.reconcile.reconcile` what to do, do it. Recovery uses the same loop.
 
-Here is what calls change. How it is given back (``releases``), what ends by itself (``lifetimes``), what a death left
-(``restart``) and what only looks (``queries``) are modules of their own.
+This module has the changes that calls make. Releases (``releases``), what ends by itself (``lifetimes``), recovery
+(``restart``) and queries (``queries``) are modules of their own.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Controller:
 
     Args:
         make_agent: creates (or finds) the node actor of a node.
-        near: labels of which nodes near each other share the values, widest first.
+        near: labels that have the same value on nodes near each other, widest first.
         idle_seconds: how long a node actor stays on a node that holds nothing.
         node_types: what the autoscaler can bring, as far as somebody has told.
         history: where events and decisions are kept.
@@ -73,16 +73,16 @@ class Controller:
     Attributes:
         state: what is declared and what is there.
         cluster: the nodes as they were last seen.
-        fleet: the nodes' actors.
+        fleet: the GPU nodes.
         feed: what happened.
         turns: one change of a deployment at a time.
-        reconciler: what brings deployments about.
-        group_reconciler: what brings groups of them about.
+        reconciler: reconciles deployments.
+        group_reconciler: reconciles groups.
         queue: what waits for room.
-        sweeper: what removes groups that no deployment knows of.
-        releases: what gives back what deployments hold.
-        lifetimes: what ends what is over.
-        queries: what answers questions that change nothing.
+        sweeper: removes placement groups that belong to no deployment.
+        releases: gives back what deployments hold.
+        lifetimes: ends deployments whose owner or time has ended.
+        queries: answers questions that change nothing.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Controller:
                     raise belongs_to_another(known, owner)
                 if lending is None or not known.missing():
                     return self._renewed(known).result()
-                with self._refusal_told(wanted.name):  # its owner has removed some of its groups
+                with self._refusal_told(wanted.name):  # its owner has removed some of its placement groups
                     work = Work(known, known, atomic=True, lending=lending)
                     return self.reconciler.bring_about(work).result()
             self._require_readable(wanted.name)
@@ -149,22 +149,22 @@ class Controller:
                 return self.reconciler.bring_about(work).result()
 
     def apply(self, wanted: Deployment, atomic: bool = False, owner: Owner | None = None) -> PlacementResult:
-        """Declares a deployment, and does what can be done for it now; see the service."""
+        """Declares a deployment, and places what fits now; see the service."""
         return self._apply(wanted, atomic, owner)[0]
 
     def _apply_group(
         self, wanted: Sequence[Deployment], atomic: bool, owners: Mapping[str, Owner | None]
     ) -> tuple[list[PlacementResult], bool]:
-        """Applies all members of a group as one; whether nothing of it was there before.
+        """Applies all members of a group as one; returns whether the group is new.
 
-        They are declared before any of them is placed, so that a service that dies in between goes on with all of it.
+        They are declared before any of them is placed, so that after a restart the service goes on with all of them.
         """
         group = wanted[0].group
         assert group is not None
         with self.turns.sole_all(sorted(group.members)):
             known = {one.name: self.lifetimes.settled(one.name) for one in wanted}
             if self.state.get(group.name) is not None:
-                raise GroupStands(group.name, group.name, "a deployment of that name is there")
+                raise GroupStands(group.name, group.name, "a deployment of that name exists")
             for one in wanted:
                 before = known[one.name]
                 if before is None:
@@ -193,17 +193,17 @@ class Controller:
     def _declare_member(
         self, before: DeploymentState | None, wanted: Deployment, owner: Owner | None
     ) -> None:
-        """Has a member of a group be declared, its missing replicas waiting."""
+        """Declares a member of a group, with its missing replicas waiting."""
         anew = _new(wanted, owner) if before is None else before.renewed(owner).declared(wanted)
         if anew is before:
             return
-        waits = {**dict.fromkeys(anew.missing(), "its group is about to be placed"), **anew.reasons}
+        waits = {**dict.fromkeys(anew.missing(), "its group is being placed"), **anew.reasons}
         self.actions.commit(anew.pending(waits, time.time()))
         if before is not None and before.deployment != wanted:
             self.feed.add(wanted.name, None, "changed", ", ".join(differences(before.deployment, wanted)))
 
     def _require_nodes(self, wanted: Sequence[Deployment]) -> None:
-        """Raises ``UnknownNode`` if constraints name a node that is not there."""
+        """Raises ``UnknownNode`` if constraints name a node that does not exist."""
         nodes = self.cluster.nodes()
         self.cluster.read()
         with self.state.lock:
@@ -212,7 +212,7 @@ class Controller:
             request_of(one, (), {}, snapshot)
 
     def _apply(self, wanted: Deployment, atomic: bool, owner: Owner | None) -> tuple[PlacementResult, bool]:
-        """The same, and whether nothing of that name was there before."""
+        """The same; also returns whether the deployment is new."""
         with self.turns.sole(wanted.name):
             known = self.lifetimes.settled(wanted.name)
             if known is None:
@@ -272,7 +272,7 @@ class Controller:
             try:
                 self.release(name)
             except Exception:
-                logger.exception("%r, which was placed just now, could not be released again", name)
+                logger.exception("%r was placed just now and could not be released again", name)
 
     def _in_order(self, wanted: Sequence[Deployment], atomic: bool) -> list[int]:
         """The order in which to apply them."""
@@ -284,18 +284,18 @@ class Controller:
             return list(range(len(wanted)))
 
     def record_measurements(self, measurements: Sequence[Measurement]) -> None:
-        """Keeps what was measured on hosts; see the service."""
+        """Keeps measured rates of hosts; see the service."""
         for one in measurements:
             self.fleet.inventory.record_measurement(one)
 
     def forget_measurements(self, node: str | None) -> list[Measurement]:
-        """Forgets what was measured on a node, or on all; see the service."""
+        """Forgets the measured rates of a node, or of all; see the service."""
         return self.fleet.inventory.forget_measurements(node, self.cluster.nodes())
 
     def release(self, name: str) -> int:
-        """Gives back everything that a deployment holds, or all members of a group; how many replicas that were.
+        """Releases a deployment, or all members of a group; returns how many replicas that were.
 
-        A group ends as one, by its name or by that of any member.
+        A group is released as one, by its name or that of any member.
         """
         names = changed_with(name, self.state.deployments)
         with self.turns.sole_all(names):
@@ -305,13 +305,13 @@ class Controller:
         """Releases every deployment; their names."""
         released = []
         for name in self.state.names():
-            with contextlib.suppress(UnknownDeployment):  # somebody else was quicker
+            with contextlib.suppress(UnknownDeployment):  # somebody else released it first
                 self.release(name)
                 released.append(name)
         return released
 
     def renew(self, name: str) -> float | None:
-        """Has a deployment stand for its ``ttl_seconds`` from now on; until when, in seconds since 1970."""
+        """Renews a deployment: its ``ttl_seconds`` start again now. Returns its end, in seconds since 1970."""
         with self.turns.sole(name):
             known = self.lifetimes.settled(name)
             if known is None:
@@ -319,7 +319,7 @@ class Controller:
             return self._renewed(known).expires_at
 
     def _renewed(self, known: DeploymentState) -> DeploymentState:
-        """The same with all its ``ttl_seconds`` before it, if it has any."""
+        """The same with its ``ttl_seconds`` starting again now, if it has any."""
         expires_at = expiry(known.deployment)
         if expires_at is None:
             return known
@@ -336,7 +336,7 @@ class Controller:
 
     @contextlib.contextmanager
     def _refusal_told(self, name: str) -> Iterator[None]:
-        """Has those who watch a deployment hear of a refusal, once nothing is left to try."""
+        """Reports a refusal as an event, once nothing is left to try."""
         try:
             yield
         except Exception as refusal:
@@ -344,13 +344,13 @@ class Controller:
             raise
 
     def reconcile(self, name: str, patient: bool = True) -> None:
-        """Brings a deployment to what is declared, as far as there is room.
+        """Reconciles a deployment, as far as there is room.
 
-        Not while something else happens to it: then there will be another time.
+        It does nothing while another change of it is under way: it will be called again.
 
         Args:
             name: of the deployment.
-            patient: look again before replicas have to wait, since Ray's books lag.
+            patient: look again before replicas have to wait, since Ray's records lag.
         """
         with self.turns.sole_all(changed_with(name, self.state.deployments), wait=False) as mine:
             if mine:
@@ -372,7 +372,7 @@ class Controller:
             self.releases.release(name)
 
     def _reconcile_group(self, group: Group) -> None:
-        """Brings a group to what is declared, as far as there is room for all of it."""
+        """Reconciles a group, if there is room for all of it."""
         known = [one for name in group.members if (one := self.state.get(name)) is not None]
         if any(one.releasing for one in known):
             self.releases.release_together([one.name for one in known])
@@ -382,19 +382,19 @@ class Controller:
     # -- what the clock asks for ---------------------------------------------------------------------
 
     def stranded(self, alive: frozenset[str]) -> list[str]:
-        """The deployments with a replica on a node that is no more."""
+        """The deployments with a replica on a node that no longer exists."""
         dead = self.state.nodes() - alive
         return sorted({name for node in dead for name, _ in self.state.on_node(node)})
 
     def write_again(self) -> None:
-        """Has the ledger say what it could not be told before."""
+        """Writes to the ledger what could not be written before."""
         for name in sorted(self.actions.unwritten):
             with self.turns.sole(name, wait=False) as mine:
                 if mine:
                     self.actions.write_back(name)
 
     def stop_idle_agents(self) -> None:
-        """Ends the actors of nodes that hold nothing, so that they can be scaled down; forgets what nobody asks for."""
+        """Ends the actors of nodes that hold nothing, so that they can be scaled down; drops old data."""
         awaited = self.queue.awaited_nodes()
         for node_id in self.fleet.agents.idle(self.idle_seconds):
             in_use = self.state.holds(node_id) or node_id in awaited
@@ -404,6 +404,6 @@ class Controller:
 
 
 def _new(wanted: Deployment, owner: Owner | None) -> DeploymentState:
-    """A deployment that was not there before."""
+    """A new deployment."""
     states = dict.fromkeys(range(wanted.replicas), State.PENDING)
     return DeploymentState(wanted, states=states, owner=owner, expires_at=expiry(wanted))

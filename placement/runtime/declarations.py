@@ -1,4 +1,4 @@
-"""What callers declare: parsed, checked as a whole, and whose it is to be."""
+"""What callers declare: parsed, checked as a whole, and given its owner."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from placement.wire.constraints import PlacementConstraints
 from placement.wire.deployment import Deployment
 from placement.wire.files import parse_model
 
-BY_CLIENT = "use `placement.Client().place`, which does that"
-ONE_BY_ONE = "give them to `placement.Client().place` one by one, which does that"
+BY_CLIENT = "use `placement.Client().place`, which creates them"
+ONE_BY_ONE = "place them one by one with `placement.Client().place`, which creates them"
 
 DeploymentLike = Deployment | Mapping[str, Any]
 Limits = PlacementConstraints | Mapping[str, Any] | None
 Caller = Mapping[str, str] | None
-"""Who asks: ``job``, ``actor`` and ``owner_actor``, ids in hex, as :class:`placement.Client` says them."""
+"""The caller: ``job``, ``actor`` and ``owner_actor``, ids in hex, as :class:`placement.Client` gives them."""
 
 
 def parse(deployment: DeploymentLike, constraints: Any) -> Deployment:
-    """What a caller declares.
+    """Parses and checks a caller's declaration.
 
     Raises:
         InvalidDeployment: a field is refused.
@@ -31,13 +31,13 @@ def parse(deployment: DeploymentLike, constraints: Any) -> Deployment:
     wanted = parse_model(Deployment, deployment, source)
     if constraints is not None:
         limits = parse_model(PlacementConstraints, constraints, f"deployment {wanted.name!r}: constraints")
-        # Read anew, as a whole: constraints can contradict the rest.
+        # Validated again as a whole: constraints can contradict the rest.
         wanted = parse_model(Deployment, wanted.model_copy(update={"constraints": limits}), source)
     return wanted
 
 
 def alone(wanted: Deployment) -> Deployment:
-    """A deployment that is placed by itself.
+    """Checks that a deployment is placed by itself.
 
     Raises:
         InvalidDeployment: it is a member of a group.
@@ -52,24 +52,24 @@ def alone(wanted: Deployment) -> Deployment:
 
 
 def owner_unless_caller(wanted: Deployment, caller: Caller, instead: str = BY_CLIENT) -> Owner | None:
-    """The owner of a deployment whose groups the service creates; ``None`` if it is to outlive everybody.
+    """The owner of a deployment whose groups the service creates; ``None`` if it has none.
 
     Args:
-        wanted: what is declared.
-        caller: who asks.
-        instead: what to do about one that is to end with its caller.
+        wanted: the declaration.
+        caller: the caller.
+        instead: the advice for a deployment that is to end with its caller.
 
     Raises:
-        InvalidDeployment: its caller has to create the groups; or its owner is not known here.
+        InvalidDeployment: its caller has to create the groups; or its owner is unknown.
     """
     if wanted.owner == "caller":
         problem = (
-            f"owner: caller: its own process creates the placement groups; {instead}, or say owner: detached"
+            f"owner: caller: the caller must create the placement groups; {instead}, or set owner: detached"
         )
         raise InvalidDeployment(f"deployment {wanted.name!r}", (problem,))
     return owner_of(wanted, caller)
 
 
 def owner_key(owner: Owner | None) -> tuple[tuple[str, str], ...]:
-    """An owner, so that it can be compared."""
+    """An owner in a comparable form."""
     return tuple(sorted((owner or {}).items()))

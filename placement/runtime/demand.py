@@ -1,7 +1,7 @@
-"""What waits for nodes, as Ray's autoscaler hears it: one pending placement group for each set that waits.
+"""Asks Ray's autoscaler for nodes: one pending placement group for each waiting set.
 
-The groups are of the process in which this runs and end with it. What is asked, and for how long, is decided in
-:mod:`placement.runtime.asking`; what the autoscaler makes of it is told in :mod:`placement.runtime.autoscaler`.
+The groups belong to this process and end with it. What is asked, and for how long, is decided in
+:mod:`placement.runtime.asking`; :mod:`placement.runtime.autoscaler` describes how the autoscaler reacts.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from placement.runtime.needs import Need
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 2.0
-"""Wait after a call to Ray that failed."""
+"""The wait after a failed call to Ray."""
 
 WITHDRAW_SECONDS = 3.0
-"""Longest wait for what is asked to be withdrawn."""
+"""The longest wait until everything is withdrawn."""
 
 
 class Demand:
-    """Keeps the autoscaler told of what waits. Thread-safe; no call waits for Ray but :meth:`withdraw`.
+    """Keeps the autoscaler informed of what waits. Thread-safe; only :meth:`withdraw` waits for Ray.
 
     A thread of its own calls Ray. It sleeps while nothing is wanted.
 
     Args:
-        prefix: begins the name of every group; nothing else's may begin so.
-        max_open: the most groups at a time; what is asked for first waits longest.
-        cluster: Ray, unless a test says otherwise.
-        on_change: called in that thread whenever :meth:`poll` says something else; must not block.
+        prefix: begins the name of every group, and of no others.
+        max_open: the most groups at a time; the oldest needs come first.
+        cluster: Ray, or a test's replacement.
+        on_change: called in that thread whenever the result of :meth:`poll` changes; must not block.
 
     Attributes:
-        version: grows whenever :meth:`poll` says something else.
+        version: grows whenever the result of :meth:`poll` changes.
     """
 
     def __init__(
@@ -58,12 +58,12 @@ class Demand:
         self._thread: threading.Thread | None = None
 
     def want(self, needs: Mapping[str, Need | str], known_nodes: Collection[str]) -> None:
-        """Says all that waits; what is not in it is withdrawn.
+        """Sets all that waits; asks for anything else are withdrawn.
 
         Args:
-            needs: key (``deployment:replica:set``) -> need, oldest first; or why nothing is asked for it.
-            known_nodes: ids of the nodes whose GPUs are known: nothing is taken on them, and what a new one holds is
-                given back once it is among them.
+            needs: key (``deployment:replica:set``) -> need, oldest first; or why no node is asked for.
+            known_nodes: ids of the nodes whose GPUs are known: groups take nothing on them, and what a new node holds
+                is given back once the node is among them.
         """
         with self._changed:
             # The order counts as well.
@@ -76,27 +76,27 @@ class Demand:
             self._changed.notify_all()
 
     def poll(self) -> Mapping[str, Asked]:
-        """What became of each need that is wanted, a second ago at most unless Ray hangs."""
+        """The state of each need, at most a second old unless Ray hangs."""
         told, wanted = self._asks.told, self._wanted
         return {key: told.get(key) or self.outlook(need) for key, need in wanted.items()}
 
     def listen(self) -> None:
-        """Has it hear the autoscaler although nothing is wanted yet, so that :meth:`outlook` can tell."""
+        """Makes it read the autoscaler's report although nothing is wanted yet, for :meth:`outlook`."""
         with self._changed:
             self._start()
 
     def outlook(self, need: Need | str) -> Asked:
-        """What becomes of a need once it is wanted, as far as is known; of one for which nothing is asked, why."""
+        """What would happen to a need if it were asked for, as far as known; or why no node would be asked for."""
         return self._asks.outlook(need)
 
     def withdraw(self) -> None:
-        """Withdraws all of it, and waits until that is done, or for 3 s."""
+        """Withdraws everything, and waits until that is done, or for 3 s."""
         self.want({}, ())
         with self._changed:
             self._changed.wait_for(lambda: self._asks.empty and not self._new, WITHDRAW_SECONDS)
 
     def report(self) -> list[dict[str, Any]]:
-        """What became of each need, JSON-ready, oldest first."""
+        """The state of each need, JSON-ready, oldest first."""
         now, wanted = time.monotonic(), self._wanted
         rows = []
         for key, asked in self.poll().items():
@@ -126,7 +126,7 @@ class Demand:
 
     def _run(self) -> None:
         """The thread."""
-        with contextlib.suppress(Exception):  # it is heard again once something is wanted
+        with contextlib.suppress(Exception):  # the report is read again once something is wanted
             self._asks.listen()
         while True:
             with self._changed:
@@ -138,7 +138,7 @@ class Demand:
                     self.version += 1
                     self._on_change()
             except Exception as error:
-                logger.warning("could not tell the autoscaler what waits: %s", error)
+                logger.warning("the autoscaler could not be asked for nodes: %s", error)
                 pause = RETRY_SECONDS
             with self._changed:
                 self._changed.notify_all()

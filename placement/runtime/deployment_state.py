@@ -1,7 +1,7 @@
-"""One deployment: what is declared of it, and what is there.
+"""One deployment: its declaration, and its replicas.
 
 A :class:`DeploymentState` never changes: a change is a new one, put in its place (see :mod:`placement.runtime.state`).
-So who reads needs no lock.
+So reading needs no lock.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from placement.wire.deployment import Deployment
 from placement.wire.held import HeldDeployment, HeldReplica
 
 Owner = Mapping[str, str]
-"""Whose end ends a deployment: ``kind`` is ``caller``, ``job`` or ``actor``; the rest says which."""
+"""The owner of a deployment: ``kind`` is ``caller``, ``job`` or ``actor``; the other fields say which."""
 
 
 @dataclass(frozen=True)
 class Replica:
-    """One replica that is there.
+    """One replica that holds something.
 
     Attributes:
         order: the name that begins its group's name.
         parts: one for each of its nodes, by rank.
-        generation: that of the declaration it was placed under.
+        generation: that of the declaration by which it was placed.
     """
 
     order: str
@@ -48,27 +48,27 @@ class Replica:
 
     @property
     def group_id(self) -> str:
-        """Of its placement group, hex."""
+        """The id of its placement group, hex."""
         return str(self.parts[0].placement_group.id.hex())
 
 
 @dataclass(frozen=True)
 class DeploymentState:
-    """One deployment: what is declared of it, and what is there.
+    """One deployment: its declaration, and its replicas.
 
     Attributes:
-        deployment: as it is declared now.
-        generation: how often it was declared with a difference.
-        earlier: generation -> declaration, of those under which replicas were placed that are still there.
-        replicas: index -> what is there.
-        states: index -> where a replica is in its life, of all that are declared or there.
+        deployment: the current declaration.
+        generation: how many different declarations it has had.
+        earlier: generation -> declaration, for earlier declarations that placed replicas which are still there.
+        replicas: index -> the replica that holds something.
+        states: index -> the replica's state, for all that are declared or hold something.
         reasons: index -> why a replica waits.
-        releasing: all of it is to go, whatever happens.
+        releasing: it is being released; this is carried out, whatever fails.
         declared_at: when it was first declared, seconds since 1970.
-        waiting_since: since when replicas of it have waited for room; ``None`` if none does.
-        owner: whose end ends it; ``None`` for nobody's.
+        waiting_since: since when replicas have waited for room; ``None`` if none waits.
+        owner: with whom it ends; ``None`` for no owner.
         expires_at: when it ends unless it is renewed; ``None`` for never.
-        given_up: what waits is not tried any more: its deadline is over.
+        given_up: waiting replicas are no longer tried: the deadline is over.
     """
 
     deployment: Deployment
@@ -91,7 +91,7 @@ class DeploymentState:
 
     @property
     def is_lease(self) -> bool:
-        """Whether its groups are its owner's own: what is gone of it is not placed anew."""
+        """Whether its owner created its placement groups: lost replicas are then not placed again."""
         return self.owner is not None and self.owner.get("kind") == "caller"
 
     @property
@@ -102,7 +102,7 @@ class DeploymentState:
 
     @property
     def outdated(self) -> list[int]:
-        """The replicas that are to be replaced: placed under an earlier declaration, which they do not satisfy now."""
+        """The replicas to be replaced: placed by an earlier declaration, and not satisfying the current one."""
         return sorted(i for i, one in self.replicas.items() if one.generation != self.generation)
 
     def missing(self) -> list[int]:
@@ -114,7 +114,7 @@ class DeploymentState:
         return sorted({*self.missing(), *self.outdated})
 
     def placed_under(self, replica: Replica) -> Deployment:
-        """The declaration under which a replica was placed."""
+        """The declaration by which a replica was placed."""
         return self.earlier.get(replica.generation, self.deployment)
 
     def assignments(self) -> list[NodeAssignment]:
@@ -122,11 +122,11 @@ class DeploymentState:
         return [part for _, one in sorted(self.replicas.items()) for part in one.parts]
 
     def nodes(self) -> Counter[str]:
-        """Node id -> replicas that begin there."""
+        """Node id -> number of replicas whose first part is there."""
         return Counter(one.parts[0].node for one in self.replicas.values())
 
     def result(self) -> PlacementResult:
-        """What callers get."""
+        """The result for callers."""
         one = self.deployment
         return PlacementResult(
             one.name,
@@ -140,7 +140,7 @@ class DeploymentState:
         )
 
     def held(self) -> HeldDeployment:
-        """The same as plans and snapshots see it."""
+        """The same in the form of plans and snapshots."""
         held = []
         for _, one in sorted(self.replicas.items()):
             generation = 0 if one.generation == self.generation else one.generation
@@ -155,7 +155,7 @@ class DeploymentState:
     # -- changes: each is a new state ----------------------------------------------------------------
 
     def declared(self, wanted: Deployment) -> DeploymentState:
-        """The same, declared anew."""
+        """The same with a new declaration."""
         if wanted == self.deployment:
             return self
         earlier = {**self.earlier, self.generation: self.deployment}
@@ -164,7 +164,7 @@ class DeploymentState:
         generation, shape = self.generation + 1, wanted.shape()
         alike = {
             g for g, one in earlier.items() if one.shape() == shape
-        }  # replicas of these are not concerned
+        }  # replicas are not affected by these fields
         replicas = {
             index: replace(one, generation=generation) if one.generation in alike else one
             for index, one in self.replicas.items()
@@ -184,7 +184,7 @@ class DeploymentState:
         )._tidied()
 
     def renewed(self, owner: Owner | None) -> DeploymentState:
-        """The same, asked for once more: by this owner, with all its time before it, and nothing given up."""
+        """The same, declared once more without a change: with this owner, its time starting again, nothing given up."""
         expires_at = expiry(self.deployment)
         if (self.owner, self.expires_at, self.given_up) == (owner, expires_at, False):
             return self
@@ -192,7 +192,7 @@ class DeploymentState:
         return replace(self, owner=owner, expires_at=expires_at, given_up=False, waiting_since=since)
 
     def kept(self, indices: Iterable[int]) -> DeploymentState:
-        """The same with replicas that satisfy the present declaration counted as its own."""
+        """The same with replicas that satisfy the current declaration counted as its own."""
         kept = {
             index: replace(self.replicas[index], generation=self.generation)
             for index in indices
@@ -202,7 +202,7 @@ class DeploymentState:
         return replace(self, replicas={**self.replicas, **kept}, reasons=reasons)._tidied()
 
     def with_replica(self, index: int, order: str, parts: Iterable[NodeAssignment]) -> DeploymentState:
-        """The same with a replica that was just reserved, in the place of what had its index."""
+        """The same with a newly reserved replica, which replaces the one with its index."""
         one = Replica(order, tuple(sorted(parts, key=lambda a: a.ranks)), self.generation)
         before = None if index in self.replicas else self.states.get(index)
         reasons = {i: reason for i, reason in self.reasons.items() if i != index}
@@ -214,7 +214,7 @@ class DeploymentState:
         )._tidied()
 
     def without(self, indices: Collection[int]) -> DeploymentState:
-        """The same once what some replicas held was given back; those that are declared are missing then."""
+        """The same after some replicas were given back; those that are declared are then missing."""
         states = {}
         for index, state in self.states.items():
             if index not in indices:
@@ -228,7 +228,7 @@ class DeploymentState:
         return self._only(states, indices)
 
     def lost(self, index: int, partly: bool, reason: str) -> DeploymentState:
-        """The same once a replica was lost with a node, or its group: the rest of it was given back."""
+        """The same after a replica was lost with a node, or its placement group; its rest was given back."""
         events = (Event.PART_LOST, Event.LOST) if partly else (Event.LOST,)
         states = {**self.states, index: _after(index, self.states.get(index), *events)}
         if index >= self.deployment.replicas:
@@ -247,7 +247,7 @@ class DeploymentState:
         )._tidied()
 
     def pending(self, reasons: Mapping[int, str], now: float) -> DeploymentState:
-        """The same with replicas that wait, and why; no others do."""
+        """The same with exactly these replicas waiting, and why."""
         states = {
             index: State.PENDING if index in reasons and index not in self.replicas else state
             for index, state in self.states.items()
@@ -256,7 +256,7 @@ class DeploymentState:
         return replace(self, states=states, reasons=dict(sorted(reasons.items())), waiting_since=since)
 
     def _tidied(self) -> DeploymentState:
-        """Without the declarations that no replica is of any more; it waits since never if nothing of it waits."""
+        """Without declarations that no replica has any more, and without ``waiting_since`` if nothing waits."""
         used = {one.generation for one in self.replicas.values()} - {self.generation}
         since = self.waiting_since if self.reasons else None
         if used == self.earlier.keys() and since == self.waiting_since:
@@ -266,17 +266,17 @@ class DeploymentState:
 
 
 def expiry(wanted: Deployment) -> float | None:
-    """When a deployment ends, if it is declared now and nobody renews it, in seconds since 1970; ``None`` for never."""
+    """When a deployment that is declared now ends unless it is renewed, in seconds since 1970; ``None`` for never."""
     return None if wanted.ttl_seconds is None else time.time() + wanted.ttl_seconds
 
 
 def holding_of(deployment: str, a: NodeAssignment) -> Holding:
-    """An assignment as its node's actor knows it."""
+    """An assignment in the form of its node's actor."""
     return Holding(deployment, tuple(a.gpus), round(a.share * WHOLE))
 
 
 def held_replica(a: NodeAssignment, generation: int = 0) -> HeldReplica:
-    """An assignment as plans and snapshots see it; ``generation`` of one that is to be replaced."""
+    """An assignment in the form of plans and snapshots; ``generation`` for one to be replaced."""
     return HeldReplica.model_construct(
         replica_index=a.replica_index,
         node=a.node,

@@ -1,4 +1,4 @@
-"""What ``placement doctor`` says of a cluster: each finding with what to do about it. Pure: facts in, findings out."""
+"""The findings of ``placement doctor``, each with what to do. Pure: facts in, findings out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from placement.wire.slots import visible_tokens
 
 State = Literal["ok", "warning", "failed", "skipped"]
 
-INSTALL = "install ray-placement {} in the Python that runs `ray start` there, and start the node anew"
+INSTALL = "install ray-placement {} in the Python that runs `ray start` there, and restart the node"
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Finding:
     """One check.
 
     Attributes:
-        check: which one: ``ray``, ``service``, ``near``, ``egress``, ``answer``, ``versions``, ``label``, ``driver``,
+        check: its name: ``ray``, ``service``, ``near``, ``egress``, ``answer``, ``versions``, ``label``, ``driver``,
             ``topology``, ``device order`` or ``steering``.
         node: the node's name; ``None``: it is about the cluster.
-        state: ``failed``: what placement promises does not hold; ``warning``: it holds, and less well than it could.
+        state: ``failed``: placement cannot keep a promise; ``warning``: it can, but something could be better.
         said: what was found.
         fix: what to do; empty if nothing.
     """
@@ -41,7 +41,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class NodeSaid:
-    """What a process on a node said.
+    """What a process on a node reported.
 
     Attributes:
         placement, ray, python: versions there.
@@ -60,13 +60,13 @@ class NodeSaid:
 
 @dataclass(frozen=True)
 class Examined:
-    """A node, and what it said; a sentence tells why it did not.
+    """A node, and what it reported, or a sentence why it did not.
 
     Attributes:
         info: the node as Ray describes it.
-        egress: its resources that are named like capacity for calls out, as they were given.
-        said: what a process there said.
-        steering: what became of the trial; ``None``: it has no GPU.
+        egress: its resources whose names look like egress resources, as given.
+        said: the report of a process there.
+        steering: the result of the steering test; ``None``: it has no GPU.
     """
 
     info: NodeInfo
@@ -95,8 +95,8 @@ def diagnose(
 
     Args:
         ours: the versions of the process that asks.
-        ray: what is to be said of this version of Ray.
-        service: the running service, or why there is none that answers.
+        ray: the finding about this version of Ray.
+        service: the running service, or why none answers.
         nodes: all nodes.
     """
     found = [ray]
@@ -105,8 +105,8 @@ def diagnose(
     else:
         found += _of_service(ours, service, nodes)
     if not any(one.info.egress for one in nodes):
-        said = "no node may call out, so that deployments of remote providers find no place"
-        fix = "if there are to be any, start a node with --resources='{\"egress\": 64}'"
+        said = "no node may call providers, so deployments of remote providers find no place"
+        fix = "if you need them, start a node with --resources='{\"egress\": 64}'"
         found.append(Finding("egress", None, "skipped", said, fix))
     for one in nodes:
         found += _of_node(ours, one)
@@ -117,7 +117,7 @@ def _of_service(ours: NodeSaid, service: ServiceSaid, nodes: Sequence[Examined])
     if service.version == ours.placement:
         yield Finding("service", None, "ok", f"runs, version {service.version}")
     else:
-        said = f"version {service.version} runs, and this command is {ours.placement}"
+        said = f"it runs version {service.version}, and this command is version {ours.placement}"
         fix = "`placement down --keep-placements`, then `placement up`, with the same version on all nodes"
         yield Finding("service", None, "failed", said, fix)
     if tuple(service.near) == tuple(NEAR_LABELS):
@@ -166,7 +166,7 @@ def _versions(ours: NodeSaid, info: NodeInfo, said: NodeSaid) -> Finding:
     ]
     if not differs:
         return Finding("versions", info.name, "ok", text)
-    fix = f"install {' and '.join(differs)} there, as here, and start the node anew"
+    fix = f"install {' and '.join(differs)} there, as here, and restart the node"
     return Finding("versions", info.name, "failed", text, fix)
 
 
@@ -176,20 +176,20 @@ def _minor(version: str) -> str:
 
 def _gpus(info: NodeInfo, said: NodeSaid, facts: NodeFacts) -> Iterator[Finding]:
     if facts.source == "catalogue":
-        text = f"{facts.catalogue_name} of the catalogue, by its label; NVML is not asked"
+        text = f"{facts.catalogue_name} of the catalogue, by its label; NVML is not read"
         yield Finding("topology", info.name, "ok", text)
         return
     if facts.source == "none":
-        text = f"nothing is known of its {counted(info.gpu_count, 'GPU')}: {facts.problem or 'NVML says nothing'}"
-        fix = "install the NVIDIA driver, or have the container see libnvidia-ml.so.1; until then GPUs go by number"
+        text = f"nothing is known of its {counted(info.gpu_count, 'GPU')}: {facts.problem or 'NVML reports nothing'}"
+        fix = "install the NVIDIA driver, or make libnvidia-ml.so.1 visible; until then GPUs are chosen by number"
         yield Finding("driver", info.name, "warning", text, fix)
         return
     text = f"driver {facts.driver_version or 'unknown'}, {counted(len(facts.gpus), 'GPU')}"
     if facts.problem or facts.lost():
         unused = f"nothing is placed on GPU {ordinals(sorted(facts.lost()))}" if facts.lost() else None
         text = "; ".join(filter(None, (text, facts.problem, unused)))
-        fix = f"`placement topology --node {info.name}`, and `nvidia-smi` there, tell more; start the node with the "
-        fix += "GPUs that are sound in CUDA_VISIBLE_DEVICES, or as many as there are in --num-gpus"
+        fix = f"see `placement topology --node {info.name}`, and `nvidia-smi` there; start the node with the "
+        fix += "healthy GPUs in CUDA_VISIBLE_DEVICES, or with their number in --num-gpus"
         yield Finding("driver", info.name, "failed" if unused else "warning", text, fix)
     else:
         yield Finding("driver", info.name, "ok", text)
@@ -202,7 +202,7 @@ def _topology(info: NodeInfo, facts: NodeFacts) -> Finding:
     whole = [gpu.ordinal for gpu in facts.gpus if gpu.instance is None and not gpu.lost]
     cut = counted(len(facts.slots), "MIG instance") if facts.slots else ""
     if len(whole) > 1 and not shape.known:
-        text = "how its GPUs are linked is not known, so that they are placed by number"
+        text = "the links between its GPUs are unknown, so they are chosen by number"
         return Finding("topology", info.name, "warning", text, "update the driver, or ask its maker for NVML")
     islands = [island for island in shape.islands if island[0] in whole] if shape.known else []
     links = "NVSwitch" if shape.nvswitch else "islands " + " + ".join(ordinals(one) for one in islands)
@@ -212,7 +212,7 @@ def _topology(info: NodeInfo, facts: NodeFacts) -> Finding:
 
 
 def _device_order(info: NodeInfo, said: NodeSaid, facts: NodeFacts) -> Finding:
-    """Whether CUDA counts as NVML does. By UUID it need not count."""
+    """Whether CUDA numbers GPUs as NVML does. With UUIDs the numbers do not matter."""
     tokens = visible_tokens(said.visible_devices)
     check = "device order"
     if said.cuda_device_order == "PCI_BUS_ID":
@@ -222,7 +222,7 @@ def _device_order(info: NodeInfo, said: NodeSaid, facts: NodeFacts) -> Finding:
     if len(facts.gpus) == 1 and tokens is None:
         return Finding(check, info.name, "ok", "there is one GPU")
     is_set = f"is {said.cuda_device_order}" if said.cuda_device_order else "is not set"
-    text = f"CUDA_DEVICE_ORDER {is_set}, so that CUDA counts by speed, NVML by PCI bus: workers may use other GPUs"
+    text = f"CUDA_DEVICE_ORDER {is_set}: CUDA numbers GPUs by speed, NVML by PCI bus, so workers may use other GPUs"
     return Finding(
         check, info.name, "failed", text, "export CUDA_DEVICE_ORDER=PCI_BUS_ID before `ray start` there"
     )
@@ -234,18 +234,16 @@ def _steering(info: NodeInfo, trial: Steering | str) -> Finding:
             "steering", info.name, "failed", trial, "see the raylet's log there, and run this again"
         )
     if trial.wanted is None:
-        return Finding("steering", info.name, "skipped", "no GPU is free, so that it cannot be tried")
+        return Finding("steering", info.name, "skipped", "no GPU is free, so it cannot be tested")
     if trial.got == trial.wanted:
         said = f"GPU {trial.wanted} was wanted and given" if trial.free > 1 else "the one free GPU was given"
         more = f", at attempt {trial.attempts}: others took GPUs meanwhile" if trial.attempts > 1 else ""
         return Finding("steering", info.name, "ok", said + more)
     gave = "none" if trial.got is None else f"GPU {trial.got}"
-    said = (
-        f"GPU {trial.wanted} was wanted, and in {counted(trial.attempts, 'attempt')} Ray gave {gave} at last"
-    )
+    said = f"GPU {trial.wanted} was wanted; after {counted(trial.attempts, 'attempt')} Ray still gave {gave}"
     fix = (
-        "if others take and free GPUs there all the time, run this again; if not, this Ray gives GPUs in another way "
-        "than placement knows, and exact GPUs cannot be had: use a version that was tested"
+        "if others take and free GPUs there all the time, run this again; if not, this Ray gives GPUs in an unknown "
+        "way, and exact GPUs are not possible: use a tested version"
     )
     return Finding("steering", info.name, "failed", said, fix)
 
@@ -257,12 +255,12 @@ def _egress(info: NodeInfo, name: str, amount: float) -> Finding:
         said = f"{name}: {amount:g} is less than one request at once"
         fix = f"give it a whole number: --resources='{{\"{name}\": 64}}'"
         return Finding("egress", info.name, "failed", said, fix)
-    said = f"the resource {name} is no capacity for calls out"
+    said = f"the resource {name} is not an egress resource"
     return Finding(
-        "egress", info.name, "warning", said, "call it egress, or egress_PROVIDER, in small letters"
+        "egress", info.name, "warning", said, "name it egress, or egress_PROVIDER, in lower-case letters"
     )
 
 
 def has_failed(findings: Collection[Finding]) -> bool:
-    """Whether something that placement promises does not hold."""
+    """Whether any check failed."""
     return any(one.state == "failed" for one in findings)

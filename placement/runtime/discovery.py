@@ -1,4 +1,4 @@
-"""What the cluster has, from Ray's own resources and labels."""
+"""The nodes of the cluster, from Ray's resources and labels."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ TOPOLOGY_LABEL = "placement/topology"
 
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
 _ACCELERATOR = "accelerator_type:"
-"""Begins the resource that Ray gives a node for the type of its GPUs."""
+"""The prefix of the resource that Ray gives a node for the type of its GPUs."""
 
 VIEW_SECONDS = 1.0
-"""Reading all nodes takes about 0.1 ms for each, which a plan need not pay every time."""
+"""How old the list of nodes may be: reading it takes about 0.1 ms per node, which not every plan need pay."""
 
 
 DEAD_SECONDS = 300.0
 """How long a node that died is shown."""
 MOST_DEAD = 100
-"""So many of them, at most."""
+"""How many dead nodes are shown at most."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class NodeInfo:
     Attributes:
         egress: resource name (``egress``, ``egress_<provider>``) -> concurrent requests the node may carry.
         cpu_milli, memory_bytes: CPUs (thousandths) and memory that Ray was told of.
-        accelerators: its accelerator types in Ray's books; an operator may have added to Ray's own (A100, A100-80G).
-        resources: all other resources that Ray was told of, or has by itself (``node:10.0.0.1``) -> amount.
+        accelerators: its accelerator types in Ray's resources; an operator may have added some (A100, A100-80G).
+        resources: all other resources, given to Ray or its own (``node:10.0.0.1``) -> amount.
     """
 
     id: str
@@ -83,17 +83,17 @@ class NodeInfo:
 
 @dataclass(frozen=True)
 class DeadNode:
-    """A node that is no more; ``at``: when that was noticed, in seconds since the epoch."""
+    """A node that died; ``at``: when that was noticed, in seconds since the epoch."""
 
     info: NodeInfo
     at: float
 
 
 class NodeView:
-    """The nodes that are alive, read anew at most once a second; for those who will find out if one is gone.
+    """The nodes that are alive, read at most once a second; for callers that notice themselves if one is gone.
 
-    A list that was handed out is not to be changed. It is the same object as long as nothing has changed, and so is
-    each node in it: who was given it before has nothing to compare.
+    Do not change a returned list. It is the same object as long as nothing has changed, and so is
+    each node in it, so that callers can compare by identity.
     """
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ class NodeView:
         self._dead: dict[str, DeadNode] = {}
 
     def now(self) -> list[NodeInfo]:
-        """As they are now."""
+        """The nodes as they are now."""
         at, found = time.monotonic(), live_nodes()
         before = self._read[1]
         known = {info.id: info for info in before}
@@ -114,7 +114,7 @@ class NodeView:
         return nodes
 
     def dead(self) -> list[DeadNode]:
-        """The nodes that died in the last minutes, as far as this view has had them; the last one to die first."""
+        """The nodes that died in the last minutes, if this view had seen them; the last one to die first."""
         now = time.time()
         return [one for one in reversed(self._dead.values()) if now - one.at < DEAD_SECONDS]
 
@@ -125,7 +125,7 @@ class NodeView:
         self._dead = dict([*kept.items()][-MOST_DEAD:])
 
     def lately(self) -> list[NodeInfo]:
-        """As they were less than a second ago."""
+        """The nodes as they were less than a second ago."""
         at, nodes = self._read
         return nodes if time.monotonic() - at < VIEW_SECONDS else self.now()
 
@@ -136,11 +136,11 @@ def live_node_ids() -> frozenset[str]:
 
 
 _PLANNED = ("GPU", "CPU", "memory", "object_store_memory")
-"""Resources that are no custom ones."""
+"""Resources that are not custom ones."""
 
 
 def draining_nodes() -> frozenset[str]:
-    """The ids of the nodes that Ray is about to take away."""
+    """The ids of the nodes that are draining."""
     return ray_internals.draining_nodes()
 
 
@@ -197,23 +197,23 @@ def node_state(
 
     Args:
         info: the node.
-        machine: what its GPUs are, as far as is known.
-        available: resource -> free amount in Ray's books; ``None`` while they lag behind our own last change.
+        machine: what is known of its GPUs.
+        available: resource -> free amount in Ray's records; ``None`` while these lag behind the service's last change.
         tally: what this service holds and claims there.
         foreign: GPUs that other Ray users held when the node actor last looked.
-        draining: Ray is about to take it away.
+        draining: the node is draining.
     """
     not_ours = frozenset(range(info.gpu_count)) - tally.gpus
     foreign &= not_ours
     if available is not None:
-        # Rests of GPUs that we share are free in the books, too, and claims may have been taken there by now.
+        # Free parts of our shared GPUs are also free in Ray's records, and claims may have been reserved there by now.
         shared = [tally.shares[gpu] for gpu in tally.gpus & tally.shares.keys()]
         rests = sum(WHOLE - share for share in shared)
         free_in_books = int(available.get("GPU", 0.0) - rests / WHOLE + 1e-6)
         unseen = len(not_ours) - free_in_books - len(foreign)
-        if unseen < 0:  # somebody gave GPUs back since
+        if unseen < 0:  # another user gave GPUs back since
             foreign = frozenset(sorted(foreign)[-unseen:])
-        else:  # or took some: Ray gives the lowest-numbered. Some of them may be our own claims, just reserved.
+        else:  # or took some: Ray gives the lowest-numbered. Some of them may be the service's claims, just reserved.
             untouched = sorted(not_ours - foreign - tally.claimed_gpus)
             foreign |= frozenset(untouched[: max(0, unseen - len(tally.claimed_gpus))])
     amounts = {
@@ -223,10 +223,10 @@ def node_state(
     amounts |= {name: total - tally.egress[name] for name, total in info.egress.items()}
     if available is not None:
         amounts = {name: min(amount, available.get(name, 0.0) + 1e-6) for name, amount in amounts.items()}
-    # While the books lag, what is held and claimed may add up to more than there is.
+    # While the records lag, what is held and claimed may add up to more than there is.
     amounts = {name: max(0, amount) for name, amount in amounts.items()}
     rests_of = {gpu: WHOLE - share for gpu, share in tally.shares.items() if share < WHOLE}
-    if available is not None:  # others take parts of GPUs that we share, too: Ray fills those first
+    if available is not None:  # other users also take parts of our shared GPUs: Ray fills those first
         free = int(available.get("GPU", 0.0) * WHOLE + 1e-6)
         rests_of = {gpu: min(rest, free) for gpu, rest in rests_of.items() if free > 0}
     seen = machine.node(not_ours - foreign - tally.claimed_gpus, rests_of)

@@ -1,7 +1,7 @@
-"""``placement doctor``: tries on each node what placement stands on, beside whoever else uses the cluster.
+"""``placement doctor``: tests on each node what placement relies on, while others use the cluster.
 
-Nothing stays: what it starts and takes belongs to the process that asks, so that Ray ends all of it with that
-process, however it ends. It needs no running service, since it is asked where that does not start.
+Nothing stays: what it starts and takes belongs to the calling process, so that Ray ends all of it with that
+process, however it ends. It needs no running service, since it is used when that does not start.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from placement.wire.facts import NodeFacts
 from placement.wire.slots import in_ray_order
 
 DEADLINE_SECONDS = 60.0
-"""How long all of it may take unless told. A process on a node starts in 1 to 5 s; NVML, without persistence mode, may
+"""How long it may take by default. A process on a node starts in 1 to 5 s; NVML, without persistence mode, may
 need 30 s."""
 SERVICE_SECONDS = 5.0
-"""And the service, which answers in milliseconds, for each of two calls."""
+"""How long the service, which answers in milliseconds, may take for each of two calls."""
 
 
 class NodeDoctor:
-    """On one node, for as long as it takes.
+    """The process on one node.
 
     Args:
         node_id: the node, hex.
@@ -49,7 +49,7 @@ class NodeDoctor:
         self._node_id, self._gpu_count, self._topology_name = node_id, gpu_count, topology_name
 
     def examine(self, deadline_seconds: float) -> NodeSaid:
-        """Says what is there; NVML may take so long."""
+        """Reports what is there; NVML may take this long."""
         facts: NodeFacts | None = None
         visible = ray_internals.visible_devices()
         if self._gpu_count and self._topology_name in topologies.names():
@@ -70,7 +70,7 @@ _NodeDoctor = ray.remote(num_cpus=0)(NodeDoctor)
 
 
 def versions(**more: Any) -> NodeSaid:
-    """What this process runs, and what ``more`` is to be said."""
+    """The versions that this process runs, with ``more`` facts."""
     return NodeSaid(__version__, ray.__version__, platform.python_version(), **more)
 
 
@@ -78,7 +78,7 @@ def findings(seconds: float = DEADLINE_SECONDS) -> list[Finding]:
     """Examines the connected cluster. Needs a process of it: see :func:`~placement.runtime.connection.in_cluster`.
 
     Args:
-        seconds: how long it may take. A node that has not answered in half of that is not tried, and its GPUs are not
+        seconds: how long it may take. A node that has not answered in half of that is skipped, and its GPUs are not
             touched.
     """
     end = time.monotonic() + seconds
@@ -87,7 +87,7 @@ def findings(seconds: float = DEADLINE_SECONDS) -> list[Finding]:
     draining = ray_internals.draining_nodes()
     doctors = {info.id: _doctor(info) for info in nodes.values()}
     try:
-        # A little less for NVML, so that a driver that hangs is told from a node that does.
+        # NVML gets a little less time, so that a hanging driver is distinguished from a hanging node.
         calls = {node: doctor.examine.remote(0.4 * seconds) for node, doctor in doctors.items()}
         said = _answers(calls, end - seconds / 2)
         trials: dict[str, Any] = {}
@@ -111,7 +111,7 @@ def _doctor(info: NodeInfo) -> Any:
 
 
 def _answers(calls: Mapping[str, Any], end: float) -> dict[str, Any]:
-    """What each node answered, or a sentence why it did not."""
+    """The answer of each node, or a sentence why there is none."""
     began = time.monotonic()
     if calls:
         ray.wait([*calls.values()], num_returns=len(calls), timeout=max(0.0, end - began))
@@ -129,7 +129,7 @@ def _answers(calls: Mapping[str, Any], end: float) -> dict[str, Any]:
 
 
 def _like_egress(resources: Mapping[str, float]) -> dict[str, float]:
-    """Resources that are capacity for calls out, or were meant to be."""
+    """Resources that are egress resources, or were meant to be."""
     return {
         name: amount
         for name, amount in sorted(resources.items())
@@ -143,8 +143,8 @@ def _ray() -> Finding:
     except UnsupportedRay as error:
         return Finding("ray", None, "failed", str(error), f"pip install '{error.requirement}'")
     if untested:
-        said = f"Ray {ray.__version__} is newer than those tested, {ray_internals.tested()}"
-        fix = "where steering is ok on each node below, it gives GPUs as those do; else use one of those"
+        said = f"Ray {ray.__version__} is newer than the tested versions, {ray_internals.tested()}"
+        fix = "if steering is ok on each node below, it gives GPUs as they do; otherwise use a tested version"
         return Finding("ray", None, "warning", said, fix)
     return Finding("ray", None, "ok", f"Ray {ray.__version__}; tested: {ray_internals.tested()}")
 
@@ -156,10 +156,10 @@ def _service(seconds: float) -> ServiceSaid | Finding:
         return Finding("service", None, "warning", "it does not run", "`placement up` starts it")
     try:
         version = ray.get(service.ping.remote(), timeout=seconds)
-        if version != __version__:  # it may have no settings to tell
+        if version != __version__:  # another version may not report its settings
             return ServiceSaid(version, NEAR_LABELS)
         return ServiceSaid(version, ray.get(service.settings.remote(), timeout=seconds)["near"])
     except ray.exceptions.RayError as error:
         said = f"it does not answer ({type(error).__name__})"
-        fix = "its log is on the head; if it goes on, end its process there: Ray starts it anew, and what stands stays"
+        fix = "see its log on the head; if this persists, end its process there: Ray restarts it, and placements stay"
         return Finding("service", None, "failed", said, fix)

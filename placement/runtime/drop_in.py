@@ -22,7 +22,7 @@ from placement.wire.deployment import Deployment
 from placement.wire.files import parse_model
 
 WITHOUT_SERVICE = "PLACEMENT_WITHOUT_SERVICE"
-"""The variable that says what is done where the service does not run: ``start`` it, or leave it to ``ray``."""
+"""The variable that says what to do if the service does not run: ``start`` it, or use plain ``ray``."""
 
 _START = "start the service with `placement up`"
 
@@ -44,45 +44,45 @@ def placement_group(
     policy: str | None = None,
     wait_seconds: float | None = None,
 ) -> PlacementGroup:
-    """``ray.util.placement_group``, with the same arguments and result, on the best GPUs that are free.
+    """``ray.util.placement_group`` with the same arguments and result, on the best GPUs that are free.
 
-    The group is this process's own, as any that it makes by Ray: it ends with the process, or by
-    ``ray.util.remove_placement_group``, and is not placed anew. The service knows of it, and ``placement status`` shows
+    The group belongs to this process, like any group that it creates with Ray: it ends with the process, or by
+    ``ray.util.remove_placement_group``, and is not placed again. The service knows it, and ``placement status`` shows
     it. The GPUs that it has on one node are the set with the highest predicted all-reduce bandwidth; its bundles there
     get them in ascending order. Without a GPU in any bundle, it is Ray's own call.
 
     What differs from Ray's: it returns once the group is reserved and a worker in each bundle has confirmed its GPUs.
-    While there is no room it waits, as ``ray.get(pg.ready())`` would, in the queue of all that waits; a warning says
+    While there is no room it waits in the service's queue, as ``ray.get(pg.ready())`` would; a warning says
     why, and Ray's autoscaler (v2) is asked for nodes. It blocks: in ``async`` code, use ``asyncio.to_thread``.
 
-    If the service does not run it is started. With PLACEMENT_WITHOUT_SERVICE=ray in the environment the group is Ray's
-    own then, and one warning says so.
+    If the service does not run it is started. With PLACEMENT_WITHOUT_SERVICE=ray in the environment it is not started;
+    Ray then chooses the GPUs, and one warning says so.
 
     Args:
-        bundles: what each takes of GPU, CPU, memory and custom resources. GPUs are whole ones, of which actors may take
-            shares; or one bundle has a share of one.
-        strategy: PACK, which is the default, STRICT_PACK, SPREAD or STRICT_SPREAD; each means what it means in Ray.
-        name: of the group, for ``ray.util.get_placement_group``.
+        bundles: the GPU, CPU, memory and custom resources of each. GPUs are whole GPUs, of which actors may take
+            shares; or the only bundle with GPUs has a share of one.
+        strategy: PACK (default), STRICT_PACK, SPREAD or STRICT_SPREAD, as in Ray.
+        name: the group's name, for ``ray.util.get_placement_group``.
         lifetime: ``None``, or ``"detached"``: it stays until it is removed, or released by ``placement release``.
-        _soft_target_node_id: of no effect; to Ray it is a hint.
+        _soft_target_node_id: ignored; for Ray it is a hint.
         bundle_label_selector: label -> condition, for each bundle.
-        topology_strategy: in place of ``strategy``, where Ray has it: that by ``ray.io/node-id``, and a label of which
-            all nodes have one value, by ``STRICT_PACK``.
-        gpus: only these, all of one node: ordinals as ``placement status`` shows them, or UUIDs of GPUs or of a MIG
-            instance. Which node that is, ``bundle_label_selector`` may say; else it is one on which they are free.
+        topology_strategy: instead of ``strategy``, in Ray versions that have it: a strategy for ``ray.io/node-id``, and
+            ``STRICT_PACK`` for a label that must have the same value on all nodes.
+        gpus: only these GPUs, all on one node: ordinals as ``placement status`` shows them, or UUIDs of GPUs or of a
+            MIG instance. ``bundle_label_selector`` may select the node; else it is one on which they are free.
         within: floor for the GPUs that it has on one node: nvlink, switch, numa or node.
         min_bandwidth_gb_per_s: floor for the same: predicted all-reduce bus bandwidth, GB/s per direction.
         policy: which node goes first among those with room; see :class:`placement.Deployment`.
-        wait_seconds: how long to wait for room; ``None`` for as long as it takes, 0 not at all.
+        wait_seconds: how long to wait for room; ``None`` waits without limit, 0 does not wait.
 
     Raises:
-        ValueError: what Ray refuses.
-        InvalidDeployment: what is refused here: egress in a bundle, 1.5 GPUs, several bundles of which one has a share
-            of a GPU, more than 4096 bundles, fewer ``gpus`` than the bundles take.
+        ValueError: Ray itself refuses the arguments.
+        InvalidDeployment: placement refuses them: egress in a bundle, 1.5 GPUs, several bundles of which one has a
+            share of a GPU, more than 4096 bundles, fewer ``gpus`` than the bundles take.
         UnknownGpu: no node has a GPU that ``gpus`` names.
-        Unplaceable: there is no room in time: ``NoGpuNodes``, ``NotEnoughGpus`` or ``BelowFloor``.
-        ReservationFailed, LeaseExpired: others kept taking the GPUs, or this process was too slow, until the time was
-            over. In every case nothing stays reserved.
+        Unplaceable: no room was found in time: ``NoGpuNodes``, ``NotEnoughGpus`` or ``BelowFloor``.
+        ReservationFailed, LeaseExpired: until the time was over, others kept taking the GPUs, or this process was too
+            slow. Whatever is raised, nothing stays reserved.
         RuntimeError: Ray is not connected.
         ServiceNotRunning: the service cannot be started.
 
@@ -120,7 +120,10 @@ def placement_group(
     wanted = _deployment(name, layout, limits)
     borrower = service_or_rays_own()
     if borrower is None and gpus is not None:
-        raise InvalidDeployment("placement_group", (f"gpus: {[*gpus]} cannot be had of Ray alone; {_START}",))
+        raise InvalidDeployment(
+            "placement_group",
+            (f"gpus: {[*gpus]} needs the service, as Ray alone cannot give named GPUs; {_START}",),
+        )
     if borrower is None:
         return rays_own(bundles, name=name, **asked)
     group = borrower.create_group(wanted, name, lifetime, wait_seconds)
@@ -128,7 +131,7 @@ def placement_group(
 
 
 def _deployment(name: str, layout: Mapping[str, Any], limits: Mapping[str, Any]) -> Deployment:
-    """What the service is told of a group: a deployment, under a name that no other has."""
+    """The deployment that the service is told for a group, with a unique name."""
     known_as = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:48] or "placement-group"
     fields = {
         "name": own_name(known_as),
@@ -142,13 +145,13 @@ def _deployment(name: str, layout: Mapping[str, Any], limits: Mapping[str, Any])
 
 
 def service_or_rays_own() -> Borrower | None:
-    """Borrows of the service, which is started if need be; ``None`` if, as WITHOUT_SERVICE says, it is not to be."""
+    """Borrows from the service, which is started if it does not run; ``None`` if WITHOUT_SERVICE forbids that."""
     try:
         return Borrower(connection.connect())
     except ServiceNotRunning:
         instead = os.environ.get(WITHOUT_SERVICE, "start")
         if instead not in ("start", "ray"):
-            problem = f"{instead!r} is not what to do without the service; set it to start or to ray"
+            problem = f"{instead!r} is not a known value; set it to start or to ray"
             raise InvalidDeployment(WITHOUT_SERVICE, (problem,)) from None
         if instead == "start":
             from placement.runtime import bootstrap  # all of the service
@@ -159,13 +162,13 @@ def service_or_rays_own() -> Borrower | None:
 
 
 def detached_group(borrower: Borrower, layout: Mapping[str, Any], name: str, known_as: str) -> PlacementGroup:
-    """A detached group, if there is room now; else as :func:`placement_group`.
+    """A detached group, if there is room now; otherwise as :func:`placement_group`.
 
     Args:
         borrower: asks the service.
         layout: ``bundles``, ``strategy`` and ``bundle_label_selector``.
         name: of the group.
-        known_as: what ``placement status`` calls it, with a suffix.
+        known_as: its name in ``placement status``, with a suffix.
     """
     group = borrower.create_group(_deployment(known_as, layout, {}), name, "detached", 0.0)
     return PlacementGroup(
@@ -176,8 +179,7 @@ def detached_group(borrower: Borrower, layout: Mapping[str, Any], name: str, kno
 @cache
 def _warn_once() -> None:
     logger.warning(
-        "the placement service does not run, and %s=ray: placement groups are Ray's own, on whatever GPUs Ray gives; "
-        "%s",
+        "the placement service does not run, and %s=ray: Ray chooses the GPUs of placement groups; %s",
         WITHOUT_SERVICE,
         _START,
     )

@@ -1,8 +1,8 @@
-"""A real Ray cluster of simulated nodes on this machine: real raylets and books, counted GPUs, no silicon.
+"""A real Ray cluster of simulated nodes on this machine: real raylets, counted GPUs, no real GPUs.
 
 For the demo, the tests and the benchmarks. Each node has a loopback address of its own, and a GPU node
-carries the label that gives it the topology of a recorded machine. All traffic stays on 127.0.0.0/8, where
-each cluster has a network of its own: 127.0.0, and 127.0.16 and on for those beside it.
+has the label that gives it the topology of a recorded machine. All traffic stays on 127.0.0.0/8, where
+each cluster has a network of its own: 127.0.0 for the first, 127.0.16 and up for others.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ CPUS = 2
 SIZE = {"object_store_memory": 80_000_000}
 NETWORKS = tuple(f"127.0.{number}" for number in (0, *range(16, 64)))
 IN_USE_PORT = 6378
-"""Who has this port at address 1 of a network has the network."""
+"""The cluster that listens on this port at address 1 of a network owns the network."""
 PORTS = range(24_000, 32_768)
-"""Above those that Ray takes for workers and clients, below those that Linux gives to whoever asks for any."""
+"""Ports above those that Ray uses for workers and clients, and below Linux's ephemeral ports."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class SimulatedNode:
     Attributes:
         name: its name in the cluster.
         topology: catalogue entry whose GPUs it has; ``None`` for a node without one.
-        gpus: GPU count where there is no catalogue entry.
+        gpus: GPU count without a catalogue entry.
         resources: custom resources, such as ``{"egress_openai": 64}``.
         labels: further node labels.
         cpus: CPUs that Ray is told of.
@@ -57,7 +57,7 @@ class SimulatedNode:
 
 
 class EmbeddedCluster:
-    """A running cluster, whose nodes can come and go.
+    """A running cluster; nodes can be added and ended.
 
     Attributes:
         host: the address of its head's machine.
@@ -82,9 +82,9 @@ class EmbeddedCluster:
             num_cpus=CPUS,
             include_dashboard=self._dashboard,
             dashboard_host=self.host,
-            # Jobs go to the head's agent, which listens on every address: beside another cluster's, not at Ray's port.
+            # Jobs go to the head's agent, which listens on every address, so that each cluster needs another port.
             dashboard_agent_listen_port=free_port(self.host) if self._dashboard else None,
-            no_monitor=True,  # of an autoscaler, which there is none of
+            no_monitor=True,  # of an autoscaler; there is none here
             include_log_monitor=False,
             **SIZE,
         )
@@ -117,7 +117,7 @@ class EmbeddedCluster:
         self._cluster.wait_for_nodes()
 
     def kill(self, name: str, how: int = signal.SIGKILL) -> None:
-        """Ends a node's raylet, as if its machine were gone; with SIGTERM it says goodbye. Its workers end with it."""
+        """Ends a node's raylet and its workers, as if its machine were gone; with SIGTERM it leaves cleanly."""
         ray_internals.end_simulated_node(self._cluster, self._nodes.pop(name), how)
 
     def stop(self) -> None:
@@ -134,7 +134,7 @@ def embedded_cluster(
 
     Args:
         nodes: the nodes beside the head, in order; the head has address 2 of its network, they 3 and on.
-        progress: told what is being started.
+        progress: called with what is being started.
         dashboard: also start the dashboard and job server on the head.
     """
     os.environ["RAY_AUTH_MODE"] = "disabled"
@@ -164,10 +164,10 @@ def embedded_cluster(
 
 
 class Network:
-    """A part of 127.0.0.0/8 in which no other cluster is, until it is closed.
+    """A part of 127.0.0.0/8 that no other cluster uses, until it is closed.
 
     Attributes:
-        prefix: ``127.0.0``, to be followed by a machine's number.
+        prefix: ``127.0.0``, followed by a machine's number.
 
     Raises:
         OSError: there is none.
@@ -186,14 +186,14 @@ class Network:
         )
 
     def close(self) -> None:
-        """Leaves it to others."""
+        """Frees it for others."""
         self._in_use.close()
 
 
 def free_port(host: str) -> int:
-    """A port that nobody has at this address now, and that the kernel gives to nobody who does not name it.
+    """A free port at this address that the kernel does not give to other programs by itself.
 
-    Of those that it does give, one that is free now may be somebody's before the server to be started has it.
+    An ephemeral port that is free now may be taken before the server has started.
     """
     for port in random.sample(PORTS, len(PORTS)):
         with socket.socket() as probe, suppress(OSError):

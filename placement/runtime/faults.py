@@ -1,4 +1,4 @@
-"""Points at which a test can end this process, as if it were killed there. Without the variable they do nothing."""
+"""Points at which a test can kill this process. Without the variable PLACEMENT_FAULTS they do nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _FOLDER = os.environ.get("PLACEMENT_FAULTS")
 
 
 def point(name: str) -> None:
-    """Ends the process if the folder ``PLACEMENT_FAULTS`` holds a file of this name; the file is used up by it."""
+    """Ends the process if the folder ``PLACEMENT_FAULTS`` has a file of this name; it deletes the file."""
     if _FOLDER is not None:
         try:
             Path(_FOLDER, name).unlink()

@@ -1,4 +1,4 @@
-"""What happened to each deployment, for those who want to know, and those who wait for it."""
+"""The events of each deployment, and the watchers that wait for them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from placement.runtime import history, metrics
 KEPT_PER_DEPLOYMENT = 200
 KEPT_DEPLOYMENTS = 2000
 NUMBERS = 10_000_000
-"""So many numbers are set aside at a time; a service that starts anew goes on after them."""
+"""How many event numbers are reserved at a time; a restarted service goes on after them."""
 RETRY_SECONDS = 1.0
-"""So long after setting numbers aside failed it is not tried again."""
+"""How long to wait after reserving numbers failed before the next try."""
 WATCHERS = 4096
-"""So many wait at once."""
+"""How many watchers may wait at once."""
 
 K = TypeVar("K")
 
@@ -34,7 +34,7 @@ class Event:
     """One thing that happened.
 
     Attributes:
-        number: later ones have higher numbers, also across restarts of the service, and whatever the clock says.
+        number: later events have higher numbers, also across restarts of the service, and whatever the clock says.
         at: seconds since 1970.
         deployment: its name; empty where events of any may be missing (``gap``).
         replica: its index; ``None`` for the deployment as a whole.
@@ -52,7 +52,7 @@ class Event:
     text: str
 
     def to_dict(self) -> dict[str, Any]:
-        """The event as JSON-ready values; ``time`` is ``at`` in words, in UTC."""
+        """The event as JSON-ready values; ``time`` is ``at`` as a date, in UTC."""
         when = datetime.fromtimestamp(self.at, UTC).isoformat(timespec="milliseconds")
         return {**vars(self), "time": when}
 
@@ -64,7 +64,7 @@ def event_of(entry: history.Entry) -> Event:
 
 @dataclass(eq=False, slots=True)
 class _Watcher:
-    """One who waits: the future belongs to the loop, and is touched nowhere else."""
+    """One watcher: the future belongs to its event loop, and is used only there."""
 
     loop: asyncio.AbstractEventLoop
     names: frozenset[str] | None
@@ -78,12 +78,12 @@ def _in_a_thread(work: Callable[[], None]) -> None:
 class Feed:
     """The last events of each deployment, in memory; all of them, and decisions, are handed on to the history.
 
-    Of a deployment that stands at least the last one is kept, however many others there are. Every method may be
+    At least the last event of an existing deployment is kept, however many others there are. Every method may be
     called from any thread, and from any event loop; none blocks on more than a short lock.
 
     Args:
-        begin: no number below was given out by now.
-        set_aside: keeps, for a later feed, where the numbers that this one may give out end. Called once before the
+        begin: all numbers used so far are below this one.
+        set_aside: records, for a later feed, where the reserved numbers of this one end. Called once before the
             feed exists, and later with no lock held.
         stands: whether a deployment stands. Called under the feed's lock: it must take none, nor wait.
         run: has the later calls of ``set_aside`` done, in a thread of their own.
@@ -98,9 +98,9 @@ class Feed:
         run: Callable[[Callable[[], None]], object] = _in_a_thread,
         keep: Callable[[history.Entry], None] = lambda entry: None,
     ) -> None:
-        # Reentrant: the garbage collector may close the coroutine of one who waits while its thread is in here.
+        # Reentrant: the garbage collector may close the coroutine of a watcher while its thread is in here.
         self._lock = threading.RLock()
-        # Both in the order of their last events, and all of the second before those of the first.
+        # Both in the order of their last events; all of the second come before those of the first.
         self._by_name: dict[str, deque[Event]] = {}
         self._lasts: dict[str, Event] = {}
         self._set_aside, self._stands, self._run, self._keep = set_aside, stands, run, keep
@@ -117,7 +117,7 @@ class Feed:
     # -- events ------------------------------------------------------------------------------------
 
     def add(self, name: str, replica: int | None, state: str, text: str = "") -> None:
-        """Notes one and wakes those who wait for it."""
+        """Adds an event and wakes the watchers that wait for it."""
         with self._lock:
             now = time.time()
             event = Event(self._next_number(now), now, name, replica, str(state), text)
@@ -129,8 +129,8 @@ class Feed:
         if need_more:
             try:
                 self._run(self._set_more_aside)
-            except RuntimeError:  # no thread to be had
-                logger.exception("how far the numbers of events go could not be noted")
+            except RuntimeError:  # no thread could be started
+                logger.exception("the numbers of events could not be reserved in the ledger")
                 self._set_aside_later()
 
     def note(self, kind: str, name: str, state: str, text: str, **more: Any) -> None:
@@ -156,7 +156,7 @@ class Feed:
             )
 
     def since(self, number: int, names: Collection[str] | None = None) -> list[Event]:
-        """Those after ``number``, in order: of these deployments, or of all."""
+        """The events after ``number``, in order: of these deployments, or of all."""
         with self._lock:
             return self._since(number, names)
 
@@ -194,7 +194,7 @@ class Feed:
                     break
                 found.append(event)
             if names is None and len(found) == before:
-                break  # those that follow changed earlier still
+                break  # all further deployments changed earlier
         found.sort(key=lambda event: event.number)
         return found
 
@@ -212,13 +212,13 @@ class Feed:
     # -- numbers -----------------------------------------------------------------------------------
 
     def _next_number(self, now: float) -> int:
-        """Follows the clock, so that numbers rise even if the ledger is lost, as far as numbers are set aside."""
+        """Follows the clock, within the reserved numbers, so that numbers rise even if the ledger is lost."""
         following, clock = self._last + 1, int(now * 1000)
         self._last = clock if following < clock < self._end else following
         return self._last
 
     def _needs_more(self) -> bool:
-        """Whether more numbers must be set aside, now, by who asks."""
+        """Whether the caller must reserve more numbers now."""
         if self._is_setting_aside or time.monotonic() < self._not_before:
             return False
         self._is_setting_aside = max(self._last, int(time.time() * 1000)) >= self._end - NUMBERS // 2
@@ -229,8 +229,8 @@ class Feed:
             end = max(self._last, int(time.time() * 1000)) + NUMBERS
         try:
             self._set_aside(end)
-        except Exception:  # tried again with an event that comes later
-            logger.exception("how far the numbers of events go could not be noted")
+        except Exception:  # tried again with a later event
+            logger.exception("the numbers of events could not be reserved in the ledger")
             self._set_aside_later()
         else:
             with self._lock:
@@ -245,12 +245,12 @@ class Feed:
     async def wait(
         self, number: int, names: Collection[str] | None = None, timeout_seconds: float = 30.0
     ) -> list[Event]:
-        """Those after ``number``, in order, as soon as there is one; none if the time runs out. Costs no thread.
+        """The events after ``number``, in order, as soon as there is one; none if the time runs out. Costs no thread.
 
         Args:
-            number: that of the last event already known.
-            names: of these deployments only, which need not be known yet; of all if ``None``.
-            timeout_seconds: at most so long.
+            number: the number of the last event already known.
+            names: only of these deployments, which need not exist yet; of all if ``None``.
+            timeout_seconds: the longest wait.
 
         Raises:
             Busy: 4,096 wait already.
@@ -295,7 +295,7 @@ class Feed:
             _discard(self._by_watched, name, watcher)
 
     def _wake(self, name: str) -> None:
-        """Wakes who waits for this name: one call of each loop, until that loop comes to it, however many they are."""
+        """Wakes the watchers of this name: with a single call into each event loop, however many they are."""
         for key in (name, None):
             for watcher in list(self._by_watched.get(key, ())):
                 self._leave(watcher)

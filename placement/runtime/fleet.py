@@ -1,4 +1,4 @@
-"""The GPU nodes together: reserving on many of them side by side, giving back, and how current Ray's books are."""
+"""All GPU nodes: reserving on many of them at once, giving back, and how current Ray's records are."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from placement.runtime.results import NodeAssignment
 from placement.wire.facts import NodeFacts
 
 VIEW_LAG_SECONDS = 0.25
-"""Ray's books follow a change after 0.1 s (measured), and as long again if a worker has to die first."""
+"""Ray's records show a change after 0.1 s (measured), and as long again if a worker has to die first."""
 
 MOST_LAG_SECONDS = 2.0
-"""On a machine that is overrun they take longer; for so long a node is asked itself before its GPUs count as taken."""
+"""On an overloaded machine they take longer; until then a node itself is asked before its GPUs count as taken."""
 
 RELEASE_SECONDS = 10.0
-"""How long node actors may take to give groups back, all together; after that these are removed without them."""
+"""How long node actors may take to give groups back, all together; after that the groups are removed without them."""
 
 logger = logging.getLogger(__name__)
 
 Reserved = tuple[str, NodeAssignment]
-"""The name of a replica's order, which begins its group's name, and the assignment."""
+"""The name of a replica's order, with which its group's name begins, and the assignment."""
 
 
 class Fleet:
@@ -47,8 +47,8 @@ class Fleet:
 
     Args:
         make_agent: creates (or finds) the actor of a node.
-        holdings: node id -> order name -> what stands there, for an actor that is new.
-        prefix: begins the name of every group that is made.
+        holdings: node id -> order name -> what is held there, for a new actor.
+        prefix: begins the name of every created group.
 
     Attributes:
         agents: the nodes' actors.
@@ -78,10 +78,10 @@ class Fleet:
         self._gone: dict[str, frozenset[str]] = {}
 
     def lagging(self, lag_seconds: float = VIEW_LAG_SECONDS, read_at: float | None = None) -> frozenset[str]:
-        """Nodes of which Ray's books may not yet show our own last change; what we know of them is newer.
+        """Nodes of which Ray's records may not yet show the service's last change; its own knowledge is newer.
 
         Args:
-            lag_seconds: by how much the books may lag.
+            lag_seconds: by how much the records may lag.
             read_at: when they were read, on the monotonic clock; now, by default.
         """
         since = (time.monotonic() if read_at is None else read_at) - lag_seconds
@@ -89,13 +89,13 @@ class Fleet:
         return frozenset(node for node, _ in lately)
 
     def catch_up(self, since: float) -> bool:
-        """Waits until Ray's books show what was changed here before, and without the holds of actors that died.
+        """Waits until Ray's records show earlier changes, and no holds of actors that died.
 
         Args:
             since: what :attr:`changed_at` was then.
 
         Returns:
-            Whether they did not, and what was read of them before was not yet right.
+            Whether it had to wait, so that records read before were not yet right.
         """
         reaped = self.agents.reap()
         if reaped:
@@ -108,15 +108,15 @@ class Fleet:
         return behind > 0
 
     def restore(self, nodes: Sequence[NodeInfo]) -> None:
-        """Takes up what an earlier service knew of these nodes and left on them, and forgets the others.
+        """Takes over what an earlier service knew of these nodes and left on them, and forgets the others.
 
-        Waits until the node actors that it left have ended what they were doing, and know what stands on their nodes.
+        Waits until its node actors have finished their work, and know what is held on their nodes.
         """
         self.inventory.restore({info.id for info in nodes})
         self.agents.restore(nodes)
 
     def forget_all_but(self, alive: Collection[str]) -> None:
-        """Forgets nodes that are no more."""
+        """Forgets nodes that no longer exist."""
         self.agents.forget_all_but(alive)
         self.inventory.forget_all_but(alive)
         for known in (self.foreign, self.located, self._changed):
@@ -124,7 +124,7 @@ class Fleet:
                 known.pop(node_id, None)
 
     def note_change(self, nodes: Iterable[str]) -> None:
-        """Notes that something was taken or given back on these nodes just now; Ray's books will follow."""
+        """Records that something was just taken or given back on these nodes; Ray's records will follow."""
         with self._noting:
             self.changed_at = time.monotonic()
             for node in nodes:
@@ -132,19 +132,19 @@ class Fleet:
                 self._changed[node] = self.changed_at
 
     def _note_reserved(self, order: str, assignment: NodeAssignment) -> Reserved:
-        """What was just reserved; noted until :meth:`recorded`."""
+        """Remembers what was just reserved, until :meth:`recorded`."""
         self._under_way.setdefault(order, []).append(assignment)
         return order, assignment
 
     def note_removed(self, order: str, nodes: Collection[str]) -> None:
-        """Notes that an order's group is gone, or about to be, from these nodes without their actors knowing."""
+        """Records that an order's group is gone, or about to be, from these nodes without their actors' knowledge."""
         self._gone[order] = self._gone.get(order, frozenset()) | set(nodes)
         self.note_change(nodes)
 
     def forget_gone(self, order: str, nodes: Collection[str]) -> None:
-        """Has these nodes look anew at what is free: an order's group was removed by its owner, or ended with it.
+        """Makes these nodes look again at what is free: an order's group was removed by its owner, or ended with it.
 
-        While the books still show it, :meth:`recorded` is to follow once they do not.
+        If Ray's records still show it, call :meth:`recorded` once they do not.
         """
         self.note_removed(order, nodes)
         self.agents.forget(order, nodes)
@@ -152,7 +152,7 @@ class Fleet:
             self._gone.pop(order, None)
 
     def recorded(self, name: str) -> None:
-        """Tells the node actors of such orders of a deployment, once the books show what has become of it."""
+        """Tells the node actors about such orders of a deployment, once Ray's records are right."""
         for order in self._under_way.copy() | self._gone.copy():
             if deployment_of(order) == name:
                 self._acknowledge(order)
@@ -163,9 +163,9 @@ class Fleet:
             self.agents.forget(order, nodes)
 
     def _holdings(self, node_id: str) -> dict[str, Holding]:
-        """Order -> what stands on a node, also where the books do not show it yet, or still do.
+        """Order -> what is held on a node, even if Ray's records do not show it yet, or show it still.
 
-        What an actor that is made meanwhile is told.
+        An actor that is created meanwhile is told this.
         """
         held = self._in_books(node_id)
         for order, assignments in self._under_way.copy().items():
@@ -177,15 +177,15 @@ class Fleet:
     def reserve(
         self, claim: Claim, known: Iterable[NodeInfo], create: Creator | None = None
     ) -> tuple[list[Reserved], list[Refusal]]:
-        """Reserves a claim on all its nodes side by side; what some refuse, others may have reserved.
+        """Reserves a claim on all its nodes at once; some nodes may refuse while others have reserved.
 
         Args:
             claim: what was planned.
             known: the nodes that it was planned with.
-            create: who creates the groups, one after the other, if not the service: the caller, with whom they end.
+            create: the creator of the groups if not the service: the caller, with which they end.
 
         Raises:
-            Whatever ``create`` does; what was reserved before that for the same claim is given back.
+            Whatever ``create`` raises; what was reserved before for the same claim is given back.
         """
         nodes = {info.id: info for info in known}
         by_node: dict[str, list[PlannedReplica]] = {}
@@ -206,7 +206,7 @@ class Fleet:
                 self._reserve_groups(nodes, claim, names, reserved, refusals, create)
             else:
                 self._reserve_on_nodes(nodes, claim, by_node, names, calls, reserved, refusals)
-        except BaseException:  # what was reserved by now, or will be, is not known any more
+        except BaseException:  # it is no longer known what was or will be reserved
             self.agents.suspect_orphans(calls.values())
             if create is not None:
                 self._drop(reserved)
@@ -216,11 +216,11 @@ class Fleet:
         return reserved, refusals
 
     def _drop(self, reserved: Sequence[Reserved]) -> None:
-        """Gives back what the books will not show."""
+        """Gives back reservations that no record will have."""
         try:
             self.give_back(reserved)
         except Exception:
-            logger.exception("what was reserved for a caller could not be given back; trying again")
+            logger.exception("a caller's reservation could not be given back; trying again")
         for order, _ in reserved:
             self._acknowledge(order)
 
@@ -234,7 +234,7 @@ class Fleet:
         reserved: list[Reserved],
         refusals: list[Refusal],
     ) -> None:
-        """Has the nodes' actors create the groups, which is quickest."""
+        """Lets the nodes' actors create the groups, which is fastest."""
         try:
             with self.agents.sole(by_node) as leave:
                 for node_id, replicas in by_node.items():
@@ -253,11 +253,11 @@ class Fleet:
             self._collect(nodes[node_id], answer, by_node[node_id], reserved, refusals)
 
     def _measured(self, info: NodeInfo) -> MeasuredRates:
-        """What was measured of a node."""
+        """The measured rates of a node."""
         return self.inventory.hardware(info).topology.measured
 
     def locate(self, nodes: Sequence[NodeInfo]) -> None:
-        """Has nodes looked at for which GPUs other Ray users hold; of one that cannot tell, nothing new is known."""
+        """Asks nodes which GPUs other Ray users hold; for a node that cannot tell, the old knowledge stays."""
         calls: dict[str, Any] = {}
         with contextlib.suppress(Unanswered), self.agents.sole([info.id for info in nodes]) as leave:
             calls = {info.id: self.agents.agent(info).locate.remote() for info in nodes}
@@ -271,8 +271,8 @@ class Fleet:
     def give_back(self, reserved: Sequence[Reserved]) -> None:
         """Removes groups, by their nodes' actors so that no steering is disturbed, and ends the workers in them.
 
-        On nodes that do not answer they are removed without the actors. What cannot be removed now is swept later, and
-        no reason to fail: no record will tell of it.
+        On nodes that do not answer they are removed without the actors. A group that cannot be removed now is removed
+        later, as it is in no record; that is no error.
         """
         for order, _ in reserved:
             self._gone.setdefault(order, frozenset())
@@ -315,7 +315,7 @@ class Fleet:
         refusals: list[Refusal],
         create: Creator | None,
     ) -> None:
-        """Reserves replicas of which the service or the caller creates the groups, one after the other."""
+        """Reserves replicas whose groups the service or the caller creates, one after the other."""
         replicas: dict[int, list[PlannedReplica]] = {}
         for part in claim.replicas:
             replicas.setdefault(part.replica_index, []).append(part)

@@ -1,8 +1,8 @@
-"""Which GPUs of a node are free, as far as Ray's books and looking tell.
+"""Which GPUs of a node are free, from Ray's records and from looking.
 
-Ray's books say how many are free, but not which, and they lag. Where nobody else uses the node it is known, and also
-for some seconds after the last look if there are still as many. Else all free ones are taken for a moment by one hold,
-in which a task says which they are.
+Ray's records say how many are free, but not which, and they lag. If nobody else uses the node it is known which; also
+for some seconds after the last look, if the number has not changed. Otherwise one hold takes all free GPUs for a
+moment, and a task in it reports which they are.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from placement.core.needs import WHOLE
 from placement.runtime.orders import Holding
 
 BOOKS_LAG_SECONDS = 0.15
-"""Ray's books follow a change after at most 0.1 s (measured); they are trusted again after this long."""
+"""Ray's records show a change after at most 0.1 s (measured); they are trusted again after this time."""
 CATCH_UP_SECONDS = 0.3
-"""How long, at most, the books are given to show what was just given back."""
+"""The longest wait for the records to show what was just given back."""
 LOOK_DEADLINE_SECONDS = 0.2
 TRUST_SECONDS = 10.0
-"""How long a look is good for while the number of free GPUs is as it should be. If others have changed places all the
-same, that shows when the GPUs are verified."""
+"""How long a look is used while the number of free GPUs is as expected. If other users have changed GPUs all the
+same, verifying the GPUs shows it."""
 RETURN_SECONDS = 2.0
-"""How long GPUs that were given back may take to come free; a few milliseconds, but on a machine that is overrun."""
+"""How long GPUs that were given back may take to become free; milliseconds, unless the machine is overloaded."""
 
 
 class Groups(Protocol):
-    """What a node's GPUs are taken and looked at by; :class:`~placement.runtime.groups.NodeGroups` is the real one."""
+    """Takes and examines a node's GPUs; :class:`~placement.runtime.groups.NodeGroups` is the real implementation."""
 
     def hold(self, amount: float) -> Any:
-        """Takes the lowest free GPUs, or a share of the fullest GPU that has it, for a moment."""
+        """Takes the lowest free GPUs, or a share of the fullest GPU that still fits it, for a moment."""
 
     def reserve(self, name: str, bundle: dict[str, float], count: int) -> Any:
-        """Takes equal bundles, to stay: one GPU each, or a share of one."""
+        """Takes equal bundles permanently: one GPU each, or a share of one."""
 
     def ready_or_removed(self, group: Any, deadline_seconds: float) -> bool:
-        """Waits for a group; one that could not be had is gone."""
+        """Waits for a group; if it could not be reserved, it is removed."""
 
     def wait_for(self, group: Any, deadline_seconds: float) -> bool:
         """The same, for a group that somebody else creates."""
@@ -49,7 +49,7 @@ class Groups(Protocol):
         """Gives a group back."""
 
     def gpus_of(self, group: Any, bundles: Iterable[int], share: float = 1) -> list[int]:
-        """Which GPU each of these bundles holds a share of, as a worker inside says.
+        """The GPU of which each of these bundles holds a share, as a worker inside reports.
 
         A bundle is named once for each GPU that it holds.
         """
@@ -58,11 +58,11 @@ class Groups(Protocol):
         """Which GPUs are the lowest free ones; ``None`` if there are not that many."""
 
     def available(self) -> float:
-        """Free GPUs in Ray's books, shares included."""
+        """Free GPUs in Ray's records, including free parts."""
 
 
 class FreeGpus:
-    """What is known of one node's GPUs: which are ours, which are others', which are free.
+    """What is known of one node's GPUs: held by the service, held by others, or free.
 
     Args:
         groups: the node's placement groups.
@@ -84,7 +84,7 @@ class FreeGpus:
 
     @property
     def foreign(self) -> frozenset[int]:
-        """GPUs that other Ray users held when they were last looked at."""
+        """GPUs that other Ray users held at the last look."""
         return (self._foreign or frozenset()) - self.ours()
 
     def ours(self) -> frozenset[int]:
@@ -92,7 +92,7 @@ class FreeGpus:
         return frozenset(gpu for held in self.held.values() for gpu in held.gpus)
 
     def rests(self) -> dict[int, int]:
-        """Thousandths free of each GPU that we share out, if nobody else uses it."""
+        """The free thousandths of each GPU that the service shares, if nobody else uses it."""
         rests: dict[int, int] = {}
         for held in self.held.values():
             if held.share < WHOLE:
@@ -101,7 +101,7 @@ class FreeGpus:
         return rests
 
     def adopt(self, holdings: Mapping[str, Holding]) -> None:
-        """Notes what is reserved already, by order name, and that nothing else of ours is."""
+        """Records what is reserved already, by order name; the service holds nothing else."""
         self.held = dict(holdings)
         self._removed.clear()
         self._foreign = None
@@ -113,19 +113,19 @@ class FreeGpus:
             self.note_freed()
 
     def note_change(self) -> None:
-        """Notes that something was taken or given back here just now; Ray's books will follow."""
+        """Records that something was just taken or given back here; Ray's records will follow."""
         self._changed_at = time.monotonic()
 
     def note_freed(self) -> None:
-        """Notes that GPUs were given back here just now, and will come free."""
+        """Records that GPUs were just given back here, and will become free."""
         self._changed_at = self._freed_at = time.monotonic()
 
     def forget_foreign(self) -> None:
-        """Has the next look ask the node: what others hold is not known any more."""
+        """Forces a new look next time: what others hold is no longer known."""
         self._foreign = None
 
     def locate(self) -> frozenset[int]:
-        """Which GPUs other Ray users hold; looked at anew, whatever is known."""
+        """Which GPUs other Ray users hold, by a new look."""
         self._foreign = None
         if self.look(1) is None:
             self._foreign = frozenset(range(self._gpu_count)) - self.ours()
@@ -134,12 +134,12 @@ class FreeGpus:
     def look(self, count: int, to_be_sure: bool = False) -> frozenset[int] | None:
         """The wholly free GPUs, or ``None`` if there are fewer than ``count``.
 
-        Among them may be some that we hold, as far as we have heard: these are steered past, and given to nobody.
+        Some of them may still count as held by the service: these are steered past, and not assigned.
 
         Args:
             count: how many there must be.
-            to_be_sure: try it all the same where the cluster's books say that there are fewer, since on a busy
-                cluster they lag by more than we wait.
+            to_be_sure: look even if Ray's records show fewer, since on a busy
+                cluster they lag by more than the usual wait.
         """
         not_ours = (frozenset(range(self._gpu_count)) - self.ours()) | self._given_back()
         expected = len(not_ours) - len(self.foreign)
@@ -150,9 +150,9 @@ class FreeGpus:
         if self._foreign is None or quiet > BOOKS_LAG_SECONDS:
             rests = self.rests()
             whole = self._groups.available() - sum(rests.values()) / WHOLE
-            # Others may use the rest of a GPU that we share: then it is not what is short.
+            # Others may use the free part of a GPU that we share; then that is not the reason.
             expected = min(len(not_ours), math.ceil(whole - 1e-6) if rests else math.floor(whole + 1e-6))
-            # What we took for held is free: its owner has ended, and we have not heard of it yet.
+            # A GPU that counted as held is free: its owner has ended, which is not known here yet.
             is_lost = math.floor(whole + 1e-6) > len(not_ours)
             if expected == len(not_ours) and not is_lost:
                 self._foreign = frozenset()
@@ -170,15 +170,15 @@ class FreeGpus:
         is_recent = self._foreign is not None and time.monotonic() - self._looked_at < TRUST_SECONDS
         if is_recent and expected == len(free) >= count and not to_be_sure:
             return free
-        # Others hold some. How many is known to within the lag of the books and to within shared GPUs,
-        # which count as partly free but cannot be had whole: so ask for fewer until the answer comes.
+        # Others hold some. Their number is only known up to the lag of the records and up to shared GPUs,
+        # which count as partly free but cannot be taken whole: so ask for fewer until Ray gives them.
         amounts: Sequence[int] = range(expected, count - 1, -1)
         if not amounts and to_be_sure and count <= len(not_ours):
             amounts = sorted({len(not_ours), count}, reverse=True)
         for several in amounts:
             patience = LOOK_DEADLINE_SECONDS
             if to_be_sure and several == count:
-                # What was just given back here will come, as soon as the workers in it have died.
+                # GPUs that were just given back here become free as soon as the workers on them have died.
                 patience = max(patience, self._freed_at + RETURN_SECONDS - time.monotonic())
             seen = self._groups.lowest_free(several, patience)
             self._looked_at = time.monotonic()
@@ -196,9 +196,9 @@ class FreeGpus:
         return frozenset(gpu for name in self._removed & self.held.keys() for gpu in self.held[name].gpus)
 
     def catch_up(self, free: Collection[int]) -> None:
-        """Waits until the cluster's books show what was given back here, or taken for a moment to look.
+        """Waits until Ray's records show what was given back here, or taken for a moment to look.
 
-        Ray's scheduler goes by them: a group that is asked for before fails at once, and is tried again only
+        Ray's scheduler uses them: a group that is asked for before that fails at once, and is tried again only
         after up to a second.
         """
         expected = len(free) + sum(self.rests().values()) / WHOLE - 1e-6

@@ -1,6 +1,6 @@
-"""A group of roles, from what is there to what is declared: all that is missing of it is placed, or all of it waits.
+"""Reconciles a group of roles: all that is missing of it is placed, or all of it waits.
 
-Where its members go is decided at once by :func:`placement.core.roles.tell`; each is then brought about by itself.
+:func:`placement.core.roles.tell` decides the places of all members at once; each is then reconciled by itself.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from placement.wire.groups import Group
 
 
 class GroupReconciler:
-    """Brings groups about. The caller sees to it that it is one change of a deployment at a time.
+    """Reconciles groups. The caller ensures that each deployment has one change at a time.
 
     Args:
-        reconciler: what brings their members about.
+        reconciler: reconciles their members.
     """
 
     def __init__(self, reconciler: Reconciler) -> None:
@@ -35,14 +35,14 @@ class GroupReconciler:
         self._fleet, self._actions = reconciler.fleet, reconciler.actions
 
     def bring_about(self, group: Group) -> Unplaceable | ReservationFailed | None:
-        """Brings all members of a group about: what is missing of them is placed, or all of it waits.
+        """Reconciles all members of a group: all missing replicas are placed, or all of them wait.
 
         All of them are declared.
 
-        The caller sees to it that it is one change of each at a time.
+        The caller ensures that each has one change at a time.
 
         Returns:
-            Why it waits, if it does.
+            Why it waits; ``None`` if it does not.
         """
         names, refused = sorted(group.members), set[str]()
         failure: Unplaceable | ReservationFailed | None = None
@@ -71,7 +71,7 @@ class GroupReconciler:
                 self._state.close(claims.values())
             if failed is None:
                 return next((one.refusal for one in told.values() if one.refusal is not None), None)
-            why = failed.reason or "what it was planned with is not free any more"
+            why = failed.reason or "its planned GPUs are no longer free"
             failure = ReservationFailed(group.name, failed.where or "its nodes", max(1, failed.attempts), why)
             self._give_back(placed, str(failure))
         for name in names:
@@ -88,7 +88,7 @@ class GroupReconciler:
         return known
 
     def _give_back(self, placed: Mapping[str, Sequence[int]], why: str) -> None:
-        """Has replicas wait again that were placed just now, as the rest of their group could not be."""
+        """Makes replicas wait again that were placed just now, as the rest of their group could not be placed."""
         for name, indices in placed.items():
             if indices:
                 later = self._actions.release(self._declared(name), indices)
@@ -96,7 +96,7 @@ class GroupReconciler:
                 self._actions.note(later.pending(reasons, time.time()))
 
     def _places(self, group: Group, refused: Collection[str]) -> tuple[dict[str, Told], dict[str, Claim]]:
-        """Where the replicas of a group go that are missing, and claims of that by member; or why they go nowhere."""
+        """The places of a group's missing replicas, with a claim for each member; or why there are none."""
         roles = group.planned()
 
         def decide(
@@ -123,7 +123,7 @@ class GroupReconciler:
             self._cluster.read(fresh or bool(refused))
             with self._state.lock:
                 snapshot, members = look()
-            found = tell(snapshot, roles, members)  # others plan meanwhile: to search may take a second
+            found = tell(snapshot, roles, members)  # others plan meanwhile, as the search may take a second
             with self._state.lock:
                 snapshot, members = look()
                 plans = as_told(snapshot, found)
@@ -143,7 +143,7 @@ class GroupReconciler:
         """What the members of a group are told, and claims of what they are to take. Under the lock.
 
         Raises:
-            Unplaceable: they are told that there is no place.
+            Unplaceable: there is no place for the group.
         """
         told = {name: desired.request.told or Told() for name, desired in members.items()}
         if refusal := next((one.refusal for one in told.values() if one.refusal is not None), None):

@@ -1,4 +1,4 @@
-"""One replica of which somebody other than a node's actor creates the group: the service, or the caller himself.
+"""Reserves one replica whose group is not created by a node's actor, but by the service or by the caller.
 
 1. Prepare: the actor of each node makes the best GPUs those that Ray gives next.
 2. Create: one placement group, in the service for a replica over several nodes, or in the caller's own process,
@@ -6,7 +6,8 @@
 3. Confirm: each actor waits until the group is ready, and verifies from inside that its bundles hold just what it
    prepared; or cancel.
 
-A bounded number of times, under the nodes' turns. What is prepared is let go by itself if nobody comes in time.
+This is tried a limited number of times, under the nodes' turns. If the group does not come in time, prepared GPUs are
+freed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ NOT_MADE = f"no placement group was made within {LEASE_SECONDS:g} s"
 
 
 class Creator(Protocol):
-    """Who creates a group for which the GPUs are prepared."""
+    """Creates a group for which the GPUs are prepared."""
 
     def __call__(
         self,
@@ -44,12 +45,12 @@ class Creator(Protocol):
         nodes: list[str],
         domain: Mapping[str, str] | None = None,
     ) -> PlacementGroup | None:
-        """Creates a group of that name, of which each bundle lies on the node given for it.
+        """Creates a group of that name, with each bundle on the node given for it.
 
-        If none is, it lies on any node with the labels of the ``domain``: label -> value.
+        A bundle without a given node is on any node with the labels of the ``domain``: label -> value.
 
-        It may take up to :data:`~placement.runtime.node_agent.LEASE_SECONDS`. Whatever it raises ends the reservation,
-        and nothing is held then.
+        It may take up to :data:`~placement.runtime.node_agent.LEASE_SECONDS`. An exception ends the reservation,
+        and then nothing is held.
 
         Returns:
             The group, ready or about to be; ``None`` if it was not made.
@@ -61,14 +62,14 @@ class GroupReservation:
 
     Args:
         agents: the node actors.
-        foreign: node id -> GPUs that other Ray users hold; brought along here.
+        foreign: node id -> GPUs that other Ray users hold; updated here.
         nodes: the nodes by id.
         claim: what the replica belongs to.
-        name: of its order; begins the group's name.
+        name: the name of its order, with which the group's name begins.
         parts: the replica, by node.
-        create: who creates the group; the service itself, if not given.
+        create: the creator of the group; by default the service.
         more: how many replicas like it will follow on its node.
-        measured: node id -> what was measured of it.
+        measured: node id -> its measured rates.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class GroupReservation:
         self._over_nodes = bool(parts[0].ranks)
         self._measured = measured or {}
         self._layout = layout = claim.deployment.placement_group
-        # The bundle of each rank of a part, ascending: the rank itself, where nobody has said how bundles are laid out.
+        # The bundle of each rank of a part, ascending: the rank itself, unless the caller laid out the bundles.
         of = range(sum(len(part.gpus) for part in parts)) if layout is None else layout.bundle_of_rank
         self._bundles = {
             part.node_id: [of[rank] for rank in sorted(part.ranks or range(len(part.gpus)))] for part in parts
@@ -110,16 +111,16 @@ class GroupReservation:
         return replace(order, beside={resource: amount for resource, amount in per_gpu.items() if amount})
 
     def reserve(self) -> list[NodeAssignment] | Refusal:
-        """One assignment for each part; or why there is none, and nothing is held then.
+        """One assignment for each part; or why there is none, and then nothing is held.
 
         Raises:
-            Whatever the creator does.
+            Whatever the creator raises.
         """
         self._deadline = time.monotonic() + DEADLINE_SECONDS
         node_ids = [part.node_id for part in self._parts]
         with self._all.working(node_ids):
             self._find_agents()
-            # Not under the nodes' turns: one that hangs, or has yet to start, keeps nobody from the others.
+            # Not under the nodes' turns, so that an actor that hangs or is starting does not block others.
             if self._over_nodes and self._all.are_cold(node_ids) and (refusal := self._warm(gpus=False)):
                 return refusal
             try:
@@ -132,7 +133,7 @@ class GroupReservation:
         self._agents = {part.node_id: self._all.agent(self._nodes[part.node_id]) for part in self._parts}
 
     def _reserve(self) -> list[NodeAssignment] | Refusal:
-        self._find_agents()  # one may have died since
+        self._find_agents()  # an actor may have died since
         if self._over_nodes and (refusal := self._warm()):
             return refusal
         for attempt in range(1, MAX_ATTEMPTS + 1):
@@ -143,12 +144,12 @@ class GroupReservation:
         return outcome
 
     def _lost_one(self) -> bool:
-        """Whether an actor has failed: another is made for the next plan, and waited for before anything is held."""
+        """Whether an actor has failed: then a new one is created for the next plan, before anything is held."""
         known = self._all.known()
         return any(known.get(node) is not agent for node, agent in self._agents.items())
 
     def _warm(self, gpus: bool = True) -> Refusal | None:
-        """Waits for all: no node's GPUs are kept from others while another's processes start, or it looks."""
+        """Waits for all actors first, so that no GPUs are held while another node's processes start, or it looks."""
         starting = {
             part.node_id: self._agents[part.node_id].warm.remote(len(part.ranks) if gpus else 0)
             for part in self._parts
@@ -216,7 +217,7 @@ class GroupReservation:
         if self._layout is None:
             nodes = [at[bundle] for bundle in sorted(at)]
             bundles = [prepared[node].bundle(self._orders[node].beside) for node in nodes]
-        else:  # one without GPUs is Ray's to place, but where all are to be on one node
+        else:  # Ray places a bundle without GPUs, unless all bundles are to be on one node
             bundles = [dict(bundle) for bundle in self._layout.bundles]
             home = self._parts[0].node_id if self._layout.strategy is Strategy.STRICT_PACK else ""
             nodes = [at.get(i, home) for i in range(len(bundles))]
@@ -247,7 +248,7 @@ def _assignment(
     info: NodeInfo, part: PlannedReplica, found: Part, group: PlacementGroup, order: Order
 ) -> NodeAssignment:
     gpus = [gpu for gpus in found.sets for gpu in gpus]
-    alone = found.ray_score if not part.ranks else None  # of several nodes, Ray's own choice is not known
+    alone = found.ray_score if not part.ranks else None  # for several nodes, Ray's own choice is unknown
     return NodeAssignment(
         replica_index=part.replica_index,
         node=info.id,

@@ -1,13 +1,13 @@
-"""The one seam to Ray's placement groups: create, wait, remove, and ask which GPUs a bundle holds.
+"""The only module that calls Ray for placement groups: create, wait, remove, and ask which GPUs a bundle holds.
 
-Measured on Ray 2.60, the same from 2.52 on, and what the callers rely on:
+Measured on Ray 2.60, the same from 2.52 on; the callers rely on it:
 
 - A raylet gives the lowest-numbered completely free GPUs, when a bundle is reserved; the bundles of one
   group on one node are reserved in ascending order.
-- A group that no worker ever ran in is gone as soon as its removal has been sent: a group created right
-  after it finds its GPUs free. A group that was probed is not: Ray's scheduler waits for the raylet to
-  report the worker's resources back (up to 100 ms), misses, and backs off for 100 ms or more.
-- No call tells which GPUs a bundle holds; a task inside must say so.
+- A group in which no worker ever ran is gone as soon as its removal has been sent: a group created right
+  after it finds its GPUs free. If a probe ran in it, this does not work: Ray's scheduler waits for the raylet to
+  report the worker's resources back (up to 100 ms), fails the first attempt, and backs off for 100 ms or more.
+- No call returns which GPUs a bundle holds; a task inside must report it.
 - A group that is removed while Ray is reserving it (state ``PREPARED``) leaks its GPUs for as long as the
   raylet lives. So a group is removed only when it is ready, or right after an attempt to schedule it has
   failed, when the next one is at least 100 ms away.
@@ -37,22 +37,22 @@ from placement.runtime.ray_internals import PlacementGroupTableData
 from placement.wire.slots import visible_tokens
 
 HOLD = "hold-"
-"""Begins the name of every group that is only there for a moment."""
+"""The prefix of the name of every short-lived group."""
 
 STUCK_SECONDS = 10.0
 """Longest wait for Ray's scheduler to end one attempt; it takes 2 to 5 ms, more if thousands are queued."""
 
 POLL_SECONDS = 0.02
-"""How often the cluster's books are read while GPUs are waited for."""
+"""How often Ray's records are read while GPUs are waited for."""
 
 MAX_TRIES = 3
-"""How often GPUs are asked for that the books show as free: parts of several add up there, and cannot be had whole."""
+"""How often to ask for GPUs that the records show as free: free parts of several GPUs add up there."""
 
 WARM_SECONDS = 0.5
 """How long a task may take before it is asked whether its group is still there."""
 
 GPU_IDS_DEADLINE_SECONDS = 60.0
-"""How long a task in a group that is ready may take. A cold worker process takes 1 to 3 s on a busy machine."""
+"""How long a task in a ready group may take. A cold worker process takes 1 to 3 s on a busy machine."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class LiveGroup:
 
 
 def my_gpu_ids() -> list[str]:
-    """The GPU ids Ray gave to the task or actor that calls this, as workers see them."""
+    """The GPU ids that Ray gave to the calling task or actor, as workers see them."""
     return [str(gpu) for gpu in ray.get_runtime_context().get_accelerator_ids()["GPU"]]
 
 
@@ -83,14 +83,14 @@ class NodeGroups:
         self._tokens = visible_tokens(ray_internals.visible_devices())
 
     def hold(self, amount: float) -> PlacementGroup:
-        """Takes the lowest free GPUs, or a share of the fullest GPU that has it, in one bundle.
+        """Takes the lowest free GPUs, or a share of the fullest GPU that still fits it, in one bundle.
 
-        It dies with this actor, however that ends.
+        The group dies with this actor, however that ends.
         """
         return create_group(HOLD + secrets.token_hex(6), [{"GPU": amount}], [self._node_id], lifetime=None)
 
     def reserve(self, name: str, bundle: dict[str, float], count: int) -> PlacementGroup:
-        """Reserves ``count`` equal bundles, detached. Of GPUs one per bundle, which is what vLLM needs."""
+        """Reserves ``count`` equal bundles, detached, with one GPU per bundle, as vLLM needs."""
         return create_group(name, [bundle] * count, [self._node_id] * count)
 
     def ready_or_removed(self, group: PlacementGroup, deadline_seconds: float) -> bool:
@@ -115,7 +115,7 @@ class NodeGroups:
         remove_group(group, ready)
 
     def gpus_of(self, group: PlacementGroup, bundles: Iterable[int], share: float = 1) -> list[int]:
-        """The slots of which these bundles hold a ``share``, as a worker in each of them says.
+        """The slots of which these bundles hold a ``share``, as a worker in each of them reports.
 
         Those of the first ones only, if the group is gone.
 
@@ -134,7 +134,7 @@ class NodeGroups:
         return slots
 
     def warm(self) -> None:
-        """Waits until a worker process is there to answer the next probe at once."""
+        """Waits until a worker process can answer the next probe at once."""
         here = NodeAffinitySchedulingStrategy(self._node_id, soft=False)
         self._answer(self._probe.options(num_gpus=0, scheduling_strategy=here))
 
@@ -142,14 +142,14 @@ class NodeGroups:
         """Which ``count`` GPUs are the lowest free ones, by taking them for a moment.
 
         Returns:
-            Their slots, ascending; ``None`` if that many were not free within the deadline, or some tenths of a
+            Their slots, ascending; ``None`` if there were not that many free within the deadline, or some tenths of a
             second more.
         """
-        self.warm()  # or others would go without them while a worker process starts
+        self.warm()  # otherwise the GPUs would be held while a worker process starts
         end = time.monotonic() + deadline_seconds
         tries = 1
         while not self.ready_or_removed(group := self.hold(count), 0.0):
-            # Ray would try again every second. It goes by its books, so these tell when it is worth it.
+            # Ray would try again only every second. It uses its records, so these show when a new group can succeed.
             while time.monotonic() < end and self.available() < count:
                 time.sleep(POLL_SECONDS)
             if time.monotonic() >= end or tries == MAX_TRIES:
@@ -162,11 +162,11 @@ class NodeGroups:
             self.remove(group)
 
     def available(self) -> float:
-        """GPUs that the cluster's books show as free here, shares included; up to about 0.1 s old."""
+        """GPUs that Ray's records show as free here, including free parts; up to about 0.1 s old."""
         return available_resources().get(self._node_id, {}).get("GPU", 0.0)
 
     def _slot(self, gpu_id: str) -> int:
-        """The slot that an id of Ray's means: a token of CUDA_VISIBLE_DEVICES, or its place where that was unset."""
+        """The slot of Ray's GPU id: the id is a token of CUDA_VISIBLE_DEVICES, or the slot itself if that was unset."""
         if self._tokens is None:
             return int(gpu_id)
         if gpu_id.strip() in self._tokens:
@@ -207,9 +207,9 @@ def create_group(
     strategy: str = "PACK",
     labels: Sequence[Mapping[str, str]] = (),
 ) -> PlacementGroup:
-    """Asks Ray for a group of which each bundle lies on the node given for it.
+    """Asks Ray for a group with each bundle on the node given for it.
 
-    One for which that is empty is Ray's to place, by the ``strategy`` and its ``labels``.
+    Ray places a bundle without a given node, by the ``strategy`` and its ``labels``.
     """
     others = labels or ({},) * len(bundles)
     return placement_group(
@@ -233,7 +233,9 @@ def ready_or_removed(group: PlacementGroup, deadline_seconds: float = 0.15) -> b
         Whether it is reserved. If not, it is gone.
     """
     start = time.monotonic()
-    with contextlib.suppress(Exception):  # what Ray raises for a group that is gone; the table tells for sure
+    with contextlib.suppress(
+        Exception
+    ):  # Ray raises this for a removed group; the table gives the certain answer
         if group.wait(min(deadline_seconds, 0.05)):
             return True
     seen = None
@@ -244,7 +246,7 @@ def ready_or_removed(group: PlacementGroup, deadline_seconds: float = 0.15) -> b
             return False
         if row["state"] == "CREATED":
             return True
-        if row["state"] == "RESCHEDULING":  # its node died, and no other will do
+        if row["state"] == "RESCHEDULING":  # its node died, and it is pinned to that node
             remove_placement_group(group)
             return False
         # Ray counts an attempt when it starts, but raises the delay before the next one when it has failed.
@@ -258,11 +260,11 @@ def ready_or_removed(group: PlacementGroup, deadline_seconds: float = 0.15) -> b
 
 
 def remove_group(group: PlacementGroup, ready: bool = False) -> None:
-    """Gives a group back and ends the workers in it. Removing it twice is harmless.
+    """Removes a group and ends the workers in it. Removing it twice is harmless.
 
     Args:
         group: what to remove.
-        ready: it is known to be reserved; else this waits for a moment at which removing it is safe.
+        ready: it is known to be reserved; otherwise this waits for a moment at which removing it is safe.
     """
     if ready or ready_or_removed(group, 0.0):
         remove_placement_group(group)
@@ -276,7 +278,7 @@ def group_from_hex(group_id: str) -> PlacementGroup:
 def live_groups(wanted: Callable[[str], bool]) -> dict[str, LiveGroup]:
     """Group id, hex -> group, of those not yet removed whose name is ``wanted``.
 
-    Ray keeps every removed group in its table for ever. With Ray's own reader a service that starts anew after a day's
+    Ray keeps every removed group in its table for ever. With Ray's own reader a service that restarts after a day's
     work would wait for seconds.
     """
     found = {}
@@ -288,16 +290,16 @@ def live_groups(wanted: Callable[[str], bool]) -> dict[str, LiveGroup]:
 
 
 def is_gone(group_id: str) -> bool:
-    """Whether a group, by its id in hex, was removed, by whomever, or ended with its creator."""
+    """Whether a group, by its id in hex, was removed by anybody, or ended with its creator."""
     row = ray_internals.group_row(group_id)
     return row is None or row.state == PlacementGroupTableData.REMOVED
 
 
 def node_of_group(group: PlacementGroup) -> str | None:
-    """The node that Ray's books show for bundle 0 of a reserved group, hex."""
+    """The node that Ray's table shows for bundle 0 of a reserved group, hex."""
     return placement_group_table(group)["bundles_to_node_id"].get(0)
 
 
 def available_resources() -> dict[str, dict[str, float]]:
-    """Node id -> resource -> free amount, as the cluster's books show it; up to about 0.1 s old."""
+    """Node id -> resource -> free amount in Ray's records; up to about 0.1 s old."""
     return ray_internals.available_resources()

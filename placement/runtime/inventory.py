@@ -1,4 +1,4 @@
-"""What the nodes' GPUs are, as their actors said: asked once, kept in the ledger, asked again if nobody knew."""
+"""What the nodes' actors reported of their GPUs: asked once, kept in the ledger, asked again if nothing was known."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from placement.wire.measurements import Measurement
 DEADLINE_SECONDS = 45.0
 """A first NVML reading takes 30 s on an 8-GPU machine without persistence mode (Azure/aks-gpu#105)."""
 ASK_AGAIN_SECONDS = 30.0
-"""When a node that could say nothing is asked again; twice as long each time it still cannot."""
+"""When a node without an answer is asked again; twice as long each time it still has none."""
 MOST_SECONDS = 3600.0
 
 logger = logging.getLogger(__name__)
@@ -41,11 +41,12 @@ class _Asked:
 class Inventory:
     """What is known of each node. Thread-safe.
 
-    A call costs what is open: nodes that answered once are not looked at again as long as it is given the same list.
+    A call only handles open questions: nodes that answered are not checked again as long as the list of nodes is the
+    same.
 
     Args:
         agents: the actors to ask.
-        facts: node id -> what it said last; filled in here.
+        facts: node id -> its last report; filled in here.
     """
 
     def __init__(self, agents: Agents, facts: dict[str, NodeFacts]) -> None:
@@ -62,7 +63,7 @@ class Inventory:
         self._open: dict[str, NodeInfo] = {}
 
     def hardware(self, info: NodeInfo) -> GpuHardware:
-        """What a node's GPUs are, as far as is known. The same object until it reports something else."""
+        """What is known of a node's GPUs. The same object until it reports something else."""
         known = self._hardware.get(info.id)
         if known is None:
             with self._lock:
@@ -71,16 +72,16 @@ class Inventory:
         return known
 
     def record_measurement(self, measurement: Measurement) -> None:
-        """Keeps what was measured on a host; :meth:`hardware` of all nodes of its make tells it from now on."""
+        """Keeps measured rates of a host; :meth:`hardware` of all nodes of its make includes them from now on."""
         self.measurements.record(measurement)
         self._rated_anew({measurement.machine})
 
     def forget_measurements(self, node: str | None, nodes: Iterable[NodeInfo]) -> list[Measurement]:
-        """Forgets what was measured on a node, or on all, and returns it.
+        """Forgets the measured rates of a node, or of all, and returns them.
 
         Args:
-            node: id, name or address of one that is there, or the name of one that is not; ``None`` for all hosts.
-            nodes: those that are there.
+            node: id, name or address of a node, or the name of a host that is no node now; ``None`` for all hosts.
+            nodes: the nodes that are alive.
         """
         if node is None:
             found = self.measurements.forget([one.host for one in self.measurements.all()], ())
@@ -92,7 +93,7 @@ class Inventory:
         return found
 
     def _rated_anew(self, makes: Collection[Machine]) -> None:
-        """Has :meth:`hardware` of all nodes of these makes tell what is measured now."""
+        """Updates :meth:`hardware` of all nodes of these makes with the current rates."""
         with self._lock:
             concerned = {
                 node_id for node_id, known in self._hardware.items() if make_of(known.topology) in makes
@@ -102,13 +103,13 @@ class Inventory:
             self._changed |= concerned
 
     def pop_changed(self) -> frozenset[str]:
-        """The nodes of which :meth:`hardware` is another one than when this was last called."""
+        """The nodes whose :meth:`hardware` has changed since the last call of this."""
         with self._lock:
             changed, self._changed = frozenset(self._changed), set()
             return changed
 
     def unknown_nodes(self, nodes: Sequence[NodeInfo]) -> frozenset[str]:
-        """GPU nodes that have not answered yet what their GPUs are, and are still worth waiting for."""
+        """GPU nodes that have not reported their GPUs yet, and are still worth waiting for."""
         now = time.monotonic()
         with self._lock:
             return frozenset(node_id for node_id in self._open_of(nodes) if self._is_awaited(node_id, now))
@@ -126,15 +127,15 @@ class Inventory:
         max_age_seconds: float | None = None,
         patience_seconds: float = DEADLINE_SECONDS,
     ) -> None:
-        """Makes sure that every GPU node was asked what its GPUs are, all side by side.
+        """Makes sure that every GPU node was asked for its GPUs, all at the same time.
 
-        Waits for the :meth:`unknown_nodes`, or for all that are asked ``again``; for one that hangs only once.
+        Waits for the :meth:`unknown_nodes`, or for all that are asked ``again``; for a hanging node only once.
 
         Args:
-            nodes: what is alive. Not to be changed afterwards.
-            again: also those that have answered.
-            max_age_seconds: how old a reading may be that they answer with; any, by default.
-            patience_seconds: how long to wait at most.
+            nodes: the nodes that are alive. Do not change the list afterwards.
+            again: also ask nodes that have answered.
+            max_age_seconds: how old the reading in an answer may be; any by default.
+            patience_seconds: the longest wait.
         """
         now = time.monotonic()
         with self._lock:
@@ -162,14 +163,14 @@ class Inventory:
             self._record(node_id, one, one.call in answered)
 
     def _open_of(self, nodes: Sequence[NodeInfo]) -> dict[str, NodeInfo]:
-        """Those of the nodes that can say what their GPUs are and have not, or are asked again."""
+        """The nodes that can report their GPUs and have not, or are asked again."""
         if nodes is not self._nodes:
             self._nodes = nodes
             self._open = {info.id: info for info in nodes if not self._is_known(info.id) and _can_say(info)}
         return self._open
 
     def _is_known(self, node_id: str) -> bool:
-        """Whether a node has said what its GPUs are, and is not asked again."""
+        """Whether a node has reported its GPUs, and is not asked again."""
         facts = self.facts.get(node_id)
         is_open = node_id in self._asked or node_id in self._silent
         return facts is not None and facts.source != "none" and not is_open
@@ -185,18 +186,18 @@ class Inventory:
         return node_id in self._silent and node_id not in waiting
 
     def _ask(self, info: NodeInfo, again: bool, max_age_seconds: float | None, now: float) -> _Asked:
-        """Asks, unless a question is open that is just as good, or has been open for too long."""
+        """Asks, unless an equal question is open, or has been open for too long."""
         with self._lock:
             before = self._asked.get(info.id)
         if before is not None and not (again and now < before.until):
             return before
-        # Not under the lock: making the actor may take Ray a while, and wants to know what stands there.
+        # Not under the lock: creating the actor may take long, and needs to know what is held there.
         call = self._agents.agent(info).facts.remote(max_age_seconds)
         asked = _Asked(call, now + DEADLINE_SECONDS if before is None else before.until)
         with self._lock:
             self._asked[info.id] = asked
             if info.id not in self._open:
-                self._nodes = None  # of a node that is known already a question is open again
+                self._nodes = None  # a question to a known node is open again
         return asked
 
     def _record(self, node_id: str, asked: _Asked, done: bool) -> None:
@@ -217,7 +218,7 @@ class Inventory:
             elif done:
                 self._silent.pop(node_id, None)
             known = self.facts.get(node_id)
-            # What was known is worth more than that a node says nothing now.
+            # Old knowledge is better than an empty report.
             if known is None or not says_nothing or (done and known.source == "none"):
                 self.facts[node_id] = facts
                 self._hardware.pop(node_id, None)
@@ -228,7 +229,7 @@ class Inventory:
             self._save(node_id, facts)
 
     def _save(self, node_id: str, facts: NodeFacts) -> None:
-        """Has the ledger say what a node's GPUs are, if that is news; how full their memory is now, is none."""
+        """Writes a node's GPUs to the ledger if they changed; current memory use does not count as a change."""
         lasting = replace(hardware_of(facts, 0), free_memory={})
         known = self._saved.get(node_id)
         if known == lasting:
@@ -244,7 +245,7 @@ class Inventory:
             logger.exception("what the GPUs of node %s are could not be saved", node_id)
 
     def restore(self, alive: Collection[str]) -> None:
-        """Takes over what an earlier service knew, and forgets what is no more."""
+        """Takes over what an earlier service knew, and forgets nodes that no longer exist."""
         self.measurements.restore()
         for node_id, facts in ledger.facts().items():
             if node_id not in alive:
@@ -257,7 +258,7 @@ class Inventory:
                     self._nodes = None
 
     def forget_all_but(self, alive: Collection[str]) -> None:
-        """Forgets nodes that are no more."""
+        """Forgets nodes that no longer exist."""
         with self._lock:
             gone = self.facts.keys() - set(alive)
             for node_id in gone:
@@ -271,5 +272,5 @@ class Inventory:
 
 
 def _can_say(info: NodeInfo) -> bool:
-    """Whether a node has GPUs that its actor can tell of."""
+    """Whether a node has GPUs that its actor can report."""
     return info.gpu_count > 0 and info.label_problem() is None

@@ -1,7 +1,7 @@
 """Placements whose groups their caller creates itself, so that Ray ends them with it: one protocol, step by step.
 
-The service plans, and prepares the GPUs on their nodes; the caller creates the group that gets just these; the nodes'
-actors confirm it. Here is what goes on between the thread that reserves and the calls of the caller.
+The service plans, and prepares the GPUs on their nodes; the caller creates the group that gets exactly these; the
+nodes' actors confirm it. This module connects the thread that reserves with the calls of the caller.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from placement.runtime.results import PlacementResult
 from placement.wire.layout import BundleLayout
 
 LEND_SECONDS = 1.5
-"""How long GPUs stay prepared for a group of the caller's."""
+"""How long GPUs stay prepared for a caller's group."""
 KEPT_SECONDS = 10.0
-"""How long it is known what a lease came to whose caller was too late."""
+"""How long the outcome of a lease is kept whose caller was too late."""
 
 
 @dataclass(frozen=True)
 class Loan:
-    """GPUs that are prepared for a moment, for a group that the caller is to create at once.
+    """GPUs that are prepared for a moment, for a group that the caller must create at once.
 
     Attributes:
-        id: to be given back with :meth:`confirm`.
+        id: to be passed to ``confirm``.
         deployment: its name.
-        group_name: what the group is to be called.
-        bundles: what each bundle takes.
-        nodes: the id of the node that each bundle is to lie on; empty for one that Ray is to place, by the next two.
+        group_name: the name that the group must have.
+        bundles: the resources of each bundle.
+        nodes: the id of each bundle's node; empty for a bundle that Ray places by ``strategy`` and ``labels``.
         strategy: how bundles are spread.
         labels: label -> condition, for each bundle.
         lifetime: ``None``, so that the group ends with who creates it, or ``detached``.
@@ -51,14 +51,14 @@ class Loan:
 
 
 class Lending:
-    """One placement of this kind that is under way.
+    """One lease that is under way.
 
     Args:
         deployment: its name.
-        layout: how its groups are laid out, if its caller has said.
+        layout: how its groups are laid out, if the caller decides that.
 
     Attributes:
-        id: of all its loans.
+        id: the id of all its loans.
     """
 
     def __init__(self, deployment: str, layout: BundleLayout | None = None) -> None:
@@ -95,26 +95,26 @@ class Lending:
             with self._lock:
                 if (
                     not answer.done()
-                ):  # or he came at the last moment: what is prepared is there for a while yet
-                    self._is_over = True  # who was too late once has gone, as far as we can tell
+                ):  # unless it came at the last moment: the GPUs stay prepared for a little longer
+                    self._is_over = True  # a caller that was too late once counts as gone
                     answer.set_result("")
             group_id = answer.result()
         return groups.group_from_hex(group_id) if group_id else None
 
     @property
     def is_over(self) -> bool:
-        """Whether its caller has gone, or wants no more of it."""
+        """Whether its caller has gone, or has given it up."""
         return self._is_over
 
     def end(self) -> None:
-        """Nobody waits for it any more."""
+        """Records that nobody waits for it any more."""
         with self._lock:
             self._is_over = True
             if self._answer is not None and not self._answer.done():
                 self._answer.set_result("")
 
     def begin(self, outcome: Future[PlacementResult]) -> None:
-        """Notes what it will come to."""
+        """Sets the future of its outcome."""
         self._outcome = outcome
 
     async def step(self, group_id: str | None = None) -> Loan | PlacementResult:
@@ -138,7 +138,7 @@ class Lending:
 
 
 class Loans:
-    """The placements of this kind that are under way. Of one event loop."""
+    """The leases that are under way. For one event loop."""
 
     def __init__(self) -> None:
         self._lendings: dict[str, Lending] = {}
@@ -149,7 +149,7 @@ class Loans:
     async def begin(
         self, lending: Lending, place: Coroutine[Any, Any, PlacementResult]
     ) -> Loan | PlacementResult:
-        """Begins one, which ``place`` carries out; the first loan, or the result."""
+        """Begins a lease, which ``place`` carries out; returns the first loan, or the result."""
         outcome: Future[PlacementResult] = Future()
         task = asyncio.ensure_future(place)
         task.add_done_callback(lambda done: self._lent(lending, done, outcome))
@@ -164,7 +164,7 @@ class Loans:
     def _lent(
         self, lending: Lending, done: asyncio.Future[PlacementResult], outcome: Future[PlacementResult]
     ) -> None:
-        """It is over; who has yet to ask what it came to may do so for a while."""
+        """Ends it; its outcome can still be asked for during a short time."""
         _hand_on(done, outcome)
         asyncio.get_running_loop().call_later(KEPT_SECONDS, self._lendings.pop, lending.id, None)
 
@@ -176,11 +176,11 @@ class Loans:
         """
         lending = self._lendings.get(loan_id)
         if lending is None:
-            raise LeaseExpired("?", "nothing is lent under that id; the service may have started anew")
+            raise LeaseExpired("?", "nothing is lent under that id; the service may have restarted")
         return await self._next(lending, group_id)
 
     def cancel(self, loan_id: str) -> None:
-        """The caller wants no more of it. Harmless if it is over already."""
+        """The caller gives it up. Harmless if it is over already."""
         lending = self._lendings.pop(loan_id, None)
         if lending is not None:
             lending.end()
@@ -195,7 +195,7 @@ class Loans:
 
 def _hand_on(done: asyncio.Future[PlacementResult], outcome: Future[PlacementResult]) -> None:
     if done.cancelled():
-        outcome.set_exception(LeaseExpired("?", "it was cut off"))
+        outcome.set_exception(LeaseExpired("?", "it was interrupted"))
     elif error := done.exception():
         outcome.set_exception(error)
     else:
@@ -203,6 +203,6 @@ def _hand_on(done: asyncio.Future[PlacementResult], outcome: Future[PlacementRes
 
 
 def _is_known(outcome: asyncio.Future[PlacementResult]) -> None:
-    """Keeps asyncio from complaining of an error that the next step will tell of."""
+    """Keeps asyncio from warning about an error that the next step will raise."""
     if not outcome.cancelled():
         outcome.exception()

@@ -1,4 +1,4 @@
-"""What was asked for, durable in Ray's GCS key-value store. The rest is rebuilt from what lives.
+"""The durable records of deployments, in Ray's GCS key-value store. All else is rebuilt from what exists.
 
 One record for each deployment: its declaration, since when it waits, whose end ends it, and for each replica the name
 and id of its group and what it holds; of a replica that is to be replaced also the declaration it was placed under. No
@@ -8,8 +8,8 @@ service that starts anew need not wake the nodes that hold nothing; what was mea
 or not; which numbers no event has had yet; and the history, whose entries have a version of their own
 (:mod:`placement.runtime.history`).
 
-Version 1 had no ``releasing``, version 2 no generations, owners or queue. A record that this version cannot read is
-left byte for byte as it is.
+Version 1 had no ``releasing``, version 2 no generations, owners or queue. A record that this version cannot read stays
+unchanged, byte for byte.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _HISTORY = "history/"
 
 @dataclass(frozen=True)
 class Record:
-    """One record as it was found.
+    """One record as it was read.
 
     Attributes:
-        content: what it says; ``None`` if it cannot be read.
+        content: its contents; ``None`` if it cannot be read.
         problem: why not.
         newer: a later version of the service wrote it.
     """
@@ -54,7 +54,7 @@ class Record:
 
 
 def token() -> str:
-    """Marks the groups of this cluster's service apart from everybody else's. Made once, then kept."""
+    """The token that marks the groups of this cluster's service. It is created once and then kept."""
     found = ray_internals.kv_get(_TOKEN, _NAMESPACE)
     if found is None:
         ray_internals.kv_put(_TOKEN, secrets.token_hex(4).encode(), _NAMESPACE, overwrite=False)
@@ -68,7 +68,7 @@ def save(name: str, record: Mapping[str, Any]) -> None:
 
     Args:
         name: of the deployment.
-        record: what is to be kept, JSON-ready; the version is added.
+        record: its contents, JSON-ready; the version is added.
     """
     key = (_RECORD + name).encode()
     value = json.dumps({"version": VERSION, **record}).encode()
@@ -81,7 +81,7 @@ def delete(name: str) -> None:
 
 
 def note_ended(name: str, replicas: int) -> None:
-    """Notes that so many replicas of a deployment were given back, until :func:`forget_ended`."""
+    """Records how many replicas of a deployment were released, until :func:`forget_ended`."""
     ray_internals.kv_put((_ENDED + name).encode(), str(replicas).encode(), _NAMESPACE)
 
 
@@ -91,23 +91,23 @@ def forget_ended(name: str) -> None:
 
 
 def ended() -> dict[str, int]:
-    """Deployment -> replicas that were given back, of all that are noted."""
+    """Deployment -> how many replicas were released, for all such notes."""
     return {name: int(value) for name, value in _all(_ENDED).items() if value.isdigit()}
 
 
 def event_numbers() -> int:
-    """The number that no event has reached yet."""
+    """The first unused event number."""
     found = ray_internals.kv_get(_EVENT_NUMBERS, _NAMESPACE)
     return int(found) if found is not None and found.isdigit() else 0
 
 
 def save_event_numbers(end: int) -> None:
-    """Notes it."""
+    """Records it."""
     ray_internals.kv_put(_EVENT_NUMBERS, str(end).encode(), _NAMESPACE)
 
 
 def save_facts(node_id: str, facts: NodeFacts) -> None:
-    """Notes what a node's GPUs are."""
+    """Records the facts of a node's GPUs."""
     key, value = (_FACTS + node_id).encode(), facts.model_dump_json(exclude_none=True).encode()
     ray_internals.kv_put(key, value, _NAMESPACE)
 
@@ -118,7 +118,7 @@ def forget_facts(node_id: str) -> None:
 
 
 def facts() -> dict[str, NodeFacts | None]:
-    """Node id -> what its GPUs are; ``None`` where the note cannot be read, and the node is to be asked."""
+    """Node id -> the facts of its GPUs; ``None`` if the note cannot be read, and the node must be asked."""
     found: dict[str, NodeFacts | None] = {}
     for node_id, value in _all(_FACTS).items():
         try:
@@ -129,13 +129,13 @@ def facts() -> dict[str, NodeFacts | None]:
 
 
 def save_measurement(measurement: Measurement) -> None:
-    """Keeps what was measured on a host, in the place of what was kept of it before."""
+    """Stores the measured rates of a host, replacing its earlier ones."""
     value = measurement.model_dump_json(exclude_none=True).encode()
     ray_internals.kv_put(_key_of(measurement), value, _NAMESPACE)
 
 
 def forget_measurement(measurement: Measurement) -> None:
-    """Removes what was measured on a host, if it is kept."""
+    """Removes the measured rates of a host, if there are any."""
     ray_internals.kv_delete(_key_of(measurement), _NAMESPACE)
 
 
@@ -145,7 +145,7 @@ def _key_of(measurement: Measurement) -> bytes:
 
 
 def measurements() -> list[Measurement]:
-    """What was measured on all hosts; what this version cannot read is left as it is."""
+    """The measured rates of all hosts; entries that this version cannot read are left as they are."""
     found = []
     for value in _all(_MEASURED).values():
         with contextlib.suppress(ValueError):
@@ -175,13 +175,13 @@ def drop_history_segment(name: str) -> None:
 
 
 def records() -> Iterator[Record]:
-    """All records, ordered by name; also those that cannot be read."""
+    """All records, ordered by name; including those that cannot be read."""
     for name, value in sorted(_all(_RECORD).items()):
         yield read(name, value)
 
 
 def _all(prefix: str) -> dict[str, bytes]:
-    """What follows the prefix in a key -> value."""
+    """The part of the key after the prefix -> value."""
     values = ray_internals.kv_all(prefix.encode(), _NAMESPACE)
     return {key.decode(errors="replace").removeprefix(prefix): value for key, value in values.items()}
 
@@ -192,7 +192,7 @@ def read(name: str, value: bytes) -> Record:
         content = json.loads(value)
         version = content["version"]
     except (ValueError, TypeError, KeyError):
-        return Record(name, None, "its record is not one that this service wrote, or only a part of one")
+        return Record(name, None, "its record was not written by this service, or is incomplete")
     if not isinstance(version, int) or version > VERSION:
         problem = f"its record has version {version}, and this service reads up to {VERSION}"
         return Record(name, None, problem, newer=True)

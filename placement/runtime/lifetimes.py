@@ -1,6 +1,6 @@
-"""What ends by itself: with its owner, when its time is over, when it has waited for too long.
+"""Deployments that end by themselves: with their owner, when their time is over, or when they waited too long.
 
-Of a lease, what its owner removed has ended, too.
+A lease also loses the placement groups that its owner removed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ OWNER_ENDED = "its owner has ended"
 
 
 class Lifetimes:
-    """Ends what is over. Thread-safe.
+    """Ends deployments that are over. Thread-safe.
 
     Args:
         queue: what waits for room.
-        reconciler: what brings deployments about.
-        reconcile: brings the deployment of that name to what is declared, with one look; in its turn.
-        releases: what gives back what deployments hold.
+        reconciler: reconciles deployments.
+        reconcile: reconciles the deployment of that name, with one look; in its turn.
+        releases: gives back what deployments hold.
         turns: one change of a deployment at a time.
     """
 
@@ -46,9 +46,9 @@ class Lifetimes:
         self._releases, self._turns = releases, turns
 
     def settled(self, name: str) -> DeploymentState | None:
-        """What is to be changed, in its turn; ``None`` if nothing of that name is there.
+        """The deployment to change, in its turn; ``None`` if there is none of that name.
 
-        A release that was cut off comes first, and what nobody has noticed of its owner.
+        An interrupted release is finished first, and groups that its owner removed are forgotten.
         """
         known = self._state.get(name)
         if known is not None and known.releasing:
@@ -69,12 +69,12 @@ class Lifetimes:
         now: float,
         begin: Callable[[str, Callable[[], None]], object] = lambda name, do: do(),
     ) -> None:
-        """Releases what outlived its owner or its time; gives up what has waited for longer than it wants.
+        """Releases deployments whose owner or time has ended; gives up replicas that waited past their deadline.
 
         Args:
-            has_ended: whether an owner is no more.
+            has_ended: whether an owner has ended.
             now: seconds since 1970.
-            begin: does something to a deployment that takes as long as its nodes take to answer.
+            begin: starts work on a deployment that may take as long as its nodes take to answer.
         """
         self._queue.end_what_is_for_nobody()
         for one in self._state.temporary():
@@ -90,11 +90,13 @@ class Lifetimes:
             if ended or expired or late:
                 why = OWNER_ENDED if ended else "its time is over" if expired else ""
                 begin(one.name, partial(self._end, one.name, why))
-            elif one.is_lease and (not one.replicas or _lost_groups(one)):  # if its end was cut off, or is
+            elif one.is_lease and (
+                not one.replicas or _lost_groups(one)
+            ):  # even if its release was interrupted, or will be
                 begin(one.name, partial(self._end_gone, one))
 
     def forget_removed(self) -> bool:
-        """Forgets what the owners of leases have removed since the clock last looked; whether there was anything."""
+        """Forgets groups that owners of leases have removed since the last look; returns whether there were any."""
         removed = [one for one in self._state.temporary() if one.is_lease and _lost_groups(one)]
         for lease in removed:
             self._end_gone(lease)
@@ -125,7 +127,7 @@ class Lifetimes:
             self._releases.release_together(names)
 
     def _forget_gone(self, lease: DeploymentState) -> None:
-        """Forgets of a lease what its owner has removed, or what ended with him; in its turn."""
+        """Forgets the groups of a lease that its owner removed, or that ended with the owner; in its turn."""
         gone = _lost_groups(lease)
         if not gone and lease.replicas:
             return
@@ -137,5 +139,5 @@ class Lifetimes:
 
 
 def _lost_groups(lease: DeploymentState) -> set[str]:
-    """The ids of the groups of a lease that are not there any more."""
+    """The ids of the groups of a lease that no longer exist."""
     return {one.group_id for one in lease.replicas.values() if groups.is_gone(one.group_id)}

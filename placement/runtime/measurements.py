@@ -1,4 +1,4 @@
-"""What was measured on nodes: kept in the ledger, and which nodes go by it."""
+"""Measured rates of nodes: kept in the ledger; and which nodes use them."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from placement.wire.measurements import Measurement, identity_of
 
 
 class Measurements:
-    """One for each host and make; a host whose links have changed is of another make. Thread-safe."""
+    """One measurement for each host and make; a host whose links have changed is of another make. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._of_make: dict[Machine, dict[tuple[object, ...], Measurement]] = {}
 
     def restore(self) -> None:
-        """Takes over what an earlier service kept."""
+        """Takes over the measurements of an earlier service."""
         for measurement in ledger.measurements():
             self._put(measurement)
 
     def all(self) -> list[Measurement]:
-        """All of them, by host."""
+        """All measurements, by host."""
         with self._lock:
             found = [one for hosts in self._of_make.values() for one in hosts.values()]
         return sorted(found, key=lambda one: (one.host, one.uuids != (), str(one.uuids)))
 
     def record(self, measurement: Measurement) -> None:
-        """Keeps a measurement; what was measured before of other sets of the host stays."""
+        """Keeps a measurement; earlier rates of other sets of the host stay."""
         ledger.save_measurement(self._put(measurement))
 
     def forget(self, hosts: Collection[str], identities: Collection[tuple[object, ...]]) -> list[Measurement]:
-        """Forgets what was measured on hosts, by their names or what they are recognized by, and returns it."""
+        """Forgets the rates of hosts, given by name or identity, and returns them."""
         found = [one for one in self.all() if one.host in hosts or one.identity in identities]
         for one in found:
             ledger.forget_measurement(one)
@@ -54,18 +54,18 @@ class Measurements:
             return kept
 
     def of(self, name: str, hardware: GpuHardware) -> Measurement | None:
-        """What was measured on a node itself."""
+        """The rates measured on a node itself."""
         with self._lock:
             return self._of_make.get(make_of(hardware.topology), {}).get(identity_on(name, hardware))
 
     def applied(self, name: str, hardware: GpuHardware) -> GpuHardware:
-        """The hardware of a node with the rates that it goes by: those of its make, and its own where these are apart.
+        """The hardware of a node with its rates: those of its make, or its own where these differ by more than noise.
 
-        A suspect figure is no reason to think ill of other nodes.
+        A suspect rate does not count for other nodes.
 
         Args:
             name: of the node.
-            hardware: with nothing measured.
+            hardware: the hardware without rates.
         """
         topology = hardware.topology
         if not self._of_make:
@@ -82,7 +82,7 @@ class Measurements:
 
 
 def identity_on(name: str, hardware: GpuHardware) -> tuple[object, ...]:
-    """What measurements of a node are recognized by."""
+    """The identity by which measurements of a node are found."""
     return identity_of(name, [hardware.uuids.get(gpu) for gpu in range(len(hardware.topology))])
 
 

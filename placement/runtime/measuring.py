@@ -1,4 +1,4 @@
-"""``placement measure``: a real all-reduce on GPUs that are held as placements are.
+"""``placement measure``: a real all-reduce on GPUs that are held like a placement.
 
 The GPUs are a lease of this process: on Ctrl-C they are given back, and when it is killed Ray ends their placement
 group and the workers in it, as it does with every lease.
@@ -30,11 +30,11 @@ from placement.wire.machine import Machine, mb_per_s
 from placement.wire.measurements import MeasuredRate, Measurement
 
 MESSAGE_BYTES = {"nccl": 1 << 30, "gloo": 1 << 22}
-"""Of each GPU. Links are busy throughout with that much; with gloo, which copies through the CPUs, with less."""
+"""Message bytes per GPU, enough to keep the links busy; with gloo, which copies through the CPUs, less is enough."""
 TIMED_SECONDS = 1.0
-"""A set is timed for about so long, in 3 to 20 all-reduces (as many as nccl-tests does)."""
+"""About how long a set is timed, in 3 to 20 all-reduces (nccl-tests does 20)."""
 SET_SECONDS = 60.0
-"""A set that takes longer hangs: to set up NCCL takes some seconds, and a gigabyte at 0.1 GB/s ten."""
+"""A set that takes longer hangs: setting up NCCL takes some seconds, and a gigabyte at 0.1 GB/s ten."""
 START_SECONDS = 300.0
 """How long the workers may take to start; all of them import torch at once, which takes minutes on a machine of two
 CPUs that has much else to do."""
@@ -48,9 +48,9 @@ class Target:
 
     Attributes:
         free: the GPUs that are wholly free.
-        uuids: of all its GPUs.
+        uuids: the UUIDs of all its GPUs.
         machine: its make.
-        facts: what it says of its GPUs.
+        facts: the facts of its GPUs.
     """
 
     id: str
@@ -66,18 +66,18 @@ class Target:
         return {gpu.ordinal: gpu.pci_bus_id for gpu in self.facts.gpus if gpu.pci_bus_id}
 
     def measurement(self, rates: Sequence[MeasuredRate]) -> Measurement:
-        """These rates as those of the node."""
+        """These rates as a measurement of the node."""
         return Measurement(host=self.name, uuids=self.uuids, machine=self.machine, rates=tuple(rates))
 
 
 @dataclass
 class Outcome:
-    """What became of one node.
+    """The outcome for one node.
 
     Attributes:
-        rates: what was measured.
+        rates: the measured rates.
         failed: set -> why not.
-        left_out: how many sets there was no time for.
+        left_out: how many sets were left out for lack of time.
     """
 
     target: Target
@@ -95,7 +95,7 @@ class Outcome:
 
 
 def as_report(measurement: Measurement) -> dict[str, Any]:
-    """A measurement as JSON-ready values: node, and its sets beside what is predicted."""
+    """A measurement as JSON-ready values: node, and its sets with measured and predicted rates."""
     predicted = shape_of(measurement.machine.topology()).mb_per_s
     sets = [
         {**one.model_dump(mode="json"), **beside_predicted(mb_per_s(one.gb_per_s), predicted(one.gpus))}
@@ -105,7 +105,7 @@ def as_report(measurement: Measurement) -> dict[str, Any]:
 
 
 def targets(topology: Sequence[Mapping[str, Any]], snapshot: Mapping[str, Any]) -> list[Target]:
-    """The GPU nodes that ``topology`` tells of, as the service's methods of these names do."""
+    """The GPU nodes in the service's ``topology`` and ``snapshot`` reports."""
     said = {one["id"]: one["facts"] for one in topology}
     cluster = ClusterFile.model_validate(snapshot, context=STANDS)
     found = []
@@ -121,11 +121,11 @@ def targets(topology: Sequence[Mapping[str, Any]], snapshot: Mapping[str, Any]) 
 
 
 class Rank:
-    """The worker on one GPU. It needs PyTorch, and so does nothing else of this package.
+    """The worker on one GPU. It is the only part of this package that needs PyTorch.
 
     Args:
         node: name of the node, for errors.
-        is_simulated: its GPUs are counted only; what can be measured is the way through the CPUs, with gloo.
+        is_simulated: its GPUs are only counted; then gloo measures the path through the CPUs.
     """
 
     def __init__(self, node: str, is_simulated: bool) -> None:
@@ -134,10 +134,10 @@ class Rank:
         self._store: Any = None
 
     def library(self) -> str:
-        """What reduces here, and its version.
+        """The collective library, and its version.
 
         Raises:
-            NoCollectiveLibrary: nothing does.
+            NoCollectiveLibrary: there is none.
         """
         try:
             import torch
@@ -161,18 +161,18 @@ class Rank:
         )
 
     def open_store(self) -> int:
-        """Has this rank keep what the ranks of a set tell each other first; returns the port."""
+        """Starts the store with which the ranks of a set find each other on this rank; returns the port."""
         from torch.distributed import TCPStore
 
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         return int(self._store.port)
 
     def seconds(self, port: int, number: int, rank: int, ranks: int) -> tuple[float, int]:
-        """How long an all-reduce takes among ``ranks``, of which this is one; and of how many bytes each.
+        """How long an all-reduce among ``ranks`` takes, of which this is one; and its bytes per rank.
 
         Args:
-            port: of the store.
-            number: of the set; each has its own.
+            port: the port of the store.
+            number: the number of the set; each set has its own.
             rank: which one this is.
             ranks: how many there are.
 
@@ -198,9 +198,9 @@ class Rank:
             message.zero_()
 
             def timed(times: int) -> float:
-                """Of each of so many, the same for all ranks: that of the slowest."""
+                """The time of each of ``count`` all-reduces: that of the slowest rank."""
                 slowest = torch.zeros(1, device=device)
-                distributed.all_reduce(slowest)  # all begin together
+                distributed.all_reduce(slowest)  # all ranks begin together
                 self._synchronize()
                 began = time.perf_counter()
                 for _ in range(times):
@@ -223,7 +223,7 @@ class Rank:
 
 
 class _Ranks:
-    """The workers on the GPUs of an assignment, started anew after a set that hung or failed."""
+    """The workers on the GPUs of an assignment; they are restarted after a set that hung or failed."""
 
     def __init__(self, assignment: NodeAssignment, target: Target) -> None:
         self._assignment, self._target = assignment, target
@@ -232,7 +232,7 @@ class _Ranks:
         self.library = ""
 
     def start(self) -> None:
-        """Starts them, unless they run.
+        """Starts the workers, unless they run.
 
         Raises:
             CannotMeasure: they do not start in time, or have no collective library.
@@ -257,7 +257,7 @@ class _Ranks:
             raise CannotMeasure(self._target.name, f"{why}; try it again, or see Ray's log there") from None
 
     def bus_gb_per_s(self, gpus: Gpus, seconds: float) -> tuple[float, int]:
-        """The bus bandwidth of a set, 10^9 bytes per second and GPU as nccl-tests has it, and the message's bytes.
+        """The bus bandwidth of a set, 10^9 bytes per second and GPU as in nccl-tests, and the message's bytes.
 
         Raises:
             CannotMeasure: it took too long, failed, or came to a wrong sum.
@@ -284,7 +284,7 @@ class _Ranks:
         return size / each * 2 * (len(gpus) - 1) / len(gpus) / 1e9, size
 
     def stop(self) -> None:
-        """Ends them."""
+        """Ends the workers."""
         for one in self._workers.values():
             with contextlib.suppress(Exception):
                 ray.kill(one)
@@ -294,24 +294,24 @@ class _Ranks:
 def measure(
     client: Client, target: Target, pairs_only: bool, until: float, told: Callable[[str], None]
 ) -> Outcome:
-    """Measures sets of the free GPUs of a node, one after the other, and has the service keep the rates.
+    """Measures sets of the free GPUs of a node, one after the other, and stores the rates in the service.
 
-    What was measured is kept also if this is interrupted.
+    Rates measured before an interruption are kept.
 
     Args:
         client: of the service.
         target: the node.
         pairs_only: no sets of more than two GPUs.
-        until: no set is begun after that, by ``time.monotonic``.
-        told: is given a line for each set.
+        until: no set is started after this time, by ``time.monotonic``.
+        told: called with a line for each set.
 
     Raises:
         CannotMeasure: fewer than two GPUs are free, or no set could be measured.
-        Unplaceable, ReservationFailed: somebody took the GPUs meanwhile.
+        Unplaceable, ReservationFailed: others took the GPUs meanwhile.
     """
     if len(target.free) < 2:
         free = f"{len(target.free)} of its GPUs {'is' if len(target.free) == 1 else 'are'} free"
-        raise CannotMeasure(target.name, f"{free}, and it takes two; release some, or wait")
+        raise CannotMeasure(target.name, f"{free}, and two are needed; release some, or wait")
     outcome = Outcome(target)
     topology = target.machine.topology()
     predicted = shape_of(topology).mb_per_s
@@ -355,7 +355,7 @@ def measure(
 
 @contextlib.contextmanager
 def _held(client: Client, target: Target) -> Iterator[NodeAssignment]:
-    """All free GPUs of a node, held for as long as this process lives and the block lasts."""
+    """All free GPUs of a node, held until the block ends or this process dies."""
     name = own_name("measure")
     wanted: Mapping[str, Any] = {
         "name": name,

@@ -1,6 +1,6 @@
 """Which deployments a name means, since a group is placed, changed and released as one.
 
-What is declared may change meanwhile, by other threads.
+Other threads may change declarations meanwhile.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from placement.wire.deployment import Deployment
 
 
 class Declared(Protocol):
-    """Something that was declared."""
+    """An object with a declaration."""
 
     @property
     def deployment(self) -> Deployment:
@@ -21,15 +21,15 @@ class Declared(Protocol):
 
 
 def meant_by(name: str, declared: Mapping[str, Declared], unreadable: Collection[str] = ()) -> list[str]:
-    """The deployment of that name, or the members of the group of that name that are there.
+    """The deployment of that name, or the existing members of the group of that name.
 
     Args:
         name: of a deployment, or of a group.
-        declared: all that is there, by name.
-        unreadable: names of records that nobody can read.
+        declared: all deployments, by name.
+        unreadable: names of unreadable records.
 
     Raises:
-        UnknownDeployment: neither is there.
+        UnknownDeployment: neither exists.
     """
     if name in declared or name in unreadable:
         return [name]
@@ -48,9 +48,9 @@ def with_members(names: Iterable[str], declared: Mapping[str, Declared]) -> list
 
 
 def changed_with(name: str, declared: Mapping[str, Declared]) -> list[str]:
-    """The members of the group of that name, or that the deployment of that name is a member of.
+    """The members of the group of that name, or of the group of the deployment of that name.
 
-    Just the name, if there is no such group.
+    Only the name, if there is no such group.
     """
     known = declared.get(name)
     if known is None:
@@ -60,6 +60,6 @@ def changed_with(name: str, declared: Mapping[str, Declared]) -> list[str]:
 
 
 def _members_of(group_name: str, declared: Mapping[str, Declared]) -> list[str]:
-    """The members of a group as they were declared; empty if there is no such group."""
+    """The declared members of a group; empty if there is no such group."""
     groups = (one.deployment.group for one in tuple(declared.values()))
     return next((sorted(one.members) for one in groups if one is not None and one.name == group_name), [])

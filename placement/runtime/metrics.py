@@ -1,9 +1,9 @@
-"""The service's metrics, through ``ray.util.metrics``: Ray's agents export them, and its own discovery finds them.
+"""The service's metrics, through ``ray.util.metrics``: Ray's agents export them, and Ray's discovery lists them.
 
-:data:`placement.monitoring.METRICS` lists them. Counters and histograms are fed where something happens, by
-:func:`counted`, :func:`reserving`, :func:`steered`, :func:`placed` and :func:`noted`. These do nothing in a process in
-which :func:`start` was not called. Gauges are read from the status as a whole, and set again and again by a thread: Ray
-drops a gauge that was not set for two export intervals, and so the series of what is gone end.
+:data:`placement.monitoring.METRICS` lists them. Counters and histograms are fed at the event, by
+:func:`counted`, :func:`reserving`, :func:`steered`, :func:`placed` and :func:`noted`. These do nothing in a process
+that did not call :func:`start`. Gauges are computed from the whole status, and set repeatedly by a thread: Ray
+drops a gauge that was not set for two export intervals, so series of objects that are gone end.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from placement.runtime.orders import without_suffix
 P = ParamSpec("P")
 T = TypeVar("T")
 Series = tuple[str, tuple[str, ...]]
-"""The name of a metric, and the values of its labels in their order."""
+"""The name of a metric, and the values of its labels in order."""
 
 MOST_OF_A_CORE = 0.02
-"""The part of a core that reading the gauges takes at most. Where one reading takes long, the last one is set again."""
+"""The most of a core that reading the gauges may take. If one reading takes long, the last one is set again."""
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def counted(call: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[
 
 @contextmanager
 def reserving() -> Iterator[Callable[[str], None]]:
-    """Counts a reservation, with the outcome that is said within; it has ``failed`` if that is left by an exception."""
+    """Counts a reservation, with the outcome set in the block; ``failed`` if the block ends with an exception."""
     outcomes = ["failed"]
     try:
         yield outcomes.append
@@ -91,17 +91,17 @@ def reserving() -> Iterator[Callable[[str], None]]:
 
 
 def steered(attempts: int) -> None:
-    """Notes how many attempts a node took to reserve what was wanted."""
+    """Records how many attempts a node needed to reserve the wanted GPUs."""
     _observe("placement_steering_attempts", attempts)
 
 
 def placed(seconds: float) -> None:
-    """Notes how long it took to place something."""
+    """Records how long a placement took."""
     _observe("placement_duration_seconds", seconds)
 
 
 def noted(name: str, replica: int | None, state: str) -> None:
-    """Notes an event of the feed, for the time from a replica's loss until it is placed again."""
+    """Records an event of the feed, for the time from a replica's loss until it is placed again."""
     if not _recorders or replica is None:
         return
     with _noting:
@@ -135,13 +135,13 @@ def readings(
     fragmented: float,
     now: float,
 ) -> dict[Series, float]:
-    """What the gauges say.
+    """The values of the gauges.
 
     Args:
         status: of the cluster, without a filter, as :func:`placement.runtime.status.cluster_status` has it.
         topologies: node id -> how its GPUs are linked.
         waiting: one of ``monitoring.WAITING`` -> since when each waits, in seconds since 1970.
-        fragmented: GPUs that are.
+        fragmented: how many GPUs are fragmented.
         now: seconds since 1970.
     """
     found: defaultdict[Series, float] = defaultdict(float)
@@ -168,7 +168,7 @@ def _read_nodes(nodes: Sequence[Mapping[str, Any]], found: defaultdict[Series, f
             found["placement_gpus", (name, state)] += 0
         for gpu in node["gpus"]:
             found["placement_gpus", (name, _gpu_state(gpu))] += 1
-        # Others hold so many more of those that seem free; which, nobody has looked.
+        # Other users hold this many of the GPUs that seem free; which ones is not known.
         hidden = min(node["others_unlocated"], sum(gpu["state"] == "free" for gpu in node["gpus"]))
         found["placement_gpus", (name, "free")] -= hidden
         found["placement_gpus", (name, "foreign")] += hidden
@@ -227,7 +227,7 @@ def _name(deployment: Mapping[str, Any]) -> str:
 
 
 def _labels(names: Sequence[str], most: int) -> dict[str, str]:
-    """Name -> what its series are called: by itself, as long as there are not too many."""
+    """Name -> the label of its series: the name itself for the first ones, else "others"."""
     return {name: name if place < most else OTHERS for place, name in enumerate(names)}
 
 
@@ -235,7 +235,7 @@ def _labels(names: Sequence[str], most: int) -> dict[str, str]:
 
 
 def start(read: Callable[[], Mapping[Series, float]]) -> None:
-    """Begins to report, in a thread of its own.
+    """Starts to report, in a thread of its own.
 
     Args:
         read: the :func:`readings`. While it raises, no gauge is reported.
@@ -262,7 +262,7 @@ def _report(read: Callable[[], Mapping[Series, float]]) -> None:
                 known = read()
             except Exception:
                 known = {}
-                logger.exception("the gauges could not be read; trying again")
+                logger.exception("the gauges could not be computed; trying again")
             not_before = time.monotonic() + (time.thread_time() - began) / MOST_OF_A_CORE
         for (name, values), value in known.items():
             _recorders[name].set(value, dict(zip(labels[name], values, strict=True)))

@@ -1,7 +1,7 @@
-"""What a set of GPUs, a remote replica or a CPU replica that waits asks of a node that is not there yet. Pure.
+"""What a waiting set of GPUs, remote replica or CPU replica needs of a node that does not exist yet. Pure.
 
-A new node is known by what its type promises: resources and labels. What depends on more (the links between its
-GPUs, how much of their memory is free) shows only once it is there.
+Of a new node only its type's resources and labels are known. What depends on more (the links between its
+GPUs, how much of their memory is free) is known only once it has joined.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ Amounts = tuple[tuple[str, float], ...]
 """Resource -> amount, sorted and hashable."""
 
 Conditions = dict[str, tuple[bool, frozenset[str]]]
-"""Label -> (is it to have one of the values?, the values)."""
+"""Label -> (whether it must have one of the values, the values)."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """One shape in which a need can be asked for.
+    """One form in which a need can be asked for.
 
     Attributes:
-        bundles: of the placement group. One on its own lies on one node.
-        smaller_than: asked for only while no node has so many GPUs; 0 is always.
+        bundles: the bundles of the placement group. A single bundle is on one node.
+        smaller_than: asked for only while no node has this many GPUs; 0 means always.
     """
 
     bundles: tuple[Amounts, ...]
@@ -47,7 +47,7 @@ class Way:
 
     @property
     def total(self) -> dict[str, float]:
-        """Resource -> amount, of all bundles."""
+        """Resource -> amount, over all bundles."""
         total: dict[str, float] = {}
         for bundle in self.bundles:
             for resource, amount in bundle:
@@ -57,11 +57,11 @@ class Way:
 
 @dataclass(frozen=True)
 class Need:
-    """What one waiting set asks of a new node.
+    """What one waiting set needs of a new node.
 
     Attributes:
-        what: the resources, in words, as refusals say them.
-        ways: the shapes to ask for, the next one where no node type can hold the one before.
+        what: the resources, in the words of refusals.
+        ways: the forms to ask in; the next one is used if no node type can hold the one before.
         labels: label -> condition, in Ray's syntax, sorted.
     """
 
@@ -79,7 +79,7 @@ class Need:
 
 
 def by_type(need: Need, types: Sequence[NodeType]) -> str:
-    """Which node types would hold a need; if none would, what each of them lacks, of the first few.
+    """Which node types would hold a need; if none would, what the first few lack.
 
     Returns:
         A clause without its full stop; empty without types.
@@ -97,7 +97,7 @@ def by_type(need: Need, types: Sequence[NodeType]) -> str:
 
 
 def _lack(need: Need, one: NodeType) -> str:
-    """What a node type lacks for a need; empty if nothing. What Ray looks up by itself (CPUs, memory) it may have."""
+    """What a node type lacks for a need; empty if nothing. CPUs and memory that Ray detects itself may suffice."""
     for key, condition in need.labels:
         if not meets(one.labels, key, condition):
             return f"has label {key} {one.labels[key]}" if key in one.labels else f"promises no label {key}"
@@ -134,7 +134,7 @@ def _of(resource: str, have: float, needed: float) -> str:
 
 
 def _few(names: Sequence[str], between: str = ", ", most: int = 4) -> str:
-    """The first few of them, and how many more there are."""
+    """The first few names, and how many more there are."""
     more = f"{between}and {len(names) - most} more" if len(names) > most else ""
     return between.join(names[:most]) + more
 
@@ -142,12 +142,12 @@ def _few(names: Sequence[str], between: str = ", ", most: int = 4) -> str:
 def needs_of(
     request: Request, indices: Iterable[int], full_domains: Collection[str] = ()
 ) -> dict[str, Need] | str:
-    """What the sets of some replicas ask for, by ``deployment:replica:set``; or why nothing is asked.
+    """The needs of some replicas' sets, by ``deployment:replica:set``; or why no node is asked for.
 
     Args:
-        request: what they are replicas of.
+        request: the replicas' request.
         indices: which of them wait.
-        full_domains: values of the request's spread label under which no more replicas may go.
+        full_domains: values of the request's spread label whose nodes may take no more replicas.
     """
     if why := _untold(request):
         return why
@@ -163,27 +163,27 @@ def needs_of(
 
 
 def _untold(request: Request) -> str:
-    """Which constraint cannot be told to the autoscaler, if there is one."""
+    """The constraint that cannot be expressed to the autoscaler, if there is one."""
     named, nodes = request.only_nodes
     if nodes is not None:
-        return f"constraints.{named} names nodes that are there"
+        return f"constraints.{named} names existing nodes"
     if request.near_to:
-        return "constraints.near_to asks for a node on which another deployment is"
+        return "constraints.near_to needs a node with another deployment on it"
     if request.provider is not None or request.on_cpus:
         return ""
     if any(isinstance(name, str) for name in request.needs.named):
-        return "constraints.gpus names GPUs by their UUID, and those of a new node have others"
+        return "constraints.gpus names GPUs by UUID, and a new node has other UUIDs"
     if request.needs.named and any(request.standing.values()):
         return "constraints.gpus names GPUs of the node on which other replicas are"
     if request.needs.free_memory_bytes:
-        return "constraints.min_free_gpu_memory_gib is not known of a node before it is there"
+        return "constraints.min_free_gpu_memory_gib cannot be known before a node has joined"
     if request.compute_capability is not None and not request.accelerators:
-        return "node types do not tell their compute capability; name constraints.accelerators as well"
+        return "node types do not state their compute capability; set constraints.accelerators as well"
     return ""
 
 
 def _conditions(request: Request, full_domains: Collection[str]) -> Conditions | str:
-    """The hard constraints that labels express; or why they cannot."""
+    """The hard constraints as label conditions; or why they cannot be expressed."""
     conditions: Conditions = {}
     for key, text in request.labels.items():
         conditions[key] = parse_condition(text)
@@ -199,14 +199,14 @@ def _conditions(request: Request, full_domains: Collection[str]) -> Conditions |
         _narrow(conditions, request.spread_label, False, frozenset(full_domains))
     for key, (wanted, values) in conditions.items():
         if wanted and not values:
-            return f"no node can meet all that is asked of its label {key}"
+            return f"no node can meet all conditions on its label {key}"
     if conditions.get(NODE_ID_LABEL, (False, frozenset()))[0]:
-        return f"the label {NODE_ID_LABEL} names nodes that are there"
+        return f"the label {NODE_ID_LABEL} names existing nodes"
     return conditions
 
 
 def _narrow(conditions: Conditions, key: str, wanted: bool, values: frozenset[str]) -> None:
-    """Adds a condition to what is asked of a label already."""
+    """Combines a condition with those on the same label."""
     if key not in conditions:
         conditions[key] = wanted, values
         return
@@ -227,10 +227,10 @@ def _condition(wanted: bool, values: frozenset[str]) -> str:
 
 def _local(request: Request, labels: tuple[tuple[str, str], ...]) -> Need:
     needs = request.needs
-    # How much memory a new node's GPUs have is not known: of one of them, a whole one.
+    # The memory of a new node's GPUs is unknown, so a whole GPU is asked for.
     gpus = needs.share / WHOLE if needs.share < WHOLE and not needs.memory_bytes else float(needs.gpus)
     what = describe(needs)
-    if needs.named:  # a node has GPU 3 if it has four
+    if needs.named:  # a node with four GPUs has GPU 3
         gpus = 1.0 + max(name for name in needs.named if isinstance(name, int))
         what = counted(int(gpus), "GPU")
     ways = [Way((_amounts(gpus, request.cpu_milli, request.memory_bytes, request.resources),))]

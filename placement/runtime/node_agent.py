@@ -39,7 +39,7 @@ from placement.wire.slots import in_ray_order
 class Filled:
     """An order that is reserved and verified, and what is near each of its GPUs.
 
-    ``mig``: profile of the instance that it is; empty for GPUs.
+    ``mig``: the profile of the MIG instance; empty for GPUs.
     """
 
     order: Order
@@ -54,7 +54,7 @@ class Filled:
 class Reply:
     """All orders filled, or none of them and the reason.
 
-    ``foreign_gpus`` are those that other Ray users held when the node actor last looked.
+    ``foreign_gpus`` are the GPUs that other Ray users held when the node actor last looked.
     """
 
     filled: tuple[Filled, ...]
@@ -64,18 +64,18 @@ class Reply:
 
 @dataclass(frozen=True)
 class Part:
-    """What a node holds of a replica that was prepared there, reserved and verified.
+    """What a node holds of a replica, after it was prepared, reserved and verified there.
 
     Attributes:
-        sets: one set of GPUs for each tensor-parallel group, or part of one, that is here.
+        sets: one set of GPUs for each tensor-parallel group, or part of a group, on this node.
         bundle_of: GPU -> bundle.
-        score: that of the slowest set.
-        sorted_score: the same, were they cut from the GPUs in ascending order.
+        score: the score of the slowest set.
+        sorted_score: the same if the sets were cut from the GPUs in ascending order.
         ray_gpus: what Ray alone would have given.
-        ray_score: that of ``ray_gpus``, if they were for one set.
+        ray_score: the score of ``ray_gpus``, if there is one set.
         share: thousandths of each GPU.
-        mig: profile of the MIG instance that it is; empty for GPUs.
-        affinities: what is near each GPU of the sets, in their order; empty if nothing is known.
+        mig: the profile of the MIG instance; empty for GPUs.
+        affinities: what is near each GPU of the sets, in their order; empty if unknown.
     """
 
     sets: tuple[tuple[int, ...], ...]
@@ -108,16 +108,16 @@ def living_agents() -> set[str]:
 
 
 FRESH_SECONDS = 2.0
-"""An older reading does not tell how much GPU memory is in use."""
+"""An older reading is not used for free GPU memory."""
 
 LEASE_SECONDS = 1.5
-"""How long whoever is to create a group may take."""
+"""How long the creator of a group may take."""
 GRACE_SECONDS = 0.5
-"""How much longer GPUs stay prepared: the message that the group is there takes its time, too."""
+"""How much longer GPUs stay prepared, as the message that the group exists takes time, too."""
 
 
 class NodePlacementActor:
-    """Pinned to one GPU node. Reservations are made one at a time; facts are served beside them.
+    """The actor of one GPU node. It makes one reservation at a time, and answers questions about facts beside that.
 
     Args:
         node_id: the node, hex.
@@ -139,9 +139,9 @@ class NodePlacementActor:
 
     @ray.method(concurrency_group="facts")
     def facts(self, max_age_seconds: float | None = None) -> NodeFacts:
-        """What the node's GPUs report, one entry for each GPU that Ray has, in Ray's order.
+        """The facts of the node's GPUs, one entry for each GPU that Ray has, in Ray's order.
 
-        Never fails: without NVML the GPUs are there and nothing is known of them. A new reading is
+        Never fails: without NVML the GPUs are listed and nothing is known of them. A new reading is
         started for the next caller, so that memory use is recent.
         """
         facts = self._read(max_age_seconds)
@@ -150,9 +150,9 @@ class NodePlacementActor:
         return facts
 
     def adopt(self, holdings: Mapping[str, Holding], facts: NodeFacts | None = None) -> None:
-        """Notes what is reserved already, by order name: all that this service holds here.
+        """Records what is reserved already, by order name: all that this service holds here.
 
-        And what an earlier actor of the node said of its GPUs, which has to do until they have been read.
+        Also what an earlier actor of the node reported of its GPUs, which is used until they have been read.
         """
         self._reserver.gpus.adopt(holdings)
         if facts is not None and self._reader is not None and not self._reader.has_read:
@@ -160,7 +160,7 @@ class NodePlacementActor:
             self._reader.refresh()
 
     def forget(self, name: str) -> None:
-        """Notes that an order's group is gone, by others' doing."""
+        """Records that others removed an order's group."""
         self._reserver.gpus.forget(name)
 
     def reserve(self, orders: Sequence[Order]) -> Reply:
@@ -173,7 +173,7 @@ class NodePlacementActor:
                 outcome = self._reserver.reserve(order, machine, to_follow)
                 if isinstance(outcome, Refused):
                     self._undo(filled)
-                    if outcome.full:  # for this one, not for those before it
+                    if outcome.full:  # for this order, not for those before it
                         outcome = replace(outcome, at_most=(len(filled) + 1) * order.needs.gpus - 1)
                     return Reply((), outcome, tuple(sorted(self._reserver.gpus.foreign)))
                 ours, rays = score(topology, outcome.gpus), score(topology, outcome.ray_gpus)
@@ -185,13 +185,13 @@ class NodePlacementActor:
         return Reply(tuple(filled), None, tuple(sorted(self._reserver.gpus.foreign)))
 
     def locate(self) -> tuple[int, ...]:
-        """Which GPUs other Ray users hold; looked at anew."""
+        """Which GPUs other Ray users hold, by a new look."""
         return tuple(sorted(self._reserver.gpus.locate()))
 
     def warm(self, gpus: int) -> None:
-        """Answers once everything is there that :meth:`prepare` of so many and :meth:`confirm` need to be quick.
+        """Answers once everything is started that :meth:`prepare` and :meth:`confirm` need to be quick.
 
-        With 0, only the processes: no GPU is touched.
+        With 0 GPUs it only starts processes and touches no GPU.
         """
         self._last_facts()
         self._groups.warm()
@@ -199,15 +199,15 @@ class NodePlacementActor:
             self._reserver.look_ahead(gpus)
 
     def prepare(self, order: Order, sets: int, more: int = 0) -> Prepared | Refused:
-        """Makes the best GPUs those that Ray gives next, for a group that somebody else creates.
+        """Makes the best GPUs the ones that Ray gives next, for a group that somebody else creates.
 
-        :meth:`confirm` or :meth:`cancel` follows; if none has in time, the GPUs are let go by
+        :meth:`confirm` or :meth:`cancel` must follow; if neither does in time, the GPUs are freed by
         themselves.
 
         Args:
             order: what is asked of this node; of a replica over several nodes, one of the ``sets``.
             sets: how many disjoint sets of GPUs of this node it needs.
-            more: how many such orders will follow, and should find room.
+            more: for how many such orders to follow there should be room left.
         """
         self.cancel()
         machine = self._machine([order])
@@ -221,14 +221,14 @@ class NodePlacementActor:
         return replace(outcome, foreign_gpus=tuple(sorted(self._reserver.gpus.foreign)))
 
     def _run_out(self) -> None:
-        """Nobody came. GPUs that cannot be let go are so with the end of this process."""
+        """No group came in time. If the GPUs cannot be freed, the end of this process frees them."""
         try:
             self.cancel()
         except BaseException:
             os._exit(1)
 
     def cancel(self) -> None:
-        """Lets go of what is prepared, if anything is."""
+        """Frees prepared GPUs, if there are any."""
         self._let_go(used=False)
 
     def confirm(self, order: Order, group: PlacementGroup, bundles: Sequence[int]) -> Part | Refused:
@@ -261,12 +261,12 @@ class NodePlacementActor:
         )
 
     def release(self, orders: Sequence[tuple[str, PlacementGroup]]) -> None:
-        """Gives groups back. Harmless if they are gone already."""
+        """Removes groups. Harmless if they are gone already."""
         for name, group in orders:
             self._reserver.remove(name, group)
 
     def _let_go(self, used: bool) -> Prepared | None:
-        with self._preparing:  # the lease may be running out at this moment
+        with self._preparing:  # the lease may expire at this moment
             prepared, self._prepared = self._prepared, None
             if self._lease is not None:
                 self._lease.cancel()
@@ -275,7 +275,7 @@ class NodePlacementActor:
         return prepared
 
     def _machine(self, orders: Sequence[Order]) -> GpuHardware:
-        """What the GPUs are; read anew where it matters how much of their memory is in use."""
+        """The GPUs' hardware; read again if free memory matters."""
         fresh = any(order.needs.free_memory_bytes for order in orders)
         hardware = hardware_of(self._last_facts(FRESH_SECONDS if fresh else None), self._gpu_count)
         return with_rates(hardware, orders[0].measured) if orders else hardware
@@ -297,5 +297,5 @@ class NodePlacementActor:
 
 
 def _profile(machine: GpuHardware, order: Order, gpus: Sequence[int]) -> str:
-    """That of the MIG instance that an order has; empty for GPUs."""
+    """The profile of an order's MIG instance; empty for GPUs."""
     return machine.instances[gpus[0]] if order.needs.profile else ""

@@ -1,4 +1,4 @@
-"""What ``status`` says of one node: who sits on which GPU, what others hold, and what is wrong with it."""
+"""The ``status`` of one node: the replicas on each GPU, what others hold, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Held:
     """What is held on one node.
 
     Attributes:
-        occupants: GPU -> who is on it.
+        occupants: GPU -> the replicas on it.
         units: egress resource -> units.
         cpus: of CPU replicas.
     """
@@ -47,16 +47,16 @@ def node_status(
     available: Mapping[str, float] | None = None,
     draining: bool = False,
 ) -> dict[str, Any]:
-    """A node that is alive, with who sits on which GPU; JSON-ready.
+    """A node that is alive, with the replicas on each GPU; JSON-ready.
 
     Args:
         info: the node.
-        facts: what it said of its GPUs, if it did.
-        topology: what they are taken for.
+        facts: the facts of its GPUs, if reported.
+        topology: the topology used for them.
         held: what is held on it.
         foreign: GPUs that other Ray users held when its actor last looked.
-        available: resource -> what Ray says is free, if that is known.
-        draining: Ray is about to take it away.
+        available: resource -> the free amount in Ray's records, if known.
+        draining: the node is draining.
     """
     occupants = held.occupants
     ours = sum(who["share"] for together in occupants.values() for who in together)
@@ -101,12 +101,12 @@ def node_status(
 
 
 def _suspect(gpus: Sequence[int], measured: int, predicted: int) -> dict[str, Any]:
-    """A pair that reaches less than half of what is predicted."""
+    """A pair that reaches less than half of its prediction."""
     return {"gpus": list(gpus), "gb_per_s": measured / 1000, "predicted_gb_per_s": predicted / 1000}
 
 
 def _suspicion(suspects: Sequence[tuple[Sequence[int], int, int]]) -> str | None:
-    """``suspect: GPU 2 and 3 measured at 11.9 of 230 GB/s``, of the worst of several."""
+    """``suspect: GPU 2 and 3 measured at 11.9 of 230 GB/s``, for the worst of several."""
     if not suspects:
         return None
     (a, b), measured, predicted = min(suspects, key=lambda one: one[1] / one[2])
@@ -116,7 +116,7 @@ def _suspicion(suspects: Sequence[tuple[Sequence[int], int, int]]) -> str | None
 
 
 def dead_node_status(dead: DeadNode, held: Held, at: float) -> dict[str, Any]:
-    """A node that is no more, with what has not found another place yet."""
+    """A node that died, with the replicas that have not found another place yet."""
     info = dead.info
     return {
         "id": info.id,
@@ -161,7 +161,7 @@ def _gpu(
 
 
 def problems_of(facts: NodeFacts | None) -> tuple[str | None, str | None]:
-    """What is wrong with a node's GPUs, and which of them are not used."""
+    """What is wrong with a node's GPUs, and which of them are never assigned."""
     lost = sorted(facts.lost()) if facts is not None else []
     unused = f"nothing is placed on GPU {ordinals(lost)}" if lost else None
     return (facts.problem if facts is not None else None), unused

@@ -1,4 +1,4 @@
-"""The cluster as it was last seen, for plans: nodes, Ray's books, and what this service knows better."""
+"""The cluster as last seen, for plans: nodes, Ray's records, and what the service knows better."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from placement.wire.held import HeldDeployment
 T = TypeVar("T")
 
 BOOKS_SECONDS = 0.05
-"""How old Ray's books may be that a plan is made with; they lag by 0.1 s anyway, and a plan that they mislead is
-refused by the node and made anew. Where reading them takes long, which it does on many nodes, they may be older."""
+"""How old Ray's records may be for a plan; they lag by 0.1 s anyway, and a wrong plan is
+refused by the node and made again. If reading them takes long, as on many nodes, they may be older."""
 READING_SECONDS = 0.005
-"""For each time that reading them takes so long, they may be :data:`BOOKS_SECONDS` older: a tenth of the time, at most,
-goes into that."""
+"""The records may be :data:`BOOKS_SECONDS` older for each time that reading them takes this long: at most a tenth of
+the time is spent on reading them."""
 
 
 LOCATED_SECONDS = 30.0
-"""How long it is not asked again which GPUs of a node others hold while they hold as many. They may have changed
-places, but to look takes what is free there for a moment."""
+"""How long a look at which GPUs of a node others hold is used while their number stays the same. They may have changed
+GPUs, but a look takes all free GPUs there for a moment."""
 
 
 @dataclass(frozen=True)
 class _Books:
-    """What Ray said was free.
+    """One reading of what is free in Ray's records.
 
     Attributes:
         available: node id -> resource -> amount.
@@ -53,15 +53,15 @@ class _Books:
 
 
 class ObservedCluster:
-    """What plans are made with.
+    """The source of snapshots for plans.
 
     Args:
         state: what this service holds and claims; plans are made under its lock.
-        fleet: what the nodes' actors said.
-        near: labels of which nodes near each other share the values, widest first.
+        fleet: the GPU nodes.
+        near: labels that have the same value on nodes near each other, widest first.
 
     Attributes:
-        draining: ids of the nodes that Ray is about to take away.
+        draining: ids of the nodes that are draining.
     """
 
     def __init__(self, state: ServiceState, fleet: Fleet, near: Sequence[str]) -> None:
@@ -80,7 +80,7 @@ class ObservedCluster:
         )
 
     def touch(self, nodes: Iterable[str]) -> None:
-        """Notes that what is held, claimed or known on some nodes has changed. Under the lock."""
+        """Records that what is held, claimed or known on some nodes has changed. Under the lock."""
         self._view.touch(nodes)
 
     def nodes(self) -> list[NodeInfo]:
@@ -96,10 +96,10 @@ class ObservedCluster:
         return self._nodes.lately()
 
     def read(self, fresh: bool = True) -> None:
-        """Has Ray's books be read for the next snapshot. Not under the lock: it may take long, and others plan then.
+        """Reads Ray's records for the next snapshot. Not under the lock, as it may take long and others plan meanwhile.
 
         Args:
-            fresh: read them anew, however lately that was done.
+            fresh: read them again, however recently that was done.
         """
         asked = time.monotonic()
         with self._reading:
@@ -119,14 +119,14 @@ class ObservedCluster:
         full: Mapping[str, int] | None = None,
         avoided: Collection[str] = (),
     ) -> Snapshot:
-        """The cluster as the planner sees it, with Ray's books as :meth:`read` has read them last. Under the lock.
+        """The cluster as the planner sees it, with Ray's records from the last :meth:`read`. Under the lock.
 
         Args:
-            nodes: what is alive.
-            lag_seconds: books that were read less than so long after a change of ours are not believed,
-            believed: but for these nodes.
+            nodes: the nodes that are alive.
+            lag_seconds: records that were read less than this time after a change of the service are not used,
+            believed: except for these nodes.
             full: node id -> most whole GPUs or instances that may be planned there.
-            avoided: nodes that are not to be planned on.
+            avoided: nodes to exclude.
         """
         if self._books is not self._noted:
             self._noted = self._books
@@ -136,12 +136,12 @@ class ObservedCluster:
         return overlaid(self._view.snapshot(lag_seconds, believed), full or {}, avoided)
 
     def locate(self, snapshot: Snapshot, requests: Iterable[Request]) -> bool:
-        """Has nodes looked at on which named GPUs count as other Ray users'; not under the lock.
+        """Looks at nodes on which named GPUs count as other Ray users'; not under the lock.
 
-        The books tell how many GPUs others hold, but not which: for requests that name none, that is enough.
+        Ray's records say how many GPUs others hold, but not which; only requests that name GPUs need to know that.
 
         Returns:
-            Whether any node was looked at, so that another snapshot may say otherwise.
+            Whether any node was looked at, so that a new snapshot may differ.
         """
         wanted: set[str] = set()
         for request in requests:
@@ -159,17 +159,17 @@ class ObservedCluster:
         return True
 
     def _is_located(self, node: Node) -> bool:
-        """Whether it is known well enough which GPUs of a node others hold: as many as when somebody looked."""
+        """Whether the last look at a node can be used: others hold as many GPUs as then."""
         since = time.monotonic() - self._fleet.located.get(node.id, float("-inf"))
         foreign = self._fleet.foreign.get(node.id, frozenset())
         usable = [gpu for gpu in foreign if node.slots.get(gpu) != UNKNOWN_PROFILE]
         return since < LOCATED_SECONDS and len(node.held - node.holders.keys()) == len(usable)
 
     def look(self, requests: Iterable[Request] = ()) -> tuple[Snapshot, dict[str, HeldDeployment]]:
-        """The cluster as it is now, and what is there; waits for nodes that have not said yet what they have.
+        """The cluster as it is now, with all deployments; waits for nodes that have not reported their GPUs yet.
 
         Args:
-            requests: what is to be planned with it; see :meth:`locate`.
+            requests: the requests to plan with it; see :meth:`locate`.
         """
         nodes = self.nodes()
         self._fleet.inventory.refresh(nodes)
@@ -189,17 +189,17 @@ class ObservedCluster:
     ) -> T:
         """Decides; before a refusal stands, looks again at all nodes, and at books that show our own last change.
 
-        Three times in all: others' changes, which keep coming, are no reason to wait. The last time with what we
-        know ourselves, since on an overrun machine the books lag by more.
+        It decides three times at most, since other users' changes never end. The last time it uses what the service
+        itself knows, since on an overloaded machine the records lag by more.
 
         Args:
-            decide: what to do with the nodes that are alive, with books that may lag by so many seconds, and that are
-                to be read anew or not.
+            decide: called with the nodes that are alive, by how many seconds the records may lag, and whether they must
+                be read again.
             fresh: begin with everything as it is now.
             forget_removed: forgets what owners have removed, which comes before any wait; whether there was anything.
 
         Raises:
-            UnknownNode, UnknownGpu, Unplaceable: what ``decide`` raised last.
+            UnknownNode, UnknownGpu, Unplaceable: the last error of ``decide``.
         """
         nodes = self.nodes() if fresh else self.nodes_lately()
         is_fresh = fresh
@@ -222,6 +222,6 @@ class ObservedCluster:
 
 
 def _counts_as_others(node: Node, needs: Needs) -> bool:
-    """Whether GPUs that are named are taken, and by nobody whom this service knows."""
+    """Whether named GPUs are taken, but not by anything that this service placed."""
     mask = node.named_mask(needs)
     return any(mask >> gpu & 1 and gpu not in node.holders for gpu in node.held)

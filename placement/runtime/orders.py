@@ -1,4 +1,4 @@
-"""What is asked of a node's actor, and what it answers; and what is known of its GPUs."""
+"""The orders to a node's actor, and its answers; and what is known of its GPUs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from placement.wire.facts import NodeFacts
 
 @dataclass(frozen=True)
 class GpuHardware:
-    """What a node's GPUs are.
+    """The hardware of a node's GPUs.
 
     Attributes:
         topology: how they are linked.
-        lost: GPUs that nothing may be placed on.
-        instances: slot that is a MIG instance -> its profile; that of a lost GPU is unknown.
+        lost: GPUs on which nothing may be placed.
+        instances: slot that is a MIG instance -> its profile; unknown for a lost GPU.
         gpu_memory_bytes: memory of one whole GPU; ``None`` if unknown.
-        free_memory: GPU -> bytes that NVML shows as free.
+        free_memory: GPU -> bytes that NVML reports as free.
         capability: the lowest compute capability; ``None`` if unknown.
         uuids: slot -> UUID of the GPU, or of the MIG instance, as far as it is known.
     """
@@ -58,7 +58,7 @@ class GpuHardware:
 
 
 def with_rates(hardware: GpuHardware, rates: MeasuredRates) -> GpuHardware:
-    """The same hardware, with what was measured of it, or of others of its make."""
+    """The same hardware with measured rates, of itself or of others of its make."""
     if not rates:
         return hardware
     return replace(hardware, topology=_measured(hardware.topology, hardware.topology.model, rates))
@@ -66,12 +66,12 @@ def with_rates(hardware: GpuHardware, rates: MeasuredRates) -> GpuHardware:
 
 @lru_cache(maxsize=1024)
 def _measured(topology: Topology, model: str | None, rates: MeasuredRates) -> Topology:
-    """The same object for machines that are alike, so that they share their tables; ``==`` ignores the model."""
+    """The same object for equal machines, so that they share their tables; ``==`` ignores the model."""
     return replace(topology, measured=rates)
 
 
 def hardware_of(facts: NodeFacts | None, gpu_count: int) -> GpuHardware:
-    """What is known of a node's GPUs; nothing at all without facts."""
+    """The hardware from a node's facts; unknown without facts."""
     if facts is None or not facts.gpus:
         return GpuHardware(Topology.unknown(gpu_count))
     return GpuHardware(
@@ -96,10 +96,10 @@ class Order:
     Attributes:
         name: unique; begins the placement group's name.
         needs: what it needs of the GPUs.
-        deployment: replicas of one deployment avoid each other's GPUs where that costs nothing.
-        beside: what each bundle takes beside its GPU: ``{"CPU": 4, "memory": 8589934592}``.
-        planned: of a share, the GPU that the plan has in mind; ``None`` leaves it to the node.
-        measured: the rates that it was planned with, which the node's actor chooses by, too.
+        deployment: its name; replicas of one deployment avoid each other's GPUs if that costs nothing.
+        beside: what each bundle also takes: ``{"CPU": 4, "memory": 8589934592}``.
+        planned: for a share, the GPU that was planned; ``None`` leaves the choice to the node.
+        measured: the rates with which it was planned, which the node's actor uses, too.
     """
 
     name: str
@@ -127,7 +127,7 @@ class Holding:
 class Reserved:
     """A group that holds exactly ``gpus``: ``bundles[i]`` holds ``share`` thousandths of ``gpus[i]``.
 
-    And what Ray alone would have given.
+    With what Ray alone would have given.
     """
 
     group: Any
@@ -140,9 +140,9 @@ class Reserved:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Disjoint sets of GPUs that Ray gives next, for as long as the ``fillers`` stay: ``share`` thousandths of each.
+    """Disjoint sets of GPUs that Ray gives next while the ``fillers`` stay: ``share`` thousandths of each.
 
-    And what Ray alone would have given, and the GPUs that other Ray users held.
+    With what Ray alone would have given, and the GPUs that other Ray users held.
     """
 
     sets: tuple[tuple[int, ...], ...]
@@ -153,15 +153,15 @@ class Prepared:
     share: int = WHOLE
 
     def bundle(self, beside: Mapping[str, float]) -> dict[str, float]:
-        """What each bundle takes: one GPU, as vLLM needs it, or the share of it, and what is ``beside``."""
+        """What each bundle takes: one GPU, as vLLM needs it, or the share of it, and ``beside``."""
         return {"GPU": self.share / WHOLE if self.share < WHOLE else 1.0, **beside}
 
 
 @dataclass(frozen=True)
 class Steering:
-    """What became of a trial: the GPU that was wanted and the one that Ray gave; ``None``: none was to be had.
+    """The result of a steering test: the wanted GPU and the one that Ray gave; ``None`` if Ray gave none.
 
-    ``free`` of the GPUs were free, so that with one there was nothing to steer past.
+    ``free`` GPUs were free; with only one there was nothing to steer past.
     """
 
     wanted: int | None
@@ -172,9 +172,9 @@ class Steering:
 
 @dataclass(frozen=True)
 class Refused:
-    """Nothing is held. ``full``: there were too few free GPUs, rather than too much interference.
+    """The node refused, and nothing is held. ``full``: too few GPUs were free, rather than too much interference.
 
-    ``at_most``: so many are free, if that is known. ``foreign_gpus``: those that other Ray users held, if it was seen.
+    ``at_most``: how many are free, if known. ``foreign_gpus``: the GPUs that other Ray users held, if known.
     """
 
     reason: str
@@ -184,14 +184,14 @@ class Refused:
     foreign_gpus: tuple[int, ...] | None = None
 
     def at(self, node_id: str, node_name: str, at_most: int | None = None) -> Refusal:
-        """The same, told of a node; with ``at_most``, where nothing better is known."""
+        """The same for a node; with ``at_most`` if nothing better is known."""
         at_most = at_most if self.at_most is None else self.at_most
         return Refusal(node_id, node_name, self.attempts, self.reason, self.full, at_most)
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A node that did not reserve what was planned. ``full``: it has too few GPUs free, ``at_most`` so many."""
+    """A node that did not reserve what was planned. ``full``: it has too few GPUs free, ``at_most`` this many."""
 
     node_id: str
     node_name: str
@@ -208,14 +208,16 @@ def order_of(
     planned: PlannedReplica | None = None,
     measured: MeasuredRates = (),
 ) -> Order:
-    """The order for one replica; for one set of ``set_size`` GPUs of it, if that is given."""
+    """The order for one replica; or for one set of ``set_size`` GPUs of it, if given."""
     beside: dict[str, float] = {}
     if deployment.cpu_milli_per_gpu:
         beside["CPU"] = deployment.cpu_milli_per_gpu / 1000
     if deployment.memory_bytes_per_gpu:
         beside["memory"] = deployment.memory_bytes_per_gpu
     needs = deployment.needs if set_size is None else deployment.needs._replace(gpus=set_size)
-    if planned is not None and deployment.group is not None:  # the places of the other members count on it
+    if (
+        planned is not None and deployment.group is not None
+    ):  # the places of the group's other members depend on it
         needs = needs._replace(named=planned.gpus)
     exact = deployment.policy is Policy.FRAGMENTATION and planned is not None and planned.share < WHOLE
     return Order(
@@ -229,17 +231,17 @@ def order_of(
 
 
 def own_name(known_as: str) -> str:
-    """A name for a deployment of the caller's own, which no other has."""
+    """A unique name for a deployment that belongs to its caller."""
     return f"{known_as}-{secrets.token_hex(4)}"
 
 
 def without_suffix(own_name: str) -> str:
-    """What such a deployment is known as."""
+    """The name of such a deployment without its suffix."""
     return re.sub(r"-[0-9a-f]{8}$", "", own_name)
 
 
 def order_name(prefix: str, deployment: str, replica_index: int) -> str:
-    """A new name for the order of a replica. It begins the names of the groups that are made for it.
+    """A new name for the order of a replica. The names of its groups begin with it.
 
     ``prefix`` is ``placement:token:``.
     """
@@ -247,7 +249,7 @@ def order_name(prefix: str, deployment: str, replica_index: int) -> str:
 
 
 def order_of_group(group_name: str) -> str:
-    """The name of the order that a group was made for: ``placement:token:deployment:replica:random``, no more."""
+    """The name of a group's order: ``placement:token:deployment:replica:random``, and no more."""
     return ":".join(group_name.split(":")[:5])
 
 

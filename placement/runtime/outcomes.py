@@ -1,4 +1,4 @@
-"""Waiting for what others do, at the cost of no thread: for the outcome of the same call, and for one's turn."""
+"""Waiting without a thread: for the outcome of an identical call, and for a turn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Bound:
-    """How many calls of a kind may be under way at once; of use in one event loop.
+    """Limits how many calls of a kind are under way at once, in one event loop.
 
     Args:
         what: the calls, in words.
@@ -30,10 +30,10 @@ class Bound:
 
     @contextmanager
     def one_more(self) -> Iterator[None]:
-        """Within, one more is under way.
+        """A block that counts as one call under way.
 
         Raises:
-            Busy: there are as many as may be.
+            Busy: the limit is reached.
         """
         if self._count >= self.limit:
             raise Busy(self._what, self.limit)
@@ -49,7 +49,7 @@ class _Running:
     """A call that has no outcome yet, and how many wait for it.
 
     Attributes:
-        outcome: Any: each key's outcome has a type of its own.
+        outcome: Any, as each key's outcome has a type of its own.
     """
 
     abandoned: Callable[[], object] | None
@@ -58,7 +58,7 @@ class _Running:
 
 
 class Outcomes:
-    """Identical calls share one outcome. Of use from any number of event loops; nothing is kept of what is done."""
+    """Lets identical calls share one outcome. Works with several event loops; nothing is kept after the outcome."""
 
     def __init__(self) -> None:
         # Reentrant, as in :class:`Queues`.
@@ -72,15 +72,15 @@ class Outcomes:
         start: Callable[[], Awaitable[T]],
         abandoned: Callable[[], object] | None = None,
     ) -> T:
-        """What ``start`` returns or raises; if a call with an equal key runs, that one's outcome instead.
+        """The outcome of ``start``; or, if a call with an equal key is under way, the outcome of that call.
 
-        What was started goes on to its end, in the event loop of who came first, even if all who wait for it are
-        cancelled: ``abandoned``, which is called then, may have that end come soon.
+        A started call goes on to its end, in the event loop of its first caller, even if all its callers are
+        cancelled: then ``abandoned`` is called, which may end it soon.
 
         Args:
             key: calls with equal keys must be the same call.
             start: begins the call.
-            abandoned: called when all who waited were cancelled; who comes later begins the call anew.
+            abandoned: called when all callers were cancelled; a later caller starts the call again.
 
         Raises:
             RuntimeError: the call was cancelled before it had an outcome, as its event loop ended.
@@ -89,9 +89,9 @@ class Outcomes:
             running = self._running.get(key)
             if running is None:
                 running = self._running[key] = _Running(abandoned)
-                running.outcome.set_running_or_notify_cancel()  # who is cancelled cannot cancel it any more
+                running.outcome.set_running_or_notify_cancel()  # a cancelled caller must not cancel it
                 task = asyncio.get_running_loop().create_task(self._carry_out(key, running, start))
-                self._tasks.add(task)  # a loop keeps weak references only
+                self._tasks.add(task)  # an event loop keeps only weak references
                 task.add_done_callback(self._drop)
             running.waiting += 1
         try:
@@ -144,25 +144,25 @@ class Outcomes:
 
 @dataclass(eq=False, slots=True)
 class _Place:
-    """A place in a queue; ``begin`` says, from any thread, that it is the first, or raises RuntimeError."""
+    """A place in a queue; ``begin`` signals, from any thread, that it is the first, or raises RuntimeError."""
 
     begin: Callable[[], object]
 
 
 class Queues:
-    """One at a time by name, first come, first served; the callers may be in several event loops.
+    """One caller at a time by name, first come, first served; the callers may be in several event loops.
 
-    No name is kept once nobody has or awaits its turn.
+    A name is forgotten once nobody has its turn or waits for it.
     """
 
     def __init__(self) -> None:
-        # Reentrant: the garbage collector may close the coroutine of one who waits while its thread is in here.
+        # Reentrant: the garbage collector may close the coroutine of a waiting caller while its thread is in here.
         self._lock = threading.RLock()
         self._by_name: dict[str, deque[_Place]] = {}
 
     @asynccontextmanager
     async def turn(self, name: str) -> AsyncIterator[None]:
-        """Within, the caller alone has this name. Waiting costs no thread."""
+        """A block in which only the caller has this name. Waiting costs no thread."""
         loop = asyncio.get_running_loop()
         begun = loop.create_future()
         place = _Place(lambda: loop.call_soon_threadsafe(_finish, begun))
@@ -174,19 +174,19 @@ class Queues:
             self._leave(name, place)
 
     def names(self) -> list[str]:
-        """Whose turn somebody has or awaits."""
+        """The names whose turn somebody has or waits for."""
         with self._lock:
             return list(self._by_name)
 
     def _enter(self, name: str, place: _Place) -> bool:
-        """Whether it is this one's turn at once."""
+        """Joins the queue; returns whether it is the caller's turn at once."""
         with self._lock:
             queue = self._by_name.setdefault(name, deque())
             queue.append(place)
             return len(queue) == 1
 
     def _leave(self, name: str, place: _Place) -> None:
-        """Gives up the turn, or the place in the queue; of no effect if there is none."""
+        """Gives up the turn, or the place in the queue; does nothing if there is none."""
         with self._lock:
             queue = self._by_name.get(name, deque())
             had_turn = bool(queue) and queue[0] is place
@@ -197,7 +197,7 @@ class Queues:
                 try:
                     queue[0].begin()
                     return
-                except RuntimeError:  # its loop is closed: it will never go on
+                except RuntimeError:  # its event loop is closed: it will never go on
                     queue.popleft()
             if not queue:
                 del self._by_name[name]

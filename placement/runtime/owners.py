@@ -1,4 +1,4 @@
-"""Whose end ends a deployment: Ray jobs and actors, and whether they are no more."""
+"""Owners of deployments: Ray jobs and actors, and whether they have ended."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from placement.runtime.deployment_state import DeploymentState, Owner
 from placement.wire.deployment import Deployment
 
 JOBS_SECONDS = 0.2
-"""How old what is known of jobs may be: Ray tells of all at once, also of those that ended long ago."""
+"""How old the list of jobs may be: Ray returns all at once, including those that ended long ago."""
 
 
 def owner_of(wanted: Deployment, caller: Mapping[str, str] | None) -> Owner | None:
-    """The owner of a deployment that somebody asks for; ``None`` if it is to outlive everybody.
+    """The owner of a new declaration; ``None`` if it has none.
 
     Args:
-        wanted: what is declared.
-        caller: who asks, as :class:`placement.Client` says it: ``job``, ``actor`` and ``owner_actor``, ids in hex;
+        wanted: the declaration.
+        caller: the caller, as :class:`placement.Client` gives it: ``job``, ``actor`` and ``owner_actor``, ids in hex;
             ``submission``.
 
     Raises:
-        InvalidDeployment: the declaration names an owner that is not known here.
+        InvalidDeployment: the declared owner is unknown here.
     """
     said = dict(caller or {})
     if actor := said.get("owner_actor"):
@@ -37,29 +37,29 @@ def owner_of(wanted: Deployment, caller: Mapping[str, str] | None) -> Owner | No
     where = f"deployment {wanted.name!r}"
     if wanted.owner == "job":
         if not said.get("job"):
-            problem = "owner: job needs to know whose; ask by placement.Client, or say owner: detached"
+            problem = "owner: job needs the caller's job; call placement.Client, or set owner: detached"
             raise InvalidDeployment(where, (problem,))
         return {"kind": "job", **{name: said[name] for name in ("job", "submission") if said.get(name)}}
     return asker_of(said)
 
 
 def asker_of(caller: Mapping[str, str] | None) -> Owner:
-    """Who asks, in the terms of an owner."""
+    """The caller in the form of an owner."""
     said = caller or {}
     return {"kind": "caller", **{name: said[name] for name in ("job", "actor") if said.get(name)}}
 
 
 def belongs_to_another(known: DeploymentState, owner: Owner | None) -> DeploymentConflict:
-    """Says that what is there belongs to somebody else than who asks."""
+    """The error that the deployment belongs to another owner than the caller."""
     theirs, ours = ("nobody" if one is None else one["kind"] for one in (known.owner, owner))
     return DeploymentConflict(known.name, {"owner": (theirs, f"another {ours}" if ours == theirs else ours)})
 
 
 def has_ended(owner: Owner) -> bool:
-    """Whether a job or an actor is no more, as the GCS knows; one that it does not know has ended.
+    """Whether a job or an actor has ended, by the GCS; one that the GCS does not know has ended.
 
-    An actor is asked for itself: a detached one outlives its job. A submitted job is all its drivers, and the actor
-    that runs its command. Of whom nothing is known, it is not known that he has ended.
+    For an actor its job does not count: a detached actor outlives it. A submitted job consists of all its drivers, and
+    of the actor that runs its command. If nothing is known of an owner, it counts as alive.
     """
     if "actor" in owner:
         return ray_internals.actor_has_ended(owner["actor"])
@@ -78,7 +78,7 @@ class _Jobs:
         self._read_at = float("-inf")
 
     def running(self) -> frozenset[str]:
-        """As they were some tenths of a second ago, at most."""
+        """The jobs as they were some tenths of a second ago, at most."""
         with self._lock:
             if (now := time.monotonic()) - self._read_at > JOBS_SECONDS:
                 self._running = frozenset(str(row["JobID"]) for row in self._read() if not row["IsDead"])
@@ -90,7 +90,7 @@ _jobs = _Jobs(ray_internals.jobs)
 
 
 def _is_submitted(submission: str) -> bool:
-    """Whether the actor that runs the command of a submitted job is there."""
+    """Whether the actor that runs the command of a submitted job exists."""
     name, namespace = ray_internals.SUPERVISOR
     with contextlib.suppress(ValueError):
         ray.get_actor(name.format(submission), namespace=namespace)

@@ -1,4 +1,4 @@
-"""Real workers in placed groups, and another Ray user beside them: how the demo shows that a result is true."""
+"""Real workers in placed groups, and another Ray user beside them: the demo checks results with these."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def _where_am_i() -> tuple[str, list[int]]:
 def gpus_seen_by_workers(
     result: PlacementResult, progress: Callable[[str], None] = lambda _: None
 ) -> list[dict[str, Any]]:
-    """What a worker at each rank of each replica says it got, beside what was promised.
+    """What a worker at each rank of each replica reports, beside the result.
 
     A worker process serves several ranks of its node, one after the other, as Ray's workers do.
     """
-    # max_calls=0 keeps the process; Ray otherwise ends it after a task that had a GPU.
+    # max_calls=0 keeps the process; otherwise Ray ends it after a task that had a GPU.
     worker = ray.remote(max_calls=0)(_where_am_i)
     seen = []
     for a in result.assignments:
@@ -50,7 +50,7 @@ class _Neighbour:
 
 
 class AnotherUser:
-    """Somebody who holds one GPU, asked for in plain Ray, until :meth:`leave`."""
+    """Another user, who holds one GPU through plain Ray until :meth:`leave`."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
@@ -61,7 +61,7 @@ class AnotherUser:
 
 
 def another_user(node_name: str) -> AnotherUser:
-    """Takes one GPU of a node the plain Ray way, and returns once it is held.
+    """Takes one GPU of a node with plain Ray, and returns once it is held.
 
     Raises:
         StopIteration: no node has that name.
@@ -74,7 +74,7 @@ def another_user(node_name: str) -> AnotherUser:
 
 
 def everything_is_free(deadline_seconds: float = 10.0) -> bool:
-    """Whether every GPU and egress unit comes free, and every placement group is removed, within the deadline."""
+    """Whether every GPU and egress unit becomes free, and every placement group is removed, within the deadline."""
     end = time.monotonic() + deadline_seconds
     while time.monotonic() < end:
         total, free = ray.cluster_resources(), ray.available_resources()

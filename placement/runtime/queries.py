@@ -1,4 +1,4 @@
-"""What can be asked that changes nothing: plans, snapshots, status, and what is known of a deployment."""
+"""Queries, which change nothing: plans, snapshots, status, and what is known of a deployment."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from placement.wire.plans import ExplainedPlan, PlacementPlan
 from placement.wire.requests import mix_of, request_unchecked
 
 STATUS_SECONDS = 5.0
-"""How long ``status`` waits for nodes that have not said yet what their GPUs are."""
+"""How long ``status`` waits for nodes that have not reported their GPUs yet."""
 
 
 class Queries:
-    """Answers them. Thread-safe.
+    """Answers queries. Thread-safe.
 
     Args:
-        state: what is declared and what is there.
+        state: all deployments.
         cluster: the nodes as they were last seen.
         fleet: the nodes' actors.
-        feed: what happened.
+        feed: the events.
         queue: what waits for room.
         near: labels of which nodes near each other share the values, widest first.
         history: what happened before.
@@ -76,7 +76,7 @@ class Queries:
         return [plan for _, plan in sorted(self.plan_in_order(wanted, atomic), key=itemgetter(0))]
 
     def explain_all(self, wanted: Sequence[Deployment]) -> list[ExplainedPlan]:
-        """The same, with what became of every node."""
+        """The same, with which nodes were excluded and why."""
         return explain_deployments(*self._look(wanted), wanted)
 
     def _look(self, wanted: Iterable[Deployment]) -> tuple[Snapshot, dict[str, HeldDeployment]]:
@@ -90,13 +90,13 @@ class Queries:
     def status(
         self, node: str | None = None, deployment: str | None = None, state: str | None = None
     ) -> dict[str, Any]:
-        """What there is and who holds it; see the service."""
+        """The status of the cluster; see the service."""
         nodes = self._cluster.nodes()
         self._fleet.inventory.refresh(nodes, patience_seconds=STATUS_SECONDS)
         return cluster_status(self._observed(nodes), node, deployment, state)
 
     def readings(self) -> dict[metrics.Series, float]:
-        """What the gauges of :mod:`placement.runtime.metrics` say now. No node is asked, and no node actor started."""
+        """The gauges of :mod:`placement.runtime.metrics` now. It asks no node, and starts no node actor."""
         nodes, now = self._cluster.nodes(), time.time()
         seen = self._observed(nodes)
         self._cluster.read()
@@ -133,7 +133,7 @@ class Queries:
         )
 
     def topology(self, node: str | None) -> list[dict[str, Any]]:
-        """What the GPUs of each node report, read anew; see the service."""
+        """The facts of each node's GPUs, read now; see the service."""
         nodes = [info for info in self._cluster.nodes() if info.gpu_count]
         if node is not None:
             chosen = [info for info in nodes if info.named(node)]
@@ -154,7 +154,7 @@ class Queries:
         """What is known of a deployment.
 
         Raises:
-            UnknownDeployment: nothing is.
+            UnknownDeployment: it does not exist.
         """
         known = self._state.get(name)
         if known is None:
@@ -162,7 +162,7 @@ class Queries:
         return known
 
     def describe(self, name: str) -> dict[str, Any]:
-        """A deployment as it is declared, and what is there of it; see the service."""
+        """A deployment's declaration, and its replicas; see the service."""
         one = self.get(name)
         return {
             "deployment": one.deployment.model_dump(mode="json", exclude_none=True, exclude_defaults=True),

@@ -1,4 +1,4 @@
-"""What waits for room: declarations and calls, tried in their turn; and what the autoscaler hears of them."""
+"""The queue: declarations and calls that wait for room, tried in turn; and the requests to the autoscaler for them."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class Ticket(Generic[T]):
 
     Args:
         wanted: the deployment that it is about.
-        do: what it waits to do; raises ``Unplaceable`` or ``ReservationFailed`` while there is no room.
-        needed_by: who asks, and whose it is to be: once one of these has ended, nobody has a use for it.
+        do: the attempt; raises ``Unplaceable`` or ``ReservationFailed`` while there is no room.
+        needed_by: the caller and the future owner: once one of these has ended, the call is not needed.
 
     Attributes:
-        since: when it came, in seconds since 1970.
-        outcome: what it came to, once it is over.
+        since: when it began to wait, in seconds since 1970.
+        outcome: its outcome, once it is over.
     """
 
     def __init__(
@@ -61,14 +61,14 @@ class Ticket(Generic[T]):
 
     @property
     def is_over(self) -> bool:
-        """Whether it is not tried any more."""
+        """Whether it is no longer tried."""
         return self.outcome.done()
 
     def attempt(self) -> T:
-        """Does it, if there is room.
+        """Makes an attempt.
 
         Raises:
-            Unplaceable, ReservationFailed: there is none. Any other error ends it.
+            Unplaceable, ReservationFailed: there is no room. Any other error ends it.
         """
         with self._trying:
             if self.outcome.done():
@@ -87,21 +87,21 @@ class Ticket(Generic[T]):
             return result
 
     def refuse(self, why: Exception) -> None:
-        """Notes why there is still no room."""
+        """Records why there is still no room."""
         self._refusal = why
 
     def result(self) -> T:
-        """What it came to; why there was no room, if it is still waiting. It is not tried any more then."""
+        """Ends it; returns its outcome, or why there was no room if it is still waiting."""
         if not self.is_over:
             with self._trying:
                 self.end()
         return self.outcome.result()
 
     def end(self, error: BaseException | None = None) -> None:
-        """It is not tried any more; does not wait for an attempt that is under way.
+        """Gives it up; does not wait for an attempt that is under way.
 
         Args:
-            error: why, if that is not that there was no room.
+            error: why, if the reason is not lack of room.
         """
         with self._ending:
             if not self.outcome.done():
@@ -110,38 +110,38 @@ class Ticket(Generic[T]):
                 )
 
     def end_if_for_nobody(self) -> None:
-        """Ends it if who asked for it, or whose it was to be, has ended."""
+        """Ends it if its caller, or its future owner, has ended."""
         if not self.is_over and any(has_ended(owner) for owner in self._needed_by):
-            self.end(LeaseExpired(self.name, "who asked for it, or was to own it, has ended"))
+            self.end(LeaseExpired(self.name, "its caller, or the owner it was to have, has ended"))
 
 
 class Tickets:
     """All calls that wait. Thread-safe.
 
     Attributes:
-        version: grows with each that comes or goes.
+        version: grows with each ticket that is added or removed.
     """
 
     def __init__(self) -> None:
-        # Reentrant: the garbage collector may close the coroutine of one who waits while its thread is in here.
+        # Reentrant: the garbage collector may close the coroutine of a waiting caller while its thread is in here.
         self._lock = threading.RLock()
         self._waiting: dict[int, Ticket[object]] = {}
         self.version = 0
 
     def add(self, ticket: Ticket[T]) -> None:
-        """From here on it is tried in its turn."""
+        """Adds a call, which is then tried in its turn."""
         with self._lock:
             self._waiting[id(ticket)] = ticket  # type: ignore[assignment]
             self.version += 1
 
     def remove(self, ticket: Ticket[T]) -> None:
-        """It is not tried any more."""
+        """Removes a call."""
         with self._lock:
             self._waiting.pop(id(ticket), None)
             self.version += 1
 
     def all(self) -> list[Ticket[object]]:
-        """Those that wait, the oldest first."""
+        """The waiting calls, the oldest first."""
         with self._lock:
             return sorted(self._waiting.values(), key=lambda ticket: ticket.since)
 
@@ -151,16 +151,16 @@ Waiting = DeploymentState | Ticket[object]
 
 
 class WaitingQueue:
-    """All that waits for room, oldest first. Thread-safe.
+    """All that waits for room, the oldest first. Thread-safe.
 
     Args:
-        reconciler: what brings deployments about.
+        reconciler: reconciles deployments.
         turns: one change of a deployment at a time.
-        demand: what is asked of Ray's autoscaler.
-        node_types: what the autoscaler can bring, as far as somebody has told; refusals name the right one.
+        demand: asks Ray's autoscaler for nodes.
+        node_types: the node types that the autoscaler can start, if given; refusals name the right one.
 
     Attributes:
-        tickets: the calls among it.
+        tickets: the waiting calls.
     """
 
     def __init__(
@@ -183,23 +183,23 @@ class WaitingQueue:
 
         Args:
             attempt: reconciles a deployment for which there seems to be room.
-            begin: does what is to be done for one of that name; it need not wait until that is done.
+            begin: starts the work for a name; it need not wait for its end.
         """
         for one in self._promising():
             do = partial(attempt, one.name) if isinstance(one, DeploymentState) else partial(_try, one)
             begin(one.name, do)
 
     def end_what_is_for_nobody(self) -> None:
-        """Ends the calls of which who waits has ended."""
+        """Ends the calls whose callers have ended."""
         for ticket in self.tickets.all():
             ticket.end_if_for_nobody()
             if ticket.is_over:
                 self.tickets.remove(ticket)
 
     def _promising(self) -> list[Waiting]:
-        """Of what waits, that of which something can be done now, oldest first; the rest is told why not.
+        """The waiting entries for which something can be done now, the oldest first; the others get their reason.
 
-        What finds no room is what the autoscaler is asked for.
+        For entries that find no room the autoscaler is asked.
         """
         names, tickets = self._state.queue(), self.tickets.all()
         if not names and not tickets:
@@ -212,7 +212,7 @@ class WaitingQueue:
         unknown = inventory.unknown_nodes(nodes)
         self._cluster.read()
         with self._state.lock:
-            # What is being tried has claimed its room, and would find none beside it.
+            # An entry that is being tried has claimed its room, and would find none beside that.
             busy = self._turns.names()
             snapshot = self._cluster.snapshot(nodes)
             queue = [one for one in self._in_turn(names, tickets) if one.name not in busy]
@@ -221,7 +221,7 @@ class WaitingQueue:
             with self._state.lock:
                 snapshot = self._cluster.snapshot(nodes)
         decided = admit(waiting, snapshot)
-        # What a node has that has not said so yet is nothing to wait for, and no reason to ask for another.
+        # A node that has not reported its GPUs yet cannot be used, but no other node is asked for meanwhile.
         usable = admit(waiting, _without(snapshot, unknown)) if unknown else decided
         needs = {key: need for key, need in self._needs.items() if key.rsplit(":", 2)[0] in busy}
         told = self.demand.poll()
@@ -230,7 +230,9 @@ class WaitingQueue:
             unmet = _unmet(desired, observed, decision)
             needs |= unmet
             waits = [action for action in now.actions if isinstance(action, Wait)]
-            if group := _group(one):  # tried as one, once each may have room; only then it is told why not
+            if group := _group(
+                one
+            ):  # a group is tried as one, once each member may have room; only then it gets a reason
                 if groups.setdefault(group, True):
                     found.append(one)
                     groups[group] = False
@@ -249,7 +251,7 @@ class WaitingQueue:
     def _look_at(
         self, queue: Sequence[Waiting], snapshot: Snapshot
     ) -> tuple[list[Waiting], list[tuple[Waiting, Desired, Mapping[int, Observed]]]]:
-        """What need not wait for room to be tried, and the rest in the terms of ``core.reconcile``. Under the lock."""
+        """The entries to try without checking room, and the others as ``core.reconcile`` takes them. Under the lock."""
         at_once: list[Waiting] = []
         waiting: list[tuple[Waiting, Desired, Mapping[int, Observed]]] = []
         for one in queue:
@@ -258,7 +260,9 @@ class WaitingQueue:
                     at_once.append(one)
                 else:
                     waiting.append((one, *self._reconciler.seen(one, snapshot)))
-            elif self._state.get(one.name) is not None:  # somebody has placed it, or another of that name
+            elif (
+                self._state.get(one.name) is not None
+            ):  # it has been placed, or another deployment of that name has
                 at_once.append(one)
             else:
                 apart = self._state.keeping_apart(one.name)
@@ -278,9 +282,9 @@ class WaitingQueue:
         needs: Mapping[str, Need | str],
         told: Mapping[str, Asked],
     ) -> None:
-        """Has those who look know why replicas wait, as it is now."""
+        """Updates the reasons why replicas wait."""
         ends = self._ends(needs, told)
-        other = next(iter(ends.values()), "")  # of what comes all at once, some would have room
+        other = next(iter(ends.values()), "")  # of replicas that are placed all at once, some alone would fit
         reasons = {i: f"{wait.refusal}{ends.get(i, other)}" for wait in waits for i in wait.indices}
         if reasons == one.reasons:
             return
@@ -289,7 +293,7 @@ class WaitingQueue:
                 self._actions.wait(one, reasons, time.time(), self._actions.note)
 
     def outlook(self, request: Request, indices: Sequence[int]) -> dict[int, str]:
-        """What the autoscaler is asked for replicas that wait, or will be; as the end of the reason why they do."""
+        """What the autoscaler is, or will be, asked for waiting replicas; as the end of their reason."""
         return self._ends(_needs_of(request, indices), self.demand.poll())
 
     def _ends(self, needs: Mapping[str, Need | str], told: Mapping[str, Asked]) -> dict[int, str]:
@@ -297,13 +301,13 @@ class WaitingQueue:
         for key, need in needs.items():
             index = int(key.rsplit(":", 2)[1])
             asked = told.get(key) or self.demand.outlook(need)
-            # Of several sets, one for which nothing comes says more.
+            # Of several sets, one for which no node is coming is more informative.
             if index not in ends or asked.state not in (State.ASKED, State.ARRIVED):
                 ends[index] = self._told(asked, need)
         return ends
 
     def _told(self, asked: Asked, need: Need | str) -> str:
-        """What became of a need, as the end of a reason."""
+        """The state of a need, as the end of a reason."""
         comes = asked.state in (State.ASKED, State.ARRIVED)
         types = "" if comes or isinstance(need, str) else by_type(need, self._node_types)
         if asked.reason == NO_AUTOSCALER:
@@ -312,14 +316,14 @@ class WaitingQueue:
         return AUTOSCALER + said + (f"; {types}" if types else "")
 
     def types_for(self, request: Request, indices: Sequence[int]) -> str:
-        """Which node type would hold a replica for which there is no room; empty if none is known of."""
+        """Which node type would hold a replica that finds no room; empty without node types."""
         if not self._node_types:
             return ""
         needs = [need for need in _needs_of(request, indices[:1]).values() if isinstance(need, Need)]
         return by_type(needs[0], self._node_types) if needs else ""
 
     def ask_for_nodes(self) -> None:
-        """Has the autoscaler know what waits, and no more than that; and which nodes are known by now."""
+        """Updates what the autoscaler is asked for, and which nodes are known by now."""
         calls = {ticket.name for ticket in self.tickets.all()}
         needs = {key: need for key, need in self._needs.items() if self._still_waits(key, calls)}
         if not needs:
@@ -331,7 +335,7 @@ class WaitingQueue:
         self.demand.want(needs, [info.id for info in nodes if info.id not in unknown])
 
     def _still_waits(self, key: str, calls: Collection[str]) -> bool:
-        """Whether a replica waits by now; it may be placed, or released, since that was last looked at."""
+        """Whether a replica still waits; it may have been placed or released since the last look."""
         name, index, _ = key.rsplit(":", 2)
         known = self._state.get(name)
         if known is None:
@@ -339,27 +343,27 @@ class WaitingQueue:
         return int(index) in known.reasons and not known.releasing and not known.given_up
 
     def awaited_nodes(self) -> frozenset[str]:
-        """Nodes that have come for what waits, and on which it is not placed yet."""
+        """Nodes that have joined for waiting entries that are not placed yet."""
         return frozenset(node_id for one in self.demand.poll().values() for node_id in one.nodes)
 
     def depends_on(self) -> object:
-        """What what waits depends on: once this is another, it is worth trying it again."""
+        """The version of all that the queue depends on: once it changes, trying again may succeed."""
         return self._fleet.changed_at, self.news()
 
     def news(self) -> object:
-        """The same, of what is worth more than a look each second: what came or went, and what comes for it."""
+        """The same, only for what must be noticed at once: changes of the queue, and nodes that join for it."""
         unknown = self._fleet.inventory.unknown_nodes(self._cluster.nodes_lately()) if self._needs else None
         return self._state.queue_version, self.tickets.version, self.demand.version, unknown
 
 
 def _try(ticket: Ticket[object]) -> None:
-    with contextlib.suppress(Exception):  # who waits for it is told
+    with contextlib.suppress(Exception):  # its caller gets the error
         ticket.end_if_for_nobody()
         ticket.attempt()
 
 
 def _without(snapshot: Snapshot, unknown: Collection[str]) -> Snapshot:
-    """The cluster without nodes that have not said yet what they have."""
+    """The cluster without nodes that have not reported their GPUs yet."""
     nodes = [snapshot.node(node_id) for node_id in unknown if snapshot.bit(node_id)]
     return snapshot.changed([replace(node, problem=node.problem or NOT_KNOWN) for node in nodes])
 
@@ -370,9 +374,9 @@ def _turn(one: Waiting) -> tuple[float, str]:
 
 
 def _unmet(desired: Desired, observed: Mapping[int, Observed], decision: Decision) -> dict[str, Need | str]:
-    """What the sets ask of new nodes for which there is no room, of the replicas that wait.
+    """The needs of the waiting replicas' sets for which there is no room.
 
-    For some of what comes all at once there may be room. Which of the sets are asked for is of no meaning then.
+    Of replicas that are placed all at once some may fit. Then it does not matter for which of the sets nodes are asked.
     """
     waits = _waits(decision)
     if desired.gang and len(waits) > 1:
@@ -391,7 +395,7 @@ def _unmet(desired: Desired, observed: Mapping[int, Observed], decision: Decisio
 
 
 def _group(one: Waiting) -> str:
-    """The group of which what waits is a member; empty if of none."""
+    """The group of a waiting member; empty if it has none."""
     group = one.deployment.group if isinstance(one, DeploymentState) else None
     return group.name if group is not None else ""
 
@@ -401,7 +405,7 @@ def _waits(decision: Decision) -> list[int]:
 
 
 def _needs_of(request: Request, indices: Sequence[int]) -> dict[str, Need | str]:
-    """What the sets of some replicas ask of a new node, by ``deployment:replica:set``; or why nothing is asked."""
+    """The needs of some replicas' sets, by ``deployment:replica:set``; or why no node is asked for."""
     needs = needs_of(request, indices)
     if isinstance(needs, str):
         return {f"{request.deployment}:{index}:0": needs for index in indices}

@@ -1,8 +1,8 @@
-"""All of Ray that this package uses and Ray does not document: each thing once, with the reason.
+"""All undocumented parts of Ray that this package uses: each once, with the reason.
 
-Ray may rename or drop any of it in a minor version. What was there from Ray 2.52 to 2.60 is used here as it is in
-all of them; :func:`require_supported` looks at the start whether it still is. What GPUs a request gets is not
-documented either: docs/ray.md says what was measured, and ``placement doctor`` tries it on each node.
+Ray may rename or drop any of them in a minor version. The code here works with Ray 2.52 to
+2.60; :func:`require_supported` checks at the start that they still exist. Which GPUs a request gets is not
+documented either: docs/ray.md says what was measured, and ``placement doctor`` tests it on each node.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import ray
 from placement.errors import ClusterUnreachable, UnsupportedRay
 
 OLDEST, NEWEST = (2, 52), (2, 60)
-"""The minor versions that were run, the first and the last; docs/ray.md says with what."""
+"""The oldest and the newest tested minor version; docs/ray.md says what was run."""
 REQUIREMENT = f"ray[default]>={OLDEST[0]}.{OLDEST[1]},<{NEWEST[0]}.{NEWEST[1] + 1}"
 
 try:
@@ -37,10 +37,12 @@ try:
     from ray.core.generated.gcs_pb2 import PlacementGroupTableData
     from ray.experimental import internal_kv
 
-    # What Ray refuses of a group before it asks the cluster.
+    # Ray's own checks of a group, before it asks the cluster.
     from ray.util.placement_group import PlacementGroup, validate_placement_group
 except ImportError as error:
-    raise UnsupportedRay(ray.__version__, REQUIREMENT, f"it lacks what is stood on: {error}") from None
+    raise UnsupportedRay(
+        ray.__version__, REQUIREMENT, f"it lacks something that placement uses: {error}"
+    ) from None
 
 __all__ = [
     "JOB_CONFIG_VARIABLE",
@@ -51,10 +53,10 @@ __all__ = [
 ]
 
 HEAD = {"node:__internal_head__": 0.001}
-"""Pins an actor to the head, wherever that comes up again. Ray Serve pins its controller so."""
+"""Pins an actor to the head, even if the head restarts elsewhere. Ray Serve pins its controller in this way."""
 
 SUPERVISOR = "_ray_internal_job_actor_{}", "SUPERVISOR_ACTOR_RAY_NAMESPACE"
-"""Name and namespace of the actor that stands for a submitted job, and ends with it: dashboard/modules/job/common.py,
+"""Name and namespace of the actor that runs a submitted job, and ends with it: dashboard/modules/job/common.py,
 which cannot be imported where Ray was installed without ``[default]``."""
 
 _WHY_NOT = {
@@ -97,16 +99,16 @@ def minor_version(version: str) -> tuple[int, int]:
 
 
 def require_supported(version: str | None = None) -> str:
-    """Checks, in microseconds and without the cluster, that this Ray is one to stand on.
+    """Checks, in microseconds and without the cluster, that this Ray is supported.
 
     Args:
-        version: of Ray; that of this process, if not given.
+        version: the version of Ray; by default that of this process.
 
     Returns:
-        What is to be said of a version that is newer than those tested; else nothing.
+        A warning for a version newer than the tested ones; otherwise an empty text.
 
     Raises:
-        UnsupportedRay: it is older than all that were tested, or lacks something that is used.
+        UnsupportedRay: it is older than all tested versions, or lacks something that is used.
     """
     version = version or ray.__version__
     found = minor_version(version)
@@ -116,12 +118,12 @@ def require_supported(version: str | None = None) -> str:
     missing = [name for name in _STANDS_ON if not _has(name)]
     if missing:
         lacks = ", ".join(f"ray.{name}" for name in missing)
-        raise UnsupportedRay(version, REQUIREMENT, f"it lacks what is stood on: {lacks}")
+        raise UnsupportedRay(version, REQUIREMENT, f"it lacks something that placement uses: {lacks}")
     if found <= NEWEST:
         return ""
     return (
-        f"Ray {version} is newer than all that placement was tested with ({tested()}), and exact GPUs stand on what "
-        "Ray does not document: run `placement doctor`, which tries it on each node"
+        f"Ray {version} is newer than all versions that placement was tested with ({tested()}), and exact GPUs rely on "
+        "what Ray does not document: run `placement doctor`, which tests it on each node"
     )
 
 
@@ -142,10 +144,10 @@ def _has(name: str) -> bool:
 
 
 def visible_devices() -> str | None:
-    """CUDA_VISIBLE_DEVICES as it was at ``ray start``, by which Ray names GPUs; ``None`` if it was not set.
+    """CUDA_VISIBLE_DEVICES as it was at ``ray start``, which gives Ray's GPU ids; ``None`` if it was not set.
 
-    The variable itself does not tell: Ray before 2.56 empties it in an actor without a GPU, as the node actor is (PR
-    62492), and any Ray does where RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO is set. Ray keeps what it read first.
+    The variable itself cannot be used: Ray before 2.56 empties it in an actor without a GPU, such as a node actor (PR
+    62492), and any Ray does if RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO is set. Ray keeps the value that it read first.
     """
     tokens = ray._private.worker.global_worker.original_visible_accelerator_ids.get("GPU")
     return None if tokens is None else ",".join(tokens)
@@ -157,7 +159,7 @@ def logs_folder() -> str:
 
 
 def node_address() -> str:
-    """The address of this process's node, as it was given to Ray; the public call finds out one of the machine's."""
+    """The address of this process's node, as given to Ray; the public call returns any address of the machine."""
     return str(ray._private.worker.global_worker.node.node_ip_address)
 
 
@@ -170,12 +172,12 @@ def submission_id() -> str | None:
 
 
 def is_ray_client() -> bool:
-    """Whether this process is connected through ``ray://``. No public call says so."""
+    """Whether this process is connected through ``ray://``. No public call returns it."""
     return bool(ray.util.client.ray.is_connected())
 
 
 def auth_token() -> str | None:
-    """The token with which this process asks Ray, from wherever Ray has it; ``None`` where authentication is off."""
+    """The token with which this process calls Ray, wherever Ray finds it; ``None`` if authentication is off."""
     [header] = get_auth_headers_if_auth_enabled({}).values() or [""]
     return str(header).removeprefix("Bearer ") or None
 
@@ -184,13 +186,13 @@ def local_address() -> str | None:
     """``host:port`` of the cluster that was started on this machine, if one was; ``ray.init`` would start one.
 
     Raises:
-        ClusterUnreachable: there are several, and none of them was started last by `ray start`, with this RAY_TMPDIR.
+        ClusterUnreachable: there are several, and none of them is the last one of `ray start` with this RAY_TMPDIR.
             Ray would take any of them.
     """
     services = ray._private.services
     if len(found := services.find_gcs_addresses()) > 1 and services.find_bootstrap_address(None) is None:
         raise ClusterUnreachable(
-            "auto", f"which of those on this machine is not said: {', '.join(sorted(found))}"
+            "auto", f"several run on this machine, and none is named: {', '.join(sorted(found))}"
         )
     try:
         return str(ray._private.services.canonicalize_bootstrap_address("auto") or "") or None
@@ -199,7 +201,7 @@ def local_address() -> str | None:
 
 
 def driver_at(host: str) -> dict[str, str]:
-    """For ``ray.init``: the driver's own address, where a machine has several (simulated nodes)."""
+    """For ``ray.init``: the driver's own address, if a machine has several (simulated nodes)."""
     return {"_node_ip_address": host}
 
 
@@ -208,12 +210,12 @@ WITHOUT_HOOK: Mapping[str, Any] = {"_skip_env_hook": True}
 
 
 def allow_blocking_get() -> None:
-    """Has Ray not warn of ``ray.get`` in an actor with an event loop, whose threads may block."""
+    """Turns off Ray's warning about ``ray.get`` in an actor with an event loop, as our threads may block."""
     os.environ["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"] = "0"
 
 
 def actor_id(handle: Any) -> str:
-    """The id of an actor, hex, by its handle. No public call says so to others than the actor."""
+    """The id of an actor, hex, by its handle. The public call works only inside the actor."""
     return str(handle._actor_id.hex())
 
 
@@ -221,24 +223,24 @@ def actor_id(handle: Any) -> str:
 
 
 def actor_has_ended(actor: str) -> bool:
-    """Whether an actor, by its id, is no more. ``ray.util.state`` says so too, where there is a dashboard."""
+    """Whether an actor, by its id, has ended. ``ray.util.state`` also returns it, but only with a dashboard."""
     known = ray._private.state.state.actor_table(actor)
     return not known or known["State"] == "DEAD"
 
 
 def jobs() -> list[dict[str, Any]]:
-    """All jobs, those that ended long ago too: ``JobID`` and ``IsDead``."""
+    """All jobs, including those that ended long ago: ``JobID`` and ``IsDead``."""
     found: list[dict[str, Any]] = ray._private.state.state.job_table()
     return found
 
 
 def draining_nodes() -> frozenset[str]:
-    """The ids of the nodes that Ray is about to take away."""
+    """The ids of the nodes that are draining."""
     return frozenset(ray._private.state.state.get_draining_nodes())
 
 
 def available_resources() -> dict[str, dict[str, float]]:
-    """Node id -> resource -> free amount, as the cluster's books show it; up to about 0.1 s old.
+    """Node id -> resource -> free amount in Ray's records; up to about 0.1 s old.
 
     ``ray.available_resources()`` has only the sums.
     """
@@ -247,18 +249,18 @@ def available_resources() -> dict[str, dict[str, float]]:
 
 
 def kv_get(key: bytes, namespace: bytes) -> bytes | None:
-    """A value of the GCS key-value store, which outlives actors, and with Redis the head. No public call has it."""
+    """A value of the GCS key-value store, which outlives actors, and with Redis the head. There is no public call."""
     found: bytes | None = internal_kv._internal_kv_get(key, namespace=namespace)
     return found
 
 
 def kv_put(key: bytes, value: bytes, namespace: bytes, overwrite: bool = True) -> None:
-    """Stores a value; without ``overwrite`` only where there is none."""
+    """Stores a value; without ``overwrite`` only if there is none."""
     internal_kv._internal_kv_put(key, value, overwrite=overwrite, namespace=namespace)
 
 
 def kv_delete(key: bytes, namespace: bytes) -> None:
-    """Removes a value, if it is there."""
+    """Removes a value, if it exists."""
     internal_kv._internal_kv_del(key, namespace=namespace)
 
 
@@ -283,12 +285,12 @@ def kv_all(prefix: bytes, namespace: bytes) -> dict[bytes, bytes]:
 
 
 class Scheduling(NamedTuple):
-    """How far Ray is with a placement group.
+    """Ray's progress with a placement group.
 
     Attributes:
-        attempt: attempts to reserve it; counted when one starts.
+        attempt: how many attempts to reserve it have started.
         state: ``"QUEUED"``, ``"NO_RESOURCES"``, ``"INFEASIBLE"`` and others.
-        retry_delay_ms: the longest delay before an attempt; it rises when one has failed.
+        retry_delay_ms: the longest delay before an attempt; it rises after a failed attempt.
     """
 
     attempt: int
@@ -297,18 +299,18 @@ class Scheduling(NamedTuple):
 
 
 def scheduling(row: Mapping[str, Any]) -> Scheduling:
-    """Of a row of ``placement_group_table()``, whose ``stats`` are not documented."""
+    """The progress in a row of ``placement_group_table()``, whose ``stats`` are not documented."""
     stats = row["stats"]
     return Scheduling(stats["scheduling_attempt"], stats["scheduling_state"], stats["highest_retry_delay_ms"])
 
 
 def group_handle(group_id: str) -> PlacementGroup:
-    """A handle to a group by its id, hex. The public call wants a name, and that of this job's namespace."""
+    """A handle to a group by its id, hex. The public call needs a name, in this job's namespace."""
     return PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id)))
 
 
 def group_rows() -> Iterator[PlacementGroupTableData]:
-    """All groups, removed ones too, of which Ray forgets none: 10 microseconds each, a quarter of the public call."""
+    """All groups, including removed ones, which Ray never forgets: 10 µs each, a quarter of the public call."""
     table: Iterable[bytes] = ray._private.state.state._connect_and_get_accessor().get_placement_group_table()
     return map(PlacementGroupTableData.FromString, table)
 
@@ -325,13 +327,13 @@ def group_row(group_id: str) -> PlacementGroupTableData | None:
 
 
 def autoscaler_status(timeout_seconds: float) -> GetClusterStatusReply:
-    """What the autoscaler last said. ``ray.autoscaler.v2.sdk`` drops the requests that no node type can hold."""
+    """The autoscaler's last report. ``ray.autoscaler.v2.sdk`` leaves out the requests that no node type can hold."""
     gcs = ray._private.worker.global_worker.gcs_client
     return GetClusterStatusReply.FromString(gcs.get_cluster_status(timeout_s=timeout_seconds))
 
 
 def is_second_autoscaler(timeout_seconds: float) -> bool:
-    """Whether it is autoscaler v2, as the head noted it."""
+    """Whether it is autoscaler v2, as the head recorded."""
     found: bytes | None = ray._private.worker.global_worker.gcs_client.internal_kv_get(
         ray._raylet.GCS_AUTOSCALER_V2_ENABLED_KEY.encode(),
         namespace=ray._raylet.GCS_AUTOSCALER_STATE_NAMESPACE.encode(),
@@ -346,7 +348,7 @@ def is_second_autoscaler(timeout_seconds: float) -> bool:
 def metrics_export_seconds() -> float:
     """How often a process hands its metrics to its node's agent: ``RAY_metrics_report_interval_ms``, at least 1 s.
 
-    A gauge that was not set for two of these is not exported any more.
+    A gauge that was not set for two of these intervals is no longer exported.
     """
     return max(1.0, float(ray._config.metrics_report_interval_ms()) / 1000)
 
@@ -355,14 +357,14 @@ def metrics_export_seconds() -> float:
 
 
 def serve_defaults() -> ModuleType:
-    """Where Serve's controller has the function by which it makes placement groups; :mod:`placement.serve` looks
-    whether it still is what it was.
+    """The module in which Serve's controller has its function that creates placement groups; :mod:`placement.serve`
+    checks that it has not changed.
     """
     return import_module("ray.serve._private.default_impl")
 
 
 def serve_llm_callback() -> type:
-    """What a callback of an ``LLMConfig`` must inherit from; any class where this Ray has none."""
+    """The base class of callbacks of an ``LLMConfig``; ``object`` if this Ray has none."""
     try:
         found: type = import_module("ray.llm._internal.common.callbacks.base").CallbackBase
     except ImportError:
@@ -374,17 +376,17 @@ def serve_llm_callback() -> type:
 
 
 def simulated_cluster() -> Any:
-    """A cluster of raylets on this machine, as Ray's own tests have it."""
+    """A cluster of raylets on this machine, from Ray's own tests."""
     from ray.cluster_utils import Cluster
 
     return Cluster()
 
 
 def add_simulated_node(cluster: Any, seconds: float = 240.0, **options: Any) -> Any:
-    """Starts a raylet of such a cluster, and waits for it so long.
+    """Starts a raylet of such a cluster, and waits for it for ``seconds``.
 
-    Ray gives a raylet 30 s to register (a number in ``Node.__init__``), which is too short on a machine that others
-    keep busy. It asks for the raylet's entry again and again until then: so the first answer is made to wait.
+    Ray gives a raylet 30 s to register (a constant in ``Node.__init__``), which is too short on a machine that others
+    keep busy. In that time it polls for the raylet's entry; so here the first poll waits until the entry exists.
     """
     from ray._private import services
 

@@ -1,7 +1,7 @@
-"""One deployment, from what is there to what is declared: decide, act, and look again, until nothing is left to do.
+"""Reconciles one deployment: decide, act, and look again, until nothing is left to do.
 
-What to do is decided by :func:`placement.core.reconcile.reconcile`; here it is made with the cluster as it is, claimed,
-executed by :class:`~placement.runtime.actions.Actions`, and decided anew where a node refused.
+:func:`placement.core.reconcile.reconcile` decides; this module calls it with the current cluster, claims the plan,
+executes it by :class:`~placement.runtime.actions.Actions`, and decides again if a node refused.
 """
 
 from __future__ import annotations
@@ -45,30 +45,30 @@ from placement.wire.requests import mix_of, request_of, request_unchecked
 logger = logging.getLogger(__name__)
 
 MAX_REPLANS = 5
-"""How often a plan is made anew that nodes refused, since others act meanwhile."""
+"""How often a plan that nodes refused is made again, since others act meanwhile."""
 
 
 @dataclass
 class Work:
-    """A deployment that is being brought about.
+    """A deployment that is being reconciled.
 
     Attributes:
-        known: what was there before, under its own declaration; ``None`` if nothing was.
-        wanted: what it is to be; what is there already is the same.
-        atomic: all of it, or nothing is changed.
-        strict: nodes that its constraints name must be there.
-        may_wait: replicas that may go on waiting, even so.
+        known: the deployment before, with its declaration; ``None`` if it is new.
+        wanted: the deployment with the new declaration, and the existing replicas.
+        atomic: make the change completely or not at all.
+        strict: nodes that its constraints name must exist.
+        may_wait: replicas that may go on waiting even with ``atomic``.
         lending: the caller creates the groups.
         patient: look again before anything is refused.
-        told: of a member of a group, where its replicas go.
-        claim: what was claimed for that, until it is decided.
-        durable: what the ledger and the state say, if that is ``wanted``.
-        is_refused: nothing of the change is done, as it was planned last.
-        vacated: what was there was released for what is to replace it.
-        refused: nodes that refused, for whatever reason; of these Ray's books are believed.
+        told: for a member of a group, where its replicas go.
+        claim: the claim for these places, until the decision.
+        durable: whether the ledger and the state hold ``wanted``.
+        is_refused: the last plan refused the whole change.
+        vacated: replicas were released to make room for their replacements.
+        refused: nodes that refused, for any reason; for these Ray's records are used.
         full: node id -> most whole GPUs or instances that may be planned there.
-        replans, attempts, where, reason: how often, and why the last time.
-        began: when, on the monotonic clock.
+        replans, attempts, where, reason: how often it was tried, and why it failed last.
+        began: its start, on the monotonic clock.
     """
 
     known: DeploymentState | None
@@ -96,15 +96,15 @@ class Work:
 
     @property
     def most_replans(self) -> int:
-        """How often it is planned anew; never, if it was planned with a group, which is planned anew as a whole."""
+        """How often it is planned again; never for a member of a group, which is planned again as a whole."""
         return MAX_REPLANS if self.told is None else 1
 
 
 class Reconciler:
-    """Brings deployments about. The caller sees to it that it is one change of a deployment at a time.
+    """Reconciles deployments. The caller ensures that each deployment has one change at a time.
 
     Args:
-        state: what is declared and what is there.
+        state: all deployments.
         cluster: the nodes as they were last seen.
         fleet: the nodes' actors.
         actions: what changes things.
@@ -126,16 +126,16 @@ class Reconciler:
         self.types_for: Callable[[Request, Sequence[int]], str] = lambda request, indices: ""
 
     def bring_about(self, work: Work) -> DeploymentState:
-        """Decides and acts until nothing is left to do; what is there then.
+        """Decides and acts until nothing is left to do; returns the deployment then.
 
         Raises:
-            UnknownNode, UnknownGpu: its constraints name a node or a GPU that is not there, and are new.
-            Unplaceable, ReservationFailed: it does not fit, and the change is atomic. What was there before still is;
-                where it had to be released first, it is placed anew, or waits.
-            LeaseExpired: its caller has gone.
+            UnknownNode, UnknownGpu: its new constraints name a node or a GPU that does not exist.
+            Unplaceable, ReservationFailed: it does not fit, and the change is atomic. What was placed before still is;
+                if it had to be released first, it is placed again, or waits.
+            LeaseExpired: its caller is gone.
         """
         before, name = work.known, work.wanted.name
-        announced = []  # from here on others keep away from it, if it wants that
+        announced = []  # from here on others keep away from it if it names them in apart_from
         limits = work.wanted.deployment.constraints
         is_new = before is None or before.deployment is not work.wanted.deployment
         if is_new and limits is not None and limits.apart_from:
@@ -150,7 +150,7 @@ class Reconciler:
                 self.actions.commit(work.wanted)
                 self._surplus_told(work)
         except Exception:
-            if work.vacated:  # what was there is there again, or as soon as there is room for it
+            if work.vacated:  # earlier replicas are placed again, now or as soon as there is room
                 self._bring_back(name)
             raise
         finally:
@@ -162,12 +162,12 @@ class Reconciler:
         return work.wanted
 
     def _with_types(self, refusal: Unplaceable, deployment: Deployment) -> Unplaceable:
-        """A refusal that names the node type that would do, if it is known which there are."""
+        """A refusal that names the node type that would help, if node types are known."""
         types = self.types_for(request_unchecked(deployment, (0,), {}), (0,))
         return refusal.advised(types) if types else refusal
 
     def _advance(self, work: Work) -> bool:
-        """Decides, and acts until a node refuses; whether to decide once more."""
+        """Decides, and acts until a node refuses; returns whether to decide once more."""
         nodes, decision, claims = self._decide(work)
         reserves = any(isinstance(action, Reserve) for action in decision.actions)
         try:
@@ -190,7 +190,7 @@ class Reconciler:
         return False
 
     def _decide(self, work: Work) -> tuple[list[NodeInfo], Decision, list[Claim]]:
-        """What to do now. All that is to be reserved is claimed, in that order."""
+        """Decides what to do now, and claims all that is to be reserved, in order."""
 
         def decide(
             nodes: list[NodeInfo], lag_seconds: float, fresh: bool, accept: bool = False
@@ -217,7 +217,7 @@ class Reconciler:
         if not work.patient:
             return decide(self.cluster.nodes(), VIEW_LAG_SECONDS, True, accept=True)
         try:
-            # A replica that is there may have lost its node since the nodes were last read.
+            # A replica may have lost its node since the nodes were last read.
             fresh = work.replans > 0 or work.known is not None
             return self.cluster.patiently(decide, fresh, self.forget_removed)
         except Unplaceable:
@@ -234,10 +234,10 @@ class Reconciler:
         avoided: Collection[str] = (),
         accept: bool = False,
     ) -> tuple[Decision, list[Claim]]:
-        """The same, without some nodes.
+        """The same, but without some nodes.
 
         Raises:
-            Unplaceable: there is no room for all of it, and nobody said that this will do.
+            Unplaceable: there is no room for all of it, and it may not wait.
         """
         self.cluster.read(fresh or bool(work.refused))
         with self.state.lock:
@@ -262,7 +262,7 @@ class Reconciler:
         """Under the lock.
 
         Raises:
-            UnknownNode, UnknownGpu: its constraints name a node or a GPU that is not there, and are new.
+            UnknownNode, UnknownGpu: its new constraints name a node or a GPU that does not exist.
         """
         desired, observed = self.seen(work.wanted, snapshot, work.strict, lent=work.lending is not None)
         if work.told is not None:
@@ -274,19 +274,19 @@ class Reconciler:
     def seen(
         self, wanted: DeploymentState, snapshot: Snapshot, strict: bool = False, lent: bool = False
     ) -> tuple[Desired, dict[int, Observed]]:
-        """A deployment in the terms of :mod:`placement.core.reconcile`. Under the lock.
+        """A deployment in the form for :mod:`placement.core.reconcile`. Under the lock.
 
         Args:
             wanted: the deployment.
             snapshot: the cluster.
-            strict: nodes that its constraints name must be there.
-            lent: the owner of its groups is there to create those that are missing.
+            strict: nodes that its constraints name must exist.
+            lent: the owner of its groups is calling, and can create missing groups.
         """
         deployment, name = wanted.deployment, wanted.name
         indices: Sequence[int] = range(deployment.replicas)
         if wanted.given_up or (
             wanted.is_lease and wanted.replicas and not lent
-        ):  # what is lost of it is not placed anew
+        ):  # its lost replicas are not placed again
             indices = [
                 index
                 for index, one in sorted(wanted.replicas.items())
@@ -303,7 +303,7 @@ class Reconciler:
         return Desired(request, gang=deployment.gang or deployment.group is not None), observed
 
     def _drop(self, work: Work, indices: Sequence[int], alive: Collection[str]) -> None:
-        """Gives back what is left of replicas that lost a node, or their group."""
+        """Gives back what is left of replicas that lost a node, or their placement group."""
         declared_anew = work.known is not None and work.known is not work.wanted
         for index in indices:
             self.gone.discard(work.wanted.replicas[index].group_id)
@@ -317,11 +317,11 @@ class Reconciler:
             self.actions.note(work.known)
 
     def _release_some(self, work: Work, indices: Collection[int], in_place: bool) -> None:
-        """Gives back what some replicas hold, for the sake of others or since they are too many."""
+        """Gives back what some replicas hold, to make room for others or because there are too many."""
         if in_place and work.atomic and work.known is not None:
-            # Until the others are there, what stood is declared as before.
+            # Until the new replicas are placed, the old declaration stays in the ledger.
             rest = self.actions.release(work.known, indices)
-            why = "its room was given back for what replaces it"
+            why = "its room was given back for its replacement"
             reasons = {**rest.reasons, **{i: why for i in indices if i in rest.states}}
             work.known = rest.pending(reasons, time.time())
             work.wanted = work.wanted.without([i for i in indices if i in work.wanted.states])
@@ -335,7 +335,7 @@ class Reconciler:
         self.actions.note(work.wanted)
 
     def _reserve(self, work: Work, action: Reserve, claim: Claim, nodes: Sequence[NodeInfo]) -> bool:
-        """Reserves what was planned, and gives back what it replaces; whether it could be had."""
+        """Reserves what was planned, and gives back what it replaces; returns whether it succeeded."""
         faults.point("service.planned")
         before = work.wanted
         create = None if work.lending is None else work.lending.create
@@ -349,7 +349,7 @@ class Reconciler:
         surplus = [index for index in action.replaces if index not in placed]
         kept = later.without(surplus)
         try:
-            self.actions.commit(kept, [got])  # first: what a record tells of is never given back
+            self.actions.commit(kept, [got])  # first, as nothing that is in a record may be given back
         except BaseException:
             self.actions.undo(later, placed, got)
             raise
@@ -365,18 +365,20 @@ class Reconciler:
         return True
 
     def _learn(self, work: Work, refusals: Sequence[Refusal]) -> None:
-        """Notes why nodes refused; gives up when that has been often enough.
+        """Records why nodes refused; gives up after the last try.
 
         Raises:
-            ReservationFailed: it is, and the change is atomic.
-            LeaseExpired: the caller has gone.
+            ReservationFailed: it was the last try, and the change is atomic.
+            LeaseExpired: the caller is gone.
         """
         name = work.wanted.name
         for refusal in refusals:
             said = "%s could not reserve for %r, after %d attempts: %s"
             logger.info(said, refusal.node_name, name, refusal.attempts, refusal.reason)
             work.refused.add(refusal.node_id)
-            if refusal.full and not work.wanted.deployment.named:  # of these it is known now who has them
+            if (
+                refusal.full and not work.wanted.deployment.named
+            ):  # for these nodes the holders of GPUs are known now
                 fewer = work.wanted.deployment.gpus_per_replica - 1
                 work.full[refusal.node_id] = fewer if refusal.at_most is None else refusal.at_most
             work.attempts += refusal.attempts
@@ -393,7 +395,7 @@ class Reconciler:
             self._wait(work, dict.fromkeys(work.wanted.unfinished(), str(failure)))
 
     def _wait(self, work: Work, reasons: dict[int, str]) -> None:
-        """Has replicas wait for room; their declaration is durable from here on."""
+        """Makes replicas wait for room; from here on their declaration is durable."""
         before = work.wanted
         durable = work.wanted is work.durable and before.waiting_since is not None
         if work.wanted is not work.durable:
@@ -402,23 +404,23 @@ class Reconciler:
         work.wanted = work.durable = self.actions.wait(before, reasons, time.time(), keep)
 
     def _surplus_told(self, work: Work) -> None:
-        """Has those who watch hear of replicas that waited and are not declared any more."""
+        """Reports as events the waiting replicas that are no longer declared."""
         if work.known is not None:
             for index in work.known.states.keys() - work.wanted.states.keys() - work.known.replicas.keys():
                 self.feed.add(work.wanted.name, index, "released")
             work.known = work.wanted
 
     def _bring_back(self, name: str) -> None:
-        """Has what was there before be there again, as far as there is room."""
+        """Places the earlier replicas again, as far as there is room."""
         known = self.state.get(name)
         if known is not None:
             self.bring_about(Work(known, known))
 
 
 def differences(old: Deployment, new: Deployment) -> dict[str, tuple[str, str]]:
-    """Field -> (what is declared, what was asked for), as text, of those that differ."""
+    """Field -> (what is declared, what was asked for), as text, for fields that differ."""
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
-    # Nested fields may name endpoints and key references: say only that they differ.
+    # Nested fields may name endpoints and key references: only report that they differ.
     return {
         field: ("", "")
         if isinstance(after[field] or before[field], dict)

@@ -1,6 +1,6 @@
-"""How a deployment is written down in the ledger, and read again.
+"""How a deployment is written to the ledger and read from it.
 
-The ledger (:mod:`placement.runtime.ledger`) says where, and which versions there were.
+The ledger (:mod:`placement.runtime.ledger`) has the keys and the history of versions.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def save(state: DeploymentState) -> None:
 
 
 def to_record(state: DeploymentState) -> dict[str, Any]:
-    """What the ledger keeps, JSON-ready. Of API keys it has references only."""
+    """The record of a deployment, JSON-ready. It has only references to API keys."""
     replicas = [
         {
             "order": one.order,

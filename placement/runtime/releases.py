@@ -1,4 +1,4 @@
-"""Gives back what deployments hold: a release that was begun goes on, whatever happens, and is answered once."""
+"""Releases deployments: a release that has begun is always finished, and its call answered, even after a restart."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from placement.runtime.sweeper import Sweeper
 from placement.runtime.turns import Turns
 
 ENDED_SECONDS = 60.0
-"""How long it is remembered what a release gave back; Ray sends a call again within seconds of a restart."""
+"""How long the result of a release is kept; Ray sends a call again within seconds after a restart."""
 
 
 class Releases:
-    """Releases deployments. The caller sees to it that it is one change of a deployment at a time.
+    """Releases deployments. The caller ensures that each deployment has one change at a time.
 
     Args:
-        prefix: begins the name of every group of ours.
-        state: what is declared and what is there.
+        prefix: begins the name of every group of this service.
+        state: all deployments.
         fleet: the nodes' actors.
         actions: what changes things.
         turns: one change of a deployment at a time.
-        sweeper: what removes groups that no deployment knows of.
+        sweeper: removes groups that belong to no deployment.
     """
 
     def __init__(
@@ -45,22 +45,22 @@ class Releases:
         self._ended_at: dict[str, float] = {}
 
     def release(self, name: str) -> int:
-        """Releases a deployment, in its turn; goes on with one that was cut off. How many replicas that were.
+        """Releases a deployment, in its turn, or continues an interrupted release; returns the number of replicas.
 
         Raises:
-            UnknownDeployment: no deployment of that name stands.
+            UnknownDeployment: no deployment of that name exists.
             UnreadableRecord: a later version of the service wrote its record.
         """
         if name in self._state.unreadable:
             return self._release_unreadable(name)
         known = self._state.get(name)
-        if known is None and name in self._ended:  # this call was cut off, and sent again
+        if known is None and name in self._ended:  # this call was interrupted, and sent again
             return self._ended.pop(name)
         if known is None:
             raise UnknownDeployment(name, self._state.names())
         if not known.releasing:
             known = replace(known, releasing=True)
-            self._actions.commit(known)  # from here on it goes, whatever happens
+            self._actions.commit(known)  # from here on the release is carried out, whatever fails
             self._ended.pop(name, None)
         faults.point("service.releasing")
         count = self._ended.setdefault(name, len(known.replicas))
@@ -77,7 +77,7 @@ class Releases:
         return count
 
     def _release_unreadable(self, name: str) -> int:
-        """Removes a record that makes no sense, and all groups of that name."""
+        """Removes a broken record, and all placement groups of that name."""
         record = self._state.unreadable[name]
         if record.newer:
             raise UnreadableRecord(name, record.problem, newer=True)
@@ -90,7 +90,7 @@ class Releases:
         return len(held)
 
     def release_together(self, names: Sequence[str]) -> int:
-        """Releases deployments as one, in their turns: from here on all of them go, whatever happens."""
+        """Releases deployments as one, in their turns: from here on all are released, whatever fails."""
         if len(names) > 1:
             for name in names:
                 known = self._state.get(name)
@@ -100,17 +100,17 @@ class Releases:
         return sum(self.release(name) for name in names)
 
     def recall_answers(self) -> None:
-        """Reads what was given back before a death, since the calls may come again."""
+        """Reads the results of releases before a restart, since Ray may send the calls again."""
         self._ended = ledger.ended()
         self._ended_at = dict.fromkeys(self._ended, time.monotonic())
 
     def resume(self, name: str) -> None:
-        """Goes on with a release that a death cut off; its call, which comes again, is answered then."""
+        """Continues a release that a restart interrupted; Ray sends its call again, which is then answered."""
         self._ended.pop(name, None)
         self._ended[name] = self.release(name)
 
     def forget_answers(self) -> None:
-        """Forgets what was given back so long ago that no call comes again."""
+        """Forgets results that are so old that no call comes again."""
         now = time.monotonic()
         for name in [name for name, at in self._ended_at.copy().items() if now - at > ENDED_SECONDS]:
             with self._turns.sole(name, wait=False) as mine:

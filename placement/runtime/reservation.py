@@ -2,13 +2,13 @@
 
 1. Look: which GPUs are free? See :mod:`placement.runtime.free_gpus`.
 2. Choose the best set among them.
-3. Steer Ray to just these; see :mod:`placement.runtime.steering`.
-4. Verify from inside every bundle. Others may have taken or freed a GPU meanwhile: then give everything back
-   and start over, a bounded number of times.
+3. Steer Ray to exactly these; see :mod:`placement.runtime.steering`.
+4. Verify from inside every bundle. If others took or freed a GPU meanwhile, give everything back
+   and start over, a limited number of times.
 
-A share of a GPU is reserved in the same way. To Ray a MIG instance is a GPU like any other, and is steered to as one.
+A share of a GPU is reserved in the same way. For Ray a MIG instance is a GPU, and is steered to like one.
 
-Nothing is held for longer than one pass takes (tens of milliseconds), and nothing at all after a refusal.
+Nothing extra is held for longer than one pass takes (tens of milliseconds), and nothing at all after a refusal.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from placement.runtime.steering import READY_DEADLINE_SECONDS, Steerer
 
 MAX_ATTEMPTS = 12
 MAX_LOOKS = 3
-"""How often a node is looked at before it refuses since too few of its GPUs are free."""
-TOO_LITTLE_MEMORY = "its GPUs have too little memory, or nobody knows how much"
+"""How often a node is looked at before it refuses because too few of its GPUs are free."""
+TOO_LITTLE_MEMORY = "its GPUs have too little memory, or their memory is unknown"
 
 T = TypeVar("T")
 
@@ -60,9 +60,9 @@ class NodeReserver:
         self.gpus.note_freed()
 
     def reserve(self, order: Order, machine: GpuHardware, more: int = 0) -> Reserved | Refused:
-        """Reserves the best GPUs that are free, sound and good enough, in a new group.
+        """Reserves the best GPUs that are free, healthy and meet the floors, in a new group.
 
-        As many ``more`` reservations with the same needs will follow, and should find room.
+        If possible it leaves room for ``more`` reservations with the same needs.
         """
         share = order.needs.share_of(machine.gpu_memory_bytes)
         if share is None:
@@ -94,7 +94,7 @@ class NodeReserver:
             else:
                 group, slots = outcome
                 got = tuple(sorted(slots))
-                # Others moved GPUs, and what was got instead is no worse: then it will do.
+                # Others took or freed GPUs, and the GPUs that Ray gave are no worse: then they are accepted.
                 free_then = machine.node(got, {})
                 sound = free_then.free_mask(needs._replace(free_memory_bytes=0))
                 as_good = not more and needs.whole and sound.bit_count() == count
@@ -112,15 +112,15 @@ class NodeReserver:
         return Refused(reason, attempt, full)
 
     def prepare(self, order: Order, machine: GpuHardware, sets: int, more: int = 0) -> Prepared | Refused:
-        """Makes the best GPUs those that Ray gives next, for a group that somebody else creates.
+        """Makes the best GPUs the ones that Ray gives next, for a group that somebody else creates.
 
-        What it returns is to be handed to :meth:`finish`, and soon: others go without the GPUs until then.
+        Pass its result to :meth:`finish` soon: until then others cannot use the GPUs.
 
         Args:
             order: what is asked of this node; of a replica over several nodes, one of the ``sets``.
-            machine: what its GPUs are.
-            sets: how many disjoint sets there are to be: of whole GPUs, where it is not one.
-            more: as many such orders will follow, and should find room.
+            machine: the node's hardware.
+            sets: how many disjoint sets; more than one only for whole GPUs.
+            more: for how many such orders to follow there should be room left.
         """
         needs = order.needs
         share = needs.share_of(machine.gpu_memory_bytes)
@@ -173,9 +173,9 @@ class NodeReserver:
         return self._with_share(order, machine, share, prepare)
 
     def try_steering(self) -> Steering:
-        """Has Ray give the highest free GPU in a group that ends with this process, and gives it back.
+        """Makes Ray give the highest free GPU, in a group that ends with this process, and gives it back.
 
-        It takes the steps of every reservation: where Ray gives the GPU that was wanted, it is as it was measured.
+        It takes the steps of every reservation: if Ray gives the wanted GPU, Ray works as it was measured.
         """
         wanted = got = None
         count = attempt = 0
@@ -198,13 +198,13 @@ class NodeReserver:
         return Steering(wanted, got, count, attempt)
 
     def look_ahead(self, count: int) -> None:
-        """Sees to it that :meth:`prepare`, which is about to follow, need neither look nor wait for the books."""
+        """Looks and waits for Ray's records now, so that the following :meth:`prepare` is quick."""
         free = self.gpus.look(count)
         if free is not None:
             self.gpus.catch_up(free)
 
     def finish(self, prepared: Prepared, used: bool) -> None:
-        """Gives back what kept the prepared GPUs the lowest free ones; looks anew if they were not to be had."""
+        """Gives back the fillers of the prepared GPUs; the next call looks again if the GPUs could not be taken."""
         if not used:
             self.gpus.forget_foreign()
         for filler in prepared.fillers:
@@ -219,7 +219,7 @@ class NodeReserver:
     def confirm(
         self, order: Order, prepared: Prepared, group: Any, bundles: Sequence[int]
     ) -> dict[int, int] | None:
-        """GPU -> bundle, if these bundles of a group hold just the prepared GPUs; they are then noted as ours.
+        """GPU -> bundle, if these bundles of a group hold exactly the prepared GPUs; they then count as held.
 
         A bundle is named once for each GPU that it holds.
         """
@@ -316,11 +316,11 @@ def _best(node: Node, topology: Topology, needs: Needs, more: int) -> tuple[int,
 
 
 def _none_free(needs: Needs, sets: int = 1) -> str:
-    """Why there are no GPUs for it."""
+    """Why there are no GPUs for an order."""
     if needs.named:
-        return f"too few of {gpu_names(needs.named)} are free, sound and as close as demanded for {sets * needs.gpus}"
+        return f"too few of {gpu_names(needs.named)} are free, healthy and as close as demanded for {sets * needs.gpus}"
     if needs.profile:
         return f"none of its MIG instances {needs.profile} is free"
     if sets > 1:
         return f"too few of its GPUs are free and as demanded for {sets} x {needs.gpus}"
-    return f"too few of its GPUs are free, sound and as close as demanded for {needs.gpus}"
+    return f"too few of its GPUs are free, healthy and as close as demanded for {needs.gpus}"

@@ -1,4 +1,4 @@
-"""What is there after a death of the service: what the ledger says, without what is gone by now."""
+"""Recovery after the service died: the deployments in the ledger, without what is gone by now."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def restore(
     releases: Releases,
     sweeper: Sweeper,
 ) -> None:
-    """Reads the ledger, drops what is gone, ends what was cut off, and removes what is in no record.
+    """Reads the ledger, drops what is gone, finishes interrupted releases, and removes groups that are in no record.
 
     Args:
-        state: what is declared and what is there; nothing yet.
+        state: all deployments; empty so far.
         cluster: the nodes as they were last seen.
         fleet: the nodes' actors.
         actions: what changes things.
-        feed: what happened.
-        releases: what gives back what deployments hold.
-        sweeper: what removes groups that no deployment knows of.
+        feed: where events are reported.
+        releases: gives back what deployments hold.
+        sweeper: removes groups that belong to no deployment.
     """
     for record in ledger.records():
         try:
@@ -59,8 +59,8 @@ def restore(
                 state.put(one)
                 continue
         except Exception:
-            record = replace(record, content=None, problem="its record does not make sense")
-            logger.exception("the record of %r cannot be understood", record.name)
+            record = replace(record, content=None, problem="its record is inconsistent")
+            logger.exception("the record of %r is inconsistent", record.name)
         logger.error("%r: %s; it is left as it is", record.name, record.problem)
         state.unreadable[record.name] = record
     nodes = cluster.nodes()
@@ -69,19 +69,21 @@ def restore(
     live, alive = sweeper.live(), {info.id for info in nodes}
     ending = {one.deployment.group.name for one in state.all() if one.releasing and one.deployment.group}
     for one in state.all():
-        feed.add(one.name, None, "restarted", "the service has started anew")
+        feed.add(one.name, None, "restarted", "the service has restarted")
         group = one.deployment.group
         if one.releasing or (group is not None and group.name in ending):
             releases.resume(one.name)
             continue
         later = one
         for index, replica in one.replicas.items():
-            theirs = one.is_lease and not groups.is_gone(replica.group_id)  # under a name of its owner's
+            theirs = one.is_lease and not groups.is_gone(
+                replica.group_id
+            )  # under a name that its owner chose
             if replica.group_id not in live and not theirs:
                 partly, reason = actions.drop(later, index, alive | replica.nodes)
                 later = later.lost(index, partly, reason)
         surplus = [index for index in later.replicas if index >= one.deployment.replicas]
-        if surplus:  # an apply was cut off
+        if surplus:  # an apply was interrupted
             later = actions.release(later, surplus)
         if later is not one:
             actions.note(later)

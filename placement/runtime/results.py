@@ -1,4 +1,4 @@
-"""What a placement hands back: assignments that hold live Ray placement groups."""
+"""The result of a placement: assignments with live Ray placement groups."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ class NodeAssignment:
     Attributes:
         replica_index: which replica, from 0.
         node: Ray's node id, hex.
-        gpus: GPU ordinals on that node, in rank order (ascending, unless tensor-parallel groups cross each
-            other here); ``gpus[i]`` is that of rank ``ranks[i]``. Empty for a remote replica, and for a CPU replica.
+        gpus: GPU ordinals on that node, in rank order (ascending, unless tensor-parallel groups interleave
+            here); ``gpus[i]`` belongs to rank ``ranks[i]``. Empty for a remote replica, and for a CPU replica.
         placement_group: the Ray placement group; bundle ``bundle_indices[r]`` holds ``gpus[r]``.
         bundle_indices: the bundles of this assignment, in the same order.
-        ranks: which ranks of the replica are here: ``0, 1, ...`` unless it lies on several nodes.
-        node_name: what people call the node.
-        share: how much of the GPU it is, 1 for whole ones.
-        mig: profile of the MIG instance that ``gpus`` is; empty for GPUs.
-        cpus_per_gpu, memory_bytes_per_gpu: what each bundle holds beside its GPU.
+        ranks: which ranks of the replica are here: ``0, 1, ...`` unless it is on several nodes.
+        node_name: the node's name in Ray.
+        share: the held part of the GPU, 1 for whole GPUs.
+        mig: profile of the MIG instance in ``gpus``; empty for GPUs.
+        cpus_per_gpu, memory_bytes_per_gpu: what each bundle also holds.
         ray_gpus: what Ray alone would have given at that moment: the lowest-numbered free GPUs.
         bandwidth_gb_per_s, ray_bandwidth_gb_per_s: bus bandwidth of an all-reduce between the GPUs,
             GB/s per direction, and between ``ray_gpus``: measured or predicted; ``None`` for fewer than two GPUs, or
-            where nothing was measured and a link is unknown. The least that it can be where the host's processors or
-            peer-to-peer are not known. The formula is in :mod:`placement.core.bandwidth`.
-        upper_bandwidth_gb_per_s, ray_upper_bandwidth_gb_per_s: the most that it can be then; ``None`` where nothing
+            if nothing was measured and a link is unknown. The lower end of a range if the host's processors or
+            peer-to-peer are unknown. The formula is in :mod:`placement.core.bandwidth`.
+        upper_bandwidth_gb_per_s, ray_upper_bandwidth_gb_per_s: the upper end of the range; ``None`` if nothing
             that decides it is unknown.
         bandwidth_measured: whether ``bandwidth_gb_per_s`` was measured (``docs/measuring.md``).
         weakest_link, ray_weakest_link: slowest link between two of them as ``nvidia-smi topo -m`` names it;
             ``None`` for fewer than two GPUs, ``"?"`` where the topology is unknown.
-        sorted_bandwidth_gb_per_s: what ``bandwidth_gb_per_s`` comes to in an engine that sorts the node's GPUs and cuts
-            its tensor-parallel groups from these, as vLLM does. Less only where no groups that such an engine keeps
-            are as fast (``docs/rank-order.md``); ``None`` also for what was placed before this was known.
+        sorted_bandwidth_gb_per_s: the bandwidth in an engine that sorts the node's GPUs and cuts
+            its tensor-parallel groups from these, as vLLM does. It is less only if sorting changes the groups to
+            slower ones (``docs/rank-order.md``). Also ``None`` for results of versions before this field.
         egress_resource, egress_units: what a remote replica holds.
         cpus, memory_bytes: what a CPU replica holds.
-        set_size: GPUs of each tensor-parallel group that the replica is made of; 0 where all of its GPUs are one.
-        affinities: what is near each of ``gpus``; empty if nothing is known. :meth:`environment` tells a worker.
+        set_size: GPUs of each tensor-parallel group of the replica; 0 if all of its GPUs are one group.
+        affinities: what is near each of ``gpus``; empty if unknown. :meth:`environment` passes it to a worker.
     """
 
     replica_index: int
@@ -84,9 +84,9 @@ class NodeAssignment:
     def actor_options(self, rank: int = 0) -> dict[str, Any]:
         """Options that start a worker on ``gpus[rank]``: ``Engine.options(**a.actor_options(0))``.
 
-        On a replica over several nodes that is rank ``ranks[rank]`` of the whole; see
-        :meth:`PlacementResult.actor_options`. A remote replica has the one rank 0, which takes its egress units, and a
-        CPU replica has one which takes its CPUs and its memory.
+        For a replica over several nodes that is rank ``ranks[rank]`` of the replica; see
+        :meth:`PlacementResult.actor_options`. A remote replica has one rank, 0, which takes its egress units; a
+        CPU replica has one rank, which takes its CPUs and its memory.
 
         Raises:
             IndexError: the assignment has no such rank.
@@ -108,26 +108,26 @@ class NodeAssignment:
         return options
 
     def engine_options(self) -> dict[str, Any]:
-        """Options that start an engine which makes its own workers in the group, as vLLM does, on this node.
+        """Options that start, on this node, an engine that creates its own workers in the group, as vLLM does.
 
-        The engine itself takes nothing, so that its workers find all of the group free; those that it starts without
-        naming a group are in this one, too. The engine of a replica over several nodes belongs where rank 0 is:
-        :meth:`PlacementResult.engine_options` puts it there, and :meth:`PlacementResult.environment` tells it the order
-        of its ranks.
+        The engine itself takes no resources, so that its workers find all of the group free; workers that it starts
+        without naming a group are in this group, too. The engine of a replica over several nodes belongs on the node of
+        rank 0: :meth:`PlacementResult.engine_options` places it there, and :meth:`PlacementResult.environment` gives it
+        the order of its ranks.
         """
         strategy = PlacementGroupSchedulingStrategy(
             self.placement_group,
             placement_group_bundle_index=self.bundle_indices[0],
             placement_group_capture_child_tasks=True,
         )
-        # Ray asks one CPU to be free where an actor is created that names none, and a bundle need not have any.
+        # To create an actor that names no CPUs, Ray needs one free CPU, and a bundle need not have any.
         return {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": strategy}
 
     def environment(self, rank: int = 0) -> dict[str, str]:
         """Environment variables for the worker on ``gpus[rank]``: see :meth:`PlacementResult.environment`.
 
-        One assignment of a replica over several nodes does not know the others: what tells of all ranks
-        (``VLLM_RAY_BUNDLE_INDICES``, ``RANK``, ``WORLD_SIZE``) or goes by all nodes (``NCCL_...``) is left out then.
+        One assignment of a replica over several nodes does not know the others: variables about all ranks
+        (``VLLM_RAY_BUNDLE_INDICES``, ``RANK``, ``WORLD_SIZE``) or about all nodes (``NCCL_...``) are then left out.
 
         Raises:
             IndexError: the assignment has no such rank.
@@ -183,9 +183,9 @@ class PlacementResult:
 
     Attributes:
         assignments: one per replica and node, by replica index and first rank there.
-        pending: replicas that have no place now, since a node was lost -> why. They get one when there is room.
-        model, runtime, runtime_config, serving, budget: what was declared of it, for those that start its workers.
-            The API key is a reference; a worker has it from ``runtime_config.api_key.resolve()``.
+        pending: replicas without a place -> why. They are placed when there is room.
+        model, runtime, runtime_config, serving, budget: declared fields, for the code that starts its workers.
+            The API key is a reference; a worker reads the key with ``runtime_config.api_key.resolve()``.
     """
 
     deployment: str
@@ -231,17 +231,18 @@ class PlacementResult:
         - ``VLLM_RAY_BUNDLE_INDICES``: the bundles of the replica's placement group in rank order, one for each rank.
         - ``VLLM_RAY_PER_WORKER_GPUS``: how much of a GPU each bundle has, for a share.
         - ``CUDA_DEVICE_ORDER=PCI_BUS_ID``: CUDA then numbers a node's GPUs as NVML and Ray do.
-        - ``RAY_ADDRESS``: the cluster, if this process is connected to it. The process that vLLM starts its engine
-          core in looks for it, and another one may run on the same machine.
+        - ``RAY_ADDRESS``: the cluster, if this process is connected to it. The process in which vLLM starts its engine
+          core needs it, as several clusters may run on the same machine.
         - With a rank, ``RANK`` and ``WORLD_SIZE`` as torch.distributed reads them. A worker sees one GPU, ``cuda:0``.
         - With a rank, what is near its GPU, as far as it is known: ``PLACEMENT_CPUS`` and ``PLACEMENT_NUMA_NODE``, by
           which :func:`placement.bind` binds the worker; ``UCX_NET_DEVICES``, the nearest RDMA ports; and
-          ``NCCL_IB_HCA``, those near any GPU of the replica on that node, since NCCL wants all ranks of a node to have
-          the same (NVIDIA/nccl#1478) and each node to have as many: it is left out where they have not. Where no RDMA
-          port is near, ``NCCL_SOCKET_IFNAME`` has the network interfaces that are.
+          ``NCCL_IB_HCA``, those near any GPU of the replica on that node, since NCCL needs all ranks of a node to have
+          the same (NVIDIA/nccl#1478) and each node to have the same number: otherwise it is left out. If no RDMA
+          port is near, ``NCCL_SOCKET_IFNAME`` has the near network interfaces.
 
-        The first three are for GPUs, so that a remote replica and a CPU replica have none of them. That of a CPU
-        replica has ``CUDA_VISIBLE_DEVICES`` empty: Ray lets a worker without GPUs see all GPUs of its node.
+        The first three are for GPUs, so a remote replica and a CPU replica have none of them. A CPU
+        replica gets an empty ``CUDA_VISIBLE_DEVICES``: otherwise Ray lets a worker without GPUs see all GPUs of its
+        node.
 
         Raises:
             IndexError: there is no such replica, or it has no such rank.
@@ -254,7 +255,7 @@ class PlacementResult:
         return _variables(parts, rank)
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as JSON-ready values, but for ``runtime_config``: it may name endpoints and keys."""
+        """The result as JSON-ready values, without ``runtime_config``, which may name endpoints and keys."""
         return {
             "deployment": self.deployment,
             "assignments": [a.to_dict() for a in self.assignments],
@@ -267,11 +268,11 @@ class PlacementResult:
 
 
 _OF_ALL_NODES = ("VLLM_RAY_BUNDLE_INDICES", "RANK", "WORLD_SIZE", "NCCL_IB_HCA", "NCCL_SOCKET_IFNAME")
-"""Variables that take all parts of a replica to tell."""
+"""Variables that depend on all parts of a replica."""
 
 
 def _variables(parts: Sequence[NodeAssignment], rank: int | None) -> dict[str, str]:
-    """The environment of a replica with these parts, or of its worker of that rank, which one of them has."""
+    """The environment of a replica with these parts, or of its worker with that rank."""
     bundle_of = dict(sorted(pair for a in parts for pair in zip(a.ranks, a.bundle_indices, strict=True)))
     variables: dict[str, str] = {}
     if parts[0].gpus:
@@ -289,7 +290,7 @@ def _variables(parts: Sequence[NodeAssignment], rank: int | None) -> dict[str, s
 
 
 def _near(parts: Sequence[NodeAssignment], part: NodeAssignment, rank: int) -> dict[str, str]:
-    """What tells a worker of ``part`` what is near its GPU."""
+    """The variables with what is near a worker's GPU."""
     if not part.affinities:
         return {}
     near = part.affinities[part.ranks.index(rank)]
@@ -305,7 +306,7 @@ def _near(parts: Sequence[NodeAssignment], part: NodeAssignment, rank: int) -> d
     variable, names = ("NCCL_IB_HCA", ports) if any(ports) else ("NCCL_SOCKET_IFNAME", interfaces)
     here = names[parts.index(part)]
     if here and len({len(one) for one in names}) == 1:
-        found[variable] = f"={','.join(here)}"  # just these: mlx5_1 would mean mlx5_10, too
+        found[variable] = f"={','.join(here)}"  # exact names: mlx5_1 would also match mlx5_10
     return found
 
 

@@ -1,6 +1,6 @@
-"""The placement service: the actor that callers talk to. It validates, has the controller act, and waits.
+"""The placement service: the actor that callers talk to. It validates, lets the controller act, and waits.
 
-Every method is asynchronous, so that who waits costs no thread: not for the outcome of a call, nor for events. What
+Every method is asynchronous, so that waiting for an outcome or for events costs no thread. What
 blocks (Ray's own calls) runs in threads, of which status, plans, releases and placements have their own.
 """
 
@@ -57,11 +57,11 @@ CALLS = 4096
 """So many calls change something or wait to, at once. Together with the watchers these are fewer than Ray lets in, so
 that a release, and who only looks, never waits for them."""
 MOST_SECONDS = 24 * 3600.0
-"""The longest that one call waits."""
+"""The longest wait of one call."""
 
 COLLECT_EVERY = 50_000
-"""So many objects more, and Python looks for cycles. With its 700, one ``status`` of 5,000 replicas has it look through
-all that is known of them, for longer than all else that ``status`` does, and everybody waits meanwhile."""
+"""How many new objects make Python's garbage collector run. With its default of 700, one ``status`` of 5,000 replicas
+makes it go through all objects, for longer than the rest of ``status`` takes, while all callers wait."""
 
 
 class DeploymentPlacementActor(Past):
@@ -128,39 +128,39 @@ class DeploymentPlacementActor(Past):
     ) -> PlacementResult:
         """Places all replicas of a deployment, or none.
 
-        Placing an identical deployment again returns what stands.
+        Placing an identical deployment again returns the existing result.
 
         Args:
             deployment: a :class:`~placement.Deployment`, or a dict of its fields.
             constraints: limits the choice of nodes; replaces ``deployment.constraints``.
-            wait_seconds: how long to wait for room, in the queue with all else that waits.
+            wait_seconds: how long to wait for room, in the queue.
             caller: who asks; :class:`placement.Client` fills it in.
 
         Raises:
             InvalidDeployment: a field is refused.
             UnknownNode: the constraints name a node that the cluster lacks.
             UnreadableRecord: the ledger has a record of that name that this version cannot read.
-            DeploymentConflict: the name stands with another declaration.
+            DeploymentConflict: the name is in use with another declaration.
             Unplaceable: it fits nowhere now: ``NoGpuNodes``, ``NotEnoughGpus``, ``NoEgressNodes``,
                 ``NotEnoughEgress`` or ``NoCpuNodes``.
             ReservationFailed: others kept taking the GPUs. In every case nothing of it stays reserved.
-            LeaseExpired: an actor is to own it, which has ended.
+            LeaseExpired: the actor that is to own it has ended.
             Busy: too many calls wait already.
 
-        Who waits and ends, or cancels the call, waits no more: nothing is placed for him later.
+        If a caller ends or cancels its call while it waits, nothing is placed for it later.
         """
         wanted = alone(parse(deployment, constraints))
         owner = owner_unless_caller(wanted, caller)
         asker = asker_of(caller)
         ticket = Ticket(wanted, lambda: self._controller.place(wanted, owner), (owner, asker))
-        # Of several who wait for the same, each has a ticket, which ends with him.
+        # If several callers wait for the same deployment, each has a ticket, which ends with its caller.
         waits = (wait_seconds, owner_key(asker)) if wait_seconds > 0 else ()
         key = "place", wanted.model_dump_json(), owner_key(owner), waits
         with self._calls.one_more():
             return await self._outcomes.share(key, lambda: self._wait_for(ticket, wait_seconds), ticket.end)
 
     async def _wait_for(self, ticket: Ticket[PlacementResult], wait_seconds: float) -> PlacementResult:
-        """Tries it now, and again in its turn for as long as there is time, and nobody ends it."""
+        """Tries it now, and again in its turn, until the time is over or somebody ends it."""
         end = time.monotonic() + min(max(wait_seconds, 0.0), MOST_SECONDS)
         tickets = self._controller.queue.tickets
         try:
@@ -178,7 +178,7 @@ class DeploymentPlacementActor(Past):
             raise
         finally:
             tickets.remove(ticket)
-        return await self._in(self._changes, ticket.result)  # which may be in the middle of an attempt
+        return await self._in(self._changes, ticket.result)  # it may be in the middle of an attempt
 
     @decided
     async def apply(
@@ -191,20 +191,20 @@ class DeploymentPlacementActor(Past):
         """Declares a deployment: places, adds, removes or replaces replicas as far as there is room; the rest waits.
 
         A replica that holds what is declared now (GPUs, CPUs, provider, API key, egress units), on nodes that meet the
-        limits, stays. The others are replaced, beside the old ones if there is room, else in their place; as long as
-        there is none, the old ones stay. What waits is ``pending`` in the result, and gets its place when there is
-        room, the oldest first, also after a restart of the service.
+        limits, stays. The others are replaced: beside the old ones if there is room, else in their place; as long as
+        there is no room, the old ones stay. Waiting replicas are ``pending`` in the result, and are placed when there
+        is room, the oldest first, also after a restart of the service.
 
         Args:
             deployment: a :class:`~placement.Deployment`, or a dict of its fields.
             constraints: limits the choice of nodes; replaces ``deployment.constraints``.
-            atomic: all of the change, or nothing is changed; replicas that were pending before may go on waiting.
+            atomic: make the change completely or not at all; replicas that were pending before may go on waiting.
             caller: who asks; :class:`placement.Client` fills it in.
 
         Raises:
             InvalidDeployment, UnknownNode, UnreadableRecord, Busy: as :meth:`place`.
-            Unplaceable, ReservationFailed: it is atomic, and does not fit. What stood before still stands then; where
-                it had to be released first, it is placed anew, or waits as ``pending``.
+            Unplaceable, ReservationFailed: it is atomic, and does not fit. What was placed before is still placed; if
+                it had to be released first, it is placed again, or waits as ``pending``.
         """
         wanted = alone(parse(deployment, constraints))
         owner = owner_unless_caller(wanted, caller)
@@ -222,23 +222,23 @@ class DeploymentPlacementActor(Past):
     async def apply_all(
         self, deployments: Sequence[DeploymentLike], atomic: bool = False, caller: Caller = None
     ) -> list[PlacementResult]:
-        """Applies several deployments; the trouble of one does not stop the others.
+        """Applies several deployments; an error of one does not stop the others.
 
-        In order, if that works; one that is to be near another, or apart from it, may come after it. The members of a
-        group (:class:`~placement.Group`) are placed all at once, or all of them wait.
+        They are applied in the given order if that works; one that is ``near_to`` or ``apart_from`` another may come
+        after it. The members of a group (:class:`~placement.Group`) are placed all at once, or all of them wait.
 
         Args:
-            deployments: what is declared.
+            deployments: the declarations.
             atomic: if one fits nowhere, nothing is changed at all. If one cannot be reserved although it was planned,
-                since others take GPUs meanwhile, those that this call placed anew are released again; changes to what
-                stood before remain. So does what was placed by a call that died with the service halfway: sent again by
-                Ray, it finds that standing.
+                since others take GPUs meanwhile, new deployments of this call are released again; changes to existing
+                deployments remain. If the service dies during the call, what it had placed also remains: when Ray sends
+                the call again, it finds that placed.
             caller: who asks; :class:`placement.Client` fills it in.
 
         Raises:
             PartlyApplied: some could not be applied, the others were.
             InvalidDeployment: one is refused, or a group lacks a member; nothing is changed.
-            GroupStands: a group is placed, and what is declared anew would move its replicas.
+            GroupStands: a group is placed, and its new declaration would move its replicas.
             UnknownNode, Unplaceable, ReservationFailed, UnreadableRecord: as :meth:`apply`, if it is atomic.
             Busy: too many calls wait already.
         """
@@ -256,7 +256,7 @@ class DeploymentPlacementActor(Past):
     async def release(self, name: str, caller: Caller = None) -> int:
         """Gives back everything that a deployment holds, and ends the workers in its groups.
 
-        The members of a group (:class:`~placement.Group`) end as one, by its name or by that of any of them.
+        The members of a group (:class:`~placement.Group`) are released together, by its name or that of any member.
 
         Args:
             name: of the deployment or group.
@@ -266,9 +266,9 @@ class DeploymentPlacementActor(Past):
             How many replicas were released.
 
         Raises:
-            UnknownDeployment: no deployment of that name stands.
-            UnreadableRecord: a later version of the service wrote its record. (If it is just broken, it is removed
-                with all groups of that name, which are counted then.)
+            UnknownDeployment: no deployment of that name exists.
+            UnreadableRecord: a later version of the service wrote its record. (If it is only broken, it is removed
+                with all groups of that name, which are then counted.)
         """
 
         async def begin() -> int:
@@ -295,13 +295,14 @@ class DeploymentPlacementActor(Past):
         return [name for name in released if name is not None]
 
     async def renew(self, name: str) -> float | None:
-        """Has a deployment with ``ttl_seconds`` stand for so long from now on. To ask for it again does the same.
+        """Renews a deployment with ``ttl_seconds``: its time starts again now. Placing or applying it again does the
+        same.
 
         Returns:
             Until when, in seconds since 1970; ``None`` if it has no such limit.
 
         Raises:
-            UnknownDeployment: no deployment of that name stands.
+            UnknownDeployment: no deployment of that name exists.
         """
         async with self._queues.turn(name):
             return await self._in(self._releases, self._controller.renew, name)
@@ -316,10 +317,10 @@ class DeploymentPlacementActor(Past):
         wait_seconds: float = 0.0,
         caller: Caller = None,
     ) -> Loan | PlacementResult:
-        """Begins a placement whose groups the caller creates itself, so that Ray ends them with it.
+        """Begins a placement whose groups the caller creates itself, so that Ray ends them with the caller.
 
         Returns:
-            What the caller is to create at once, and :meth:`confirm`; or the result, if it stands already.
+            The loan that the caller must create at once, and :meth:`confirm`; or the result, if it is placed already.
 
         Raises:
             Same as :meth:`place`.
@@ -339,7 +340,7 @@ class DeploymentPlacementActor(Past):
         """Says that the group of a loan is made, by its id in hex; empty if it was not.
 
         Returns:
-            What is to be created next, or the result.
+            The next loan, or the result.
 
         Raises:
             LeaseExpired: it is too late.
@@ -348,7 +349,7 @@ class DeploymentPlacementActor(Past):
         return await self._loans.confirm(loan_id, group_id)
 
     async def cancel(self, loan_id: str) -> None:
-        """The caller wants no more of it. Harmless if it is over already."""
+        """The caller gives the request up. Harmless if it is over already."""
         self._loans.cancel(loan_id)
 
     # -- what only looks -----------------------------------------------------------------------------
@@ -371,9 +372,9 @@ class DeploymentPlacementActor(Past):
         return await self._in(self._plans, self._controller.queries.plan_all, wanted, atomic)
 
     async def explain_all(self, deployments: Sequence[DeploymentLike]) -> list[ExplainedPlan]:
-        """:meth:`plan_all`, with what became of every node; a refusal is an answer here, and ends the list.
+        """:meth:`plan_all`, with which nodes were excluded and why; a refusal is the last entry of the list.
 
-        With one look: for a moment after a change, Ray's books may show less room than there is.
+        It reads Ray's records once: for a moment after a change they may show less room than there is.
         """
         wanted = [parse(one, None) for one in deployments]
         return await self._in(self._plans, self._controller.queries.explain_all, wanted)
@@ -387,15 +388,15 @@ class DeploymentPlacementActor(Past):
         """Where a deployment's replicas are.
 
         Raises:
-            UnknownDeployment: no deployment of that name stands.
+            UnknownDeployment: no deployment of that name exists.
         """
         return self._controller.queries.get(name).result()
 
     async def describe(self, name: str) -> dict[str, Any]:
-        """A deployment as it is declared, and what is there of it; JSON-ready.
+        """A deployment's declaration, and its replicas; JSON-ready.
 
         Raises:
-            UnknownDeployment: no deployment of that name stands.
+            UnknownDeployment: no deployment of that name exists.
         """
         return self._controller.queries.describe(name)
 
@@ -403,16 +404,16 @@ class DeploymentPlacementActor(Past):
         """The deployments that a name means: the members of the group of that name, or the one of that name.
 
         Raises:
-            UnknownDeployment: neither stands.
+            UnknownDeployment: neither exists.
         """
         return self._controller.queries.members(name)
 
     async def wait(self, name: str, timeout_seconds: float = MOST_SECONDS) -> PlacementResult:
-        """Where a deployment's replicas are, once none is pending any more, or what is has been given up; as they are
-        when the time is over.
+        """Where a deployment's replicas are, as soon as none is pending, or the pending ones are given up, or
+        the time is over.
 
         Raises:
-            UnknownDeployment: no deployment of that name stands, or does any more.
+            UnknownDeployment: no deployment of that name exists, or it no longer does.
         """
         end = time.monotonic() + min(max(timeout_seconds, 0.0), MOST_SECONDS)
         while True:
@@ -426,7 +427,7 @@ class DeploymentPlacementActor(Past):
     async def status(
         self, node: str | None = None, deployment: str | None = None, state: str | None = None
     ) -> dict[str, Any]:
-        """Nodes with their GPUs and who sits where, and deployments with their replicas; JSON-ready.
+        """Nodes with their GPUs and the replicas on them, and deployments with their replicas; JSON-ready.
 
         Args:
             node: only this node, by id, name or address, and what is on it.
@@ -436,7 +437,7 @@ class DeploymentPlacementActor(Past):
         return await self._in(self._reads, self._controller.queries.status, node, deployment, state)
 
     async def topology(self, node: str | None = None) -> list[dict[str, Any]]:
-        """What each GPU node's GPUs report, read anew; JSON-ready.
+        """The facts of each GPU node's GPUs, read now; JSON-ready.
 
         Raises:
             UnknownNode: ``node`` is given and no GPU node has that id, name or address.
@@ -444,7 +445,7 @@ class DeploymentPlacementActor(Past):
         return await self._in(self._plans, self._controller.queries.topology, node)
 
     async def record_measurements(self, measurements: Sequence[Mapping[str, Any]]) -> None:
-        """Keeps what was measured on hosts; nodes that are these, or of their make, go by it from now on.
+        """Keeps measured rates of hosts; these nodes, and others of their make, use them from now on.
 
         Args:
             measurements: as ``placement measure --export`` writes them.
@@ -457,19 +458,20 @@ class DeploymentPlacementActor(Past):
         await self._in(self._reads, self._controller.record_measurements, found)
 
     async def forget_measurements(self, node: str | None = None) -> list[dict[str, Any]]:
-        """Forgets what was measured on a node, or on all hosts; choices go by the rest, or by predictions, again.
+        """Forgets the measured rates of a node, or of all hosts; GPUs are then chosen by other rates, or by
+        predictions.
 
         Args:
-            node: its id, name or address; of a host that is no node now its name. ``None`` for all hosts.
+            node: its id, name or address, or the name of a host that is no longer a node. ``None`` for all hosts.
 
         Returns:
-            What was forgotten, as :meth:`measurements` tells it; nothing if nothing was kept of that node.
+            The forgotten rates, in the form of :meth:`measurements`; empty if the node had none.
         """
         found = await self._in(self._reads, self._controller.forget_measurements, node)
         return list(as_file(found)["measurements"])
 
     async def measurements(self) -> list[dict[str, Any]]:
-        """What was measured on all hosts, whether they are there now or not; JSON-ready."""
+        """The measured rates of all hosts, whether they are nodes now or not; JSON-ready."""
         found = as_file(self._controller.fleet.inventory.measurements.all())
         return list(found["measurements"])
 
@@ -481,7 +483,7 @@ class DeploymentPlacementActor(Past):
 
 
 def over(outcome: Future[Any]) -> asyncio.Future[Any]:
-    """The end of something, to be waited for; what it came to is asked for elsewhere."""
+    """The end of a future, to wait for without its result."""
     waiting = asyncio.wrap_future(outcome)
     waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
     return waiting

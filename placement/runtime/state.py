@@ -1,7 +1,7 @@
-"""All that is declared and there: the service's only memory, indexed by node.
+"""All deployments: the service's only memory, indexed by node.
 
-Of each deployment there is one :class:`~placement.runtime.deployment_state.DeploymentState`, which is read without a
-lock. Claims, what is put in, and the index by node are guarded by :attr:`ServiceState.lock`.
+Each deployment has one :class:`~placement.runtime.deployment_state.DeploymentState`, which is read without a
+lock. Claims, changes, and the index by node are guarded by :attr:`ServiceState.lock`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from placement.wire.held import HeldDeployment
 
 
 class ServiceState:
-    """All deployments, open claims, and which node holds what.
+    """All deployments, open claims, and what each node holds.
 
     Args:
-        changed: called under the lock with the nodes of which something was taken, given back or claimed.
+        changed: called under the lock with the nodes on which something was taken, given back or claimed.
 
     Attributes:
-        lock: guards claims, what is put in or dropped, and planning, so that two plans never use the same room.
-        deployments: name -> state; read it without the lock, put in by :meth:`put`.
+        lock: guards claims, changes and planning, so that two plans never use the same room.
+        deployments: name -> state; read it without the lock, change it by :meth:`put`.
         unreadable: name -> record of the ledger that this version cannot read.
-        queue_version: grows with each change of something that waits.
+        queue_version: grows with each change of a waiting deployment.
     """
 
     def __init__(self, changed: Callable[[Iterable[str]], None] = lambda nodes: None) -> None:
@@ -46,11 +46,11 @@ class ServiceState:
         self._temporary: set[str] = set()
 
     def put(self, state: DeploymentState) -> None:
-        """Has this be what is known of its deployment."""
+        """Replaces the state of a deployment."""
         with self.lock:
             self._unindex(state.name)
             self.deployments[state.name] = state
-            # What is to be replaced stays under its own declaration until it is.
+            # A replica to be replaced counts with its own declaration until then.
             declared = (state.deployment, *state.earlier.values())
             if apart := [one for one in declared if one.constraints and one.constraints.apart_from]:
                 self._keeping_apart[state.name] = apart
@@ -98,7 +98,7 @@ class ServiceState:
         return claim
 
     def close(self, claims: Iterable[Claim]) -> None:
-        """Closes claims: what they were for is in a state now, or was given back."""
+        """Closes claims: their replicas are in a state now, or were given back."""
         with self.lock:
             for claim in claims:
                 self.claims.remove(claim)
@@ -111,7 +111,7 @@ class ServiceState:
                 self._changed({replica.node_id for replica in claim.replicas})
 
     def get(self, name: str) -> DeploymentState | None:
-        """What is known of a deployment."""
+        """The state of a deployment."""
         return self.deployments.get(name)
 
     def names(self) -> tuple[str, ...]:
@@ -123,7 +123,7 @@ class ServiceState:
         return [one for _, one in sorted(self.deployments.copy().items())]
 
     def assignments(self) -> Iterator[tuple[DeploymentState, NodeAssignment]]:
-        """Every replica that is there."""
+        """All replicas that hold something."""
         for one in self.all():
             for assignment in one.assignments():
                 yield one, assignment
@@ -155,20 +155,20 @@ class ServiceState:
         return frozenset(self._by_node.copy())
 
     def queue(self) -> list[str]:
-        """Names of what waits for room, or to be released; who waits longest comes first."""
+        """Names of deployments that wait for room, or to be released; the longest wait comes first."""
         waiting = [one for name in self._queue.copy() if (one := self.deployments.get(name))]
         return [one.name for one in sorted(waiting, key=lambda one: (one.waiting_since or 0.0, one.name))]
 
     def temporary(self) -> list[DeploymentState]:
-        """What may end, or be given up, by itself."""
+        """Deployments that may end, or be given up, by themselves."""
         return [one for name in sorted(self._temporary.copy()) if (one := self.deployments.get(name))]
 
     def held(self) -> dict[str, HeldDeployment]:
-        """What is there, by name, as plans and snapshots see it."""
+        """The deployments by name, in the form of plans and snapshots."""
         return {one.name: one.held() for one in self.all()}
 
     def keeping_apart(self, name: str) -> list[Deployment]:
-        """What is declared, or about to be, that asks to be apart from a deployment."""
+        """The declarations, including new ones, that ask to be apart from a deployment."""
         with self.lock:
             declared = [one for several in self._keeping_apart.values() for one in several]
             declared += [claim.deployment for claim in self.claims]
@@ -179,7 +179,7 @@ class ServiceState:
         ]
 
     def tally(self, node_id: str) -> Tally:
-        """What this service holds on a node, and is about to. Under the lock."""
+        """What this service holds and claims on a node. Under the lock."""
         tally = Tally()
         for (name, index), parts in self._by_node.get(node_id, {}).items():
             state = self.deployments[name]

@@ -1,4 +1,4 @@
-"""What ``status`` says of the cluster: its totals, and its deployments with the state of each replica; JSON-ready."""
+"""The ``status`` of the cluster: totals, nodes, and deployments with the state of each replica; JSON-ready."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from placement.wire.facts import NodeFacts
 from placement.wire.groups import Group, links_of, located
 
 SHOWN_STATES = ("placed", "pending", "lost", "releasing")
-"""What a replica is shown as: it holds its GPUs, waits for room, lost its node, or is being given back."""
+"""The shown states of a replica: it holds its GPUs, waits for room, lost its node, or is being released."""
 
 
 class KnownDeployment(Protocol):
-    """What is known of one deployment. Nothing in it is changed afterwards."""
+    """The state of one deployment. It is never changed."""
 
     @property
     def deployment(self) -> Deployment:
@@ -35,23 +35,23 @@ class KnownDeployment(Protocol):
 
     @property
     def generation(self) -> int:
-        """How often it was declared, with a change each time."""
+        """How many different declarations it has had."""
 
     @property
     def states(self) -> Mapping[int, State]:
-        """Replica -> where it is in its life."""
+        """Replica -> its state."""
 
     @property
     def reasons(self) -> Mapping[int, str]:
-        """Replica that waits -> why."""
+        """Waiting replica -> why it waits."""
 
     @property
     def outdated(self) -> Collection[int]:
-        """The replicas that stand as an earlier generation declared them."""
+        """The replicas that were placed by an earlier generation and are to be replaced."""
 
     @property
     def releasing(self) -> bool:
-        """All of it is to go, whatever happens."""
+        """Whether it is being released."""
 
     @property
     def declared_at(self) -> float:
@@ -59,7 +59,7 @@ class KnownDeployment(Protocol):
 
     @property
     def owner(self) -> Mapping[str, Any] | None:
-        """With whom it ends; JSON-ready."""
+        """Its owner; JSON-ready."""
 
     def assignments(self) -> Sequence[NodeAssignment]:
         """What it holds, by replica and rank."""
@@ -67,23 +67,23 @@ class KnownDeployment(Protocol):
 
 @dataclass(frozen=True)
 class Observed:
-    """All that ``status`` tells, at one moment. It is read without a lock: nothing in it is changed afterwards.
+    """All inputs of ``status``, at one moment. It is read without a lock, as nothing in it is ever changed.
 
     Attributes:
-        nodes: what is alive.
-        deployments: name -> what is known of it.
-        hardware: what a node's GPUs are.
-        facts: node id -> what it said of them; of this and ``foreign`` only single entries are read.
+        nodes: the nodes that are alive.
+        deployments: name -> its state.
+        hardware: the hardware of a node's GPUs.
+        facts: node id -> the facts of its GPUs; of this and ``foreign`` only single entries are read.
         foreign: node id -> GPUs that other Ray users held when its actor last looked.
-        available: node id -> resource -> what Ray says is free; without nodes of which that may not yet show our own
-            last change.
+        available: node id -> resource -> the free amount in Ray's records; without nodes whose records may not show the
+            service's last change.
         unreadable: name -> a record that this version cannot read.
-        draining: nodes that Ray is about to take away.
-        dead: nodes that died lately.
+        draining: nodes that are draining.
+        dead: nodes that died recently.
         queue: the deployments that wait for room, next first.
-        demand: what was asked of the autoscaler; JSON-ready.
-        at: when that was, in seconds since the epoch.
-        near: labels of which nodes near each other share the values, widest first.
+        demand: what the autoscaler was asked for; JSON-ready.
+        at: that moment, in seconds since the epoch.
+        near: labels that have the same value on nodes near each other, widest first.
     """
 
     nodes: Sequence[NodeInfo]
@@ -104,21 +104,21 @@ class Observed:
 def cluster_status(
     seen: Observed, node: str | None = None, deployment: str | None = None, state: str | None = None
 ) -> dict[str, Any]:
-    """Totals of the cluster, nodes with their GPUs and who sits where, and deployments with their replicas.
+    """Totals of the cluster, nodes with their GPUs and the replicas on them, and deployments with their replicas.
 
-    Deployments of which something waits come first, in the order of the queue. A filter leaves the deployments with
-    a replica that matches all of them, and the nodes on which these replicas are; ``node`` leaves just that node.
+    Deployments with waiting replicas come first, in the order of the queue. Filters select the deployments with
+    a replica that matches all filters, and the nodes of these replicas; ``node`` selects only that node.
 
     Args:
-        seen: what is the case.
+        seen: the inputs.
         node: id, name or address of a node.
         deployment: name of a deployment, or of a group.
-        state: what a replica is shown as, one of :data:`SHOWN_STATES`.
+        state: a shown state of a replica, one of :data:`SHOWN_STATES`.
 
     Raises:
-        UnknownNode: no node goes by that, alive or dead.
-        UnknownDeployment: there is neither of that name, not even a record that cannot be read.
-        ValueError: a replica is never in such a state.
+        UnknownNode: no node has that id, name or address, alive or dead.
+        UnknownDeployment: there is neither of that name, not even an unreadable record.
+        ValueError: there is no such state.
     """
     if state is not None and state not in SHOWN_STATES:
         raise ValueError(f"no replica is ever {state!r}: choose one of {', '.join(SHOWN_STATES)}")
@@ -199,7 +199,7 @@ def cluster_status(
 
 
 def _groups(seen: Observed, shown: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The groups of which any member is shown, each as one: its state, and what path its links got."""
+    """The groups of which any member is shown, each with its state and the routes of its links."""
     states: dict[str, dict[str, str]] = {}
     declared: dict[str, Group] = {}
     for one in shown:
@@ -277,7 +277,7 @@ def _deployment(
 
 
 def _shown(state: State | None, lives: bool | None, releasing: bool) -> str:
-    """What a replica is shown as; ``lives``: whether all nodes are alive on which it holds something, if it does."""
+    """The shown state of a replica; ``lives``: whether all nodes on which it holds something are alive."""
     if releasing or state is State.RELEASING:
         return "releasing"
     if lives is not None:
@@ -288,7 +288,7 @@ def _shown(state: State | None, lives: bool | None, releasing: bool) -> str:
 def _matching(
     shown: Mapping[str, Any], at: Collection[str] | None, state: str | None
 ) -> tuple[bool, set[str]]:
-    """Whether any replica of a deployment is in such a state, on one of these nodes; and where those are that are."""
+    """Whether any replica of a deployment is in such a state, on one of these nodes; and the nodes of such replicas."""
     of_state = {one["index"] for one in shown["replica_states"] if state in (None, one["state"])}
     held = {
         a["node"]

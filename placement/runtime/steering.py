@@ -1,12 +1,12 @@
-"""Has Ray give just the wanted GPUs of a node.
+"""Steering: makes Ray give exactly the wanted GPUs of a node.
 
 Ray always gives the lowest-numbered free GPUs of a node. So the wanted ones are made the lowest: walk the free GPUs
-upwards. Take each run of unwanted ones with a filler and each run of wanted ones, but for the last, with a hold; then
+upwards. Take each run of unwanted ones with a filler and each run of wanted ones, except the last, with a hold; then
 remove the holds and create the real group, which now gets exactly the wanted GPUs. Nothing runs in these holds and
-fillers, so that removing one takes effect at once (see :mod:`placement.runtime.groups`).
+fillers, so removing one takes effect at once (see :mod:`placement.runtime.groups`).
 
-A share of a GPU is steered in the same way. Ray gives it on the GPU with the smallest rest that is enough, so
-the rests that would come before the wanted one are filled for a moment. A rest that nobody knew of shows when
+A share of a GPU is steered in the same way. Ray gives it on the GPU with the smallest free part that is large enough,
+so the free parts that would come before the wanted one are filled for a moment. An unknown free part shows when
 the share lands there: it then serves as one more filler, and the share is tried again.
 """
 
@@ -21,7 +21,7 @@ from placement.runtime import faults
 from placement.runtime.free_gpus import BOOKS_LAG_SECONDS, FreeGpus, Groups
 
 MAX_STRAY_SHARES = 6
-"""How many rests that nobody knew of are filled by a share that landed there."""
+"""How many unknown free parts are filled by a share that landed there."""
 READY_DEADLINE_SECONDS = 0.15
 """Long enough for Ray to try twice; see :func:`~placement.runtime.groups.ready_or_removed`."""
 
@@ -40,7 +40,7 @@ class Steerer:
     def create(
         self, create: Callable[[], Any], free: frozenset[int], wanted: tuple[int, ...]
     ) -> tuple[Any, list[int]] | None:
-        """Creates the real group with the wanted GPUs made the lowest free ones. Leaves nothing else held."""
+        """Makes the wanted GPUs the lowest free ones and creates the real group. Nothing else stays held."""
         groups = self._groups
         fillers = self.steer(free, wanted)
         if fillers is None:
@@ -68,7 +68,7 @@ class Steerer:
         """Makes the wanted GPUs the lowest free ones.
 
         Returns:
-            The fillers that keep it so; ``None``, and nothing held, if others were in the way.
+            The fillers that keep it so; ``None``, with nothing held, if other users took or freed GPUs.
         """
         groups = self._groups
         holds: list[Any] = []
@@ -90,10 +90,10 @@ class Steerer:
     def create_share(
         self, name: str, beside: Mapping[str, float], share: int, free: frozenset[int], wanted: int
     ) -> Any:
-        """Creates the real group on the wanted GPU, every rest that Ray would prefer filled meanwhile.
+        """Creates the real group on the wanted GPU, while every free part that Ray would prefer is filled.
 
         Returns:
-            The group, or ``None``. Nothing else is left held.
+            The group, or ``None``. Nothing else stays held.
         """
         groups = self._groups
         fillers = self.steer_share(share, free, wanted)
@@ -119,10 +119,10 @@ class Steerer:
                     groups.remove(group)
 
     def steer_share(self, share: int, free: frozenset[int], wanted: int) -> list[Any] | None:
-        """Fills every rest that Ray would prefer for a share.
+        """Fills every free part that Ray would prefer for a share.
 
         Returns:
-            The fillers; ``None``, and nothing held, if others were in the way.
+            The fillers; ``None``, with nothing held, if other users took or freed GPUs.
         """
         groups = self._groups
         rests = self._gpus.rests()
@@ -146,7 +146,7 @@ class Steerer:
                 groups.remove(group)
 
     def fill_strays(self, fillers: list[Any], share: int, wanted: int) -> bool:
-        """Adds fillers for rests that nobody knew of, until Ray gives a share where it is wanted.
+        """Adds fillers for unknown free parts, until Ray gives the share on the wanted GPU.
 
         Returns:
             Whether it does; if not, no filler is left.
@@ -170,7 +170,7 @@ class Steerer:
 
 
 def _runs(free: Iterable[int], wanted: tuple[int, ...]) -> list[tuple[int, bool]]:
-    """The free GPUs up to the highest wanted one, as (length, wanted?) runs in ascending order."""
+    """The free GPUs up to the highest wanted one, as runs (length, whether wanted) in ascending order."""
     runs: list[tuple[int, bool]] = []
     for gpu in sorted(g for g in free if g <= wanted[-1]):
         is_wanted = gpu in wanted

@@ -1,4 +1,4 @@
-"""Placement groups of ours that no deployment knows of: what was cut off leaves them behind."""
+"""Removes the service's placement groups that belong to no deployment: interrupted work leaves them behind."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from placement.runtime.turns import Turns
 
 
 class Sweeper:
-    """Finds and removes them.
+    """Finds and removes such groups.
 
     Args:
-        prefix: begins the name of every group of ours.
+        prefix: begins the name of every group of this service.
         state: what deployments hold.
         cluster: the nodes as they were last seen.
         fleet: the nodes' actors.
@@ -40,7 +40,7 @@ class Sweeper:
         self._undecided = self.remove_unknown(live)
 
     def sweep(self) -> None:
-        """Removes groups that carry our token and that no deployment knows of, and finds node actors that live on."""
+        """Removes groups with the service's token that belong to no deployment, and finds living node actors."""
         try:
             self._fleet.agents.suspect_orphans(
                 self._fleet.agents.rediscover(self._cluster.nodes_lately()), now=False
@@ -51,23 +51,23 @@ class Sweeper:
             raise
 
     def sweep_again(self) -> None:
-        """The same with the groups of which it could not be told yet whether a deployment will know of them."""
+        """The same for groups of which it was not yet clear whether they belong to a deployment."""
         if self._undecided:
             self._undecided = self.remove_unknown(self._undecided)
 
     def live(self) -> dict[str, groups.LiveGroup]:
-        """Our groups that are there."""
+        """The existing groups of this service."""
         return groups.live_groups(lambda name: name.startswith(self._prefix))
 
     def remove_unknown(self, live: Mapping[str, groups.LiveGroup]) -> dict[str, groups.LiveGroup]:
-        """Removes those of which no deployment knows; returns those of which that cannot be told yet."""
+        """Removes groups that belong to no deployment; returns those of which that is not yet clear."""
         undecided = {}
         for group_id, group in live.items():
             name = deployment_of(order_of_group(group.name))
             if name in self._state.unreadable or self._knows(name, group_id):
                 continue
             with self._turns.sole(name, wait=False) as mine:
-                if not mine:  # something is being reserved, and this may be it
+                if not mine:  # a reservation is under way, and this may be its group
                     undecided[group_id] = group
                 elif not self._knows(name, group_id):
                     self.remove(group_id, group)

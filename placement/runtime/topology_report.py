@@ -1,4 +1,4 @@
-"""What ``topology`` says of one node's GPUs: what was read, what was measured, and the matrix."""
+"""The ``topology`` report of one node's GPUs: the facts, the measured rates, and the matrix."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from placement.wire.measurements import Measurement
 
 
 def measured_report(topology: Topology, own: Measurement | None) -> list[dict[str, Any]]:
-    """The measured rates that a node goes by, beside what is predicted; where they are its own, with the rest."""
+    """The measured rates that a node uses, beside the predicted ones; its own rates with their details."""
     predicted = shape_of(topology).predicted
     of = {one.gpus: one for one in own.rates} if own is not None else {}
     found = []
@@ -31,9 +31,9 @@ def measured_report(topology: Topology, own: Measurement | None) -> list[dict[st
 def topology_report(
     info: NodeInfo, facts: NodeFacts | None, measured: Sequence[Mapping[str, Any]] = ()
 ) -> dict[str, Any]:
-    """One GPU node: what was read, the islands, and the matrix as ``nvidia-smi topo -m`` prints it.
+    """One GPU node: the facts, the islands, and the matrix as ``nvidia-smi topo -m`` prints it.
 
-    And what was measured: see :func:`measured_report`.
+    With the measured rates: see :func:`measured_report`.
     """
     shape = facts.topology() if facts is not None and facts.gpus else Topology.unknown(info.gpu_count)
     return {

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 
 class Turns:
-    """Whose turn it is, by deployment. Thread-safe; different deployments change side by side."""
+    """Turns by deployment. Thread-safe; different deployments change at the same time."""
 
     def __init__(self) -> None:
         self._turns: dict[str, _Turn] = {}
@@ -20,7 +20,7 @@ class Turns:
         """Keeps others from changing a deployment.
 
         Yields:
-            Whether it is ours to change; always, if we ``wait`` for it.
+            Whether the caller has the turn; always with ``wait``.
         """
         with self._lock:
             turn = self._turns.setdefault(name, _Turn())
@@ -38,7 +38,7 @@ class Turns:
 
     @contextlib.contextmanager
     def sole_all(self, names: Iterable[str], wait: bool = True) -> Iterator[bool]:
-        """The same for several, which are taken in the order of their names; whether all of them are ours."""
+        """The same for several deployments, in the order of their names; yields whether the caller has all turns."""
         with contextlib.ExitStack() as stack:
             yield all([stack.enter_context(self.sole(name, wait)) for name in sorted(names)])
 
@@ -49,7 +49,7 @@ class Turns:
 
 @dataclass
 class _Turn:
-    """Who changes a deployment, and how many do or wait for it."""
+    """The holder of a deployment's turn, and how many have it or wait for it."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     users: int = 0

@@ -1,4 +1,4 @@
-"""The planner's snapshot of the cluster, kept up to date: a plan pays for what has changed, not for every node."""
+"""The planner's snapshot, kept up to date: a plan costs what has changed, not the number of nodes."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from placement.runtime.fleet import VIEW_LAG_SECONDS
 from placement.runtime.orders import GpuHardware
 
 _Read = tuple[float | None, ...]
-"""What of Ray's free resources of a node counts here: GPUs, CPUs, memory, its egress resources, and custom ones."""
+"""The free resources of a node that count here: GPUs, CPUs, memory, its egress resources, and custom ones."""
 
 
 class ClusterView:
     """The nodes as the planner sees them. Not thread-safe: the caller holds a lock.
 
-    What is handed out is immutable, and may be used without the lock.
+    Returned snapshots are immutable, and may be used without the lock.
 
     Args:
-        near: labels of which nodes that are near each other share the values, widest first.
-        hardware: what a node's GPUs are; the same object until they report something else.
-        tally: node id -> what we hold and claim there.
+        near: labels that have the same value on nodes near each other, widest first.
+        hardware: the hardware of a node's GPUs; the same object until they report something else.
+        tally: node id -> what the service holds and claims there.
         foreign: node id -> GPUs that other Ray users held when the node's actor last looked.
-        lagging: seconds -> nodes of which Ray's free resources may not yet show our own last change, if they lag by so
-            much; what we know of them is newer.
+        lagging: seconds -> nodes whose records in Ray may not yet show the service's last change, if they lag by that
+            much; the service's own knowledge is newer.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class ClusterView:
         self._snapshot: Snapshot | None = None
 
     def update_nodes(self, nodes: Sequence[NodeInfo], draining: frozenset[str]) -> None:
-        """Notes which nodes are alive, and which of them Ray is about to take away.
+        """Updates which nodes are alive, and which of them are draining.
 
-        Next to nothing is done if ``nodes`` is the same object as last time; it is not to be changed afterwards.
+        It is quick if ``nodes`` is the same object as last time; do not change that object afterwards.
         """
         self._dirty |= (draining ^ self._draining) & self._infos.keys()
         self._draining = draining
@@ -73,9 +73,9 @@ class ClusterView:
         self._dirty &= self._infos.keys()
 
     def update_available(self, available: Mapping[str, Mapping[str, float]]) -> None:
-        """Notes what Ray says is free: node id -> resource -> amount. Only where that changed, anything follows.
+        """Updates what is free in Ray's records: node id -> resource -> amount. Only changed nodes are computed again.
 
-        What is said of one node is not to be changed afterwards.
+        Do not change the inner mappings afterwards.
         """
         before, self._available = self._available, dict(available)
         changed = [
@@ -96,15 +96,15 @@ class ClusterView:
                 self._dirty.add(node_id)
 
     def touch(self, node_ids: Iterable[str]) -> None:
-        """Notes that what we hold or claim on these nodes, what others hold there, or what their GPUs are, changed."""
+        """Records that what is held or claimed on these nodes, or their hardware, has changed."""
         self._dirty.update(self._infos.keys() & set(node_ids))
 
     def snapshot(self, lag_seconds: float = VIEW_LAG_SECONDS, believed: Collection[str] = ()) -> Snapshot:
         """The cluster as it is now.
 
         Args:
-            lag_seconds: for how long after a change of ours what Ray says of a node is not believed.
-            believed: nodes of which it is believed in any case.
+            lag_seconds: for how long after a change of the service Ray's records of a node are not used.
+            believed: nodes of which they are always used.
         """
         lagging = (self._lagging(lag_seconds) - frozenset(believed)) & self._infos.keys()
         dirty = self._dirty | (lagging ^ self._shown_without) & self._infos.keys()
@@ -134,12 +134,12 @@ _NOTHING: Mapping[str, float] = {}
 
 
 def overlaid(snapshot: Snapshot, full: Mapping[str, int], avoided: Collection[str]) -> Snapshot:
-    """The snapshot for one request, with what it was told by nodes that refused.
+    """The snapshot for one request, with the answers of nodes that refused.
 
     Args:
         snapshot: the cluster.
         full: node id -> most whole GPUs, or MIG instances, that may be planned there; no share at all.
-        avoided: nodes that are not to be planned on.
+        avoided: nodes to exclude.
     """
     changed = []
     for node_id in {*full, *avoided}:

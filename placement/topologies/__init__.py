@@ -1,10 +1,10 @@
 """A catalogue of real machines, for simulated nodes, dry runs and tests.
 
-Each is data: what the machine printed for ``nvidia-smi topo -m`` (``<name>.txt``), and a few facts that the
-matrix does not tell (``catalogue.toml``), with their source. Nothing is read before it is asked for.
+Each is data: the machine's output of ``nvidia-smi topo -m`` (``<name>.txt``), and a few facts that the
+matrix does not have (``catalogue.toml``), with their source. Nothing is read before it is asked for.
 
-Of a machine whose GPUs are cut up the matrix shows the GPUs, and everything here Ray's slots: the GPUs in order, in
-the place of each one that is cut up its MIG instances.
+For a machine with MIG instances the matrix shows the GPUs, but everything here shows Ray's slots: the GPUs in order,
+with the MIG instances in the place of their GPU.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ class Entry:
     """One machine.
 
     Attributes:
-        name: what a node's label ``placement/topology`` says.
+        name: the value of a node's label ``placement/topology``.
         title: what it is, in one line.
         gpu: product name of its GPUs, as NVML gives it.
         memory_gib: nominal memory per GPU, GiB.
         compute_capability: major, minor.
-        source: where the matrix is from, and what it leaves open.
-        cpu: product name of the processors; ``None`` where the source does not tell.
-        lanes: PCIe generation and width of each GPU's link; ``None`` where the source does not tell.
-        peer: whether GPUs that no NVLink joins have peer-to-peer over PCIe; ``None`` where the source does not tell.
-        instances: GPU that is cut up -> the profiles of its MIG instances.
+        source: the source of the matrix, and what it leaves open.
+        cpu: product name of the processors; ``None`` if the source does not have it.
+        lanes: PCIe generation and width of each GPU's link; ``None`` if the source does not have it.
+        peer: whether GPUs that no NVLink joins have peer-to-peer over PCIe; ``None`` if the source does not have it.
+        instances: GPU with MIG on -> the profiles of its MIG instances.
     """
 
     name: str
@@ -80,7 +80,7 @@ def load(name: str) -> Topology:
 
 @cache
 def facts(name: str) -> NodeFacts:
-    """What a node of this kind would report; what only a living GPU has (UUID, memory in use) is unknown.
+    """The facts that a node of this kind would report; what only a real GPU has (UUID, memory in use) is unknown.
 
     Raises:
         UnknownTopology: the catalogue has no such name.
@@ -100,7 +100,7 @@ def facts(name: str) -> NodeFacts:
                 pcie_width=entry.lanes[1] if entry.lanes else None,
                 numa_nodes=shape.numa[gpu],
                 cpus=shape.cpus[gpu],
-                # A switch offers each peer all the links that a GPU has.
+                # A switch offers all links of a GPU to each peer.
                 nvswitch_links=max(link.nvlinks for link in shape.links[gpu]) if shape.nvswitch else 0,
                 mig_enabled=gpu in entry.instances if entry.instances else None,
             )
@@ -114,7 +114,7 @@ def facts(name: str) -> NodeFacts:
         pairs=tuple(_pair(shape, a, b, entry.peer) for a in range(count) for b in range(a + 1, count)),
         nics=tuple(NicFacts(name=nic.name, paths=nic.paths) for nic in shape.nics),
         cpu=entry.cpu,
-        # As NCCL and the driver have it by themselves; see placement/nvml/fabric.py.
+        # The default of NCCL and the driver; see placement/nvml/fabric.py.
         nvls=True if shape.nvswitch and entry.compute_capability >= (9, 0) else None,
     )
     slots: list[GpuFacts | MigFacts] = []
@@ -135,7 +135,7 @@ def _nominal_bytes(profile: str) -> int:
 
 def _pair(shape: Topology, a: int, b: int, peer: bool | None) -> PairFacts:
     link = shape.link(a, b)
-    # Where there is NVLink, the matrix hides the PCIe path below it.
+    # NVLink hides the PCIe path in the matrix.
     ancestor = Path.UNKNOWN if link.path is Path.NVLINK else link.path
     return PairFacts(
         a=a, b=b, common_ancestor=ancestor, nvlinks=link.nvlinks, peer_read=peer, peer_write=peer

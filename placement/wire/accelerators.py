@@ -1,4 +1,4 @@
-"""The names that a GPU goes by, from its product name: Ray's accelerator type, and the words of the product name."""
+"""The names of a GPU that users may write: Ray's accelerator type, and the words of its product name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _TYPE = re.compile(r"\w+\s+((?:[A-Z]+\s+)*[A-Z0-9]*\d[A-Z0-9]*)")
 
 
 def accelerator_type(product: str) -> str | None:
-    """What Ray calls a GPU whose product NVML calls so; ``None`` without a name.
+    """Ray's accelerator type for a GPU with NVML's product name; ``None`` without a name.
 
     Example:
         >>> [accelerator_type(name) for name in ("NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 4090")]

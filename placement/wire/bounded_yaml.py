@@ -1,4 +1,4 @@
-"""YAML that cannot hurt: bounded in depth and size, each key once, every problem with its place."""
+"""Safe YAML: bounded in depth and size, each key once, every problem with its place."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from yaml.nodes import MappingNode, Node, ScalarNode
 
 MOST_DEPTH = 64
 MOST_VALUES = 1_000_000
-"""An alias counts as much as what it stands for: nine lines of ten aliases each are a thousand million values."""
+"""An alias counts as many values as it stands for: nine lines of ten aliases each are a thousand million values."""
 
 _MERGE = "tag:yaml.org,2002:merge"
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _OTHER_BASE = re.compile(r"[-+]?0[0-9_]+|.*:.*")
-"""010 is 8, and 1:30 is 90."""
+"""Numbers in base 8 or 60: 010 is 8, and 1:30 is 90."""
 
 
 class BoundedLoader(yaml.SafeLoader):
-    """Raises :class:`yaml.YAMLError`, and nothing else, for whatever text."""
+    """Raises only :class:`yaml.YAMLError`, whatever the text is."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -37,7 +37,7 @@ class BoundedLoader(yaml.SafeLoader):
         if isinstance(event, AliasEvent):
             node = super().compose_node(parent, index)
             if node not in self._sizes and node is not None:
-                raise ComposerError(None, None, "an alias stands for what it is part of", at)
+                raise ComposerError(None, None, "an alias refers to a value that contains it", at)
             self._values += self._sizes[node] if node is not None else 1
         else:
             if self._depth == MOST_DEPTH:
@@ -55,7 +55,7 @@ class BoundedLoader(yaml.SafeLoader):
         return node
 
     def compose_mapping_node(self, anchor: Any) -> MappingNode:
-        """Refuses a key that is there twice: one of the two values would be lost."""
+        """Refuses a key that occurs twice: one of the two values would be lost."""
         node: MappingNode = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
@@ -66,7 +66,7 @@ class BoundedLoader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: Node, deep: bool = False) -> Any:
-        """Says where a value is that is not what its tag says, or that YAML 1.1 reads as nobody means it."""
+        """Refuses a value that does not match its tag, or that YAML 1.1 reads in an unexpected way; with its place."""
         if isinstance(node, ScalarNode) and node.tag in _NUMBERS and _OTHER_BASE.fullmatch(node.value):
             raise ConstructorError(
                 None, None, f"{node.value[:40]!r} is a number to the base 8 or 60; quote it, or write it plainly",

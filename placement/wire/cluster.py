@@ -25,11 +25,11 @@ _AS_THEY_ARE = (
     "egress", "problem", "rests", "slots", "instances", "gpu_memory_bytes", "free_memory", "cpu_milli",
     "memory_bytes", "labels", "compute_capability", "uuids", "resources",
 )  # fmt: skip
-"""Fields that a node has in a file as it has them in a snapshot."""
+"""Fields that a node has in a file and in a snapshot alike."""
 
 
 _MOST = 1 << 60
-"""Of an amount: more bytes than any machine has."""
+"""The largest amount: more bytes than any machine has."""
 
 
 class ClusterNode(Model):
@@ -39,10 +39,10 @@ class ClusterNode(Model):
     name: str
     address: str = ""
     machine: str | None = Field(default=None, description="a key of `machines`; none without GPUs")
-    free: tuple[int, ...] = Field(default=(), description="GPU ordinals believed wholly free")
-    rests: dict[int, int] = Field(default_factory=dict, description="shared GPU -> thousandths left")
+    free: tuple[int, ...] = Field(default=(), description="ordinals of the GPUs that are wholly free")
+    rests: dict[int, int] = Field(default_factory=dict, description="shared GPU -> thousandths that are free")
     slots: dict[int, str] = Field(default_factory=dict, description="slot that is a MIG instance -> profile")
-    instances: dict[int, str] = Field(default_factory=dict, description="those of them that are free")
+    instances: dict[int, str] = Field(default_factory=dict, description="MIG instances that are free")
     uuids: dict[int, str] = Field(
         default_factory=dict, description="slot -> UUID of the GPU, or of the MIG instance"
     )
@@ -64,12 +64,12 @@ class ClusterNode(Model):
     @field_validator("id", "name", "address", "problem")
     @classmethod
     def _is_printable(cls, value: str | None) -> str | None:
-        """It is shown on terminals, and may come from anywhere."""
+        """Removes control characters: the text is shown on terminals, and may come from anywhere."""
         return value if value is None else printable(value)
 
 
 class ClusterFile(Model):
-    """Everything that planning looks at. Holds no secret: of an API key only a fingerprint."""
+    """All that planning needs of a cluster. Holds no secret: of an API key only a fingerprint."""
 
     version: Literal[1] = 1
     machines: dict[str, Machine] = Field(default_factory=dict)
@@ -144,7 +144,7 @@ class ClusterFile(Model):
                 topology=topology,
                 free=frozenset(one.free),
                 accelerators=frozenset(one.accelerators),
-                # Of what is about to be placed there only the name is known.
+                # Of a replica that is about to be placed there, only the name is known.
                 deployments={name: max(1, deployments[one.id, name]) for name in one.deployments},
                 serving={calls: max(1, serving[one.id, calls]) for calls in one.serving},
                 holders={gpu: tuple(sorted(names)) for gpu, names in holders.get(one.id, {}).items()},
@@ -161,7 +161,7 @@ class ClusterFile(Model):
                 for declared in (standing.deployment, *standing.earlier.values()):
                     _ = declared.needs, declared.cpu_milli_per_gpu, declared.memory_bytes_per_gpu
                     _ = declared.cpu_milli, declared.memory_bytes
-            except OverflowError:  # what stands is not held to the limits of what is asked for
+            except OverflowError:  # the limits for new requests do not apply to what is placed
                 raise InvalidClusterFile(
                     f"deployment {name!r}: an amount of CPUs, memory or bandwidth is too large; correct it"
                 ) from None
@@ -186,7 +186,7 @@ class ClusterFile(Model):
         return Snapshot(nodes.values(), self.near)
 
     def held(self) -> Mapping[str, HeldDeployment]:
-        """The deployments that stand, by name."""
+        """The placed deployments, by name."""
         return {one.deployment.name: one for one in self.deployments}
 
 
@@ -208,7 +208,7 @@ def load_cluster(path: Path) -> ClusterFile:
 
 
 def _contradiction(one: ClusterNode, count: int) -> str | None:
-    """What a node cannot be, with so many GPUs; ``None`` if nothing."""
+    """What contradicts itself in a node with ``count`` GPUs; ``None`` if nothing."""
     for field in ("free", "rests", "slots", "instances", "free_memory", "uuids"):
         strange = sorted(set(getattr(one, field)) - set(range(count)))
         if strange:
@@ -229,7 +229,7 @@ def _contradiction(one: ClusterNode, count: int) -> str | None:
     for name in ("egress", "rests", "free_memory", "resources"):
         amounts |= {f"{name}.{key}": amount for key, amount in getattr(one, name).items()}
     for field, amount in amounts.items():
-        most = WHOLE - 1 if field.startswith("rests.") else _MOST  # one that is wholly left is free
+        most = WHOLE - 1 if field.startswith("rests.") else _MOST  # a GPU of which all is left is free
         if not 0 <= amount <= most:
             return f"{shortened(printable(field))} is {shortened(str(amount))}; use 0 to {most}"
     if one.gpu_memory_bytes is not None and not 0 < one.gpu_memory_bytes <= _MOST:
@@ -240,7 +240,7 @@ def _contradiction(one: ClusterNode, count: int) -> str | None:
 
 
 def _false_holding(replica: HeldReplica, node: Node | None) -> str | None:
-    """What a replica cannot hold on a node; ``None`` if nothing, or if the node is no more."""
+    """What a replica cannot hold on a node; ``None`` if nothing, or if the node no longer exists."""
     amounts = {
         "replica_index": replica.replica_index,
         "cpu_milli": replica.cpu_milli,

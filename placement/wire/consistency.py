@@ -1,4 +1,4 @@
-"""Fields of a deployment that contradict each other, or that another has no use for: refused, each with the fix."""
+"""Refuses fields of a deployment that contradict each other, or have no meaning beside another; each with the fix."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from placement.wire.declaration import Declaration
 from placement.wire.layout import has_gpus
 
 GPU_RUNTIMES = ("tensorrt", "cudarc")
-"""Those that run on nothing but GPUs."""
+"""Runtimes that run only on GPUs."""
 
 _MIG_PATTERN = re.compile(r"([1-8]c\.)?[1-8]g\.\d{1,3}gb([+-][a-z.]+)?")
 
 NO_LINKS_BETWEEN_INSTANCES = (
-    "no NVLink and no peer-to-peer access leads from one MIG instance to another, not even on one GPU"
+    "MIG instances have no NVLink and no peer-to-peer access to each other, not even on one GPU"
 )
 """Why one replica cannot have several; https://github.com/NVIDIA/nccl/issues/1716."""
 
 
 def require_consistent(one: Declaration, stands: bool) -> None:
-    """Checks a deployment whose fields are each as they may be.
+    """Checks a deployment whose fields are valid one by one.
 
     Args:
         one: the deployment.
-        stands: it was accepted once, so that what only new requests must keep to does not apply.
+        stands: it was accepted before, so that rules for new requests do not apply.
 
     Raises:
         ValueError: its fields contradict each other.
@@ -61,7 +61,7 @@ def _check_runtime(one: Declaration) -> None:
 
 
 def _check_endpoint(one: Declaration) -> None:
-    """Refuses what only remote runtimes, or only custom ones, have a use for."""
+    """Refuses fields that only remote runtimes, or only custom ones, can have."""
     config, runtime = one.runtime_config, one.runtime_name
     if config is None:
         return
@@ -71,7 +71,7 @@ def _check_endpoint(one: Declaration) -> None:
                 if getattr(config, field) == "local_cpu":
                     raise ValueError(
                         f"runtime_config.transport is for runtime custom, not {runtime} ({one.runtime_from}); "
-                        "remove it, and set cpus: that says it"
+                        "remove it, and set cpus instead"
                     )
                 calls = "" if one.remote else "litellm if replicas call that provider, or to "
                 raise ValueError(
@@ -110,7 +110,7 @@ def _check_floors(one: Declaration) -> None:
 
 
 def _check_asked(one: Declaration) -> None:
-    """Refuses two ways to ask for GPUs, and limits on GPUs that there are not."""
+    """Refuses two ways to ask for GPUs at once, and limits on GPUs for replicas without GPUs."""
     if one.mig is not None and (one.gpus or 0) > 1:
         raise ValueError(
             f"mig: {one.mig} and gpus: {one.gpus} ask for tensor parallelism across MIG instances; "
@@ -182,7 +182,7 @@ def _check_cpus(one: Declaration) -> None:
 
 
 def _check_group(one: Declaration) -> None:
-    """Refuses what a member of a group cannot be."""
+    """Refuses fields that a member of a group cannot have."""
     group = one.group
     if group is None:
         return
@@ -238,7 +238,7 @@ def _check_layout(one: Declaration) -> None:
 
 
 def _check_named(one: Declaration) -> None:
-    """Refuses GPUs that are named, and cannot be had as they are asked for."""
+    """Refuses named GPUs that do not match the rest of the request."""
     if not one.named:
         return
     if one.remote:

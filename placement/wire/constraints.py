@@ -45,7 +45,9 @@ class Spread(Declared):
         min_length=1, description="a node label", examples=["ray.io/availability-zone"]
     )
     max: Count = Field(
-        default=1, description="most replicas on nodes with the same value of it", examples=[1]
+        default=1,
+        description="how many replicas at most on nodes with the same value of the label",
+        examples=[1],
     )
 
 
@@ -94,18 +96,18 @@ class PlacementConstraints(Declared):
         default=None, description="the least CUDA compute capability that will do", examples=["8.0"]
     )
     min_free_gpu_memory_gib: Amount | None = Field(
-        default=None, description="memory that NVML must show as free on each GPU", examples=[40]
+        default=None, description="memory that NVML must report as free on each GPU", examples=[40]
     )
     node_labels: dict[Annotated[str, MOST_LABEL], str] = Field(
         default_factory=dict,
-        description="label -> a, !a, in(a, b) or !in(a, b), as in Ray's label_selector",
+        description="label -> condition: a, !a, in(a, b) or !in(a, b), as in Ray's label_selector",
         examples=[{"team": "in(search, ads)"}],
     )
     cpus_per_gpu: Amount | None = Field(
-        default=None, description="CPUs that each GPU's bundle holds as well", examples=[8]
+        default=None, description="CPUs that each GPU's bundle also holds", examples=[8]
     )
     memory_gib_per_gpu: Amount | None = Field(
-        default=None, description="memory that each GPU's bundle holds as well", examples=[64]
+        default=None, description="memory that each GPU's bundle also holds", examples=[64]
     )
     spread: Spread | None = Field(
         default=None,
@@ -119,7 +121,7 @@ class PlacementConstraints(Declared):
     )
     near_to: tuple[Named, ...] = Field(
         default=(),
-        description="deployments that must be on the node; they may be on others, too, and may leave",
+        description="deployments that must be on the node when a replica is placed; they may leave later",
         examples=[["embed"]],
     )
 

@@ -1,4 +1,4 @@
-"""The fields of a deployment, each by itself, and what they mean to the planner."""
+"""The fields of a deployment, each checked by itself, and their meaning for the planner."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEFAULT_KEY_VARIABLES = {
 
 
 class Declaration(Declared):
-    """Fields as each may be, and what they mean; in a :class:`~placement.Deployment` none contradicts another."""
+    """Fields that are valid one by one; :class:`~placement.Deployment` also checks that none contradicts another."""
 
     path = ""
 
@@ -36,12 +36,12 @@ class Declaration(Declared):
         examples=["llama-70b"],
     )
     model: str = Field(
-        description="what the runtime loads, or what the provider is asked for",
+        description="the model that the runtime loads, or that the provider is asked for",
         examples=["meta-llama/Llama-3.1-70B-Instruct"],
     )
     runtime: NamedRuntime | None = Field(
         default=None,
-        description="what runs the model; if left out, runtime_config.runtime, else what the model's name says",
+        description="what runs the model; if left out, runtime_config.runtime, else inferred from the model's name",
         examples=["vllm"],
     )
     runtime_config: RuntimeConfig | None = Field(
@@ -51,7 +51,7 @@ class Declaration(Declared):
     )
     gpus: Annotated[int | float, BeforeValidator(gpu_amount)] | None = Field(
         default=None,
-        description="GPUs per replica, or a share of one (0.25); 1 if left out; never on a remote runtime",
+        description="GPUs per replica, or a share of one (0.25); 1 if left out; not allowed on a remote runtime",
         examples=[4, 0.25],
     )
     gpu_memory_gib: Amount | None = Field(
@@ -82,7 +82,7 @@ class Declaration(Declared):
         examples=[4],
     )
     memory_gib: Amount | None = Field(default=None, description="with cpus: memory per replica", examples=[8])
-    replicas: Count = Field(default=1, description="how many replicas there are to be", examples=[2])
+    replicas: Count = Field(default=1, description="how many replicas", examples=[2])
     min_bandwidth_gb_per_s: Amount | None = Field(
         default=None,
         description="floor: the least all-reduce bus bandwidth between a replica's GPUs, per direction, measured or "
@@ -105,11 +105,11 @@ class Declaration(Declared):
     )
     budget: Budget | None = Field(
         default=None,
-        description="spending limits, for the workers to keep",
+        description="spending limits, which the workers must obey",
         examples=[{"usd_per_day": 200.0}],
     )
     idempotent: bool = Field(
-        default=False, description="requests may be sent twice; for the workers to know", examples=[True]
+        default=False, description="requests may be sent twice; information for the workers", examples=[True]
     )
     constraints: PlacementConstraints | None = Field(
         default=None, description="limits on nodes and GPUs", examples=[{"gpu_nodes": ["gpu-a"]}]
@@ -119,18 +119,18 @@ class Declaration(Declared):
     )
     deadline_seconds: Amount | None = Field(
         default=None,
-        description="how long replicas may wait for room; those that still wait then are given up",
+        description="how long replicas may wait for room; then those that still wait are given up",
         examples=[3600],
     )
     owner: Literal["detached", "caller", "job"] = Field(
         default="detached",
-        description="whose end releases it: nobody's (detached), that of the process that asks (caller), or that of "
-        "its Ray job (job)",
+        description="with what it ends: nothing (detached), the process that places it (caller), or that process's "
+        "Ray job (job)",
         examples=["job"],
     )
     ttl_seconds: Amount | None = Field(
         default=None,
-        description="how long it stays placed unless it is renewed or asked for again; without limit if left out",
+        description="how long it stays placed unless it is renewed, or placed or applied again; no limit if left out",
         examples=[3600],
     )
     group: Group | None = Field(
@@ -157,7 +157,7 @@ class Declaration(Declared):
 
     @property
     def runtime_from(self) -> str:
-        """Who says so: ``declared``, ``runtime_config`` or ``by the model's name``."""
+        """Where the runtime comes from: ``declared``, ``runtime_config`` or ``by the model's name``."""
         if self.runtime:
             return "declared"
         configured = self.runtime_config and self.runtime_config.runtime
@@ -189,7 +189,7 @@ class Declaration(Declared):
 
     @property
     def gpus_per_replica(self) -> int:
-        """GPUs each replica has: 1 also where it is a share or a MIG instance; 0 for a remote one, or on CPUs."""
+        """GPUs per replica: also 1 for a share or a MIG instance; 0 for a remote replica or a CPU replica."""
         if self.transport != "local_gpu":
             return 0
         gpus = self.gpus_asked
@@ -204,25 +204,25 @@ class Declaration(Declared):
 
     @property
     def gpus_asked(self) -> int | float | None:
-        """GPUs as they are declared, or a share of one; ``None`` if that is said in another way, or not."""
+        """GPUs as declared, or a share of one; ``None`` if another field says it, or none does."""
         return self.gpus if self.placement_group is None else self.placement_group.gpus
 
     @property
     def stages(self) -> int:
-        """How many tensor-parallel groups a replica is made of; one, unless it says so."""
+        """How many tensor-parallel groups a replica has; 1 if not declared."""
         if self.tensor_parallel is not None:
             return self.gpus_per_replica // self.tensor_parallel
         return self.pipeline_parallel or 1
 
     @property
     def divisible(self) -> bool:
-        """Whether a replica that no node can hold may be cut into stages: where nothing says how it is made up."""
+        """Whether a replica that no node can hold may be cut into stages: only if no field says how it is divided."""
         on_one_node = self.placement_group is not None or self.group is not None
         return self.tensor_parallel is None and self.pipeline_parallel is None and not on_one_node
 
     @property
     def needs(self) -> Needs:
-        """What each tensor-parallel group of a replica needs of a node's GPUs; mostly that is all of it."""
+        """What each tensor-parallel group of a replica needs of a node's GPUs; most replicas are one such group."""
         limits, gpus = self.constraints, self.gpus_asked
         instance = any(str(name).startswith("MIG-") for name in self.named)
         return Needs(
@@ -238,12 +238,12 @@ class Declaration(Declared):
 
     @property
     def cpu_milli_per_gpu(self) -> int:
-        """CPUs (thousandths) that each GPU's bundle takes as well."""
+        """CPUs (thousandths) that each GPU's bundle also takes."""
         return round(((self.constraints and self.constraints.cpus_per_gpu) or 0) * 1000)
 
     @property
     def memory_bytes_per_gpu(self) -> int:
-        """Memory that each GPU's bundle takes as well."""
+        """Memory that each GPU's bundle also takes."""
         return round(((self.constraints and self.constraints.memory_gib_per_gpu) or 0) * GIB)
 
     @property
@@ -265,7 +265,7 @@ class Declaration(Declared):
     def key_fingerprint(self) -> str | None:
         """Identifies (API key reference, endpoint) without revealing it: 16 hex digits of a SHA-256.
 
-        It is taken of the reference, not of the key: placing never reads a key.
+        It is computed from the reference, not from the key: placing never reads a key.
         """
         if not self.remote:
             return None
@@ -281,7 +281,7 @@ class Declaration(Declared):
         return (self.provider or "", self.key_fingerprint or "") if self.remote else None
 
     def shape(self) -> dict[str, Any]:
-        """What decides where replicas can sit, however it was written. Any other change leaves them alone."""
+        """The fields that decide where replicas can be, in one normal form. Changes of other fields move no replica."""
         limits = self.constraints or PlacementConstraints()
         of_each_kind: dict[Transport, set[str]] = {
             "local_gpu": {

@@ -1,4 +1,4 @@
-"""What a user declares: a deployment. Its parts, and what they hold, are in modules of their own."""
+"""What a user declares: a deployment. Its parts are in modules of their own."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Deployment(Declaration):
 
     @classmethod
     def recorded(cls, declared: Mapping[str, Any], runtime: Runtime | None = None) -> Deployment:
-        """A declaration that was accepted once, by this version or an earlier one, and stands.
+        """A declaration that was accepted before, by this version or an earlier one.
 
-        What may be asked for, and what a model's name means, may have changed since: it keeps its runtime.
+        The rules, and the meaning of a model's name, may have changed since: it keeps its runtime.
 
         Args:
             declared: its fields.
-            runtime: what it was placed as; ``None`` if nobody noted that, as earlier versions did not.
+            runtime: the runtime it was placed with; ``None`` if an earlier version did not record it.
         """
         return cls.model_validate(with_runtime(declared, runtime), context=STANDS)
 
@@ -41,11 +41,11 @@ class Deployment(Declaration):
 
 
 def with_runtime(declared: Mapping[str, Any], runtime: Runtime | None) -> dict[str, Any]:
-    """The fields of what stands, with its runtime where that is not what the model's name means today.
+    """The fields of a placed deployment, with its runtime if the model's name means another one today.
 
     Args:
         declared: its fields.
-        runtime: what it was placed as; ``None`` for what the name meant in earlier versions.
+        runtime: the runtime it was placed with; ``None`` for what the name meant in earlier versions.
     """
     model, config = declared.get("model"), declared.get("runtime_config")
     said = declared.get("runtime") or (isinstance(config, Mapping) and config.get("runtime"))

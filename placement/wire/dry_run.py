@@ -41,19 +41,19 @@ def plan_deployments(
     wanted: Sequence[Deployment],
     atomic: bool = False,
 ) -> list[PlacementPlan]:
-    """What applying ``wanted`` would do to a cluster on which ``held`` stand.
+    """What applying ``wanted`` would do to a cluster on which ``held`` are placed.
 
     Args:
         snapshot: the cluster.
-        held: what stands, by name.
-        wanted: what is declared anew.
-        atomic: all of it, or nothing; else replicas that find no place are ``pending``.
+        held: the placed deployments, by name.
+        wanted: the new declarations.
+        atomic: all or nothing; else replicas that find no place are ``pending``.
 
     Raises:
         Unplaceable: if ``atomic``: one of them does not fit on top of those before it.
         UnknownNode: its constraints name a node that is not there.
         InvalidDeployment: a group lacks a member.
-        GroupStands: a group is placed, and what is declared anew would move what is placed.
+        GroupStands: a group is placed, and its new declaration would move placed replicas.
     """
     plans = plan_in_order(snapshot, held, wanted, atomic)
     return [plan for _, plan in sorted(plans, key=itemgetter(0))]
@@ -83,9 +83,9 @@ def explain_deployments(
 
     Args:
         snapshot: the cluster.
-        held: what stands, by name.
-        wanted: what is declared anew.
-        atomic: the first deployment that does not fit is refused, which is an answer here, and ends the list; else
+        held: the placed deployments, by name.
+        wanted: the new declarations.
+        atomic: the first deployment that does not fit is refused, which is the last entry of the list; else
             it is a plan with what is ``pending``.
 
     Raises:
@@ -107,13 +107,13 @@ def explain_deployments(
 
 @dataclass(frozen=True)
 class _Done:
-    """What became of one of the deployments that are wanted.
+    """The outcome for one of the wanted deployments.
 
     Attributes:
         position: its place among them.
-        before: what stands of it.
-        observed, there: its replicas as they are, and as they are then.
-        step: what was planned of it, or refused.
+        before: what is placed of it.
+        observed, there: its replicas before and after.
+        step: what was planned for it, or refused.
     """
 
     position: int
@@ -126,7 +126,7 @@ class _Done:
 
     @property
     def refusal(self) -> Unplaceable | None:
-        """Why nothing is done, if so."""
+        """Why nothing is done; ``None`` if something is."""
         return self.decision.refusal
 
     @property
@@ -136,7 +136,7 @@ class _Done:
         return {index: str(action.refusal) for action in waits for index in action.indices}
 
     def held(self) -> HeldDeployment:
-        """What stands then."""
+        """What is placed afterwards."""
         outdated = self.pending.keys() & self.there.keys()
         new = [part for i, one in self.there.items() if i not in outdated for part in one.parts]
         if self.before is None:
@@ -147,10 +147,10 @@ class _Done:
 def _planned(
     snapshot: Snapshot, held: Mapping[str, HeldDeployment], wanted: Sequence[Deployment], atomic: bool
 ) -> list[_Done]:
-    """What becomes of each, in the order in which to apply them; a refusal is the last.
+    """The outcome for each, in the order in which to apply them; a refusal is the last.
 
-    One that is to be near another comes after it. If not all find room so, one that is to be apart from another comes
-    after it, too, as the other may make room; and if it is no better then, they are taken as they are given.
+    One that is ``near_to`` another comes after it. If not all find room in that order, one that is ``apart_from``
+    another comes after it, too, as the other may make room. If that is no better, they are taken in the given order.
     """
     groups_of(wanted)
     first = together(wanted, _order(wanted, apart=False))
@@ -169,14 +169,14 @@ def _planned(
 
 
 def _without_room(done: Sequence[_Done]) -> tuple[bool, int]:
-    """How much has found no place: whether one is refused, and how many replicas wait."""
+    """How much found no place: whether one is refused, and how many replicas wait."""
     return bool(done and done[-1].refusal), sum(len(one.pending) for one in done)
 
 
 def _order(wanted: Sequence[Deployment], apart: bool) -> list[int]:
-    """Positions, so that who names another by ``near_to``, and ``apart_from`` if so wished, comes after it.
+    """Positions in an order in which a deployment comes after those that it names in ``near_to`` (and ``apart_from``).
 
-    Where they name each other in a circle, ``near_to`` counts more, and the given order most.
+    If they name each other in a cycle, ``near_to`` counts more than ``apart_from``, and the given order counts most.
     """
     names = Counter(one.name for one in wanted)
     ways = [[_named(one, way) for one in wanted] for way in (apart, False)]
@@ -186,12 +186,12 @@ def _order(wanted: Sequence[Deployment], apart: bool) -> list[int]:
         free = (i for named in ways for i in left if names.keys().isdisjoint(named[i]))
         order.append(next(free, left[0]))
         left.remove(order[-1])
-        names -= Counter([wanted[order[-1]].name])  # drops a name of which none is left
+        names -= Counter([wanted[order[-1]].name])  # drops a name that has no replicas left
     return order
 
 
 def _named(one: Deployment, apart: bool) -> set[str]:
-    """The deployments that one wants to be near to, or apart from."""
+    """The deployments that one names in ``near_to`` or ``apart_from``."""
     limits = one.constraints or PlacementConstraints()
     return {*limits.near_to, *(limits.apart_from if apart else ())}
 
@@ -203,7 +203,7 @@ def _carry_out(
     order: Iterable[int],
     atomic: bool,
 ) -> Iterator[_Done]:
-    """Each on top of the ones before; ends with the first refusal."""
+    """Plans each after the ones before it; ends with the first refusal."""
     standing = _Standing(snapshot, held)
     told: dict[str, Desired] = {}
     for position in order:
@@ -243,10 +243,10 @@ def _carry_out(
 
 
 def _tell(snapshot: Snapshot, standing: _Standing, members: Sequence[Deployment]) -> dict[str, Desired]:
-    """The members of a group, each told where its replicas go.
+    """The members of a group, each with the places of its replicas.
 
     Raises:
-        GroupStands: what is placed of it would have to move.
+        GroupStands: placed replicas would have to move.
     """
     declared = {}
     for one in members:
@@ -264,7 +264,7 @@ def _tell(snapshot: Snapshot, standing: _Standing, members: Sequence[Deployment]
 
 
 def _links(snapshot: Snapshot, done: Sequence[_Done]) -> dict[str, list[dict[str, Any]]]:
-    """Deployment -> what path those links of its group would get that name it first."""
+    """Deployment -> the routes of those links of its group that name it first."""
     found: dict[str, list[dict[str, Any]]] = {}
     nodes = {node.id: node for node in snapshot.nodes}
     for group in {one.group.name: one.group for each in done if (one := each.deployment).group}.values():
@@ -279,23 +279,23 @@ def _links(snapshot: Snapshot, done: Sequence[_Done]) -> dict[str, list[dict[str
 
 
 def _waiting(before: HeldDeployment, wanted: Deployment, same: bool) -> set[int]:
-    """The replicas that wait already: for a place, or, if the same is asked for as before, to be replaced."""
+    """The replicas that wait already: for a place, or to be replaced if the declaration has not changed."""
     placed = {one.replica_index for one in before.replicas if not (same and one.generation)}
     return set(range(min(before.deployment.replicas, wanted.replicas))) - placed
 
 
 def _keeping_apart(held: HeldDeployment) -> list[Deployment]:
-    """The declarations of what stands that name others to be apart from."""
+    """The placed declarations that name others in ``apart_from``."""
     return [one for one in (held.deployment, *held.earlier.values()) if _named(one, apart=True)]
 
 
 class _Standing:
-    """What stands, as one after the other is applied.
+    """What is placed, while one deployment after the other is applied.
 
     Attributes:
-        held: all of it, by name.
-        apart: name -> declarations that others may have to keep away from: the present one, and those under which
-            replicas stand that are to be replaced.
+        held: the deployments, by name.
+        apart: name -> declarations that others may have to keep away from: the current one, and those by which
+            replicas were placed that are to be replaced.
     """
 
     def __init__(self, snapshot: Snapshot, held: Mapping[str, HeldDeployment]) -> None:
@@ -305,7 +305,7 @@ class _Standing:
         self._mix: Mix | None = None
 
     def enter(self, one: HeldDeployment) -> None:
-        """Notes a deployment that is new, or has changed."""
+        """Records a deployment that is new, or has changed."""
         name, before = one.deployment.name, self.held.get(one.deployment.name)
         if before is None and self._mix is not None:
             self._mix = mix_of(self._snapshot, [one.deployment], self._mix)
@@ -317,7 +317,7 @@ class _Standing:
             self.apart[name] = apart
 
     def drop(self, name: str) -> None:
-        """Notes one that is gone."""
+        """Records one that is gone."""
         self.held.pop(name, None)
         self.apart.pop(name, None)
 
@@ -326,7 +326,7 @@ class _Standing:
         return [one for several in self.apart.values() for one in several]
 
     def with_mix(self, snapshot: Snapshot, one: Deployment) -> Snapshot:
-        """The snapshot that knows what else is asked for, where that matters to the policy of a deployment."""
+        """The snapshot with the mix of all requests, if the policy of a deployment needs it."""
         if one.policy is not Policy.FRAGMENTATION:
             return snapshot
         if self._mix is None:
@@ -335,7 +335,7 @@ class _Standing:
 
 
 def _begin(replicas: Mapping[int, Observed]) -> Counter[str]:
-    """Node id -> replicas that begin there."""
+    """Node id -> number of replicas whose first part is there."""
     return Counter(one.parts[0].node_id for one in replicas.values())
 
 
@@ -375,7 +375,7 @@ def _preview(snapshot: Snapshot, done: _Done, links: Mapping[str, list[dict[str,
 def _assignment(snapshot: Snapshot, part: PlannedReplica, of: Observed) -> PlannedAssignment:
     node = snapshot.node(part.node_id)
     alone = not part.gpus and part.egress_resource is None
-    # What stood before there was a record of its sets may have been cut in another way than is asked for.
+    # A replica from before sets were recorded may be divided in another way than is asked for.
     size = part.set_size or (of.request.needs.gpus if part.ranks else 0)
     value = slowest_group(node.topology, part.gpus, size)
     return PlannedAssignment(

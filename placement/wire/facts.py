@@ -1,4 +1,4 @@
-"""What one node's GPUs report about themselves: the message between NVML and everybody else."""
+"""What is known of one node's GPUs: the message that the NVML reader sends to the rest of the code."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from placement.wire.base import Model
 
 Source = Literal["nvml", "catalogue", "none"]
 Fabric = Literal["not started", "in progress", "failed", "completed", "limited capacity", "unhealthy"]
-"""How far a GPU is registered with the fabric of its NVSwitch, and from ``completed`` on what is wrong with that."""
+"""How far a GPU is registered with the fabric of its NVSwitch; after ``completed``, the fabric's health."""
 
 
 LinkState = Literal["inactive", "active", "sleep", "traffic disabled"]
-"""What an NVLink does."""
+"""The state of an NVLink."""
 LINK_UP: tuple[LinkState, ...] = ("active", "sleep")
-"""The states of a link that joins two GPUs, or a GPU and a switch: traffic wakes one that sleeps."""
+"""The states of a link that can carry traffic: traffic wakes a link that sleeps."""
 
 
 class NvLinkFacts(Model):
@@ -43,24 +43,25 @@ class GpuFacts(Model):
     pci_bus_id: str | None = Field(default=None, description="as sysfs writes it: 0000:1b:00.0")
     minor_number: int | None = Field(default=None, description="that of /dev/nvidia<number>")
     pcie_generation: int | None = Field(
-        default=None, description="the highest that card and slot can do; the current one drops when idle"
+        default=None,
+        description="the highest generation that card and slot support; the current one drops when idle",
     )
     pcie_width: int | None = Field(default=None, description="lanes in use")
     numa_nodes: tuple[int, ...] = Field(default=(), description="NUMA nodes near the GPU; empty if unknown")
     cpus: tuple[int, ...] = Field(default=(), description="CPUs near the GPU; empty if unknown")
     mig_enabled: bool | None = None
     mig_profile: str | None = Field(
-        default=None, description="profile (1g.10gb) where this slot of Ray's is a MIG instance"
+        default=None, description="profile (1g.10gb) if this slot is a MIG instance"
     )
     nvlink_version: str | None = Field(default=None, description="4.0; None if unknown or it has no NVLink")
     nvlinks: tuple[NvLinkFacts, ...] | None = Field(
-        default=None, description="its NVLinks by number, up or not; None if unknown, empty if it has none"
+        default=None, description="its NVLinks by number, up or down; None if unknown, empty if it has none"
     )
     nvswitch_links: int | None = Field(
         default=None, description="NVLinks of this GPU that end in an NVSwitch"
     )
     fabric: Fabric | None = Field(
-        default=None, description="whether its NVSwitch can be used; None if unknown"
+        default=None, description="whether it can use its NVSwitch; None if unknown"
     )
     vgpu: bool | None = Field(default=None, description="it is a virtual GPU of a virtual machine")
     errors: tuple[str, ...] = Field(default=(), description="NVML calls that failed on this GPU, and how")
@@ -74,14 +75,14 @@ class GpuFacts(Model):
 
     @property
     def lost(self) -> bool:
-        """The driver cannot reach the GPU or does not show it, or it cannot be told from another."""
+        """The driver cannot reach the GPU or does not show it, or it cannot be distinguished from another."""
         return self.uuid is None and bool(self.errors)
 
     @property
     def instance(self) -> str | None:
         """Profile of the MIG instance that a program on this slot gets, ``"?"`` if unknown; ``None``: all of a GPU.
 
-        With MIG on, a program that is given the GPU gets one of its instances, too.
+        With MIG on, a program that is given the whole GPU gets one of its instances, too.
         """
         return self.mig_profile or (UNKNOWN_PROFILE if self.mig_enabled else None)
 
@@ -106,12 +107,12 @@ class PairFacts(Model):
 
     a: int
     b: int
-    common_ancestor: Path = Field(default=Path.UNKNOWN, description="PCIe level, also below NVLink")
+    common_ancestor: Path = Field(default=Path.UNKNOWN, description="PCIe path, even if NVLink joins them")
     nvlinks: int | None = Field(default=None, description="active NVLinks between the two; None if unknown")
     peer_read: bool | None = Field(default=None, description="driver allows peer-to-peer reads")
     peer_write: bool | None = Field(default=None, description="driver allows peer-to-peer writes")
     redirected: bool | None = Field(
-        default=None, description="ACS sends what they say below one switch through the root complex"
+        default=None, description="ACS redirects their traffic below one switch through the root complex"
     )
 
     @property
@@ -127,9 +128,9 @@ class PairFacts(Model):
 
     @property
     def peer(self) -> bool | None:
-        """Whether the driver allows both, and ACS does not redirect them; ``None`` if the driver's part is unknown.
+        """Whether the driver allows both, and ACS does not redirect them; ``None`` if the driver does not report it.
 
-        Nobody but root can see what ACS does: where that is unknown, the driver has to do.
+        Only root can see what ACS does: if that is unknown, the driver's report counts.
         """
         allowed = (self.peer_read, self.peer_write, not self.redirected)
         return False if False in allowed else None if None in allowed else True
@@ -138,12 +139,12 @@ class PairFacts(Model):
 class NicFacts(Model):
     """One network card of a node."""
 
-    name: str = Field(description="as `nvidia-smi topo -m` calls its column")
-    paths: tuple[Path, ...] = Field(description="PCIe level from each GPU, in order")
+    name: str = Field(description="the name of its column in `nvidia-smi topo -m`")
+    paths: tuple[Path, ...] = Field(description="PCIe path from each GPU, in order")
     pci_bus_id: str | None = Field(default=None, description="as sysfs writes it: 0000:1b:00.0")
     numa_node: int | None = None
     ports: tuple[str, ...] = Field(
-        default=(), description="RDMA ports that are active, and may be used here: mlx5_0:1"
+        default=(), description="RDMA ports that are active and may be used by this process: mlx5_0:1"
     )
     interfaces: tuple[str, ...] = Field(
         default=(), description="network interfaces that are up and have a route"
@@ -154,21 +155,21 @@ class NumaFacts(Model):
     """One NUMA node of the host."""
 
     number: int = Field(ge=0)
-    socket: int | None = Field(default=None, description="the processor that it is of")
+    socket: int | None = Field(default=None, description="the processor (socket) that it belongs to")
     cores: tuple[tuple[int, ...], ...] = Field(
         default=(),
-        description="CPUs of each core, those that Ray's processes may use; empty if unknown or none",
+        description="CPUs of each core that Ray's processes may use; empty if unknown or none",
     )
     memory_bytes: int | None = None
 
     @classmethod
     def of(cls, node: NumaNode) -> NumaFacts:
-        """The same of a machine's."""
+        """The model of a machine's NUMA node."""
         return cls(number=node.number, socket=node.socket, cores=node.cores, memory_bytes=node.memory_bytes)
 
     @property
     def node(self) -> NumaNode:
-        """The same as the core has it."""
+        """The same as the type of :mod:`placement.core`."""
         return NumaNode(self.number, self.cores, self.memory_bytes, self.socket)
 
 
@@ -179,7 +180,7 @@ class NodeFacts(Model):
     catalogue_name: str | None = None
     gpus: tuple[GpuFacts, ...] = ()
     instances: tuple[MigFacts, ...] = Field(
-        default=(), description="MIG instances of all GPUs; empty as well where NVML could not list them"
+        default=(), description="MIG instances of all GPUs; also empty if NVML could not list them"
     )
     pairs: tuple[PairFacts, ...] = ()
     nics: tuple[NicFacts, ...] = Field(default=(), description="empty if unknown")
@@ -188,17 +189,17 @@ class NodeFacts(Model):
     cpu: str | None = Field(default=None, description="product name of the host's processors")
     nvls: bool | None = Field(
         default=None,
-        description="NCCL reduces inside the NVSwitch; None if unknown, or where it has no such switch",
+        description="whether NCCL reduces inside the NVSwitch; None if unknown, or without such a switch",
     )
     age_seconds: float | None = Field(
-        default=None, description="how old the reading is, set when it is handed out"
+        default=None, description="how old the reading is, set when it is returned"
     )
     problem: str | None = Field(
-        default=None, description="why the newest reading failed or is partial, if it is"
+        default=None, description="why the newest reading failed or is incomplete; empty if it is neither"
     )
 
     def lost(self) -> frozenset[int]:
-        """Ordinals of the GPUs that are lost. Nothing is placed on them, and they say nothing of the others."""
+        """Ordinals of the GPUs that are lost. Nothing is placed on them; the others stay usable."""
         return frozenset(gpu.ordinal for gpu in self.gpus if gpu.lost)
 
     @property
@@ -223,7 +224,7 @@ class NodeFacts(Model):
         return min((gpu.compute_capability for gpu in self.gpus if gpu.compute_capability), default=None)
 
     def topology(self) -> Topology:
-        """The reading as a :class:`~placement.core.topology.Topology`; the same object for machines that are alike."""
+        """The reading as a :class:`~placement.core.topology.Topology`; the same object for equal machines."""
         places = tuple((gpu.numa_nodes, gpu.cpus, gpu.lanes) for gpu in self.gpus)
         names = frozenset(gpu.name for gpu in self.gpus if not gpu.lost)
         return _topology(self.pairs, self.nics, places, names, self.cpu, self.numa_nodes, self.nvls)

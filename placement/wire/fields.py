@@ -1,4 +1,4 @@
-"""What the fields of a declaration may hold, and the base of all its parts."""
+"""The allowed values of a declaration's fields, and the base of all its parts."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from placement.wire.unknown import unknown_field
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _WORD_PATTERN = re.compile(r"[A-Za-z_-]{1,31}\d?")
-"""What may be shown where a key might have been pasted: no key looks like this."""
+"""A value that an error may show even where a key might have been pasted: no key looks like this."""
 
 STANDS = {"stands": True}
-"""Validation context for what stands already: rules for new requests do not apply to it."""
+"""Validation context for deployments that are placed already: rules for new requests do not apply to them."""
 
 MOST = 100_000
-"""A count above this is a slip of the pen, not a deployment."""
+"""A count above this is a typing error."""
 LEAST = 0.001
-"""An amount below this would count as none: 1 MiB, a thousandth of a CPU or of a GB/s."""
+"""An amount below this would be rounded to zero: 1 MiB, a thousandth of a CPU or of a GB/s."""
 
 
 def _whole(value: Any) -> Any:
@@ -52,7 +52,7 @@ def _whole(value: Any) -> Any:
 
 
 def one_of(what: str, known: tuple[str, ...]) -> Callable[[Any], Any]:
-    """A validator that refuses a name that there is not, and says which there are."""
+    """A validator that refuses an unknown name, and lists the known ones."""
 
     def check(value: Any) -> Any:
         if isinstance(value, str) and value not in known:
@@ -76,7 +76,7 @@ def _amount(value: float, info: ValidationInfo) -> float:
 
 
 def gpu_amount(value: Any) -> Any:
-    """Validates how many GPUs somebody asks for: a whole number, or a share of one."""
+    """Validates a number of GPUs: a whole number, or a share of one."""
     if isinstance(value, float) and not (value >= 1 and value.is_integer()):
         if value > 1:
             raise ValueError(
@@ -85,7 +85,7 @@ def gpu_amount(value: Any) -> Any:
             )
         fits = value * WHOLE >= 0.5 and math.isclose(value * WHOLE, round(value * WHOLE), abs_tol=1e-6)
         if not fits:
-            raise ValueError(f"{value!r} is no share of a GPU; use 0.001 to 0.999, in thousandths")
+            raise ValueError(f"{value!r} is not a share of a GPU; use 0.001 to 0.999, in thousandths")
         return value
     if isinstance(value, int) and not isinstance(value, bool) and value < 1:
         raise ValueError(
@@ -95,7 +95,7 @@ def gpu_amount(value: Any) -> Any:
 
 
 def check_name(value: str, what: str) -> str:
-    """Validates the name of a deployment, or of ``what`` else has one."""
+    """Validates the name of a deployment, or of ``what``."""
     if not value:
         raise ValueError(f"is empty; give the {what} a name")
     if not NAME_PATTERN.fullmatch(value):
@@ -107,14 +107,14 @@ def check_name(value: str, what: str) -> str:
 
 
 def stands(info: ValidationInfo) -> bool:
-    """Whether what is read stands already."""
+    """Whether the deployment that is read is placed already."""
     return info.context == STANDS
 
 
 MOST_NAME = Field(max_length=253)
-"""No name in DNS is longer; nor is one of a node, an accelerator or a deployment."""
+"""The longest name in DNS; names of nodes, accelerators and deployments are no longer."""
 MOST_LABEL = Field(max_length=317)
-"""No label of Kubernetes is longer: a name in DNS, a slash, and 63 characters."""
+"""The longest label of Kubernetes: a name in DNS, a slash, and 63 characters."""
 
 Named = Annotated[str, MOST_NAME]
 Count = Annotated[int, BeforeValidator(_whole)]
@@ -122,18 +122,18 @@ Amount = Annotated[float, AfterValidator(_amount)]
 
 
 class Declared(Model):
-    """What somebody wrote. Others will read it on their terminals, so that it holds no control characters.
+    """A part of a declaration. Its texts hold no control characters, as others will see them on their terminals.
 
-    But for ``options``, which nobody here reads: JSON shows them escaped.
+    ``options`` is an exception: it is only shown as JSON, which escapes them.
     """
 
     path: ClassVar[str | None] = None
-    """Begins the full names of its fields, from the deployment on; ``None`` where nobody means them by mistake."""
+    """The prefix of its fields' full names, from the deployment on; ``None`` if its fields are not to be suggested."""
 
     @model_validator(mode="wrap")
     @classmethod
     def _says_what_was_meant(cls, value: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
-        """Of an unknown field, says what there is instead, also where no file or service stands between."""
+        """For an unknown field, suggests the right one, also when a model is created directly in Python."""
         try:
             return validate(value)
         except ValidationError as error:
@@ -173,7 +173,7 @@ class Declared(Model):
 
 
 def _full_names() -> Mapping[str, str]:
-    """Field -> its name from the deployment on, of all there are; the outermost of two."""
+    """Field -> its full name from the deployment on; of two with the same name, the outermost."""
     parts = [(part.path, part) for part in Declared.__subclasses__() if part.path is not None]
     inmost_first = sorted(parts, key=lambda one: one[0].count("."), reverse=True)
     return {name: path + name for path, part in inmost_first for name in part.model_fields}

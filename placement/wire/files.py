@@ -24,10 +24,10 @@ _ECHOED = {
     "name", "model", "runtime", "gpus", "replicas", "gpu_memory_gib", "mig", "min_bandwidth_gb_per_s", "within",
     "policy", "serving", "idempotent", "constraints", "budget",
 }  # fmt: skip
-"""Fields whose refused value may be shown. The rest may hold a pasted key."""
+"""Fields whose refused value may be shown. The other fields may hold a pasted key."""
 
 _MOST_SAID = 400
-"""Characters of one problem: a number may have thousands of digits."""
+"""The most characters of one problem: a number may have thousands of digits."""
 
 
 def load_deployments(path: str | Path) -> list[Deployment]:
@@ -50,7 +50,7 @@ def load_all(paths: Iterable[str | Path], recursive: bool = False) -> list[Deplo
         recursive: also folders in folders.
 
     Raises:
-        InvalidDeployment: as :func:`load_deployments`, of all files at once; or two files use one name, a folder
+        InvalidDeployment: as :func:`load_deployments`, for all files at once; or two files use one name, a folder
             holds no such file, or there is nothing to read.
     """
     deployments: list[Deployment] = []
@@ -83,12 +83,12 @@ _STDIN = Path("-")
 
 
 def _source(path: Path) -> str:
-    """What errors call a file."""
+    """The name of a file in errors."""
     return "standard input" if path == _STDIN else str(path)
 
 
 def _files(paths: Iterable[str | Path], recursive: bool, refused: list[InvalidDeployment]) -> list[Path]:
-    """The files that are meant, each once; folders that hold none are noted in ``refused``."""
+    """The named files, each once; folders without any are added to ``refused``."""
     found: dict[Path, Path] = {}
     for path in map(Path, paths):
         if path == _STDIN or not path.is_dir():
@@ -117,7 +117,7 @@ def _read_stdin() -> list[Deployment]:
 
 _ENDINGS = (".toml", ".yaml", ".yml")
 _LIKE_TOML = re.compile(r"^\s*(\[\[?\s*deployments\b|deployments\s*=)", re.MULTILINE)
-"""How TOML names the deployments; no YAML can hold such a line at its top."""
+"""How TOML names the deployments; no YAML file can have such a line at its top level."""
 
 
 def load_model(model: type[M], path: Path) -> M:
@@ -211,7 +211,7 @@ def _groups(groups: Any, entries: Sequence[Any], source: str, problems: list[str
 
 
 def _label(what: str, number: int, name: Any) -> str:
-    """What errors call an entry: ``deployment 2 (llama)``."""
+    """The name of an entry in errors: ``deployment 2 (llama)``."""
     return f"{what} {number}" + (f" ({shortened(name)})" if isinstance(name, str) and name else "")
 
 
@@ -222,13 +222,13 @@ def parse_model(model: type[M], value: Any, source: str) -> M:
         InvalidDeployment: with a sentence for each problem; no secret in any of them.
     """
     if isinstance(value, model):
-        # It may have been made past its validators, as model_copy and model_construct do.
+        # It may have been created without validation, by model_copy or model_construct.
         value = value.model_dump(exclude_unset=True, warnings=False)
     try:
         return model.model_validate(value)
     except ValidationError as error:
         problems = error.errors()
-        # Of a list whose only entry is refused, pydantic says as well that it is empty.
+        # For a list whose only entry is refused, pydantic also says that it is empty.
         inside = {problem["loc"][:-1] for problem in problems}
         lasting = [one for one in problems if one["type"] != "too_short" or one["loc"] not in inside]
         sentences = tuple(_sentence(model, dict(problem)) for problem in lasting)
@@ -273,7 +273,7 @@ def _toml(text: str, source: str) -> Any:
         raise InvalidDeployment(source, (f"is not valid TOML: {error}",)) from None
     except RecursionError:
         raise InvalidDeployment(source, (_TOO_DEEP,)) from None
-    except ValueError:  # of more digits than Python reads
+    except ValueError:  # a number of more digits than Python reads
         raise InvalidDeployment(source, ("is not valid TOML: a number is too long",)) from None
 
 
@@ -296,7 +296,7 @@ _TOO_DEEP = f"is nested more than {_MOST_DEPTH} deep; no field needs that"
 
 
 def check_depth(content: Any, source: str) -> None:
-    """Refuses what is nested so deep that whoever walks it runs out of stack.
+    """Refuses values that are nested so deep that walking them would overflow the stack.
 
     Raises:
         InvalidDeployment: it is.

@@ -1,4 +1,4 @@
-"""Groups of roles as they are declared: that they are whole, and what path each of their links got."""
+"""Groups of roles as declared: checks that they are complete, and shows the route of each link."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ once."""
 
 
 class Grouped(Protocol):
-    """What a deployment is to its group."""
+    """What a group needs to know of a member."""
 
     @property
     def name(self) -> str:
@@ -42,29 +42,29 @@ class Grouped(Protocol):
 
     @classmethod
     def model_validate(cls, obj: Any) -> Self:
-        """One that has these fields."""
+        """A member with these fields."""
 
 
 D = TypeVar("D", bound=Grouped)
 
 
 class GroupLink(Declared):
-    """Two members of a group that talk: within a unit, each replica of the one with each replica of the other."""
+    """Two members of a group that talk: within a unit, each replica of one with each replica of the other."""
 
     between: tuple[Named, Named] = Field(description="two members", examples=[["prefill", "decode"]])
     via: Via = Field(
-        description="what their transport can use: nvlink (else PCIe), pcie (also where there is NVLink), or network",
+        description="what their transport can use: nvlink (else PCIe), pcie (even beside NVLink), or network",
         examples=["pcie"],
     )
     within: Annotated[str, MOST_LABEL] | None = Field(
         default=None,
         min_length=1,
-        description="floor: nvlink, switch (past no CPU), numa, node; or a node label whose value both nodes share",
+        description="floor: nvlink, switch (past no CPU), numa, node; or a node label with the same value on both",
         examples=["numa"],
     )
     min_bandwidth_gb_per_s: Amount | None = Field(
         default=None,
-        description="floor: what the route between any two of their GPUs carries per direction",
+        description="floor: the least bandwidth of the route between any two of their GPUs, per direction",
         examples=[20],
     )
 
@@ -96,8 +96,8 @@ class GroupLink(Declared):
 class Group(Declared):
     """Deployments whose replicas talk to each other: placed all or none, near each other, and released as one.
 
-    It consists of ``units``, each with so many replicas of every member. Replicas 0 and 1 of a member that has two in
-    each unit are in the first unit, 2 and 3 in the second.
+    It consists of ``units``; each has the same number of replicas of a member. Replicas 0 and 1 of a member that has
+    two in each unit are in the first unit, 2 and 3 in the second.
 
     Example:
         >>> pd = Group(name="pd", members={"prefill": 1, "decode": 2}, units=4,
@@ -106,7 +106,7 @@ class Group(Declared):
         8
     """
 
-    name: str = Field(description="unique in the cluster, among deployments, too", examples=["qwen"])
+    name: str = Field(description="unique in the cluster, also among deployments", examples=["qwen"])
     members: dict[Named, Count] = Field(
         min_length=1,
         description="deployment -> how many of its replicas are in each unit",
@@ -134,7 +134,7 @@ class Group(Declared):
                         f"links: {end!r} is no member of group {self.name!r}; use two of: {', '.join(self.members)}"
                     )
             if frozenset(link.between) in seen:
-                raise ValueError(f"links: {' and '.join(link.between)} are joined twice; keep one of the two")
+                raise ValueError(f"links: {' and '.join(link.between)} are linked twice; keep one of the two")
             seen.add(frozenset(link.between))
         if self.name in self.members:
             raise ValueError(f"name: {self.name!r} is the name of a member, too; rename one of them")
@@ -151,7 +151,7 @@ class Group(Declared):
         return self.units * self.members[member]
 
     def of(self, deployments: Iterable[D]) -> list[D]:
-        """The members, as they are declared: what ``apply_all`` and ``plan_all`` take.
+        """The members as declarations for ``apply_all`` and ``plan_all``.
 
         Args:
             deployments: the declarations of all members, and no others; ``replicas`` may be left out.
@@ -176,7 +176,7 @@ class Group(Declared):
         return [type(given[name]).model_validate(self.bound(given[name])) for name in self.members]
 
     def bound(self, deployment: Grouped) -> dict[str, Any]:
-        """The fields of a deployment as a member: with the group, and as many replicas as that says."""
+        """The fields of a deployment as a member: with the group, and the number of replicas that follows from it."""
         declared = deployment.model_dump(exclude_unset=True)
         return {"replicas": self.replicas(deployment.name), **declared, "group": self}
 
@@ -221,7 +221,7 @@ def groups_of(wanted: Sequence[Grouped]) -> dict[str, Group]:
 
 
 def together(wanted: Sequence[Grouped], order: Iterable[int]) -> list[int]:
-    """Positions in the same order, but that the members of a group follow the first of them."""
+    """Positions in the same order, except that the members of a group directly follow the first of them."""
     left = list(order)
     found: list[int] = []
     while left:
@@ -254,11 +254,11 @@ def links_of(
 ) -> list[dict[str, Any]]:
     """What path each two replicas got that talk, JSON-ready.
 
-    Each has ``unit``, ``between``, ``via``, ``route``, ``gb_per_s`` (``None`` if not known) and ``gpus``.
+    Each entry has ``unit``, ``between``, ``via``, ``route``, ``gb_per_s`` (``None`` if not known) and ``gpus``.
 
     Args:
         group: as it is declared.
-        near: labels of which nodes near each other share the values, widest first.
+        near: labels that have the same value on nodes near each other, widest first.
         places: where its replicas are.
     """
     roles = group.planned()

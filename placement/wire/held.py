@@ -1,4 +1,4 @@
-"""What stands: deployments, their replicas, and what these hold."""
+"""What is placed: deployments, their replicas, and what these hold."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from placement.wire.runtimes import infer_runtime
 
 
 class HeldReplica(Model):
-    """A replica that stands: its node, and the GPUs, the egress units or the CPUs alone that it holds there."""
+    """A placed replica: its node, and the GPUs, the egress units or the CPUs that it holds there."""
 
     replica_index: int
     node: str
     gpus: tuple[int, ...] = ()
-    ranks: tuple[int, ...] = Field(default=(), description="of a replica over several nodes, those here")
+    ranks: tuple[int, ...] = Field(
+        default=(), description="the ranks on this node, for a replica over several nodes"
+    )
     share: int = Field(default=WHOLE, description="thousandths of the GPU")
-    profile: str = Field(default="", description="of the MIG instance that it holds instead of a GPU")
+    profile: str = Field(default="", description="profile of the MIG instance that it holds instead of a GPU")
     cpu_milli: int = 0
     memory_bytes: int = 0
     egress_resource: str | None = None
     egress_units: int = 0
-    set_size: int = Field(default=0, description="GPUs of each set that it is made of; 0 if they are one")
+    set_size: int = Field(default=0, description="GPUs of each of its sets; 0 if all GPUs are one set")
     generation: int = Field(
         default=0, description="the key under `earlier` by which it was placed; 0: as declared now"
     )
@@ -41,26 +43,26 @@ class HeldReplica(Model):
 
     @classmethod
     def of(cls, planned: PlannedReplica) -> HeldReplica:
-        """What a plan takes, once it is carried out."""
+        """What a plan will hold once it is carried out."""
         fields = {name: value for name, value in vars(planned).items() if name != "node_id"}
         return cls.model_construct(node=planned.node_id, **fields)
 
 
 class HeldDeployment(Model):
-    """A deployment that stands; replicas that are declared and not listed are pending."""
+    """A deployment that exists; replicas that are declared and not listed are pending."""
 
     deployment: Deployment
     replicas: tuple[HeldReplica, ...]
-    releasing: bool = Field(default=False, description="all of it is about to go")
+    releasing: bool = Field(default=False, description="it is being released")
     earlier: dict[int, Deployment] = Field(
         default_factory=dict,
-        description="what was declared when replicas were placed that wait to be replaced",
+        description="earlier declarations, by which replicas were placed that wait to be replaced",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _keeps_its_runtime(cls, value: Any) -> Any:
-        """What replicas hold tells whether a model's name was taken for that of an API when they were placed."""
+        """What replicas hold shows whether their model's name was taken for that of an API when they were placed."""
         if not isinstance(value, Mapping):
             return value
         declared, replicas = value.get("deployment"), value.get("replicas")
@@ -85,12 +87,12 @@ class HeldDeployment(Model):
 
     @classmethod
     def of(cls, deployment: Deployment, replicas: Iterable[PlannedReplica]) -> HeldDeployment:
-        """What a plan makes of a deployment, once it is carried out."""
+        """The deployment as it is once a plan is carried out."""
         held = tuple(map(HeldReplica.of, replicas))
         return cls.model_construct(deployment=deployment, replicas=held, releasing=False, earlier={})
 
     def declared(self, replica: HeldReplica) -> Deployment:
-        """What was declared when a replica was placed."""
+        """The declaration by which a replica was placed."""
         return self.earlier[replica.generation] if replica.generation else self.deployment
 
     def becomes(
@@ -100,8 +102,8 @@ class HeldDeployment(Model):
 
         Args:
             deployment: what is declared.
-            replicas: those that are there, but for the outdated ones.
-            outdated: the indices of those that stay as they are until they can be replaced.
+            replicas: those that are there, except the outdated ones.
+            outdated: the indices of those that stay until they can be replaced.
         """
         this = max(self.earlier, default=0) + 1
         old = [one for one in self.replicas if one.replica_index in outdated]

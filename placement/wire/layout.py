@@ -14,7 +14,7 @@ from placement.core.request import Bundle, Strategy
 from placement.wire.fields import MOST, MOST_LABEL, Declared, gpu_amount
 
 MOST_BUNDLES = 4096
-"""More bundles than this in one placement group are a slip of the pen."""
+"""The most bundles in one placement group; more are a typing error."""
 
 
 class BundleLayout(Declared):
@@ -26,11 +26,11 @@ class BundleLayout(Declared):
     bundles: tuple[dict[str, float], ...] = Field(
         min_length=1,
         max_length=MOST_BUNDLES,
-        description='what each takes: {"GPU": 1, "CPU": 4, "memory": 1e9}, and custom resources',
+        description='resources of each bundle: {"GPU": 1, "CPU": 4, "memory": 1e9}, and custom resources',
     )
     strategy: Strategy = Field(default=Strategy.PACK, description="as in Ray")
     bundle_label_selector: tuple[dict[Annotated[str, MOST_LABEL], str], ...] = Field(
-        default=(), description="label -> condition, in Ray's syntax, for each bundle; as in Ray"
+        default=(), description="for each bundle: label -> condition, as in Ray"
     )
     domain_label: Annotated[str, MOST_LABEL] | None = Field(
         default=None, description="all bundles on nodes with one value of this label; Ray's topology_strategy"
@@ -43,7 +43,7 @@ class BundleLayout(Declared):
             for resource, amount in bundle.items():
                 if is_egress(resource) or resource == "object_store_memory":
                     raise ValueError(
-                        f"bundle {i} asks for {resource}, which is not planned with for a group; leave it out, or "
+                        f"bundle {i} asks for {resource}, which a placement group cannot have here; leave it out, or "
                         "call ray.util.placement_group, which chooses no GPUs"
                     )
                 most = 2**60 if resource == "memory" else MOST
@@ -56,7 +56,9 @@ class BundleLayout(Declared):
                 )
         gpus = [bundle["GPU"] for bundle in value if bundle.get("GPU")]
         if not gpus:
-            raise ValueError("no bundle asks for a GPU, so that there is none to choose; give one a GPU")
+            raise ValueError(
+                "no bundle asks for a GPU, so there is none to choose; give at least one bundle a GPU"
+            )
         if any(amount < 1 for amount in gpus) and len(gpus) > 1:
             raise ValueError(
                 f"{len(gpus)} bundles have GPUs, one of them {min(gpus):g} of one, and a share must be alone in its "
@@ -125,7 +127,7 @@ class BundleLayout(Declared):
         return [i for i, bundle in enumerate(self.bundles) for _ in range(math.ceil(bundle.get("GPU", 0)))]
 
     def planned(self) -> list[Bundle]:
-        """The bundles as the planner sees them. Of those without GPUs what they take counts where a node holds all."""
+        """The bundles in the planner's terms. Bundles without GPUs count only if one node holds all bundles."""
         return [
             Bundle(
                 math.ceil(bundle.get("GPU", 0)),
@@ -144,7 +146,7 @@ class BundleLayout(Declared):
 
 
 def is_egress(resource: str) -> bool:
-    """Whether a resource of Ray's says how many requests a node may carry: ``egress``, ``egress_<provider>``."""
+    """Whether a Ray resource is an egress resource: ``egress``, ``egress_<provider>``."""
     return resource == "egress" or resource.startswith("egress_")
 
 

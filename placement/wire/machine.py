@@ -13,7 +13,7 @@ from placement.wire.base import Model
 from placement.wire.facts import NumaFacts
 
 GbPerSecond = Annotated[float, Field(ge=0.001, le=1_000_000)]
-"""A rate in GB/s: at least 1 MB/s, which is as fine as rates are compared."""
+"""A rate in GB/s: at least 1 MB/s, the resolution at which rates are compared."""
 
 
 def mb_per_s(gb_per_s: float) -> int:
@@ -25,7 +25,7 @@ _PEERS = {True: "Y", False: "N", None: "?"}
 
 
 class NicNames(Model):
-    """What programs call a network card of the matrix."""
+    """The names that programs use for a network card of the matrix."""
 
     name: str
     ports: tuple[str, ...] = Field(default=(), description="its RDMA ports that work")
@@ -35,25 +35,28 @@ class NicNames(Model):
 class Machine(Model):
     """A make of GPU node, written once for all nodes of that make."""
 
-    matrix: str = Field(description="as `nvidia-smi topo -m` prints it")
+    matrix: str = Field(description="the output of `nvidia-smi topo -m`")
     model: str | None = Field(default=None, description="product name of the GPUs")
     below: tuple[tuple[Path, ...], ...] = Field(
-        default=(), description="PCIe paths, also below NVLink, where they are known: a row for each GPU"
+        default=(),
+        description="PCIe paths, even between GPUs that NVLink joins, if known: a row for each GPU",
     )
     cpu: str | None = Field(default=None, description="product name of the processors")
     pcie: tuple[tuple[PositiveInt, PositiveInt] | None, ...] = Field(
-        default=(), description="per GPU its PCIe generation and how many lanes; empty if unknown"
+        default=(), description="per GPU its PCIe generation and number of lanes; empty if unknown"
     )
     peers: tuple[str, ...] = Field(
         default=(),
-        description="per GPU a letter for each: Y or N, whether peer-to-peer works over PCIe, or ?; empty if unknown",
+        description="whether peer-to-peer works over PCIe: per GPU a letter for each GPU, Y, N or ?; empty if unknown",
     )
     numa_nodes: tuple[NumaFacts, ...] = Field(
         default=(), description="the NUMA nodes of the host; empty if unknown"
     )
-    nics: tuple[NicNames, ...] = Field(default=(), description="those of which it is known")
+    nics: tuple[NicNames, ...] = Field(
+        default=(), description="the names of the network cards of which they are known"
+    )
     nvls: bool | None = Field(
-        default=None, description="collectives reduce inside the NVSwitch; none if unknown"
+        default=None, description="whether collectives reduce inside the NVSwitch; none if unknown"
     )
     measured: tuple[tuple[tuple[int, ...], GbPerSecond], ...] = Field(
         default=(),
@@ -62,12 +65,12 @@ class Machine(Model):
 
     @classmethod
     def make(cls, topology: Topology) -> Machine:
-        """What machines of one make have in common: all of this but what was measured."""
+        """What machines of one make have in common: all fields except the measured rates."""
         return cls.of(replace(topology, measured=()))
 
     @classmethod
     def of(cls, topology: Topology) -> Machine:
-        """What a file says of such a machine."""
+        """The fields of such a machine in a file."""
         peers = tuple("".join(_PEERS[link.peer] for link in row) for row in topology.links)
         pcie = tuple((one.generation, one.width) if one else None for one in topology.lanes)
         return cls(
@@ -92,7 +95,7 @@ class Machine(Model):
 
         Raises:
             MatrixError: the matrix cannot be read.
-            ValueError: the rest describes another number of GPUs, or holds something else.
+            ValueError: another field describes another number of GPUs, or has an invalid value.
         """
         read = parse_matrix(self.matrix)
         links = read.links

@@ -1,4 +1,4 @@
-"""What was measured on nodes: as the service keeps it, as files have it, and as nccl-tests prints it."""
+"""Measured rates of nodes: as the service keeps them, as files hold them, and as nccl-tests prints them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from placement.wire.text import printable
 
 
 class MeasuredRate(Model):
-    """What one set of GPUs reached."""
+    """The measured rate of one set of GPUs."""
 
     gpus: tuple[int, ...] = Field(min_length=2, description="ordinals, ascending")
     gb_per_s: GbPerSecond = Field(
         description="bus bandwidth of a large all-reduce, as nccl-tests has it: 10^9 bytes per second and GPU"
     )
-    message_bytes: PositiveInt | None = Field(default=None, description="of each GPU, per all-reduce")
-    library: str | None = Field(default=None, description="what reduced, and its version: NCCL 2.27.3")
+    message_bytes: PositiveInt | None = Field(
+        default=None, description="message size of each GPU, per all-reduce"
+    )
+    library: str | None = Field(default=None, description="the library and its version: NCCL 2.27.3")
     driver_version: str | None = None
     measured_at: datetime | None = None
 
@@ -43,11 +45,11 @@ class MeasuredRate(Model):
 
 
 class Measurement(Model):
-    """What was measured on one node: which it is, what it is, and what its sets reached."""
+    """The measured rates of one node: the node's identity, its machine, and the rates of its sets."""
 
     host: str = Field(description="the node's name")
-    uuids: tuple[str | None, ...] = Field(description="of its GPUs, in the order of their ordinals")
-    machine: Machine = Field(description="its make: nodes with an equal one go by these rates, too")
+    uuids: tuple[str | None, ...] = Field(description="UUIDs of its GPUs, in the order of their ordinals")
+    machine: Machine = Field(description="its make: nodes of an equal make use these rates, too")
     rates: tuple[MeasuredRate, ...]
 
     @field_validator("host")
@@ -67,12 +69,12 @@ class Measurement(Model):
             if one.gpus[-1] >= len(self.uuids):
                 raise ValueError(f"rates name GPU {one.gpus[-1]}, but uuids describe {len(self.uuids)} GPUs")
         if self.machine.measured:
-            raise ValueError("machine.measured must be empty; what was measured stands in rates")
+            raise ValueError("machine.measured must be empty; put measured rates in rates")
         return self
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """What its node is recognized by; see :func:`identity_of`."""
+        """How its node is recognized; see :func:`identity_of`."""
         return identity_of(self.host, self.uuids)
 
     def mb_per_s(self) -> dict[tuple[int, ...], int]:
@@ -80,28 +82,28 @@ class Measurement(Model):
         return {one.gpus: mb_per_s(one.gb_per_s) for one in self.rates}
 
     def updated(self, later: Measurement) -> Measurement:
-        """The same after another measurement of the node, which counts for the sets that it has."""
+        """The rates after another measurement of the node, which replaces those of the sets that it has."""
         rates = {one.gpus: one for one in (*self.rates, *later.rates)}
         return later.model_copy(update={"rates": tuple(rates[gpus] for gpus in sorted(rates))})
 
 
 def identity_of(host: str, uuids: Sequence[str | None]) -> tuple[object, ...]:
-    """What a node is recognized by: its GPUs, and its name only where one of them has no UUID."""
+    """How a node is recognized: by its GPUs' UUIDs, and by its name only if one of them has no UUID."""
     return tuple(uuids) if all(uuids) else (host, len(uuids))
 
 
 class MeasurementFile(Model):
-    """What ``placement measure --export`` writes."""
+    """The file that ``placement measure --export`` writes."""
 
     version: Literal[1] = 1
     measurements: tuple[Measurement, ...]
 
 
 def read_measurements(text: str, source: str) -> tuple[Measurement, ...]:
-    """What ``placement measure --export`` wrote.
+    """Reads a file of ``placement measure --export``.
 
     Raises:
-        InvalidMeasurement: the text is nothing of the kind; names the first field at fault.
+        InvalidMeasurement: the text is no such file; names the first field at fault.
     """
     try:
         return MeasurementFile.model_validate_json(text).measurements
@@ -117,7 +119,7 @@ def read_measurements(text: str, source: str) -> tuple[Measurement, ...]:
 
 @dataclass(frozen=True)
 class Device:
-    """One GPU as nccl-tests names it.
+    """One GPU in the output of nccl-tests.
 
     Attributes:
         index: CUDA's number.
@@ -133,7 +135,7 @@ class NcclRun:
     """One run of ``all_reduce_perf`` on one host.
 
     Attributes:
-        host: as it calls itself.
+        host: its own host name.
         devices: by rank.
         gb_per_s: bus bandwidth of the largest message, in place, as engines reduce.
         message_bytes: its size.
@@ -158,7 +160,7 @@ class _Run:
 
 
 _LABEL = re.compile(r"^\s*\d+:\s?(?=\s*(?:#|\d))")
-"""What ``srun --label`` puts before each line."""
+"""The prefix that ``srun --label`` puts before each line."""
 _DEVICE = re.compile(
     r"#\s+Rank\s+(?P<rank>\d+)\s+.*?Pid\s+\d+\s+on\s+(?P<host>\S+)\s+device\s+(?P<index>\d+)\s+\[(?:0x)?(?P<bus>[0-9a-fA-F:]+)\]"
 )
@@ -166,9 +168,9 @@ _VERSION = re.compile(r"NCCL version\s+(\d[\d.]*\d)|nccl-library=(\d+)")
 
 
 def parse_nccl_tests(text: str, source: str) -> list[NcclRun]:
-    """The runs of ``all_reduce_perf`` whose output a text is, one or several.
+    """The runs of ``all_reduce_perf`` in a text, one or several.
 
-    Of each the largest message counts, and of that the figure in place. The form is that of ``src/common.cu`` of
+    Of each run the largest message counts, and its in-place bandwidth. The format is that of ``src/common.cu`` of
     NVIDIA/nccl-tests, 2.0 to 2.17: a line for each GPU, then one for each message with time, algbw, busbw and #wrong,
     out of place and in place. Lines in between (``NCCL INFO``, labels of ``srun``) are passed over.
 
@@ -233,7 +235,7 @@ def _checked(run: _Run, source: str) -> NcclRun:
             source, "a run is not of all-reduce, by its bus bandwidth; run all_reduce_perf"
         )
     if wrong:
-        raise InvalidMeasurement(source, "a run had wrong results (#wrong); nothing that it says counts")
+        raise InvalidMeasurement(source, "a run had wrong results (#wrong), so it is not used")
     if not bus > 0:
         raise InvalidMeasurement(
             source, "the messages are too small for a bandwidth; run it with -b 1G -e 1G"
@@ -256,7 +258,7 @@ def gpus_of(run: NcclRun, bus_ids: Mapping[int, str], count: int, source: str) -
         source: the file.
 
     Raises:
-        InvalidMeasurement: one is not there, or two are one.
+        InvalidMeasurement: the node lacks one, or two are the same GPU.
     """
     by_bus: dict[tuple[int, ...], list[int]] = {}
     for gpu, bus_id in bus_ids.items():
@@ -280,5 +282,5 @@ def gpus_of(run: NcclRun, bus_ids: Mapping[int, str], count: int, source: str) -
 
 
 def as_file(measurements: Sequence[Measurement]) -> dict[str, Any]:
-    """The contents of a file of them, JSON-ready."""
+    """The contents of such a file, JSON-ready."""
     return MeasurementFile(measurements=tuple(measurements)).model_dump(mode="json", exclude_none=True)

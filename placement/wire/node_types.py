@@ -1,6 +1,6 @@
-"""The node types of a Ray cluster configuration (``ray_cluster.yaml``): what the autoscaler can bring.
+"""The node types of a Ray cluster configuration (``ray_cluster.yaml``): the nodes that the autoscaler can start.
 
-Nothing in a running cluster tells them: only this file does, on the machine that ran ``ray up`` and on the head.
+A running cluster does not report them: only this file has them, on the machine that ran ``ray up`` and on the head.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Count = Annotated[int, Field(ge=0)]
 
 @dataclass(frozen=True)
 class NodeType:
-    """One of them.
+    """One node type.
 
     Attributes:
         name: in the configuration.
-        resources: what a node of it has: ``{"GPU": 8}``; what is not in it, Ray looks up.
-        labels: what it promises of its nodes.
-        max_workers: how many of it there may be.
+        resources: what such a node has: ``{"GPU": 8}``; Ray finds out the others.
+        labels: the labels that its nodes will have.
+        max_workers: how many such nodes there may be.
     """
 
     name: str
@@ -37,7 +37,7 @@ class NodeType:
 
 
 class _Declared(Model):
-    """A node type as it is written; the rest of it is the cloud's."""
+    """A node type in the file; its other fields are the cloud's."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -47,7 +47,7 @@ class _Declared(Model):
 
 
 class _Configuration(Model):
-    """As much of the file as matters here."""
+    """The fields of the file that are used here."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -58,7 +58,7 @@ class _Configuration(Model):
 
 
 def node_types(path: str | Path) -> list[NodeType]:
-    """Reads the types of which workers may come, in the file's order.
+    """Reads the types of nodes that may be started as workers, in the file's order.
 
     Raises:
         InvalidDeployment: the file cannot be read, or is no cluster configuration.

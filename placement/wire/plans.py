@@ -1,4 +1,4 @@
-"""A plan as users see it: where replicas would go, what would change, and what became of every node on the way."""
+"""A plan as users see it: where replicas would go, what would change, and which nodes were excluded and why."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ class PlannedAssignment:
 
     Attributes:
         bandwidth_gb_per_s: all-reduce bus bandwidth between the GPUs, GB/s per direction, measured or predicted;
-            ``None`` for fewer than two GPUs, or where nothing was measured and a link is unknown. The least that it can
-            be, where the host's processors or peer-to-peer are not known.
-        upper_bandwidth_gb_per_s: the most that it can be then; ``None`` where nothing that decides it is unknown.
+            ``None`` for fewer than two GPUs, or if nothing was measured and a link is unknown. The lower end of the
+            range, if the host's processors or peer-to-peer are unknown.
+        upper_bandwidth_gb_per_s: the upper end of the range; ``None`` if nothing that decides it is unknown.
         bandwidth_measured: whether it was measured.
         weakest_link: slowest link between two of them as ``nvidia-smi topo -m`` names it.
         share: how much of the GPU, 1 for whole ones.
         mig: profile of the MIG instance that ``gpus`` is; empty for GPUs.
-        ranks: which ranks of the replica are here, in the order of ``gpus``; empty where all are.
+        ranks: which ranks of the replica are here, in the order of ``gpus``; empty if all are.
         egress_resource, egress_units: what a remote replica takes.
         cpus, memory_bytes: what a CPU replica takes.
-        set_size: GPUs of each tensor-parallel group that the replica is made of; 0 where all of its GPUs are one.
-        sorted_bandwidth_gb_per_s: the same where an engine sorts the node's GPUs and cuts its groups from these, as
-            vLLM does: less than ``bandwidth_gb_per_s`` where no groups that such an engine keeps are as fast.
+        set_size: GPUs of each tensor-parallel group of the replica; 0 if all of its GPUs are one group.
+        sorted_bandwidth_gb_per_s: the bandwidth if an engine sorts the node's GPUs and cuts its groups from these, as
+            vLLM does. It is less than ``bandwidth_gb_per_s`` if sorting changes the groups to slower ones.
     """
 
     replica_index: int
@@ -60,19 +60,19 @@ class PlacementPlan:
     Attributes:
         deployment: its name.
         assignments: one for each replica and node, by replica index; also of those that wait to be replaced.
-        standing: whether the deployment is placed already, just so.
+        standing: whether the deployment is placed already, exactly like this.
         pending: replicas that would wait for a place -> why.
         runtime: what it runs on.
-        runtime_from: who says so: ``declared``, ``runtime_config`` or ``by the model's name``.
-        change: ``new``: nothing of that name stands; ``unchanged``: nothing would happen; else ``changed``.
+        runtime_from: where the runtime comes from: ``declared``, ``runtime_config`` or ``by the model's name``.
+        change: ``new``: no deployment of that name exists; ``unchanged``: nothing would happen; else ``changed``.
         placed: replicas that would get a place and have none.
         unchanged: those that would stay as they are.
         replaced: those that would get another place, which ends the workers in the one they have.
-        removed: those that are there and not wanted any more.
+        removed: those that are there and no longer wanted.
         differs: names of the declared fields that differ from what is declared now.
         group: the group that it is a member of.
-        links: what path those of the group's links would get that name it first: ``unit``, ``between``, ``via``,
-            ``route``, ``gb_per_s`` (``None`` if not known), and the two ``gpus`` on the slowest way.
+        links: the routes of those of the group's links that name it first: ``unit``, ``between``, ``via``,
+            ``route``, ``gb_per_s`` (``None`` if not known), and the two ``gpus`` of the slowest path.
         bounded: the search for the group's places was cut off; there may be better ones.
     """
 
@@ -114,14 +114,14 @@ class PlacementPlan:
 
 @dataclass(frozen=True)
 class ExplainedPlan:
-    """A plan or a refusal, and what became of every node on the way.
+    """A plan or a refusal, and which nodes were excluded and why.
 
     Attributes:
         deployment: its name.
         plan: where its replicas would go, if they fit.
         refusal: why not, if they do not.
-        explanation: stage by stage, how many nodes were excluded and why: for the first replica that is
-            not there yet, or for the one that was refused.
+        explanation: stage by stage, how many nodes were excluded and why: for the first replica that has
+            no place yet, or for the one that was refused.
         error: the refusal with its code and fields.
     """
 

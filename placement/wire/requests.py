@@ -1,4 +1,4 @@
-"""Declarations, and what stands of them, in the planner's terms."""
+"""Declarations and placed replicas, in the planner's terms."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from placement.wire.held import HeldDeployment
 
 SPARED_MILLI = 1000
 """CPUs that CPU replicas leave to each free GPU of their node, thousandths: verl, OpenRLHF, slime, SkyRL and Ray Data
-ask one beside a GPU, and a GPU that has none beside it is of no use to them."""
+ask for one CPU with each GPU, and cannot use a GPU without a free CPU."""
 
 
 def desired_of(wanted: Deployment, others: Iterable[Deployment] = (), releasing: bool = False) -> Desired:
-    """A declaration in the planner's terms; of ``others``, some may keep away from it.
+    """A declaration in the planner's terms; some of ``others`` may have to keep away from it.
 
-    Nodes that its constraints name need not be there: :func:`request_of` says whether they are.
+    Nodes that its constraints name need not exist: :func:`request_of` checks that.
     """
     gang = wanted.gang or wanted.group is not None
     return Desired(request_unchecked(wanted, range(wanted.replicas), {}, others), gang, releasing)
 
 
 def observed_of(held: HeldDeployment) -> dict[int, Observed]:
-    """The replicas of a deployment in the planner's terms, each with what was declared when it was placed."""
+    """The replicas of a deployment in the planner's terms, each with the declaration by which it was placed."""
     requests = {number: request_unchecked(one, (), {}) for number, one in held.earlier.items()}
     requests[0] = request_unchecked(held.deployment, (), {})
     found: dict[int, Observed] = {}
@@ -58,11 +58,11 @@ def request_of(
     mending: bool = False,
     others: Iterable[Deployment] = (),
 ) -> Request:
-    """A deployment's replicas ``missing``, in the planner's terms; of ``others``, some may keep away from it.
+    """A request for the ``missing`` replicas of a deployment; some of ``others`` may have to keep away from it.
 
     Raises:
-        UnknownNode: its constraints name a node that is not there; while ``mending``, only such nodes, since a
-            node that it named may be the one that died.
+        UnknownNode: its constraints name a node that does not exist; with ``mending``, only if none of them exists, as
+            a node that it named may be the one that died.
         UnknownGpu: they name a GPU that no node has.
     """
     limits = wanted.constraints or PlacementConstraints()
@@ -80,7 +80,7 @@ def request_of(
 
 
 def _gpus_like(nodes: Iterable[Node], name: int | str) -> tuple[str, ...]:
-    """The GPUs that there are, each with its node, in the way in which one is named."""
+    """The GPUs that exist, each with its node: by ordinal or by UUID, as the unknown one was named."""
     if isinstance(name, str):
         alike = [(uuid, node) for node in nodes for uuid in node.uuids.values() if uuid[:4] == name[:4]]
         return tuple(f"{uuid} ({node.name})" for uuid, node in alike)
@@ -93,7 +93,7 @@ def request_unchecked(
     standing: Mapping[str, int],
     others: Iterable[Deployment] = (),
 ) -> Request:
-    """The same, whether the nodes that it names are there or not."""
+    """The same, whether the nodes that it names exist or not."""
     limits = wanted.constraints or PlacementConstraints()
     labels, bundles, resources = limits.node_labels, tuple[Bundle, ...](), _NO_RESOURCES
     cpu_milli = wanted.cpu_milli or wanted.cpu_milli_per_gpu * wanted.needs.gpus
@@ -130,7 +130,7 @@ def request_unchecked(
         apart_from=limits.apart_from,
         near_to=limits.near_to,
         kept_away_by=tuple(
-            dict.fromkeys(  # one that is being changed is among them as it stands and as it is to be
+            dict.fromkeys(  # one that is being changed is among them with its old and its new declaration
                 one.name
                 for one in others
                 if one.constraints and wanted.name in one.constraints.apart_from and one.name != wanted.name
@@ -150,9 +150,9 @@ _NO_RESOURCES: Resources = ()
 
 
 def mix_of(snapshot: Snapshot, deployments: Iterable[Deployment], mix: Mix | None = None) -> Mix:
-    """What is asked for by these deployments beside the ``mix``.
+    """The mix with the requests of these deployments.
 
-    Those whose constraints name a node that is no more do not count.
+    Deployments whose constraints name a node that no longer exists do not count.
     """
     mix = mix or Mix()
     for one in deployments:
@@ -162,15 +162,15 @@ def mix_of(snapshot: Snapshot, deployments: Iterable[Deployment], mix: Mix | Non
 
 
 def require_same_places(before: Deployment, wanted: Deployment, placed: bool) -> None:
-    """Sees to it that no replica of a group need move, or be parted from it, when it is declared anew.
+    """Checks that a new declaration of a group's member moves no replica, and keeps the group.
 
     Args:
-        before: what is declared.
-        wanted: what is to be.
-        placed: whether any replica of it is.
+        before: the current declaration.
+        wanted: the new declaration.
+        placed: whether any replica of it is placed.
 
     Raises:
-        GroupStands: it would have to.
+        GroupStands: it would move one, or leave the group.
     """
     was, is_now = before.group, wanted.group
     if was is None and (is_now is None or not placed):

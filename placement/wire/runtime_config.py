@@ -1,4 +1,4 @@
-"""How replicas run: their runtime and its endpoint, how many requests they take, what they may spend."""
+"""How replicas run: their runtime and its endpoint, how many requests they serve, what they may spend."""
 
 from __future__ import annotations
 
@@ -76,11 +76,11 @@ class ApiKey(Declared):
 
     @property
     def reference(self) -> str:
-        """``env:NAME`` or ``file:PATH``: what identifies the key without being it."""
+        """``env:NAME`` or ``file:PATH``: identifies the key without holding it."""
         return f"env:{self.from_env}" if self.from_env is not None else f"file:{self.from_file}"
 
     def resolve(self) -> str:
-        """The key itself, read here and now. Placing never calls this; a worker that needs the key does.
+        """Reads the key itself, in this process. Placing never calls this; a worker that needs the key does.
 
         Raises:
             MissingSecret: the variable is not set or empty, or the file cannot be read.
@@ -107,7 +107,7 @@ class RuntimeConfig(Declared):
     path = "runtime_config."
 
     runtime: NamedRuntime | None = Field(
-        default=None, description="the runtime, where the deployment does not say", examples=["litellm"]
+        default=None, description="the runtime, if the deployment does not name one", examples=["litellm"]
     )
     transport: NamedTransport | None = Field(
         default=None,
@@ -129,7 +129,7 @@ class RuntimeConfig(Declared):
         examples=["https://gateway.example/v1"],
     )
     options: dict[str, JsonValue] = Field(
-        default_factory=dict, description="handed to the runtime unread", examples=[{"max_model_len": 8192}]
+        default_factory=dict, description="passed to the runtime unread", examples=[{"max_model_len": 8192}]
     )
 
     @field_validator("provider")
@@ -181,18 +181,18 @@ class Serving(Declared):
 
     max_concurrent: Count = Field(
         default=1,
-        description="requests in flight per replica, which are the egress units it takes",
+        description="concurrent requests per replica: the egress units that it takes",
         examples=[16],
     )
     on_capacity_exhausted: Literal["queue", "reject"] = Field(
         default="queue",
-        description="what the replica does with a request above max_concurrent; for the workers to keep",
+        description="what to do with a request above max_concurrent, which the workers must obey",
         examples=["reject"],
     )
 
 
 class Budget(Declared):
-    """Spending limits, for the workers to keep: every result carries them. Placing does not read them."""
+    """Spending limits, which the workers must obey: every result carries them. Placing does not read them."""
 
     path = "budget."
 

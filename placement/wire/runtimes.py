@@ -1,14 +1,14 @@
-"""Which runtime a model's name means, where nobody says.
+"""Which runtime a model's name means, if no runtime is declared.
 
-Case does not matter. A name is one of these; they are looked at in this order:
+Case does not matter. A name is one of these, checked in this order:
 
-1. A path or a URL: it runs here.
+1. A path or a URL: it runs on the cluster.
 2. ``PREFIX/...`` as LiteLLM writes it: the model of a provider. Some providers have an organisation of that name on a
    model hub as well. There, what follows decides; a second slash is enough, since a model of a hub has only one.
 3. A name or an id that a provider's API has (``gpt-5``, ``claude-sonnet-4``, ``us.anthropic.claude-...-v1:0``).
-4. Anything else, ``ORG/NAME`` of a hub above all: it runs here.
+4. Anything else, mostly ``ORG/NAME`` of a hub: it runs on the cluster.
 
-What may well be meant either way is refused: a wrong guess holds a GPU for nothing, or places an engine where none is.
+An ambiguous name is refused: a wrong guess would hold a GPU for nothing, or call a provider for a local model.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ _PREFIXES = {
     "vertex_ai_beta", "volcengine", "voyage", "watsonx", "watsonx_text", "x-ai", "xai", "xiaomi_mimo", "xinference",
     "zai",
 }  # fmt: skip
-"""Those of the others, whose runtime is ``litellm``: https://docs.litellm.ai/docs/providers. ``x-ai`` is OpenRouter's
-name of xAI. Not ``vllm``, which LiteLLM runs in its own process."""
+"""Prefixes of other providers, whose runtime is ``litellm``: https://docs.litellm.ai/docs/providers. ``x-ai`` is
+OpenRouter's name for xAI. Not ``vllm``, which LiteLLM runs in its own process."""
 
 
 class _Shared(NamedTuple):
-    """How names go on after the prefix: those of the API, and those of the organisation on a hub."""
+    """How names continue after the prefix: those of the API, and those of the organisation on a hub."""
 
     api: str | None = None
     hub: str | None = None
@@ -94,13 +94,13 @@ _CLOSED: tuple[tuple[Runtime, str], ...] = (
     ("litellm", r"amazon/(nova|titan)-"),
     ("litellm", r"tencent/hunyuan-(turbos?|t1|lite|standard|role|functioncall)(-|$)"),
 )
-"""Models that an organisation of a hub serves and does not publish. OpenRouter, among others, writes them so."""
+"""Models that an organisation of a hub serves but does not publish, as OpenRouter and others write them."""
 
 _WEIGHTS = re.compile(
     r"(.*[-_.])?(\d+(\.\d+)?b|\d+x\d+b|awq|gptq|gguf|ggml|exl2|fp8|bf16|int[48]|nvfp4|lora|distill\w*"
     r"|llama|alpaca|vicuna|falcon|qwen\d*)([-_.]|$)"
 )
-"""Marks of weights that somebody can download: a size, a quantisation, another family."""
+"""Marks of downloadable weights: a size, a quantisation, another family."""
 
 _BEGINNINGS: tuple[tuple[Runtime, str], ...] = (
     ("openai", r"gpt-(3\.?5|[4-9])(\.\d+)?o?([-:]|$)|chatgpt-|o[1-9]([-:]|$)"),
@@ -109,7 +109,7 @@ _BEGINNINGS: tuple[tuple[Runtime, str], ...] = (
     ("openai", r"(babbage|davinci)-002$|(text|code)-(davinci|curie|babbage|ada)-"),
     ("anthropic", r"claude-"),
 )
-"""How an API's names begin. Weights that are called after them (``gpt-4-x-alpaca-13b``) have a mark of weights."""
+"""How an API's names begin. Weights that are named after them (``gpt-4-x-alpaca-13b``) have a mark of weights."""
 
 _DATE = r"(latest|\d{4}|\d{2}-\d{2}|\d{2}-\d{4})"
 _REGION = r"us|us-gov|eu|apac|ap|jp|au|ca|sa|me|af|il|uk|in|mx|global"
@@ -128,7 +128,7 @@ _NAMES: tuple[tuple[Runtime, str], ...] = (
     ),
     ("litellm", rf"(ministral-\d+b|(codes|magis|devs|vox)tral(-\w+)*?)-{_DATE}"),
     ("litellm", r"mistral-(tiny|medium|embed)|codestral-embed|open-(mistral|mixtral|codestral)-.*"),
-    # OpenAI's fine-tunes.
+    # Fine-tuned models of OpenAI.
     ("openai", r"ft:.*"),
     # Cohere.
     ("litellm", rf"command-(light|nightly)|command-(r|r-plus|a|r7b)(-\w+)?-{_DATE}"),
@@ -149,7 +149,7 @@ _NAMES: tuple[tuple[Runtime, str], ...] = (
     # Amazon Bedrock: vendor.model, perhaps after a region.
     ("litellm", rf"(({_REGION})\.)?({_VENDOR})\.[a-z].*-.*"),
 )
-"""An API's names, whole; none has a slash."""
+"""Complete names of an API; none has a slash."""
 
 _IDS: tuple[tuple[Runtime, str], ...] = (
     ("gemini", r"(models|publishers/google/models)/(gemini|text-embedding|embedding-0|imagen|veo|learnlm)"),
@@ -159,14 +159,14 @@ _IDS: tuple[tuple[Runtime, str], ...] = (
     ("litellm", r"@(cf|hf)/"),  # Cloudflare
     ("litellm", r"arn:aws[a-z-]*:"),
 )
-"""How the ids with slashes begin that providers use themselves."""
+"""How providers' own ids with slashes begin."""
 
 _EITHER: dict[str, str] = {
     r"mistral-(large|small)|(pixtral-12b|(magistral|devstral)-small)-\d{4}": "Mistral",
     r"command-(r|r-plus|a)": "Cohere",
     r"grok-2": "xAI",
 }
-"""Names at an API that are used for the weights as well, by Ollama for example -> whose API."""
+"""Names of an API that are also used for weights, by Ollama for example -> the API's owner."""
 
 
 @lru_cache(maxsize=1024)
@@ -237,5 +237,5 @@ _BEFORE: tuple[tuple[Runtime, str], ...] = (
 
 
 def runtime_before(model: str) -> Runtime:
-    """What earlier versions, whose records do not say the runtime, took a model's name for."""
+    """The runtime that earlier versions inferred from a model's name, as their records do not have it."""
     return _beginning(_BEFORE, model.lower()) or "vllm"

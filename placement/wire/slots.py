@@ -1,4 +1,4 @@
-"""Ray's GPU slots on one node: which GPU or MIG instance each of them is."""
+"""Ray's GPU slots on one node: which GPU or MIG instance each slot is."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def visible_tokens(visible_devices: str | None) -> list[str] | None:
 
 
 def in_ray_order(facts: NodeFacts, gpu_count: int, visible_devices: str | None) -> NodeFacts:
-    """A reading with exactly the GPUs that Ray has, in the order of Ray's slots.
+    """A reading reduced to the GPUs that Ray has, in the order of Ray's slots.
 
-    NVML sees all GPUs of the machine. Ray has as many as ``ray start`` was told, or found, or those of
+    NVML sees all GPUs of the machine. Ray has as many as ``ray start`` was told or found, or those of
     CUDA_VISIBLE_DEVICES, in its order. A token there is an NVML index (which CUDA shares if
     CUDA_DEVICE_ORDER=PCI_BUS_ID), or the UUID of a GPU or of a MIG instance, or the beginning of one.
 
-    Nothing is to be placed on a slot that NVML, where it works, does not show; nor on slots that are one GPU, which
-    Ray gives to several users.
+    Nothing may be placed on a slot that a working NVML does not show, nor on several slots that are the same GPU, which
+    Ray would give to several users.
 
     Args:
-        facts: what NVML shows.
+        facts: the reading of NVML.
         gpu_count: GPUs that Ray has on the node.
         visible_devices: CUDA_VISIBLE_DEVICES as it was at ``ray start``.
     """
@@ -46,14 +46,14 @@ def in_ray_order(facts: NodeFacts, gpu_count: int, visible_devices: str | None) 
             gpu = gpu.model_copy(update={"errors": ("CUDA_VISIBLE_DEVICES names it more than once",)})
         elif one is None and facts.source == "nvml":
             gpu = gpu.model_copy(update={"errors": ("NVML does not show it",)})
-        # Whatever NVML says or does not say, a slot whose token names an instance is no whole GPU.
+        # Whatever NVML reports, a slot whose token names an instance is no whole GPU.
         gpus.append(gpu.model_copy(update={"mig_enabled": True}) if name.startswith(_MIG) else gpu)
     problem = "; ".join(filter(None, problems)) or None
     return ordered.model_copy(update={"gpus": tuple(gpus), "problem": problem})
 
 
 def in_slots(facts: NodeFacts, shown: Sequence[GpuFacts | MigFacts | None]) -> NodeFacts:
-    """A reading with these GPUs and MIG instances of it, in this order; ``None`` is a slot of which nothing is known.
+    """A reading with only these GPUs and MIG instances, in this order; ``None`` is a slot that cannot be identified.
 
     A slot that is a MIG instance has the instance's UUID and memory and all else of its GPU, but no links:
     neither NVLink nor PCIe peer access leads to an instance, not even from the same GPU. Where MIG is on, a
@@ -114,7 +114,7 @@ def _problem(facts: NodeFacts, shown: Sequence[GpuFacts | MigFacts | None]) -> s
 
 
 def _named(facts: NodeFacts, token: str) -> GpuFacts | MigFacts | None:
-    """What a token of CUDA_VISIBLE_DEVICES names, if that is exactly one."""
+    """What a token of CUDA_VISIBLE_DEVICES names, if it names exactly one."""
     if token.isdigit():
         return facts.gpus[int(token)] if int(token) < len(facts.gpus) else None
     known: tuple[GpuFacts | MigFacts, ...] = (*facts.gpus, *facts.instances)

@@ -43,5 +43,5 @@ def decoded(content: bytes, source: str) -> str:
 
 
 def printable(text: str) -> str:
-    """A text that a message of one line can show."""
+    """A text shortened for a one-line message."""
     return "".join(one if one.isprintable() else "?" for one in text)

@@ -1,4 +1,4 @@
-"""What was meant by a field that does not exist."""
+"""Suggests the right field for one that does not exist."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _MEANT: Mapping[str, str] = {
         _OPTIONS,
     ),
 }  # fmt: skip
-"""What others call a field: vLLM, Ray, Kubernetes, LiteLLM."""
+"""Names of fields in other systems: vLLM, Ray, Kubernetes, LiteLLM."""
 
 
 def unknown_field(name: str, here: Collection[str], elsewhere: Mapping[str, str]) -> str:
@@ -65,12 +65,12 @@ def unknown_field(name: str, here: Collection[str], elsewhere: Mapping[str, str]
 
 
 def meant(name: str, here: Collection[str], elsewhere: Mapping[str, str]) -> str:
-    """What was meant, or an empty text if nobody can tell.
+    """The suggestion; empty if there is none.
 
     Args:
-        name: the field that there is not.
-        here: the fields that there are where it was written.
-        elsewhere: field -> its full name, of all the others.
+        name: the unknown field.
+        here: the known fields in the place where it was written.
+        elsewhere: field -> its full name, for all other fields.
     """
     plain = re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", name).lower()).strip("_")
     for spelling in (plain, plain.replace("_", "")):

@@ -43,7 +43,7 @@ _LISTS = (
 )
 
 _LEAST, _MOST = 1e-6, 1e9
-"""Bounds of weights, loads and mean stays: others are divided by them."""
+"""Bounds of weights, loads and mean stays, since other numbers are divided by them."""
 
 _MOST_GPUS_PER_NODE = 1024
 _MOST_COUNT = 1 << 40
@@ -57,7 +57,10 @@ class MixFile(Model):
 
     arrivals: int = Field(default=1000, ge=1, le=1_000_000, description="how many deployments arrive")
     load: float = Field(
-        default=1.0, ge=_LEAST, le=100, description="GPUs asked for at a time, as a part of the cluster's"
+        default=1.0,
+        ge=_LEAST,
+        le=100,
+        description="GPUs asked for at a time, as a fraction of the cluster's GPUs",
     )
     mix: tuple[dict[str, Any], ...] = Field(
         min_length=1,
@@ -79,7 +82,7 @@ def load_workload(path: Path, seed: int = 0, arrivals: int | None = None) -> Sou
     Args:
         path: the file.
         seed: of a mix, the same seed gives the same arrivals.
-        arrivals: only so many; of a mix instead of the number that it names.
+        arrivals: replay only this many; for a mix, instead of its own number.
 
     Raises:
         InvalidDeployment: the file cannot be read, or a field is refused; names the row or entry.
@@ -108,10 +111,10 @@ def load_workload(path: Path, seed: int = 0, arrivals: int | None = None) -> Sou
 
 
 def openb_cluster(rows: Iterable[Row], source: str) -> Snapshot:
-    """The nodes of the openb trace. How their GPUs are linked is not known; the accelerator is the model.
+    """The nodes of the openb trace. Their GPUs' links are unknown; the accelerator type is the trace's model.
 
     Raises:
-        InvalidDeployment: a number is none, or two nodes have one name.
+        InvalidDeployment: a number is invalid, or two nodes have the same name.
     """
     shapes: dict[int, Topology] = {}
     nodes: dict[str, Node] = {}
@@ -157,7 +160,7 @@ def openb_request(row: Mapping[str, str], source: str) -> Request:
 
 
 def _pod(row: Row, path: Path) -> Arrival:
-    """When the list has no times, one pod a second comes and none goes."""
+    """If the list has no times, one pod arrives each second and none departs."""
     where = f"{path}: row {row.number}"
     request = openb_request(row, where)
     if not row.get("creation_time"):
@@ -295,7 +298,7 @@ def _draw(
 
 
 def with_policy(arrivals: Iterable[Arrival], policy: Policy | None) -> list[Arrival]:
-    """The same arrivals under another policy; ``None`` leaves each its own. Groups go by their links in any case."""
+    """The same arrivals under another policy; ``None`` leaves each its own. Groups always use their links."""
     if policy is None:
         return list(arrivals)
     return [
@@ -308,7 +311,7 @@ def _request(one: Deployment, snapshot: Snapshot) -> Request:
 
 
 class Row(dict[str, str]):
-    """The cells of one row by column, without blanks around them.
+    """The cells of one row by column, without surrounding blanks.
 
     Attributes:
         number: of the row in the file; the header is row 1.
@@ -356,7 +359,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _row(columns: list[str], cells: list[str], number: int, source: str) -> Row:
-    """A row that is too short lacks its last cells; one that is too long may only hold nothing there."""
+    """A row that is too short lacks its last cells; extra cells of a row that is too long must be empty."""
     where = f"{source}: row {number}"
     if any(cells[len(columns) :]):
         raise InvalidDeployment(

@@ -225,7 +225,7 @@ def test_a_wait_that_is_not_enough_exits_with_1_and_leaves_the_declaration(
     use(monkeypatch, service)
     done = run("apply", file, *args)
     assert 1 == done.exit_code
-    said = f"error: still pending after {seconds:g} s: 1 replica of b; what is declared stays, and waits on; "
+    said = f"error: still pending after {seconds:g} s: 1 replica of b; the deployment goes on waiting; "
     assert lines(done.stderr)[-1].startswith(said)
     as_json = run("apply", file, *args, "--json")
     assert {"b": {"1": "no room"}} == told(as_json.stderr)["pending"]
@@ -240,9 +240,7 @@ def test_a_wait_that_is_stopped_says_that_what_is_declared_stays(
     use(monkeypatch, service)
     done = run("apply", file, "--wait")
     assert 130 == done.exit_code
-    assert lines(done.stderr)[-1].startswith(
-        "interrupted; what is declared stays, and waits on; `placement wait`"
-    )
+    assert lines(done.stderr)[-1].startswith("interrupted; the deployment goes on waiting; `placement wait`")
 
 
 def test_wait_ends_when_nothing_is_pending_and_tells_what_is_no_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,8 +97,8 @@ def test_of_several_clusters_on_this_machine_none_is_taken_unless_it_is_named(
     result = run("release", "--all", "--yes")
     assert (result.exit_code, result.stdout) == (3, "")
     assert (
-        "no Ray cluster at auto (which of those on this machine is not said: 127.0.0.9:1, 127.0.0.9:2); start one with "
-        "`ray start --head`, or name another: --address HOST:PORT, RAY_ADDRESS"
+        "no Ray cluster at auto (several run on this machine, and none is named: 127.0.0.9:1, 127.0.0.9:2); start one "
+        "with `ray start --head`, or name another: --address HOST:PORT, RAY_ADDRESS"
     ) in result.stderr
     monkeypatch.setattr(services, "find_bootstrap_address", lambda folder: "127.0.0.9:1")
     assert "no Ray cluster at 127.0.0.9:1 (Connection refused)" in run("status").stderr, (
@@ -113,9 +113,8 @@ def test_the_address_of_a_job_server_is_told_from_that_of_a_head(
     monkeypatch.setenv("RAY_ADDRESS", address)
     result = run("status")
     assert result.exit_code == 3
-    assert (
-        f"no Ray cluster at {address} (that is the job server, which only `ray job submit` talks to); "
-        in (result.stderr)
+    assert f"no Ray cluster at {address} (that is the job server's address, for `ray job submit` only); " in (
+        result.stderr
     )
     assert "or name another: --address HOST:PORT" in result.stderr
 
@@ -378,7 +377,7 @@ def test_a_matrix_may_come_from_a_file_of_windows(tmp_path: Path, encoding: str)
     result = run("topology", "--file", str(file), "--json")
     [node] = json.loads(result.stdout)["nodes"]
     assert (result.exit_code, node["gpu_count"], node["known"]) == (0, 2, True)
-    left_out = "the network cards are left out, since names ran together: 1 of them for 2 columns"
+    left_out = "the network cards are ignored, since their names are not separated: 1 of them for 2 columns"
     assert left_out == node["problem"]
     assert " ".join(run("topology", "--file", str(file)).stdout.split()).endswith(left_out)
 

@@ -157,7 +157,7 @@ def test_renew_renews_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(("a",), {}), (("b",), {})] == service.asked("renew")
     service.answers["renew"] = iter([None, errors.UnknownDeployment("x", ())])
     refused = run("renew", "a", "x")
-    assert (1, "a stands without limit: it has no ttl_seconds\n") == (refused.exit_code, refused.stdout)
+    assert (1, "a stays without limit: it has no ttl_seconds\n") == (refused.exit_code, refused.stdout)
     assert refused.stderr.endswith("; renewed before: a\n")
 
 

@@ -54,8 +54,8 @@ def test_only_a_reservation_leads_to_holding_something() -> None:
 def test_what_cannot_happen_says_so_and_crosses_a_process_as_itself() -> None:
     error = pickle.loads(pickle.dumps(IllegalTransition(3, State.PLACED, Event.RESERVE)))
     assert (error.replica, error.state, error.event) == (3, State.PLACED, Event.RESERVE)
-    assert str(error) == "replica 3 is placed: 'reserve' cannot happen to it now"
+    assert str(error) == "replica 3 is placed: event 'reserve' is not allowed now"
     assert (
         str(IllegalTransition(0, None, Event.LOST))
-        == "replica 0 is not there: 'lost' cannot happen to it now"
+        == "replica 0 is not there: event 'lost' is not allowed now"
     )

@@ -160,7 +160,9 @@ def test_cards_that_cannot_be_told_apart_are_left_out_and_that_is_said() -> None
     reading = read_matrix(PLAIN.replace("NIC0\tNIC1", "ibp0ibp1"))
     assert Topology(MACHINE.links, MACHINE.numa, MACHINE.cpus) == reading.topology
     [note] = reading.notes
-    assert note == ("the network cards are left out, since names ran together: 1 of them for 2 columns")
+    assert note == (
+        "the network cards are ignored, since their names are not separated: 1 of them for 2 columns"
+    )
 
 
 @pytest.mark.parametrize(

@@ -498,7 +498,11 @@ def test_instances_and_whole_gpus_are_never_taken_for_each_other() -> None:
     ("nodes", "needs", "sentence"),
     [
         ([CUT_UP, PARTLY], Needs(3), "3 GPUs per replica, but the largest node has 2"),
-        ([CUT_UP], Needs(1), "1 GPU per replica, but the GPUs are all cut up into MIG instances"),
+        (
+            [CUT_UP],
+            Needs(1),
+            "1 GPU per replica, but all GPUs have MIG on, and only their instances can be used",
+        ),
         (
             [CUT_UP],
             Needs(1),

@@ -47,7 +47,9 @@ def test_a_service_that_hangs_is_not_waited_for_and_used_again_once_it_answers(n
         assert gpus_of_a_new_replica() == (1, 2), "Ray's choice"
     finally:
         os.kill(pid, signal.SIGCONT)
-    assert "has not answered within 5 s: placement group SERVE_REPLICA::app#Unchanged#" in controllers_log()
+    assert (
+        "has not answered within 5 s: for placement group SERVE_REPLICA::app#Unchanged#" in controllers_log()
+    )
     assert settled(lambda: Client().status()["deployments"] == [])
 
     def is_exact_again() -> bool:
@@ -72,7 +74,4 @@ def test_without_a_service_the_replica_starts_and_the_warning_names_the_fix(neig
     assert settled(is_gone)
     assert gpus_of_a_new_replica() == (1, 2), "Ray's choice"
     assert "start it with `placement up`" in controllers_log()
-    assert (
-        "is Ray's own, on whatever GPUs Ray gives, once it finds room: no placement service"
-        in controllers_log()
-    )
+    assert "once it finds room: no placement service" in controllers_log()

@@ -150,5 +150,5 @@ def test_what_no_node_type_has_is_told_and_withdrawn_and_the_general_resource_is
 def test_nodes_without_the_label_that_their_type_promises_do_not_come_without_end(owner: Any) -> None:
     ray.get(owner.want.remote(needs("d", 1, labels={"placement/misnamed": "yes"}), []))
     found = until(owner, lambda now: now["d:0:0"].state is State.NOT_ASKED and now["d:0:0"].again, 90)
-    assert "2 nodes came without the labels that it asks for" == found["d:0:0"].reason
+    assert "2 nodes joined without the labels that it asks for" == found["d:0:0"].reason
     assert ({}, 0) == (open_groups(), demanded())

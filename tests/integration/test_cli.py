@@ -303,8 +303,8 @@ def test_an_apply_that_is_stopped_says_that_the_service_goes_on(
     assert exits == apply.returncode, err
     assert out == "" if more else out.split()[:2] == ["+", "a:"], "what would change was said before"
     said = (
-        "interrupted; the placement service goes on; `placement status` shows what stands, "
-        "`placement release` gives it back"
+        "interrupted; the placement service goes on; `placement status` shows what is placed, "
+        "`placement release` releases it"
     )
     last = err.splitlines()[-1]
     assert said == (json.loads(last)["error"]["message"] if more else last)

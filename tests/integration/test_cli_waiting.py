@@ -89,7 +89,7 @@ def test_a_wait_that_is_not_enough_or_is_stopped_leaves_the_declaration(
     wait.send_signal(signal.SIGINT)
     _, err = wait.communicate(timeout=60)
     assert 130 == wait.returncode
-    assert "interrupted; what is declared stays, and waits on" in err
+    assert "interrupted; the deployment goes on waiting" in err
     assert {"a": "placed", "b": "pending"} == states(run)
 
 

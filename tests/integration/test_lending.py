@@ -201,7 +201,7 @@ def test_a_caller_that_does_not_come_leaves_nothing_behind(leases: Leases, neigh
     assert isinstance(refused, Refusal)
     assert (refused.full, refused.reason) == (
         False,
-        f"no placement group was made within {LEASE_SECONDS:g} s",
+        f"no placement group was created within {LEASE_SECONDS:g} s",
     )
     with pytest.raises(ConnectionError):
         leases.take(raises, on("pcie", 1), on("pcie", 2, index=1), model="m", gpus=1)

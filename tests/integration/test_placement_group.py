@@ -107,10 +107,13 @@ def test_without_the_service_it_is_rays_own_with_one_warning_where_that_is_told(
     assert len(caplog.records) == 1 and "start the service with `placement up`" in caplog.text
     for group in groups:
         remove_placement_group(group)
-    with pytest.raises(InvalidDeployment, match=r"gpus: \[2\] cannot be had of Ray alone; start the service"):
+    with pytest.raises(
+        InvalidDeployment,
+        match=r"gpus: \[2\] needs the service, as Ray alone cannot give named GPUs; start the service",
+    ):
         placement_group([ONE], gpus=[2])
     monkeypatch.setenv("PLACEMENT_WITHOUT_SERVICE", "pray")
-    with pytest.raises(InvalidDeployment, match="'pray' is not what to do without the service"):
+    with pytest.raises(InvalidDeployment, match="'pray' is not a known value"):
         placement_group([ONE])
     with pytest.raises(placement.ServiceNotRunning):
         placement.connect()
@@ -186,7 +189,7 @@ def test_a_service_that_starts_anew_knows_groups_by_whatever_name(
     group = placement_group([{"GPU": 4}], name="kept", wait_seconds=0)
     removed.append(group)
     ray.kill(service, no_restart=False)
-    assert known(service) and settled(lambda: "the service has started anew" in str(Client().events()))
+    assert known(service) and settled(lambda: "the service has restarted" in str(Client().events()))
     assert known(service)[0].startswith("kept-") and get_placement_group("kept") == group
     on = bundles_of(group)
     other = placement_group([{"GPU": 4}], wait_seconds=0)

@@ -96,9 +96,9 @@ def test_records_that_cannot_be_read_are_told_and_left_as_they_are(service: Any)
     status = ray.get(service.status.remote())
     assert [one["name"] for one in status["deployments"]] == ["kept"]
     problems = {one["name"]: one["problem"] for one in status["unreadable"]}
-    assert "or only a part of one" in problems["half"] and "`placement release half`" in problems["half"]
+    assert "or is incomplete" in problems["half"] and "`placement release half`" in problems["half"]
     assert f"version {VERSION + 1}" in problems["newer"]
-    assert "does not make sense" in problems["nonsense"]
+    assert "is inconsistent" in problems["nonsense"]
     assert ray.get(service.get.remote("kept")).to_dict() == kept.to_dict()
     # what it holds is not taken from it
     assert settled(lambda: ray.available_resources()["GPU"] == 1), ray.available_resources()

@@ -437,7 +437,7 @@ def test_a_node_actor_that_is_asked_what_there_is_does_not_go_before_it_has_answ
     fleet.agents.idle = lambda seconds: ["a", "b", "c"]
     fleet.agents.stop_idle = lambda node_id, seconds: ended.append(node_id)
     demand: Any = service.queue.demand
-    demand.poll = lambda: {"d:0:0": Asked(Became.ARRIVED, "a node has come for it", ("c",))}
+    demand.poll = lambda: {"d:0:0": Asked(Became.ARRIVED, "a node has joined for it", ("c",))}
     service.stop_idle_agents()
     assert ended == ["b"]
 

@@ -207,7 +207,7 @@ def test_a_node_that_came_and_died_at_once_is_nothing_against_the_next(world: Wo
 
 
 def test_what_becomes_of_a_need_is_known_before_it_is_wanted(world: World) -> None:
-    assert "the autoscaler has not been heard yet" == world.asks.outlook(GPU8).reason
+    assert "the autoscaler has not reported yet" == world.asks.outlook(GPU8).reason
     world.ray.problem = "there is none"
     world.asks.listen()
     assert Asked(State.NOT_ASKED, "there is none") == world.asks.outlook(GPU8)
@@ -405,7 +405,7 @@ def test_nodes_that_lack_what_their_type_promises_are_not_brought_one_after_the_
     assert [] == world.ray.open
     asked = world.run(0)["a:0:0"]
     assert State.NOT_ASKED is asked.state
-    assert "3 nodes came without the labels that it asks for" == asked.reason
+    assert "3 nodes joined without the labels that it asks for" == asked.reason
 
 
 def test_nothing_is_asked_of_an_autoscaler_that_is_not_there_or_too_old(world: World) -> None:

@@ -88,7 +88,7 @@ LOST = (*FACTS.gpus[:3], GpuFacts(ordinal=3, errors=("NVML does not show it",)))
         ),
         (facts(gpus=LOST), "driver", "failed", "nothing is placed on GPU 3", "placement topology --node gpu-a"),
         (facts(problem="NVML answered in part: x"), "driver", "warning", "answered in part", "nvidia-smi"),
-        (facts(pairs=()), "topology", "warning", "how its GPUs are linked is not known", "driver"),
+        (facts(pairs=()), "topology", "warning", "the links between its GPUs are unknown", "driver"),
         (node_said(cuda_device_order=None), "device order", "failed", "is not set", "export CUDA_DEVICE"),
         (
             node_said(cuda_device_order="FASTEST_FIRST"),
@@ -103,8 +103,8 @@ LOST = (*FACTS.gpus[:3], GpuFacts(ordinal=3, errors=("NVML does not show it",)))
         (replace(NODE, steering=Steering(3, 3, 4, 2)), "steering", "ok", "at attempt 2: others took", ""),
         (replace(NODE, steering=Steering(2, 2, 1, 1)), "steering", "ok", "the one free GPU was given", ""),
         (replace(NODE, steering=Steering(None, None, 0, 3)), "steering", "skipped", "no GPU is free", ""),
-        (replace(NODE, steering=Steering(3, 0, 4, 12)), "steering", "failed", "in 12 attempts Ray gave GPU 0", "again"),
-        (replace(NODE, steering=Steering(3, None, 4, 12)), "steering", "failed", "Ray gave none", "run this again"),
+        (replace(NODE, steering=Steering(3, 0, 4, 12)), "steering", "failed", "Ray still gave GPU 0", "again"),
+        (replace(NODE, steering=Steering(3, None, 4, 12)), "steering", "failed", "still gave none", "run this again"),
         (replace(NODE, steering="no answer within 30 s"), "steering", "failed", "within 30 s", "run this again"),
         (
             replace(info(egress={"egress": 0}), egress={"egress": 0.5}),
@@ -129,7 +129,7 @@ def test_what_is_found_and_what_to_do(node: Examined, check: str, state: State, 
             ServiceSaid("0.0.9", ("zone",)),
             "service",
             "failed",
-            "version 0.0.9 runs, and this command is 0.1.0",
+            "it runs version 0.0.9, and this command is version 0.1.0",
         ),
         (ServiceSaid("0.1.0", ("zone", "rack")), "near", "warning", "1 GPU node has no such label: gpu-a"),
         (
@@ -149,7 +149,7 @@ def test_the_service(service: ServiceSaid | Finding, check: str, state: State, s
 
 def test_a_cluster_without_egress_says_how_to_have_it() -> None:
     state, said, fix = the("egress", found(replace(info(egress={}), egress={})))
-    assert (state, "no node may call out" in said, "--resources" in fix) == ("skipped", True, True)
+    assert (state, "no node may call providers" in said, "--resources" in fix) == ("skipped", True, True)
 
 
 def test_what_is_wrong_is_shown_first_with_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,7 +48,7 @@ def test_a_newer_record_is_not_read() -> None:
 def test_half_a_record_or_none_is_told_as_such(value: bytes) -> None:
     record = read("d", value)
     assert (record.content, record.newer) == (None, False)
-    assert "not one that this service wrote, or only a part" in record.problem
+    assert "not written by this service, or is incomplete" in record.problem
 
 
 EGRESS = REPLICA | {"gpus": [], "egress_resource": "egress", "egress_units": 1}

@@ -28,7 +28,7 @@ def test_who_asks_says_whose_it_is(declared: str, caller: dict[str, str], owner:
 
 
 def test_a_job_that_nobody_names_cannot_own_anything() -> None:
-    with pytest.raises(InvalidDeployment, match="needs to know whose"):
+    with pytest.raises(InvalidDeployment, match="needs the caller's job"):
         owner_of(parse({"name": "a", "model": "m", "owner": "job"}, None), None)
 
 

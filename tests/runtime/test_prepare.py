@@ -156,7 +156,7 @@ def test_a_node_with_too_little_refuses_and_holds_nothing(
     assert isinstance(outcome, Refused)
     assert (outcome.full, outcome.attempts, slots.groups) == (True, reservation.MAX_LOOKS, {})
     asked = (
-        f"and as demanded for {sets} x {gpus}" if sets > 1 else f"sound and as close as demanded for {gpus}"
+        f"and as demanded for {sets} x {gpus}" if sets > 1 else f"healthy and as close as demanded for {gpus}"
     )
     assert outcome.reason.endswith(asked)
 

@@ -128,7 +128,7 @@ def test_an_older_one_is_refused_with_the_reason_and_the_fix(version: str, why: 
 def test_a_newer_one_is_warned_of() -> None:
     newer = f"{ray_internals.NEWEST[0]}.{ray_internals.NEWEST[1] + 1}.0"
     assert (
-        f"Ray {newer} is newer than all that placement was tested with (2.52 to 2.60)"
+        f"Ray {newer} is newer than all versions that placement was tested with (2.52 to 2.60)"
         in require_supported(newer)
     )
     assert "`placement doctor`" in require_supported(newer)
@@ -137,7 +137,8 @@ def test_a_newer_one_is_warned_of() -> None:
 def test_one_that_lacks_something_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(ray._private.state.GlobalState, "get_draining_nodes")
     with pytest.raises(
-        UnsupportedRay, match=r"lacks what is stood on: ray\._private\.state\.\S*get_draining_nodes"
+        UnsupportedRay,
+        match=r"lacks something that placement uses: ray\._private\.state\.\S*get_draining_nodes",
     ):
         require_supported()
 
@@ -159,4 +160,6 @@ def test_and_on_a_newer_one_with_a_warning(
     with caplog.at_level(logging.WARNING):
         assert placement.start() == "the service"
     [record] = caplog.records
-    assert record.getMessage().startswith("Ray 2.99.0 is newer than all that placement was tested with")
+    assert record.getMessage().startswith(
+        "Ray 2.99.0 is newer than all versions that placement was tested with"
+    )

@@ -163,7 +163,7 @@ def test_just_the_gpus_that_are_named_are_taken_or_none() -> None:
     refused = NodeReserver(slots, 8).reserve(Order("s", Needs(2, named=(3, 5))), GpuHardware(DGX1))
     assert isinstance(refused, Refused)
     assert refused.full
-    assert "too few of GPU 3,5 are free, sound and as close as demanded for 2" == refused.reason
+    assert "too few of GPU 3,5 are free, healthy and as close as demanded for 2" == refused.reason
     assert [[4, 6]] == [list(group) for group in slots.groups.values()]
 
 

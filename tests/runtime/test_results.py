@@ -157,7 +157,7 @@ def test_without_facts_nothing_is_told_and_a_rank_that_is_not_there_is_refused()
 
 def test_the_page_starts_an_engine_with_options_that_there_are() -> None:
     [said] = re.findall(
-        r"started with\s+`Engine\.options\(\*\*(a\.engine_options\(\))\)\.remote\(\)`", PAGE.read_text()
+        r"Start them with\s+`Engine\.options\(\*\*(a\.engine_options\(\))\)\.remote\(\)`", PAGE.read_text()
     )
     result = over_two_nodes()
     assert eval(said, {"a": result.assignments[0]})["num_cpus"] == 0

@@ -270,7 +270,7 @@ def test_what_would_part_or_move_it_is_refused(service: DirectService) -> None:
 
 def test_a_group_needs_a_name_of_its_own(service: DirectService) -> None:
     service.place({"name": "g", "model": "org/m"})
-    with pytest.raises(GroupStands, match="a deployment of that name is there"):
+    with pytest.raises(GroupStands, match="a deployment of that name exists"):
         service.apply_all(pd(), atomic=True)
     assert ("g",) == service.state.names()
 

@@ -133,8 +133,8 @@ def test_it_leaves_the_queue_also_while_there_is_no_room(
 @pytest.mark.parametrize(
     ("ask", "advice"),
     [
-        (lambda service: service.place(one(owner="caller")), "place`, which does that"),
-        (lambda service: service.apply(one(owner="caller")), "place`, which does that"),
+        (lambda service: service.place(one(owner="caller")), "place`, which creates them"),
+        (lambda service: service.apply(one(owner="caller")), "place`, which creates them"),
         (lambda service: service.apply_all([one(owner="caller")]), "one by one"),
     ],
     ids=["place", "apply", "apply_all"],
@@ -152,7 +152,7 @@ def test_who_is_to_own_the_groups_is_told_how(
 def test_a_loan_that_nobody_knows_of(service: DeploymentPlacementActor) -> None:
     async def scene() -> None:
         await service.cancel("none")
-        with pytest.raises(LeaseExpired, match="started anew"):
+        with pytest.raises(LeaseExpired, match="restarted"):
             await service.confirm("none", "")
 
     asyncio.run(scene())

@@ -98,11 +98,11 @@ def test_another_layout_is_another_shape() -> None:
     [
         ([{"GPU": 1.5}], {}, {}, "bundle 0 asks for 1.5 GPUs, and a share cannot span two GPUs; use a whole number"),
         ([GPU, {"GPU": 0.5}], {}, {}, "2 bundles have GPUs, one of them 0.5 of one, and a share must be alone"),
-        ([{"GPU": 0.0001}], {}, {}, "0.0001 is no share of a GPU; use 0.001 to 0.999"),
+        ([{"GPU": 0.0001}], {}, {}, "0.0001 is not a share of a GPU; use 0.001 to 0.999"),
         ([{"CPU": 1}], {}, {}, "no bundle asks for a GPU"),
         ([{"GPU": 1, "CPU": -1}], {}, {}, "bundle 0 asks for -1 CPU; use 0 to 100000"),
         ([{"GPU": float("nan")}], {}, {}, "bundle 0 asks for nan GPU; use 0 to"),
-        ([{"GPU": 1, "egress_openai": 1}], {}, {}, "bundle 0 asks for egress_openai, which is not planned with"),
+        ([{"GPU": 1, "egress_openai": 1}], {}, {}, "bundle 0 asks for egress_openai, which a placement"),
         (
             [GPU, {"CPU": 1}], {}, {"domain_label": "rack", "bundle_label_selector": [{}, {"rack": "a"}]},
             "bundle 1 has no GPUs and a condition on rack, which is that of the bundles with GPUs",
@@ -125,7 +125,7 @@ def test_another_layout_is_another_shape() -> None:
         ),
         (
             [GPU, GPU], {"constraints": {"gpus": ["MIG-0001", "MIG-0002"]}}, {},
-            "constraints.gpus names MIG instances, and a replica is one of them, all of it; no NVLink",
+            "constraints.gpus names MIG instances, and a replica is one of them, all of it; MIG instances",
         ),
         ([GPU], {"replicas": 2}, {}, "placement_group is one replica, not 2; leave replicas out"),
         ([GPU], {"runtime": "openai"}, {}, "placement_group has GPUs, and openai is remote; leave it out"),

@@ -128,13 +128,13 @@ def test_the_shape_of_a_cpu_deployment_is_what_decides_where_it_can_sit(
         ({"gpus": 0}, "gpus: 0 is too small; use at least 1"),
         ({"gpus": -1}, "gpus: -1 is too small"),
         ({"gpus": 1.5}, "gpus: 1.5 GPUs is more than one and not whole, and a share cannot span two GPUs"),
-        ({"gpus": 0.0001}, "gpus: 0.0001 is no share of a GPU; use 0.001 to 0.999"),
+        ({"gpus": 0.0001}, "gpus: 0.0001 is not a share of a GPU; use 0.001 to 0.999"),
         ({"gpus": True}, "gpus: True is not a number"),
         ({"model": "gpt-4o", "gpus": 2}, "gpus: 2 on a remote deployment (openai); leave gpus out"),
         (
             {"mig": "1g.10gb", "gpus": 2},
-            "mig: 1g.10gb and gpus: 2 ask for tensor parallelism across MIG instances; no NVLink and no "
-            "peer-to-peer access leads from one MIG instance to another",
+            "mig: 1g.10gb and gpus: 2 ask for tensor parallelism across MIG instances; MIG instances "
+            "have no NVLink and no peer-to-peer access to each other",
         ),
         ({"mig": "1g.10gb", "gpus": 1}, "mig: 1g.10gb are different ways to ask for GPUs; keep one of them"),
         ({"mig": "10gb"}, "mig: '10gb' is not a MIG profile; write one such as 1g.10gb"),
@@ -200,7 +200,7 @@ def test_the_shape_of_a_cpu_deployment_is_what_decides_where_it_can_sit(
         ),
         (
             {"runtime": "ort", "runtime_config": {"transport": "local_cpu"}, "cpus": 2},
-            "runtime_config.transport is for runtime custom, not ort (declared); remove it, and set cpus: that says it",
+            "runtime_config.transport is for runtime custom, not ort (declared); remove it, and set cpus instead",
         ),
         ({"replica": 2}, "unknown field 'replica'; known here: name, model"),
         ({"serving": {"concurrency": 2}}, "unknown field 'serving.concurrency'; known here: max_concurrent"),

@@ -78,7 +78,7 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("deep-keys.toml", b".".join([b"a"] * 3000) + b" = 1", "is nested more than 64 deep"),
         ("deep-options.toml", TOML.encode() + b"runtime_config.options." + b".".join([b"a"] * 70) + b" = 1", "64 deep"),
         ("laughs.yaml", LAUGHS.encode(), "more than 1,000,000 values, aliases resolved"),
-        ("cycle.yaml", b"deployments: &a [*a]\n", "an alias stands for what it is part of at line 1"),
+        ("cycle.yaml", b"deployments: &a [*a]\n", "an alias refers to a value that contains it at line 1"),
         ("unknown.yaml", b"deployments: *a\n", "found undefined alias"),
         ("twice.yaml", b"deployments:\n- {name: a, gpus: 1, gpus: 8}\n", "key 'gpus' is there twice at line 2"),
         ("twice-top.yaml", YAML.encode() * 2, "key 'deployments' is there twice at line 3, column 1"),

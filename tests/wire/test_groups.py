@@ -132,8 +132,8 @@ def test_what_would_move_a_group_that_is_placed_is_refused(wanted: list[Deployme
     with pytest.raises(GroupStands) as refused:
         plan_deployments(later, standing, wanted)
     assert str(refused.value) == (
-        f"group 'pd', member 'prefill': {problem}; only units and what moves no replica change while it is placed, so "
-        "release it first: placement release pd"
+        f"group 'pd', member 'prefill': {problem}; while it is placed, only units and fields that move no "
+        "replica can change, so release it first: placement release pd"
     )
 
 
@@ -190,7 +190,7 @@ def linked(more: str = 'via = "pcie"', *ends: str) -> str:
         ),
         (
             {"links": ", ".join([linked(), linked('via = "nvlink"', "decode", "prefill")])},
-            "decode and prefill are joined twice",
+            "decode and prefill are linked twice",
         ),
         ({"name": "decode"}, "name: 'decode' is the name of a member, too; rename one of them"),
         (

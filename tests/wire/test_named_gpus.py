@@ -69,7 +69,7 @@ def test_in_another_order_it_is_the_same() -> None:
         ((2,), {"model": "gpt-4o"}, "constraints.gpus names GPUs, and openai is remote; leave constraints.gpus out"),
         (("GPU-0001", "MIG-0001"), {}, "names GPUs and MIG instances; name one kind of them"),
         (("GPU-0001",), {"mig": "1g.10gb"}, "names GPUs, and mig: 1g.10gb is an instance; name one of these"),
-        (("MIG-0001", "MIG-0002"), {"gpus": 2}, "a replica is one of them, all of it; no NVLink and no peer-to-peer"),
+        (("MIG-0001", "MIG-0002"), {"gpus": 2}, "a replica is one of them, all of it; MIG instances have no NVLink"),
         (("MIG-0001",), {"gpus": 0.5}, "a replica is one of them, all of it"),
         (("MIG-0001",), {"gpu_memory_gib": 5}, "a replica is one of them, all of it"),
     ],

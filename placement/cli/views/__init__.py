@@ -1,1 +1,1 @@
-"""Reports as people want to see them. Pure: JSON-ready values in, rich renderables out."""
+"""Renders reports for people. Pure: JSON-ready values in, rich renderables out."""

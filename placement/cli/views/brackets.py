@@ -14,14 +14,14 @@ from placement.core.topology import ordinals
 BETWEEN_GPUS, BETWEEN_OCCUPANTS = "   ", ", "
 Gpu = Mapping[str, Any]
 Part = tuple[str, Text]
-"""A text that is not broken, and what stands between it and the one before."""
+"""A text that is not broken, and the separator before it."""
 
 
 def bracket(gpus: Sequence[Gpu], width: int, colours: Mapping[str, str], title: str = "") -> list[Text]:
-    """One bracket; equally used GPUs side by side are told together.
+    """One bracket; neighbouring GPUs with the same use are shown together.
 
-    Where that is too long for a line, so are replicas of one GPU each side by side, then it is broken between GPUs,
-    and names lose their middle.
+    If that is too long for a line, neighbouring replicas of one GPU each are shown together too; then it is broken
+    between GPUs, and names lose their middle.
 
     Args:
         gpus: as a report has them.
@@ -43,16 +43,16 @@ def bracket(gpus: Sequence[Gpu], width: int, colours: Mapping[str, str], title: 
 
 
 def filled(parts: Iterable[Part], width: int, indent: str = "") -> list[Text]:
-    """The parts in lines, as many in each as there is room for.
+    """The parts in lines, as many in each line as fit.
 
     Args:
-        parts: each with what stands before it.
+        parts: each with the separator before it.
         width: columns of a line.
         indent: of each line but the first.
     """
     lines: list[Text] = []
     for gap, part in parts:
-        if lines and lines[-1].cell_len + len(gap) + part.cell_len < width:  # one is left for a comma
+        if lines and lines[-1].cell_len + len(gap) + part.cell_len < width:  # one column is left for a comma
             lines[-1].append(gap).append_text(part)
             continue
         if lines:
@@ -62,7 +62,7 @@ def filled(parts: Iterable[Part], width: int, indent: str = "") -> list[Text]:
 
 
 def _parts(gpus: Sequence[Gpu], colours: Mapping[str, str], together: bool, width: int) -> Iterator[Part]:
-    """What is in a bracket, with what stands between; ``together`` tells replicas in a row in one."""
+    """The contents of a bracket, with separators; ``together`` joins replicas in a row."""
     gap = ""
     for run in _runs(gpus, together):
         state, occupants = _use(run[0])
@@ -85,7 +85,7 @@ def _parts(gpus: Sequence[Gpu], colours: Mapping[str, str], together: bool, widt
 
 
 def _runs(gpus: Sequence[Gpu], together: bool) -> list[list[Gpu]]:
-    """GPUs side by side of which the same can be said; with ``together`` also replicas of one GPU each in a row."""
+    """Neighbouring GPUs with the same use; with ``together`` also replicas of one GPU each in a row."""
     runs = [list(alike) for _, alike in groupby(gpus, key=_use)]
     if not together:
         return runs
@@ -99,7 +99,7 @@ def _runs(gpus: Sequence[Gpu], together: bool) -> list[list[Gpu]]:
 
 
 def _next_replica(before: Sequence[Gpu], run: Sequence[Gpu]) -> bool:
-    """Whether a run is the one GPU of the replica after those of ``before``, which have one each."""
+    """Whether a run is the GPU of the next replica after those of ``before``, all with one GPU each."""
     last, first = before[-1]["occupants"], run[0]["occupants"]
     if len(run) > 1 or len(last) != 1 or len(first) != 1:
         return False

@@ -1,4 +1,4 @@
-"""A cluster as a picture, for a slide: each node with its GPUs, an outline for each NVLink island, who sits where."""
+"""A cluster as a picture, for a slide: each node with its GPUs, an outline for each NVLink island, the replicas."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from placement.cli.views.svg import PALE, Drawing, text_width
 from placement.cli.views.tables import bandwidth_text
 
 WIDTH = 1280
-"""Of a slide; a node with more GPUs than fit makes it wider."""
+"""The width of a slide; a node with more GPUs than fit makes it wider."""
 FILLS = (
     "#bcd8f2", "#ffd9b0", "#c3e6c1", "#f5c3c7", "#dccdf0", "#e3d2b8", "#bfe8ea", "#f0e08c", "#f2c9e4", "#d3dba6",
     "#c5cbe9", "#e8c7ae",
@@ -31,7 +31,7 @@ CELL, SMALL_CELL = (74, 40), (17, 17)
 
 
 def cluster_picture(report: Mapping[str, Any]) -> str:
-    """A report of ``status`` as SVG; with many nodes GPUs are small, and a letter tells who is on them."""
+    """A report of ``status`` as SVG; with many nodes GPUs are small, and a letter names the deployment on each."""
     return _Picture(report).svg()
 
 
@@ -62,7 +62,7 @@ class _Picture:
         return self._page.svg(self._right, y + MARGIN - GAP)
 
     def _flow(self, y: float) -> float:
-        """The nodes beside each other, in as many rows as they need; and where they end."""
+        """The nodes beside each other, in as many rows as they need; returns where they end."""
         x, tall = float(MARGIN), 0.0
         for node in self._nodes:
             block, wide, high = self._node(node)

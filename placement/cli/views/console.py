@@ -1,4 +1,4 @@
-"""Where everything is drawn, in which colours, and how what is too long is told in less."""
+"""The console, its colours, and how texts that are too long are shortened."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def replicas_text(indices: Sequence[int]) -> str:
 
 
 def host_list(names: Sequence[str], width: int) -> str:
-    """Names of nodes as Slurm writes them: ``gpu-[001-019,024]``; those for which there is no room by number."""
+    """Names of nodes as Slurm writes them: ``gpu-[001-019,024]``; if that is too long, the first and how many more."""
     numbered: dict[tuple[str, int, str], list[int]] = {}
     for name in names:
         match = _NUMBERED.fullmatch(name)
@@ -145,7 +145,7 @@ def age_text(seconds: float | None) -> str:
 
 
 def owner_text(owner: Any) -> str:
-    """``detached``, ``job 01000000``: whose end ends a deployment."""
+    """``detached``, ``job 01000000``: the owner of a deployment."""
     if not isinstance(owner, Mapping):
         return str(owner or "detached")
     kind = str(owner.get("kind", ""))

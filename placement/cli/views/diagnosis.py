@@ -1,4 +1,4 @@
-"""The findings of ``placement doctor``: first what is wrong, with what to do; then what is well, a line a node."""
+"""The findings of ``placement doctor``: first what is wrong, with what to do; then what is right, a line per node."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The difference between what is declared in files and what stands, a line for each deployment."""
+"""The difference between what files declare and what is placed, a line for each deployment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STYLES = {
     REFUSED: "bold red",
 }
 Workers = Mapping[str, Mapping[int, int]]
-"""Deployment -> replica -> how many workers it has room for, of what stands."""
+"""Deployment -> replica -> how many workers it has room for, of what is placed."""
 
 
 def difference_lines(
@@ -35,7 +35,7 @@ def difference_lines(
 
     Args:
         plans: as ``PlacementPlan.to_dict`` has them.
-        workers: what stands.
+        workers: what is placed.
         pruned: deployments that would be released.
         failures: deployment -> the error for which it could not be applied.
     """
@@ -57,7 +57,7 @@ def sign_of(plan: Mapping[str, Any], stands: bool) -> str:
 
     Args:
         plan: as ``PlacementPlan.to_dict`` has it.
-        stands: whether the deployment stands by now, for a service that does not tell what is new.
+        stands: whether the deployment exists, for an older service that does not report what is new.
     """
     change = plan.get("change")
     if change is None:
@@ -80,7 +80,7 @@ def unmanaged_line(names: Sequence[str]) -> str:
 
 
 def workers_of(deployments: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, int]]:
-    """What stands, of a status report: how many workers each replica has room for."""
+    """What is placed, from a status report: how many workers each replica has room for."""
     found: dict[str, dict[int, int]] = {}
     for one in deployments:
         replicas = found.setdefault(one["name"], {})
@@ -115,7 +115,7 @@ def _told(plan: Mapping[str, Any], stands: Mapping[int, int] | None) -> tuple[st
         parts.append(f"{replicas_text(added)} placed{_where(plan, added)}")
     if removed:
         parts.append(f"{replicas_text(removed)} released")
-    # What waits to be replaced stays until then.
+    # A replica that waits to be replaced stays until then.
     ended = {*replaced, *removed} - {int(index) for index in plan.get("pending", {})}
     ends = sum((stands or {}).get(index, 0) for index in ended)
     return sign, f"{fields}{'; '.join(parts) or 'changed in place'}{_ends(ends)}"

@@ -1,4 +1,4 @@
-"""One machine: what it is, its islands, its links, what is near, and what each GPU says of itself."""
+"""One machine: what it is, its islands, its links, what is near, and what each GPU reports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from placement.wire.facts import LINK_UP, NodeFacts
 
 
 def topology_view(report: Mapping[str, Any]) -> list[Any]:
-    """One machine: what it is, its islands, its links, what is near, and what each GPU says of itself."""
+    """One machine: what it is, its islands, its links, what is near, and what each GPU reports."""
     facts = report["facts"] or {}
     heading = Text(report["name"], style="bold")
     source = {"nvml": "read with NVML", "catalogue": "catalogue", "none": "nothing could be read"}
@@ -58,7 +58,7 @@ def topology_view(report: Mapping[str, Any]) -> list[Any]:
 
 
 def shape_in(report: Mapping[str, Any]) -> Topology:
-    """The machine of a report: as it was read, where that is told, else as its matrix says."""
+    """The machine of a report: as it was read if the report has that, else by its matrix."""
     if report["facts"] and report["facts"]["gpus"]:
         return NodeFacts.model_validate(report["facts"]).topology()
     return replace(parse_matrix(report["matrix"]), model=report["gpu_model"])
@@ -79,7 +79,7 @@ def lanes_text(lanes: Lanes | None) -> str:
 
 
 def host_texts(shape: Topology, gpus: Sequence[int]) -> list[str]:
-    """What is known beside the links: the processors, the GPUs' PCIe lanes if all have the same, peer-to-peer, NVLS."""
+    """Facts other than links: the processors, the GPUs' PCIe lanes if all have the same, peer-to-peer, NVLS."""
     said = [f"processors: {cpu_of(shape) or 'not known'}"]
     lanes = {shape.lanes[gpu] for gpu in gpus}
     if len(lanes) == 1:
@@ -100,7 +100,7 @@ def host_texts(shape: Topology, gpus: Sequence[int]) -> list[str]:
 
 
 def nvlink_lines(gpus: Iterable[Mapping[str, Any]]) -> list[str]:
-    """``NVLink 4.0: 17 of 18 links up, 26.6 GB/s each, GPU 1``: one for those that are alike, where it is known."""
+    """``NVLink 4.0: 17 of 18 links up, 26.6 GB/s each, GPU 1``: one text for GPUs with equal links, if known."""
     alike: dict[str, list[int]] = {}
     for gpu in gpus:
         links = gpu.get("nvlinks") or ()

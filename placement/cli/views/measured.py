@@ -1,4 +1,4 @@
-"""What was measured, beside what is predicted."""
+"""Measured rates beside predicted ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from placement.errors import counted
 
 
 def measured_view(report: Mapping[str, Any]) -> list[Any]:
-    """A table for each node: its sets, what they reached and what is predicted; and what is wrong with them."""
+    """A table for each node: its sets with the measured and predicted rates, and what is wrong with them."""
     parts: list[Any] = []
     for node in report["nodes"]:
         parts += _node(node)

@@ -1,4 +1,4 @@
-"""Each node with its GPUs, one bracket for each NVLink island or MIG profile, and who sits where."""
+"""Each node with its GPUs, one bracket for each NVLink island or MIG profile, and the replicas on them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from placement.core.topology import ordinals
 from placement.errors import counted
 
 MOST_NODES = 40
-"""With more of them each has one line."""
+"""With more nodes each has one line."""
 ALIKE = 4
-"""So many nodes of one kind on which nothing is placed are told in one line."""
+"""This many nodes of one kind on which nothing is placed are shown in one line."""
 
 Node = Mapping[str, Any]
 
@@ -29,7 +29,7 @@ class ClusterMap:
     which nothing is placed come last, together.
 
     Args:
-        report: what the service says.
+        report: the service's report.
     """
 
     def __init__(self, report: Mapping[str, Any]) -> None:
@@ -82,7 +82,7 @@ class ClusterMap:
                 yield name
 
     def _body(self, node: Node, width: int) -> list[Text]:
-        """What is said of a node, in lines."""
+        """The lines of a node."""
         if died_text(node):
             lines = [Text(died_text(node), style="dim")]
             held = [gpu for gpu in node["gpus"] if gpu["occupants"]]
@@ -108,7 +108,7 @@ class ClusterMap:
     def _parts(
         self, told: str, here: Iterable[tuple[str, Mapping[str, Any]]], holds: str, width: int
     ) -> Iterator[Part]:
-        """What is said of a resource, and each replica that holds some of it."""
+        """The line of a resource, with each replica that holds some of it."""
         yield "", Text(told)
         for name, a in here:
             tail = f"/{a['replica_index']} ({a[holds]:g})"
@@ -183,7 +183,7 @@ def cluster_map(report: Mapping[str, Any]) -> ClusterMap:
 
 
 def idle_apart(nodes: Sequence[Node]) -> tuple[list[Node], dict[Any, list[Node]]]:
-    """The nodes of which there is something to say, and the others of which there are several alike, by kind."""
+    """The nodes to show one by one, and the others, of which there are several alike, by kind."""
     kinds: dict[Any, list[Node]] = {}
     for node in nodes:
         if _idle(node):
@@ -195,7 +195,7 @@ def idle_apart(nodes: Sequence[Node]) -> tuple[list[Node], dict[Any, list[Node]]
 
 
 def idle_text(alike: Sequence[Node], width: int = 0) -> str:
-    """``40 nodes, nothing is placed on them; each has 8 x H100, NVSwitch``; with a width also which they are."""
+    """``40 nodes, nothing is placed on them; each has 8 x H100, NVSwitch``; with a width also their names."""
     first = alike[0]
     said = [gpu_heading(first)] if first["gpu_count"] else []
     said += [f"{one['total']} requests of {one['resource']}" for one in first["egress"]]
@@ -215,7 +215,7 @@ def _idle(node: Node) -> bool:
 
 
 def _cpus_held(node: Node) -> float:
-    """CPUs that CPU replicas hold there; an older service does not tell."""
+    """CPUs that CPU replicas hold there; an older service does not report them."""
     held: float = node.get("cpus", {}).get("held", 0)
     return held
 
@@ -234,7 +234,7 @@ def died_text(node: Node) -> str:
 
 
 def _cut(line: Text, who: Sequence[Text], width: int) -> Text:
-    """A line, with as many of those as there is room for, and how many more there are."""
+    """A line with as many parts as fit, and how many more there are."""
     for number, one in enumerate(who):
         gap = "  " if number == 0 else ", "
         left = len(who) - number - 1
@@ -292,12 +292,12 @@ def by_profile(instances: Mapping[int, str | None]) -> dict[str | None, list[int
 
 
 def _lost(node: Node) -> list[Mapping[str, Any]]:
-    """The GPUs on which nothing is placed, since nobody can tell what they are."""
+    """The GPUs that are never assigned, since they cannot be identified."""
     return [gpu for gpu in node["gpus"] if gpu.get("problem")]
 
 
 def _whole_islands(node: Node) -> list[list[int]]:
-    """The NVLink islands of the whole GPUs; they are one where the topology is unknown."""
+    """The NVLink islands of the whole GPUs; a single one if the topology is unknown."""
     whole = [gpu["ordinal"] for gpu in node["gpus"] if gpu["mig"] is None and not gpu.get("problem")]
     islands = [[gpu for gpu in island if gpu in whole] for island in node["islands"] or [whole]]
     return [island for island in islands if island]

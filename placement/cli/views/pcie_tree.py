@@ -1,4 +1,4 @@
-"""What PCIe a machine's GPUs and network cards hang on: the tree that the paths between them tell."""
+"""The PCIe tree of a machine's GPUs and network cards, derived from the paths between them."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from typing import Any
 from placement.core.topology import PATH_ORDER, Path, Topology, components
 
 SLICES = 7
-"""Compute slices of a GPU that is cut up (NVIDIA's MIG user guide)."""
+"""Compute slices of a GPU with MIG on (NVIDIA's MIG user guide)."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A whole GPU, or one that is cut up: the slots that it is, and the profiles of its instances."""
+    """A whole GPU, or one with MIG instances: its slots, and the profiles of its instances."""
 
     slots: tuple[int, ...]
     profiles: tuple[str, ...] = ()
 
     @property
     def slices(self) -> int:
-        """Into how many slices it is cut."""
+        """How many slices it has."""
         return max(SLICES, sum(map(slices_of, self.profiles)))
 
 
 @dataclass
 class Place:
-    """What shares a PCIe switch, a host bridge or a NUMA node: GPUs or smaller places, and the cards beside them.
+    """A PCIe switch, a host bridge or a NUMA node: the GPUs or smaller places below it, and the network cards there.
 
     Attributes:
         inner: the GPUs or smaller places.
         level: the longest path within it.
-        cards: names of the network cards that are no nearer to any GPU.
-        told: whether the paths within it are known, and not only that they are no longer.
+        cards: names of the network cards at this level, and not nearer to any GPU.
+        told: whether the paths within it are known, and not only an upper bound of them.
         left, right: where it is drawn.
     """
 
@@ -115,9 +115,10 @@ def pcie_tree(shape: Topology, every: Sequence[Gpu]) -> tuple[list[Place], list[
 
 
 def _told(shape: Topology, a: int, b: int) -> bool:
-    """Whether the PCIe path between two GPUs is known, and not only that it is no longer.
+    """Whether the PCIe path between two GPUs is known, and not only an upper bound of it.
 
-    PCIe is a tree: where one is nearer to a network card than the other, they are as far apart as that one is.
+    PCIe is a tree: if one GPU is nearer to a network card than the other, they are as far apart as the other is from
+    the card.
     """
     told = shape.links[a][b].path, shape.below[a][b] if shape.below else Path.UNKNOWN
     return (

@@ -1,7 +1,7 @@
-"""A machine as a picture: GPUs with their NVLinks above, and what PCIe they hang on below.
+"""A machine as a picture: GPUs with their NVLinks above, and their PCIe tree below.
 
-PCIe is drawn as the tree that the paths between the GPUs tell (:meth:`Topology.pcie_path`): switches, host bridges,
-NUMA nodes, and on each the network cards that are as near as that. What is not known is not drawn, and said.
+PCIe is drawn as the tree that follows from the paths between the GPUs (:meth:`Topology.pcie_path`): switches, host
+bridges, NUMA nodes, and on each the network cards at that distance. Unknown parts are not drawn; a text says so.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GPU_FILL, CARD_FILL, HOST_INK = "#edf6df", "#fdf1df", "#8a7145"
 MARGIN, GAP, GROUP_GAP = 28, 12, 26
 GPU_WIDTH, SLICE_WIDTH, CARD_WIDTH, CARD_HEIGHT = 88, 22, 92, 22
 MOST_CARDS = 6
-"""Network cards of one place that are drawn; of more the last says how many."""
+"""How many network cards of one place are drawn; if there are more, the last one says how many."""
 
 
 def picture(reports: Sequence[Mapping[str, Any]]) -> str:
@@ -69,7 +69,7 @@ class _Machine:
     # -- where it goes ------------------------------------------------------------------------------
 
     def _columns(self) -> float:
-        """Gives everything its place from left to right, and says where that ends."""
+        """Places everything from left to right; returns where that ends."""
         x = float(MARGIN)
         for numa in self._numa:
             numa.left = x
@@ -154,7 +154,7 @@ class _Machine:
     def _ports(
         self, linked: Iterable[tuple[int, int]], order: Mapping[int, int]
     ) -> dict[tuple[int, int], float]:
-        """Where on GPU ``a`` the link to ``b`` begins: arcs that lie within others begin within them."""
+        """Where on GPU ``a`` the link to ``b`` begins, so that inner arcs do not cross outer ones."""
         ends: dict[int, list[int]] = {}
         for a, b in linked:
             ends.setdefault(a, []).append(b)

@@ -1,4 +1,4 @@
-"""What became of a workload under each policy."""
+"""The results of a workload under each policy."""
 
 from __future__ import annotations
 

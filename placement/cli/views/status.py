@@ -16,9 +16,9 @@ from placement.cli.views.tables import assignments_table, links_view, runtimes_n
 from placement.errors import counted
 
 MOST_REPLICAS = 40
-"""So many rows of replicas are shown where nobody asked for one deployment."""
+"""How many rows of replicas are shown if no single deployment was asked for."""
 MOST_WAITING = 20
-"""So many lines are shown of what waits."""
+"""How many lines of the queue are shown."""
 STYLES = {"placed": "green", "pending": "yellow", "lost": "bold red", "releasing": "dim"}
 
 Deployment = Mapping[str, Any]
@@ -28,7 +28,7 @@ def status_view(report: Mapping[str, Any], of_one: bool = False) -> list[Rendera
     """How much there is, and what waits; then the nodes, then the deployments.
 
     Args:
-        report: what the service says.
+        report: the service's report.
         of_one: one deployment was asked for, so that its replicas are shown however many they are.
     """
     deployments = report["deployments"]
@@ -50,7 +50,7 @@ def status_view(report: Mapping[str, Any], of_one: bool = False) -> list[Rendera
 
 
 def totals_of(report: Mapping[str, Any]) -> dict[str, float]:
-    """The sums of a report; counted here where the service does not tell them."""
+    """The sums of a report; counted here if an older service does not report them."""
     if report.get("totals"):
         return dict(report["totals"])
     states = Counter(gpu["state"] for node in report["nodes"] for gpu in node["gpus"])
@@ -85,7 +85,7 @@ def totals_text(report: Mapping[str, Any]) -> Text:
 
 
 def waiting_view(report: Mapping[str, Any]) -> list[RenderableType]:
-    """What has no place, in the order of the queue, with the reasons; and what was asked of the autoscaler."""
+    """Pending replicas, in the order of the queue, with the reasons; and what the autoscaler was asked for."""
     rows = []
     for one in report["deployments"]:
         place = one.get("queue_position")
@@ -148,7 +148,7 @@ def not_placed(one: Deployment) -> dict[tuple[str, str], list[int]]:
 
 
 def _replicas(one: Deployment) -> list[Mapping[str, Any]]:
-    """The state of each replica; nothing where the service does not tell it."""
+    """The state of each replica; empty if an older service does not report it."""
     return list(one.get("replica_states") or ())
 
 

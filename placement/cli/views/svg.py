@@ -57,7 +57,7 @@ class Drawing:
         bold: bool = False,
         upward: bool = False,
     ) -> None:
-        """A line of text; ``y`` is where its letters stand."""
+        """A line of text; ``y`` is its baseline."""
         attributes = _attributes(
             x=x,
             y=y,
@@ -88,7 +88,7 @@ class Drawing:
 
 
 def text_width(text: str, size: float) -> float:
-    """How wide a text is at most, whatever font of the list is there."""
+    """The greatest width of a text in any font of the list."""
     return 0.62 * size * len(text)
 
 
@@ -106,5 +106,5 @@ def _n(value: float) -> str:
 
 
 def _clean(text: str) -> str:
-    """Without what XML cannot hold."""
+    """The text without characters that XML does not allow."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)

@@ -28,7 +28,7 @@ from placement.errors import counted
 
 
 class AssignmentsTable:
-    """One row for each replica and node: where it is, on what, how fast that is, and what Ray alone would give.
+    """One row for each replica and node: its place, what it holds, its bandwidth, and what Ray alone would give.
 
     Where it is too wide for a terminal, what Ray would give is broken between words, then names lose their middle, then
     the last columns are left out.
@@ -36,7 +36,7 @@ class AssignmentsTable:
     Args:
         deployments: results, or plans.
         title: above the table.
-        places: deployment -> its place in the queue, where anything of it waits there.
+        places: deployment -> its place in the queue, if any replica waits there.
     """
 
     def __init__(
@@ -131,12 +131,12 @@ NARROW, NARROWEST = 12, 4
 def assignments_table(
     deployments: Iterable[Mapping[str, Any]], title: str, places: Mapping[str, int] | None = None
 ) -> AssignmentsTable:
-    """The replicas of deployments; below them which of them engines may use more slowly, and what waits."""
+    """The replicas of deployments; below them those that are slower with engines that sort GPUs, and what waits."""
     return AssignmentsTable(deployments, title, places)
 
 
 def waiting_lines(deployments: Iterable[Mapping[str, Any]], places: Mapping[str, int]) -> list[str]:
-    """What has no place, why, and its place in the queue: a line for each reason of a deployment."""
+    """Pending replicas, why, and their place in the queue: a line for each reason of a deployment."""
     lines = []
     for one in deployments:
         reasons: dict[str, list[int]] = {}
@@ -151,7 +151,7 @@ def waiting_lines(deployments: Iterable[Mapping[str, Any]], places: Mapping[str,
 
 
 def resorted_lines(deployments: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Which tensor-parallel groups an engine does not keep that sorts a node's GPUs, and what it then loses."""
+    """Which tensor-parallel groups change if an engine sorts a node's GPUs, and the bandwidth that it then loses."""
     lines = []
     for one in deployments:
         for a in one["assignments"]:
@@ -168,7 +168,7 @@ def resorted_lines(deployments: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def links_view(links: Sequence[Mapping[str, Any]], group: str, bounded: bool = False) -> list[Any]:
-    """What path each two replicas of a group have that talk; a line for each.
+    """The route between each two replicas of a group that talk; a line for each.
 
     Args:
         links: as ``wire.groups.links_of`` has them.
@@ -192,7 +192,7 @@ def place_text(place: int) -> str:
 
 def holds(a: Mapping[str, Any]) -> str:
     """``GPU 0-3``, ``0.25 of GPU 1``, ``MIG 1g.10gb, slot 4``, ``16 x egress_openai``, ``4 CPUs, 8 GiB``."""
-    if cpus := a.get("cpus"):  # an older service does not tell
+    if cpus := a.get("cpus"):  # an older service does not report it
         memory = f", {a['memory_bytes'] / 2**30:.3g} GiB" if a["memory_bytes"] else ""
         return f"{cpus:g} CPU{'s' * (cpus != 1)}{memory}"
     if a["egress_resource"]:
@@ -206,7 +206,7 @@ def holds(a: Mapping[str, Any]) -> str:
 def bandwidth_text(
     gb_per_s: float | None, weakest_link: str | None, upper: float | None = None, measured: bool = False
 ) -> str:
-    """``230 GB/s, NV12``, ``225 GB/s measured, NV12``, ``4.04 to 19.7 GB/s, NODE`` where it is not known better; empty
+    """``230 GB/s, NV12``, ``225 GB/s measured, NV12``, ``4.04 to 19.7 GB/s, NODE`` if only a range is known; empty
     for a single GPU.
     """
     if weakest_link is None:
@@ -247,10 +247,10 @@ def ray_alone(assignment: Mapping[str, Any]) -> str:
 
 
 def runtimes_note(deployments: Iterable[Mapping[str, Any]]) -> Text:
-    """What each deployment runs on: one line for each way to say so, as a column would make the tables too wide."""
+    """The runtime of each deployment: one line for each source, as a column would make the tables too wide."""
     said: dict[str, dict[str, list[str]]] = {}
     for one in deployments:
-        if "runtime_from" not in one:  # an older service does not say
+        if "runtime_from" not in one:  # an older service does not report it
             continue
         name = one.get("deployment") or one["name"]
         said.setdefault(one["runtime_from"], {}).setdefault(one["runtime"], []).append(name)
@@ -262,7 +262,7 @@ def runtimes_note(deployments: Iterable[Mapping[str, Any]]) -> Text:
 
 
 def explanation_view(explained: Mapping[str, Any]) -> list[Any]:
-    """Stage by stage, how many nodes were left and what excluded the others."""
+    """Stage by stage, how many nodes were left and why the others were excluded."""
     why = explained["explanation"]
     table = FittedTable(
         title=f"{explained['deployment']}: {counted(why['nodes'], 'node')}",
