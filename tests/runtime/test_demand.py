@@ -290,7 +290,7 @@ def test_what_the_planner_refuses_is_not_asked_for_again_for_minutes_nor_anythin
     assert [State.ARRIVED, State.ASKED, State.ASKED] == list(world.states(5).values())
     told = world.run(arrivals.PLACED_SECONDS)
     assert [State.NOT_ASKED, State.NOT_ASKED, State.ASKED] == [one.state for one in told.values()]
-    assert "1 node came for it, on which it was not placed" == told["a:0:0"].reason
+    assert "1 node joined for it, and it was not placed there" == told["a:0:0"].reason
     assert shapes.REFUSED_SECONDS[0] == wait_of(told["a:0:0"])
     assert [8.0] == [world.ray.groups[group][0].total["GPU"] for group in world.ray.open]
     states = world.states(shapes.REFUSED_SECONDS[0])
