@@ -1,4 +1,4 @@
-# Everything a developer runs. Needs Python 3.11 to 3.13, pip and make; the rest goes into .venv.
+# Everything a developer runs. Needs Python 3.11 to 3.14, pip and make; the rest goes into .venv.
 #
 #   make test ARGS="tests/core -k island"     passes ARGS on
 #   make PYTHON=python3.12 test               chooses the interpreter of a new .venv
@@ -6,7 +6,7 @@
 PYTHON ?= python3
 ARGS ?=
 ROUNDS ?= 1
-WORKERS ?= 3
+WORKERS ?= 4
 RAY ?= 2.52.1
 BIN := .venv/bin
 
@@ -20,7 +20,7 @@ help: ## list these targets
 demo: .venv/stamp ## place on simulated GPU nodes, on this machine (no GPU needed)
 	@$(BIN)/placement demo $(ARGS)
 
-test: .venv/stamp ## run the tests, by file, in three processes: make test WORKERS=0
+test: .venv/stamp ## run the tests, by file, in four processes: make test WORKERS=0
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .PHONY: test-ray

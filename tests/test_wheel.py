@@ -112,7 +112,7 @@ def test_what_overwrites_its_files_is_told_with_a_fix_that_helps(
     failed = subprocess.run([python.parent / "placement", "up"], cwd=tmp_path, capture_output=True, text=True)
     *_, said = failed.stderr.splitlines()
     assert said.startswith("ImportError: "), failed.stderr
-    assert {OPENSTACK: "are both imported as `placement`", "placement": "is not whole"}[other] in said
+    assert {OPENSTACK: "are both imported as `placement`", "placement": "is not complete"}[other] in said
     fix = re.findall("`python -m pip (uninstall .*?)`", said)[0].split()
     pip(python, *fix, cwd=tmp_path)
     pip(python, "install", "--no-deps", wheel, cwd=tmp_path)
