@@ -153,9 +153,7 @@ def _deployment(vllm_config: Any, options: Mapping[str, Any]) -> Deployment:
     if name is None:
         known_as = re.sub(r"[^A-Za-z0-9._-]+", "-", PurePath(model).name).strip("._-")[:48] or "vllm"
         name = own_name(known_as)
-    elif (
-        parallel.data_parallel_index
-    ):  # vLLM tells its engine cores no more of each other, unless the model has experts
+    elif parallel.data_parallel_index:  # the size is 1 here, unless the model has experts
         name = f"{name}-{parallel.data_parallel_index}"
     if stages > 1:
         gpus = {"tensor_parallel": parallel.world_size // stages, "pipeline_parallel": stages}
