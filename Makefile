@@ -105,7 +105,7 @@ clean: ## remove .venv and those of test-ray, test-engines and docs, builds and 
 .venv-engines/stamp: tests/engines/requirements.txt
 	@echo "installing into .venv-engines (once, about three minutes)"
 	@$(PYTHON) -m venv --clear .venv-engines
-	@if .venv-engines/bin/python -m pip install -qq --disable-pip-version-check --no-deps --only-binary :all: \
+	@if .venv-engines/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-compile --only-binary :all: \
 		-r tests/engines/requirements.txt 2>.venv-engines/pip.log; then \
 		.venv-engines/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation \
 			--editable . && touch $@; \

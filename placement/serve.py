@@ -2,8 +2,8 @@
 
 :func:`install` is for all of a cluster, :func:`replica_group` and :class:`Callback` are for one deployment.
 
-Serve creates the placement groups of its replicas itself and accepts no existing ones (ray-project/ray#59857). So
-:func:`install` replaces the one function with which its controller creates them.
+Serve makes the placement groups of its replicas itself and takes none from outside (ray-project/ray#59857). So
+:func:`install` replaces the function by which its controller makes them, and has a replica wait for its group.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import fields
 from importlib import import_module
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from placement.errors import InvalidDeployment
-from placement.runtime import connection, ray_internals
+from placement.errors import InvalidDeployment, LeaseExpired, ReservationFailed, Unplaceable
+from placement.runtime import bootstrap, ray_internals
 from placement.runtime.borrowing import Borrower
 from placement.runtime.connection import own_errors
 from placement.runtime.drop_in import WITHOUT_SERVICE, detached_group, placement_group
@@ -32,17 +34,22 @@ __all__ = ["Callback", "install", "replica_group"]
 
 SECONDS_VARIABLE = "PLACEMENT_SERVE_SECONDS"
 SECONDS = 5.0
-"""How long Serve's controller waits for one group on exact GPUs, unless SECONDS_VARIABLE says otherwise.
+"""How long the service may take to answer for one group, unless SECONDS_VARIABLE says otherwise.
 
-The controller does nothing else meanwhile; requests do not pass through it. A group takes some hundredths of a second,
-the first on a node about one.
+A group takes some hundredths of a second, the first on a node about one.
 """
+WAIT_VARIABLE = "PLACEMENT_SERVE_WAIT_SECONDS"
+WAIT_SECONDS = 60.0
+"""How long a replica's group may wait for room on exact GPUs, unless WAIT_VARIABLE says otherwise."""
+LOOK_SECONDS = 0.5
+"""How often one that waits looks whether its replica is still wanted."""
 QUIET = 6
-"""After a timeout the service is not asked again for this many times SECONDS."""
+"""After the service has not answered, it is not asked again for so many times as long."""
 
 logger = logging.getLogger("ray.serve.placement")  # so that it is in the log of Serve's controller
 
 _MAKER = "_default_create_placement_group"
+_SCHEDULER_MAKER = "create_deployment_scheduler"
 _USED = {"bundles", "strategy", "name", "bundle_label_selector"}
 _KNOWN = _USED | {
     "target_node_id",  # only a hint; the service's policy chooses the node
@@ -62,9 +69,11 @@ def install() -> None:
     removes it when its replica ends, and finds it by its name after the controller has died. If the service does not
     run, it is started (with PLACEMENT_WITHOUT_SERVICE=ray it is not).
 
-    It never keeps a replica from starting. If no set is free, or the service does not
-    run or does not answer within PLACEMENT_SERVE_SECONDS (5), Serve creates the group as without placement: it is
-    pending until Ray finds room, Ray's autoscaler sees it, and Ray chooses its GPUs. One warning says so.
+    While no set is free, a replica's group waits in the service's queue, as in a rolling update for the GPUs of the old
+    replica; the replica is pending, and Serve's controller goes on. It never keeps a replica from starting: where exact
+    GPUs cannot be had within PLACEMENT_SERVE_WAIT_SECONDS (60), or the service does not run or does not answer within
+    PLACEMENT_SERVE_SECONDS (5), the group is the one that Serve would have made. It pends until Ray finds room, Ray's
+    autoscaler sees it, and its GPUs are Ray's choice. One warning says so. A gang's group does not wait for room.
 
     If this Ray differs from what it relies on, it logs an error, and Serve creates its groups as without placement.
     """
@@ -72,7 +81,8 @@ def install() -> None:
         ray_serve = ray_internals.serve_defaults()
         problem = _difference(ray_serve)
         seconds = float(os.environ.get(SECONDS_VARIABLE, SECONDS))
-    except Exception as error:  # an exception would end Serve's controller
+        wait_seconds = float(os.environ.get(WAIT_VARIABLE, WAIT_SECONDS))
+    except Exception as error:  # raised, it would end Serve's controller
         problem = str(error)
     if problem:
         logger.error(
@@ -82,18 +92,32 @@ def install() -> None:
             ray.__version__,
         )
         return
-    # It blocks Serve's controller on purpose, and not for long; Ray would warn about that.
+    # A gang blocks Serve's controller knowingly, and not for long; Ray would warn of that.
     os.environ.setdefault("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")
-    setattr(ray_serve, _MAKER, _Maker(getattr(ray_serve, _MAKER), seconds))
+    groups = _Groups(ray_serve, seconds, wait_seconds)
+    make_scheduler = getattr(ray_serve, _SCHEDULER_MAKER)
+
+    def scheduler(*args: Any, **options: Any) -> Any:
+        return groups.attend(make_scheduler(*args, **options))
+
+    setattr(ray_serve, _MAKER, groups)
+    setattr(ray_serve, _SCHEDULER_MAKER, scheduler)
     logger.info("Serve's placement groups lie on exact GPUs (placement.serve.install)")
 
 
 def _difference(ray_serve: Any) -> str:
-    """How Ray differs from what :func:`install` relies on; empty if it does not."""
-    maker = getattr(ray_serve, _MAKER, None)
-    if maker is None or list(inspect.signature(maker).parameters) != ["request"]:
-        return f"Ray {ray.__version__} has no {ray_serve.__name__}.{_MAKER}(request)"
-    if _MAKER not in ray_serve.create_deployment_scheduler.__code__.co_names:
+    """In what Ray differs from what :func:`install` relies on; empty if in nothing."""
+    scheduler = ray_serve.DeploymentScheduler
+    strategy = "default_scheduling_strategy, target_node_id, target_labels"
+    for where, name, parameters in (
+        (ray_serve, _MAKER, "request"),
+        (scheduler, "_schedule_replica", f"self, scheduling_request, {strategy}"),
+        (scheduler, "on_replica_stopping", "self, replica_id"),
+    ):
+        found = getattr(where, name, None)
+        if found is None or ", ".join(inspect.signature(found).parameters) != parameters:
+            return f"Ray {ray.__version__} has no {where.__name__}.{name}({parameters})"
+    if _MAKER not in getattr(ray_serve, _SCHEDULER_MAKER).__code__.co_names:
         return f"Ray {ray.__version__} does not use {ray_serve.__name__}.{_MAKER}"
     asked = {field.name for field in fields(ray_serve.CreatePlacementGroupRequest)}
     if unknown := asked - _KNOWN | _USED - asked:
@@ -101,25 +125,97 @@ def _difference(ray_serve: Any) -> str:
     return ""
 
 
-class _Maker:
-    """Creates Serve's placement groups in its controller: on exact GPUs, or as Serve does if that is not possible.
+class _Groups:
+    """Makes Serve's placement groups: on exact GPUs, or as Serve does where these cannot be had.
+
+    A replica's is made in a thread of its own; until then the replica stays among those that Serve's scheduler tries
+    again and again, some ten times a second. A gang's is made while the controller waits.
 
     Args:
-        serves_own: Serve's own function for it.
-        seconds: how long one group may take.
+        ray_serve: the module that :func:`install` changes.
+        seconds: how long the service may take to answer.
+        wait_seconds: how long a replica's group may wait for room.
     """
 
-    def __init__(self, serves_own: Any, seconds: float) -> None:
-        self._serves_own, self._seconds = serves_own, seconds
+    def __init__(self, ray_serve: Any, seconds: float, wait_seconds: float) -> None:
+        self._serves_own = getattr(ray_serve, _MAKER)
+        self._request = ray_serve.CreatePlacementGroupRequest
+        self._seconds, self._wait_seconds = seconds, wait_seconds
         self._not_before = float("-inf")
+        self._made: dict[str, Future[PlacementGroup | None]] = {}
         self._start = threading.Thread(target=_start_service, daemon=True)
         self._start.start()
 
     def __call__(self, request: Any) -> PlacementGroup:
-        if time.monotonic() >= self._not_before and any(bundle.get("GPU") for bundle in request.bundles):
+        """In place of Serve's own function."""
+        made = self._made.pop(request.name, None)
+        if made is None:
+            made = Future()
+            made.set_result(self._on_exact_gpus(request, made, 0.0) if _has_gpus(request.bundles) else None)
+        return made.result() or self._serves_own(request)
+
+    def attend(self, scheduler: Any) -> Any:
+        """Has a scheduler leave a replica pending until its group is made; returns the scheduler."""
+        schedule, on_stopping = scheduler._schedule_replica, scheduler.on_replica_stopping
+
+        def schedule_replica(scheduling_request: Any, *args: Any, **options: Any) -> bool:
+            return self._is_made(scheduling_request) and schedule(scheduling_request, *args, **options)
+
+        def on_replica_stopping(replica_id: Any) -> None:
+            on_stopping(replica_id)
+            self._give_up(replica_id.to_full_id_str())
+
+        scheduler._schedule_replica, scheduler.on_replica_stopping = schedule_replica, on_replica_stopping
+        return scheduler
+
+    def _is_made(self, wanted: Any) -> bool:
+        """Whether a replica can be scheduled; has its group made if nobody has asked for that yet."""
+        if wanted.gang_placement_group or not _has_gpus(wanted.placement_group_bundles or ()):
+            return True
+        name = wanted.actor_options["name"]
+        if name not in self._made:
+            request = self._request(
+                bundles=wanted.placement_group_bundles,
+                strategy=wanted.placement_group_strategy or "PACK",
+                target_node_id=None,
+                name=name,
+                bundle_label_selector=wanted.placement_group_bundle_label_selector,
+            )
+            self._made[name] = Future()
+            threading.Thread(target=self._make, args=(request, self._made[name]), daemon=True).start()
+        return self._made[name].done()
+
+    def _make(self, request: Any, made: Future[PlacementGroup | None]) -> None:
+        group = self._on_exact_gpus(request, made, self._wait_seconds)
+        try:
+            made.set_result(group)
+        except InvalidStateError:  # given up meanwhile
+            if group is not None:
+                remove_placement_group(group)
+
+    def _give_up(self, name: str) -> None:
+        """A replica that is not scheduled yet ends, and so does its group."""
+        made = self._made.pop(name, None)
+        if made is not None and not made.cancel() and (group := made.result()):
+            remove_placement_group(group)
+
+    def _on_exact_gpus(
+        self, request: Any, made: Future[PlacementGroup | None], wait_seconds: float
+    ) -> PlacementGroup | None:
+        """``None`` if the group is to be Serve's own; then one warning has said why."""
+        if time.monotonic() < self._not_before:
+            return None
+        self._start.join(self._seconds)
+        try:
             try:
-                return self._on_exact_gpus(request)
-            except ray.exceptions.GetTimeoutError:
+                return self._placed(request, made, 0.0)
+            except (Unplaceable, ReservationFailed, LeaseExpired) as refusal:
+                if not wait_seconds:
+                    raise
+                logger.info("placement group %s waits %g s for room: %s", request.name, wait_seconds, refusal)
+                return self._placed(request, made, wait_seconds)
+        except ray.exceptions.GetTimeoutError:
+            if not made.cancelled():
                 quiet = QUIET * self._seconds
                 self._not_before = time.monotonic() + quiet
                 logger.warning(
@@ -127,40 +223,47 @@ class _Maker:
                     "%g s, Ray chooses the GPUs; see `placement status`, or raise %s",
                     self._seconds, request.name, quiet, SECONDS_VARIABLE,
                 )  # fmt: skip
-            except Exception as error:  # an exception would count as a failed start of the replica
-                logger.warning(
-                    "Ray chooses the GPUs of placement group %s, once it finds room: %s",
-                    request.name,
-                    error,
-                )
-        return self._serves_own(request)
+        except Exception as error:  # raised, it would count as a failed start of the replica
+            logger.warning(
+                "placement group %s is Ray's own, on whatever GPUs Ray gives, once it finds room: %s",
+                request.name,
+                error,
+            )
+        return None
 
-    def _on_exact_gpus(self, request: Any) -> PlacementGroup:
-        end = time.monotonic() + self._seconds
-        self._start.join(self._seconds)
+    def _placed(
+        self, request: Any, made: Future[PlacementGroup | None], wait_seconds: float
+    ) -> PlacementGroup:
         layout = {
             "bundles": request.bundles,
             "strategy": request.strategy,
             "bundle_label_selector": request.bundle_label_selector,
         }
         known_as = request.name.partition("::")[2] or request.name  # without Serve's prefix
-        return detached_group(_hurried(end), layout, request.name, known_as)
+        borrower = _hurried(time.monotonic() + wait_seconds + self._seconds, made.cancelled)
+        return detached_group(borrower, layout, request.name, known_as, wait_seconds)
 
 
-def _hurried(end: float) -> Borrower:
-    """Borrows GPUs from the running service, and waits for its answers until ``end``, by ``time.monotonic()``.
+def _has_gpus(bundles: Iterable[Mapping[str, float]]) -> bool:
+    return any(bundle.get("GPU") for bundle in bundles)
 
-    After that it raises ``ray.exceptions.GetTimeoutError``, and nothing stays reserved.
+
+def _hurried(end: float, is_given_up: Callable[[], bool]) -> Borrower:
+    """Borrows of the running service, and waits for no answer longer than until ``end``, of ``time.monotonic()``.
+
+    Then, or soon after it is given up, it raises ``ray.exceptions.GetTimeoutError``, and nothing stays reserved.
     """
 
     def ask(reference: Any) -> Any:
-        try:
-            with own_errors():
-                return ray.get(reference, timeout=max(0.0, end - time.monotonic()))
-        except ray.exceptions.GetTimeoutError:
-            with contextlib.suppress(Exception):
-                ray.cancel(reference)
-            raise
+        with own_errors():
+            while True:
+                try:
+                    return ray.get(reference, timeout=min(LOOK_SECONDS, max(0.0, end - time.monotonic())))
+                except ray.exceptions.GetTimeoutError:
+                    if time.monotonic() >= end or is_given_up():
+                        with contextlib.suppress(Exception):
+                            ray.cancel(reference)
+                        raise
 
     return Borrower(connection.connect(), ask, ask)
 

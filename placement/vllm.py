@@ -1,6 +1,6 @@
 """vLLM on exact GPUs: ``vllm serve MODEL --distributed-executor-backend placement.vllm.Executor``.
 
-For vLLM 0.21 and later; no other module of this package imports it. How to use it, and its limits: docs/vllm.md.
+For vLLM 0.27 to 0.32; nothing else of this package imports it. How it is used, and what is not: docs/vllm.md.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ try:
     from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
 except ImportError as error:
     raise ImportError(
-        f"placement.vllm needs vLLM 0.21 or later, in the Python that runs it and on all GPU nodes ({error}); "
-        'install one: pip install "vllm>=0.21"'
+        f"placement.vllm needs vLLM 0.27 or later, in the Python that runs it and on all GPU nodes ({error}); "
+        'install one: pip install "vllm>=0.27"'
     ) from error
 
 OPTIONS = "additional_config.placement"
@@ -86,6 +86,8 @@ class Executor(RayExecutorV2):  # type: ignore[misc]
 
             llm = LLM("meta-llama/Llama-3.1-8B-Instruct", tensor_parallel_size=2, distributed_executor_backend=Executor)
     """
+
+    places_its_group = True  # what placement.vllm_plugin asks of an executor's class
 
     def _init_executor(self) -> None:
         config = self.parallel_config
@@ -152,8 +154,8 @@ def _deployment(vllm_config: Any, options: Mapping[str, Any]) -> Deployment:
     if name is None:
         known_as = re.sub(r"[^A-Za-z0-9._-]+", "-", PurePath(model).name).strip("._-")[:48] or "vllm"
         name = own_name(known_as)
-    elif parallel.data_parallel_size > 1:
-        name = f"{name}-{parallel.data_parallel_rank}"
+    elif parallel.data_parallel_index:  # the size is 1 here, unless the model has experts
+        name = f"{name}-{parallel.data_parallel_index}"
     if stages > 1:
         gpus = {"tensor_parallel": parallel.world_size // stages, "pipeline_parallel": stages}
     else:

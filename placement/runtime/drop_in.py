@@ -161,16 +161,21 @@ def service_or_rays_own() -> Borrower | None:
         return None
 
 
-def detached_group(borrower: Borrower, layout: Mapping[str, Any], name: str, known_as: str) -> PlacementGroup:
-    """A detached group, if there is room now; otherwise as :func:`placement_group`.
+def detached_group(
+    borrower: Borrower, layout: Mapping[str, Any], name: str, known_as: str, wait_seconds: float
+) -> PlacementGroup:
+    """A detached group; raises as :func:`placement_group`.
 
     Args:
         borrower: asks the service.
         layout: ``bundles``, ``strategy`` and ``bundle_label_selector``.
         name: of the group.
-        known_as: its name in ``placement status``, with a suffix.
+        known_as: what ``placement status`` calls it, with a suffix.
+        wait_seconds: how long to wait for room.
     """
-    group = borrower.create_group(_deployment(known_as, layout, {}), name, "detached", 0.0)
+    own = {"lifetime": "detached", "group_name": name}  # without an owner, whose end would end it
+    result = borrower.borrow(_deployment(known_as, layout, {}), None, wait_seconds, {}, own)
+    group = result.assignments[0].placement_group
     return PlacementGroup(
         group.id, bundle_cache=[{k: float(v) for k, v in one.items()} for one in layout["bundles"]]
     )

@@ -13,7 +13,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from placement import Client
+from placement import Client, connect
 from placement.runtime.embedded import EmbeddedCluster, SimulatedNode, embedded_cluster
 from tests.integration.conftest import left_over, settled
 from tests.integration.test_place import another_user
@@ -106,6 +106,11 @@ def neighbours() -> Iterator[None]:
 def known() -> list[str]:
     """The deployments that the service knows."""
     return [one["name"] for one in Client().status()["deployments"]]
+
+
+def waiting() -> int:
+    """How many calls wait in the service's queue."""
+    return ray.get(connect().__ray_call__.remote(lambda self: len(self._controller.queue.tickets.all())))
 
 
 def run(deployment: Any, version: str, **options: Any) -> Any:

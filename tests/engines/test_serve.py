@@ -29,6 +29,7 @@ from tests.engines.serving import (
     replicas,
     serve,
     serve_on,
+    waiting,
 )
 from tests.integration.conftest import settled
 from tests.integration.test_place import another_user
@@ -48,6 +49,14 @@ def neighbours(cluster: EmbeddedCluster) -> Iterator[None]:
     with serving.neighbours():
         yield
     assert settled(lambda: not known()), known()
+
+
+@serve.deployment(placement_group_bundles=[{"CPU": 0.1}] * 2, ray_actor_options={"num_cpus": 0.1}, **QUICK)
+class Router:
+    """It has no GPU."""
+
+    def __call__(self) -> str:
+        return "here"
 
 
 def run(version: str = "a", **options: Any) -> Any:
@@ -99,13 +108,11 @@ def test_a_rolling_update_with_room_has_the_new_replica_on_the_best_pair(neighbo
     assert settled(lambda: len(groups_of_serve()) == 1 and len(known()) == 1)
 
 
-def test_a_rolling_update_without_room_goes_on_with_groups_of_rays_own(neighbours: None) -> None:
-    replicas(run("a", num_replicas=2), 2, "a")
-    new = replicas(run("b", num_replicas=2), 2, "b")
-    held = [(node, gpu) for one in new for node, gpu in zip(one.nodes, one.gpus, strict=True)]
-    assert len(set(held)) == 4, "nobody shares a GPU"
-    assert settled(lambda: list(groups_of_serve().values()) == ["CREATED"] * 2)
-    assert "once it finds room: cannot place" in controllers_log()
+def test_a_rolling_update_without_room_waits_for_the_pairs_of_the_old_replicas(neighbours: None) -> None:
+    both = {"pcie": [(2, 3)], "pcie-b": [(2, 3)]}
+    assert gpus_by_node(replicas(run("a", num_replicas=2), 2, "a")) == both
+    assert gpus_by_node(replicas(run("b", num_replicas=2), 2, "b")) == both
+    assert settled(lambda: len(groups_of_serve()) == len(known()) == 2)
 
 
 def test_a_replica_that_is_killed_comes_back_on_the_best_pair(neighbours: None) -> None:
@@ -134,18 +141,31 @@ def test_a_group_whose_replica_was_never_made_is_removed_by_serves_next_controll
     assert settled(lambda: not groups_of_serve() and not known())
 
 
-def test_without_room_the_group_pends_as_rays_own_with_one_warning(neighbours: None) -> None:
+def test_without_room_it_waits_for_the_best_pair_and_another_application_starts_meanwhile(
+    neighbours: None,
+) -> None:
     others = [another_user("pcie", 3), another_user("pcie-b", 3)]
-    before = controllers_log().count("is Ray's own")
     with ThreadPoolExecutor(1) as beside:
         handle = beside.submit(run)
-        assert settled(lambda: list(groups_of_serve().values()) == ["PENDING"])
-        assert known() == []
+        assert settled(lambda: waiting() == 1)
+        assert groups_of_serve() == {}
+        serve.run(Router.bind(), name="beside", route_prefix=None)
         ray.kill(others.pop())
         [replica] = replicas(handle.result(120), 1, "a")
-    assert replica.gpus == (1, 2), "Ray's choice"
-    assert controllers_log().count("is Ray's own") == before + 1
+    assert replica.gpus == (2, 3)
     ray.kill(others.pop())
+
+
+def test_a_replica_that_waits_and_is_deleted_leaves_nothing(neighbours: None) -> None:
+    others = [another_user("pcie", 3), another_user("pcie-b", 3)]
+    wanted = serve.RunTarget(Unchanged.bind("a"), name="app", route_prefix=None)
+    serve.run_many([wanted], wait_for_applications_running=False)
+    assert settled(lambda: waiting() == 1)
+    serve.delete("app")
+    assert settled(lambda: waiting() == 0)
+    for other in others:
+        ray.kill(other)
+    assert groups_of_serve() == {} and known() == []
 
 
 def test_the_example_that_knows_nothing_of_placement(neighbours: None) -> None:
@@ -154,13 +174,6 @@ def test_the_example_that_knows_nothing_of_placement(neighbours: None) -> None:
 
 
 def test_a_group_without_gpus_is_serves_own(neighbours: None) -> None:
-    @serve.deployment(
-        placement_group_bundles=[{"CPU": 0.1}] * 2, ray_actor_options={"num_cpus": 0.1}, **QUICK
-    )
-    class Router:
-        def __call__(self) -> str:
-            return "here"
-
     assert serve.run(Router.bind(), name="app", route_prefix=None).remote().result(timeout_s=60) == "here"
     assert known() == []
 

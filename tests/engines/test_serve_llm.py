@@ -22,7 +22,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed; `make test-engines` h
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
-NODES = [SimulatedNode("pcie", topology="a100-pcie-4x")]
+NODES = [SimulatedNode("pcie", topology="a100-pcie-4x", resources={"accelerator_type:A100": 1})]
 
 
 def config(model: Path, **further: Any) -> dict[str, Any]:
@@ -42,6 +42,7 @@ def config(model: Path, **further: Any) -> dict[str, Any]:
             "autoscaling_config": {"min_replicas": 1, "max_replicas": 1},
             "ray_actor_options": {"num_cpus": 0.1},
         },
+        "accelerator_type": "A100",
         "log_engine_metrics": False,
         **further,
     }

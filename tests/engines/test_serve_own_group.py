@@ -27,6 +27,7 @@ from tests.engines.serving import (
     replicas,
     serve,
     serve_on,
+    waiting,
 )
 from tests.integration.conftest import settled
 from tests.integration.test_place import another_user
@@ -71,11 +72,6 @@ def places(found: set[Replica]) -> list[tuple[str, tuple[int, ...]]]:
     return sorted((name(one.nodes[0]), one.gpus) for one in found)
 
 
-def waiting(service: Any) -> int:
-    """How many calls wait in the service's queue."""
-    return ray.get(service.__ray_call__.remote(lambda self: len(self._controller.queue.tickets.all())))
-
-
 BOTH = [("pcie", (2, 3)), ("pcie-b", (2, 3))]
 
 
@@ -103,11 +99,11 @@ def test_a_rolling_update_without_room_waits_for_the_pairs_of_the_old_replicas(n
     assert places(replicas(run("b", num_replicas=2), 2, "b")) == BOTH
 
 
-def test_it_waits_for_room_and_gets_the_best(neighbours: None, service: Any) -> None:
+def test_it_waits_for_room_and_gets_the_best(neighbours: None) -> None:
     others = [another_user("pcie", 3), another_user("pcie-b", 3)]
     with ThreadPoolExecutor(1) as beside:
         handle = beside.submit(run)
-        assert settled(lambda: waiting(service) == 1)
+        assert settled(lambda: waiting() == 1)
         assert str(serve.status().applications["app"].status) == "ApplicationStatus.DEPLOYING"
         ray.kill(others.pop())
         assert places(replicas(handle.result(120), 1, "a")) == BOTH[1:]

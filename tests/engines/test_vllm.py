@@ -102,6 +102,15 @@ class Server:
             self.process.send_signal(how)
         self.process.wait(60)
 
+    def seconds_to_free(self, how: signal.Signals, gpus: int) -> float:
+        """Ends all its processes by a signal; how long it takes until so many GPUs are free in Ray's books."""
+        sent = time.monotonic()
+        os.killpg(self.process.pid, how)
+        assert settled(lambda: ray.available_resources().get("GPU") == gpus), left_over()
+        passed = time.monotonic() - sent
+        self.process.wait(60)
+        return passed
+
 
 @pytest.fixture
 def serve(service: Any, address: str, model: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
@@ -132,6 +141,15 @@ def test_tensor_parallel_serves_on_the_best_pair_and_sigterm_frees_it(
     server.end(signal.SIGTERM)
     assert settled(lambda: Client().status()["deployments"] == [])
     assert settled(lambda: ray.available_resources()["GPU"] == 6), left_over()
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
+def test_its_gpus_are_free_soon_after_all_its_processes_got_a_signal(
+    how: signal.Signals, neighbours: None, serve: Callable[..., Server]
+) -> None:
+    server = serve("--tensor-parallel-size=2")
+    print(f"free {server.seconds_to_free(how, 6):.2f} s after {how.name}")
+    assert settled(lambda: Client().status()["deployments"] == [])
 
 
 def test_pipeline_parallel_over_two_nodes_keeps_the_order_of_the_ranks_and_sigkill_frees_all(
@@ -219,6 +237,30 @@ def test_the_example_generates(service: Any, address: str, model: Path) -> None:
     assert any(line.startswith("w3 w4 w5 -> ") for line in done.stdout.splitlines()), done.stdout[-4000:]
     assert "has GPUs [0, 1] of pcie" in done.stdout + done.stderr
     assert settled(lambda: not left_over()), left_over()
+
+
+def test_with_data_parallelism_each_engine_core_places_its_own(
+    neighbours: None, serve: Callable[..., Server]
+) -> None:
+    said = {"name": "twins", "constraints": {"gpu_nodes": ["pcie"]}}
+    server = serve("--data-parallel-size=2", f"--additional-config={json.dumps({'placement': said})}")
+    asked = {"model": "tiny", "prompt": "w3 w4 w5", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+    assert server.ask("/v1/completions", asked)["usage"]["completion_tokens"] == 4
+    assert sorted(one["name"] for one in Client().status()["deployments"]) == ["twins", "twins-1"]
+    assert ray.available_resources()["GPU"] == 4
+    server.seconds_to_free(signal.SIGTERM, 6)
+
+
+def test_data_parallelism_in_which_vllm_makes_the_groups_is_refused(model: Path) -> None:
+    from vllm import EngineArgs
+
+    from placement.vllm import Executor
+
+    asked: dict[str, Any] = {"model": str(model), "data_parallel_size": 2, "data_parallel_backend": "ray"}
+    for executor in (Executor, "placement.vllm.Executor"):
+        with pytest.raises(InvalidDeployment, match="data_parallel_backend: 'ray' has vLLM make the"):
+            EngineArgs(**asked, distributed_executor_backend=executor).create_engine_config()
+    EngineArgs(**asked, distributed_executor_backend="ray").create_engine_config()
 
 
 def test_options_that_make_no_sense_are_refused() -> None:

@@ -50,7 +50,10 @@ def cluster_nodes() -> list[SimulatedNode]:
     return [
         SimulatedNode("pcie", topology="a100-pcie-4x", labels={"host": "pcie", "rack": "1"}),
         SimulatedNode(
-            "pcie-b", topology="a100-pcie-4x", labels={"host": "pcie-b"}, resources={"nvlink-b": 1}
+            "pcie-b",
+            topology="a100-pcie-4x",
+            labels={"host": "pcie-b"},
+            resources={"nvlink-b": 1, "accelerator_type:A100": 1},
         ),
     ]
 
@@ -366,6 +369,7 @@ class Probe:
         ("Train", [ONE] * 2, {"strategy": "SPREAD", "bundle_label_selector": [{"host": "!x"}] * 2}, 1, 2),
         ("Data", [ONE] * 2, {"strategy": "PACK", "lifetime": None}, 1, 2),
         ("Serve", [{"CPU": 0.1}, {"GPU": 1}, {"GPU": 1}], {"strategy": "PACK", "name": "replica"}, 1, 2),
+        ("Serve LLM", [{"GPU": 1, "accelerator_type:A100": 0.001}] * 2, {"strategy": "PACK"}, 1, 2),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
