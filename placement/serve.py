@@ -25,7 +25,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from placement.errors import InvalidDeployment, LeaseExpired, ReservationFailed, Unplaceable
-from placement.runtime import bootstrap, ray_internals
+from placement.runtime import connection, ray_internals
 from placement.runtime.borrowing import Borrower
 from placement.runtime.connection import own_errors
 from placement.runtime.drop_in import WITHOUT_SERVICE, detached_group, placement_group

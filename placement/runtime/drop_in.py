@@ -170,7 +170,7 @@ def detached_group(
         borrower: asks the service.
         layout: ``bundles``, ``strategy`` and ``bundle_label_selector``.
         name: of the group.
-        known_as: what ``placement status`` calls it, with a suffix.
+        known_as: its name in ``placement status``, with a suffix.
         wait_seconds: how long to wait for room.
     """
     own = {"lifetime": "detached", "group_name": name}  # without an owner, whose end would end it
