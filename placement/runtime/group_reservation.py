@@ -32,7 +32,7 @@ from placement.runtime.orders import Order, Prepared, Refusal, Refused, order_of
 from placement.runtime.results import NodeAssignment
 
 MAX_ATTEMPTS = 6
-NOT_MADE = f"no placement group was made within {LEASE_SECONDS:g} s"
+NOT_MADE = f"no placement group was created within {LEASE_SECONDS:g} s"
 
 
 class Creator(Protocol):

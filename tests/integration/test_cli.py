@@ -211,7 +211,7 @@ def test_up_says_where_what_runs_is_not_what_is_asked_for(run: Run, tmp_path: Pa
         assert run("up", *same).returncode == 0
     other = run("up", "--near", "block", "--idle-seconds", "inf")
     assert (1, "") == (other.returncode, other.stdout)
-    assert "runs already, with near zone,rack, not block, idle_seconds 30, not inf; nothing" in other.stderr
+    assert "runs already, with idle_seconds 30, not inf, near zone,rack, not block; nothing" in other.stderr
     told = refused(run("up", "--json", "--near", "block"), 1)
     assert ("service_differs", {"near": ["zone,rack", "block"]}) == (told["code"], told["differences"])
 
@@ -323,7 +323,7 @@ def busy() -> bool:
 def test_whoever_follows_is_told_that_the_service_was_stopped(run: Run, address: str, tmp_path: Path) -> None:
     assert run("up").returncode == 0
     assert run("apply", deployments(tmp_path, "name: a")).returncode == 0
-    command = [str(SCRIPT), "events", "a", "--follow", "--json", "--address", address]
+    command = [str(SCRIPT), "events", "dies", "--follow", "--json", "--address", address]
     follow = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert follow.stdout is not None
     assert "placed" == json.loads(follow.stdout.readline())["state"]
@@ -340,9 +340,9 @@ def test_what_ray_says_of_a_dead_raylet_is_not_among_the_json(
     assert run("up").returncode == 0
     cluster.add(SimulatedNode("doomed", topology="l40s-4x"))
     cluster.wait()
-    file = deployments(tmp_path, "name: a, constraints: {gpu_nodes: [doomed]}")
+    file = deployments(tmp_path, "name: dies, constraints: {gpu_nodes: [doomed]}")
     assert run("apply", file).returncode == 0
-    command = [str(SCRIPT), "events", "a", "--follow", "--json", "--address", cluster.address]
+    command = [str(SCRIPT), "events", "dies", "--follow", "--json", "--address", cluster.address]
     out, err = tmp_path / "out", tmp_path / "err"
     with out.open("w") as stdout, err.open("w") as stderr:
         follow = subprocess.Popen(command, stdout=stdout, stderr=stderr)
