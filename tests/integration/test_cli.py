@@ -323,7 +323,7 @@ def busy() -> bool:
 def test_whoever_follows_is_told_that_the_service_was_stopped(run: Run, address: str, tmp_path: Path) -> None:
     assert run("up").returncode == 0
     assert run("apply", deployments(tmp_path, "name: a")).returncode == 0
-    command = [str(SCRIPT), "events", "dies", "--follow", "--json", "--address", address]
+    command = [str(SCRIPT), "events", "a", "--follow", "--json", "--address", address]
     follow = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert follow.stdout is not None
     assert "placed" == json.loads(follow.stdout.readline())["state"]
