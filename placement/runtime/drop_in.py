@@ -7,8 +7,10 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
+from inspect import signature
 from typing import Any
 
+import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.placement_group import placement_group as rays_own
 
@@ -66,7 +68,7 @@ def placement_group(
         lifetime: ``None``, or ``"detached"``: it stays until it is removed, or released by ``placement release``.
         _soft_target_node_id: ignored; for Ray it is a hint.
         bundle_label_selector: label -> condition, for each bundle.
-        topology_strategy: instead of ``strategy``, in Ray versions that have it: a strategy for ``ray.io/node-id``, and
+        topology_strategy: instead of ``strategy``, with Ray 2.57 or later: a strategy for ``ray.io/node-id``, and
             ``STRICT_PACK`` for a label that must have the same value on all nodes.
         gpus: only these GPUs, all on one node: ordinals as ``placement status`` shows them, or UUIDs of GPUs or of a
             MIG instance. ``bundle_label_selector`` may select the node; else it is one on which they are free.
@@ -93,6 +95,9 @@ def placement_group(
 
             pg = placement_group([{"GPU": 1, "CPU": 1}] * 4, strategy="PACK")
     """
+    if topology_strategy is not None and "topology_strategy" not in signature(rays_own).parameters:
+        problem = f"topology_strategy: Ray {ray.__version__} has none; use strategy, or Ray 2.57 or later"
+        raise InvalidDeployment("placement_group", (problem,))
     further: dict[str, Any] = {} if topology_strategy is None else {"topology_strategy": topology_strategy}
     asked: dict[str, Any] = {
         "strategy": strategy if strategy or topology_strategy else "PACK",

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -274,7 +275,7 @@ def test_what_ray_refuses_is_refused_as_ray_does_and_the_rest_with_the_fix(servi
             placement_group(**wrong)
     with pytest.raises(InvalidDeployment, match="bundle 0 asks for 1.5 GPUs"):
         placement_group([{"GPU": 1.5}])
-    with pytest.raises(ValueError):
+    with pytest.raises((ValueError, InvalidDeployment)):  # the latter of a Ray that has no topology_strategy
         placement_group([ONE], strategy="PACK", topology_strategy={"rack": "STRICT_PACK"})
     with pytest.raises(InvalidDeployment, match=r"gpus: names 2 twice"):
         placement_group([ONE], gpus=[2, 2])
@@ -329,12 +330,21 @@ def test_who_names_a_gpu_waits_for_just_that(service: Any, caplog: pytest.LogCap
 
 
 def test_bundles_of_one_domain_with_its_resource(service: Any, removed: list[PlacementGroup]) -> None:
-    """As NeMo-RL asks for an NVLink domain; and by Ray's own ``topology_strategy``."""
+    """As NeMo-RL asks for an NVLink domain."""
     group = placement_group([{"CPU": 1, "GPU": 1, "nvlink-b": 0.001}] * 2, wait_seconds=0)
     removed.append(group)
     assert bundles_of(group) == [("pcie-b", [0]), ("pcie-b", [1])]
     with pytest.raises(placement.Unplaceable, match="has less than 2 nvlink-b free"):
         placement_group([{"GPU": 1, "nvlink-b": 2}], wait_seconds=0)
+
+
+def test_bundles_of_one_domain_by_rays_own_topology_strategy(
+    service: Any, removed: list[PlacementGroup]
+) -> None:
+    if "topology_strategy" not in signature(ray.util.placement_group).parameters:
+        with pytest.raises(InvalidDeployment, match="use strategy, or Ray 2.57 or later"):
+            placement_group([ONE], topology_strategy={"rack": "STRICT_PACK"})
+        return
     asked = {"ray.io/node-id": "SPREAD", "rack": "STRICT_PACK"}
     half = {"GPU": 1, "CPU": 0.5}
     spread = placement_group([half, half, {"CPU": 0.5}], topology_strategy=asked, wait_seconds=0)
