@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -16,7 +15,6 @@ import pytest
 
 from placement.runtime.embedded import Network, free_port
 from tests.dashboard.running import dashboard
-from tests.integration.conftest import settled
 
 pytestmark = pytest.mark.integration
 
@@ -48,10 +46,12 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
         "--object-store-memory=80000000",
     ]
     process = subprocess.Popen(
-        [BIN / "ray", *command], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [BIN / "ray", *command], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+    assert process.stdout is not None
     try:
-        assert settled(lambda: not socket.socket().connect_ex((host, port)))
+        # It says so once all of it is up. Its port answers before; who connects by then is refused by Ray 2.54.
+        assert any("--block" in line for line in process.stdout)
         yield f"{host}:{port}", env
     finally:
         process.send_signal(signal.SIGTERM)
