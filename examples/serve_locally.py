@@ -9,6 +9,7 @@ The model is a toy that turns words around, so that it needs no GPU and no downl
 """
 
 import argparse
+import contextlib
 import json
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
@@ -49,7 +50,8 @@ def main() -> None:
 
     server = HTTPServer(("127.0.0.1", args.port), Handler)
     print(f"{args.name} answers on http://127.0.0.1:{args.port}/generate", flush=True)
-    server.serve_forever()
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
 
 
 if __name__ == "__main__":

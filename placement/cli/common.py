@@ -194,7 +194,7 @@ def show(*renderables: Any) -> None:
     from placement.cli.views.console import console
 
     for renderable in renderables:
-        console().print(renderable, crop=False)
+        console().print(renderable, crop=False, soft_wrap=_is_one_line(renderable))
 
 
 def page(*renderables: Any) -> None:
@@ -207,10 +207,15 @@ def page(*renderables: Any) -> None:
         return
     with screen.capture() as captured:
         for renderable in renderables:
-            screen.print(renderable)
+            screen.print(renderable, soft_wrap=_is_one_line(renderable))
     text = captured.get()
     if text.count("\n") < screen.height or not _paged(text):
         click.echo(text, file=streams.out(), nl=False)
+
+
+def _is_one_line(renderable: Any) -> bool:
+    """Whether a text asks not to be broken; rich forgets that when it prints one."""
+    return getattr(renderable, "no_wrap", None) is True
 
 
 def _paged(text: str) -> bool:

@@ -108,3 +108,10 @@ def test_the_log_is_printed_and_followed(monkeypatch: pytest.MonkeyPatch) -> Non
     use(monkeypatch, FakeService(log={"lines": ["a"], "cursor": ""}))
     assert "a\n" == run("logs").stdout
     assert {"lines": ["a"]} == json.loads(run("logs", "--json").stdout)
+
+
+def test_each_event_is_one_line_where_it_is_piped(monkeypatch: pytest.MonkeyPatch) -> None:
+    long = {**EVENTS[0], "text": "cannot place 'a': " + "no room " * 40 + "at all"}
+    use(monkeypatch, FakeService(events=[long]))
+    [line] = run("events").stdout.splitlines()
+    assert line.endswith("at all")

@@ -293,5 +293,5 @@ def event_line(event: Mapping[str, Any], of_all: bool = False) -> Text:
     by = " ".join(form.format(caller[key]) for key, form in known.items() if key in caller)
     said = f"{event['text']} (asked by {by})" if by else event["text"]
     line = f"{at}  {name}{who:12} {event['state']:10} {said}".rstrip()
-    # What was refused, and who asked, may be called anything.
-    return Text("".join(one if one.isprintable() else " " for one in line))
+    # What was refused, and who asked, may be called anything. One line each, for grep; a terminal breaks it.
+    return Text("".join(one if one.isprintable() else " " for one in line), no_wrap=True)
