@@ -160,24 +160,22 @@ class Node:
         least = needs.free_memory_bytes
         return sum(1 << gpu for gpu in self.free if mask >> gpu & 1 and self.free_memory.get(gpu, 0) >= least)
 
+    def meets(self, needs: Needs, slot: int) -> bool:
+        """Whether a GPU or MIG instance meets the limits on names and free memory."""
+        named = self.named_mask(needs) >> slot & 1
+        return bool(named) and self.free_memory.get(slot, 0) >= needs.free_memory_bytes
+
     def shared_with_room(self, needs: Needs, share: int) -> list[tuple[int, int]]:
         """The GPUs that are shared already and have enough left, as (thousandths left, GPU)."""
-        named = self.named_mask(needs)
-        return [
-            (rest, gpu)
-            for gpu, rest in self.rests.items()
-            if rest >= share and named >> gpu & 1 and self.free_memory.get(gpu, 0) >= needs.free_memory_bytes
-        ]
+        return [(rest, gpu) for gpu, rest in self.rests.items() if rest >= share and self.meets(needs, gpu)]
 
     def instances_for(self, needs: Needs) -> list[int]:
         """The free MIG instances of the profile that have enough free memory."""
-        named = self.named_mask(needs)
         return [
             slot
             for slot, profile in self.instances.items()
             if (profile == needs.profile or (needs.profile == ANY_PROFILE and profile != UNKNOWN_PROFILE))
-            and named >> slot & 1
-            and self.free_memory.get(slot, 0) >= needs.free_memory_bytes
+            and self.meets(needs, slot)
         ]
 
     def choose(self, needs: Needs, crowded: Collection[int] = ()) -> Choice | None:
@@ -229,9 +227,8 @@ class Node:
         offer = self.shape.offer(mask, count, needs.within)
         if offer is None or not needs.named:
             return offer
-        gpus = self.shape.best(
-            mask, count, needs.within
-        )  # what it costs others depends on what else is free here
+        # What it costs others depends on what else is free here.
+        gpus = self.shape.best(mask, count, needs.within)
         return offer._replace(loss=self.shape.loss(self.mask, gpus or ()), free=len(self.free))
 
     def copies(self, needs: Needs) -> int:

@@ -84,7 +84,7 @@ class Sets:
             return []
         alike: dict[object, tuple[int, tuple[int, ...], Gpus]] = {}
         for gpu, rest in left.rests:
-            if rest >= share and _has_room(node, gpu, needs):
+            if rest >= share and node.meets(needs, gpu):
                 kind = next(i for i, kind in enumerate(self._kinds_of(node)) if kind >> gpu & 1)
                 alike.setdefault(gpu if gpu in known else (kind, rest), (0, (-1, rest), (gpu,)))
         whole = self.whole(node, left.mask & node.free_mask(needs), Needs(1))
@@ -115,12 +115,6 @@ class Sets:
                         yield (*pools[0][:taken], *rest)
 
         return (tuple(sorted(gpus)) for gpus in pick(pools, count))
-
-
-def _has_room(node: Node, gpu: int, needs: Needs) -> bool:
-    """Whether a GPU that is shared will do by its name, and by how much free memory it has."""
-    named = node.named_mask(needs) >> gpu & 1
-    return bool(named) and node.free_memory.get(gpu, 0) >= needs.free_memory_bytes
 
 
 def usable(node: Node, needs: Needs) -> Hashable:
