@@ -2,8 +2,8 @@
 
 :func:`install` is for all of a cluster, :func:`replica_group` and :class:`Callback` are for one deployment.
 
-Serve makes the placement groups of its replicas itself and takes none from outside (ray-project/ray#59857). So
-:func:`install` replaces the function by which its controller makes them, and has a replica wait for its group.
+Serve creates the placement groups of its replicas itself and accepts no existing ones (ray-project/ray#59857). So
+:func:`install` replaces the function with which its controller creates them, and lets a replica wait for its group.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def install() -> None:
     While no set is free, a replica's group waits in the service's queue, as in a rolling update for the GPUs of the old
     replica; the replica is pending, and Serve's controller goes on. It never keeps a replica from starting: where exact
     GPUs cannot be had within PLACEMENT_SERVE_WAIT_SECONDS (60), or the service does not run or does not answer within
-    PLACEMENT_SERVE_SECONDS (5), the group is the one that Serve would have made. It pends until Ray finds room, Ray's
-    autoscaler sees it, and its GPUs are Ray's choice. One warning says so. A gang's group does not wait for room.
+    PLACEMENT_SERVE_SECONDS (5), Serve creates the group as without placement. It is pending until Ray finds room, Ray's
+    autoscaler sees it, and Ray chooses its GPUs. One warning says so. A gang's group does not wait for room.
 
     If this Ray differs from what it relies on, it logs an error, and Serve creates its groups as without placement.
     """
@@ -82,7 +82,7 @@ def install() -> None:
         problem = _difference(ray_serve)
         seconds = float(os.environ.get(SECONDS_VARIABLE, SECONDS))
         wait_seconds = float(os.environ.get(WAIT_VARIABLE, WAIT_SECONDS))
-    except Exception as error:  # raised, it would end Serve's controller
+    except Exception as error:  # an exception would end Serve's controller
         problem = str(error)
     if problem:
         logger.error(
@@ -92,7 +92,7 @@ def install() -> None:
             ray.__version__,
         )
         return
-    # A gang blocks Serve's controller knowingly, and not for long; Ray would warn of that.
+    # A gang blocks Serve's controller on purpose, and not for long; Ray would warn about that.
     os.environ.setdefault("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")
     groups = _Groups(ray_serve, seconds, wait_seconds)
     make_scheduler = getattr(ray_serve, _SCHEDULER_MAKER)
@@ -106,7 +106,7 @@ def install() -> None:
 
 
 def _difference(ray_serve: Any) -> str:
-    """In what Ray differs from what :func:`install` relies on; empty if in nothing."""
+    """How Ray differs from what :func:`install` relies on; empty if it does not."""
     scheduler = ray_serve.DeploymentScheduler
     strategy = "default_scheduling_strategy, target_node_id, target_labels"
     for where, name, parameters in (
@@ -223,7 +223,7 @@ class _Groups:
                     "%g s, Ray chooses the GPUs; see `placement status`, or raise %s",
                     self._seconds, request.name, quiet, SECONDS_VARIABLE,
                 )  # fmt: skip
-        except Exception as error:  # raised, it would count as a failed start of the replica
+        except Exception as error:  # an exception would count as a failed start of the replica
             logger.warning(
                 "placement group %s is Ray's own, on whatever GPUs Ray gives, once it finds room: %s",
                 request.name,
@@ -249,9 +249,9 @@ def _has_gpus(bundles: Iterable[Mapping[str, float]]) -> bool:
 
 
 def _hurried(end: float, is_given_up: Callable[[], bool]) -> Borrower:
-    """Borrows of the running service, and waits for no answer longer than until ``end``, of ``time.monotonic()``.
+    """Borrows GPUs from the running service, and waits for its answers until ``end``, by ``time.monotonic()``.
 
-    Then, or soon after it is given up, it raises ``ray.exceptions.GetTimeoutError``, and nothing stays reserved.
+    After that, or soon after it is given up, it raises ``ray.exceptions.GetTimeoutError``, and nothing stays reserved.
     """
 
     def ask(reference: Any) -> Any:

@@ -189,9 +189,8 @@ def _headers(lines: Sequence[str]) -> Iterator[Line]:
             yield header
         elif other is None and not lead.strip(" |"):
             other = header
-    if (
-        not seen and other is not None
-    ):  # its columns do not begin with GPU0; the reader of columns reports that
+    if not seen and other is not None:
+        # Its columns do not begin with GPU0; the reader of columns reports that.
         yield other
 
 

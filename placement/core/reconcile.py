@@ -267,9 +267,8 @@ class _Round:
         """Places all that must be placed, or does nothing; then places what may wait."""
         may = [index for index in self.missing if index in may_wait]
         holding = {index: one for index, one in self.outdated.items() if index in may_wait}
-        if (
-            holding and self.place_jointly() is None
-        ):  # a replica that waits to be replaced may make room for the others
+        if holding and self.place_jointly() is None:
+            # A replica that waits to be replaced may make room for the others.
             return self.wait(None)
         if self.desired.gang and len(may) + len(holding) < len(self.missing) + len(self.outdated):
             may, holding = [], {}

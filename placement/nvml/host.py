@@ -267,9 +267,8 @@ def _redirects(config: FilePath) -> bool | None:
         space = config.read_bytes()
     except OSError:
         return None
-    if len(space) < _CONFIG_BYTES or space.startswith(
-        b"\xff\xff"
-    ):  # a device that does not answer reads as all ones
+    if len(space) < _CONFIG_BYTES or space.startswith(b"\xff\xff"):
+        # A device that does not answer reads as all ones.
         return None
     at, seen = _FIRST_EXTENDED, set[int]()
     while at >= _FIRST_EXTENDED and at not in seen:

@@ -104,9 +104,8 @@ class Agents:
             self._used[info.id] = time.monotonic()
             if info.id in self._agents:
                 return self._agents[info.id]
-        made = self._make_agent(
-            info
-        )  # not under the lock, as Ray may take long; two callers get the same actor
+        # Not under the lock, as Ray may take long; two callers get the same actor.
+        made = self._make_agent(info)
         with self._lock:
             if info.id not in self._agents:
                 self._agents[info.id] = made

@@ -95,9 +95,8 @@ class Borrowed:
                 self._groups.remove(group)
         if self._loan is None:
             return
-        with contextlib.suppress(
-            Exception
-        ):  # a group that was being created when the request was interrupted
+        with contextlib.suppress(Exception):
+            # A group that was being created when the request was interrupted.
             found = self._groups.find(self._loan.group_name)
             if found is not None and found.id not in {group.id for group in self._made}:
                 self._groups.remove(found)

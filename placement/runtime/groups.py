@@ -233,9 +233,8 @@ def ready_or_removed(group: PlacementGroup, deadline_seconds: float = 0.15) -> b
         Whether it is reserved. If not, it is gone.
     """
     start = time.monotonic()
-    with contextlib.suppress(
-        Exception
-    ):  # Ray raises this for a removed group; the table gives the certain answer
+    with contextlib.suppress(Exception):
+        # Ray raises this for a removed group; the table gives the certain answer.
         if group.wait(min(deadline_seconds, 0.05)):
             return True
     seen = None

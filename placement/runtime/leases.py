@@ -93,9 +93,8 @@ class Lending:
             group_id = answer.result(timeout=LEND_SECONDS)
         except TimeoutError:
             with self._lock:
-                if (
-                    not answer.done()
-                ):  # unless it came at the last moment: the GPUs stay prepared for a little longer
+                if not answer.done():
+                    # Unless it came at the last moment: the GPUs stay prepared for a little longer.
                     self._is_over = True  # a caller that was too late once counts as gone
                     answer.set_result("")
             group_id = answer.result()

@@ -90,9 +90,8 @@ class Lifetimes:
             if ended or expired or late:
                 why = OWNER_ENDED if ended else "its time is over" if expired else ""
                 begin(one.name, partial(self._end, one.name, why))
-            elif one.is_lease and (
-                not one.replicas or _lost_groups(one)
-            ):  # even if its release was interrupted, or will be
+            elif one.is_lease and (not one.replicas or _lost_groups(one)):
+                # Even if its release was interrupted, or will be.
                 begin(one.name, partial(self._end_gone, one))
 
     def forget_removed(self) -> bool:

@@ -215,9 +215,8 @@ def order_of(
     if deployment.memory_bytes_per_gpu:
         beside["memory"] = deployment.memory_bytes_per_gpu
     needs = deployment.needs if set_size is None else deployment.needs._replace(gpus=set_size)
-    if (
-        planned is not None and deployment.group is not None
-    ):  # the places of the group's other members depend on it
+    if planned is not None and deployment.group is not None:
+        # The places of the group's other members depend on it.
         needs = needs._replace(named=planned.gpus)
     exact = deployment.policy is Policy.FRAGMENTATION and planned is not None and planned.share < WHOLE
     return Order(

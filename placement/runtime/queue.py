@@ -230,9 +230,8 @@ class WaitingQueue:
             unmet = _unmet(desired, observed, decision)
             needs |= unmet
             waits = [action for action in now.actions if isinstance(action, Wait)]
-            if group := _group(
-                one
-            ):  # a group is tried as one, once each member may have room; only then it gets a reason
+            if group := _group(one):
+                # A group is tried as one, once each member may have room; only then it gets a reason.
                 if groups.setdefault(group, True):
                     found.append(one)
                     groups[group] = False
@@ -260,9 +259,8 @@ class WaitingQueue:
                     at_once.append(one)
                 else:
                     waiting.append((one, *self._reconciler.seen(one, snapshot)))
-            elif (
-                self._state.get(one.name) is not None
-            ):  # it has been placed, or another deployment of that name has
+            elif self._state.get(one.name) is not None:
+                # It has been placed, or another deployment of that name has.
                 at_once.append(one)
             else:
                 apart = self._state.keeping_apart(one.name)

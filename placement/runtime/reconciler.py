@@ -284,9 +284,8 @@ class Reconciler:
         """
         deployment, name = wanted.deployment, wanted.name
         indices: Sequence[int] = range(deployment.replicas)
-        if wanted.given_up or (
-            wanted.is_lease and wanted.replicas and not lent
-        ):  # its lost replicas are not placed again
+        if wanted.given_up or (wanted.is_lease and wanted.replicas and not lent):
+            # Its lost replicas are not placed again.
             indices = [
                 index
                 for index, one in sorted(wanted.replicas.items())
@@ -376,9 +375,8 @@ class Reconciler:
             said = "%s could not reserve for %r, after %d attempts: %s"
             logger.info(said, refusal.node_name, name, refusal.attempts, refusal.reason)
             work.refused.add(refusal.node_id)
-            if (
-                refusal.full and not work.wanted.deployment.named
-            ):  # for these nodes the holders of GPUs are known now
+            if refusal.full and not work.wanted.deployment.named:
+                # For these nodes the holders of GPUs are known now.
                 fewer = work.wanted.deployment.gpus_per_replica - 1
                 work.full[refusal.node_id] = fewer if refusal.at_most is None else refusal.at_most
             work.attempts += refusal.attempts

@@ -76,9 +76,8 @@ def restore(
             continue
         later = one
         for index, replica in one.replicas.items():
-            theirs = one.is_lease and not groups.is_gone(
-                replica.group_id
-            )  # under a name that its owner chose
+            # Under a name that its owner chose.
+            theirs = one.is_lease and not groups.is_gone(replica.group_id)
             if replica.group_id not in live and not theirs:
                 partly, reason = actions.drop(later, index, alive | replica.nodes)
                 later = later.lost(index, partly, reason)
