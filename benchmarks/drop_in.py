@@ -25,6 +25,7 @@ KINDS: dict[str, Callable[[], PlacementGroup]] = {
     "Ray's own, 4 bundles of one GPU": lambda: rays_own([{"GPU": 1}] * 4),
     "ours, 4 bundles of one GPU": lambda: placement.placement_group([{"GPU": 1}] * 4),
     "ours, one bundle of 4 GPUs": lambda: placement.placement_group([{"GPU": 4}]),
+    "ours, 2 GPUs and 4 halves": lambda: placement.placement_group([{"GPU": 2}, *[{"GPU": 0.5}] * 4]),
 }
 
 

@@ -36,7 +36,7 @@ def others_hold(request: Request, nodes: Sequence[Node]) -> bool:
         mask = node.named_mask(request.needs)
         held += WHOLE * sum(mask >> gpu & 1 for gpu in node.held) - sum(node.rests.values())
     share = max(request.needs.share_of(node.gpu_memory_bytes) or WHOLE for node in nodes)
-    each = share * request.needs.gpus * request.stages * request.parts
+    each = (sum(request.needs.amounts) or share * request.needs.gpus) * request.stages * request.parts
     return held > each * sum(request.standing.get(node.id, 0) for node in nodes)
 
 
@@ -55,7 +55,7 @@ def asking_for_fewer(request: Request, some: bool) -> str:
         fewer.append("GPUs")
     asked = [f"ask for fewer {' or '.join(fewer)}"] if fewer else []
     if some and not request.needs.whole and not request.needs.profile:
-        asked.append("ask for a smaller share")
+        asked.append("ask for smaller shares" if request.needs.amounts else "ask for a smaller share")
     return " or ".join(asked)
 
 
@@ -104,7 +104,7 @@ def size_miss(snapshot: Snapshot, nodes: Sequence[Node], request: Request) -> tu
         )
     each = "replica" if request.stages == 1 else "tensor-parallel group"
     fewer = f"ask for at most {counted(most, 'GPU')} per {each}" if most > 1 or not floor else ""
-    return f"the largest node has {most}", any_of(instead, fewer, f"add a node with {needs.gpus}")
+    return f"the largest node has {most}", any_of(instead, fewer, f"add a node with {needs.least_gpus}")
 
 
 def most_free(nodes: Sequence[Node], needs: Needs) -> str:

@@ -3,25 +3,27 @@
 The strategies mean what they mean in Ray. ``STRICT_SPREAD`` finds a node for each bundle whenever that is possible;
 ``SPREAD`` does the same, and shares nodes if it is not possible; ``PACK`` takes the best single node that holds all,
 else fills node after node, first the node that takes most. The GPUs that a replica has on one node are one set, the
-best that is free: its bundles get them in ascending order, as Ray gives them.
+best that is free: its bundles get them in ascending order, as Ray gives them. Shares are dealt as Ray deals them
+(:mod:`placement.core.shares`).
 
 A bundle without GPUs is not planned: Ray finds a place for it.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, chain, groupby
 
 from placement.core.labels import meets
-from placement.core.needs import Needs, Within
+from placement.core.needs import WHOLE, Needs, Within
 from placement.core.node import Node
 from placement.core.offers import Bits, rank_of
 from placement.core.policy import Rank
 from placement.core.replicas import Placed, PlannedReplica, take
-from placement.core.request import Bundle, Request, Resources, Strategy
+from placement.core.request import Bundle, Request, Resources, Strategy, amounts_of
 from placement.core.snapshot import Snapshot
 
 OTHERS = "has other bundles of the group"
@@ -66,7 +68,7 @@ def place(snapshot: Snapshot, request: Request, allowed: Bits) -> tuple[Request,
         return _refused(snapshot, request, allowed, tried)
     room, layout = min(found, key=lambda one: one[0].cost(one[1]))
     [index] = request.replicas
-    first_rank = [0, *accumulate(bundle.gpus for bundle in request.bundles)]
+    first_rank = [0, *accumulate(bundle.gpus or bool(bundle.share) for bundle in request.bundles)]
     planned: list[PlannedReplica] = []
     changed: dict[Bits, Node] = {}
     for bit, bundles in layout.items():
@@ -76,7 +78,8 @@ def place(snapshot: Snapshot, request: Request, allowed: Bits) -> tuple[Request,
         part, changed[bit] = take(index, node, taken._replace(gpus=tuple(sorted(taken.gpus))), together)
         if len(layout) > 1:
             ranks = (rank for i in sorted(bundles) for rank in range(first_rank[i], first_rank[i + 1]))
-            part = replace(part, ranks=tuple(ranks), set_size=len(part.gpus))
+            set_size = 0 if part.shares else len(part.gpus)
+            part = replace(part, ranks=tuple(ranks), set_size=set_size)
         planned.append(part)
     return request, (sorted(planned, key=lambda part: part.ranks), changed)
 
@@ -100,7 +103,7 @@ def _refused(
 _SPREAD = (Strategy.SPREAD, Strategy.STRICT_SPREAD)
 
 _Fill = tuple[int, Rank, tuple[int, ...]]
-"""What a node takes: minus its GPUs, the node's rank, how many bundles of each kind. Sorts the best first."""
+"""What a node takes: minus its GPUs (thousandths), its rank, how many bundles of each kind. Sorts the best first."""
 
 
 class _Room:
@@ -115,9 +118,10 @@ class _Room:
         bundles = request.bundles
         # As in Ray: the bundle that is hardest to place comes first.
         self._order = sorted(
-            (i for i, bundle in enumerate(bundles) if bundle.gpus),
+            (i for i, bundle in enumerate(bundles) if bundle.gpus or bundle.share),
             key=lambda i: (
                 -bundles[i].gpus,
+                -bundles[i].share,
                 -bundles[i].cpu_milli,
                 -bundles[i].memory_bytes,
                 bundles[i].labels,
@@ -220,29 +224,42 @@ class _Room:
 
     def _fill(self, bit: Bits, left: Mapping[Bundle, Sequence[int]]) -> _Fill | None:
         """How many bundles of each remaining kind a node takes, the largest first; ``None`` if it takes none."""
-        free = len(self._snapshot.at(bit).free)
-        most = tuple(min(len(alike), free // kind.gpus) for kind, alike in left.items())
+        node = self._snapshot.at(bit)
+        free = WHOLE * len(node.free)
+        rests = free + sum(node.rests.values())
+        most = tuple(
+            min(len(alike), rests // kind.share if kind.share else free // (WHOLE * kind.gpus))
+            for kind, alike in left.items()
+        )
         if (bit, most) not in self._fills:
             taken: list[int] = []
             counts: list[int] = []
             for alike, count in zip(left.values(), most, strict=True):
-                before = len(taken)
-                for i in alike[:count]:
-                    if self._rank(bit, [*taken, i]) is None:
-                        break
-                    taken.append(i)
-                counts.append(len(taken) - before)
-            gpus = sum(self._request.bundles[i].gpus for i in taken)
+                counts.append(self._most(bit, taken, alike[:count]))
+                taken += alike[: counts[-1]]
+            bundles = map(self._request.bundles.__getitem__, taken)
+            amount = sum(WHOLE * bundle.gpus + bundle.share for bundle in bundles)
             rank = self._rank(bit, taken) if taken else None
-            self._fills[bit, most] = None if rank is None else (-gpus, rank, tuple(counts))
+            self._fills[bit, most] = None if rank is None else (-amount, rank, tuple(counts))
         return self._fills[bit, most]
+
+    def _most(self, bit: Bits, taken: Sequence[int], alike: Sequence[int]) -> int:
+        """How many of some equal bundles a node takes beside others."""
+
+        def too_many(others: int) -> bool:
+            return self._rank(bit, [*taken, *alike[: others + 1]]) is None
+
+        if alike and self._request.bundles[alike[0]].share:  # there may be thousands
+            return bisect_left(range(len(alike)), True, key=too_many)
+        return next((others for others in range(len(alike)) if too_many(others)), len(alike))
 
     def _total(self, bundles: Iterable[int]) -> tuple[Needs, int, int, Resources]:
         """What some bundles need of a node: GPUs, CPUs (thousandths), memory and custom resources."""
-        several = [self._request.bundles[i] for i in bundles]
+        several = [self._request.bundles[i] for i in sorted(bundles)]
         gpus = sum(bundle.gpus for bundle in several)
-        needs = self._request.needs._replace(gpus=gpus)
-        if gpus == 1:  # a floor is about links, and there is none
+        amounts = amounts_of(several)
+        needs = self._request.needs._replace(gpus=gpus, amounts=amounts)
+        if gpus <= 1:  # a floor is about links, and there is none
             needs = needs._replace(within=Within.NODE, min_bandwidth_gb_per_s=0.0)
         cpu_milli, memory_bytes = (
             sum(one.cpu_milli for one in several),

@@ -196,6 +196,8 @@ def _sift_gpus(snapshot: Snapshot, request: Request) -> Sifted:
     if needs.named:
         few = "none" if count == 1 else f"fewer than {count}"
         reason = f"has {few} of {gpu_names(needs.named)} free"
+    elif needs.amounts:
+        reason = f"has no {what} free"
     elif not needs.whole or count == 1:
         reason = f"has no {'GPU' if needs.whole else what.removeprefix('a ')} free"
     if needs.free_memory_bytes:

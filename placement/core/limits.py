@@ -207,7 +207,7 @@ def too_small(node: Node, needs: Needs) -> str | None:
         return "the memory of its GPUs cannot be read"
     if needs.memory_bytes and needs.share_of(node.gpu_memory_bytes) is None:
         return f"its GPUs have less than {needs.memory_bytes / GIB:g} GiB"
-    return f"has fewer than {needs.gpus} GPUs" if node.whole_gpus < needs.gpus else None
+    return f"has fewer than {needs.least_gpus} GPUs" if node.whole_gpus < needs.least_gpus else None
 
 
 def outside(field_name: str, allowed: tuple[str, ...] | None) -> Objection:

@@ -50,9 +50,11 @@ class Mix:
 
     def plus(self, request: Request) -> Mix:
         """The mix with one more request."""
-        if request.provider is not None or not request.needs.gpus:
+        needs = request.needs
+        if request.provider is not None or not needs.any:
             return self
-        if request.needs.named:  # it needs exactly these GPUs: room on others is of no use to it
+        # It needs exactly these GPUs: room on others is of no use to it. And no two mixtures of shares are alike.
+        if needs.named or needs.amounts:
             return self
         kind = Kind.of(request)
         sets, cpu, memory = self.kinds.get(kind, (0, 0, 0))

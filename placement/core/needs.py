@@ -43,6 +43,8 @@ class Needs(NamedTuple):
         free_memory_bytes: the least memory that NVML must report as free on each GPU.
         profile: a MIG instance of this profile instead of a GPU; empty if not asked.
         named: only these GPUs, all of which must be on the node; empty for any.
+        amounts: shares, or whole GPUs and shares, that are reserved at once: thousandths of a GPU, in the order in
+            which Ray reserves them; else empty. ``gpus`` are then those that are whole, and floors are about these.
     """
 
     gpus: int
@@ -53,11 +55,22 @@ class Needs(NamedTuple):
     free_memory_bytes: int = 0
     profile: str = ""
     named: tuple[GpuName, ...] = ()
+    amounts: tuple[int, ...] = ()
+
+    @property
+    def any(self) -> bool:
+        """Whether GPUs are asked for at all, or shares of them."""
+        return self.gpus > 0 or bool(self.amounts)
 
     @property
     def whole(self) -> bool:
-        """Whether whole GPUs are asked for."""
-        return self.share == WHOLE and not self.memory_bytes and not self.profile
+        """Whether whole GPUs are asked for, and nothing else."""
+        return self.share == WHOLE and not self.memory_bytes and not self.profile and not self.amounts
+
+    @property
+    def least_gpus(self) -> int:
+        """How many GPUs a node must have for it, if all of them were free."""
+        return -(-sum(self.amounts) // WHOLE) or self.gpus
 
     @property
     def shared(self) -> bool:

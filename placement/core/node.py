@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from placement.core.needs import ANY_PROFILE, WHOLE, GpuName, Needs
 from placement.core.shape import Offer, Shape, shape_of
+from placement.core.shares import OPENED, Portions, give, opening
 from placement.core.tables import LEFTOVER_SIZES
 from placement.core.topology import Topology
 
@@ -27,16 +28,18 @@ _SHARED_ALREADY = (-1,) * len(LEFTOVER_SIZES)
 
 
 class Choice(NamedTuple):
-    """GPUs of a node for one replica: whole ones, one MIG instance, or a share of one GPU.
+    """GPUs of a node for one replica: whole ones, one MIG instance, a share of one GPU, or shares of several.
 
     Attributes:
         share: thousandths of each.
-        rest: thousandths that stay free on it.
+        rest: thousandths that stay free on those that are shared.
+        shares: thousandths of each, if they differ; else empty.
     """
 
     gpus: tuple[int, ...]
     share: int
     rest: int
+    shares: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -184,8 +187,10 @@ class Node:
         Fractions fill the fullest shared GPU that still fits; only if there is none, a whole one, the one whose loss
         costs others least. ``crowded`` GPUs are avoided where that costs nothing.
         """
-        if not needs.gpus:
+        if not needs.any:
             return Choice((), WHOLE, 0)
+        if needs.amounts:
+            return self._choice(self.portions(needs))
         if needs.profile:
             slots = self.instances_for(needs)
             return Choice((min(slots),), WHOLE, 0) if slots else None
@@ -199,6 +204,32 @@ class Node:
                 return Choice((gpu,), share, rest - share)
         gpus = self.shape.best(self.free_mask(needs), needs.gpus, needs.within)
         return None if gpus is None else Choice(gpus, share, WHOLE - share)
+
+    def portions(self, needs: Needs) -> Portions | None:
+        """The best GPUs that are free for :attr:`~placement.core.needs.Needs.amounts`; ``None`` if there are none.
+
+        Shares go to GPUs that are shared already, as far as they find room there. The whole GPUs are the fastest set
+        that Ray's order allows; then the GPUs that are taken are those whose loss costs others least.
+        """
+        rests = {gpu: rest for rest, gpu in self.shared_with_room(needs, min(needs.amounts))}
+        count, order = opening(needs.amounts, rests)
+        mask = self.free_mask(needs)
+        pool = self.shape.mixed(mask, order, needs.within)
+        if pool is None:
+            return None
+        left = mask & ~sum(1 << gpu for gpu in pool)
+        opened = self.shape.best(left, count) if count else ()
+        if opened is None:
+            return None
+        given = give(needs.amounts, {**rests, **dict.fromkeys(opened, OPENED)}, pool)
+        return None if given is None else Portions(needs.amounts, pool, opened, given)
+
+    def _choice(self, portions: Portions | None) -> Choice | None:
+        if portions is None:
+            return None
+        taken = portions.taken
+        rest = sum(self.rests.get(gpu, WHOLE) - share for gpu, share in taken.items())
+        return Choice((*taken,), WHOLE, rest, (*taken.values(),))
 
     def choice_of(self, needs: Needs, gpus: tuple[int, ...]) -> Choice | None:
         """The same of just these GPUs, however good they are; ``None`` if they are not free for it."""
@@ -217,6 +248,11 @@ class Node:
             return None
         if needs.profile:
             return Offer(0, (), 0, len(self.instances))
+        if portions := self.portions(needs) if needs.amounts else None:
+            speed = self.shape.mb_per_s(portions.whole) if needs.gpus > 1 else 0
+            free = (*portions.pool, *portions.opened)
+            loss = self.shape.loss(self.mask, free) if free else _SHARED_ALREADY
+            return Offer(-speed, loss, taken.rest, len(self.free))
         if taken.gpus[0] in self.rests:
             return Offer(0, _SHARED_ALREADY, taken.rest, len(self.free))
         whole = self._offer_whole(needs, 1)
@@ -235,6 +271,8 @@ class Node:
         """How many times its free GPUs meet ``needs`` at the same time."""
         if needs.profile:
             return len(self.instances_for(needs))
+        if needs.amounts:  # a placement group, of which there is one
+            return int(self.portions(needs) is not None)
         share = needs.share_of(self.gpu_memory_bytes)
         if share is None:
             return 0
@@ -267,6 +305,13 @@ class Node:
         """The node once that has been taken, and with other ``fields`` changed, too."""
         if not taken.gpus:
             return replace(self, **fields) if fields else self
+        if taken.shares:
+            amounts = dict(zip(taken.gpus, taken.shares, strict=True))
+            parts = {gpu: share for gpu, share in amounts.items() if share < WHOLE or gpu in self.rests}
+            left = {gpu: self.rests.get(gpu, WHOLE) - share for gpu, share in parts.items()}
+            return replace(
+                self, free=self.free.difference(taken.gpus), rests={**self.rests, **left}, **fields
+            )
         if not self.free.isdisjoint(taken.gpus) and taken.share == WHOLE:
             return replace(self, free=self.free.difference(taken.gpus), **fields)
         [gpu] = taken.gpus
@@ -274,21 +319,22 @@ class Node:
             return replace(self, instances={g: p for g, p in self.instances.items() if g != gpu}, **fields)
         return replace(self, free=self.free - {gpu}, rests={**self.rests, gpu: taken.rest}, **fields)
 
-    def before(self, gpus: Collection[int], share: int, profile: str) -> Node:
-        """The node once that has been given back. Slots that were lost since do not become free."""
-        gpus = [gpu for gpu in gpus if self.slots.get(gpu) != UNKNOWN_PROFILE]
-        if not gpus:
+    def before(self, taken: Mapping[int, int], profile: str) -> Node:
+        """The node once that has been given back. Slots that were lost since do not become free.
+
+        Args:
+            taken: GPU, or slot of a MIG instance -> thousandths.
+            profile: of the MIG instance; empty for GPUs.
+        """
+        taken = {gpu: share for gpu, share in taken.items() if self.slots.get(gpu) != UNKNOWN_PROFILE}
+        if not taken:
             return self
         if profile:
-            return replace(self, instances={**self.instances, **dict.fromkeys(gpus, profile)})
-        if share == WHOLE:
-            return replace(self, free=self.free.union(gpus))
-        [gpu] = gpus
-        rest = self.rests.get(gpu, 0) + share
-        others = {g: r for g, r in self.rests.items() if g != gpu}
-        if rest >= WHOLE:
-            return replace(self, free=self.free | {gpu}, rests=others)
-        return replace(self, rests={**others, gpu: rest})
+            return replace(self, instances={**self.instances, **dict.fromkeys(taken, profile)})
+        rests = {**self.rests, **{gpu: self.rests.get(gpu, 0) + share for gpu, share in taken.items()}}
+        whole = [gpu for gpu in taken if rests[gpu] >= WHOLE]
+        rests = {gpu: rest for gpu, rest in rests.items() if gpu not in whole}
+        return replace(self, free=self.free.union(whole), rests=rests)
 
     def holders_with(self, deployment: str, gpus: Iterable[int]) -> Mapping[int, tuple[str, ...]]:
         """:attr:`holders` once a replica of a deployment has these GPUs, too, or some of them."""

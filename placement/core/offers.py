@@ -70,7 +70,7 @@ def rank_of(node: Node, needs: Needs, policy: Policy) -> Rank | None:
 
     CPUs are not checked here.
     """
-    if not needs.gpus:
+    if not needs.any:
         return _rank_of_cpus(node, policy)
     offer = node.offer(needs)
     if offer is None or offer.slowness > needs.slowest:
@@ -81,7 +81,7 @@ def rank_of(node: Node, needs: Needs, policy: Policy) -> Rank | None:
 
 def usable_rank(node: Node, needs: Needs, policy: Policy) -> Rank | None:
     """The same; also ``None`` if nothing may be placed there."""
-    usable = is_usable(node) if needs.gpus else node.problem is None
+    usable = is_usable(node) if needs.any else node.problem is None
     return rank_of(node, needs, policy) if usable else None
 
 

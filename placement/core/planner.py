@@ -100,7 +100,7 @@ def vacate(
         node = changed.get(replica.node_id) or snapshot.node(replica.node_id)
         if replica.egress_resource is None:
             node = replace(
-                node.before(replica.gpus, replica.share, replica.profile),
+                node.before(replica.taken, replica.profile),
                 cpu_milli=node.cpu_milli + replica.cpu_milli,
                 memory_bytes=node.memory_bytes + replica.memory_bytes,
                 holders=node.holders_without(deployment, replica.gpus),

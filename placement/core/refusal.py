@@ -33,7 +33,7 @@ def _refuse_gpus(request: Request, index: int, sifted: Sifted) -> Unplaceable:
     excluded.pop(HAS_NO_GPUS, None)
     largest = sieve.largest
     sets = request.stages * request.parts
-    count, what = needs.gpus * sets, describe(needs) if sets == 1 else sets_of(sets, needs)
+    count, what = needs.least_gpus * sets, describe(needs) if sets == 1 else sets_of(sets, needs)
     if needs.named:
         what += f" of {gpu_names(needs.named)}"
     if stage == "size":

@@ -26,6 +26,7 @@ class PlannedReplica:
         ranks: which ranks of the replica run here; empty if all do, in order.
         set_size: GPUs of each of the replica's sets; 0 if all of its GPUs are one set.
         share: thousandths of each GPU.
+        shares: the same for each GPU, if they differ; else empty.
         profile: the profile of the MIG instance in ``gpus``; empty for a GPU.
         cpu_milli, memory_bytes: CPUs (thousandths) and memory that it takes, beside GPUs or without.
     """
@@ -41,6 +42,12 @@ class PlannedReplica:
     egress_resource: str | None = None
     egress_units: int = 0
     set_size: int = 0
+    shares: tuple[int, ...] = ()
+
+    @property
+    def taken(self) -> dict[int, int]:
+        """GPU -> thousandths of it."""
+        return dict(zip(self.gpus, self.shares or (self.share,) * len(self.gpus), strict=True))
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,7 @@ def take(index: int, node: Node, taken: Choice, request: Request) -> tuple[Plann
         node.id,
         taken.gpus,
         share=taken.share,
+        shares=taken.shares,
         profile=node.instances[taken.gpus[0]] if request.needs.profile else "",
         cpu_milli=request.cpu_milli,
         memory_bytes=request.memory_bytes,

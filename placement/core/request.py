@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
-from placement.core.needs import NO_GPUS, Needs
+from placement.core.needs import NO_GPUS, WHOLE, Needs
 from placement.core.policy import Policy
 from placement.errors import Unplaceable
 
@@ -32,6 +32,7 @@ Resources = tuple[tuple[str, int], ...]
 class Bundle(NamedTuple):
     """What one bundle of a placement group takes: whole GPUs, CPUs (thousandths), memory, and label -> condition.
 
+    ``share``: thousandths of one GPU, instead of whole ones.
     ``resources``: Ray's custom resources, in its smallest units; see :data:`~placement.core.node.UNIT`.
     """
 
@@ -40,6 +41,13 @@ class Bundle(NamedTuple):
     memory_bytes: int = 0
     labels: tuple[tuple[str, str], ...] = ()
     resources: Resources = ()
+    share: int = 0
+
+
+def amounts_of(bundles: Iterable[Bundle]) -> tuple[int, ...]:
+    """Thousandths of a GPU, of each bundle that has GPUs; empty if none has a share of one."""
+    amounts = tuple(WHOLE * one.gpus + one.share for one in bundles if one.gpus or one.share)
+    return amounts if any(amount < WHOLE for amount in amounts) else ()
 
 
 class Place(NamedTuple):
@@ -138,7 +146,7 @@ class Request:
     @property
     def on_cpus(self) -> bool:
         """Whether it is for CPU replicas, which have no GPUs and call no provider."""
-        return self.provider is None and not self.needs.gpus
+        return self.provider is None and not self.needs.any
 
     @property
     def only_nodes(self) -> tuple[str, tuple[str, ...] | None]:

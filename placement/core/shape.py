@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache
+from itertools import combinations, compress
 from typing import NamedTuple
 
 from placement.core.bandwidth import BELOW_ONE_SWITCH, Generation, Host, generation, has_switch, hosts_of
@@ -97,6 +98,7 @@ class Shape:
         self.in_order = [gpu for twins in self.twins for gpu in twins] == list(range(len(links)))
         self._chosen: dict[tuple[int, int, Within], tuple[int, ...] | None] = {}
         self._offered: dict[tuple[int, int, Within], Offer | None] = {}
+        self._mixed: dict[tuple[int, tuple[bool, ...], Within], tuple[int, ...] | None] = {}
         self._picks = Picks(self.twins)
         self._greedy = Greedy(interconnect, numa, self._rates)
         self._tables: Tables | None = None
@@ -143,6 +145,41 @@ class Shape:
                 self._chosen.clear()
             found = self._chosen[key] = self._search(mask, count, within)
             return found
+
+    def mixed(self, mask: int, whole: tuple[bool, ...], within: Within) -> tuple[int, ...] | None:
+        """The best free GPUs of which some, by their order, are used as one set: ``whole`` says which.
+
+        The set is the fastest; then the cost to others is least. With fewer than two GPUs in the set, all are the
+        fastest set together; also where there are more than :data:`MAX_PICKS` ways.
+
+        Returns:
+            Ordinals, ascending; ``None`` if there are too few, or no such set is ``within`` the distance.
+        """
+        key = (mask, whole, within)
+        if key not in self._mixed:
+            if len(self._mixed) >= MAX_PICKS:
+                self._mixed.clear()
+            self._mixed[key] = self._search_mixed(mask, whole, within)
+        return self._mixed[key]
+
+    def _search_mixed(self, mask: int, whole: tuple[bool, ...], within: Within) -> tuple[int, ...] | None:
+        count, size = len(whole), sum(whole)
+        if not count:
+            return ()
+        if size < 2:
+            return self.best(mask, count)
+        if size == count or math.comb(mask.bit_count(), count) > MAX_PICKS:
+            return self.best(mask, count, within)
+        fastest: list[tuple[int, ...]] = []
+        speed = -1
+        for gpus in combinations((gpu for gpu in range(mask.bit_length()) if mask >> gpu & 1), count):
+            chosen = tuple(compress(gpus, whole))
+            reached = self.mb_per_s(chosen)
+            if reached < speed or self.best(sum(1 << gpu for gpu in chosen), size, within) is None:
+                continue
+            fastest = [*fastest, gpus] if reached == speed else [gpus]
+            speed = reached
+        return min(fastest, key=lambda gpus: (self.loss(mask, gpus), gpus), default=None)
 
     def offer(self, mask: int, count: int, within: Within = Within.NODE) -> Offer | None:
         """The offer of :meth:`best`, with its cost to others; ``None`` if there is no such set."""

@@ -267,7 +267,13 @@ def gpus_asked(snapshot: Snapshot, request: Request) -> float:
     share = needs.share
     if needs.memory_bytes:
         share = needs.least_share({node.gpu_memory_bytes for node in snapshot.nodes})
-    return len(request.replicas) * request.stages * request.parts * needs.gpus * share / WHOLE
+    return (
+        len(request.replicas)
+        * request.stages
+        * request.parts
+        * (sum(needs.amounts) or needs.gpus * share)
+        / WHOLE
+    )
 
 
 def fragmentation(snapshot: Snapshot) -> tuple[float, float]:
@@ -311,4 +317,4 @@ def _reason(refusal: Unplaceable) -> str:
 
 
 def _gpus(replica: PlannedReplica) -> float:
-    return 0.0 if replica.profile else len(replica.gpus) * replica.share / WHOLE
+    return 0.0 if replica.profile else sum(replica.taken.values()) / WHOLE

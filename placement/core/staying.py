@@ -73,6 +73,8 @@ def _holds(snapshot: Snapshot, parts: Replica, before: Request, after: Request) 
     laid_out = before.bundles, before.strategy, before.domain_label, before.resources
     if laid_out != (after.bundles, after.strategy, after.domain_label, after.resources):
         return False
+    if old.amounts or new.amounts:
+        return old == new
     if not all(counts) or sum(counts) != new.gpus * after.stages or not _is_alike(parts, old, new):
         return False
     for was, is_now in ((before.cpu_milli, after.cpu_milli), (before.memory_bytes, after.memory_bytes)):

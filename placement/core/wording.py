@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from placement.core.labels import GPU_DOMAIN_LABEL
@@ -21,7 +22,14 @@ def gpu_names(names: Iterable[GpuName]) -> str:
 
 
 def describe(needs: Needs) -> str:
-    """``4 GPUs``, ``0.25 of a GPU``, ``20 GiB of a GPU``, ``a MIG instance 1g.10gb``."""
+    """``4 GPUs``, ``0.25 of a GPU``, ``2 GPUs and 2 x 0.5 of a GPU``, ``20 GiB of a GPU``, ``a MIG instance``."""
+    if needs.amounts:
+        kinds = Counter(amount for amount in needs.amounts if amount < WHOLE)
+        parts = [
+            f"{f'{count} x ' if count > 1 else ''}{share / WHOLE:g} of a GPU"
+            for share, count in kinds.items()
+        ]
+        return " and ".join([*([counted(needs.gpus, "GPU")] if needs.gpus else []), *parts])
     if needs.profile == ANY_PROFILE:
         return "a MIG instance"
     if needs.profile:

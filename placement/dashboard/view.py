@@ -122,7 +122,7 @@ def _deployment(one: Mapping[str, Any], at: float, before: Mapping[str, Any]) ->
 
 _ALWAYS = {"replica_index", "node", "node_name", "gpus", "share"}
 _IF_SAID = {
-    "mig", "bandwidth_gb_per_s", "bandwidth_measured", "upper_bandwidth_gb_per_s", "weakest_link", "ray_gpus",
+    "shares", "mig", "bandwidth_gb_per_s", "bandwidth_measured", "upper_bandwidth_gb_per_s", "weakest_link", "ray_gpus",
     "ray_bandwidth_gb_per_s", "egress_resource", "egress_units", "cpus",
 }  # fmt: skip
 """Empty fields are left out, as there may be thousands."""

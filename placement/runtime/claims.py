@@ -54,8 +54,9 @@ class Tally:
             self.holders.setdefault(gpu, []).append(deployment.name)
         self.cpu_milli += replica.cpu_milli
         self.memory_bytes += replica.memory_bytes
-        if replica.share < WHOLE:
-            self.shares[replica.gpus[0]] += replica.share
+        for gpu, share in replica.taken.items():
+            if share < WHOLE:
+                self.shares[gpu] += share
         if replica.egress_resource is not None:
             self.egress[replica.egress_resource] += replica.egress_units
             self.serving[deployment.provider or "", deployment.key_fingerprint or ""] += 1

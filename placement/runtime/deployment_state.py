@@ -272,17 +272,20 @@ def expiry(wanted: Deployment) -> float | None:
 
 def holding_of(deployment: str, a: NodeAssignment) -> Holding:
     """An assignment in the form of its node's actor."""
-    return Holding(deployment, tuple(a.gpus), round(a.share * WHOLE))
+    return Holding(deployment, {gpu: round(part * WHOLE) for gpu, part in a.taken.items()})
 
 
 def held_replica(a: NodeAssignment, generation: int = 0) -> HeldReplica:
     """An assignment in the form of plans and snapshots; ``generation`` for one to be replaced."""
+    # With several shares of a GPU, or of some, it holds fewer GPUs than it has ranks.
+    amounts = a.taken if a.shares or len({*a.gpus}) < len(a.gpus) else {}
     return HeldReplica.model_construct(
         replica_index=a.replica_index,
         node=a.node,
-        gpus=tuple(a.gpus),
+        gpus=tuple(amounts or a.gpus),
         ranks=tuple(a.ranks) if a.gpus else (),
-        share=round(a.share * WHOLE),
+        share=WHOLE if amounts else round(a.share * WHOLE),
+        shares=tuple(round(part * WHOLE) for part in amounts.values()),
         profile=a.mig,
         cpu_milli=round(a.cpus * 1000) or round(a.cpus_per_gpu * 1000) * len(a.gpus),
         memory_bytes=a.memory_bytes or a.memory_bytes_per_gpu * len(a.gpus),

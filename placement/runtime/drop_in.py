@@ -50,8 +50,8 @@ def placement_group(
 
     The group belongs to this process, like any group that it creates with Ray: it ends with the process, or by
     ``ray.util.remove_placement_group``, and is not placed again. The service knows it, and ``placement status`` shows
-    it. The GPUs that it has on one node are the set with the highest predicted all-reduce bandwidth; its bundles there
-    get them in ascending order. Without a GPU in any bundle, it is Ray's own call.
+    it. The whole GPUs that it has on one node are the set with the highest predicted all-reduce bandwidth; its bundles
+    there get them in ascending order. Without a GPU in any bundle, it is Ray's own call.
 
     What differs from Ray's: it returns once the group is reserved and a worker in each bundle has confirmed its GPUs.
     While there is no room it waits in the service's queue, as ``ray.get(pg.ready())`` would; a warning says
@@ -62,7 +62,7 @@ def placement_group(
 
     Args:
         bundles: the GPU, CPU, memory and custom resources of each. GPUs are whole GPUs, of which actors may take
-            shares; or the only bundle with GPUs has a share of one.
+            shares, or a share of one: 0.001 to 0.999. Shares fill GPUs that are shared already, as Ray deals them.
         strategy: PACK (default), STRICT_PACK, SPREAD or STRICT_SPREAD, as in Ray.
         name: the group's name, for ``ray.util.get_placement_group``.
         lifetime: ``None``, or ``"detached"``: it stays until it is removed, or released by ``placement release``.
@@ -72,15 +72,15 @@ def placement_group(
             ``STRICT_PACK`` for a label that must have the same value on all nodes.
         gpus: only these GPUs, all on one node: ordinals as ``placement status`` shows them, or UUIDs of GPUs or of a
             MIG instance. ``bundle_label_selector`` may select the node; else it is one on which they are free.
-        within: floor for the GPUs that it has on one node: nvlink, switch, numa or node.
+        within: floor for the whole GPUs that it has on one node: nvlink, switch, numa or node.
         min_bandwidth_gb_per_s: floor for the same: predicted all-reduce bus bandwidth, GB/s per direction.
         policy: which node goes first among those with room; see :class:`placement.Deployment`.
         wait_seconds: how long to wait for room; ``None`` waits without limit, 0 does not wait.
 
     Raises:
         ValueError: Ray itself refuses the arguments.
-        InvalidDeployment: placement refuses them: egress in a bundle, 1.5 GPUs, several bundles of which one has a
-            share of a GPU, more than 4096 bundles, fewer ``gpus`` than the bundles take.
+        InvalidDeployment: placement refuses them: egress in a bundle, 1.5 GPUs, more than 4096 bundles, fewer
+            ``gpus`` than the bundles take.
         UnknownGpu: no node has a GPU that ``gpus`` names.
         Unplaceable: no room was found in time: ``NoGpuNodes``, ``NotEnoughGpus`` or ``BelowFloor``.
         ReservationFailed, LeaseExpired: until the time was over, others kept taking the GPUs, or this process was too

@@ -48,10 +48,12 @@ class Groups(Protocol):
     def remove(self, group: Any) -> None:
         """Gives a group back."""
 
-    def gpus_of(self, group: Any, bundles: Iterable[int], share: float = 1) -> list[int]:
-        """The GPU of which each of these bundles holds a share, as a worker inside reports.
+    def gpus_of(self, group: Any, amounts: Mapping[int, float]) -> list[int]:
+        """The GPUs that bundles hold, or a share of, as a worker in each of them reports.
 
-        A bundle is named once for each GPU that it holds.
+        Args:
+            group: their group.
+            amounts: bundle -> the GPUs that it holds, or the share of one.
         """
 
     def lowest_free(self, count: int, deadline_seconds: float) -> list[int] | None:
@@ -77,6 +79,7 @@ class FreeGpus:
         self._groups = groups
         self._gpu_count = gpu_count
         self._removed: set[str] = set()
+        self._doubted: dict[int, float] = {}
         self._foreign: frozenset[int] | None = frozenset()
         self._changed_at = float("-inf")
         self._freed_at = time.monotonic()  # an earlier actor of this node may have died with holds
@@ -89,16 +92,32 @@ class FreeGpus:
 
     def ours(self) -> frozenset[int]:
         """GPUs that this service holds, or a share of."""
-        return frozenset(gpu for held in self.held.values() for gpu in held.gpus)
+        return frozenset(gpu for held in self.held.values() for gpu in held.taken)
 
     def rests(self) -> dict[int, int]:
         """The free thousandths of each GPU that the service shares, if nobody else uses it."""
         rests: dict[int, int] = {}
-        for held in self.held.values():
-            if held.share < WHOLE:
-                [gpu] = held.gpus
-                rests[gpu] = rests.get(gpu, WHOLE) - held.share
-        return rests
+        for held in self._standing():
+            for gpu, share in held.taken.items():
+                rests[gpu] = rests.get(gpu, WHOLE) - share
+        return {gpu: rest for gpu, rest in rests.items() if rest > 0}
+
+    def known_rests(self) -> dict[int, int]:
+        """The same without the GPUs of which others were found to use parts lately."""
+        now = time.monotonic()
+        return {gpu: rest for gpu, rest in self.rests().items() if self._doubted.get(gpu, now) <= now}
+
+    def usable_rests(self) -> dict[int, int]:
+        """The known ones, without GPUs of which a part was given back that elsewhere still counts as held."""
+        gone = {gpu for name in self._removed & self.held.keys() for gpu in self.held[name].taken}
+        return {gpu: rest for gpu, rest in self.known_rests().items() if gpu not in gone}
+
+    def doubt(self, gpus: Iterable[int]) -> None:
+        """Notes that others use parts of these GPUs, for :data:`TRUST_SECONDS`."""
+        self._doubted |= dict.fromkeys(gpus, time.monotonic() + TRUST_SECONDS)
+
+    def _standing(self) -> list[Holding]:
+        return [held for name, held in self.held.items() if name not in self._removed]
 
     def adopt(self, holdings: Mapping[str, Holding]) -> None:
         """Records what is reserved already, by order name; the service holds nothing else."""
@@ -123,6 +142,15 @@ class FreeGpus:
     def forget_foreign(self) -> None:
         """Forces a new look next time: what others hold is no longer known."""
         self._foreign = None
+        self._notice_removed()
+
+    def _notice_removed(self) -> None:
+        """Asks Ray which groups are gone, where their owner may remove them."""
+        self._removed |= {
+            name
+            for name, held in self.held.items()
+            if held.group is not None and self._groups.is_gone(held.group)
+        }
 
     def locate(self) -> frozenset[int]:
         """Which GPUs other Ray users hold, by a new look."""
@@ -152,14 +180,16 @@ class FreeGpus:
             whole = self._groups.available() - sum(rests.values()) / WHOLE
             # Others may use the free part of a GPU that we share; then that is not the reason.
             expected = min(len(not_ours), math.ceil(whole - 1e-6) if rests else math.floor(whole + 1e-6))
-            # A GPU that counted as held is free: its owner has ended, which is not known here yet.
-            is_lost = math.floor(whole + 1e-6) > len(not_ours)
-            if expected == len(not_ours) and not is_lost:
+            # Something that counted as held is free: its owner has ended, which is not known here yet.
+            is_lost = whole > len(not_ours) + 1e-6
+            # If others use parts, it is not known of which GPUs.
+            in_parts = bool(rests) and abs(whole - round(whole)) > 1e-6
+            if expected == len(not_ours) and not is_lost and not in_parts:
                 self._foreign = frozenset()
         if is_lost:
-            self._removed |= {name for name, held in self.held.items() if self._is_removed(held)}
+            self._notice_removed()
             not_ours |= self._given_back()
-            expected = math.floor(whole + 1e-6)
+            expected = math.floor(self._groups.available() - sum(self.rests().values()) / WHOLE + 1e-6)
             if expected == len(not_ours):
                 self._foreign = frozenset()
             elif expected != len(not_ours - self.foreign):
@@ -188,12 +218,9 @@ class FreeGpus:
         self._foreign = None
         return None
 
-    def _is_removed(self, held: Holding) -> bool:
-        return held.group is not None and held.share == WHOLE and self._groups.is_gone(held.group)
-
     def _given_back(self) -> frozenset[int]:
-        """GPUs that count as ours although their owner has removed their group, or ended."""
-        return frozenset(gpu for name in self._removed & self.held.keys() for gpu in self.held[name].gpus)
+        """GPUs that count as ours although their owners have removed their groups, or ended."""
+        return self.ours() - {gpu for held in self._standing() for gpu in held.taken}
 
     def catch_up(self, free: Collection[int]) -> None:
         """Waits until Ray's records show what was given back here, or taken for a moment to look.
@@ -201,7 +228,7 @@ class FreeGpus:
         Ray's scheduler uses them: a group that is asked for before that fails at once, and is tried again only
         after up to a second.
         """
-        expected = len(free) + sum(self.rests().values()) / WHOLE - 1e-6
+        expected = len(free) + sum(self.known_rests().values()) / WHOLE - 1e-6
         until = max(self._freed_at, self._looked_at) + CATCH_UP_SECONDS
         while (left := until - time.monotonic()) > 0:
             began = time.monotonic()

@@ -92,7 +92,7 @@ class GroupReservation:
         # The bundle of each rank of a part, ascending: the rank itself, unless the caller laid out the bundles.
         of = range(sum(len(part.gpus) for part in parts)) if layout is None else layout.bundle_of_rank
         self._bundles = {
-            part.node_id: [of[rank] for rank in sorted(part.ranks or range(len(part.gpus)))] for part in parts
+            part.node_id: [of[rank] for rank in sorted(part.ranks or range(len(of)))] for part in parts
         }
         self._orders = {part.node_id: self._order(claim, part) for part in parts}
         self._agents: dict[str, Any] = {}
@@ -107,8 +107,18 @@ class GroupReservation:
         order = order_of(self._name, claim.deployment, set_size, planned, measured)
         if self._layout is None:
             return order
-        per_gpu = {"CPU": part.cpu_milli / 1000 / set_size, "memory": part.memory_bytes // set_size}
-        return replace(order, beside={resource: amount for resource, amount in per_gpu.items() if amount})
+        bundles = self._bundles[part.node_id]
+        per_gpu = {"CPU": part.cpu_milli / 1000 / len(bundles), "memory": part.memory_bytes // len(bundles)}
+        order = replace(order, beside={resource: amount for resource, amount in per_gpu.items() if amount})
+        if not self._layout.amounts:
+            return order
+        here = {bundle: self._layout.bundles[bundle]["GPU"] for bundle in bundles}
+        thousandths = tuple(round(amount * WHOLE) for amount in here.values())
+        gpus = sum(amount // WHOLE for amount in thousandths)
+        amounts = thousandths if min(thousandths) < WHOLE else ()
+        return replace(
+            order, needs=order.needs._replace(gpus=gpus, amounts=amounts), amounts=here if amounts else {}
+        )
 
     def reserve(self) -> list[NodeAssignment] | Refusal:
         """One assignment for each part; or why there is none, and then nothing is held.
@@ -151,7 +161,7 @@ class GroupReservation:
     def _warm(self, gpus: bool = True) -> Refusal | None:
         """Waits for all actors first, so that no GPUs are held while another node's processes start, or it looks."""
         starting = {
-            part.node_id: self._agents[part.node_id].warm.remote(len(part.ranks) if gpus else 0)
+            part.node_id: self._agents[part.node_id].warm.remote(len(part.gpus) if gpus else 0)
             for part in self._parts
         }
         for node, outcome in self._all.answers(starting, self._deadline).items():
@@ -197,7 +207,7 @@ class GroupReservation:
         asked = {}
         for part in self._parts:
             order = self._orders[part.node_id]
-            sets = len(part.gpus) // order.needs.gpus
+            sets = 1 if order.needs.amounts else len(part.gpus) // order.needs.gpus
             asked[part.node_id] = self._agents[part.node_id].prepare.remote(order, sets, self._more)
         prepared: dict[str, Prepared] = {}
         refusal = None
@@ -247,18 +257,20 @@ class GroupReservation:
 def _assignment(
     info: NodeInfo, part: PlannedReplica, found: Part, group: PlacementGroup, order: Order
 ) -> NodeAssignment:
-    gpus = [gpu for gpus in found.sets for gpu in gpus]
+    parts = [min(1.0, order.amounts[bundle]) for _, bundle in found.slots] if order.amounts else []
+    shares = {*parts}
     alone = found.ray_score if not part.ranks else None  # for several nodes, Ray's own choice is unknown
     return NodeAssignment(
         replica_index=part.replica_index,
         node=info.id,
-        gpus=gpus,
+        gpus=[gpu for gpu, _ in found.slots],
         ranks=list(part.ranks),
         set_size=part.set_size,
         placement_group=group,
-        bundle_indices=[found.bundle_of[gpu] for gpu in gpus],
+        bundle_indices=[bundle for _, bundle in found.slots],
         node_name=info.name,
-        share=found.share / WHOLE,
+        share=found.share / WHOLE if len(shares) > 1 or not shares else shares.pop(),
+        shares=parts if len(shares) > 1 else [],
         mig=found.mig,
         cpus_per_gpu=order.beside.get("CPU", 0.0),
         memory_bytes_per_gpu=int(order.beside.get("memory", 0)),

@@ -18,8 +18,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,20 +113,22 @@ class NodeGroups:
         self._ready.discard(group.id.hex())
         remove_group(group, ready)
 
-    def gpus_of(self, group: PlacementGroup, bundles: Iterable[int], share: float = 1) -> list[int]:
-        """The slots of which these bundles hold a ``share``, as a worker in each of them reports.
+    def gpus_of(self, group: PlacementGroup, amounts: Mapping[int, float]) -> list[int]:
+        """The slots that bundles hold, or a share of, as a worker in each of them reports.
 
-        Those of the first ones only, if the group is gone.
+        Asked one after the other, so that one warm worker process answers all. Those of the first ones only, if the
+        group is gone.
 
-        A bundle is named once for each GPU that it holds. Asked one after the other, so that one warm worker process
-        answers all.
+        Args:
+            group: their group.
+            amounts: bundle -> the GPUs that it holds, or the share of one.
 
         Raises:
             ray.exceptions.GetTimeoutError: a bundle did not answer in time.
         """
         slots: list[int] = []
-        for bundle, count in Counter(bundles).items():
-            found = self._ask(group, bundle, share * count)
+        for bundle, amount in amounts.items():
+            found = self._ask(group, bundle, amount)
             if not found:
                 break
             slots += sorted(found)

@@ -8,8 +8,9 @@ service that starts anew need not wake the nodes that hold nothing; what was mea
 or not; which numbers no event has had yet; and the history, whose entries have a version of their own
 (:mod:`placement.runtime.history`).
 
-Version 1 had no ``releasing``, version 2 no generations, owners or queue. A record that this version cannot read stays
-unchanged, byte for byte.
+Version 1 had no ``releasing``, version 2 no generations, owners or queue, version 3 one share for all GPUs of a replica
+on a node. A record has the lowest version that can say what is in it, so that an earlier service can read the others. A
+record that this version cannot read stays unchanged, byte for byte.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from placement.runtime import ray_internals
 from placement.wire.facts import NodeFacts
 from placement.wire.measurements import Measurement
 
-VERSION = 3
+VERSION = 4
 _NAMESPACE = b"placement"
 _RECORD = "deployment/"
 _ENDED = "ended/"
@@ -63,15 +64,16 @@ def token() -> str:
     return found.decode()
 
 
-def save(name: str, record: Mapping[str, Any]) -> None:
+def save(name: str, record: Mapping[str, Any], version: int = VERSION) -> None:
     """Writes the record of a deployment, replacing an older one.
 
     Args:
         name: of the deployment.
         record: its contents, JSON-ready; the version is added.
+        version: the lowest that can say what is in it.
     """
     key = (_RECORD + name).encode()
-    value = json.dumps({"version": VERSION, **record}).encode()
+    value = json.dumps({"version": version, **record}).encode()
     ray_internals.kv_put(key, value, _NAMESPACE)
 
 

@@ -205,7 +205,9 @@ def _read_deployments(
 def _read_bandwidth(
     name: str, assignment: Mapping[str, Any], topology: Topology | None, found: defaultdict[Series, float]
 ) -> None:
-    gpus = assignment["gpus"]
+    gpus, shares = assignment["gpus"], assignment["shares"]
+    if shares:
+        gpus = [gpu for gpu, share in zip(gpus, shares, strict=True) if share == 1]
     size = min(assignment["set_size"] or len(gpus), len(gpus))
     if assignment["bandwidth_gb_per_s"] is None or topology is None or size < 2 or max(gpus) >= len(topology):
         return

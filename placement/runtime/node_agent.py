@@ -68,18 +68,18 @@ class Part:
 
     Attributes:
         sets: one set of GPUs for each tensor-parallel group, or part of a group, on this node.
-        bundle_of: GPU -> bundle.
+        slots: GPU and bundle of each rank here, in their order. Of shares, a GPU may have several.
         score: the score of the slowest set.
         sorted_score: the same if the sets were cut from the GPUs in ascending order.
         ray_gpus: what Ray alone would have given.
         ray_score: the score of ``ray_gpus``, if there is one set.
         share: thousandths of each GPU.
         mig: the profile of the MIG instance; empty for GPUs.
-        affinities: what is near each GPU of the sets, in their order; empty if unknown.
+        affinities: what is near each GPU of the slots, in their order; empty if unknown.
     """
 
     sets: tuple[tuple[int, ...], ...]
-    bundle_of: dict[int, int]
+    slots: list[tuple[int, int]]
     score: Score
     sorted_score: Score
     ray_gpus: tuple[int, ...]
@@ -239,25 +239,28 @@ class NodePlacementActor:
             return Refused("another Ray user took GPUs meanwhile, or CPUs or memory are short", 1, full=False)
         if prepared is None:
             return Refused("the GPUs that were prepared had been let go", 1, full=False)
-        bundle_of = self._reserver.confirm(order, prepared, group, bundles)
-        if bundle_of is None:
+        slots = self._reserver.confirm(order, prepared, group, bundles)
+        if slots is None:
             return Refused("another Ray user took or freed GPUs meanwhile", 1, full=False)
         machine = with_rates(hardware_of(self._last_facts(), self._gpu_count), order.measured)
         topology = machine.topology
         gpus, size = [gpu for one in prepared.sets for gpu in one], len(prepared.sets[0])
+        if not prepared.taken:  # in rank order
+            bundle_of = dict(slots)
+            slots = [(gpu, bundle_of[gpu]) for gpu in gpus]
         slowest, resorted = slowest_group(topology, gpus, size), slowest_group(topology, sorted(gpus), size)
         rays = score(topology, prepared.ray_gpus)
         mig = _profile(machine, order, gpus)
         return Part(
             prepared.sets,
-            bundle_of,
+            slots,
             slowest,
             resorted,
             prepared.ray_gpus,
             rays,
             prepared.share,
             mig,
-            affinities(topology, gpus),
+            affinities(topology, [gpu for gpu, _ in slots]),
         )
 
     def release(self, orders: Sequence[tuple[str, PlacementGroup]]) -> None:

@@ -30,8 +30,8 @@ class Held:
 
     def add(self, name: str, a: NodeAssignment) -> None:
         """Counts what one replica holds here."""
-        for gpu in a.gpus:
-            who = {"deployment": name, "replica": a.replica_index, "share": a.share}
+        for gpu, share in a.taken.items():
+            who = {"deployment": name, "replica": a.replica_index, "share": share}
             self.occupants.setdefault(gpu, []).append(who)
         if a.egress_resource is not None:
             self.units[a.egress_resource] = self.units.get(a.egress_resource, 0) + a.egress_units

@@ -98,6 +98,7 @@ class Order:
         needs: what it needs of the GPUs.
         deployment: its name; replicas of one deployment avoid each other's GPUs if that costs nothing.
         beside: what each bundle also takes: ``{"CPU": 4, "memory": 8589934592}``.
+        amounts: bundle -> GPUs that it has, or the share of one, where the caller laid out bundles with shares.
         planned: for a share, the GPU that was planned; ``None`` leaves the choice to the node.
         measured: the rates with which it was planned, which the node's actor uses, too.
     """
@@ -108,19 +109,26 @@ class Order:
     beside: Mapping[str, float] = field(default_factory=dict)
     planned: int | None = None
     measured: MeasuredRates = ()
+    amounts: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Holding:
-    """What a replica that stands holds: GPUs, and thousandths of each.
+    """What a replica that stands holds.
 
-    ``group``: its placement group, where its owner may remove that and it is known.
+    Attributes:
+        taken: GPU -> thousandths of it.
+        group: its placement group, where its owner may remove that and it is known.
     """
 
     deployment: str
-    gpus: tuple[int, ...]
-    share: int = WHOLE
+    taken: Mapping[int, int]
     group: Any = None
+
+    @classmethod
+    def whole(cls, deployment: str, gpus: Iterable[int], group: Any = None) -> Holding:
+        """Whole GPUs."""
+        return cls(deployment, dict.fromkeys(gpus, WHOLE), group)
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,8 @@ class Reserved:
 class Prepared:
     """Disjoint sets of GPUs that Ray gives next while the ``fillers`` stay: ``share`` thousandths of each.
 
-    With what Ray alone would have given, and the GPUs that other Ray users held.
+    With what Ray alone would have given, and the GPUs that other Ray users held. ``taken``: GPU -> thousandths of it,
+    for whole GPUs and shares that are reserved at once; ``sets`` is then the set of those that are whole.
     """
 
     sets: tuple[tuple[int, ...], ...]
@@ -151,6 +160,7 @@ class Prepared:
     attempts: int
     foreign_gpus: tuple[int, ...] = ()
     share: int = WHOLE
+    taken: Mapping[int, int] = field(default_factory=dict)
 
     def bundle(self, beside: Mapping[str, float]) -> dict[str, float]:
         """What each bundle takes: one GPU, as vLLM needs it, or the share of it, and ``beside``."""

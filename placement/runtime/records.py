@@ -17,7 +17,7 @@ from placement.runtime.results import NodeAssignment
 from placement.wire.deployment import Deployment
 
 RECORDED = (
-    "replica_index", "node", "node_name", "gpus", "bundle_indices", "ranks", "share", "mig", "cpus_per_gpu",
+    "replica_index", "node", "node_name", "gpus", "bundle_indices", "ranks", "share", "shares", "mig", "cpus_per_gpu",
     "memory_bytes_per_gpu", "ray_gpus", "bandwidth_gb_per_s", "sorted_bandwidth_gb_per_s",
     "upper_bandwidth_gb_per_s", "ray_upper_bandwidth_gb_per_s",
     "weakest_link", "ray_bandwidth_gb_per_s", "ray_weakest_link", "egress_resource", "egress_units", "cpus",
@@ -27,7 +27,13 @@ RECORDED = (
 
 def save(state: DeploymentState) -> None:
     """Writes a deployment to the ledger."""
-    ledger.save(state.name, to_record(state))
+    ledger.save(state.name, to_record(state), version_for(state))
+
+
+def version_for(state: DeploymentState) -> int:
+    """The version of a deployment's record: 3, or 4 if a replica has several shares."""
+    declared = (state.deployment, *state.earlier.values())
+    return ledger.VERSION if any(one.needs.amounts for one in declared) else 3
 
 
 def to_record(state: DeploymentState) -> dict[str, Any]:

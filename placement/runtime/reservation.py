@@ -14,17 +14,19 @@ Nothing extra is held for longer than one pass takes (tens of milliseconds), and
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 from placement.core.needs import WHOLE, Needs
 from placement.core.node import Node
 from placement.core.score import choose, ray_set, score
+from placement.core.shares import give, pattern
 from placement.core.topology import Topology
-from placement.core.wording import gpu_names
+from placement.core.wording import describe, gpu_names
 from placement.runtime import faults
-from placement.runtime.free_gpus import BOOKS_LAG_SECONDS, FreeGpus, Groups
+from placement.runtime.free_gpus import BOOKS_LAG_SECONDS, TRUST_SECONDS, FreeGpus, Groups
 from placement.runtime.orders import GpuHardware, Holding, Order, Prepared, Refused, Reserved, Steering
 from placement.runtime.steering import READY_DEADLINE_SECONDS, Steerer
 
@@ -51,7 +53,7 @@ class NodeReserver:
         self.gpus = FreeGpus(groups, gpu_count)
         self._groups = groups
         self._steerer = Steerer(groups, self.gpus)
-        self._strayed = False
+        self._strays_until = float("-inf")
 
     def remove(self, name: str, group: Any) -> None:
         """Gives a reserved group back."""
@@ -100,7 +102,7 @@ class NodeReserver:
                 as_good = not more and needs.whole and sound.bit_count() == count
                 as_good = as_good and score(topology, got) >= score(topology, wanted)
                 if got == wanted or (as_good and choose(topology, got, needs._replace(free_memory_bytes=0))):
-                    self.gpus.held[order.name] = Holding(order.deployment, got)
+                    self.gpus.held[order.name] = Holding.whole(order.deployment, got)
                     bundles = tuple(slots.index(gpu) for gpu in got)
                     return Reserved(group, got, bundles, ray_set(free, count) or got, attempt)
                 self._groups.remove(group)
@@ -123,6 +125,8 @@ class NodeReserver:
             more: for how many such orders to follow there should be room left.
         """
         needs = order.needs
+        if needs.amounts:
+            return self._prepare_mixed(order, machine)
         share = needs.share_of(machine.gpu_memory_bytes)
         if share is None:
             return Refused(TOO_LITTLE_MEMORY, 0, True)
@@ -157,12 +161,49 @@ class NodeReserver:
             time.sleep(0.01 * attempt)
         return Refused(reason, attempt, full)
 
+    def _prepare_mixed(self, order: Order, machine: GpuHardware) -> Prepared | Refused:
+        """The same for shares, or whole GPUs and shares, that are reserved at once."""
+        needs, least = order.needs, min(order.needs.amounts)
+        reason, full, attempt = "", False, 0
+        unsure: set[int] = set()
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            known = {gpu: rest for gpu, rest in self.gpus.usable_rests().items() if gpu not in unsure}
+            rests = {gpu: rest for rest, gpu in machine.node((), known).shared_with_room(needs, least)}
+            count, free = len(pattern(needs.amounts, rests)), frozenset[int]()
+            strayed = self._may_stray or bool(unsure)
+            if count or strayed:
+                free = self.gpus.look(max(1, count), attempt >= MAX_LOOKS) or free
+            portions = machine.node(free - self.gpus.ours(), rests).portions(needs)
+            if portions is None:
+                reason, full = f"too little of its GPUs is free for {describe(needs)}", True
+                if attempt >= MAX_LOOKS:
+                    break
+                unsure.clear()
+                time.sleep(BOOKS_LAG_SECONDS / 2)
+                continue
+            believed = {gpu: rest for gpu, rest in self.gpus.known_rests().items() if gpu not in unsure}
+            fillers = self._steerer.steer_mixed(least, free, portions, believed, rests.keys(), strayed)
+            faults.point("agent.prepared")
+            if fillers is not None:
+                rays = give(needs.amounts, self.gpus.rests(), free)
+                alone = portions if rays is None else portions._replace(given=rays)
+                foreign = tuple(sorted(self.gpus.foreign))
+                return Prepared(
+                    (portions.whole,), alone.whole, tuple(fillers), attempt, foreign, taken=portions.taken
+                )
+            reason, full = "another Ray user took GPUs or parts of them meanwhile", False
+            unsure |= believed.keys()
+            self.gpus.forget_foreign()
+            time.sleep(0.01 * attempt)
+        at_most = len(pattern(needs.amounts, {})) - 1 if full else None
+        return Refused(reason, attempt, full, at_most)
+
     def _prepare_share(self, order: Order, machine: GpuHardware, share: int) -> Prepared | Refused:
         """The same for a share of one GPU."""
 
         def prepare(attempt: int, free: frozenset[int], wanted: int) -> Prepared | None:
             fillers = self._steerer.steer_share(share, free, wanted)
-            if fillers is not None and self._strayed:
+            if fillers is not None and self._may_stray:
                 fillers = fillers if self._steerer.fill_strays(fillers, share, wanted) else None
             faults.point("agent.prepared")
             if fillers is None:
@@ -207,6 +248,8 @@ class NodeReserver:
         """Gives back the fillers of the prepared GPUs; the next call looks again if the GPUs could not be taken."""
         if not used:
             self.gpus.forget_foreign()
+            if prepared.taken:  # perhaps there is less left of them than is known
+                self._note_stray(prepared.taken)
         for filler in prepared.fillers:
             self._groups.remove(filler)
         if prepared.fillers:
@@ -218,23 +261,36 @@ class NodeReserver:
 
     def confirm(
         self, order: Order, prepared: Prepared, group: Any, bundles: Sequence[int]
-    ) -> dict[int, int] | None:
-        """GPU -> bundle, if these bundles of a group hold exactly the prepared GPUs; they then count as held.
+    ) -> list[tuple[int, int]] | None:
+        """GPU and bundle, if these bundles of a group hold exactly what was prepared; it then counts as held.
 
         A bundle is named once for each GPU that it holds.
         """
-        is_share = prepared.share < WHOLE
-        slots = self._groups.gpus_of(group, bundles, prepared.share / WHOLE if is_share else 1)
+        share = prepared.share / WHOLE
+        amounts = order.amounts or {bundle: count * share for bundle, count in Counter(bundles).items()}
+        slots = self._groups.gpus_of(group, amounts)
         self.gpus.note_change()
-        if sorted(slots) != sorted(gpu for gpus in prepared.sets for gpu in gpus):
+        wanted = prepared.taken or {gpu: prepared.share for gpus in prepared.sets for gpu in gpus}
+        taken: Counter[int] = Counter()
+        for gpu, bundle in zip(slots, bundles, strict=False):  # fewer slots if the group is gone
+            taken[gpu] += round(min(amounts[bundle], 1) * WHOLE)
+        if taken != wanted:
             self.gpus.forget_foreign()
-            self._strayed = is_share
+            if prepared.share < WHOLE or prepared.taken:
+                self._note_stray(gpu for gpu, share in wanted.items() if taken[gpu] < share)
             return None
-        if is_share:
-            self._strayed = False
         faults.point("agent.confirmed")
-        self.gpus.held[order.name] = Holding(order.deployment, tuple(sorted(slots)), prepared.share, group)
-        return dict(zip(slots, bundles, strict=True))
+        self.gpus.held[order.name] = Holding(order.deployment, dict(taken), group)
+        return list(zip(slots, bundles, strict=True))
+
+    @property
+    def _may_stray(self) -> bool:
+        return time.monotonic() < self._strays_until
+
+    def _note_stray(self, gpus: Iterable[int]) -> None:
+        """Notes that others use parts of GPUs, perhaps of these."""
+        self._strays_until = time.monotonic() + TRUST_SECONDS
+        self.gpus.doubt(self.gpus.rests().keys() & {*gpus})
 
     def _share(self, order: Order, machine: GpuHardware, share: int) -> Reserved | Refused:
         """A share of one GPU."""
@@ -243,7 +299,7 @@ class NodeReserver:
             group = self._steerer.create_share(f"{order.name}:{attempt}", order.beside, share, free, wanted)
             if group is None:
                 return None
-            self.gpus.held[order.name] = Holding(order.deployment, (wanted,), share)
+            self.gpus.held[order.name] = Holding(order.deployment, {wanted: share})
             return Reserved(group, (wanted,), (0,), (wanted,), attempt, share)
 
         return self._with_share(order, machine, share, create)
@@ -261,11 +317,12 @@ class NodeReserver:
             gpu
             for held in self.gpus.held.values()
             if held.deployment == order.deployment
-            for gpu in held.gpus
+            for gpu in held.taken
         }
         unsure: set[int] = set()
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            rests = {gpu: rest for gpu, rest in self.gpus.rests().items() if gpu not in machine.lost | unsure}
+            rests = self.gpus.usable_rests()
+            rests = {gpu: rest for gpu, rest in rests.items() if gpu not in machine.lost | unsure}
             free: frozenset[int] = frozenset()
             wanted = order.planned if attempt == 1 else None
             if wanted is not None and wanted not in rests:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from placement.core.affinity import Affinity
+from placement.core.needs import WHOLE
 from placement.runtime.binding import CPUS, NUMA_NODE
 from placement.wire.runtime_config import Budget, RuntimeConfig, Serving
 
@@ -29,6 +31,8 @@ class NodeAssignment:
         ranks: which ranks of the replica are here: ``0, 1, ...`` unless it is on several nodes.
         node_name: the node's name in Ray.
         share: the held part of the GPU, 1 for whole GPUs.
+        shares: the part of ``gpus[r]`` that each rank has, if these differ; else empty. A GPU of which several ranks
+            have shares is in ``gpus`` once for each.
         mig: profile of the MIG instance in ``gpus``; empty for GPUs.
         cpus_per_gpu, memory_bytes_per_gpu: what each bundle also holds.
         ray_gpus: what Ray alone would have given at that moment: the lowest-numbered free GPUs.
@@ -76,10 +80,23 @@ class NodeAssignment:
     set_size: int = 0
     affinities: list[Affinity] = field(default_factory=list)
     bandwidth_measured: bool = False
+    shares: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.ranks:
             object.__setattr__(self, "ranks", list(range(len(self.bundle_indices))))
+
+    def share_of(self, rank: int = 0) -> float:
+        """The part of ``gpus[rank]`` that this rank has: 1 for a whole GPU."""
+        return self.shares[rank] if self.shares else self.share
+
+    @property
+    def taken(self) -> dict[int, float]:
+        """GPU -> the part of it that is held, all ranks together."""
+        parts: Counter[int] = Counter()
+        for rank, gpu in enumerate(self.gpus):
+            parts[gpu] += round(self.share_of(rank) * WHOLE)
+        return {gpu: part / WHOLE for gpu, part in sorted(parts.items())}
 
     def actor_options(self, rank: int = 0) -> dict[str, Any]:
         """Options that start a worker on ``gpus[rank]``: ``Engine.options(**a.actor_options(0))``.
@@ -102,7 +119,7 @@ class NodeAssignment:
         if memory := self.memory_bytes or self.memory_bytes_per_gpu:
             options["memory"] = memory
         if self.gpus:
-            options["num_gpus"] = 1 if self.share == 1 else self.share
+            options["num_gpus"] = 1 if (share := self.share_of(rank)) == 1 else share
         elif self.egress_resource is not None:
             options["resources"] = {self.egress_resource: self.egress_units}
         return options
@@ -156,6 +173,7 @@ class NodeAssignment:
             "bundle_indices": list(self.bundle_indices),
             "ranks": list(self.ranks),
             "share": self.share,
+            "shares": list(self.shares),
             "mig": self.mig,
             "cpus_per_gpu": self.cpus_per_gpu,
             "memory_bytes_per_gpu": self.memory_bytes_per_gpu,
@@ -229,7 +247,7 @@ class PlacementResult:
         They go into ``Engine.options(runtime_env={"env_vars": ...})``, or into a subprocess's environment:
 
         - ``VLLM_RAY_BUNDLE_INDICES``: the bundles of the replica's placement group in rank order, one for each rank.
-        - ``VLLM_RAY_PER_WORKER_GPUS``: how much of a GPU each bundle has, for a share.
+        - ``VLLM_RAY_PER_WORKER_GPUS``: how much of a GPU each bundle has, if all have the same.
         - ``CUDA_DEVICE_ORDER=PCI_BUS_ID``: CUDA then numbers a node's GPUs as NVML and Ray do.
         - ``RAY_ADDRESS``: the cluster, if this process is connected to it. The process in which vLLM starts its engine
           core needs it, as several clusters may run on the same machine.
@@ -277,7 +295,8 @@ def _variables(parts: Sequence[NodeAssignment], rank: int | None) -> dict[str, s
     variables: dict[str, str] = {}
     if parts[0].gpus:
         variables["VLLM_RAY_BUNDLE_INDICES"] = ",".join(map(str, bundle_of.values()))
-        variables["VLLM_RAY_PER_WORKER_GPUS"] = f"{parts[0].share:g}"
+        if len(shares := {a.share_of(i) for a in parts for i in range(len(a.gpus))}) == 1:
+            variables["VLLM_RAY_PER_WORKER_GPUS"] = f"{shares.pop():g}"
         variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     elif parts[0].cpus:
         variables["CUDA_VISIBLE_DEVICES"] = ""

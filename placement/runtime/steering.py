@@ -13,15 +13,19 @@ the share lands there: it then serves as one more filler, and the share is tried
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import groupby
 from typing import Any
 
 from placement.core.needs import WHOLE
+from placement.core.shares import OPENED, Portions
 from placement.runtime import faults
 from placement.runtime.free_gpus import BOOKS_LAG_SECONDS, FreeGpus, Groups
 
 MAX_STRAY_SHARES = 6
 """How many unknown free parts are filled by a share that landed there."""
+MAX_UNKNOWN_PARTS = 16
+"""The same, of the smallest share, for several shares at once."""
 READY_DEADLINE_SECONDS = 0.15
 """Long enough for Ray to try twice; see :func:`~placement.runtime.groups.ready_or_removed`."""
 
@@ -55,7 +59,7 @@ class Steerer:
             faults.point("agent.created")
             while fillers:
                 groups.remove(fillers.pop())
-            slots = groups.gpus_of(real, range(len(wanted)))
+            slots = groups.gpus_of(real, dict.fromkeys(range(len(wanted)), 1))
             faults.point("agent.verified")
             done = True
             return real, slots
@@ -108,7 +112,7 @@ class Steerer:
                 if not groups.ready_or_removed(group, READY_DEADLINE_SECONDS):
                     return None
                 faults.point("agent.created")
-                if groups.gpus_of(group, [0], share / WHOLE) == [wanted]:
+                if groups.gpus_of(group, {0: share / WHOLE}) == [wanted]:
                     kept = group
                     return group
             return None
@@ -125,7 +129,7 @@ class Steerer:
             The fillers; ``None``, with nothing held, if other users took or freed GPUs.
         """
         groups = self._groups
-        rests = self._gpus.rests()
+        rests = self._gpus.known_rests()
         self._gpus.catch_up(free)
         before = sorted((rest, gpu) for gpu, rest in rests.items() if rest >= share and gpu != wanted)
         if wanted in rests:
@@ -145,6 +149,81 @@ class Steerer:
             for group in [] if done else fillers:
                 groups.remove(group)
 
+    def steer_mixed(
+        self,
+        least: int,
+        free: frozenset[int],
+        portions: Portions,
+        rests: Mapping[int, int],
+        usable: Collection[int],
+        strayed: bool,
+    ) -> list[Any] | None:
+        """Leaves Ray what is chosen for shares, and whole GPUs, that are reserved at once.
+
+        Args:
+            least: thousandths of the smallest share.
+            free: the wholly free GPUs.
+            portions: what is chosen: its pool are then the lowest free ones, and one thousandth of the opened is taken.
+            rests: GPU -> thousandths that are free, of GPUs that are shared.
+            usable: those of them of which Ray may give what is free.
+            strayed: there are unknown free parts: they are looked for, and filled.
+
+        Returns:
+            The fillers; ``None``, with nothing held, if other users took or freed GPUs.
+        """
+        groups, opened = self._groups, portions.opened
+
+        def attracts(rest: int) -> bool:
+            """Whether what opens a GPU would go to such a part instead."""
+            return bool(opened) and (rest == 1 or rest >= OPENED)
+
+        parts = sorted((rest, gpu) for gpu, rest in rests.items() if rest >= least or attracts(rest))
+        last = max((*portions.pool, *opened), default=-1)
+        kinds = {**dict.fromkeys(portions.pool, "pool"), **dict.fromkeys(opened, "opened")}
+        runs = [
+            (kind, len([*run]))
+            for kind, run in groupby(sorted(gpu for gpu in free if gpu <= last), kinds.get)
+        ]
+        self._gpus.catch_up(free)
+        if not strayed:  # what comes last need not be held for a moment
+            if runs and runs[-1][0] == "pool":
+                runs.pop()
+            while parts and parts[-1][1] in usable and not attracts(parts[-1][0]):
+                parts.pop()
+        holds: list[Any] = []
+        fillers: list[Any] = []
+        done = False
+        try:
+            for rest, gpu in parts:
+                (holds if gpu in usable else fillers).append(groups.hold(rest / WHOLE))
+            for kind, count in runs:
+                for _ in range(count if kind == "opened" else 0):
+                    holds.append(groups.hold(OPENED / WHOLE))
+                    fillers.append(groups.hold(1 / WHOLE))  # it finds no smaller part than what that left
+                if kind != "opened":
+                    (holds if kind == "pool" else fillers).append(groups.hold(count))
+            done = all(groups.ready_or_removed(group, READY_DEADLINE_SECONDS) for group in holds + fillers)
+            done = done and (not strayed or self._fill_unknown(fillers, least, free))
+            return fillers if done else None
+        finally:
+            self._gpus.note_change()
+            for group in holds + ([] if done else fillers):
+                groups.remove(group)
+
+    def _fill_unknown(self, fillers: list[Any], least: int, free: Collection[int]) -> bool:
+        """Adds fillers for unknown free parts, while all known ones are taken; returns whether none is left."""
+        groups = self._groups
+        for _ in range(MAX_UNKNOWN_PARTS):
+            probe = groups.hold(least / WHOLE)
+            if not groups.ready_or_removed(probe, READY_DEADLINE_SECONDS):
+                return True
+            fillers.append(probe)
+            if {*groups.gpus_of(probe, {0: least / WHOLE})} <= {*free}:
+                groups.remove(fillers.pop())
+                time.sleep(BOOKS_LAG_SECONDS)  # a worker ran in it
+                return True
+        return False
+
     def fill_strays(self, fillers: list[Any], share: int, wanted: int) -> bool:
         """Adds fillers for unknown free parts, until Ray gives the share on the wanted GPU.
 
@@ -158,7 +237,7 @@ class Steerer:
                 fillers.append(groups.hold(share / WHOLE))
                 if not groups.ready_or_removed(fillers[-1], READY_DEADLINE_SECONDS):
                     return False
-                if groups.gpus_of(fillers[-1], [0], share / WHOLE) == [wanted]:
+                if groups.gpus_of(fillers[-1], {0: share / WHOLE}) == [wanted]:
                     groups.remove(fillers.pop())
                     time.sleep(BOOKS_LAG_SECONDS)  # a worker ran in it
                     done = True

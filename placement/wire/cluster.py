@@ -167,8 +167,8 @@ class ClusterFile(Model):
                 ) from None
             for replica in standing.replicas:
                 problem = _false_holding(replica, nodes.get(replica.node))
-                for gpu in replica.gpus:
-                    in_use[replica.node, gpu] += replica.share
+                for gpu, share in replica.taken.items():
+                    in_use[replica.node, gpu] += share
                     if in_use[replica.node, gpu] > WHOLE and problem is None:
                         problem = (
                             f"gpus names GPU {gpu}, of which others hold too much already; keep one of them"
@@ -251,11 +251,17 @@ def _false_holding(replica: HeldReplica, node: Node | None) -> str | None:
     for field, amount in amounts.items():
         if not 0 <= amount <= _MOST:
             return f"{field} is {shortened(str(amount))}; use 0 to {_MOST}"
-    if not 0 < replica.share <= WHOLE:
-        return f"share is {shortened(str(replica.share))}; use 1 to {WHOLE}"
+    for field, shares in (("share", (replica.share,)), ("shares", replica.shares)):
+        if strange := [share for share in shares if not 0 < share <= WHOLE]:
+            return f"{field} is {shortened(str(strange[0]))}; use 1 to {WHOLE}"
+    if replica.shares and len(replica.shares) != len(replica.gpus):
+        return f"shares has {len(replica.shares)} entries for {counted(len(replica.gpus), 'GPU')}; give one for each"
     if len(set(replica.gpus)) < len(replica.gpus):
         return f"gpus names one twice: {shortened(ordinals(replica.gpus))}"
-    if replica.ranks and not len(set(replica.ranks)) == len(replica.ranks) == len(replica.gpus):
+    several = (
+        len(replica.ranks) >= len(replica.gpus) if replica.shares else len(replica.ranks) == len(replica.gpus)
+    )
+    if replica.ranks and not (several and len(set(replica.ranks)) == len(replica.ranks)):
         each = counted(len(replica.gpus), "GPU")
         return f"ranks is {shortened(str(list(replica.ranks)))}; give each of its {each} its own"
     if replica.share < WHOLE and len(replica.gpus) != 1:

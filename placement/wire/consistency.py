@@ -129,8 +129,9 @@ def _check_asked(one: Declaration) -> None:
         raise ValueError(f"mig: {one.mig!r} is not a MIG profile; write one such as 1g.10gb")
     for field in ("min_bandwidth_gb_per_s", "within"):
         value = getattr(one, field)
-        if value is not None and one.gpus_per_replica < 2:
+        if value is not None and one.needs.gpus * one.stages < 2:
             has = "one GPU at most" if one.gpus_per_replica else "no GPUs"
+            has = "one whole GPU at most" if one.needs.amounts else has
             raise ValueError(
                 f"{field}: {value} is about the links between a replica's GPUs, and it has {has}; "
                 "leave it out, or ask for 2 gpus or more"
@@ -261,10 +262,11 @@ def _check_named(one: Declaration) -> None:
             f"{NO_LINKS_BETWEEN_INSTANCES}; ask for 1 GPU per replica"
         )
     each = WHOLE // one.needs.share if one.needs.share < WHOLE else 1
-    most = len(one.named) * each // one.gpus_per_replica
+    per_replica = one.needs.least_gpus * one.stages
+    most = len(one.named) * each // per_replica
     if one.replicas > most and not by_memory:
         many = f"{one.replicas} replicas need" if one.replicas > 1 else "a replica needs"
-        needed = -(-one.replicas * one.gpus_per_replica // each)
+        needed = -(-one.replicas * per_replica // each)
         raise ValueError(
             f"constraints.gpus names {counted(len(one.named), 'GPU')}, and {many} {needed}; name more, or ask "
             "for less"

@@ -189,7 +189,7 @@ class Declaration(Declared):
 
     @property
     def gpus_per_replica(self) -> int:
-        """GPUs per replica: also 1 for a share or a MIG instance; 0 for a remote replica or a CPU replica."""
+        """GPUs per replica: also 1 for each share or a MIG instance; 0 for a remote replica or a CPU replica."""
         if self.transport != "local_gpu":
             return 0
         gpus = self.gpus_asked
@@ -223,10 +223,13 @@ class Declaration(Declared):
     @property
     def needs(self) -> Needs:
         """What each tensor-parallel group of a replica needs of a node's GPUs; most replicas are one such group."""
-        limits, gpus = self.constraints, self.gpus_asked
+        limits, gpus, layout = self.constraints, self.gpus_asked, self.placement_group
+        amounts = layout.amounts if layout is not None else ()
         instance = any(str(name).startswith("MIG-") for name in self.named)
         return Needs(
-            gpus=self.gpus_per_replica // self.stages,
+            gpus=sum(amount // WHOLE for amount in amounts)
+            if amounts
+            else self.gpus_per_replica // self.stages,
             within=self.within or Within.NODE,
             min_bandwidth_gb_per_s=self.min_bandwidth_gb_per_s or 0.0,
             share=round(gpus * WHOLE) if isinstance(gpus, float) else WHOLE,
@@ -234,6 +237,7 @@ class Declaration(Declared):
             free_memory_bytes=round(((limits and limits.min_free_gpu_memory_gib) or 0) * GIB),
             profile=self.mig or (ANY_PROFILE if instance else ""),
             named=self.named,
+            amounts=amounts,
         )
 
     @property

@@ -377,7 +377,9 @@ def _assignment(snapshot: Snapshot, part: PlannedReplica, of: Observed) -> Plann
     alone = not part.gpus and part.egress_resource is None
     # A replica from before sets were recorded may be divided in another way than is asked for.
     size = part.set_size or (of.request.needs.gpus if part.ranks else 0)
-    value = slowest_group(node.topology, part.gpus, size)
+    whole = [gpu for gpu, share in part.taken.items() if share == WHOLE] if part.shares else part.gpus
+    size = 0 if part.shares else size
+    value = slowest_group(node.topology, whole, size)
     return PlannedAssignment(
         part.replica_index,
         node.id,
@@ -393,7 +395,8 @@ def _assignment(snapshot: Snapshot, part: PlannedReplica, of: Observed) -> Plann
         part.cpu_milli / 1000 if alone else 0.0,
         part.memory_bytes if alone else 0,
         part.set_size,
-        slowest_group(node.topology, sorted(part.gpus), size).known_gb_per_s,
+        slowest_group(node.topology, sorted(whole), size).known_gb_per_s,
         value.known_upper_gb_per_s,
         value.measured,
+        [share / WHOLE for share in part.shares],
     )

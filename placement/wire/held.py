@@ -26,6 +26,7 @@ class HeldReplica(Model):
         default=(), description="the ranks on this node, for a replica over several nodes"
     )
     share: int = Field(default=WHOLE, description="thousandths of the GPU")
+    shares: tuple[int, ...] = Field(default=(), description="thousandths of each GPU, if they differ")
     profile: str = Field(default="", description="profile of the MIG instance that it holds instead of a GPU")
     cpu_milli: int = 0
     memory_bytes: int = 0
@@ -35,6 +36,11 @@ class HeldReplica(Model):
     generation: int = Field(
         default=0, description="the key under `earlier` by which it was placed; 0: as declared now"
     )
+
+    @property
+    def taken(self) -> dict[int, int]:
+        """GPU -> thousandths of it."""
+        return self.planned().taken
 
     def planned(self) -> PlannedReplica:
         """The same in the planner's terms."""

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from placement.core.labels import parse_condition
+from placement.core.needs import WHOLE
 from placement.core.node import UNIT
-from placement.core.request import Bundle, Strategy
+from placement.core.request import Bundle, Strategy, amounts_of
 from placement.wire.fields import MOST, MOST_LABEL, Declared, gpu_amount
 
 MOST_BUNDLES = 4096
@@ -54,19 +55,12 @@ class BundleLayout(Declared):
                     f"bundle {i} asks for {amount:g} GPUs, and a share cannot span two GPUs; use a whole number, or a "
                     "share below 1"
                 )
-        gpus = [bundle["GPU"] for bundle in value if bundle.get("GPU")]
-        if not gpus:
+            if 0 < amount < 1:
+                gpu_amount(amount)
+        if not any(map(has_gpus, value)):
             raise ValueError(
                 "no bundle asks for a GPU, so there is none to choose; give at least one bundle a GPU"
             )
-        if any(amount < 1 for amount in gpus) and len(gpus) > 1:
-            raise ValueError(
-                f"{len(gpus)} bundles have GPUs, one of them {min(gpus):g} of one, and a share must be alone in its "
-                "group; give each bundle whole GPUs, of which actors may take shares, or make a group for each share"
-            )
-        for amount in gpus:
-            if amount < 1:
-                gpu_amount(amount)
         return value
 
     @field_validator("bundle_label_selector")
@@ -107,9 +101,14 @@ class BundleLayout(Declared):
 
     @property
     def gpus(self) -> int | float:
-        """GPUs of all bundles, or the share of the one that has any."""
-        total = sum(bundle.get("GPU", 0) for bundle in self.bundles)
-        return total if total < 1 else round(total)
+        """GPUs of all bundles, one for each share; if only one bundle has any, and a share, that share."""
+        amounts = [bundle["GPU"] for bundle in self.bundles if has_gpus(bundle)]
+        return amounts[0] if len(amounts) == 1 and amounts[0] < 1 else sum(map(math.ceil, amounts))
+
+    @property
+    def amounts(self) -> tuple[int, ...]:
+        """Thousandths of a GPU, of each bundle that has GPUs; empty if these are whole GPUs, or one share."""
+        return () if isinstance(self.gpus, float) else amounts_of(self.planned())
 
     @property
     def labels(self) -> tuple[Mapping[str, str], ...]:
@@ -130,7 +129,7 @@ class BundleLayout(Declared):
         """The bundles in the planner's terms. Bundles without GPUs count only if one node holds all bundles."""
         return [
             Bundle(
-                math.ceil(bundle.get("GPU", 0)),
+                0 if share_of(bundle) else round(bundle.get("GPU", 0)),
                 round(bundle.get("CPU", 0) * 1000),
                 round(bundle.get("memory", 0)),
                 tuple(sorted(labels.items())),
@@ -139,6 +138,7 @@ class BundleLayout(Declared):
                     for resource, amount in sorted(bundle.items())
                     if resource not in ("GPU", "CPU", "memory") and amount
                 ),
+                share_of(bundle),
             )
             for bundle, labels in zip(self.bundles, self.labels, strict=True)
             if has_gpus(bundle) or self.strategy is Strategy.STRICT_PACK
@@ -148,6 +148,12 @@ class BundleLayout(Declared):
 def is_egress(resource: str) -> bool:
     """Whether a Ray resource is an egress resource: ``egress``, ``egress_<provider>``."""
     return resource == "egress" or resource.startswith("egress_")
+
+
+def share_of(bundle: Mapping[Any, float]) -> int:
+    """Thousandths of a GPU, if a bundle takes a share of one; else 0."""
+    amount = bundle.get("GPU", 0)
+    return round(amount * WHOLE) if amount < 1 else 0
 
 
 def has_gpus(bundle: Mapping[Any, float]) -> bool:

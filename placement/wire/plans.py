@@ -21,6 +21,7 @@ class PlannedAssignment:
         bandwidth_measured: whether it was measured.
         weakest_link: slowest link between two of them as ``nvidia-smi topo -m`` names it.
         share: how much of the GPU, 1 for whole ones.
+        shares: how much of each of ``gpus``, if that differs; else empty.
         mig: profile of the MIG instance that ``gpus`` is; empty for GPUs.
         ranks: which ranks of the replica are here, in the order of ``gpus``; empty if all are.
         egress_resource, egress_units: what a remote replica takes.
@@ -47,6 +48,7 @@ class PlannedAssignment:
     sorted_bandwidth_gb_per_s: float | None = None
     upper_bandwidth_gb_per_s: float | None = None
     bandwidth_measured: bool = False
+    shares: list[float] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The planned assignment as JSON-ready values."""

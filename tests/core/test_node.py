@@ -93,7 +93,7 @@ def test_what_is_taken_and_given_back_leaves_the_node_as_it_was(node: Node, need
     assert taken is not None
     after = node.after(taken)
     assert after != node
-    assert after.before(taken.gpus, taken.share, needs.profile) == node
+    assert after.before(dict.fromkeys(taken.gpus, taken.share), needs.profile) == node
 
 
 def test_a_share_is_taken_off_the_rest_of_its_gpu_and_of_no_other() -> None:
@@ -107,10 +107,10 @@ def test_a_share_is_taken_off_the_rest_of_its_gpu_and_of_no_other() -> None:
 
 
 def test_a_gpu_is_free_again_when_the_last_share_of_it_has_left() -> None:
-    assert SHARED.before((0,), 300, "").rests == {0: 900, 1: 250}
-    whole = SHARED.before((0,), 400, "")
+    assert SHARED.before({0: 300}, "").rests == {0: 900, 1: 250}
+    whole = SHARED.before({0: 400}, "")
     assert (whole.free, whole.rests) == ({0, 2, 3}, {1: 250})
-    part = replace(SHARED, rests={}).before((0,), 400, "")
+    part = replace(SHARED, rests={}).before({0: 400}, "")
     assert (part.free, part.rests) == ({2, 3}, {0: 400})
 
 

@@ -10,7 +10,6 @@ from placement.core.snapshot import NEAR_LABELS
 from placement.runtime import groups, records
 from placement.runtime.controller import Controller
 from placement.runtime.deployment_state import DeploymentState
-from placement.runtime.ledger import VERSION
 from placement.runtime.view import ClusterView
 
 
@@ -69,7 +68,7 @@ def check_ledger(controller: Controller, recorded: dict[str, dict[str, Any] | No
             continue
         content = recorded[name]
         assert content is not None
-        expected = json.loads(json.dumps({"version": VERSION, **records.to_record(one)}))
+        expected = json.loads(json.dumps({"version": records.version_for(one), **records.to_record(one)}))
         if set(one.reasons.values()) == {"not tried since the service restarted"}:
             expected["waiting_since"] = content["waiting_since"]  # it died before it could say that it waits
         assert content == expected

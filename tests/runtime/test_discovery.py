@@ -118,8 +118,8 @@ def test_no_share_is_planned_on_a_lost_gpu() -> None:
 
 def test_what_is_given_back_on_a_lost_gpu_is_not_free() -> None:
     node = node_state(NodeInfo("id", "a", "", 4), lost_one(), {"GPU": 4.0}, Tally(), frozenset())
-    assert node.before((1, 2), WHOLE, "").free == {0, 1, 3}
-    assert node.before((2,), 250, "") == node
+    assert node.before({1: WHOLE, 2: WHOLE}, "").free == {0, 1, 3}
+    assert node.before({2: 250}, "") == node
 
 
 def test_gpus_that_ray_has_and_nvml_does_not_show_are_never_free() -> None:

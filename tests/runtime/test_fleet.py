@@ -103,13 +103,13 @@ ORDER = order_name("placement:t:", "d", 0)
 def test_a_lease_that_ended_is_forgotten_at_once_also_by_an_actor_that_is_new(
     nodes: Fleet, agents: Agents, books: dict[str, dict[str, Holding]]
 ) -> None:
-    books["a"] = {ORDER: Holding("d", (0,))}
+    books["a"] = {ORDER: Holding.whole("d", (0,))}
     nodes.forget_gone(ORDER, ["a"])
     assert agents.asked == [("a", "forget", (ORDER,))] and "a" in nodes.lagging()
     assert nodes._holdings("a") == {}, "although the books still show it"
     del books["a"]
     nodes.recorded("d")
-    books["a"] = {ORDER: Holding("d", (0,))}
+    books["a"] = {ORDER: Holding.whole("d", (0,))}
     assert nodes._holdings("a") == books["a"], "nothing is remembered of it"
     agents.asked.clear()
     nodes.forget_gone(ORDER, ["b"])  # the books show it no more

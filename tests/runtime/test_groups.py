@@ -60,8 +60,9 @@ def test_a_bundle_with_several_gpus_is_asked_once_for_all_of_them(monkeypatch: p
     slots(monkeypatch, None)
     node = NodeGroups("node", None)
     monkeypatch.setattr(node, "_ask", ask)
-    assert node.gpus_of("group", [0, 0, 2]) == [2, 3, 5]
-    assert node.gpus_of("group", [2], 0.25) == [5]
+    group: Any = "group"
+    assert node.gpus_of(group, {0: 2, 2: 1}) == [2, 3, 5]
+    assert node.gpus_of(group, {2: 0.25}) == [5]
     assert asked == [(0, 2), (2, 1), (2, 0.25)]
 
 
@@ -101,5 +102,5 @@ def test_what_runs_in_a_group_that_is_gone_is_not_waited_for(
     monkeypatch.setattr(groups, "is_gone", lambda group_id: next(asked))
     slots(monkeypatch, None)
     group: Any = SimpleNamespace(id=b"g")
-    assert NodeGroups("node", Probe()).gpus_of(group, range(2)) == found
+    assert NodeGroups("node", Probe()).gpus_of(group, {0: 1, 1: 1}) == found
     assert (left, len(cancelled)) == ([], sum(gone))

@@ -42,7 +42,7 @@ def test_what_is_confirmed_is_told_with_how_good_it_is(actor: NodePlacementActor
     group = create(slots, PAIR, actor.prepare(PAIR, 1))
     part = actor.confirm(PAIR, group, [0, 1])
     assert isinstance(part, Part)
-    assert (part.sets, part.bundle_of, part.ray_gpus) == (((2, 3),), {2: 0, 3: 1}, (1, 2))
+    assert (part.sets, part.slots, part.ray_gpus) == (((2, 3),), [(2, 0), (3, 1)], (1, 2))
     assert (part.score.link_name, part.ray_score.link_name, part.share) == ("NV12", "SYS", WHOLE)
     assert part.sorted_score == part.score
     share = create(slots, QUARTER, actor.prepare(QUARTER, 1))
@@ -60,7 +60,8 @@ def test_groups_that_an_engine_may_not_keep_are_told_with_what_it_makes_of_them(
     assert isinstance(actor.prepare(PAIR, 3), Prepared)
     part = actor.confirm(PAIR, slots.reserve(PAIR.name, {"GPU": 1}, 6), range(6))
     assert isinstance(part, Part)
-    assert (part.sets, part.bundle_of) == (((1, 5), (2, 3), (4, 7)), {1: 0, 2: 1, 3: 2, 4: 3, 5: 4, 7: 5})
+    assert part.sets == ((1, 5), (2, 3), (4, 7))
+    assert part.slots == [(1, 0), (5, 4), (2, 1), (3, 2), (4, 3), (7, 5)]
     assert (part.score.known_gb_per_s, part.sorted_score.known_gb_per_s) == (40.0, 5.302)
 
 

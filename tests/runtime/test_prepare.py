@@ -83,7 +83,7 @@ def test_what_is_confirmed_is_known_as_ours_and_by_bundle() -> None:
     group = slots.reserve("r", {"GPU": 1}, 4)
     reserver.finish(prepared, used=True)
     found = reserver.confirm(order(2), prepared, group, range(8, 12))
-    assert found == dict(zip(wanted, range(8, 12), strict=True))
+    assert found == list(zip(wanted, range(8, 12), strict=True))
     assert list(slots.groups) == [group]
     after = reserver.reserve(order(2, "s"), DGX1)
     assert isinstance(after, Reserved)
@@ -243,9 +243,9 @@ def test_what_a_caller_creates_is_what_the_node_would_have_reserved(
     assert (prepared.sets, prepared.share, prepared.ray_gpus) == ((expected,), theirs.share, theirs.ray_gpus)
     group = create(slots, prepared)
     reserver.finish(prepared, used=True)
-    assert reserver.confirm(wanted, prepared, group, range(len(expected))) == {
-        gpu: bundle for bundle, gpu in enumerate(expected)
-    }
+    assert reserver.confirm(wanted, prepared, group, range(len(expected))) == [
+        (gpu, bundle) for bundle, gpu in enumerate(expected)
+    ]
     assert slots.groups == {group: dict.fromkeys(expected, theirs.share)}
 
 
@@ -289,7 +289,7 @@ def test_shares_are_packed_and_steered_past_the_rests_that_ray_would_prefer() ->
     assert isinstance(prepared, Prepared) and prepared.sets == ((0,),)
     group = create(slots, prepared)
     reserver.finish(prepared, used=True)
-    assert reserver.confirm(planned, prepared, group, [0]) == {0: 0}
+    assert reserver.confirm(planned, prepared, group, [0]) == [(0, 0)]
     assert slots.groups == before | {group: {0: 200}}
     reserver.gpus.forget("c")
     slots.remove(group)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -60,6 +60,7 @@ class Slots:
     disturb: Any = None
     steps: int = 0
     books_lag_by: int = 0
+    bundles: dict[int, list[list[int]]] = field(default_factory=dict)
     _ids: itertools.count[int] = field(default_factory=itertools.count)
 
     def rests(self) -> dict[int, int]:
@@ -111,8 +112,29 @@ class Slots:
     def remove(self, group: int) -> None:
         self.groups.pop(group, None)
 
-    def gpus_of(self, group: int, bundles: Iterable[int], share: float = 1) -> list[int]:
+    def together(self, amounts: Sequence[float]) -> int:
+        """A group of bundles, which Ray reserves one after the other; removed if one of them finds no room."""
+        group, rests = next(self._ids), self.rests()
         self._step()
+        given: list[list[int]] = []
+        for amount in amounts:
+            free = [gpu for gpu, rest in rests.items() if rest == WHOLE]
+            enough = [(rest, gpu) for gpu, rest in rests.items() if rest >= round(amount * WHOLE)]
+            gpus = free[: round(amount)] if amount >= 1 else [min(enough)[1]] if enough else []
+            if len(gpus) < amount:
+                return group
+            for gpu in gpus:
+                rests[gpu] -= round(min(amount, 1) * WHOLE)
+            given.append(gpus)
+        self.bundles[group] = given
+        before = self.rests()
+        self.groups[group] = {gpu: before[gpu] - rest for gpu, rest in rests.items() if rest < before[gpu]}
+        return group
+
+    def gpus_of(self, group: int, amounts: Mapping[int, float]) -> list[int]:
+        self._step()
+        if group in self.bundles:
+            return [gpu for bundle in amounts for gpu in self.bundles[group][bundle]]
         return sorted(self.groups[group])
 
     def lowest_free(self, count: int, deadline_seconds: float) -> list[int] | None:
@@ -229,7 +251,7 @@ def test_books_that_lag_for_long_are_no_reason_to_refuse() -> None:
 def test_books_that_lag_do_not_hide_the_better_set() -> None:
     slots = Slots(4, books_lag_by=3)
     reserver = NodeReserver(slots, 4)
-    reserver.gpus.adopt({"standing": Holding("d", (0,))})
+    reserver.gpus.adopt({"standing": Holding.whole("d", (0,))})
     slots.groups[-1] = {0: WHOLE}
     outcome = reserver.reserve(Order("r", Needs(2)), GpuHardware(PAIRS))
     assert isinstance(outcome, Reserved)
@@ -251,7 +273,7 @@ def test_unending_interference_ends_in_a_refusal_that_holds_nothing() -> None:
 
 def test_a_failing_probe_leaves_nothing_held() -> None:
     class Broken(Slots):
-        def gpus_of(self, group: int, bundles: Iterable[int], share: float = 1) -> list[int]:
+        def gpus_of(self, group: int, amounts: Mapping[int, float]) -> list[int]:
             raise RuntimeError("worker died")
 
     slots = Broken(4, others={0})

@@ -120,7 +120,8 @@ def test_a_record_is_read_as_it_was_written(monkeypatch: pytest.MonkeyPatch) -> 
         declared.pending({1: "too few"}, 8.0), releasing=True, owner=owner, expires_at=7.0, given_up=True
     )
     records.save(lasting)
-    [(name, record)] = written
+    [(name, record, version)] = written
+    assert version == 3, "an earlier service can read it"
     assert (name, record["releasing"], record["runtime"]) == ("d", True, "vllm")
     read = records.from_record(json.loads(json.dumps(record)))
     assert (read.deployment, read.generation, read.earlier) == (declared.deployment, 2, {1: one.deployment})
@@ -148,12 +149,15 @@ def test_a_node_holds_what_stands_on_it() -> None:
         placed(local("a"), on("n", 0, 2, 3), on("m", 1, 2, 3), on("n", 2, egress_resource="egress", egress_units=2)),
     )  # fmt: skip
     assert held.names() == ("a", "b")
-    assert held.holdings("n") == {"order-a-0": Holding("a", (2, 3)), "order-b-0": Holding("b", (1,), 250)}
+    assert held.holdings("n") == {
+        "order-a-0": Holding.whole("a", (2, 3)),
+        "order-b-0": Holding("b", {1: 250}),
+    }
     assert (held.holdings("nowhere"), held.nodes()) == ({}, {"n", "m"})
     assert [(s.name, a.node) for s, a in held.assignments()] == [
         ("a", "n"), ("a", "m"), ("a", "n"), ("b", "n"),
     ]  # fmt: skip
-    assert holding_of("a", on("n", 0, 1, share=0.333)) == Holding("a", (1,), 333)
+    assert holding_of("a", on("n", 0, 1, share=0.333)) == Holding("a", {1: 333})
 
 
 def test_a_tally_counts_what_stands_and_what_is_about_to() -> None:

@@ -142,7 +142,7 @@ def test_after_a_restart_nothing_is_taken_for_granted(clock: Clock) -> None:
     standing = slots.reserve("before", {"GPU": 1}, 1)
     slots.asked.clear()
     reserver = NodeReserver(slots, 4)
-    reserver.gpus.adopt({"before": Holding("d", (0,))})
+    reserver.gpus.adopt({"before": Holding.whole("d", (0,))})
     clock.now += 10
     outcome = reserver.reserve(order(), FLAT)
     assert isinstance(outcome, Reserved)

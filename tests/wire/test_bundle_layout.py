@@ -97,7 +97,8 @@ def test_another_layout_is_another_shape() -> None:
     ("bundles", "fields", "layout", "problem"),
     [
         ([{"GPU": 1.5}], {}, {}, "bundle 0 asks for 1.5 GPUs, and a share cannot span two GPUs; use a whole number"),
-        ([GPU, {"GPU": 0.5}], {}, {}, "2 bundles have GPUs, one of them 0.5 of one, and a share must be alone"),
+        ([GPU, {"GPU": 0.12345}], {}, {}, "0.12345 is not a share of a GPU; use 0.001 to 0.999, in thousandths"),
+        ([GPU, {"GPU": 0.5}], {"within": "nvlink"}, {}, "it has one whole GPU at most; leave it out"),
         ([{"GPU": 0.0001}], {}, {}, "0.0001 is not a share of a GPU; use 0.001 to 0.999"),
         ([{"CPU": 1}], {}, {}, "no bundle asks for a GPU"),
         ([{"GPU": 1, "CPU": -1}], {}, {}, "bundle 0 asks for -1 CPU; use 0 to 100000"),

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from placement.cli.views.console import FittedTable, age_text, owner_text, replicas_text
 from placement.cli.views.nodes import cluster_map
-from placement.cli.views.tables import assignments_table, links_view, runtimes_note
+from placement.cli.views.tables import assignments_table, links_view, runtimes_note, taken
 from placement.errors import counted
 
 MOST_REPLICAS = 40
@@ -159,7 +159,7 @@ def summary(one: Deployment) -> dict[str, Any]:
         "state": one["state"],
         "placed": len({a["replica_index"] for a in one["assignments"]}),
         "replicas": one["replicas"],
-        "gpus": round(sum(len(a["gpus"]) * a.get("share", 1.0) for a in one["assignments"]), 6),
+        "gpus": round(sum(sum(taken(a).values()) for a in one["assignments"]), 6),
         "egress": sum(a.get("egress_units", 0) for a in one["assignments"]),
         "cpus": round(sum(a.get("cpus", 0) for a in one["assignments"]), 3),
         "nodes": sorted({a["node_name"] for a in one["assignments"]}),

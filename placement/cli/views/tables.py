@@ -191,7 +191,7 @@ def place_text(place: int) -> str:
 
 
 def holds(a: Mapping[str, Any]) -> str:
-    """``GPU 0-3``, ``0.25 of GPU 1``, ``MIG 1g.10gb, slot 4``, ``16 x egress_openai``, ``4 CPUs, 8 GiB``."""
+    """``GPU 0-3``, ``GPU 0, 0.25 of GPU 1``, ``MIG 1g.10gb, slot 4``, ``16 x egress_openai``, ``4 CPUs``."""
     if cpus := a.get("cpus"):  # an older service does not report it
         memory = f", {a['memory_bytes'] / 2**30:.3g} GiB" if a["memory_bytes"] else ""
         return f"{cpus:g} CPU{'s' * (cpus != 1)}{memory}"
@@ -199,8 +199,29 @@ def holds(a: Mapping[str, Any]) -> str:
         return f"{a['egress_units']} x {a['egress_resource']}"
     if a["mig"]:
         return f"MIG {a['mig']}, slot {ordinals(a['gpus'])}"
-    share = f"{a['share']:g} of " if a["share"] < 1 else ""
-    return f"{share}GPU {ordinals(a['gpus'])}"
+    parts: dict[float, list[int]] = {}
+    for gpu, part in taken(a).items():
+        parts.setdefault(part, []).append(gpu)
+    return ", ".join(
+        f"{f'{part:g} of ' if part < 1 else ''}GPU {ordinals(gpus)}"
+        for part, gpus in sorted(parts.items(), reverse=True)
+    )
+
+
+def whole_gpus(a: Mapping[str, Any]) -> list[int]:
+    """The GPUs of the ranks that have whole ones; all, if all ranks have the same share."""
+    shares = a.get("shares")
+    return (
+        [gpu for gpu, share in zip(a["gpus"], shares, strict=True) if share == 1] if shares else [*a["gpus"]]
+    )
+
+
+def taken(a: Mapping[str, Any]) -> dict[int, float]:
+    """GPU -> the part of it that a replica has on a node."""
+    parts: Counter[int] = Counter()
+    for gpu, share in zip(a["gpus"], a.get("shares") or [a.get("share", 1.0)] * len(a["gpus"]), strict=True):
+        parts[gpu] += round(share * 1000)
+    return {gpu: part / 1000 for gpu, part in sorted(parts.items())}
 
 
 def bandwidth_text(
@@ -237,7 +258,7 @@ def slowdown(assignment: Mapping[str, Any]) -> str:
 def ray_alone(assignment: Mapping[str, Any]) -> str:
     """What Ray's own choice would have been, and how much slower it is."""
     ray_gpus = assignment.get("ray_gpus") or []
-    if not ray_gpus or list(ray_gpus) == list(assignment["gpus"]):
+    if not ray_gpus or list(ray_gpus) == whole_gpus(assignment):
         return "the same" if ray_gpus else ""
     text = f"{'slot' if assignment['mig'] else 'GPU'} {ordinals(ray_gpus)}"
     if (slower := slowdown(assignment)) != "the same":

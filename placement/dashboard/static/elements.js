@@ -61,7 +61,7 @@ const counted = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
 const rate = (gbps) => Number(gbps.toPrecision(3)).toString();
 
 function ordinals(numbers) {
-  const sorted = [...numbers].sort((a, b) => a - b),
+  const sorted = [...new Set(numbers)].sort((a, b) => a - b),
     runs = [];
   for (const one of sorted) {
     const last = runs[runs.length - 1];
@@ -83,7 +83,14 @@ function holds(a) {
   if (a.egress_resource) return `${counted(a.egress_units, "request")} of ${a.egress_resource}`;
   if (!a.gpus.length) return counted(a.cpus, "CPU");
   if (a.mig) return `${a.mig}, slot ${ordinals(a.gpus)}`;
-  return `${a.share < 1 ? `${rate(a.share)} of ` : ""}GPU ${ordinals(a.gpus)}`;
+  const parts = new Map();
+  a.gpus.forEach((gpu, rank) => parts.set(gpu, (parts.get(gpu) || 0) + (a.shares ? a.shares[rank] : a.share)));
+  const alike = new Map();
+  for (const [gpu, part] of parts) alike.set(rate(part), [...(alike.get(rate(part)) || []), gpu]);
+  return [...alike]
+    .sort(([one], [other]) => other - one)
+    .map(([part, gpus]) => `${part < 1 ? `${part} of ` : ""}GPU ${ordinals(gpus)}`)
+    .join(", ");
 }
 
 function age(seconds) {

@@ -326,7 +326,7 @@ $("map").addEventListener("mouseover", (event) => {
 function whoOn(node) {
   const lines = new Map();
   for (const [one, a] of assignmentsOn.get(node.id) || []) {
-    const alone = a.bandwidth_gb_per_s === undefined && a.share === 1 && a.gpus.length && !a.mig;
+    const alone = a.bandwidth_gb_per_s === undefined && a.share === 1 && !a.shares && a.gpus.length && !a.mig;
     const key = alone ? one.name : `${one.name}/${a.replica_index}/${a.gpus}`;
     if (!lines.has(key)) lines.set(key, { name: one.name, replicas: [], a: { ...a, gpus: [] } });
     lines.get(key).replicas.push(a.replica_index);
