@@ -114,7 +114,7 @@ class _Room:
         self.nodes = [bit for node in snapshot.nodes if (bit := snapshot.bit(node.id)) & allowed]
         self._known: dict[tuple[Bits, Needs], Rank | None] = {}
         self._ranked: dict[Bundle, list[Bits]] = {}
-        self._fills: dict[tuple[Bits, tuple[int, ...]], _Fill | None] = {}
+        self._fills: dict[tuple[Bits, tuple[int, ...], tuple[int, ...]], _Fill | None] = {}
         bundles = request.bundles
         # As in Ray: the bundle that is hardest to place comes first.
         self._order = sorted(
@@ -231,7 +231,9 @@ class _Room:
             min(len(alike), rests // kind.share if kind.share else free // (WHOLE * kind.gpus))
             for kind, alike in left.items()
         )
-        if (bit, most) not in self._fills:
+        # Which of equal bundles are left matters only where Ray's order of shares does.
+        key = bit, most, tuple(map(len, left.values())) if self._request.needs.amounts else ()
+        if key not in self._fills:
             taken: list[int] = []
             counts: list[int] = []
             for alike, count in zip(left.values(), most, strict=True):
@@ -240,8 +242,8 @@ class _Room:
             bundles = map(self._request.bundles.__getitem__, taken)
             amount = sum(WHOLE * bundle.gpus + bundle.share for bundle in bundles)
             rank = self._rank(bit, taken) if taken else None
-            self._fills[bit, most] = None if rank is None else (-amount, rank, tuple(counts))
-        return self._fills[bit, most]
+            self._fills[key] = None if rank is None else (-amount, rank, tuple(counts))
+        return self._fills[key]
 
     def _most(self, bit: Bits, taken: Sequence[int], alike: Sequence[int]) -> int:
         """How many of some equal bundles a node takes beside others."""

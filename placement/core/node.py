@@ -190,7 +190,8 @@ class Node:
         if not needs.any:
             return Choice((), WHOLE, 0)
         if needs.amounts:
-            return self._choice(self.portions(needs))
+            portions = self.portions(needs)
+            return None if portions is None else self._choice(portions)
         if needs.profile:
             slots = self.instances_for(needs)
             return Choice((min(slots),), WHOLE, 0) if slots else None
@@ -212,8 +213,10 @@ class Node:
         that Ray's order allows; then the GPUs that are taken are those whose loss costs others least.
         """
         rests = {gpu: rest for rest, gpu in self.shared_with_room(needs, min(needs.amounts))}
-        count, order = opening(needs.amounts, rests)
         mask = self.free_mask(needs)
+        if sum(needs.amounts) > WHOLE * mask.bit_count() + sum(rests.values()):
+            return None
+        count, order = opening(needs.amounts, rests)
         pool = self.shape.mixed(mask, order, needs.within)
         if pool is None:
             return None
@@ -224,9 +227,7 @@ class Node:
         given = give(needs.amounts, {**rests, **dict.fromkeys(opened, OPENED)}, pool)
         return None if given is None else Portions(needs.amounts, pool, opened, given)
 
-    def _choice(self, portions: Portions | None) -> Choice | None:
-        if portions is None:
-            return None
+    def _choice(self, portions: Portions) -> Choice:
         taken = portions.taken
         rest = sum(self.rests.get(gpu, WHOLE) - share for gpu, share in taken.items())
         return Choice((*taken,), WHOLE, rest, (*taken.values(),))
@@ -243,20 +244,26 @@ class Node:
         """How good the choice of :meth:`choose` is, and what it costs others."""
         if needs.whole:
             return self._offer_whole(needs, needs.gpus)
+        if needs.amounts:
+            return self._offer_portions(needs)
         taken = self.choose(needs)
         if taken is None:
             return None
         if needs.profile:
             return Offer(0, (), 0, len(self.instances))
-        if portions := self.portions(needs) if needs.amounts else None:
-            speed = self.shape.mb_per_s(portions.whole) if needs.gpus > 1 else 0
-            free = (*portions.pool, *portions.opened)
-            loss = self.shape.loss(self.mask, free) if free else _SHARED_ALREADY
-            return Offer(-speed, loss, taken.rest, len(self.free))
         if taken.gpus[0] in self.rests:
             return Offer(0, _SHARED_ALREADY, taken.rest, len(self.free))
         whole = self._offer_whole(needs, 1)
         return None if whole is None else whole._replace(rest=taken.rest)
+
+    def _offer_portions(self, needs: Needs) -> Offer | None:
+        portions = self.portions(needs)
+        if portions is None:
+            return None
+        speed = self.shape.mb_per_s(portions.whole) if needs.gpus > 1 else 0
+        free = (*portions.pool, *portions.opened)
+        loss = self.shape.loss(self.mask, free) if free else _SHARED_ALREADY
+        return Offer(-speed, loss, self._choice(portions).rest, len(self.free))
 
     def _offer_whole(self, needs: Needs, count: int) -> Offer | None:
         mask = self.free_mask(needs)

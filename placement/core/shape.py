@@ -175,7 +175,7 @@ class Shape:
         for gpus in combinations((gpu for gpu in range(mask.bit_length()) if mask >> gpu & 1), count):
             chosen = tuple(compress(gpus, whole))
             reached = self.mb_per_s(chosen)
-            if reached < speed or self.best(sum(1 << gpu for gpu in chosen), size, within) is None:
+            if reached < speed or not self.best(sum(1 << gpu for gpu in chosen), size, within):
                 continue
             fastest = [*fastest, gpus] if reached == speed else [gpus]
             speed = reached

@@ -9,6 +9,7 @@ one, a thousandth is taken meanwhile: then it is no free GPU, and only shares go
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
@@ -64,16 +65,19 @@ def give(
     Returns:
         The GPUs of each bundle, ascending; ``None`` if there are too few.
     """
-    left, unopened = dict(rests), iter(sorted(free))
+    parts, unopened = sorted((rest, gpu) for gpu, rest in rests.items()), iter(sorted(free))
     given = []
     for amount in amounts:
-        enough = [(rest, gpu) for gpu, rest in left.items() if rest >= amount] if amount < WHOLE else []
-        gpus = (min(enough)[1],) if enough else tuple(islice(unopened, max(1, amount // WHOLE)))
+        enough = bisect_left(parts, (amount,)) if amount < WHOLE else len(parts)
+        if enough < len(parts):
+            rest, *gpus = parts.pop(enough)
+        else:
+            rest, gpus = WHOLE, [*islice(unopened, max(1, amount // WHOLE))]
         if len(gpus) * WHOLE < amount:
             return None
         if amount < WHOLE:
-            left[gpus[0]] = left.get(gpus[0], WHOLE) - amount
-        given.append(gpus)
+            insort(parts, (rest - amount, gpus[0]))
+        given.append(tuple(gpus))
     return tuple(given)
 
 
@@ -83,9 +87,9 @@ def pattern(amounts: Sequence[int], rests: Mapping[int, int]) -> tuple[bool, ...
     beyond = range(first, first + sum(max(1, amount // WHOLE) for amount in amounts))
     given = give(amounts, rests, beyond)
     assert given is not None
-    taken = Portions(tuple(amounts), (), (), given)
-    whole = {*taken.whole}
-    return tuple(gpu in whole for gpu in beyond if gpu in taken.taken)
+    portions = Portions(tuple(amounts), (), (), given)
+    whole, taken = {*portions.whole}, portions.taken
+    return tuple(gpu in whole for gpu in beyond if gpu in taken)
 
 
 def opening(amounts: Sequence[int], rests: Mapping[int, int]) -> tuple[int, tuple[bool, ...]]:
