@@ -122,7 +122,7 @@ def test_every_refusal_counts_its_reasons_and_says_what_would_help() -> None:
     refusal = plan(busy, local(4, gpu_nodes=("dgx", "pcie")))
     assert isinstance(refusal, NotEnoughGpus)
     assert refusal.excluded == {"has fewer than 4 GPUs free": 2}
-    assert "replica 0 needs 4 GPUs free on one node; at best pcie has 3 (1-3) of its 4 GPUs free" in str(
+    assert "replica 0 needs 4 GPUs free on one node; at best pcie has 3 of its 4 GPUs free: GPU 1-3" in str(
         refusal
     )
 
@@ -316,7 +316,7 @@ def test_where_it_cannot_be_cut_the_advice_is_one_that_works(request_: Request, 
             [gpu_node(name, 4, busy=(0, 1)) for name in "abc"],
             local(99, divisible=True),
             "replica 0 needs 33 x 3 GPUs, each on one node, all of one GPU model; not one is free; at best c has "
-            "2 (2-3) of its 4 GPUs free",
+            "2 of its 4 GPUs free: GPU 2-3",
             "add nodes with room for 33 more sets of 3 GPUs, or ask for fewer GPUs",
         ),
         (
@@ -335,7 +335,7 @@ def test_where_it_cannot_be_cut_the_advice_is_one_that_works(request_: Request, 
             [gpu_node("a", 8, busy=(0,)), gpu_node("b", 8, busy=(0,)), gpu_node("c", 8, busy=(0, 1, 2, 3))],
             local(8, stages=2),
             "replica 0 needs 2 x 8 GPUs, each on one node, all of one GPU model; not one is free; at best b has "
-            "7 (1-7) of its 8 GPUs free",
+            "7 of its 8 GPUs free: GPU 1-7",
             "release something, add nodes with room for 2 more sets of 8 GPUs, or ask for fewer GPUs",
         ),
         (
@@ -452,7 +452,7 @@ def test_the_stages_of_an_explanation() -> None:
         ("free GPUs", 2, {"has fewer than 4 GPUs free": 1}),
         ("within", 2, {}),
     ]
-    assert (why.nodes, why.nearest_miss, why.advice) == (6, "busy has 2 (6-7) of its 8 GPUs free", "")
+    assert (why.nodes, why.nearest_miss, why.advice) == (6, "busy has 2 of its 8 GPUs free: GPU 6-7", "")
 
 
 def test_several_deployments_are_planned_on_top_of_each_other() -> None:
