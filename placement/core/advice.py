@@ -141,9 +141,9 @@ def _taken(node: Node, name: GpuName) -> str:
     return f"{gpu_names([name])} is held by {names or 'another Ray user'}{rest}"
 
 
-def how_apart(node: Node, count: int, within: Within) -> str:
+def how_apart(node: Node, count: int, within: Within, noun: str = "free GPUs") -> str:
     """``gpu-a has 4 free GPUs, but in NVLink islands of 2 + 2``."""
-    has = f"{node.name} has {len(node.free)} free GPUs, but"
+    has = f"{node.name} has {len(node.free)} {noun}, but"
     groups = _groups(node, within)
     if max(map(len, groups)) >= count:  # joined by NVLinks, but without a ring: a mesh
         return f"{has} no {count} of them form an NVLink ring"

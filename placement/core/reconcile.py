@@ -20,6 +20,8 @@ from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from typing import TypeVar
 
+from placement.core.at_best import Capacity, capacity
+from placement.core.mix import Kind
 from placement.core.planner import Shortfall, Step, attempt, vacate
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
@@ -193,6 +195,19 @@ class _Refused:
 
     def __init__(self) -> None:
         self._known: dict[Hashable, Shortfall] = {}
+        self._capacity: dict[Hashable, Capacity] = {}
+
+    def lacks(self, snapshot: Snapshot, desired: Desired) -> str:
+        """Why not all replicas can be placed on the nodes that there are, however long they wait; empty if they can."""
+        request = desired.request
+        if request.told is not None:  # the refusal of its group says it
+            return ""
+        labels = request.spread_label, request.domain_label
+        limited = bool(request.apart_from or request.kept_away_by or request.near_to)
+        kind = Kind.of(request), request.stages, request.parts, request.divisible, labels, limited
+        if kind not in self._capacity:
+            self._capacity[kind] = capacity(snapshot, request)
+        return self._capacity[kind].lacks(request, len(request.replicas), desired.gang)
 
     def clear(self) -> None:
         """Forgets all refusals: there may be more room now."""
@@ -262,8 +277,7 @@ class _Round:
             refused = self.place_jointly()
             if refused is not None:
                 step = refused[1].step()
-                assert isinstance(step.outcome, Unplaceable)
-                return Decision((), self.start, step.outcome, step)
+                return Decision((), self.start, self.why(step), step)
         self.release_surplus()
         return self.wait(None)
 
@@ -373,9 +387,14 @@ class _Round:
         """The decision, in which all that found no room waits."""
         left = tuple(sorted([*self.missing, *self.outdated]))
         if step is not None and left:
-            assert isinstance(step.outcome, Unplaceable)
-            self.actions.append(Wait(left, step.outcome))
+            self.actions.append(Wait(left, self.why(step)))
         return Decision(tuple(self.actions), self.snapshot, None, step or self.planned)
+
+    def why(self, step: Step) -> Unplaceable:
+        """The refusal of a step; it also says if waiting cannot help."""
+        assert isinstance(step.outcome, Unplaceable)
+        lacks = self.refused.lacks(self.start, self.desired)
+        return step.outcome.advised(lacks) if lacks else step.outcome
 
     # -- what the actions do -----------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +29,7 @@ from placement.errors import (
 )
 
 
-def gpu_node(name: str, topology: str | int, busy: tuple[int, ...] = (), **fields: Any) -> Node:
+def gpu_node(name: str, topology: str | int, busy: Iterable[int] = (), **fields: Any) -> Node:
     shape = Topology.unknown(topology) if isinstance(topology, int) else topologies.load(topology)
     free = frozenset(range(len(shape))) - set(busy)
     return Node(
@@ -381,21 +382,23 @@ def test_without_any_node_a_refusal_says_how_to_get_one() -> None:
     assert isinstance(plan(Snapshot(()), remote(1)), NoEgressNodes)
 
 
-def test_a_floor_excludes_nodes_and_names_the_nearest_miss() -> None:
-    bridged = Snapshot((gpu_node("gpu-a", "a100-pcie-4x"),))
+def test_a_floor_that_no_node_reaches_is_called_impossible_and_the_best_is_named() -> None:
+    bridged = Snapshot((gpu_node("gpu-a", "a100-pcie-4x"), gpu_node("gpu-b", "a100-pcie-4x", busy=(0, 1, 2))))
     refusal = plan(bridged, local(4, within=Within.NVLINK))
     assert isinstance(refusal, BelowFloor)
     assert str(refusal) == (
-        "cannot place 'd': replica 0 needs 4 GPUs within 'nvlink'; at best gpu-a has 4 free GPUs, but in NVLink "
-        "islands of 2 + 2 (1 node: has no 4 free GPUs within 'nvlink'); add a node that has "
-        "them, or ask for within: node (16.565 GB/s, weakest link SYS, on gpu-a)"
+        "cannot place 'd': replica 0 needs 4 GPUs within 'nvlink', and no node that it may use has such a set even "
+        "with all its GPUs free; at best gpu-a has 4 GPUs, but in NVLink islands of 2 + 2 (2 nodes: has no 4 GPUs "
+        "within 'nvlink', free or not); add a node with such a set, or ask for within: node (16.565 GB/s, weakest link "
+        "SYS, on gpu-a); waiting does not help unless such a node joins"
     )
     refusal = plan(bridged, local(4, min_bandwidth_gb_per_s=100.0))
     assert isinstance(refusal, BelowFloor)
     assert str(refusal) == (
-        "cannot place 'd': replica 0 needs 4 GPUs at 100 GB/s; at best gpu-a has 4 free GPUs that reach 16.565 GB/s "
-        "(weakest link SYS) (1 node: its best 4 free GPUs reach less than 100 GB/s); lower "
-        "min_bandwidth_gb_per_s to 16.565, or add a faster node"
+        "cannot place 'd': replica 0 needs 4 GPUs at 100 GB/s, and no node that it may use has such a set even with "
+        "all its GPUs free; at best gpu-a reaches 16.565 GB/s with 4 GPUs (weakest link SYS) (2 nodes: has no 4 GPUs "
+        "at 100 GB/s, free or not); lower min_bandwidth_gb_per_s to 16.565, or add a faster node; waiting does not "
+        "help unless such a node joins"
     )
     assert where(plan(bridged, local(2, replicas=2, within=Within.NVLINK, min_bandwidth_gb_per_s=230.4))) == [
         ("gpu-a", (0, 1)),
@@ -403,19 +406,71 @@ def test_a_floor_excludes_nodes_and_names_the_nearest_miss() -> None:
     ]
 
 
+DGX_1V = gpu_node("v", "dgx-1v", busy=(0, 1, 2, 4, 6))
+NO_USE = "waiting does not help"
+
+
+def test_of_an_impossible_bandwidth_it_says_what_is_reached_now_and_what_at_best() -> None:
+    both = Snapshot((DGX_1V, gpu_node("p", "a100-pcie-4x")))
+    refusal = plan(both, local(3, min_bandwidth_gb_per_s=900.0))
+    assert isinstance(refusal, BelowFloor)
+    assert "; at best v reaches 40 GB/s with 3 GPUs (weakest link NV1) (" in str(refusal)
+    assert "lower min_bandwidth_gb_per_s to 40 (15.986 for what is free now), or" in refusal.advice
+    # The same where there is not even room: the floor is what waiting cannot change.
+    full = Snapshot([replace(node, free=frozenset()) for node in both.nodes])
+    refusal = plan(full, local(3, min_bandwidth_gb_per_s=900.0))
+    assert isinstance(refusal, BelowFloor)
+    assert (
+        refusal.advice
+        == f"lower min_bandwidth_gb_per_s to 40, or add a faster node; {NO_USE} unless such a node joins"
+    )
+    refusal = plan(both, local(3, within=Within.NVLINK, min_bandwidth_gb_per_s=900.0))
+    assert "needs 3 GPUs within 'nvlink' at 900 GB/s, and" in str(refusal)
+
+
+@pytest.mark.parametrize(
+    ("case", "others", "asked"),
+    [
+        ("it is held", [gpu_node("h", "dgx-h100", busy=range(8))], local(4, within=Within.NVLINK)),
+        ("it drains", [gpu_node("h", "dgx-h100", problem="is draining")], local(4, min_bandwidth_gb_per_s=99.0)),
+        ("another is on it", [replace(gpu_node("h", "dgx-h100"), deployments={"o": 1})],
+         local(4, within=Within.NVLINK, apart_from=("o",))),
+        ("its links are unknown", [gpu_node("h", 4)], local(4, within=Within.NVLINK)),
+        ("memory is in use", [replace(gpu_node("h", "dgx-h100"), free_memory=dict.fromkeys(range(8), 1))],
+         replace(local(4), needs=Needs(4, Within.NVLINK, free_memory_bytes=9))),
+        ("smaller pieces reach it", [gpu_node("i", "a100-pcie-4x", busy=range(4))],
+         local(8, divisible=True, within=Within.NVLINK)),
+    ],
+)  # fmt: skip
+def test_a_floor_that_a_node_may_reach_is_not_called_impossible(
+    case: str, others: Sequence[Node], asked: Request
+) -> None:
+    refusal = plan(Snapshot((gpu_node("p", "a100-pcie-4x", busy=(0,)), *others)), asked)
+    assert isinstance(refusal, Unplaceable) and NO_USE not in str(refusal), case
+
+
+def test_where_the_constraints_exclude_what_reaches_a_floor_that_is_impossible_too() -> None:
+    both = Snapshot((gpu_node("h", "dgx-h100"), gpu_node("p", "a100-pcie-4x")))
+    refusal = plan(both, local(4, within=Within.NVLINK, gpu_nodes=("p",)))
+    assert isinstance(refusal, BelowFloor) and NO_USE in refusal.advice
+    assert refusal.excluded == {
+        "not in constraints.gpu_nodes": 1, "has no 4 GPUs within 'nvlink', free or not": 1,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("machine", "busy", "within", "miss"),
     [
-        ("dgx-1v", (3, 4, 6, 7), Within.NVLINK, "no 4 of them form an NVLink ring"),
-        ("rtx-4090-8x", (0, 1, 4, 5), Within.NUMA, "in NUMA nodes of 2 + 2"),
-        ("dgx-1v", (0, 1, 2, 3), Within.NUMA, "its NUMA nodes are unknown"),
-        ("l40s-4x", (), Within.SWITCH, "in PCIe switches of 1 + 1 + 1 + 1"),
+        ("dgx-1v", (3, 4, 6, 7), Within.NVLINK, "4 free GPUs, but no 4 of them form an NVLink ring"),
+        ("rtx-4090-8x", (0, 1, 4, 5), Within.NUMA, "4 free GPUs, but in NUMA nodes of 2 + 2"),
+        ("dgx-1v", (0, 1, 2, 3), Within.NUMA, "8 GPUs, but its NUMA nodes are unknown"),
+        ("l40s-4x", (), Within.SWITCH, "4 GPUs, but in PCIe switches of 1 + 1 + 1 + 1"),
     ],
 )
 def test_what_keeps_free_gpus_apart(machine: str, busy: tuple[int, ...], within: Within, miss: str) -> None:
     refusal = plan(Snapshot((gpu_node("a", machine, busy),)), local(4, within=within))
     assert isinstance(refusal, BelowFloor)
-    assert f"at best a has 4 free GPUs, but {miss} (" in str(refusal)
+    assert f"at best a has {miss} (" in str(refusal)
 
 
 def test_a_floor_leads_to_a_slower_node_only_where_it_is_met() -> None:
