@@ -225,7 +225,7 @@ class NotEnoughGpus(Unplaceable):
 
 
 class BelowFloor(Unplaceable):
-    """There are enough free GPUs, but no set as close together or as fast as the deployment demands."""
+    """No set of GPUs is as close together or as fast as the deployment demands: of those that are free, or of all."""
 
     code = "below_floor"
 
