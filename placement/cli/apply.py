@@ -107,8 +107,9 @@ def _noting_what_waits(standing: Sequence[Mapping[str, Any]]) -> Iterator[None]:
     try:
         yield
     except errors.Unplaceable as refusal:
-        if any(one["name"] == refusal.deployment and one["pending"] for one in standing):
-            refusal.add_note(f"{refusal.deployment} goes on waiting as it did before")
+        name = refusal.deployment  # or its group
+        if any(one["pending"] and name in (one["name"], one.get("group")) for one in standing):
+            refusal.add_note(f"{name} goes on waiting as it did before")
         raise
 
 

@@ -144,9 +144,14 @@ def test_atomic_is_asked_of_the_service_and_refuses_before_anything_is_done(
 def test_a_refusal_of_what_waits_already_says_that_it_goes_on_waiting(
     file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waits = report(standing("b", pending={"0": "no room"}, state="pending", queue_position=1))
-    service = FakeService(status=waits, plan_all=no_room("b"), apply_all=no_room("b"))
-    use(monkeypatch, service)
+    fields = {"pending": {"0": "no room"}, "state": "pending", "queue_position": 1}
+    waits = report(standing("b", **fields), standing("decode", group="pd", **fields))
+    use(monkeypatch, FakeService(status=waits, plan_all=no_room("pd")))
+    assert (
+        run("apply", file, "--atomic").stderr
+        == f"error: {no_room('pd')}; pd goes on waiting as it did before\n"
+    )
+    use(monkeypatch, FakeService(status=waits, plan_all=no_room("b"), apply_all=no_room("b")))
     said = f"{no_room('b')}; b goes on waiting as it did before"
     refused = run("apply", file, "--atomic")
     assert (1, "", f"error: {said}\n") == (refused.exit_code, refused.stdout, refused.stderr)
