@@ -253,7 +253,7 @@ def _local(request: Request, labels: tuple[tuple[str, str], ...]) -> Need:
     beside = f", {request.cpu_milli / 1000:g} CPUs" if request.cpu_milli else ""
     beside += f", {request.memory_bytes / GIB:.3g} GiB of memory" if request.memory_bytes else ""
     beside += "".join(f", {amount / UNIT:g} {resource}" for resource, amount in request.resources)
-    return Need(what + beside, tuple(ways), labels, floor=needs.floor)
+    return Need(what + beside, tuple(ways), labels, floor=needs.floor and needs.gpus > 1)
 
 
 def _amounts(gpus: float, cpu_milli: float, memory_bytes: int, resources: Resources = ()) -> Amounts:
