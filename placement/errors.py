@@ -7,9 +7,10 @@ Every class has a ``code`` of its own, which stays the same when messages are re
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 
@@ -224,7 +225,7 @@ class NotEnoughGpus(Unplaceable):
 
 
 class BelowFloor(Unplaceable):
-    """There are enough free GPUs, but no set as close together or as fast as the deployment demands."""
+    """No set of GPUs is as close together or as fast as the deployment demands: of those that are free, or of all."""
 
     code = "below_floor"
 
@@ -306,11 +307,11 @@ class GroupStands(PlacementError):
 
 
 class UnknownDeployment(PlacementError):
-    """No deployment of that name is placed.
+    """No deployment of that name exists.
 
     Args:
         name: what was asked for.
-        known: the names that are placed.
+        known: the names that exist; if there are many, the first few are shown.
     """
 
     code = "unknown_deployment"
@@ -320,8 +321,9 @@ class UnknownDeployment(PlacementError):
         self.name, self.known = name, tuple(known)
 
     def __str__(self) -> str:
-        known = ", ".join(self.known) if self.known else "none"
-        return f"no deployment {self.name!r} is placed; placed: {known}"
+        near = difflib.get_close_matches(self.name, self.known, 1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        return f"no deployment {self.name!r}{meant}; there are: {_first_few(self.known) or 'none'}"
 
 
 class UnknownNode(PlacementError):
@@ -359,13 +361,11 @@ class UnknownGpu(PlacementError):
         self.field, self.name, self.known = field, name, tuple(known)
 
     def __str__(self) -> str:
-        shown, more = self.known[:8], len(self.known) - 8
-        listed = ", ".join([*shown, *([f"and {more} more"] if more > 0 else [])])
         what = f"GPU {self.name}" if isinstance(self.name, int) else self.name
         none = "none that is known" + (
             "" if isinstance(self.name, int) else " by its UUID, which NVML reports"
         )
-        return f"{self.field}: no node has {what}; there are: {listed or none}"
+        return f"{self.field}: no node has {what}; there are: {_first_few(self.known) or none}"
 
 
 class UnreadableRecord(PlacementError):
@@ -577,6 +577,12 @@ class NoCollectiveLibrary(CannotMeasure):
 def counted(count: int, noun: str) -> str:
     """``1 node``, ``2 nodes``."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _first_few(names: Sequence[str]) -> str:
+    """``a, b, and 3 more``; empty for none."""
+    more = len(names) - 8
+    return ", ".join([*names[:8], *([f"and {more} more"] if more > 0 else [])])
 
 
 def _json_ready(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ AFTER_PRUNE_SECONDS = 5.0
 @click.option(
     "--atomic",
     is_flag=True,
-    help="If any deployment does not fit now, change nothing; without it, replicas that find no room wait.",
+    help="If any deployment does not fit now, also one that waits already, change nothing; without it, replicas that "
+    "find no room wait.",
 )
 @click.option("--prune", is_flag=True, help="Release deployments that none of the files names. Asks first.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
@@ -68,14 +69,15 @@ def apply(
         standing = common.ask(service.status.remote())["deployments"]
         others = unmanaged(standing, names)
         pruned = others if prune else []
-        if not as_json:
-            _show_difference(service, wanted, atomic, standing, pruned)
-        if pruned and not yes and not _agreed(pruned, standing, as_json):
-            common.note("nothing is changed")
-            sys.exit(REFUSED)
-        if not as_json:
-            common.note(f"placing {counted(len(wanted), 'deployment')} ...")
-        results, partly = _apply(service, wanted, atomic, shows=not as_json)
+        with _noting_what_waits(standing):
+            if not as_json:
+                _show_difference(service, wanted, atomic, standing, pruned)
+            if pruned and not yes and not _agreed(pruned, standing, as_json):
+                common.note("nothing is changed")
+                sys.exit(REFUSED)
+            if not as_json:
+                common.note(f"placing {counted(len(wanted), 'deployment')} ...")
+            results, partly = _apply(service, wanted, atomic, shows=not as_json)
         released = [] if partly else _release(service, pruned)
         waited = None
         if wait is not None:
@@ -97,6 +99,18 @@ def apply(
         raise partly
     if waited is not None and wait is not None:
         waiting.require_placed(waited, wait)
+
+
+@contextlib.contextmanager
+def _noting_what_waits(standing: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+    """Adds to a refusal that the deployment waited before, as a refusal does not end that."""
+    try:
+        yield
+    except errors.Unplaceable as refusal:
+        name = refusal.deployment  # or its group
+        if any(one["pending"] and name in (one["name"], one.get("group")) for one in standing):
+            refusal.add_note(f"{name} goes on waiting as it did before")
+        raise
 
 
 def _show_difference(

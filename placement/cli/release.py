@@ -41,13 +41,13 @@ def release(names: tuple[str, ...], everything: bool, yes: bool, address: str | 
 
 def _release(service: Any, report: dict[str, Any], names: tuple[str, ...], as_json: bool) -> dict[str, int]:
     released: dict[str, int] = {}
-    placed = [one["name"] for one in report["deployments"]]
-    known = {*placed, *(one["name"] for one in [*report["unreadable"], *report.get("groups", ())])}
+    listed = [*report["deployments"], *report["unreadable"], *report.get("groups", ())]
+    known = tuple(sorted({one["name"] for one in listed}))
     wanted = dict.fromkeys(names)
     if missing := [name for name in wanted if name not in known]:
-        error = errors.UnknownDeployment(missing[0], tuple(placed))
+        error = errors.UnknownDeployment(missing[0], known)
         for name in missing[1:]:
-            error.add_note(f"nor is {name!r}")
+            error.add_note(f"nor is there one named {name!r}")
         error.add_note("nothing was released")
         raise error
     group_of = {one["name"]: one.get("group") or one["name"] for one in report["deployments"]}
@@ -63,8 +63,20 @@ def _release(service: Any, report: dict[str, Any], names: tuple[str, ...], as_js
         ):
             released[name] = common.ask(service.release.remote(name, caller=common.asker()))
         if not as_json:
-            common.say(f"released {name}: {counted(released[name], 'replica')}")
+            members = [one for one in report["deployments"] if group_of[one["name"]] == one_with]
+            common.say(f"released {name}: {_what_ended(released[name], members)}")
     return released
+
+
+def _what_ended(replicas: int, members: list[dict[str, Any]]) -> str:
+    """What a release did; ``members`` are the deployments as they were before."""
+    queued = any(one["queue_position"] is not None for one in members)
+    waited = max(0, sum(one["replicas"] for one in members) - replicas) if queued else 0
+    if not waited:
+        return counted(replicas, "replica")
+    if not replicas:
+        return "it waited for room, and is no longer in the queue"
+    return f"{counted(replicas, 'replica')}; {waited} more waited for room, and left the queue"
 
 
 def _release_all(service: Any, report: dict[str, Any], yes: bool, as_json: bool) -> dict[str, int]:

@@ -13,7 +13,7 @@ from placement.core.node import Node
 from placement.core.request import Request
 from placement.core.score import score
 from placement.core.snapshot import Snapshot
-from placement.core.topology import Path, Topology, components, ordinals
+from placement.core.topology import Path, Topology, components
 from placement.core.wording import any_of, describe, gpu_names, reached, sets_of
 from placement.errors import counted
 
@@ -108,7 +108,7 @@ def size_miss(snapshot: Snapshot, nodes: Sequence[Node], request: Request) -> tu
 
 
 def most_free(nodes: Sequence[Node], needs: Needs) -> str:
-    """``gpu-a has 3 (0-2) of its 8 GPUs free``: the node with the most."""
+    """``gpu-a has 3 of its 8 GPUs free: GPU 0-2``: the node with the most."""
     if needs.named:
         most = max(nodes, key=lambda node: (len(node.free) + len(node.instances), node.id))
         free = len(most.free) + len(most.instances)
@@ -123,8 +123,8 @@ def most_free(nodes: Sequence[Node], needs: Needs) -> str:
     else:
         most = max(nodes, key=lambda node: (len(node.free), node.id))
         free = len(most.free)
-        which = f"{free} ({ordinals(tuple(most.free))})" if free else "none"
-        text = f"{most.name} has {which} of its {counted(most.whole_gpus, 'GPU')} free"
+        text = f"{most.name} has {free or 'none'} of its {counted(most.whole_gpus, 'GPU')} free"
+        text += f": {gpu_names(most.free)}" if free else ""
     if free and needs.free_memory_bytes:
         unused = max(most.free_memory.get(gpu, 0) for gpu in most.free | most.instances.keys())
         text += f", with {unused / GIB:.3g} GiB unused at most"
@@ -141,9 +141,9 @@ def _taken(node: Node, name: GpuName) -> str:
     return f"{gpu_names([name])} is held by {names or 'another Ray user'}{rest}"
 
 
-def how_apart(node: Node, count: int, within: Within) -> str:
+def how_apart(node: Node, count: int, within: Within, noun: str = "free GPUs") -> str:
     """``gpu-a has 4 free GPUs, but in NVLink islands of 2 + 2``."""
-    has = f"{node.name} has {len(node.free)} free GPUs, but"
+    has = f"{node.name} has {len(node.free)} {noun}, but"
     groups = _groups(node, within)
     if max(map(len, groups)) >= count:  # joined by NVLinks, but without a ring: a mesh
         return f"{has} no {count} of them form an NVLink ring"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from placement.core import gangs
@@ -24,6 +24,7 @@ from placement.core.advice import (
     releasing,
     size_miss,
 )
+from placement.core.at_best import floor_miss
 from placement.core.bundles import ELSEWHERE, OTHERS
 from placement.core.limits import (
     NAMED,
@@ -34,7 +35,7 @@ from placement.core.limits import (
     short_of,
     too_small,
 )
-from placement.core.needs import GIB, Needs, Within
+from placement.core.needs import GIB, Within
 from placement.core.node import UNIT, Node
 from placement.core.request import Request, Strategy
 from placement.core.snapshot import Snapshot
@@ -139,6 +140,9 @@ def explain(snapshot: Snapshot, request: Request) -> Explanation:
 Sifted = tuple[_Sieve, str, str, str]
 """The sieve, the nearest miss, the advice, and the stage at which no node was left (empty if some are left)."""
 
+AT_BEST = "floor, all free"
+"""The stage for a floor that no node reaches, even with all its GPUs free."""
+
 HAS_NO_GPUS = "has no GPUs"
 """The reason for a node without GPUs."""
 
@@ -160,7 +164,7 @@ def sift(snapshot: Snapshot, request: Request) -> Sifted:
 def _sift_gpus(snapshot: Snapshot, request: Request) -> Sifted:
     needs = request.needs
     count, what = needs.gpus, describe(needs)
-    sieve = _Sieve([_only_named(node, needs) for node in snapshot.nodes] if needs.named else snapshot.nodes)
+    sieve = _Sieve([node.only_named(needs) for node in snapshot.nodes])
     if not sieve.put("GPU nodes", lambda node: None if len(node.topology) else HAS_NO_GPUS):
         return sieve, "", "start one with `ray start --num-gpus=N`", "GPU nodes"
     if not sieve.put("constraints", outside("gpu_nodes", request.gpu_nodes)):
@@ -191,6 +195,14 @@ def _sift_gpus(snapshot: Snapshot, request: Request) -> Sifted:
         return sieve, *size_miss(snapshot, sieve.dropped, request), "size"
 
     candidates = list(sieve.left)
+    if needs.floor and (never := floor_miss(snapshot, request, candidates)) is not None:
+        floor = (
+            f"within {needs.within.value!r}"
+            if never.within
+            else f"at {gb_per_s(needs.min_bandwidth_gb_per_s)}"
+        )
+        sieve.put(AT_BEST, lambda node: f"has no {count} GPUs {floor}, free or not")
+        return sieve, never.nearest, never.advice, AT_BEST
     free_only = needs._replace(within=Within.NODE)
     reason = f"has fewer than {count} GPUs free"
     if needs.named:
@@ -289,17 +301,6 @@ def _sift_gpus(snapshot: Snapshot, request: Request) -> Sifted:
             )
             return sieve, f"{layout_of(request)}; there is room for {free}", advice, "groups"
     return sieve, short, "", ""
-
-
-def _only_named(node: Node, needs: Needs) -> Node:
-    """The node reduced to the GPUs that are named."""
-    mask = node.named_mask(needs)
-    return replace(
-        node,
-        free=frozenset(gpu for gpu in node.free if mask >> gpu & 1),
-        rests={gpu: rest for gpu, rest in node.rests.items() if mask >> gpu & 1},
-        instances={slot: profile for slot, profile in node.instances.items() if mask >> slot & 1},
-    )
 
 
 def _full_domains(snapshot: Snapshot, request: Request) -> set[str]:

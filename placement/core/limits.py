@@ -44,10 +44,14 @@ def _passing_limits(request: Request) -> list[tuple[str, Objection]]:
     asked += [(f"apart from {other}", _shared_with(other)) for other in request.apart_from]
     asked += [(f"{other} keeps apart", _kept_by(other)) for other in request.kept_away_by]
     asked += [(f"near to {other}", _not_shared_with(other)) for other in request.near_to]
-    for stage, label in (("spread label", request.spread_label), ("domain label", request.domain_label)):
-        if label is not None:
-            asked.append((stage, _without_label(label)))
+    asked += [(stage, _without_label(label)) for stage, label in _labels_asked(request).items()]
     return asked
+
+
+def _labels_asked(request: Request) -> dict[str, str]:
+    """The labels that a node must have, whatever their values, by stage."""
+    asked = {"spread label": request.spread_label, "domain label": request.domain_label}
+    return {stage: label for stage, label in asked.items() if label is not None}
 
 
 def _without_label(label: str) -> Objection:
@@ -147,6 +151,13 @@ def _unobjected(snapshot: Snapshot, asked: list[tuple[str, Objection]]) -> Bits:
     return snapshot.select(
         node for node in snapshot.nodes if not any(objection(node) for _, objection in asked)
     )
+
+
+def allowed(snapshot: Snapshot, request: Request) -> list[Node]:
+    """The nodes with GPUs to which the constraints let a request go, whether or not they may be used now."""
+    asked = [outside("gpu_nodes", request.gpu_nodes), *map(_without_label, _labels_asked(request).values())]
+    asked += [objection for _, objection in _lasting_limits(Kind.of(request))]
+    return [n for n in snapshot.nodes if len(n.topology) and not any(objection(n) for objection in asked)]
 
 
 _ALL: Bits = -1

@@ -150,6 +150,18 @@ class Node:
         slots = {self.slot_of(name) for name in needs.named} - {None}
         return sum(1 << slot for slot in slots if slot is not None)
 
+    def only_named(self, needs: Needs) -> Node:
+        """The node reduced to what is free of the GPUs that are named; itself, if none are."""
+        if not needs.named:
+            return self
+        mask = self.named_mask(needs)
+        return replace(
+            self,
+            free=frozenset(gpu for gpu in self.free if mask >> gpu & 1),
+            rests={gpu: rest for gpu, rest in self.rests.items() if mask >> gpu & 1},
+            instances={slot: profile for slot, profile in self.instances.items() if mask >> slot & 1},
+        )
+
     def best(self, needs: Needs) -> tuple[int, ...] | None:
         """The best free GPUs for a replica, whatever the floor on bandwidth."""
         taken = self.choose(needs)

@@ -15,11 +15,13 @@ take the same path. Promises:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from typing import TypeVar
 
+from placement.core.at_best import Capacity, capacity
+from placement.core.mix import Kind
 from placement.core.planner import Shortfall, Step, attempt, vacate
 from placement.core.replicas import Plan, PlannedReplica
 from placement.core.request import Request
@@ -128,7 +130,6 @@ def reconcile(
     snapshot: Snapshot,
     *,
     atomic: bool = False,
-    may_wait: Collection[int] = (),
 ) -> Decision:
     """Which actions make the cluster match ``desired``.
 
@@ -136,11 +137,9 @@ def reconcile(
         desired: the declaration.
         observed: index -> replica, of all that are there.
         snapshot: the cluster, which includes what is observed.
-        atomic: if there is no room for all missing replicas, nothing is done.
-        may_wait: indices that were waiting before. With ``atomic``, these need no room, nor do
-            replicas that were lost with a node.
+        atomic: if there is no room for all replicas, whether they waited before or not, nothing is done.
     """
-    return _Round(desired, observed, snapshot, _Refused()).decide(atomic, may_wait)
+    return _Round(desired, observed, snapshot, _Refused()).decide(atomic)
 
 
 def outcome(
@@ -196,6 +195,19 @@ class _Refused:
 
     def __init__(self) -> None:
         self._known: dict[Hashable, Shortfall] = {}
+        self._capacity: dict[Hashable, Capacity] = {}
+
+    def lacks(self, snapshot: Snapshot, desired: Desired) -> str:
+        """Why not all replicas can be placed on the nodes that there are, however long they wait; empty if they can."""
+        request = desired.request
+        if request.told is not None:  # the refusal of its group says it
+            return ""
+        labels = request.spread_label, request.domain_label
+        limited = bool(request.apart_from or request.kept_away_by or request.near_to)
+        kind = Kind.of(request), request.stages, request.parts, request.divisible, labels, limited
+        if kind not in self._capacity:
+            self._capacity[kind] = capacity(snapshot, request)
+        return self._capacity[kind].lacks(request, len(request.replicas), desired.gang)
 
     def clear(self) -> None:
         """Forgets all refusals: there may be more room now."""
@@ -233,8 +245,6 @@ class _Round:
         outdated: replicas to be replaced.
         surplus: replicas that are no longer wanted.
         missing: the indices of replicas that are not there.
-        dropped: the missing ones that were lost.
-        holding: replicas to be replaced, but not now.
     """
 
     def __init__(
@@ -248,11 +258,9 @@ class _Round:
         self.outdated: dict[int, Observed] = {}
         self.surplus: dict[int, Observed] = {}
         self.missing: list[int] = []
-        self.dropped: list[int] = []
-        self.holding: dict[int, Observed] = {}
         self.planned: Step | None = None
 
-    def decide(self, atomic: bool = False, may_wait: Collection[int] = ()) -> Decision:
+    def decide(self, atomic: bool = False) -> Decision:
         """Decides."""
         if self.desired.releasing:
             if self.observed:
@@ -260,43 +268,30 @@ class _Round:
             return Decision(tuple(self.actions), self.snapshot)
         self.sort()
         if atomic:
-            return self.decide_atomic({*may_wait, *self.dropped})
+            return self.decide_atomic()
         return self.wait(self.place())
 
-    def decide_atomic(self, may_wait: Collection[int]) -> Decision:
-        """Places all that must be placed, or does nothing; then places what may wait."""
-        may = [index for index in self.missing if index in may_wait]
-        holding = {index: one for index, one in self.outdated.items() if index in may_wait}
-        if holding and self.place_jointly() is None:
-            # A replica that waits to be replaced may make room for the others.
-            return self.wait(None)
-        if self.desired.gang and len(may) + len(holding) < len(self.missing) + len(self.outdated):
-            may, holding = [], {}
-        self.missing = [index for index in self.missing if index not in may]
-        self.outdated = {i: one for i, one in self.outdated.items() if i not in holding}
-        self.holding = holding
+    def decide_atomic(self) -> Decision:
+        """Places all that is missing or outdated, or does nothing."""
         if self.missing or self.outdated:
             refused = self.place_jointly()
             if refused is not None:
                 step = refused[1].step()
-                assert isinstance(step.outcome, Unplaceable)
-                return Decision((), self.start, step.outcome, step)
+                return Decision((), self.start, self.why(step), step)
         self.release_surplus()
-        planned = self.planned
-        self.missing, self.outdated, self.holding = may, holding, {}
-        decision = self.wait(self.place())
-        return decision if planned is None else replace(decision, step=planned)
+        return self.wait(None)
 
     def sort(self) -> None:
         """Sorts the replicas: lost, staying, outdated, or no longer wanted."""
         request, snapshot, stays = self.desired.request, self.snapshot, self.stays
         wanted = frozenset(request.replicas)
         earlier: list[tuple[Request, dict[int, Observed]]] = []
+        dropped: list[int] = []
         for index, one in sorted(self.observed.items()):
             lost = [part.node_id for part in one.parts if not snapshot.bit(part.node_id)]
             if lost or one.gone:
                 self.actions.append(Drop(index, tuple(sorted({*lost}))))
-                self.dropped.append(index)
+                dropped.append(index)
             elif index not in wanted:
                 self.surplus[index] = one
             elif _ask_the_same(one.request, request):
@@ -309,7 +304,7 @@ class _Round:
                     alike[index] = one
         if len(stays) == len(self.observed) == len(request.replicas):
             return
-        self.vacate(self.dropped)
+        self.vacate(dropped)
         kept: list[int] = []
         for asked, found in earlier:
             parts = {index: one.parts for index, one in found.items()}
@@ -342,7 +337,7 @@ class _Round:
         """Places all at once: beside what they replace, or in its place; if neither fits, returns both reasons."""
         leaving = {**self.outdated, **self.surplus}
         indices = tuple(sorted([*self.missing, *self.outdated]))
-        request = self.asking(indices, self.holding)
+        request = self.asking(indices, {})
         beside = self.refused.attempt(self.snapshot, request)
         if not isinstance(beside, Shortfall):
             self.reserve(*beside, leaving)
@@ -392,9 +387,14 @@ class _Round:
         """The decision, in which all that found no room waits."""
         left = tuple(sorted([*self.missing, *self.outdated]))
         if step is not None and left:
-            assert isinstance(step.outcome, Unplaceable)
-            self.actions.append(Wait(left, step.outcome))
+            self.actions.append(Wait(left, self.why(step)))
         return Decision(tuple(self.actions), self.snapshot, None, step or self.planned)
+
+    def why(self, step: Step) -> Unplaceable:
+        """The refusal of a step; it also says if waiting cannot help."""
+        assert isinstance(step.outcome, Unplaceable)
+        lacks = self.refused.lacks(self.start, self.desired)
+        return step.outcome.advised(lacks) if lacks else step.outcome
 
     # -- what the actions do -----------------------------------------------------------------------
 

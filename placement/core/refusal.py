@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from placement.core.explanation import HAS_NO_GPUS, Explanation, Sifted, no_egress
+from placement.core.explanation import AT_BEST, HAS_NO_GPUS, Explanation, Sifted, no_egress
 from placement.core.limits import NAMED
+from placement.core.needs import Within
 from placement.core.request import Request
 from placement.core.wording import describe, describe_cpus, gb_per_s, gpu_names, layout_of, sets_of
 from placement.errors import (
@@ -46,6 +47,11 @@ def _refuse_gpus(request: Request, index: int, sifted: Sifted) -> Unplaceable:
         return NotEnoughGpus(
             name, f"replica {index} needs {wanted}; at best {miss}", excluded, advice, count, largest
         )
+    if stage == AT_BEST:
+        within = f" within {needs.within.value!r}" if needs.within is not Within.NODE else ""
+        at = f" at {gb_per_s(needs.min_bandwidth_gb_per_s)}" if needs.slowest < 0 else ""
+        summary = f"replica {index} needs {what}{within}{at}, and no node that it may use has such a set even with all "
+        return BelowFloor(name, f"{summary}its GPUs free; at best {miss}", excluded, advice)
     if stage == "within":
         summary = f"replica {index} needs {what} within {needs.within.value!r}; at best {miss}"
         return BelowFloor(name, summary, excluded, advice)

@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, product
 
 from placement.core import gangs, planner
+from placement.core.at_best import capacity
 from placement.core.limits import eligible
 from placement.core.needs import Needs
 from placement.core.reconcile import Desired, Observed
@@ -88,6 +89,8 @@ def plan(
             places.bounded,
         )
     refusal = _refusal(snapshot, roles, requests, standing or {})
+    if lacks := _lacks(snapshot, refusal.deployment, requests, standing or {}):
+        refusal = refusal.advised(lacks)
     return refusal.advised("the search was cut off, so that there may be room") if places.bounded else refusal
 
 
@@ -233,3 +236,23 @@ def _refusal(
     return Unplaceable(
         roles.name, "its search was cut off before it came to an end", {}, "ask for fewer units"
     )
+
+
+def _lacks(
+    snapshot: Snapshot,
+    refused: str,
+    requests: Mapping[str, Request],
+    standing: Mapping[Member, Sequence[Place]],
+) -> str:
+    """Why a group can never be placed on the nodes that are there; empty if it may, or if the refusal says it."""
+    asked = sum(len(sets) * requests[name].needs.gpus for (name, _), sets in standing.items())
+    asked += sum(len(one.replicas) * one.stages * one.needs.gpus for one in requests.values())
+    gpus = sum(node.whole_gpus for node in snapshot.nodes)
+    if asked > gpus and all(one.needs.whole for one in requests.values()):
+        has = f"the whole cluster has {counted(gpus, 'GPU')}, and the group needs {asked}"
+        return f"{has}: waiting does not help unless nodes join"
+    if refused not in requests:
+        return ""
+    request = requests[refused]
+    wanted = len(request.replicas) + sum(name == refused for name, _ in standing)
+    return capacity(snapshot, request).lacks(request, wanted, gang=True)

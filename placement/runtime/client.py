@@ -71,7 +71,7 @@ class Client(Connected):
         owner: ActorHandle | None = None,
     ) -> PlacementResult:
         """Places all replicas of a deployment, or none. Placing an identical deployment again returns the existing
-        result.
+        result; replicas of it that wait are ``pending``.
 
         With ``owner: caller`` in the deployment this process creates the placement groups, and Ray removes them when
         it ends, however it ends. (If this process is a normal actor, its driver must have ended, too; if it is
@@ -118,7 +118,7 @@ class Client(Connected):
         Args:
             deployment: a :class:`~placement.Deployment`, or a mapping of its fields.
             constraints: limits the choice of nodes; replaces ``deployment.constraints``.
-            atomic: make the change completely or not at all.
+            atomic: place all replicas, also those that were pending before, or change nothing.
             owner: an actor whose end ends the deployment.
 
         Raises:

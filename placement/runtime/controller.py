@@ -228,8 +228,7 @@ class Controller:
             with self._refusal_told(wanted.name):
                 anew = known.renewed(owner).declared(wanted)
                 strict = known.deployment.shape() != wanted.shape()
-                may_wait = frozenset(known.missing() if strict else known.unfinished())
-                work = Work(known, anew, atomic=atomic, strict=strict, may_wait=may_wait)
+                work = Work(known, anew, atomic=atomic, strict=strict)
                 return self.reconciler.bring_about(work).result(), False
 
     def apply_all(

@@ -35,8 +35,16 @@ def meant_by(name: str, declared: Mapping[str, Declared], unreadable: Collection
         return [name]
     members = [each for each in _members_of(name, declared) if each in declared]
     if not members:
-        raise UnknownDeployment(name, tuple(sorted({*declared, *unreadable})))
+        raise UnknownDeployment(name, names_of(declared, unreadable))
     return members
+
+
+def names_of(declared: Mapping[str, Declared], unreadable: Collection[str] = ()) -> tuple[str, ...]:
+    """All names that mean something: of deployments, of groups, and of unreadable records."""
+    groups = {
+        one.deployment.group.name for one in tuple(declared.values()) if one.deployment.group is not None
+    }
+    return tuple(sorted({*declared, *unreadable, *groups}))
 
 
 def with_members(names: Iterable[str], declared: Mapping[str, Declared]) -> list[str]:

@@ -64,11 +64,13 @@ class Need:
         what: the resources, in the words of refusals.
         ways: the forms to ask in; the next one is used if no node type can hold the one before.
         labels: label -> condition, in Ray's syntax, sorted.
+        floor: the links between its GPUs must reach a floor, which shows once it has joined.
     """
 
     what: str
     ways: tuple[Way, ...]
     labels: tuple[tuple[str, str], ...] = ()
+    floor: bool = False
 
     def __str__(self) -> str:
         on = ", ".join(f"{key} {condition}" for key, condition in self.labels)
@@ -90,10 +92,8 @@ def by_type(need: Need, types: Sequence[NodeType]) -> str:
     lacks = {one.name: _lack(need, one) for one in types}
     holding = [f"{one.name} (at most {one.max_workers})" for one in types if not lacks[one.name]]
     if holding:
-        named = _few(holding)
-        return (
-            f"node type {named} would hold it" if len(holding) == 1 else f"node types {named} would hold it"
-        )
+        some = f"node type{'s' * (len(holding) > 1)} {_few(holding)} would hold it"
+        return some + (", if its links reach the floor" if need.floor else "")
     return f"no node type holds it ({_few([f'{name} {lack}' for name, lack in lacks.items()], '; ')})"
 
 
@@ -258,7 +258,7 @@ def _local(request: Request, labels: tuple[tuple[str, str], ...]) -> Need:
     beside = f", {request.cpu_milli / 1000:g} CPUs" if request.cpu_milli else ""
     beside += f", {request.memory_bytes / GIB:.3g} GiB of memory" if request.memory_bytes else ""
     beside += "".join(f", {amount / UNIT:g} {resource}" for resource, amount in request.resources)
-    return Need(what + beside, tuple(ways), labels)
+    return Need(what + beside, tuple(ways), labels, floor=needs.floor and needs.gpus > 1)
 
 
 def _amounts(gpus: float, cpu_milli: float, memory_bytes: int, resources: Resources = ()) -> Amounts:

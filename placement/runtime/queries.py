@@ -16,7 +16,7 @@ from placement.runtime.discovery import NodeInfo
 from placement.runtime.feed import Event, Feed, event_of
 from placement.runtime.fleet import Fleet
 from placement.runtime.history import History
-from placement.runtime.membership import meant_by, with_members
+from placement.runtime.membership import meant_by, names_of, with_members
 from placement.runtime.observed import ObservedCluster
 from placement.runtime.owners import belongs_to_another
 from placement.runtime.queue import WaitingQueue
@@ -186,7 +186,7 @@ class Queries:
             return self._feed.since(since)
         names = with_members([name], self._state.deployments)
         if names == [name] and not self._feed.known(name) and self._state.get(name) is None:
-            raise UnknownDeployment(name, self._state.names())
+            raise UnknownDeployment(name, names_of(self._state.deployments))
         return self._feed.since(since, names)
 
     def with_members(self, names: Iterable[str]) -> list[str]:

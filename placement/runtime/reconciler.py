@@ -57,7 +57,6 @@ class Work:
         wanted: the deployment with the new declaration, and the existing replicas.
         atomic: make the change completely or not at all.
         strict: nodes that its constraints name must exist.
-        may_wait: replicas that may go on waiting even with ``atomic``.
         lending: the caller creates the groups.
         patient: look again before anything is refused.
         told: for a member of a group, where its replicas go.
@@ -75,7 +74,6 @@ class Work:
     wanted: DeploymentState
     atomic: bool = False
     strict: bool = False
-    may_wait: frozenset[int] = frozenset()
     lending: Lending | None = None
     patient: bool = True
     told: Told | None = None
@@ -269,7 +267,7 @@ class Reconciler:
             desired = replace(desired, request=replace(desired.request, told=work.told))
         if work.wanted.deployment.policy is Policy.FRAGMENTATION:
             snapshot = snapshot.changed((), mix_of(snapshot, [one.deployment for one in self.state.all()]))
-        return reconcile(desired, observed, snapshot, atomic=work.atomic, may_wait=work.may_wait)
+        return reconcile(desired, observed, snapshot, atomic=work.atomic)
 
     def seen(
         self, wanted: DeploymentState, snapshot: Snapshot, strict: bool = False, lent: bool = False

@@ -10,6 +10,7 @@ from placement.errors import UnknownDeployment, UnreadableRecord
 from placement.runtime import faults, groups, ledger
 from placement.runtime.actions import Actions
 from placement.runtime.fleet import Fleet
+from placement.runtime.membership import names_of
 from placement.runtime.state import ServiceState
 from placement.runtime.sweeper import Sweeper
 from placement.runtime.turns import Turns
@@ -57,7 +58,7 @@ class Releases:
         if known is None and name in self._ended:  # this call was interrupted, and sent again
             return self._ended.pop(name)
         if known is None:
-            raise UnknownDeployment(name, self._state.names())
+            raise UnknownDeployment(name, names_of(self._state.deployments, self._state.unreadable))
         if not known.releasing:
             known = replace(known, releasing=True)
             self._actions.commit(known)  # from here on the release is carried out, whatever fails

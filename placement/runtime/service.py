@@ -128,7 +128,7 @@ class DeploymentPlacementActor(Past):
     ) -> PlacementResult:
         """Places all replicas of a deployment, or none.
 
-        Placing an identical deployment again returns the existing result.
+        Placing an identical deployment again returns the existing result; replicas of it that wait are ``pending``.
 
         Args:
             deployment: a :class:`~placement.Deployment`, or a dict of its fields.
@@ -198,7 +198,7 @@ class DeploymentPlacementActor(Past):
         Args:
             deployment: a :class:`~placement.Deployment`, or a dict of its fields.
             constraints: limits the choice of nodes; replaces ``deployment.constraints``.
-            atomic: make the change completely or not at all; replicas that were pending before may go on waiting.
+            atomic: place all replicas, also those that were pending before, or change nothing.
             caller: who asks; :class:`placement.Client` fills it in.
 
         Raises:
@@ -229,10 +229,10 @@ class DeploymentPlacementActor(Past):
 
         Args:
             deployments: the declarations.
-            atomic: if one fits nowhere, nothing is changed at all. If one cannot be reserved although it was planned,
-                since others take GPUs meanwhile, new deployments of this call are released again; changes to existing
-                deployments remain. If the service dies during the call, what it had placed also remains: when Ray sends
-                the call again, it finds that placed.
+            atomic: if one fits nowhere, also one that waits already, nothing is changed at all. If one cannot be
+                reserved although it was planned, since others take GPUs meanwhile, new deployments of this call are
+                released again; changes to existing deployments remain. If the service dies during the call, what it had
+                placed also remains: when Ray sends the call again, it finds that placed.
             caller: who asks; :class:`placement.Client` fills it in.
 
         Raises:

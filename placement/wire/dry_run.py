@@ -222,13 +222,7 @@ def _carry_out(
         if one.group is not None and one.name not in told:
             told |= _tell(snapshot, standing, [other for other in wanted if other.group == one.group])
         desired = told.get(one.name) or desired_of(one, standing.keeping_apart())
-        decision = reconcile(
-            desired,
-            observed,
-            standing.with_mix(snapshot, one),
-            atomic=atomic,
-            may_wait=_waiting(before, one, same) if before and atomic else (),
-        )
+        decision = reconcile(desired, observed, standing.with_mix(snapshot, one), atomic=atomic)
         there = outcome(desired, observed, decision.actions)
         step = decision.step
         if step is None:
@@ -276,12 +270,6 @@ def _links(snapshot: Snapshot, done: Sequence[_Done]) -> dict[str, list[dict[str
         for link in links_of(group, snapshot.near, located(nodes, parts)):
             found.setdefault(link["between"][0].rpartition("/")[0], []).append(link)
     return found
-
-
-def _waiting(before: HeldDeployment, wanted: Deployment, same: bool) -> set[int]:
-    """The replicas that wait already: for a place, or to be replaced if the declaration has not changed."""
-    placed = {one.replica_index for one in before.replicas if not (same and one.generation)}
-    return set(range(min(before.deployment.replicas, wanted.replicas))) - placed
 
 
 def _keeping_apart(held: HeldDeployment) -> list[Deployment]:

@@ -141,6 +141,24 @@ def test_atomic_is_asked_of_the_service_and_refuses_before_anything_is_done(
     assert {"atomic": True, "caller": ASKER} == options
 
 
+def test_a_refusal_of_what_waits_already_says_that_it_goes_on_waiting(
+    file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"pending": {"0": "no room"}, "state": "pending", "queue_position": 1}
+    waits = report(standing("b", **fields), standing("decode", group="pd", **fields))
+    use(monkeypatch, FakeService(status=waits, plan_all=no_room("pd")))
+    assert (
+        run("apply", file, "--atomic").stderr
+        == f"error: {no_room('pd')}; pd goes on waiting as it did before\n"
+    )
+    use(monkeypatch, FakeService(status=waits, plan_all=no_room("b"), apply_all=no_room("b")))
+    said = f"{no_room('b')}; b goes on waiting as it did before"
+    refused = run("apply", file, "--atomic")
+    assert (1, "", f"error: {said}\n") == (refused.exit_code, refused.stdout, refused.stderr)
+    as_json = run("apply", file, "--atomic", "--json")
+    assert (1, "", said) == (as_json.exit_code, as_json.stdout, told(as_json.stderr)["message"])
+
+
 def test_prune_asks_before_anything_is_done_and_releases_what_no_file_names(
     file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

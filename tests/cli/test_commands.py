@@ -311,15 +311,17 @@ def test_explain_counts_the_nodes_names_the_nearest_miss_and_says_what_would_hel
     )
     refused = run(*offline, "--explain")
     assert refused.exit_code == 1
-    assert "100: has no 4 free GPUs within 'nvlink'" in refused.output
-    assert "nearest miss: gpu-000 has 4 free GPUs, but in NVLink islands of 2 + 2" in refused.output
-    assert "what would help: add a node that has them, or ask for within: node" in refused.output
+    assert "100: has no 4 GPUs within 'nvlink', free or not" in refused.output
+    assert "nearest miss: gpu-000 has 4 GPUs, but in NVLink islands of 2 + 2" in refused.output
+    assert "what would help: add a node with such a set, or ask for within: node" in refused.output
     assert "error: cannot place 'd'" in refused.output
     as_json = run(*offline, "--explain", "--json")
     assert as_json.exit_code == 1
     [explained] = json.loads(as_json.stdout)["deployments"]
     assert explained["plan"] is None
-    assert explained["explanation"]["stages"][-1]["excluded"] == {"has no 4 free GPUs within 'nvlink'": 100}
+    assert explained["explanation"]["stages"][-1]["excluded"] == {
+        "has no 4 GPUs within 'nvlink', free or not": 100
+    }
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from placement.cli.views.status import status_view
 from placement.core.node import Node
 from placement.core.snapshot import Snapshot
 from placement.wire.cluster import ClusterFile
-from tests.cli.fake_service import FakeService, report, run, use
+from tests.cli.fake_service import FakeService, report, run, standing, use
 from tests.cli.test_render import text
 
 EXAMPLE = str(Path(__file__).parents[2] / "examples" / "groups.toml")
@@ -82,7 +82,7 @@ def test_members_that_cannot_be_planned_are_asked_about_together(monkeypatch: py
 
 
 def test_members_of_one_group_are_released_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    members = [{"name": name, "group": "qwen"} for name in ("prefill", "decode")]
+    members = [standing(name, group="qwen") for name in ("prefill", "decode")]
     service = FakeService(status={**report(*members), "groups": [{"name": "qwen"}]}, release=3)
     use(monkeypatch, service)
     shown = run("release", "decode", "prefill")

@@ -150,6 +150,35 @@ def test_release_all_asks_and_says_what_it_ends(monkeypatch: pytest.MonkeyPatch)
         assert 2 == run(*wrong).exit_code
 
 
+@pytest.mark.parametrize(
+    ("released", "said"),
+    [
+        (0, "it waited for room, and is no longer in the queue"),
+        (2, "2 replicas; 1 more waited for room, and left the queue"),
+        (3, "3 replicas"),  # it was placed meanwhile
+    ],
+)
+def test_a_release_says_what_left_the_queue(
+    monkeypatch: pytest.MonkeyPatch, released: int, said: str
+) -> None:
+    waits = standing("a", replicas=3, queue_position=1, pending={"2": "no room"}, state="pending")
+    use(monkeypatch, FakeService(status=report(waits), release=released))
+    assert f"released a: {said}\n" == run("release", "a").stdout
+
+
+def test_a_release_of_what_holds_nothing_and_does_not_wait_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = {**report(), "unreadable": [{"name": "a", "problem": "broken"}]}
+    use(monkeypatch, FakeService(status=broken, release=0))
+    assert "released a: 0 replicas\n" == run("release", "a").stdout
+
+
+def test_a_release_of_an_unknown_name_says_which_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    grouped = {**report(standing("prefill", 0, group="pd")), "groups": [{"name": "pd"}]}
+    use(monkeypatch, FakeService(status=grouped))
+    said = "error: no deployment 'prefil' (did you mean prefill?); there are: pd, prefill; nothing was released\n"
+    assert (1, said) == ((refused := run("release", "prefil")).exit_code, refused.stderr)
+
+
 def test_renew_renews_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
     service = FakeService(renew=lambda name: 0.0 if name == "a" else None)
     use(monkeypatch, service)

@@ -173,7 +173,7 @@ def test_bundles_go_where_the_strategy_says(
             [node("a"), node("b", free="0")],
             request(SPREAD, 1, 3, 3),
             NotEnoughGpus,
-            "replica 0 needs 3 GPUs free on one node; at best b has 1 (0) of its 4 GPUs free",
+            "replica 0 needs 3 GPUs free on one node; at best b has 1 of its 4 GPUs free: GPU 0",
             {OTHERS: 1, "has fewer than 3 GPUs free": 1},
         ),
         (

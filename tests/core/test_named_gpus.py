@@ -177,7 +177,7 @@ def test_pipeline_stages_lie_on_the_node_whose_slowest_set_is_fastest() -> None:
             [node("a")],
             request(1, 2, gpus=2, within=Within.NVLINK),
             BelowFloor,
-            "a has 2 free GPUs, but in NVLink islands of 1 + 1",
+            "at best a has 2 GPUs, but in NVLink islands of 1 + 1",
         ),
         (
             [node("a"), node("b", "")],

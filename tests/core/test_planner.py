@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +29,7 @@ from placement.errors import (
 )
 
 
-def gpu_node(name: str, topology: str | int, busy: tuple[int, ...] = (), **fields: Any) -> Node:
+def gpu_node(name: str, topology: str | int, busy: Iterable[int] = (), **fields: Any) -> Node:
     shape = Topology.unknown(topology) if isinstance(topology, int) else topologies.load(topology)
     free = frozenset(range(len(shape))) - set(busy)
     return Node(
@@ -122,7 +123,7 @@ def test_every_refusal_counts_its_reasons_and_says_what_would_help() -> None:
     refusal = plan(busy, local(4, gpu_nodes=("dgx", "pcie")))
     assert isinstance(refusal, NotEnoughGpus)
     assert refusal.excluded == {"has fewer than 4 GPUs free": 2}
-    assert "replica 0 needs 4 GPUs free on one node; at best pcie has 3 (1-3) of its 4 GPUs free" in str(
+    assert "replica 0 needs 4 GPUs free on one node; at best pcie has 3 of its 4 GPUs free: GPU 1-3" in str(
         refusal
     )
 
@@ -316,7 +317,7 @@ def test_where_it_cannot_be_cut_the_advice_is_one_that_works(request_: Request, 
             [gpu_node(name, 4, busy=(0, 1)) for name in "abc"],
             local(99, divisible=True),
             "replica 0 needs 33 x 3 GPUs, each on one node, all of one GPU model; not one is free; at best c has "
-            "2 (2-3) of its 4 GPUs free",
+            "2 of its 4 GPUs free: GPU 2-3",
             "add nodes with room for 33 more sets of 3 GPUs, or ask for fewer GPUs",
         ),
         (
@@ -335,7 +336,7 @@ def test_where_it_cannot_be_cut_the_advice_is_one_that_works(request_: Request, 
             [gpu_node("a", 8, busy=(0,)), gpu_node("b", 8, busy=(0,)), gpu_node("c", 8, busy=(0, 1, 2, 3))],
             local(8, stages=2),
             "replica 0 needs 2 x 8 GPUs, each on one node, all of one GPU model; not one is free; at best b has "
-            "7 (1-7) of its 8 GPUs free",
+            "7 of its 8 GPUs free: GPU 1-7",
             "release something, add nodes with room for 2 more sets of 8 GPUs, or ask for fewer GPUs",
         ),
         (
@@ -381,21 +382,23 @@ def test_without_any_node_a_refusal_says_how_to_get_one() -> None:
     assert isinstance(plan(Snapshot(()), remote(1)), NoEgressNodes)
 
 
-def test_a_floor_excludes_nodes_and_names_the_nearest_miss() -> None:
-    bridged = Snapshot((gpu_node("gpu-a", "a100-pcie-4x"),))
+def test_a_floor_that_no_node_reaches_is_called_impossible_and_the_best_is_named() -> None:
+    bridged = Snapshot((gpu_node("gpu-a", "a100-pcie-4x"), gpu_node("gpu-b", "a100-pcie-4x", busy=(0, 1, 2))))
     refusal = plan(bridged, local(4, within=Within.NVLINK))
     assert isinstance(refusal, BelowFloor)
     assert str(refusal) == (
-        "cannot place 'd': replica 0 needs 4 GPUs within 'nvlink'; at best gpu-a has 4 free GPUs, but in NVLink "
-        "islands of 2 + 2 (1 node: has no 4 free GPUs within 'nvlink'); add a node that has "
-        "them, or ask for within: node (16.565 GB/s, weakest link SYS, on gpu-a)"
+        "cannot place 'd': replica 0 needs 4 GPUs within 'nvlink', and no node that it may use has such a set even "
+        "with all its GPUs free; at best gpu-a has 4 GPUs, but in NVLink islands of 2 + 2 (2 nodes: has no 4 GPUs "
+        "within 'nvlink', free or not); add a node with such a set, or ask for within: node (16.565 GB/s, weakest link "
+        "SYS, on gpu-a); waiting does not help unless such a node joins"
     )
     refusal = plan(bridged, local(4, min_bandwidth_gb_per_s=100.0))
     assert isinstance(refusal, BelowFloor)
     assert str(refusal) == (
-        "cannot place 'd': replica 0 needs 4 GPUs at 100 GB/s; at best gpu-a has 4 free GPUs that reach 16.565 GB/s "
-        "(weakest link SYS) (1 node: its best 4 free GPUs reach less than 100 GB/s); lower "
-        "min_bandwidth_gb_per_s to 16.565, or add a faster node"
+        "cannot place 'd': replica 0 needs 4 GPUs at 100 GB/s, and no node that it may use has such a set even with "
+        "all its GPUs free; at best gpu-a reaches 16.565 GB/s with 4 GPUs (weakest link SYS) (2 nodes: has no 4 GPUs "
+        "at 100 GB/s, free or not); lower min_bandwidth_gb_per_s to 16.565, or add a faster node; waiting does not "
+        "help unless such a node joins"
     )
     assert where(plan(bridged, local(2, replicas=2, within=Within.NVLINK, min_bandwidth_gb_per_s=230.4))) == [
         ("gpu-a", (0, 1)),
@@ -403,19 +406,71 @@ def test_a_floor_excludes_nodes_and_names_the_nearest_miss() -> None:
     ]
 
 
+DGX_1V = gpu_node("v", "dgx-1v", busy=(0, 1, 2, 4, 6))
+NO_USE = "waiting does not help"
+
+
+def test_of_an_impossible_bandwidth_it_says_what_is_reached_now_and_what_at_best() -> None:
+    both = Snapshot((DGX_1V, gpu_node("p", "a100-pcie-4x")))
+    refusal = plan(both, local(3, min_bandwidth_gb_per_s=900.0))
+    assert isinstance(refusal, BelowFloor)
+    assert "; at best v reaches 40 GB/s with 3 GPUs (weakest link NV1) (" in str(refusal)
+    assert "lower min_bandwidth_gb_per_s to 40 (15.986 for what is free now), or" in refusal.advice
+    # The same where there is not even room: the floor is what waiting cannot change.
+    full = Snapshot([replace(node, free=frozenset()) for node in both.nodes])
+    refusal = plan(full, local(3, min_bandwidth_gb_per_s=900.0))
+    assert isinstance(refusal, BelowFloor)
+    assert (
+        refusal.advice
+        == f"lower min_bandwidth_gb_per_s to 40, or add a faster node; {NO_USE} unless such a node joins"
+    )
+    refusal = plan(both, local(3, within=Within.NVLINK, min_bandwidth_gb_per_s=900.0))
+    assert "needs 3 GPUs within 'nvlink' at 900 GB/s, and" in str(refusal)
+
+
+@pytest.mark.parametrize(
+    ("case", "others", "asked"),
+    [
+        ("it is held", [gpu_node("h", "dgx-h100", busy=range(8))], local(4, within=Within.NVLINK)),
+        ("it drains", [gpu_node("h", "dgx-h100", problem="is draining")], local(4, min_bandwidth_gb_per_s=99.0)),
+        ("another is on it", [replace(gpu_node("h", "dgx-h100"), deployments={"o": 1})],
+         local(4, within=Within.NVLINK, apart_from=("o",))),
+        ("its links are unknown", [gpu_node("h", 4)], local(4, within=Within.NVLINK)),
+        ("memory is in use", [replace(gpu_node("h", "dgx-h100"), free_memory=dict.fromkeys(range(8), 1))],
+         replace(local(4), needs=Needs(4, Within.NVLINK, free_memory_bytes=9))),
+        ("smaller pieces reach it", [gpu_node("i", "a100-pcie-4x", busy=range(4))],
+         local(8, divisible=True, within=Within.NVLINK)),
+    ],
+)  # fmt: skip
+def test_a_floor_that_a_node_may_reach_is_not_called_impossible(
+    case: str, others: Sequence[Node], asked: Request
+) -> None:
+    refusal = plan(Snapshot((gpu_node("p", "a100-pcie-4x", busy=(0,)), *others)), asked)
+    assert isinstance(refusal, Unplaceable) and NO_USE not in str(refusal), case
+
+
+def test_where_the_constraints_exclude_what_reaches_a_floor_that_is_impossible_too() -> None:
+    both = Snapshot((gpu_node("h", "dgx-h100"), gpu_node("p", "a100-pcie-4x")))
+    refusal = plan(both, local(4, within=Within.NVLINK, gpu_nodes=("p",)))
+    assert isinstance(refusal, BelowFloor) and NO_USE in refusal.advice
+    assert refusal.excluded == {
+        "not in constraints.gpu_nodes": 1, "has no 4 GPUs within 'nvlink', free or not": 1,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("machine", "busy", "within", "miss"),
     [
-        ("dgx-1v", (3, 4, 6, 7), Within.NVLINK, "no 4 of them form an NVLink ring"),
-        ("rtx-4090-8x", (0, 1, 4, 5), Within.NUMA, "in NUMA nodes of 2 + 2"),
-        ("dgx-1v", (0, 1, 2, 3), Within.NUMA, "its NUMA nodes are unknown"),
-        ("l40s-4x", (), Within.SWITCH, "in PCIe switches of 1 + 1 + 1 + 1"),
+        ("dgx-1v", (3, 4, 6, 7), Within.NVLINK, "4 free GPUs, but no 4 of them form an NVLink ring"),
+        ("rtx-4090-8x", (0, 1, 4, 5), Within.NUMA, "4 free GPUs, but in NUMA nodes of 2 + 2"),
+        ("dgx-1v", (0, 1, 2, 3), Within.NUMA, "8 GPUs, but its NUMA nodes are unknown"),
+        ("l40s-4x", (), Within.SWITCH, "4 GPUs, but in PCIe switches of 1 + 1 + 1 + 1"),
     ],
 )
 def test_what_keeps_free_gpus_apart(machine: str, busy: tuple[int, ...], within: Within, miss: str) -> None:
     refusal = plan(Snapshot((gpu_node("a", machine, busy),)), local(4, within=within))
     assert isinstance(refusal, BelowFloor)
-    assert f"at best a has 4 free GPUs, but {miss} (" in str(refusal)
+    assert f"at best a has {miss} (" in str(refusal)
 
 
 def test_a_floor_leads_to_a_slower_node_only_where_it_is_met() -> None:
@@ -452,7 +507,7 @@ def test_the_stages_of_an_explanation() -> None:
         ("free GPUs", 2, {"has fewer than 4 GPUs free": 1}),
         ("within", 2, {}),
     ]
-    assert (why.nodes, why.nearest_miss, why.advice) == (6, "busy has 2 (6-7) of its 8 GPUs free", "")
+    assert (why.nodes, why.nearest_miss, why.advice) == (6, "busy has 2 of its 8 GPUs free: GPU 6-7", "")
 
 
 def test_several_deployments_are_planned_on_top_of_each_other() -> None:

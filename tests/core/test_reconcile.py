@@ -183,10 +183,7 @@ def test_every_small_case(sizes: Sequence[int], replicas: int, every: int) -> No
             request = ask(gpus, wanted)
             assert_default(start, request)
             assert_gang(start, request)
-            assert_atomic(start, request, ())
-            absent = [index for index in range(wanted) if index not in start.observed]
-            assert_atomic(start, request, absent)
-            assert_atomic(start, request, [index for index in range(wanted) if index % 2])
+            assert_atomic(start, request)
         checked(start, Desired(ask(), releasing=True))
 
 
@@ -209,23 +206,15 @@ def assert_gang(start: World, request: Request) -> None:
         assert room(after, gpus, [index for index in waits if index in after.observed]) < len(missing)
 
 
-def assert_atomic(start: World, request: Request, may_wait: Sequence[int]) -> None:
-    """All is done that was not waiting before, or nothing; nothing only if there is no room."""
-    decision, after = checked(start, Desired(request), atomic=True, may_wait=may_wait)
-    may = {*may_wait, *lost(start)} & set(request.replicas)
-    assert waiting(decision) <= may
+def assert_atomic(start: World, request: Request) -> None:
+    """All is placed, or nothing is done; nothing only if there is no room."""
+    decision, after = checked(start, Desired(request), atomic=True)
     missing = to_be_placed(start, request)
-    must = missing - may
-    leaving = [index for index in start.observed if index >= len(request.replicas) or index in must]
-    enough = room(start, request.needs.gpus, {*leaving, *lost(start)}) >= len(must)
-    if (
-        may & start.observed.keys() & missing
-    ):  # what waits already and holds something may make room for the rest
-        leaving += [index for index in may if index in start.observed]
-        enough |= room(start, request.needs.gpus, {*leaving, *lost(start)}) >= len(missing)
+    surplus = {index for index in start.observed if index >= len(request.replicas)}
+    leaving = (missing & start.observed.keys()) | surplus | {*lost(start)}
+    enough = room(start, request.needs.gpus, leaving) >= len(missing)
     assert (decision.refusal is None) == enough
-    for index in waiting(decision):
-        assert not room(after, request.needs.gpus, [index] if index in after.observed else [])
+    assert not enough or not to_be_placed(after, request)
 
 
 def to_be_placed(start: World, request: Request) -> set[int]:
@@ -265,18 +254,6 @@ def test_what_still_holds_counts_where_it_is_to_spread() -> None:
     assert shown(decision.actions) == ["+1 on c -1", "wait 0"]
 
 
-def test_what_waits_to_be_replaced_counts_for_an_atomic_change_of_the_others() -> None:
-    start = in_racks(world({"a": "12", "b": ""}, {0: ("a", "0", one_a_rack(ask(1, 2)))}), "a", "b")
-    decision, _ = checked(start, Desired(one_a_rack(ask(2, 2))), atomic=True, may_wait=(0,))
-    assert decision.refusal is not None
-
-
-def test_what_waits_to_be_replaced_may_make_room_for_an_atomic_change_of_the_others() -> None:
-    start = world({"a": ""}, {0: ("a", "012", ask(3, 2))})
-    decision, _ = checked(start, Desired(ask(1, 2)), atomic=True, may_wait=(0,))
-    assert shown(decision.actions) == ["release 0", "+0 on a, +1 on a"]
-
-
 def test_replicas_of_this_declaration_count_first_where_it_is_to_spread() -> None:
     """Two stay in one rack, which is one too many: the one of the earlier declaration goes, once it has a place."""
     there = {0: ("b", "0", ask(1, 2)), 1: ("a", "0", ask(1, 2))}
@@ -297,19 +274,16 @@ def test_a_gang_of_which_one_is_lost_waits_and_the_others_stay() -> None:
     assert list(after.observed) == [0]
 
 
-def test_an_atomic_change_of_a_gang_is_about_all_that_is_missing() -> None:
-    start = world({"a": "0"})
-    gang = Desired(ask(1, 2), gang=True)
-    decision, _ = checked(start, gang, atomic=True, may_wait=(1,))
+@pytest.mark.parametrize("gang", [False, True])
+def test_an_atomic_change_is_refused_for_what_waited_before_too(gang: bool) -> None:
+    """Nothing is done then: not even what is lost is dropped, which the next round does."""
+    there = {0: ("a", "0", ask(1, 3)), 1: ("dead", "0", ask(1, 3))}
+    start = world({"a": "3"}, there)
+    decision, _ = checked(start, Desired(ask(2, 3), gang), atomic=True)
     assert isinstance(decision.refusal, NotEnoughGpus)
-    decision, _ = checked(start, gang, atomic=True, may_wait=(0, 1))
-    assert (shown(decision.actions), decision.refusal) == (["wait 0 1"], None)
-
-
-def test_what_is_lost_need_not_have_room_again_for_an_atomic_change_of_the_rest() -> None:
-    start = world({"a": "3"}, {0: ("a", "0", ask(1, 2)), 1: ("dead", "0", ask(1, 2))})
-    decision, _ = checked(start, Desired(ask(2, 2)), atomic=True)
-    assert shown(decision.actions) == ["drop 1 dead", "release 0", "+0 on a", "wait 1"]
+    decision, after = checked(start, Desired(ask(1, 2), gang), atomic=True)
+    assert shown(decision.actions) == ["drop 1 dead", "+1 on a"]
+    assert [0, 1] == list(after.observed)
 
 
 def test_each_part_of_what_is_lost_is_given_back_where_its_node_lives() -> None:
@@ -353,9 +327,12 @@ def test_who_asks_for_the_same_is_refused_in_the_same_words_by_its_own_name_and_
         texts[key] = str(wait.refusal)
         assert wait.refusal.deployment == key
     assert texts["x"].startswith(
-        "cannot place 'x': replica 0 needs 3 GPUs free on one node; at best a has 2 (0-1)"
+        "cannot place 'x': replica 0 needs 3 GPUs free on one node; at best a has 2 of its 4 GPUs free: GPU 0-1"
     )
-    assert texts["z"] == texts["x"].replace("'x'", "'z'")
+    never = (
+        "; the whole cluster has 4 GPUs, and its 2 replicas need 6: waiting does not help all of them unless "
+    )
+    assert texts["z"] == texts["x"].replace("'x'", "'z'") + never + "nodes join"
     assert "cannot place 'y': replica 1 needs 3 GPUs free on one node" in texts["y"]
     assert "ask for fewer replicas or GPUs" in texts["y"]
     assert "replicas" not in texts["x"]

@@ -165,6 +165,24 @@ def test_together_they_have_no_room() -> None:
     )
 
 
+def test_a_group_that_the_whole_cluster_cannot_hold_says_so() -> None:
+    says = "; the whole cluster has 8 GPUs, and the group needs 9: waiting does not help unless nodes join"
+    roles, requests = prefill_decode(units=3)
+    left = {name: replace(one, replicas=one.replicas[2:]) for name, one in requests.items()}
+    stands = {(name, i): [Place("id-h", (i + 2 * (name == "decode"),))] for name in requests for i in (0, 1)}
+    for free, asked, standing in ((8, requests, {}), (3, requests, {}), (4, left, stands)):
+        found = plan(Snapshot([node("h", free=range(8 - free, 8))]), roles, asked, standing)
+        assert isinstance(found, NotEnoughGpus) and str(found).endswith(says), found
+    few = plan(Snapshot([node("h", free=range(3)), node("i", free=())]), roles, requests)
+    assert isinstance(few, NotEnoughGpus) and "waiting" not in few.advice
+    labelled = {**requests, "decode": replace(requests["decode"], labels={"zone": "a"})}
+    nodes = [node("h", zone="a", free=range(3)), node("i"), node("j", "a100-pcie-4x", zone="a")]
+    assert isinstance(found := plan(Snapshot(nodes[1:]), roles, labelled), NotEnoughGpus)
+    assert found.advice.endswith(
+        "; the nodes that it may use have 4 GPUs, and its 6 replicas need 6: waiting does not help unless nodes join"
+    )
+
+
 def test_a_floor_that_cannot_be_met_names_the_two_and_their_route() -> None:
     snapshot = Snapshot([node("h", free=(0, 1, 4))])
     found = plan(snapshot, *prefill_decode(units=1, within="numa", min_gb_per_s=10.0))

@@ -63,7 +63,10 @@ def test_a_floor_is_kept_on_the_real_node(service: Any) -> None:
     user = another_user("pcie")
     try:
         wanted = {"name": "tp", "model": "m", "gpus": 3, "within": "nvlink"}
-        with pytest.raises(placement.BelowFloor, match="NVLink islands of 1 \\+ 2"):
+        with pytest.raises(
+            placement.BelowFloor,
+            match="even with all its GPUs free; at best pcie has 4 GPUs, but in NVLink islands of 2 \\+ 2",
+        ):
             ray.get(service.place.remote(wanted, {"gpu_nodes": ["pcie"]}))
         result = ray.get(service.place.remote(wanted))
         [assignment] = result.assignments

@@ -90,7 +90,7 @@ def test_a_whole_life(run: Run) -> None:
     assert run("release", "whisper").returncode == 0
     unknown = run("release", "whisper")
     assert (unknown.returncode, unknown.stdout) == (1, "")
-    assert "no deployment 'whisper' is placed; placed: claude, embed" in unknown.stderr
+    assert "no deployment 'whisper'; there are: claude, embed" in unknown.stderr
 
     assert run("down", "--yes").returncode == 0
     assert settled(lambda: not left_over()), left_over()
@@ -197,7 +197,7 @@ def test_names_are_all_checked_before_any_is_released(run: Run, tmp_path: Path) 
     assert run("apply", deployments(tmp_path, "name: a", "name: b")).returncode == 0
     wrong = run("release", "a", "nosuch", "neither", "b")
     assert (1, "") == (wrong.returncode, wrong.stdout)
-    said = "error: no deployment 'nosuch' is placed; placed: a, b; nor is 'neither'; nothing was released"
+    said = "error: no deployment 'nosuch'; there are: a, b; nor is there one named 'neither'; nothing was released"
     assert said == wrong.stderr.splitlines()[-1]
     assert "unknown_deployment" == refused(run("release", "--json", "nosuch"), 1)["code"]
     assert ["a", "b"] == placed(run)

@@ -101,6 +101,30 @@ def test_atomic_refuses_all_of_it(run: Run, tmp_path: Path) -> None:
     assert 0 == run("plan", str(tmp_path)).returncode
 
 
+def test_what_can_never_be_placed_waits_says_so_and_is_refused_if_it_is_atomic(
+    run: Run, tmp_path: Path
+) -> None:
+    file = declare(tmp_path, "big", gpus=8, replicas=3)
+    never = "the whole cluster has 8 GPUs, and its 3 replicas need 24: waiting does not help all of them unless nodes"
+    assert f"{never} join" in " ".join(run("apply", file).stdout.split())
+    [waits] = data(run("status", "--deployment", "big", "--json"))["deployments"]
+    assert ["1", "2"] == [index for index, reason in waits["pending"].items() if never in reason]
+    refused = run("apply", file, "--atomic")
+    assert 1 == refused.returncode
+    assert "; big goes on waiting as it did before" in refused.stderr
+    assert (
+        "released big: 1 replica; 2 more waited for room, and left the queue\n"
+        == run("release", "big").stdout
+    )
+    slow = run("apply", declare(tmp_path, "fast", gpus=4, min_bandwidth_gb_per_s=9000)).stdout
+    assert "no node that it may use has such a set even with all its GPUs free; at best hgx" in " ".join(
+        slow.split()
+    )
+    assert (
+        "released fast: it waited for room, and is no longer in the queue\n" == run("release", "fast").stdout
+    )
+
+
 def test_one_that_cannot_be_applied_does_not_stop_the_others(run: Run, tmp_path: Path) -> None:
     declare(tmp_path, "a", constraints={"gpu_nodes": ["nowhere"]}), declare(tmp_path, "b")
     done = run("apply", str(tmp_path), "--json")

@@ -171,7 +171,7 @@ def test_what_waits_says_why_and_each_node_is_asked(page: Page, client: placemen
     page.click("#waiting button", "large")
     page.click("#detail button", "Ask each node now")
     page.await_(
-        lambda: "Nearest miss: pcie has 4 free GPUs, but in NVLink islands of 2 + 2" in page.text("#detail")
+        lambda: "Nearest miss: pcie has 4 GPUs, but in NVLink islands of 2 + 2" in page.text("#detail")
     )
     assert "within" in page.text("#detail table[aria-label=stages]")
     client.release("large")

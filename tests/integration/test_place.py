@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_refused_with_reasons_and_nothing_stays_reserved(se
     with pytest.raises(placement.NotEnoughGpus, match="replica 3 needs 4 GPUs free"):
         ray.get(service.place.remote({"name": "many", "model": "m", "gpus": 4, "replicas": 4}))
     assert settled(lambda: not left_over()), left_over()
-    with pytest.raises(placement.UnknownDeployment, match="placed: none"):
+    with pytest.raises(placement.UnknownDeployment, match="there are: none"):
         ray.get(service.get.remote("many"))
 
 

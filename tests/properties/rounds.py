@@ -75,11 +75,10 @@ def checked(
     desired: Desired,
     *,
     atomic: bool = False,
-    may_wait: Sequence[int] = (),
 ) -> tuple[Decision, World]:
     """A decision, with what comes of it; asserts what must hold whatever is declared and there."""
     start = world.snapshot
-    decision = reconcile(desired, world.observed, start, atomic=atomic, may_wait=may_wait)
+    decision = reconcile(desired, world.observed, start, atomic=atomic)
     after = world.execute(desired, decision.actions)
     assert same(decision.snapshot, after.nodes), "it becomes other than decided"
     assert same(start, world.nodes), "the snapshot was changed"
@@ -108,7 +107,8 @@ def checked(
     for index in satisfied(world, desired.request):
         assert after.observed[index].parts == world.observed[index].parts, "needlessly replaced"
     assert_replacements_have_room(world, desired, decision)
-    again = reconcile(desired, after.observed, after.snapshot, atomic=atomic, may_wait=sorted(waits))
+    assert not (atomic and waits), "it is not placed, and not refused"
+    again = reconcile(desired, after.observed, after.snapshot, atomic=atomic)
     assert all(isinstance(action, Wait) for action in again.actions), "the second round changes something"
     assert waiting(again) == waits
     return decision, after

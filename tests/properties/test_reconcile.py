@@ -122,26 +122,24 @@ def test_rounds(seed: int) -> None:
             note(shown(node))
         note(f"{desired}\n{world.observed}")
         atomic = chance.random() < 0.3
-        may = [index for index in desired.request.replicas if chance.random() < 0.3]
         known = offered(world.snapshot)
-        decision, after = checked(world, desired, atomic=atomic, may_wait=may)
+        decision, after = checked(world, desired, atomic=atomic)
         note(str(decision.actions))
         assert offered(world.snapshot) == known
         offered(decision.snapshot)
         if decision.refusal is not None:
-            if world.observed.keys().isdisjoint(may):
-                assert_no_room_for_all(world, desired)
+            assert_no_room_for_all(world, desired)
         elif not desired.releasing:
             assert_none_has_room(after, desired, decision)
         world = elsewhere(chance, after)
 
 
 def assert_no_room_for_all(world: World, desired: Desired) -> None:
-    """Of an atomic change that is refused: there is no room for what must have it, beside nor in place."""
+    """Of an atomic change that is refused: there is no room for all of it, beside nor in place."""
     gone = lost(world)
     start = without(world, gone, desired.request.deployment)
     decision = reconcile(desired, {i: one for i, one in world.observed.items() if i not in gone}, start)
-    assert waiting(decision) if desired.gang else waiting(decision) - {*gone}
+    assert waiting(decision)
 
 
 def assert_none_has_room(after: World, desired: Desired, decision: Decision) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 from placement import topologies
 from placement.core.explanation import explain
@@ -15,14 +16,17 @@ from placement.core.needs import GIB, Needs, Within
 from placement.core.node import Node
 from placement.core.planner import advance, plan
 from placement.core.policy import Policy
+from placement.core.reconcile import Desired, Wait, reconcile
 from placement.core.replicas import Plan
 from placement.core.request import Request
 from placement.core.snapshot import Snapshot
 from placement.core.topology import Topology
-from placement.errors import Unplaceable
+from placement.errors import BelowFloor, Unplaceable
 
 CASES = 2000
 MACHINES = [topologies.load("a100-pcie-4x"), *map(Topology.unknown, (0, 1, 2, 4, 4))]
+LINKED = [topologies.load(name) for name in ("a100-pcie-4x", "dgx-1v", "l40s-4x")]
+NO_USE = "waiting does not help"
 PROFILES = ("1g.10gb", "3g.40gb")
 LABELS = {"zone": "ab", GPU_DOMAIN_LABEL: "pq", "rack": "xy"}
 
@@ -124,6 +128,71 @@ def test_a_refusal_names_the_stage_that_left_no_node_and_what_would_help() -> No
         else:
             assert all(kept[1:]) and why.advice == "", (seed, "what is planned passes every stage")
     assert CASES / 10 < refused < CASES
+
+
+def at_best(snapshot: Snapshot) -> Snapshot:
+    """The cluster with nothing on it and all nodes usable; CPUs and memory are plenty."""
+    plenty: dict[str, Any] = {
+        "problem": None,
+        "cpu_milli": 1 << 40,
+        "memory_bytes": 1 << 60,
+        "deployments": {},
+    }
+    nodes = [replace(one.emptied(), **plenty) for one in snapshot.nodes]
+    memory = [dict.fromkeys(one.free | one.instances.keys(), 1 << 60) for one in nodes]
+    return Snapshot([replace(one, free_memory=free) for one, free in zip(nodes, memory, strict=True)])
+
+
+def test_waiting_is_called_useless_just_where_not_all_fit_on_the_empty_cluster() -> None:
+    said = set()
+    for seed in range(CASES):
+        dice = random.Random(f"useless {seed}")
+        snapshot, asked = cluster(dice), request(dice)
+        if not asked.needs.gpus:
+            continue
+        gang = dice.random() < 0.3
+        [*_, last] = [None, *reconcile(Desired(asked, gang), {}, snapshot).actions]
+        if not isinstance(last, Wait):
+            continue
+        best, anywhere = at_best(snapshot), replace(asked, apart_from=())
+        fits, one_fits = (
+            isinstance(plan(best, replace(anywhere, replicas=replicas)), Plan)
+            for replicas in (asked.replicas, (0,))
+        )
+        useless = NO_USE in last.refusal.advice
+        said.add((useless, fits))
+        assert not (useless and fits), (seed, last.refusal)
+        whole_sets = asked.stages == asked.parts == 1 and not (asked.divisible or asked.apart_from)
+        calm = not asked.spread_label and not any(one.problem for one in snapshot.nodes)
+        known = asked.needs.whole and not asked.needs.floor
+        if whole_sets and calm and known and one_fits and not fits:
+            assert useless, (seed, last.refusal)
+    assert said == {(True, False), (False, True), (False, False)}
+
+
+def test_a_floor_is_called_impossible_just_where_it_alone_is_in_the_way_on_the_empty_cluster() -> None:
+    said = []
+    for seed in range(CASES):
+        dice = random.Random(f"floor {seed}")
+        snapshot, asked = cluster(dice), request(dice)
+        asked = replace(
+            asked, replicas=(0,), spread_label=None, max_per_domain=0, divisible=False, apart_from=()
+        )
+        needs = asked.needs
+        if not needs.floor or asked.stages * asked.parts > 1:
+            continue
+        snapshot = Snapshot(
+            [replace(one, topology=dice.choice(LINKED), problem=None) for one in snapshot.nodes]
+        )
+        step, _ = advance(snapshot, asked)
+        if isinstance(step.outcome, Plan) or step.request.parts > 1:
+            continue
+        best = at_best(snapshot)
+        loose = replace(asked, needs=needs._replace(within=Within.NODE, min_bandwidth_gb_per_s=0.0))
+        alone = isinstance(plan(best, loose), Plan) and not isinstance(plan(best, asked), Plan)
+        said.append(isinstance(step.outcome, BelowFloor) and NO_USE in step.outcome.advice)
+        assert said[-1] == alone, (seed, step.outcome)
+    assert set(said) == {True, False}
 
 
 def test_release_something_is_said_just_where_it_would_help() -> None:

@@ -126,6 +126,26 @@ def test_with_one_replica_pending_a_budget_is_changed_and_a_file_applied(
     assert not service.apply(wanted).pending, "it is tried"
 
 
+def test_what_waits_already_is_refused_if_it_is_to_be_all_or_nothing(
+    outside: Ray, service: DirectService
+) -> None:
+    outside.nodes = {"x"}
+    waits = one(gpus=4, replicas=2)
+    assert list(service.apply(waits).pending) == [1]
+    for refused in (waits, {**waits, "budget": {"usd_per_day": 3}}):
+        for change in (service.plan_all, service.apply_all):
+            with pytest.raises(NotEnoughGpus):
+                change([one("b", cpus=0.001), refused], atomic=True)
+        with pytest.raises(NotEnoughGpus):
+            service.apply(refused, atomic=True)
+    assert (list(service.get("a").pending), service.get("a").budget) == ([1], None)
+    assert service.state.queue() == ["a"] == list(service.state.names())
+    assert list(service.place(waits).pending) == [1], "placing what is declared already changes nothing"
+    outside.nodes.add("y")
+    assert not service.apply(waits, atomic=True).pending
+    assert not service.state.queue()
+
+
 def test_a_deployment_all_of_which_is_pending_takes_a_declaration_that_fits(
     outside: Ray, service: DirectService
 ) -> None:

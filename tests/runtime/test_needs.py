@@ -169,6 +169,8 @@ OUT = NodeType("out", {"egress": 64.0}, {}, 1)
     [
         (request(8), "node type a100 (at most 4) would hold it"),
         (request(4), "node types a100 (at most 4), a10g (at most 2) would hold it"),
+        (Request("d", (0,), Needs(8, min_bandwidth_gb_per_s=99.0)),
+         "node type a100 (at most 4) would hold it, if its links reach the floor"),
         (request(4, accelerators=("A10G",)), "node type a10g (at most 2) would hold it"),
         (request(16), "no node type holds it (a100 has 8 of 16 GPUs; a10g has 4 of 16 GPUs; out has no GPU)"),
         (

@@ -238,6 +238,19 @@ def test_a_unit_that_lost_its_node_is_placed_anew_whole(outside: Ray, service: D
     assert {"a": ["z", "y"], "b": ["z", "z", "y", "y"]} == placed(service)
 
 
+def test_a_group_that_waits_is_refused_if_it_is_to_be_all_or_nothing_and_goes_on_waiting(
+    outside: Ray, service: DirectService
+) -> None:
+    never = "the whole cluster has 8 GPUs, and the group needs 9: waiting does not help unless nodes join"
+    assert all(never in one.pending[0] for one in service.apply_all(pd(3)))
+    for change in (service.plan_all, service.apply_all):
+        with pytest.raises(NotEnoughGpus, match=never):
+            change(pd(3), atomic=True)
+    assert ["a", "b"] == sorted(service.state.queue()) and not outside.groups
+    outside.nodes.add("z")
+    assert not any(one.pending for one in service.apply_all(pd(3), atomic=True))
+
+
 def test_units_come_and_go(outside: Ray, service: DirectService) -> None:
     service.apply_all(pd(1), atomic=True)
     service.apply_all(pd(2), atomic=True)

@@ -309,6 +309,18 @@ def test_what_is_not_there_cannot_be_asked_for() -> None:
         cluster_status(cluster(), node="node-9")
     with pytest.raises(UnknownDeployment, match="other"):
         cluster_status(cluster(), deployment="other")
+    nodes = [NodeInfo("1", "node-1", "10.0.0.1", 4)]
+    members = Group(name="g", members={"a": 1, "b": 1}).of(
+        [Deployment(name=name, model="m") for name in "ab"]
+    )
+    grouped = {one.name: Known(one, [held(0, "1", 0)], {0: State.PLACED}) for one in members}
+    with pytest.raises(UnknownDeployment) as refused:
+        cluster_status(observed(nodes, grouped), deployment="gg")
+    assert "no deployment 'gg' (did you mean g?); there are: a, b, g" == str(refused.value)
+    many = UnknownDeployment("llama-7b", (*(f"d{i}" for i in range(20)), "llama-70b"))
+    shown = ", ".join(f"d{i}" for i in range(8))
+    assert f"no deployment 'llama-7b' (did you mean llama-70b?); there are: {shown}, and 13 more" == str(many)
+    assert "no deployment 'a'; there are: none" == str(UnknownDeployment("a", ()))
     with pytest.raises(ValueError, match="placed, pending, lost, releasing"):
         cluster_status(cluster(), state="running")
 
