@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import socket
 
@@ -36,6 +35,8 @@ def dashboard(host: str, port: int, address: str | None, as_json: bool) -> None:
     service ends, the page says so, and goes on when it is back. If the cluster has a token, the printed address has a
     key.
     """
+    import asyncio
+
     from placement.dashboard import server
 
     try:
