@@ -112,6 +112,7 @@ ERRORS = [
     errors.ServiceNotRunning("127.0.0.2:6379"),
     errors.ServiceNotRunning("127.0.0.2:6379", "no such module on the head node; install it"),
     errors.ClusterUnreachable("127.0.0.2:6379", "refused"),
+    errors.ClusterUnreachable("auto", "several run on this machine", ("127.0.0.2:6379", "127.0.0.3:6379")),
     errors.UnsupportedRay("2.49.2", "ray[default]>=2.52,<2.61", "it is too old"),
 ]
 

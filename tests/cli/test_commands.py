@@ -97,9 +97,10 @@ def test_of_several_clusters_on_this_machine_none_is_taken_unless_it_is_named(
     result = run("release", "--all", "--yes")
     assert (result.exit_code, result.stdout) == (3, "")
     assert (
-        "no Ray cluster at auto (several run on this machine, and none is named: 127.0.0.9:1, 127.0.0.9:2); start one "
-        "with `ray start --head`, or name another: --address HOST:PORT, RAY_ADDRESS"
-    ) in result.stderr
+        "error: 2 Ray clusters run on this machine; name one with --address or RAY_ADDRESS: 127.0.0.9:1, 127.0.0.9:2\n"
+    ) == result.stderr
+    monkeypatch.setattr(services, "find_gcs_addresses", frozenset)
+    assert "error: no Ray cluster (RAY_ADDRESS is not set and" in run("status").stderr
     monkeypatch.setattr(services, "find_bootstrap_address", lambda folder: "127.0.0.9:1")
     assert "no Ray cluster at 127.0.0.9:1 (Connection refused)" in run("status").stderr, (
         "the last that was started"
