@@ -14,7 +14,7 @@ from rich.console import Console
 from placement.cli.views.console import FittedTable, host_list, shortened
 from placement.cli.views.difference import difference_lines
 from placement.cli.views.nodes import cluster_map
-from placement.cli.views.status import deployments_table, status_view, totals_of
+from placement.cli.views.status import deployments_table, status_view, totals_of, totals_text
 from placement.cli.views.tables import assignments_table
 from tests.cli.fake_service import assignment, standing
 from tests.cli.test_render import gpu, node
@@ -174,6 +174,16 @@ def test_sums_are_those_of_the_service_where_it_tells_them() -> None:
     report = cluster(2, 1, "gpu-{}", "a-{}")
     assert (16, 8, 8, 2) == tuple(totals_of(report)[key] for key in ("gpus", "free", "held", "nodes"))
     assert 99 == totals_of({**report, "totals": {"gpus": 99}})["gpus"]
+
+
+def test_nodes_without_gpus_are_counted_apart() -> None:
+    report = cluster(2, 1, "gpu-{}", "a-{}")
+    report["nodes"].append(node(id="head", name="head", gpu_count=0, gpus=[]))
+    assert totals_text(report).plain.splitlines()[0] == (
+        "16 GPUs on 2 nodes: 8 held, 8 free; 1 node without GPUs"
+    )
+    older = {"gpus": 16, "held": 8, "free": 8, "nodes": 3}
+    assert totals_text({**report, "totals": older}).plain.startswith("16 GPUs on 3 nodes: 8 held, 8 free\n")
 
 
 def test_many_replicas_are_shown_only_where_their_deployment_is_asked_for() -> None:
