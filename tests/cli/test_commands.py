@@ -38,6 +38,12 @@ def test_every_command_explains_itself_with_an_example(name: str) -> None:
     assert "--json" in result.output
 
 
+def test_help_fits_a_terminal_of_80_columns_with_each_description_in_full() -> None:
+    """click cuts what it has no room for."""
+    _, *lines = CliRunner(env={"COLUMNS": "80"}).invoke(main, ["--help"]).output.splitlines()
+    assert not [line for line in lines if len(line) > 80 or line.endswith("...")]
+
+
 def test_help_is_instant_and_lists_the_exit_codes() -> None:
     code = (
         "import sys\nfrom placement.cli.main import main\n"
