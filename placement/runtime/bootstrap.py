@@ -265,9 +265,9 @@ def stop(keep_placements: bool = False) -> list[str]:
     Raises:
         ServiceNotRunning: there is none.
     """
-    service = connect()
-    released: list[str] = [] if keep_placements else ray.get(service.release_all.remote(caller=caller()))
-    ray.get(service.stop_agents.remote())
+    service, asker = connect(), caller()
+    released: list[str] = [] if keep_placements else ray.get(service.release_all.remote(caller=asker))
+    ray.get(service.stop_agents.remote(caller=asker))
     ray.kill(service, no_restart=True)
     _wait_until_gone(service)
     return released

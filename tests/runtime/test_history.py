@@ -177,8 +177,10 @@ def test_a_service_that_was_stopped_leaves_no_doubt(
 ) -> None:
     before = start()
     monkeypatch.setattr(before._controller.fleet.agents, "stop", int, raising=False)
-    asked(before.place(one()), before.stop_agents())
-    assert [entry["state"] for entry in kept(start(), "service")] == ["started", "stopped", "started"]
+    asked(before.place(one()), before.stop_agents(ALICE))
+    told = kept(start(), "service")
+    assert [entry["state"] for entry in told] == ["started", "stopped", "started"]
+    assert told[1]["caller"] == {"user": "alice", "job": "0a000000", "address": "10.0.0.9"}
     assert "missing" not in kept(start(), "service")[-1]["text"]
 
 
