@@ -435,23 +435,28 @@ class UnsupportedRay(PlacementError):
 
 
 class ClusterUnreachable(PlacementError):
-    """No Ray cluster answers at the address.
+    """No Ray cluster answers at the address; or none was named, and several run on this machine.
 
     Args:
-        address: what was tried.
+        address: what was tried; ``"auto"`` if none was named.
         reason: one line, may be empty.
+        running: the addresses of the several.
     """
 
     code = "cluster_unreachable"
 
-    def __init__(self, address: str, reason: str = "") -> None:
-        super().__init__(address, reason)
-        self.address, self.reason = address, reason
+    def __init__(self, address: str, reason: str = "", running: tuple[str, ...] = ()) -> None:
+        super().__init__(address, reason, running)
+        self.address, self.reason, self.running = address, reason, tuple(running)
 
     def __str__(self) -> str:
+        if self.running:
+            several = f"{len(self.running)} Ray clusters run on this machine"
+            return f"{several}; name one with --address or RAY_ADDRESS: {', '.join(self.running)}"
         reason = f" ({self.reason})" if self.reason else ""
         fix = "start one with `ray start --head`, or name another: --address HOST:PORT, RAY_ADDRESS"
-        return f"no Ray cluster at {self.address}{reason}; {fix}"
+        where = "" if self.address == "auto" else f" at {self.address}"
+        return f"no Ray cluster{where}{reason}; {fix}"
 
 
 class ServiceDiffers(PlacementError):

@@ -103,7 +103,7 @@ NODE = errors.UnknownNode("constraints.gpu_nodes", "gpu-x", ("gpu-a", "gpu-b"))
 SAMPLES = [
     errors.InvalidDeployment(
         "deployments.toml",
-        ("deployment 1 (llama): unknown field 'gpu'; known here: name, model, ...; did you mean gpus?",),
+        ("deployment 1 (llama): unknown field 'gpu'; did you mean gpus? Known here: name, model, ...",),
     ),
     errors.InvalidClusterFile(
         "--cluster: 'dgx' is not a file and not MACHINE=COUNT; write dgx-h100=4,l40s-4x=8"

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ray import cloudpickle
 
 import placement
 from placement import errors
@@ -49,6 +50,24 @@ def test_the_services_actor_has_what_the_clients_ask_of_it_and_no_method_blocks(
     for name in names:
         method = getattr(service, name)
         assert inspect.iscoroutinefunction(method) and inspect.getdoc(method), name
+
+
+def test_who_finds_the_service_loads_its_methods_and_signatures_but_not_the_service() -> None:
+    """Ray pickles an actor's class, and loads it with the handle."""
+    service = importlib.import_module("placement.runtime.service").DeploymentPlacementActor
+    bootstrap = importlib.import_module("placement.runtime.bootstrap")
+    code = (
+        "import inspect, pickle, sys\n"
+        "loaded = pickle.load(sys.stdin.buffer)\n"
+        "print([name for name in sys.modules if name.startswith(('placement', 'pydantic', 'numpy'))])\n"
+        "for name, method in inspect.getmembers(loaded, inspect.iscoroutinefunction):\n"
+        "    print(f'{name}{inspect.signature(method)}')"
+    )
+    pickled = cloudpickle.dumps(bootstrap._light(service))
+    done = subprocess.run([sys.executable, "-c", code], input=pickled, capture_output=True, check=True)
+    methods = inspect.getmembers(service, inspect.iscoroutinefunction)
+    theirs = [f"{name}{inspect.signature(method)}" for name, method in methods if name[0] != "_"]
+    assert done.stdout.decode().splitlines() == ["[]", *theirs]
 
 
 def test_what_serve_needs_is_imported_without_serve_and_documented() -> None:
@@ -93,6 +112,7 @@ ERRORS = [
     errors.ServiceNotRunning("127.0.0.2:6379"),
     errors.ServiceNotRunning("127.0.0.2:6379", "no such module on the head node; install it"),
     errors.ClusterUnreachable("127.0.0.2:6379", "refused"),
+    errors.ClusterUnreachable("auto", "several run on this machine", ("127.0.0.2:6379", "127.0.0.3:6379")),
     errors.UnsupportedRay("2.49.2", "ray[default]>=2.52,<2.61", "it is too old"),
 ]
 

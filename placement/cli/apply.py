@@ -56,7 +56,7 @@ def apply(
     address: str | None,
     as_json: bool,
 ) -> None:
-    """Makes the cluster match each FILE (TOML or YAML, a folder of them, or - for stdin).
+    """Makes the cluster match each FILE. FILE is TOML or YAML, a folder of them, or - for stdin.
 
     Replicas that find no room wait for it. The command says which; this is no error. If one deployment cannot be
     applied, the others still are. Deployments that no FILE names stay as they are.

@@ -190,32 +190,32 @@ def dump(value: Any) -> None:
 
 
 def show(*renderables: Any) -> None:
-    """A rich renderable on stdout."""
-    from placement.cli.views.console import console
-
-    for renderable in renderables:
-        console().print(renderable, crop=False, soft_wrap=_is_one_line(renderable))
+    """Rich renderables on stdout."""
+    click.echo(_drawn(*renderables), file=streams.out(), nl=False, color=True)
 
 
 def page(*renderables: Any) -> None:
     """The same, a screen at a time where stdout is a terminal and that is more than one: with ``PAGER``, else less."""
     from placement.cli.views.console import console
 
+    screen, text = console(), _drawn(*renderables)
+    is_read = screen.is_terminal and sys.stdin.isatty() and not screen.is_dumb_terminal
+    if not is_read or text.count("\n") < screen.height or not _paged(text):
+        click.echo(text, file=streams.out(), nl=False, color=True)
+
+
+def _drawn(*renderables: Any) -> str:
+    """What rich makes of them; where it is not for a terminal, without spaces at the ends of lines."""
+    from placement.cli.views.console import console
+
     screen = console()
-    if not (screen.is_terminal and sys.stdin.isatty()) or screen.is_dumb_terminal:
-        show(*renderables)
-        return
     with screen.capture() as captured:
         for renderable in renderables:
-            screen.print(renderable, soft_wrap=_is_one_line(renderable))
+            # If a text asks not to be broken, rich forgets that when it prints it.
+            is_one_line = getattr(renderable, "no_wrap", None) is True
+            screen.print(renderable, crop=False, soft_wrap=is_one_line)
     text = captured.get()
-    if text.count("\n") < screen.height or not _paged(text):
-        click.echo(text, file=streams.out(), nl=False)
-
-
-def _is_one_line(renderable: Any) -> bool:
-    """Whether a text asks not to be broken; rich forgets that when it prints one."""
-    return getattr(renderable, "no_wrap", None) is True
+    return text if screen.is_terminal else "\n".join(line.rstrip(" ") for line in text.split("\n"))
 
 
 def _paged(text: str) -> bool:

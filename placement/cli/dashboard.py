@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import socket
 
@@ -30,12 +29,14 @@ HOST, PORT = "127.0.0.1", 8267
 @common.with_address
 @common.with_json
 def dashboard(host: str, port: int, address: str | None, as_json: bool) -> None:
-    """Serves a live map of the cluster until interrupted, and prints its address. It only reads.
+    """Serves a live map of the cluster in the browser. Prints its address, and goes on until interrupted.
 
-    It shows nodes, NVLink islands, replicas with their bandwidth, what waits and why, and the last events. If the
-    service ends, the page says so, and goes on when it is back. If the cluster has a token, the printed address has a
-    key.
+    It only reads. It shows nodes, NVLink islands, replicas with their bandwidth, what waits and why, and the last
+    events. If the service ends, the page says so, and goes on when it is back. If the cluster has a token, the printed
+    address has a key.
     """
+    import asyncio
+
     from placement.dashboard import server
 
     try:

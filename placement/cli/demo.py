@@ -12,7 +12,7 @@ import click
 from rich import box
 
 from placement.cli import common, demo_cluster, progress
-from placement.cli.views.console import FittedTable, console
+from placement.cli.views.console import FittedTable
 from placement.cli.views.nodes import cluster_map
 from placement.cli.views.tables import bandwidth_text, slowdown
 from placement.core.topology import ordinals
@@ -133,17 +133,20 @@ def _show(report: dict[str, Any], as_json: bool) -> None:
 
 
 def _tell(report: dict[str, Any]) -> None:
-    out = console()
-    out.print("\nWhere each replica is; a bracket is an NVLink island, llama-70b/1 is replica 1 of llama-70b")
-    out.print(cluster_map(report["status"]))
-    out.print(_beside_ray(report["deployments"]), crop=False)
-    out.print(" * the lowest-numbered free GPUs at that moment, which is what Ray gives without placement\n")
     matching, workers = report["matching"], report["workers"]
-    for row in report["seen_by_workers"]:
-        if row["got"] != row["promised"]:
-            out.print(f"[bold red]MISMATCH[/] {row}")
     verdict = "all as promised" if matching == workers else "NOT as promised"
-    out.print(f"{matching} of {workers} workers got the GPU or egress node of their replica: {verdict}")
+    common.show(
+        "\nWhere each replica is; a bracket is an NVLink island, llama-70b/1 is replica 1 of llama-70b",
+        cluster_map(report["status"]),
+        _beside_ray(report["deployments"]),
+        " * the lowest-numbered free GPUs at that moment, which is what Ray gives without placement\n",
+        *(
+            f"[bold red]MISMATCH[/] {row}"
+            for row in report["seen_by_workers"]
+            if row["got"] != row["promised"]
+        ),
+        f"{matching} of {workers} workers got the GPU or egress node of their replica: {verdict}",
+    )
 
 
 def _beside_ray(deployments: list[dict[str, Any]]) -> FittedTable:

@@ -25,7 +25,8 @@ from placement.cli.progress import Progress
 @common.with_address
 @common.with_json
 def doctor(seconds: float, address: str | None, as_json: bool) -> None:
-    """Checks each node, and says what to do: versions, NVML and driver, device order, labels, egress, and steering.
+    """Checks each node, and says what to do. It looks at versions, NVML and driver, device order, labels, egress and
+    steering.
 
     Steering is really tested: on each GPU node with a free GPU, Ray is made to give the last free one, which is given
     back at once. Others may use the cluster meanwhile. Nothing stays held, however the command ends. The service need

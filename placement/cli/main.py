@@ -31,10 +31,10 @@ __all__ = ["POLICIES", "Commands", "exit_code", "main"]
 EPILOG = """\b
 Exit codes:
   0    done; also if something waits for room
-  1    refused: there is no room, other users took the GPUs, the name is not known, or the
-       service runs with other settings or in another version; not all could be applied,
-       or placed in the time given; or, of `placement diff`, something differs; or, of
-       `placement doctor`, a check failed
+  1    refused: there is no room, other users took the GPUs, the name is not
+       known, or the service runs with other settings or in another version;
+       not all could be applied, or placed in the time given; of `placement
+       diff`, something differs; of `placement doctor`, a check failed
   2    bad input: a file, a field or an option
   3    no Ray cluster at the address, or no placement service on it
   130  interrupted

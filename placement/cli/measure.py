@@ -80,7 +80,7 @@ def measure(
     address: str | None,
     as_json: bool,
 ) -> None:
-    """Runs a real all-reduce between free GPUs, and shows the measured rate beside the predicted one.
+    """Measures a real all-reduce between free GPUs. Shows the measured rate beside the predicted one.
 
     It holds all free GPUs of a node meanwhile, like a placement, and gives them back however it ends; one node after
     the other. The nodes need PyTorch. The rates are kept: from then on GPUs of that node, and of others of its make,

@@ -19,7 +19,7 @@ from placement.cli.group import Command
 @click.argument("what", required=False, metavar="[grafana|alerts]", type=click.Choice(("grafana", "alerts")))
 @common.with_json
 def metrics(what: str | None, as_json: bool) -> None:
-    """Lists the metrics of the service; or prints the Grafana dashboard, or the alert rules for Prometheus.
+    """Prints the metrics, a Grafana dashboard, or alert rules. Without an argument it lists the metrics.
 
     Needs no cluster. Rules are YAML, or JSON with --json, which Prometheus reads as well.
     """

@@ -25,7 +25,7 @@ POLICIES = ("topology", "fragmentation", "pack", "spread", "round_robin", "least
 @click.option("--stop", is_flag=True, help="End the cluster that --keep left, and no other.")
 @common.with_json
 def demo(keep: bool, stop: bool, as_json: bool) -> None:
-    """Places a mixed set of models on a cluster of simulated nodes of its own. Needs no GPU; takes about a minute."""
+    """Places a mixed set of models on a simulated cluster of its own. Needs no GPU; takes about a minute."""
     if keep and stop:
         raise click.UsageError("--keep and --stop exclude each other; give one of them")
     from placement.cli import demo as demonstration

@@ -64,7 +64,7 @@ class _Since(click.ParamType[Since]):
 def events(
     name: str | None, everything: bool, since: Since, follow: bool, address: str | None, as_json: bool
 ) -> None:
-    """Shows what happened to replicas: where they are, which were lost, why some are pending. Of all, of one
+    """Shows what happened to replicas. Says where they are, which were lost, why some are pending: of all, of one
     deployment NAME, or of the members of a group NAME.
 
     With --follow, --json prints one object a line.
@@ -134,7 +134,8 @@ def _history(service: Any, names: list[str] | None, since: Since, follow: bool) 
 @common.with_address
 @common.with_json
 def logs(lines: int, follow: bool, address: str | None, as_json: bool) -> None:
-    """Prints the service's log: one line for each event and decision, and warnings; from anywhere in the cluster.
+    """Prints the service's log. It has a line for each event and decision, and warnings. Works from anywhere in the
+    cluster.
 
     With --follow, --json prints one object a line.
     """

@@ -117,7 +117,7 @@ def plan(
 @common.with_address
 @common.with_json
 def diff(files: tuple[Path, ...], recursive: bool, prune: bool, address: str | None, as_json: bool) -> None:
-    """Shows how the cluster differs from what each FILE declares: + new, = unchanged, ~ changed, -/+ replaced.
+    """Shows how the cluster differs from what each FILE declares. New is +, unchanged =, changed ~, replaced -/+.
 
     Exits with 0 if nothing differs, and with 1 if something does.
     """
@@ -149,7 +149,7 @@ def diff(files: tuple[Path, ...], recursive: bool, prune: bool, address: str | N
 @common.with_address
 @common.with_json
 def snapshot(address: str | None, as_json: bool) -> None:
-    """Prints the cluster as the planner sees it, as JSON for `placement plan --file`. Holds no secret."""
+    """Prints the cluster as the planner sees it, as JSON. It is for `placement plan --file`, and holds no secret."""
     with common.service(address) as service:
         common.dump(common.ask(service.snapshot.remote()))
 

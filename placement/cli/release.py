@@ -23,7 +23,7 @@ from placement.errors import counted
 @common.with_address
 @common.with_json
 def release(names: tuple[str, ...], everything: bool, yes: bool, address: str | None, as_json: bool) -> None:
-    """Releases deployments: gives back all that they hold, and ends the workers in their placement groups.
+    """Releases deployments, and ends their workers. All that they hold is given back.
 
     If one of the names is not known, nothing is released. With --all, add --yes if there is no terminal to ask on.
     """
@@ -108,7 +108,7 @@ def _replicas(one: dict[str, Any]) -> int:
 @common.with_address
 @common.with_json
 def renew(names: tuple[str, ...], address: str | None, as_json: bool) -> None:
-    """Renews deployments with ttl_seconds: their time starts again now."""
+    """Renews deployments with ttl_seconds. Their time starts again now."""
     renewed: dict[str, float | None] = {}
     with common.service(address) as service:
         for name in dict.fromkeys(names):

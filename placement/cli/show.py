@@ -54,7 +54,7 @@ def status(
     address: str | None,
     as_json: bool,
 ) -> None:
-    """Shows how many GPUs are free, what waits, each node with the replicas on it, and each deployment.
+    """Shows the free GPUs, what waits, each node, each deployment. Nodes are drawn with the replicas on them.
 
     On a terminal it is shown with PAGER, else less. With --watch, --json prints one report per line.
     """
@@ -117,7 +117,7 @@ def _watch(look: Callable[[], dict[str, Any]], seconds: float, of_one: bool, as_
 def list_(
     node: str | None, state: str | None, output: str | None, address: str | None, as_json: bool
 ) -> None:
-    """Lists deployments, a line for each: how many replicas are placed of how many, GPUs, state, age and owner."""
+    """Lists deployments, one a line. Says how many replicas are placed of how many, GPUs, state, age and owner."""
     from placement.cli.views.status import deployments_table, summary
 
     with common.service(address) as service:
@@ -144,7 +144,7 @@ def list_(
 @common.with_address
 @common.with_json
 def get(names: tuple[str, ...], output: str | None, address: str | None, as_json: bool) -> None:
-    """Shows what is declared of deployments, or of the members of groups, and where their replicas are."""
+    """Shows what is declared of NAME, and where its replicas are. NAME is a deployment or a group."""
     from placement.cli.views.declared import declared_view, declared_yaml
 
     with common.service(address) as service:

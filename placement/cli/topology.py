@@ -38,7 +38,7 @@ def topology(
     address: str | None,
     as_json: bool,
 ) -> None:
-    """Shows how the GPUs of each node are linked, from NVML, the catalogue or a file."""
+    """Shows how the GPUs of each node are linked. It is read from NVML, the catalogue or a file."""
     recorded = name is not None or file is not None
     if sum(choice is not None for choice in (node, name, file)) > 1:
         raise click.UsageError("--node, --name and --file exclude each other; give one of them")

@@ -53,7 +53,7 @@ class Waited:
 @common.with_address
 @common.with_json
 def wait(names: tuple[str, ...], timeout: float, address: str | None, as_json: bool) -> None:
-    """Waits until all replicas of deployments, or groups, are placed as they are declared.
+    """Waits until deployments are placed as they are declared. NAME is a deployment or a group.
 
     Exits with 1 if they are not placed in time.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,26 +48,52 @@ probe = ray.remote(num_cpus=0, max_calls=0)(my_gpu_ids)
 _Agent = ray.remote(num_cpus=0, concurrency_groups={"facts": 1})(NodePlacementActor)
 
 
-class DeploymentPlacementActor(Service):
-    """The service as an actor: it is restarted until it could read the records of an earlier service."""
-
-    def __init__(self, *args: Any) -> None:
-        log.begin(ray_internals.logs_folder())
-        if untested := ray_internals.require_supported():
-            logger.warning(untested)
-        is_new = ray.get_runtime_context().was_current_actor_reconstructed is False
-        try:
-            super().__init__(*args)
-        except Exception:
-            # If its constructor raised, Ray would never restart the actor. If its process ends, Ray does.
-            if is_new:
-                raise
-            logger.exception("the records of placed deployments could not be read; starting again")
-            time.sleep(RESTART_SECONDS)
-            os._exit(1)
+def begin(*args: Any) -> Service:
+    """The service, in its actor, which is restarted until it could read the records of an earlier service."""
+    log.begin(ray_internals.logs_folder())
+    if untested := ray_internals.require_supported():
+        logger.warning(untested)
+    is_new = ray.get_runtime_context().was_current_actor_reconstructed is False
+    try:
+        return Service(*args)
+    except Exception:
+        # If its constructor raised, Ray would never restart the actor. If its process ends, Ray does.
+        if is_new:
+            raise
+        logger.exception("the records of placed deployments could not be read; starting again")
+        time.sleep(RESTART_SECONDS)
+        os._exit(1)
 
 
-_Service = ray.remote(num_cpus=0)(DeploymentPlacementActor)
+def _light(service: type) -> type:
+    """An actor class with the service's methods and their signatures, which imports the service only in the actor.
+
+    Ray loads an actor's class in each process that looks the actor up, and importing the service takes longer than most
+    calls. A class that is made in a function is pickled by value, so that loading it imports nothing.
+    """
+
+    class DeploymentPlacementActor:
+        __qualname__ = service.__name__
+
+        def __init__(self, *args: Any) -> None:
+            from placement.runtime.bootstrap import begin
+
+            self._service = begin(*args)
+
+    def forwarding(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return await getattr(self._service, name)(*args, **kwargs)
+
+        vars(call)["__signature__"] = inspect.signature(method)
+        return call
+
+    for name, method in inspect.getmembers(service, inspect.iscoroutinefunction):
+        if not name.startswith("_"):
+            setattr(DeploymentPlacementActor, name, forwarding(name, method))
+    return DeploymentPlacementActor
+
+
+_Service = ray.remote(num_cpus=0)(_light(Service))
 
 
 def make_agent(info: NodeInfo) -> Any:
@@ -238,9 +265,9 @@ def stop(keep_placements: bool = False) -> list[str]:
     Raises:
         ServiceNotRunning: there is none.
     """
-    service = connect()
-    released: list[str] = [] if keep_placements else ray.get(service.release_all.remote(caller=caller()))
-    ray.get(service.stop_agents.remote())
+    service, asker = connect(), caller()
+    released: list[str] = [] if keep_placements else ray.get(service.release_all.remote(caller=asker))
+    ray.get(service.stop_agents.remote(caller=asker))
     ray.kill(service, no_restart=True)
     _wait_until_gone(service)
     return released

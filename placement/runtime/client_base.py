@@ -45,8 +45,8 @@ class Entry(Event):
     """One entry of the history: an event, a decision, or what concerns the service or the history itself.
 
     ``kind`` is ``event``, ``decision``, ``service`` or ``gap``; of the last two ``deployment`` is empty. Only a
-    decision has the ``call``, its ``caller`` (``user``, ``job``, ``address`` and others, as far as they are known),
-    the ``seconds`` that it took, and the ``code`` of a refusal.
+    decision has the ``call``, the ``seconds`` that it took, and the ``code`` of a refusal; it and the service's
+    ``stopped`` have the ``caller`` (``user``, ``job``, ``address`` and others, as far as they are known).
     """
 
     kind: str

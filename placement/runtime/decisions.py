@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
+from placement.core.topology import ordinals
 from placement.errors import PartlyApplied, PlacementError, counted
 from placement.runtime import metrics
 from placement.runtime.feed import Feed
@@ -95,8 +96,16 @@ def _outcomes(outcome: Any, names: Sequence[str]) -> Iterator[Told]:
 def _text(result: PlacementResult) -> str:
     """Where its replicas are, how fast their links are, and what waits, and why."""
     placed = [f"replica {a.replica_index} on {place_of(a)}{_speed(a)}" for a in result.assignments]
-    waits = [f"replica {index} waits: {reason}" for index, reason in sorted(result.pending.items())]
+    waiting: dict[str, list[int]] = {}
+    for index, reason in sorted(result.pending.items()):
+        waiting.setdefault(reason, []).append(index)
+    waits = [f"{_which(indices)}: {reason}" for reason, indices in waiting.items()]
     return "; ".join(placed + waits)
+
+
+def _which(indices: Sequence[int]) -> str:
+    """``replica 3 waits``, ``replicas 0-2,5 wait``."""
+    return f"replica {indices[0]} waits" if len(indices) == 1 else f"replicas {ordinals(indices)} wait"
 
 
 def _speed(part: NodeAssignment) -> str:

@@ -360,7 +360,7 @@ class Fleet:
                 mig=one.mig,
                 cpus_per_gpu=one.order.beside.get("CPU", 0.0),
                 memory_bytes_per_gpu=int(one.order.beside.get("memory", 0)),
-                ray_gpus=list(one.reserved.ray_gpus),
+                ray_gpus=list(one.ray_gpus),
                 bandwidth_gb_per_s=one.score.known_gb_per_s,
                 weakest_link=one.score.link_name,
                 sorted_bandwidth_gb_per_s=one.score.known_gb_per_s,

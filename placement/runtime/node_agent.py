@@ -15,7 +15,7 @@ from ray.util.placement_group import PlacementGroup
 from placement import topologies
 from placement.core.affinity import Affinity, affinities
 from placement.core.needs import WHOLE
-from placement.core.score import Score, score, slowest_group
+from placement.core.score import Score, ray_set, score, slowest_group
 from placement.nvml import Reader
 from placement.runtime.connection import NAMESPACE
 from placement.runtime.groups import NodeGroups
@@ -39,12 +39,13 @@ from placement.wire.slots import in_ray_order
 class Filled:
     """An order that is reserved and verified, and what is near each of its GPUs.
 
-    ``mig``: the profile of the MIG instance; empty for GPUs.
+    ``mig``: the profile of the MIG instance; empty for GPUs. ``ray_gpus``: what Ray alone would have given.
     """
 
     order: Order
     reserved: Reserved
     score: Score
+    ray_gpus: tuple[int, ...]
     ray_score: Score
     mig: str = ""
     affinities: Sequence[Affinity] = ()
@@ -168,6 +169,8 @@ class NodePlacementActor:
         machine = self._machine(orders)
         topology = machine.topology
         filled: list[Filled] = []
+        given: set[int] = set()
+        given_by_ray: set[int] = set()
         try:
             for to_follow, order in zip(reversed(range(len(orders))), orders, strict=True):
                 outcome = self._reserver.reserve(order, machine, to_follow)
@@ -176,9 +179,14 @@ class NodePlacementActor:
                     if outcome.full:  # for this order, not for those before it
                         outcome = replace(outcome, at_most=(len(filled) + 1) * order.needs.gpus - 1)
                     return Reply((), outcome, tuple(sorted(self._reserver.gpus.foreign)))
-                ours, rays = score(topology, outcome.gpus), score(topology, outcome.ray_gpus)
-                mig, near = _profile(machine, order, outcome.gpus), affinities(topology, outcome.gpus)
-                filled.append(Filled(order, outcome, ours, rays, mig, near))
+                gpus = outcome.gpus
+                # It would have given the orders before this one its own choice as well.
+                rays = ray_set((outcome.free | given) - given_by_ray, len(gpus)) or gpus
+                given.update(gpus)
+                given_by_ray.update(rays)
+                mig, near = _profile(machine, order, gpus), affinities(topology, gpus)
+                scores = score(topology, gpus), rays, score(topology, rays)
+                filled.append(Filled(order, outcome, *scores, mig, near))
         except BaseException:
             self._undo(filled)
             raise

@@ -135,13 +135,13 @@ class Holding:
 class Reserved:
     """A group that holds exactly ``gpus``: ``bundles[i]`` holds ``share`` thousandths of ``gpus[i]``.
 
-    With what Ray alone would have given.
+    ``free``: the GPUs that were free before.
     """
 
     group: Any
     gpus: tuple[int, ...]
     bundles: tuple[int, ...]
-    ray_gpus: tuple[int, ...]
+    free: frozenset[int]
     attempts: int
     share: int = WHOLE
 

@@ -191,9 +191,7 @@ def local_address() -> str | None:
     """
     services = ray._private.services
     if len(found := services.find_gcs_addresses()) > 1 and services.find_bootstrap_address(None) is None:
-        raise ClusterUnreachable(
-            "auto", f"several run on this machine, and none is named: {', '.join(sorted(found))}"
-        )
+        raise ClusterUnreachable("auto", "several run on this machine", tuple(sorted(found)))
     try:
         return str(ray._private.services.canonicalize_bootstrap_address("auto") or "") or None
     except ConnectionError:

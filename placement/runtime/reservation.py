@@ -104,7 +104,7 @@ class NodeReserver:
                 if got == wanted or (as_good and choose(topology, got, needs._replace(free_memory_bytes=0))):
                     self.gpus.held[order.name] = Holding.whole(order.deployment, got)
                     bundles = tuple(slots.index(gpu) for gpu in got)
-                    return Reserved(group, got, bundles, ray_set(free, count) or got, attempt)
+                    return Reserved(group, got, bundles, free, attempt)
                 self._groups.remove(group)
                 self.gpus.note_freed()
                 reason, full = f"got GPUs {list(got)} instead of {list(wanted)}", False
@@ -300,7 +300,7 @@ class NodeReserver:
             if group is None:
                 return None
             self.gpus.held[order.name] = Holding(order.deployment, {wanted: share})
-            return Reserved(group, (wanted,), (0,), (wanted,), attempt, share)
+            return Reserved(group, (wanted,), (0,), frozenset({wanted}), attempt, share)
 
         return self._with_share(order, machine, share, create)
 

@@ -35,7 +35,8 @@ class NodeAssignment:
             have shares is in ``gpus`` once for each.
         mig: profile of the MIG instance in ``gpus``; empty for GPUs.
         cpus_per_gpu, memory_bytes_per_gpu: what each bundle also holds.
-        ray_gpus: what Ray alone would have given at that moment: the lowest-numbered free GPUs.
+        ray_gpus: what Ray alone would have given at that moment, to this replica and those that were placed with it:
+            the lowest-numbered free GPUs.
         bandwidth_gb_per_s, ray_bandwidth_gb_per_s: bus bandwidth of an all-reduce between the GPUs,
             GB/s per direction, and between ``ray_gpus``: measured or predicted; ``None`` for fewer than two GPUs, or
             if nothing was measured and a link is unknown. The lower end of a range if the host's processors or

@@ -23,7 +23,7 @@ from placement.errors import (
 from placement.runtime import metrics, ray_internals
 from placement.runtime.clock import Clock
 from placement.runtime.controller import Controller
-from placement.runtime.decisions import decided, noted
+from placement.runtime.decisions import decided, noted, who
 from placement.runtime.declarations import (
     ONE_BY_ONE,
     Caller,
@@ -475,10 +475,15 @@ class DeploymentPlacementActor(Past):
         found = as_file(self._controller.fleet.inventory.measurements.all())
         return list(found["measurements"])
 
-    async def stop_agents(self) -> None:
-        """Ends the node actors, and writes the history to its end. Placement groups stay as they are."""
+    async def stop_agents(self, caller: Caller = None) -> None:
+        """Ends the node actors, and writes the history to its end. Placement groups stay as they are.
+
+        Args:
+            caller: who stops the service.
+        """
         await self._in(self._plans, self._controller.fleet.agents.stop)
-        self._controller.feed.note("service", "", "stopped", "the service is about to be stopped")
+        text = "the service is about to be stopped"
+        self._controller.feed.note("service", "", "stopped", text, caller=who(caller))
         await self._in(self._plans, self._controller.history.flush)
 
 

@@ -182,6 +182,7 @@ def cluster_status(
         "totals": {
             **gpus,
             "nodes": len(seen.nodes),
+            "gpu_nodes": sum(info.gpu_count > 0 for info in seen.nodes),
             "deployments": len(seen.deployments),
             "replicas": replicas,
             "pending": pending,

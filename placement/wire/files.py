@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import sys
 import tomllib
@@ -116,7 +117,7 @@ def _read_stdin() -> list[Deployment]:
 
 
 _ENDINGS = (".toml", ".yaml", ".yml")
-_LIKE_TOML = re.compile(r"^\s*(\[\[?\s*deployments\b|deployments\s*=)", re.MULTILINE)
+_LIKE_TOML = re.compile(r"^\s*(\[\[?\s*deployments?\b|deployments?\s*=)", re.MULTILINE)
 """How TOML names the deployments; no YAML file can have such a line at its top level."""
 
 
@@ -137,11 +138,10 @@ def parse_deployments(text: str, suffix: str, source: str) -> list[Deployment]:
         raise InvalidDeployment(source, (f"is empty; add at least one deployment under {example}",))
     if not isinstance(content, Mapping):
         raise InvalidDeployment(source, (f"is not a mapping; put the deployments under {example}",))
-    problems = [
-        f"unknown field {shortened(repr(key))} at the top; the file holds only deployments and groups"
-        for key in content
-        if key not in ("deployments", "groups")
-    ]
+    unknown = {key: _close(key) for key in content if key not in _TOP}
+    problems = [_unknown_at_top(key, close, suffix) for key, close in unknown.items()]
+    if "deployments" in unknown.values() and "deployments" not in content:
+        raise InvalidDeployment(source, tuple(problems))
     entries = content.get("deployments")
     if isinstance(entries, Mapping) and entries:
         problems.append(f"deployments is a table; write {example} and a list of them, each with its name")
@@ -174,6 +174,21 @@ def parse_deployments(text: str, suffix: str, source: str) -> list[Deployment]:
     if problems:
         raise InvalidDeployment(source, tuple(problems))
     return deployments
+
+
+_TOP = ("deployments", "groups")
+"""What a file holds."""
+
+
+def _close(key: Any) -> str:
+    """Which of these was probably meant; empty if none."""
+    return next(iter(difflib.get_close_matches(str(key).lower(), _TOP, 1)), "")
+
+
+def _unknown_at_top(key: Any, close: str, suffix: str) -> str:
+    meant = f"[[{close}]]" if suffix.lower() == ".toml" else close
+    hint = f"did you mean {meant}? The" if close else "the"
+    return f"unknown field {shortened(repr(key))} at the top; {hint} file holds only deployments and groups"
 
 
 def _groups(groups: Any, entries: Sequence[Any], source: str, problems: list[str]) -> dict[str, Group]:

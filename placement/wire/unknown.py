@@ -58,10 +58,10 @@ _MEANT: Mapping[str, str] = {
 def unknown_field(name: str, here: Collection[str], elsewhere: Mapping[str, str]) -> str:
     """The sentence about an unknown field, without its name."""
     instead = meant(name, here, elsewhere)
-    hint = f"; did you mean {instead}?" if instead else ""
+    hint = f"did you mean {instead}? Known here" if instead else "known here"
     if instead == _OPTIONS:
-        hint = f"; it belongs in {_OPTIONS}, which the engine gets as it is"
-    return f"unknown field; known here: {', '.join(here)}{hint}"
+        hint = f"it belongs in {_OPTIONS}, which the engine gets as it is; known here"
+    return f"unknown field; {hint}: {', '.join(here)}"
 
 
 def meant(name: str, here: Collection[str], elsewhere: Mapping[str, str]) -> str:

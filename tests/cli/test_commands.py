@@ -38,6 +38,12 @@ def test_every_command_explains_itself_with_an_example(name: str) -> None:
     assert "--json" in result.output
 
 
+def test_help_fits_a_terminal_of_80_columns_with_each_description_in_full() -> None:
+    """click cuts what it has no room for."""
+    _, *lines = CliRunner(env={"COLUMNS": "80"}).invoke(main, ["--help"]).output.splitlines()
+    assert not [line for line in lines if len(line) > 80 or line.endswith("...")]
+
+
 def test_help_is_instant_and_lists_the_exit_codes() -> None:
     code = (
         "import sys\nfrom placement.cli.main import main\n"
@@ -97,9 +103,10 @@ def test_of_several_clusters_on_this_machine_none_is_taken_unless_it_is_named(
     result = run("release", "--all", "--yes")
     assert (result.exit_code, result.stdout) == (3, "")
     assert (
-        "no Ray cluster at auto (several run on this machine, and none is named: 127.0.0.9:1, 127.0.0.9:2); start one "
-        "with `ray start --head`, or name another: --address HOST:PORT, RAY_ADDRESS"
-    ) in result.stderr
+        "error: 2 Ray clusters run on this machine; name one with --address or RAY_ADDRESS: 127.0.0.9:1, 127.0.0.9:2\n"
+    ) == result.stderr
+    monkeypatch.setattr(services, "find_gcs_addresses", frozenset)
+    assert "error: no Ray cluster (RAY_ADDRESS is not set and" in run("status").stderr
     monkeypatch.setattr(services, "find_bootstrap_address", lambda folder: "127.0.0.9:1")
     assert "no Ray cluster at 127.0.0.9:1 (Connection refused)" in run("status").stderr, (
         "the last that was started"

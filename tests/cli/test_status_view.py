@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from io import StringIO
 from typing import Any
 
 import pytest
@@ -14,8 +13,9 @@ from rich.console import Console
 from placement.cli.views.console import FittedTable, host_list, shortened
 from placement.cli.views.difference import difference_lines
 from placement.cli.views.nodes import cluster_map
-from placement.cli.views.status import deployments_table, status_view, totals_of
+from placement.cli.views.status import status_view, totals_of, totals_text
 from placement.cli.views.tables import assignments_table
+from tests.cli import fake_service
 from tests.cli.fake_service import assignment, standing
 from tests.cli.test_render import gpu, node
 
@@ -176,6 +176,16 @@ def test_sums_are_those_of_the_service_where_it_tells_them() -> None:
     assert 99 == totals_of({**report, "totals": {"gpus": 99}})["gpus"]
 
 
+def test_nodes_without_gpus_are_counted_apart() -> None:
+    report = cluster(2, 1, "gpu-{}", "a-{}")
+    report["nodes"].append(node(id="head", name="head", gpu_count=0, gpus=[]))
+    assert totals_text(report).plain.splitlines()[0] == (
+        "16 GPUs on 2 nodes: 8 held, 8 free; 1 node without GPUs"
+    )
+    older = {"gpus": 16, "held": 8, "free": 8, "nodes": 3}
+    assert totals_text({**report, "totals": older}).plain.startswith("16 GPUs on 3 nodes: 8 held, 8 free\n")
+
+
 def test_many_replicas_are_shown_only_where_their_deployment_is_asked_for() -> None:
     report = cluster(30, 30, "gpu-{:02}", "llama-{:02}")
     replicas = sum(len(one["assignments"]) for one in report["deployments"])
@@ -248,14 +258,20 @@ def test_columns_for_which_a_terminal_has_no_room_are_named(width: int, left_out
     assert (f"left out: {left_out}; a wider terminal or --json shows" in said) == bool(left_out)
 
 
-def test_what_is_piped_has_all_columns_in_full() -> None:
-    name = "long-" * 30
+def test_what_is_piped_is_in_full_and_no_line_ends_in_spaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, reason = "long-" * 30 + "name", "no node is free, " * 30 + "at all"
     placed = assignment(node_name=name, gpus=[0, 1], bandwidth_gb_per_s=230.0, weakest_link="NV12")
-    piped = StringIO()
-    console = Console(file=piped, width=80)
-    rows = [{"deployment": name, "assignments": [placed]}]
-    console.print(assignments_table(rows, "placed"), deployments_table([standing(name, 0)]), crop=False)
-    assert piped.getvalue().count(name) == 3
+    one = standing(name, 0, replicas=2, state="pending", pending={"1": reason}) | {"assignments": [placed]}
+    held = [gpu(i, "held", (name, 0, 1)) for i in range(8)]
+    report = fake_service.report(one, nodes=[h100(0, name, held, problem=reason)])
+    fake_service.use(monkeypatch, fake_service.FakeService(status=report))
+    lines = fake_service.run("status").stdout.splitlines()
+    assert [line for line in lines if line.endswith(reason)] == [
+        f" {name}, replica 1 pending: {reason}",
+        next(line for line in lines if line.endswith(f"  {reason}")),
+    ]
+    assert sum(line.count(name) for line in lines) == 7, lines
+    assert not [line for line in lines if line.endswith(" ")]
 
 
 @pytest.mark.parametrize(("width", "left_out"), [(30, ["b", "c"]), (45, ["c"]), (70, [])])

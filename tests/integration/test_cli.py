@@ -82,8 +82,10 @@ def test_a_whole_life(run: Run) -> None:
     status = data(run("status", "--json"))
     held = [gpu for node in status["nodes"] for gpu in node["gpus"] if gpu["state"] == "held"]
     assert len(held) == 16
-    text = run("status")
+    text = run("status", PYTHONPROFILEIMPORTTIME="1")
     assert text.returncode == 0
+    assert "placement.runtime.connection" in text.stderr
+    assert "placement.runtime.service" not in text.stderr, "the handle does not bring it"
     for word in ("dgx", "hgx", "egress-a", "llama-70b", "whisper", "gpt-4o"):
         assert word in text.stdout
 

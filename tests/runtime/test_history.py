@@ -87,7 +87,7 @@ def test_a_decision_says_who_asked_for_what_and_what_became_of_it(
     asked(
         service.place(one(gpus=2), caller=ALICE),
         service.place(one(gpus=9), caller=ALICE),
-        service.apply(one("b", gpus=4, replicas=2), caller={"driver": "0b000000"}),
+        service.apply(one("b", gpus=4, replicas=3), caller={"driver": "0b000000"}),
         service.release("a"),
     )
     placed, conflict, pending, released = kept(service, "decision")
@@ -101,7 +101,8 @@ def test_a_decision_says_who_asked_for_what_and_what_became_of_it(
     assert placed["caller"] == {"user": "alice", "job": "0a000000", "address": "10.0.0.9"}
     assert placed["time"].endswith("+00:00") and placed["seconds"] > 0
     assert (conflict["state"], conflict["code"]) == ("refused", "deployment_conflict")
-    assert pending["text"].startswith("replica 0 on y GPUs [0, 1, 2, 3]; replica 1 waits: cannot place 'b'")
+    assert pending["text"].startswith("replica 0 on y GPUs [0, 1, 2, 3]; replicas 1-2 wait: cannot place 'b'")
+    assert pending["text"].count("cannot place") == 1, "the reason, once"
     assert (pending["state"], pending["caller"]) == ("pending", {"job": "0b000000"})
     assert (released["state"], released["text"], released["caller"]) == ("released", "1 replica", {})
     assert "sk-planted" not in json.dumps(kept(service))
@@ -176,8 +177,10 @@ def test_a_service_that_was_stopped_leaves_no_doubt(
 ) -> None:
     before = start()
     monkeypatch.setattr(before._controller.fleet.agents, "stop", int, raising=False)
-    asked(before.place(one()), before.stop_agents())
-    assert [entry["state"] for entry in kept(start(), "service")] == ["started", "stopped", "started"]
+    asked(before.place(one()), before.stop_agents(ALICE))
+    told = kept(start(), "service")
+    assert [entry["state"] for entry in told] == ["started", "stopped", "started"]
+    assert told[1]["caller"] == {"user": "alice", "job": "0a000000", "address": "10.0.0.9"}
     assert "missing" not in kept(start(), "service")[-1]["text"]
 
 

@@ -110,6 +110,21 @@ def test_a_new_preparation_lets_go_of_the_one_before(actor: NodePlacementActor, 
     assert isinstance(actor.confirm(QUARTER, group, [0]), Part) and set(slots.groups) == {group}
 
 
+def test_what_ray_alone_would_give_is_another_set_for_each_replica(
+    actor: NodePlacementActor, slots: Slots
+) -> None:
+    """Each pair of ours is on a bridge; Ray's are not."""
+    slots.others = {2}
+    [filled] = actor.reserve([PAIR]).filled
+    assert (filled.reserved.gpus, filled.ray_gpus) == ((0, 1), (0, 1))
+    actor.release([(PAIR.name, filled.reserved.group)])
+    orders = [replace(PAIR, name=f"placement:t:d:{i}:x", needs=Needs(1)) for i in range(3)]
+    one, two, three = actor.reserve(orders).filled
+    assert {one.reserved.gpus, two.reserved.gpus, three.reserved.gpus} == {(0,), (1,), (3,)}
+    assert one.reserved.gpus == (3,), "the GPU without its partner comes first"
+    assert [one.ray_gpus, two.ray_gpus, three.ray_gpus] == [(0,), (1,), (3,)]
+
+
 def test_it_chooses_by_the_rates_that_the_plan_was_made_with(slots: Slots) -> None:
     slots.others = set()
     actor = NodePlacementActor("n", 4, "a100-pcie-4x", None)

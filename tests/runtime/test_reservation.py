@@ -151,11 +151,10 @@ DGX1 = topologies.load("dgx-1v")
 
 
 def test_a_pair_stays_on_its_bridge_when_gpu_0_is_busy() -> None:
-    """Ray alone would give 1 and 2, one half of each bridge."""
     slots = Slots(4, others={0})
     outcome = NodeReserver(slots, 4).reserve(Order("r", Needs(2)), GpuHardware(PAIRS))
     assert isinstance(outcome, Reserved)
-    assert (outcome.gpus, outcome.ray_gpus, outcome.attempts) == ((2, 3), (1, 2), 1)
+    assert (outcome.gpus, outcome.free, outcome.attempts) == ((2, 3), {1, 2, 3}, 1)
     assert [list(group) for group in slots.groups.values()] == [[2, 3]]
 
 
@@ -163,7 +162,7 @@ def test_nothing_is_steered_where_rays_own_choice_is_best() -> None:
     slots = Slots(8)
     outcome = NodeReserver(slots, 8).reserve(Order("r", Needs(4)), GpuHardware(DGX1))
     assert isinstance(outcome, Reserved)
-    assert outcome.gpus == outcome.ray_gpus == (0, 1, 2, 3)
+    assert outcome.gpus == (0, 1, 2, 3)
     assert slots.steps == 2, "one group created, one verification"
 
 

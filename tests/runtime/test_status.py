@@ -217,7 +217,7 @@ def test_the_whole_comes_first_and_then_what_waits() -> None:
     assert next(iter(report)) == "totals"
     assert report["totals"] == {
         "gpus": 8, "free": 1, "held": 6, "other": 1, "unknown": 0,
-        "nodes": 2, "deployments": 6, "replicas": 10, "pending": 3,
+        "nodes": 2, "gpu_nodes": 2, "deployments": 6, "replicas": 10, "pending": 3,
     }  # fmt: skip
     assert [(one["name"], one["queue_position"], one["state"]) for one in report["deployments"]] == [
         ("first", 1, "pending"),

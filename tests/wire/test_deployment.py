@@ -202,8 +202,11 @@ def test_the_shape_of_a_cpu_deployment_is_what_decides_where_it_can_sit(
             {"runtime": "ort", "runtime_config": {"transport": "local_cpu"}, "cpus": 2},
             "runtime_config.transport is for runtime custom, not ort (declared); remove it, and set cpus instead",
         ),
-        ({"replica": 2}, "unknown field 'replica'; known here: name, model"),
-        ({"serving": {"concurrency": 2}}, "unknown field 'serving.concurrency'; known here: max_concurrent"),
+        ({"replica": 2}, "unknown field 'replica'; did you mean replicas? Known here: name, model"),
+        (
+            {"serving": {"concurrency": 2}},
+            "unknown field 'serving.concurrency'; did you mean max_concurrent? Known",
+        ),
         ({"serving": {"max_concurrent": 0}}, "serving.max_concurrent: 0 is too small"),
         (
             {"runtime_config": {"api_key": {"from_env": "K"}}},
@@ -297,7 +300,17 @@ def test_toml_and_yaml_say_the_same() -> None:
         ("deployments = []", ".toml", "has no deployments"),
         ("[deployments]\nname = 'a'", ".toml", "deployments is a table; write [[deployments]]"),
         ("deployments: {a: {model: m}}", ".yaml", "deployments is a table; write deployments: and a list"),
-        ("deployment: []", ".yaml", "unknown field 'deployment' at the top"),
+        (
+            "deployment: []",
+            ".yaml",
+            "unknown field 'deployment' at the top; did you mean deployments? The file",
+        ),
+        (
+            "[[deployment]]\nname = 'a'",
+            ".toml",
+            "'deployment' at the top; did you mean [[deployments]]? The file",
+        ),
+        ("name: a", ".yaml", "unknown field 'name' at the top; the file holds only deployments and groups"),
         ("[1, 2]", ".yaml", "is not a mapping"),
         ("a = ", ".toml", "is not valid TOML"),
         ("a: [", ".yaml", "is not valid YAML"),

@@ -210,7 +210,15 @@ def test_standard_input_is_toml_or_yaml(content: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    ("content", "problem"), [("", "is empty"), ("[[deployments]]\nname =", "is not valid TOML")]
+    ("content", "problem"),
+    [
+        ("", "is empty"),
+        ("[[deployments]]\nname =", "is not valid TOML"),
+        (
+            TOML.replace("[[deployments]]", "[[deployment]]"),
+            "unknown field 'deployment' at the top; did you mean",
+        ),
+    ],
 )
 def test_what_is_wrong_with_standard_input_is_said_of_it(
     content: str, problem: str, monkeypatch: pytest.MonkeyPatch

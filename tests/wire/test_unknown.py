@@ -114,6 +114,6 @@ def test_a_workload_says_it_too(tmp_path: Any) -> None:
     file = tmp_path / "mix.yaml"
     file.write_text("arrival: 3\nmix: [{gpus: 1}]")
     with pytest.raises(
-        InvalidDeployment, match="unknown field 'arrival'; known here: arrivals.*did you mean arrivals"
+        InvalidDeployment, match="unknown field 'arrival'; did you mean arrivals[?] Known here: arrivals"
     ):
         load_model(MixFile, file)

@@ -16,26 +16,19 @@ from placement.cli import streams
 from placement.core.topology import ordinals
 
 COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "bright_red", "bright_cyan", "bright_green")
-WIDTH = 100
-"""Columns of sentences where it is not a terminal."""
 WITHOUT_END = 10_000
-"""Columns of tables there: what reads them reads names in full."""
+"""Columns where it is not a terminal: what reads it there reads lines and names in full."""
 
 
 def console() -> Console:
     """Where everything is printed."""
     out = streams.out()
-    return Console(file=out, width=None if out.isatty() else WIDTH, highlight=False)
+    return Console(file=out, width=None if out.isatty() else WITHOUT_END, highlight=False)
 
 
 def colours(names: Iterable[str]) -> dict[str, str]:
     """Name -> a colour that stays with a deployment throughout a report."""
     return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(sorted(set(names)))}
-
-
-def table_width(console: Console, options: ConsoleOptions) -> int:
-    """How many columns a table may have: those of the terminal."""
-    return options.max_width if console.is_terminal else WITHOUT_END
 
 
 def left_out_line(headings: Sequence[str]) -> Text:
@@ -54,12 +47,9 @@ class FittedTable(Table):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draws it."""
-        options = options.update(max_width=table_width(console, options))
         columns, kept = self.columns, list(self.columns)
         try:
-            while (
-                console.is_terminal and len(kept) > 1 and self._least_width(console, kept) > options.max_width
-            ):
+            while len(kept) > 1 and self._least_width(console, kept) > options.max_width:
                 kept.pop()
             self.columns = kept
             yield from super().__rich_console__(console, options)

@@ -58,6 +58,7 @@ def totals_of(report: Mapping[str, Any]) -> dict[str, float]:
         "gpus": sum(node["gpu_count"] for node in report["nodes"]),
         **{state: states[state] for state in ("free", "held", "other", "unknown")},
         "nodes": len(report["nodes"]),
+        "gpu_nodes": sum(node["gpu_count"] > 0 for node in report["nodes"]),
         "deployments": len(report["deployments"]),
         "replicas": sum(one["replicas"] for one in report["deployments"]),
         "pending": sum(len(one.get("pending", {})) for one in report["deployments"]),
@@ -65,7 +66,7 @@ def totals_of(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def totals_text(report: Mapping[str, Any]) -> Text:
-    """``160 GPUs on 20 nodes: 96 held, 56 free``, ``14 deployments with 60 replicas, 3 pending``."""
+    """``160 GPUs on 20 nodes: 96 held, 64 free; 1 node without GPUs``, ``14 deployments with 60 replicas``."""
     sums = totals_of(report)
 
     def number(key: str) -> str:
@@ -77,7 +78,10 @@ def totals_text(report: Mapping[str, Any]) -> Text:
     used = [f"{number('held')} held", f"{number('free')} free"]
     used += [f"{number('other')} of other Ray users"] * bool(sums.get("other"))
     used += [f"{number('unknown')} unknown"] * bool(sums.get("unknown"))
-    text = Text(f"{many('gpus', 'GPU')} on {many('nodes', 'node')}: {', '.join(used)}\n")
+    sums.setdefault("gpu_nodes", sums.get("nodes", 0))  # an older service does not report it
+    without = int(sums.get("nodes", 0) - sums["gpu_nodes"])
+    text = Text(f"{many('gpus', 'GPU')} on {many('gpu_nodes', 'node')}: {', '.join(used)}")
+    text.append(f"; {counted(without, 'node')} without GPUs\n" if without else "\n")
     text.append(f"{many('deployments', 'deployment')} with {many('replicas', 'replica')}")
     if sums.get("pending"):
         text.append(f", {number('pending')} pending", style=STYLES["pending"])

@@ -21,7 +21,6 @@ from placement.cli.views.console import (
     padded,
     replicas_text,
     shortened,
-    table_width,
 )
 from placement.core.topology import ordinals
 from placement.errors import counted
@@ -71,10 +70,7 @@ class AssignmentsTable:
         if self._rows:
             yield Text(self._title, style="italic")
             yield Text()
-            width = table_width(console, options)
-            wide = options.update(max_width=width)
-            for drawn in self._lines(width):
-                yield from console.render(drawn, wide)
+            yield from self._lines(options.max_width)
             yield Text()
         for line in self._notes:
             yield Padding(Text(line), (0, 0, 0, 1), expand=False)
