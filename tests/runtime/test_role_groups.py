@@ -21,7 +21,7 @@ from placement.errors import (
     UnknownDeployment,
     Unplaceable,
 )
-from placement.runtime import group_reconciler
+from placement.runtime import group_reconciler, state
 from placement.runtime.clock import Clock
 from placement.wire.groups import GroupLink
 from tests.properties.test_service import AtOnce, DirectService, Killed, NoAutoscaler, Ray
@@ -134,9 +134,25 @@ def test_by_its_name_the_events_of_all_members_are_told_in_order(
     watched = asyncio.run(service.feed.wait(0, service.queries.with_members(["g", "nobody yet"]), 0))
     assert found == [one.to_dict() for one in watched]
     service.release("g")
+    released = service.events("g", found[-1]["number"])
+    assert [("a", 0), ("b", 0), ("b", 1)] == sorted((e["deployment"], e["replica"]) for e in released[-3:])
+    assert {"released"} == {one["state"] for one in released[-3:]}
+    # Who was told of nothing yet, and asks on now, is told how it ended, and nothing of others of its name.
+    watched = asyncio.run(service.feed.wait(found[-1]["number"], service.queries.with_members(["g"]), 0))
+    assert released == [one.to_dict() for one in watched]
     with pytest.raises(UnknownDeployment):
-        service.events("g")
-    assert "released" == service.events("a")[-1]["state"]
+        service.events("nobody")
+    service.place({"name": "g", "model": "m"})
+    assert {"g"} == {one["deployment"] for one in service.events("g")}
+
+
+def test_of_as_many_groups_as_are_known_the_last_are(service: DirectService, monkeypatch: Any) -> None:
+    monkeypatch.setattr(state, "KEPT_GROUPS", 2)
+    for name in ("g", "h", "g", "i"):
+        group = Group(name=name, members={f"{name}-a": 1})
+        service.apply_all(group.of([Deployment(name=f"{name}-a", model="m")]))
+        service.release(name)
+    assert [["g-a"], ["h"], ["i-a"]] == [service.queries.with_members([name]) for name in "ghi"]
 
 
 @pytest.mark.parametrize("atomic", [True, False])
