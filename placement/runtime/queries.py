@@ -190,7 +190,7 @@ class Queries:
         return self._feed.since(since, names)
 
     def with_members(self, names: Iterable[str]) -> list[str]:
-        """Deployments, whether they are known or not, with its members in place of each group, also one that is gone."""
+        """Deployments, known or not, with its members in place of each group, also of one that is gone."""
         return with_members(names, self._state.deployments, self._state.groups)
 
     def kept_events(self, since: int, names: Collection[str] | None) -> list[Event]:

@@ -18,7 +18,6 @@ from placement.runtime.results import NodeAssignment
 from placement.wire.deployment import Deployment
 from placement.wire.held import HeldDeployment
 
-
 KEPT_GROUPS = 2000
 """Of how many groups the members are known, those included that are gone."""
 

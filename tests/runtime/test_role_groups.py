@@ -21,8 +21,10 @@ from placement.errors import (
     UnknownDeployment,
     Unplaceable,
 )
-from placement.runtime import group_reconciler, state
+from placement.runtime import asking, group_reconciler, state
+from placement.runtime.asking import Asked
 from placement.runtime.clock import Clock
+from placement.runtime.needs import Need
 from placement.wire.groups import GroupLink
 from tests.properties.test_service import AtOnce, DirectService, Killed, NoAutoscaler, Ray
 
@@ -41,6 +43,14 @@ def placed(service: DirectService) -> dict[str, list[str]]:
 
 def a_while_passes(service: DirectService) -> None:
     Clock(service, AtOnce()).look()
+
+
+def asked_for(service: DirectService) -> dict[str, Any]:
+    """What the autoscaler is asked for."""
+    a_while_passes(service)
+    demand = service.queue.demand
+    assert isinstance(demand, NoAutoscaler)
+    return demand.wanted
 
 
 def told(service: DirectService, name: str) -> list[tuple[int | None, str]]:
@@ -109,17 +119,68 @@ def test_a_replica_over_several_nodes_waits_for_both_and_is_placed_anew_with_the
 
 @pytest.mark.parametrize(
     ("others", "within", "asked"),
-    [(3, None, ["b:1:0"]), (3, "node", ["b:1:0"]), (2, "node", []), (4, None, ["a:0:0", "b:0:0", "b:1:0"])],
+    [
+        (3, None, {"b:1:0": 1}),
+        (4, None, {"a:0:0": 1, "b:0:0": 1, "b:1:0": 1}),
+        (3, "node", {"a:0:0": 3}),
+        (2, "node", {"a:0:0": 3}),
+        (2, "rack", {"a:0:0": 3}),
+    ],
 )
-def test_nodes_are_asked_for_what_all_together_lack_and_not_for_a_floor(
-    service: DirectService, others: int, within: str | None, asked: list[str]
+def test_nodes_are_asked_for_what_all_lack_and_for_what_a_floor_binds_as_one(
+    service: DirectService, others: int, within: str | None, asked: dict[str, int]
 ) -> None:
     service.apply({"name": "other", "model": "org/m", "gpus": others, "replicas": 2})
     service.apply_all(pd(1, within=within))
-    a_while_passes(service)
-    demand = service.queue.demand
-    assert isinstance(demand, NoAutoscaler)
-    assert asked == [*demand.wanted]
+    assert asked == {key: need.ways[0].total["GPU"] for key, need in asked_for(service).items()}
+
+
+def test_only_units_that_have_no_place_are_asked_for(service: DirectService) -> None:
+    service.apply({"name": "other", "model": "org/m", "constraints": {"gpu_nodes": ["x"]}, "gpus": 2})
+    service.apply_all(pd(3))
+    needs = asked_for(service)
+    assert ["a:1:0", "a:2:0"] == [*needs]
+    assert {"a node with 3 GPUs for replicas of 'g' that talk"} == {str(need) for need in needs.values()}
+    service.apply({"name": "other", "model": "org/m", "gpus": 2, "replicas": 2})
+    assert ["a:0:0", "a:1:0", "a:2:0"] == [*asked_for(service)]
+    service.release("g")
+    assert {} == asked_for(service)
+
+
+def test_no_node_is_asked_for_while_another_part_of_the_group_cannot_get_one(
+    service: DirectService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would come, be idle and leave, again and again."""
+    large = "a node with 4 GPUs"
+    tried: set[str] = set()
+
+    def outlook(need: Need | str) -> Asked:
+        if isinstance(need, str):
+            return Asked(asking.State.NOT_ASKED, need)
+        known = str(need) not in tried
+        return (
+            Asked(asking.State.ASKED, f"asked for {need}")
+            if known
+            else Asked(asking.State.INFEASIBLE, "too large")
+        )
+
+    monkeypatch.setattr(service.queue.demand, "outlook", outlook)
+    service.apply({"name": "other", "model": "org/m", "gpus": 2, "replicas": 2})
+    links = (GroupLink(between=("b", "c"), via="pcie", within="node"),)
+    group = Group(name="g", members={"a": 1, "b": 1, "c": 2}, links=links)
+    sizes = {"a": 4, "b": 1, "c": 1}
+    wanted = group.of([Deployment(name=name, model="org/m", gpus=gpus) for name, gpus in sizes.items()])
+    results = service.apply_all(wanted)
+    pair = "a node with 3 GPUs for replicas of 'g' that talk"
+    assert [large, pair] == [str(need) for need in asked_for(service).values()]
+    assert all(
+        why.endswith(f"; autoscaler: asked for {large}") for one in results for why in one.pending.values()
+    )
+    tried.add(large)
+    assert [large, "too large"] == [str(need) for need in asked_for(service).values()]
+    assert all(why.endswith("; autoscaler: too large") for why in service.get("c").pending.values())
+    tried.clear()
+    assert [large, pair] == [str(need) for need in asked_for(service).values()]
 
 
 def test_by_its_name_the_events_of_all_members_are_told_in_order(
