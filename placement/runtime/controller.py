@@ -165,6 +165,7 @@ class Controller:
             known = {one.name: self.lifetimes.settled(one.name) for one in wanted}
             if self.state.get(group.name) is not None:
                 raise GroupStands(group.name, group.name, "a deployment of that name exists")
+            group_placed = any(before.replicas for before in known.values() if before is not None)
             for one in wanted:
                 before = known[one.name]
                 if before is None:
@@ -172,7 +173,7 @@ class Controller:
                     continue
                 if before.is_lease:
                     raise belongs_to_another(before, owners.get(one.name))
-                require_same_places(before.deployment, one, bool(before.replicas))
+                require_same_places(before.deployment, one, bool(before.replicas), group_placed)
             self._require_nodes(wanted)
             fresh = [name for name, before in known.items() if before is None]
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
 from typing import Any
@@ -29,11 +30,13 @@ from placement.wire.groups import GroupLink
 from tests.properties.test_service import AtOnce, DirectService, Killed, NoAutoscaler, Ray
 
 
-def pd(units: int = 2, owner: Any = "detached", **link: Any) -> list[Deployment]:
+def pd(
+    units: int = 2, owner: Any = "detached", counts: Mapping[str, int] = {"a": 1, "b": 2}, **link: Any
+) -> list[Deployment]:
     """Two replicas of ``b`` for each of ``a``, on one node."""
     links = GroupLink.model_validate({"between": ("a", "b"), "via": "pcie", "within": "node", **link})
-    group = Group(name="g", members={"a": 1, "b": 2}, units=units, links=(links,))
-    return group.of([Deployment(name=name, model="org/m", owner=owner) for name in "ab"])
+    group = Group(name="g", members=counts, units=units, links=(links,))
+    return group.of([Deployment(name=name, model="org/m", owner=owner) for name in counts])
 
 
 def placed(service: DirectService) -> dict[str, list[str]]:
@@ -337,12 +340,33 @@ def test_its_name_means_its_members(service: DirectService) -> None:
 
 def test_what_would_part_or_move_it_is_refused(service: DirectService) -> None:
     service.apply_all(pd())
-    with pytest.raises(PartlyApplied, match="the group has another name, other members or other links now"):
-        service.apply_all(pd(via="network"))
+    for wanted in (pd(via="network", within=None), pd(counts={"a": 2, "b": 2})):
+        with pytest.raises(
+            PartlyApplied, match="the group has another name, other members or other links now"
+        ):
+            service.apply_all(wanted)
     with pytest.raises(GroupStands, match="declared without the group"):
         service.apply({"name": "a", "model": "org/m", "replicas": 2})
     with pytest.raises(DeploymentConflict):
         service.place({"name": "a", "model": "org/m", "replicas": 2})
+
+
+def test_while_nothing_of_it_is_placed_it_may_ask_for_less(service: DirectService) -> None:
+    service.place({"name": "other", "model": "m", "gpus": 2, "replicas": 2})
+    service.apply_all(pd(1))
+    since = service.state.deployments["a"].waiting_since
+    with pytest.raises(PartlyApplied, match="other members"):
+        service.apply_all(pd(1, counts={"a": 1, "b": 1, "c": 1}))
+    service.apply_all(pd(1, counts={"a": 1, "b": 4}))
+    assert since == service.state.deployments["a"].waiting_since
+    service.apply_all(pd(2, counts={"a": 1, "b": 1}))
+    assert {"a": ["x", "y"], "b": ["x", "y"], "other": ["x", "y"]} == placed(service)
+    service.release("g")
+    service.apply_all(pd(1))
+    assert "asks for within = 'node'" in service.get("a").pending[0]
+    assert ["changed", "changed"] == [one.change for one in service.plan_all(pd(1, within=None))]
+    service.apply_all(pd(1, within=None))
+    assert (1, 2) == (len(placed(service)["a"]), len(placed(service)["b"]))
 
 
 def test_a_group_needs_a_name_of_its_own(service: DirectService) -> None:
