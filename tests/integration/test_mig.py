@@ -205,7 +205,7 @@ def test_a_group_of_instances_and_shares_is_on_every_node_that_has_both(service:
     wanted = group.of([half, Deployment(name="mig", model="m", mig="1g.10gb")])
     halves, instances = (one.assignments for one in ray.get(service.apply_all.remote(wanted, atomic=True)))
     for unit in range(4):
-        [own, *several] = [halves[unit], *instances[2 * unit : 2 * unit + 2]]
+        own, several = halves[unit], instances[2 * unit : 2 * unit + 2]
         assert {own.node_name} == {one.node_name for one in several} <= {"mixed", "recorded"}
         assert 3 == len({(own.gpus[0], "half"), *((one.gpus[0], "mig") for one in several)})
         if own.node_name == "mixed":
