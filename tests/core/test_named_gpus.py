@@ -288,4 +288,6 @@ def test_a_node_with_the_gpus_but_not_the_memory_hides_no_other() -> None:
     wanted = request(0, 1, 2, replicas=2, fields={"stages": 2, "memory_bytes": 1})
     outcome = plan(Snapshot(nodes), wanted)
     assert isinstance(outcome, NotEnoughGpus)
-    assert str(outcome).startswith("cannot place 'd': replica 1 needs 2 GPUs of GPU 0-2 free on one node; at best b")
+    assert str(outcome).startswith(
+        "cannot place 'd': replica 1 needs 2 GPUs of GPU 0-2 free on one node; at best b"
+    )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from operator import itemgetter
 from typing import Any
 
@@ -22,12 +24,12 @@ from placement.errors import (
     UnknownDeployment,
     Unplaceable,
 )
-from placement.runtime import asking, group_reconciler, state
+from placement.runtime import asking, group_reconciler, records, state
 from placement.runtime.asking import Asked
 from placement.runtime.clock import Clock
 from placement.runtime.needs import Need
 from placement.wire.groups import GroupLink
-from tests.properties.test_service import AtOnce, DirectService, Killed, NoAutoscaler, Ray
+from tests.properties.test_service import AtOnce, DirectService, Killed, NoAutoscaler, Ray, StoreFailed
 
 
 def pd(
@@ -293,6 +295,56 @@ def test_a_service_that_dies_in_between_goes_on_with_all_of_it(
     a_while_passes(again)
     assert {"a": ["x", "y"], "b": ["x", "x", "y", "y"]} == placed(again)
     assert 6 == len(outside.groups)
+
+
+@pytest.mark.parametrize("write", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", [StoreFailed, Killed])
+def test_all_of_it_is_declared_or_nothing(
+    outside: Ray,
+    service: DirectService,
+    monkeypatch: pytest.MonkeyPatch,
+    write: int,
+    kind: type[BaseException],
+) -> None:
+    """Its two members are written one after the other; once both are, a new service goes on with them."""
+    writes, save = count(1), records.save
+
+    def fail(one: Any) -> None:
+        if next(writes) == write:
+            raise kind
+        save(one)
+
+    monkeypatch.setattr(records, "save", fail)
+    outside.refusals = 100
+    with pytest.raises((kind, ReservationFailed)):
+        service.apply_all(pd(), atomic=True)
+    outside.refusals = 0
+    again = service if kind is StoreFailed else DirectService()
+    a_while_passes(again)
+    a_while_passes(again)
+    goes_on = kind is Killed and write > 2
+    assert placed(again) == ({"a": ["x", "y"], "b": ["x", "x", "y", "y"]} if goes_on else {})
+    assert (6 if goes_on else 0) == len(outside.groups)
+    again.apply_all(pd(), atomic=True)
+
+
+@pytest.mark.parametrize("point", ["service.releasing", "service.given_back", "service.ended"])
+def test_a_refusal_that_was_cut_off_leaves_nothing(outside: Ray, service: DirectService, point: str) -> None:
+    outside.kill_at, outside.refusals = point, 100
+    with pytest.raises(Killed):
+        service.apply_all(pd(), atomic=True)
+    again = DirectService()
+    a_while_passes(again)
+    assert ({}, {}) == (outside.groups, placed(again))
+
+
+def test_a_member_whose_record_cannot_be_read_ends_no_others(outside: Ray, service: DirectService) -> None:
+    service.apply_all(pd(1), atomic=True)
+    [key] = [key for key in outside.store if key.endswith(b"a")]
+    outside.store[key] = json.dumps({**json.loads(outside.store[key]), "version": 99}).encode()
+    again = DirectService()
+    again.reconcile("b")
+    assert {"b": ["x", "x"]} == placed(again)
 
 
 @pytest.mark.parametrize("point", ["service.releasing", "service.given_back", "service.ended"])
