@@ -24,8 +24,9 @@ from placement.runtime.asking import Asked, State
 from placement.runtime.autoscaler import NO_AUTOSCALER
 from placement.runtime.demand import Demand
 from placement.runtime.deployment_state import DeploymentState, Owner
+from placement.runtime.group_needs import GroupNeeds
 from placement.runtime.membership import changed_with
-from placement.runtime.needs import Need, by_type, needs_of, needs_of_group
+from placement.runtime.needs import Need, by_type, needs_of
 from placement.runtime.owners import has_ended
 from placement.runtime.reconciler import Reconciler
 from placement.runtime.turns import Turns
@@ -175,6 +176,7 @@ class WaitingQueue:
         self._fleet, self._actions = reconciler.fleet, reconciler.actions
         self.tickets = Tickets()
         self._needs: dict[str, Need | str] = {}
+        self._group_needs = GroupNeeds(demand)
         self._node_types = node_types
         reconciler.outlook, reconciler.types_for = self.outlook, self.types_for
 
@@ -206,6 +208,7 @@ class WaitingQueue:
         For entries that find no room the autoscaler is asked.
         """
         names, tickets = self._state.queue(), self.tickets.all()
+        self._group_needs.keep({group.name for one in self._in_turn(names, ()) if (group := _group(one))})
         if not names and not tickets:
             self._needs = {}
             self.ask_for_nodes()
@@ -308,27 +311,13 @@ class WaitingQueue:
         refusal = refusal_of(tell(snapshot, roles, members))
         if refusal is None:
             return None
-        unmet = self._together(needs_of_group(lacks(snapshot, roles, members)))
+        unmet = self._group_needs.of(lacks(snapshot, roles, members))
+        self._group_needs.seen(group, unmet, told)
         reason = f"{refusal}{self._end(unmet, told)}"
         for name in members:
             if (one := self._state.get(name)) is not None:
                 self._reasons_changed(one, dict.fromkeys(one.reasons, reason))
         return unmet
-
-    def _together(self, needs: Mapping[str, Need | str]) -> dict[str, Need | str]:
-        """The needs of a group: where one cannot be met for now, no node is asked for the others.
-
-        Else nodes would come for these, be idle and leave, again and again.
-        """
-        hindered = {
-            key: asked.reason
-            for key, need in needs.items()
-            if (asked := self.demand.outlook(need)).state is not State.ASKED
-        }
-        if not hindered:
-            return dict(needs)
-        why = next(iter(hindered.values()))
-        return {key: needs[key] for key in hindered} | {key: why for key in needs if key not in hindered}
 
     def _reasons(
         self, waits: Sequence[Wait], needs: Mapping[str, Need | str], told: Mapping[str, Asked]
@@ -349,7 +338,7 @@ class WaitingQueue:
     def outlook(self, request: Request, indices: Sequence[int]) -> dict[int, str]:
         """What the autoscaler is, or will be, asked for waiting replicas; as the end of their reason."""
         if request.told is not None:
-            needs = self._together(needs_of_group(request.told.lacks))
+            needs = self._group_needs.of(request.told.lacks)
             return dict.fromkeys(indices, self._end(needs, self.demand.poll()))
         return self._ends(_needs_of(request, indices), self.demand.poll())
 
