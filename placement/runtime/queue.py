@@ -25,7 +25,6 @@ from placement.runtime.autoscaler import NO_AUTOSCALER
 from placement.runtime.demand import Demand
 from placement.runtime.deployment_state import DeploymentState, Owner
 from placement.runtime.group_needs import GroupNeeds
-from placement.runtime.membership import changed_with
 from placement.runtime.needs import Need, by_type, needs_of
 from placement.runtime.owners import has_ended
 from placement.runtime.reconciler import Reconciler
@@ -220,9 +219,10 @@ class WaitingQueue:
         self._cluster.read()
         with self._state.lock:
             # An entry that is being tried has claimed its room, and would find none beside that.
-            busy = {
-                each for name in self._turns.names() for each in changed_with(name, self._state.deployments)
-            }
+            busy = set(self._turns.names())
+            for name in tuple(busy):
+                if (known := self._state.get(name)) is not None and known.deployment.group is not None:
+                    busy.update(known.deployment.group.members)
             snapshot = self._cluster.snapshot(nodes)
             queue = [one for one in self._in_turn(names, tickets) if one.name not in busy]
             found, waiting = self._look_at(queue, snapshot)

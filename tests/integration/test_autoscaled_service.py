@@ -111,35 +111,33 @@ def test_from_no_gpu_node_the_right_nodes_come_and_the_exact_gpus_are_placed(ser
     assert [] == coming()
 
 
-def test_a_call_that_waits_brings_its_node_in_the_same_way(service: Any) -> None:
-    (assignment,) = ray.get(service.place.remote(PAIR, wait_seconds=100.0), timeout=120).assignments
-    assert {assignment.node: "gpu4"} == machines()
-    assert assignment.gpus == ranks_gpus(assignment)
-    assert settled(lambda: not asked(service))
-
-
-def test_a_group_for_which_there_is_room_but_not_within_its_floor_brings_a_node_for_all_of_it(
+def test_a_call_that_waits_brings_its_nodes_and_a_group_one_for_all_that_its_floor_binds(
     service: Any,
 ) -> None:
+    others = {**L40S, "gpus": 3, "replicas": 2}
+    placed = ray.get(service.place.remote(others, wait_seconds=100.0), timeout=120).assignments
+    assert dict.fromkeys((a.node for a in placed), "gpu4") == machines()
+    assert [a.gpus for a in placed] == [ranks_gpus(a) for a in placed]
+    assert settled(lambda: not asked(service))
+    # One GPU is left on each, and the two of the group are to be on one node.
     of_either = placement.PlacementConstraints(accelerators=("L40S", "H100"))
     link = placement.GroupLink(between=("p", "d"), via="pcie", within="node")
     group = placement.Group(name="pd", members={"p": 1, "d": 1}, links=[link])
     wanted = group.of([placement.Deployment(name=n, model="m", constraints=of_either) for n in "pd"])
-    others = {**L40S, "name": "others", "gpus": 3, "replicas": 2}
-    ray.get(service.place.remote(others, wait_seconds=100.0), timeout=120)
     for result in ray.get(service.apply_all.remote(wanted)):
         assert "asks for within = 'node'" in result.pending[0]
         assert (
             "; autoscaler: asked for a node with 2 GPUs and ray.io/accelerator-type in(" in result.pending[0]
         )
         assert result.pending[0].endswith(" for replicas of 'pd' that talk")
-    assert settled(
-        lambda: not asked(service) and not any(ray.get(service.get.remote(n)).pending for n in "pd"), 120
-    )
+    assert settled(lambda: not reason(service, "p") and not reason(service, "d"), 120), status(service)[
+        "demand"
+    ]
     parts = [a for name in "pd" for a in ray.get(service.get.remote(name)).assignments]
     assert ["gpu8"] == [machines()[node] for node in {part.node for part in parts}]
-    assert 2 == len({gpu for part in parts for gpu in part.gpus})
-    assert all(part.gpus == ranks_gpus(part) for part in parts)
+    assert [part.gpus for part in parts] == [ranks_gpus(part) for part in parts]
+    assert parts[0].gpus != parts[1].gpus
+    assert settled(lambda: not asked(service))
 
 
 def test_cpu_replicas_bring_a_node_without_gpus(service: Any) -> None:
