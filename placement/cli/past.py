@@ -88,29 +88,28 @@ def events(
 
 def _events(service: Any, names: list[str] | None, since: Since, follow: bool) -> Iterator[dict[str, Any]]:
     """The last events; who follows them from a number on misses none."""
+    from placement.runtime.client_base import heard_of
+
     seen, earliest = since
     found = [] if follow and seen else common.ask(service.events.remote(names[0] if names else None, seen))
     while True:
         yield from (one for one in found if one["at"] >= earliest)
         if not follow:
             return
-        names = _heard_of(names, found)
+        names = heard_of(names, found)
         seen = found[-1]["number"] if found else seen
         found = common.ask(service.watch.remote(since=seen, names=names))
 
 
-def _heard_of(names: list[str] | None, found: list[dict[str, Any]]) -> list[str] | None:
-    """The names, and of a group among them its members: they are followed on when it is released."""
-    return None if names is None else sorted({*names, *(one["deployment"] for one in found)} - {""})
-
-
 def _history(service: Any, names: list[str] | None, since: Since, follow: bool) -> Iterator[dict[str, Any]]:
     """Events and decisions that are kept."""
+    from placement.runtime.client_base import heard_of
+
     seen, earliest = since
     while True:
         page = common.ask(service.history.remote(seen, names, earliest))
         yield from page["entries"]
-        names = _heard_of(names, page["entries"])
+        names = heard_of(names, page["entries"])
         seen = page["last"]
         if skipped := page["skipped"]:
             common.note(f"note: entries that another version wrote are left out: {skipped}")

@@ -277,7 +277,8 @@ def _place_on_one_node(snapshot: Snapshot, request: Request, nodes: Bits) -> tup
         found.append(_place_among(snapshot, asked, bit)[1])
         # The speed of the best set says nothing about the replica's other sets.
         is_best = request.stages == 1 and len(found[-1][0]) == len(request.replicas)
-        if is_best or -room < wanted:
+        # A node may have the GPUs, but not the CPUs or the memory.
+        if is_best or (-room < wanted and len(found[-1][0]) == -room // request.stages):
             break
     return request, max(found, key=lambda placed: (len(placed[0]), _slowest(snapshot, request, placed)))
 

@@ -58,17 +58,38 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Lack:
+    """Replicas of a waiting group that need new nodes (:mod:`placement.core.role_lacks`).
+
+    Attributes:
+        group: its name.
+        first: the first of them: deployment and index.
+        nodes: what must be on one node each: requests, and how many tensor-parallel groups of each.
+        labels: label -> the value that the nodes must have.
+        why: why no new node would do; empty if one may.
+    """
+
+    group: str
+    first: tuple[str, int]
+    nodes: tuple[tuple[tuple[Request, int], ...], ...] = ()
+    labels: tuple[tuple[str, str], ...] = ()
+    why: str = ""
+
+
+@dataclass(frozen=True)
 class Told:
     """The plan for a deployment that was made with its group (:mod:`placement.core.roles`).
 
     Attributes:
         places: replica -> where each of its tensor-parallel groups goes, in rank order.
         refusal: why none of the group goes anywhere.
+        lacks: what new nodes it would need then.
         bounded: the search for the places was cut off; there may be better ones.
     """
 
     places: Mapping[int, tuple[Place, ...]] = field(default_factory=dict)
     refusal: Unplaceable | None = None
+    lacks: tuple[Lack, ...] = ()
     bounded: bool = False
 
 

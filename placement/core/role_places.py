@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import product
+from operator import or_
 from typing import NamedTuple
 
 from placement.core.labels import GPU_DOMAIN_LABEL
@@ -64,6 +67,9 @@ _INSIDE = RoleLink(("", ""), Via.NVLINK)
 Level = tuple[int, int]
 """Level and slowness of a route, for comparison."""
 
+_ANY: Level = (1 << 30, 0)
+_ON_ONE_NODE: Level = (-2, 0)
+
 NONE: Level = (-3, -_FASTEST)
 """Better than any route: the value if there is none."""
 
@@ -110,6 +116,7 @@ class Places:
         roles: as given.
         todo: the pieces that have no place, in the order in which to place them, unit by unit.
         cut_off: a round of the search was.
+        farthest: no route that the links' floors allow is slower.
     """
 
     def __init__(
@@ -122,6 +129,7 @@ class Places:
     ) -> None:
         self._snapshot, self.roles, self._requests, self._floors = snapshot, roles, requests, floors
         self._allowed = {name: eligible(snapshot, request) for name, request in requests.items()}
+        self._anywhere = reduce(or_, self._allowed.values(), 0)
         self._stands: dict[Piece, tuple[Bits, Gpus]] = {
             (*member, i): (bit, place.gpus)
             for member, places in standing.items()
@@ -145,6 +153,8 @@ class Places:
         ]
         self.cut_off = False
         self._is_connected = self._all_talk()
+        bound = floors and self._is_connected and all(link.on_one_node for link in roles.links)
+        self.farthest = _ON_ONE_NODE if bound and roles.links else _ANY
         self._fastest_sets: dict[str, int] = {}
         self._fastest_ways: dict[tuple[Via, bool], tuple[int, int]] = {}
         self._named = [name for name, request in requests.items() if request.needs.named]
@@ -157,6 +167,20 @@ class Places:
     def bounded(self) -> bool:
         """Whether something was left out that might be better."""
         return self.cut_off or self._sets.bounded
+
+    def may_fit(self, todo: Sequence[Piece]) -> bool:
+        """Whether there are enough whole GPUs for these pieces, on whichever nodes; quick."""
+        free = [node.free_mask(Needs(1)).bit_count() for node in self._nodes(self._anywhere)]
+        at_once: Counter[object] = Counter()
+        for piece in todo:
+            needs = self._requests[piece[0]].needs
+            at_once[self.unit_of(piece) if self.farthest == _ON_ONE_NODE else piece] += (
+                needs.gpus * needs.whole
+            )
+        sizes = [size for size in at_once.values() if size]
+        return all(
+            sum(each >= size for each in sizes) <= sum(gpus // size for gpus in free) for size in {*sizes}
+        ) and sum(sizes) <= sum(free)
 
     def without_nvlink(self) -> Unplaceable | None:
         """Why a link via NVLink is impossible on all nodes; ``None`` if it is possible."""
@@ -192,11 +216,8 @@ class Places:
         """The nodes that may be used, in classes of interchangeable nodes."""
         labels = {*self._snapshot.near, GPU_DOMAIN_LABEL, *(link.within for link in self.roles.links)}
         takes = any(request.cpu_milli or request.memory_bytes for request in self._requests.values())
-        anywhere = 0
-        for bits in self._allowed.values():
-            anywhere |= bits
         classes: dict[object, list[Bits]] = {}
-        for bit in _each(anywhere):
+        for bit in _each(self._anywhere):
             node = self._snapshot.at(bit)
             key = (
                 id(node.topology),

@@ -13,8 +13,6 @@ STEPS = 20_000
 """How many places one round of the search considers; then it only completes the choice by taking each first place as
 the best; there are a few rounds. Some tenths of a second each."""
 
-_ANY: Level = (1 << 30, 0)
-
 
 class _Found(NamedTuple):
     """Places for some replicas.
@@ -33,6 +31,8 @@ def solve(places: Places, todo: Sequence[Piece]) -> _Found | None:
     """The best places for some of the replicas, by whole units; ``None`` if there are none."""
     if not todo:
         return _Found(NONE, NOTHING, places.placed())
+    if not places.may_fit(todo):
+        return None
     stood = {places.unit_of(piece) for piece in places.placed()}
     fresh = [piece for piece in todo if places.unit_of(piece) not in stood]
     unit = [one for one in fresh if places.unit_of(one) == places.unit_of(fresh[0])]
@@ -46,7 +46,7 @@ def solve(places: Places, todo: Sequence[Piece]) -> _Found | None:
         least = alone.worst
         best = _Run(places, todo, least).first()
     if best is None:
-        best = _Run(places, todo, _ANY).first()
+        best = _Run(places, todo, places.farthest).first()
         while best is not None and best.worst > least:
             better = _Run(places, todo, (best.worst[0], best.worst[1] - 1)).first()
             if better is None:
@@ -59,6 +59,11 @@ def solve(places: Places, todo: Sequence[Piece]) -> _Found | None:
         alone = _Run(places, unit, best.worst).best()
         bound = alone.cost if alone is not None and not places.bounded else NOTHING
     return _Run(places, todo, best.worst, bound, stood).best() or best
+
+
+def fits(places: Places, todo: Sequence[Piece]) -> bool:
+    """Whether some of the replicas have places at all, as far as the search comes; unit by unit."""
+    return places.may_fit(todo) and _Run(places, todo, places.farthest).first() is not None
 
 
 class _Run:

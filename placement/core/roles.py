@@ -107,16 +107,13 @@ def _in_rank_order(snapshot: Snapshot, needs: Needs, sets: Sequence[Located]) ->
     return tuple(places)
 
 
-def tell(
-    snapshot: Snapshot, roles: Roles, members: Mapping[str, tuple[Desired, Mapping[int, Observed]]]
-) -> dict[str, Desired]:
-    """The members of a group, each with the places of its missing replicas, or with the refusal of the group.
-
-    Replicas that are there stay, even if their unit lost others: the missing ones are placed near them, all or none.
+def missing(
+    snapshot: Snapshot, members: Mapping[str, tuple[Desired, Mapping[int, Observed]]]
+) -> tuple[Snapshot, dict[str, Request], dict[Member, list[Place]]]:
+    """The cluster without the lost replicas of a group, what those that are missing ask for, and where the others are.
 
     Args:
         snapshot: the cluster.
-        roles: the group.
         members: deployment -> its declaration, and its existing replicas.
     """
     requests: dict[str, Request] = {}
@@ -142,6 +139,22 @@ def tell(
         requests[name] = replace(
             desired.request, replicas=tuple(i for i in wanted if i not in there), standing={}, told=None
         )
+    return snapshot, requests, standing
+
+
+def tell(
+    snapshot: Snapshot, roles: Roles, members: Mapping[str, tuple[Desired, Mapping[int, Observed]]]
+) -> dict[str, Desired]:
+    """The members of a group, each with the places of its missing replicas, or with the refusal of the group.
+
+    Replicas that are there stay, even if their unit lost others: the missing ones are placed near them, all or none.
+
+    Args:
+        snapshot: the cluster.
+        roles: the group.
+        members: deployment -> its declaration, and its existing replicas.
+    """
+    snapshot, requests, standing = missing(snapshot, members)
     found = plan(snapshot, roles, requests, standing)
     told: dict[str, Told] = {}
     for name in members:
@@ -154,6 +167,12 @@ def tell(
         name: replace(desired, request=replace(desired.request, told=told[name]), gang=True)
         for name, (desired, _) in members.items()
     }
+
+
+def refusal_of(told: Mapping[str, Desired]) -> Unplaceable | None:
+    """Why a group is placed nowhere, by what :func:`tell` returned; ``None`` if it has places."""
+    refusals = (desired.request.told.refusal for desired in told.values() if desired.request.told)
+    return next((one for one in refusals if one is not None), None)
 
 
 def as_told(snapshot: Snapshot, told: Mapping[str, Desired]) -> dict[str, Plan] | None:

@@ -59,6 +59,13 @@ class RoleLink:
     within: str = ""
     min_gb_per_s: float = 0.0
 
+    @property
+    def on_one_node(self) -> bool:
+        """Whether only replicas on one node can meet its floor; of two nodes, an NVLink domain may."""
+        if self.within in (Within.NUMA, Within.NODE):
+            return True
+        return self.via is not Via.NVLINK and (self.within == Within.SWITCH or self.min_gb_per_s > 0)
+
 
 @dataclass(frozen=True)
 class Roles:

@@ -21,6 +21,7 @@ from placement.runtime.client_base import (
     Event,
     Status,
     Waiting,
+    heard_of,
     is_lease,
 )
 from placement.runtime.connection import answer, answer_or_abandon, caller
@@ -162,7 +163,9 @@ class AsyncClient(Connected):
     async def follow(self, names: Sequence[str] | None = None, since: int = 0) -> AsyncIterator[Event]:
         """See :meth:`Client.follow`; for ``async for``."""
         while True:
-            for event in await self.watch(since, names):
+            found = await self.watch(since, names)
+            names = heard_of(names, found)
+            for event in found:
                 since = event["number"]
                 yield event
 
@@ -179,7 +182,7 @@ class AsyncClient(Connected):
             page = await answer(self._handle.history.remote(since, names, earliest))
             for entry in page["entries"]:
                 yield entry
-            since = page["last"]
+            names, since = heard_of(names, page["entries"]), page["last"]
             if not page["more"]:
                 if not follow:
                     return

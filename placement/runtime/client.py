@@ -24,6 +24,7 @@ from placement.runtime.client_base import (
     Event,
     Status,
     Waiting,
+    heard_of,
     is_lease,
 )
 from placement.runtime.connection import ask, ask_or_abandon, caller
@@ -247,7 +248,7 @@ class Client(Connected):
         """What happened lately, to one deployment, to the members of a group, or to all, oldest first.
 
         Args:
-            name: the deployment, which may be gone by now, or the group.
+            name: the deployment, or the group, which may be gone by now.
             since: the ``number`` of the last event already known.
 
         Raises:
@@ -270,9 +271,14 @@ class Client(Connected):
         return ask_or_abandon(watch.remote(since=since, names=names, timeout_seconds=timeout_seconds))
 
     def follow(self, names: Sequence[str] | None = None, since: int = 0) -> Iterator[Event]:
-        """Events as they happen, without end, each once, also across restarts of the service; see :meth:`watch`."""
+        """Events as they happen, without end, each once, also across restarts of the service; see :meth:`watch`.
+
+        A group is followed to its end.
+        """
         while True:
-            for event in self.watch(since, names):
+            found = self.watch(since, names)
+            names = heard_of(names, found)
+            for event in found:
                 since = event["number"]
                 yield event
 
@@ -287,7 +293,7 @@ class Client(Connected):
         """Events and decisions of the last days, oldest first, also of before the service last started.
 
         Args:
-            names: only those about these deployments.
+            names: only those about these deployments, and the members of these groups.
             since: the ``number`` of the last entry already known.
             earliest: only those of this time or later, in seconds since 1970.
             follow: go on without end, with what happens as it does.
@@ -295,7 +301,7 @@ class Client(Connected):
         while True:
             page = ask(self._handle.history.remote(since, names, earliest))
             yield from page["entries"]
-            since = page["last"]
+            names, since = heard_of(names, page["entries"]), page["last"]
             if not page["more"]:
                 if not follow:
                     return

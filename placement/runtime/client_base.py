@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 from ray.actor import ActorHandle
@@ -100,6 +100,16 @@ class Waiting:
         """Whether the event came before the part was over, or no time is left."""
         now = time.monotonic()
         return now < self._until or now >= self._end
+
+
+def heard_of(names: Sequence[str] | None, entries: Iterable[Mapping[str, Any]]) -> list[str] | None:
+    """The names, and those of the deployments in these entries.
+
+    So the members of a group are followed on after it has ended, even if the service has restarted since.
+    """
+    if names is None:
+        return None
+    return sorted({*names, *(one["deployment"] for one in entries)} - {""})
 
 
 def is_lease(deployment: DeploymentLike, owner: ActorHandle | None) -> bool:

@@ -165,6 +165,7 @@ class Controller:
             known = {one.name: self.lifetimes.settled(one.name) for one in wanted}
             if self.state.get(group.name) is not None:
                 raise GroupStands(group.name, group.name, "a deployment of that name exists")
+            group_placed = any(before.replicas for before in known.values() if before is not None)
             for one in wanted:
                 before = known[one.name]
                 if before is None:
@@ -172,23 +173,29 @@ class Controller:
                     continue
                 if before.is_lease:
                     raise belongs_to_another(before, owners.get(one.name))
-                require_same_places(before.deployment, one, bool(before.replicas))
+                require_same_places(before.deployment, one, bool(before.replicas), group_placed)
             self._require_nodes(wanted)
             fresh = [name for name, before in known.items() if before is None]
             try:
                 for one in wanted:
                     self._declare_member(known[one.name], one, owners.get(one.name))
             except Exception:
-                self._release_again(fresh)
+                self._undeclare(fresh)
                 raise
             refusal = self.group_reconciler.bring_about(group)
             if refusal is not None:
                 self.feed.add(wanted[0].name, None, "refused", str(refusal))
             if refusal is not None and atomic:
-                for name in fresh:
-                    self.releases.release(name)
+                self._undeclare(fresh)
                 raise refusal
             return [self.state.deployments[one.name].result() for one in wanted], len(fresh) == len(wanted)
+
+    def _undeclare(self, names: Sequence[str]) -> None:
+        """Releases members of a group that were declared just now. The caller has their turns."""
+        try:
+            self.releases.release_together([name for name in names if self.state.get(name) is not None])
+        except Exception:  # the next look at the group finishes it
+            logger.exception("%s could not be released again", ", ".join(map(repr, names)))
 
     def _declare_member(
         self, before: DeploymentState | None, wanted: Deployment, owner: Owner | None
@@ -371,11 +378,14 @@ class Controller:
             self.releases.release(name)
 
     def _reconcile_group(self, group: Group) -> None:
-        """Reconciles a group, if there is room for all of it."""
+        """Reconciles a group, if there is room for all of it; of one that is not whole the rest is released."""
         known = [one for name in group.members if (one := self.state.get(name)) is not None]
-        if any(one.releasing for one in known):
+        is_whole = len(known) == len(group.members)
+        # Somebody who declared or released it was cut off; a record that cannot be read may be the other member's.
+        is_part = not is_whole and self.state.unreadable.keys().isdisjoint(group.members)
+        if is_part or any(one.releasing for one in known):
             self.releases.release_together([one.name for one in known])
-        elif len(known) == len(group.members):
+        elif is_whole:
             self.group_reconciler.bring_about(group)
 
     # -- what the clock asks for ---------------------------------------------------------------------

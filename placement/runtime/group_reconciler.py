@@ -12,7 +12,8 @@ from collections.abc import Collection, Mapping, Sequence
 from placement.core.reconcile import Desired, Observed
 from placement.core.replicas import Plan
 from placement.core.request import Told
-from placement.core.roles import as_told, tell
+from placement.core.role_lacks import lacks
+from placement.core.roles import as_told, refusal_of, tell
 from placement.core.snapshot import Snapshot
 from placement.errors import ReservationFailed, Unplaceable
 from placement.runtime.claims import Claim
@@ -98,6 +99,7 @@ class GroupReconciler:
     def _places(self, group: Group, refused: Collection[str]) -> tuple[dict[str, Told], dict[str, Claim]]:
         """The places of a group's missing replicas, with a claim for each member; or why there are none."""
         roles = group.planned()
+        seen: list[tuple[Snapshot, dict[str, tuple[Desired, dict[int, Observed]]]]] = []
 
         def decide(
             nodes: list[NodeInfo], lag_seconds: float, fresh: bool
@@ -130,12 +132,15 @@ class GroupReconciler:
                 if plans is None:  # they were quicker, and wait this time
                     found = tell(snapshot, roles, members)
                     plans = as_told(snapshot, found)
+                seen[:] = [(snapshot, members)]
                 return self._claimed(found, plans or {})
 
         try:
             return self._cluster.patiently(decide, fresh=True)
         except Unplaceable as refusal:
-            return dict.fromkeys(roles.counts, Told(refusal=refusal)), {}
+            snapshot, members = seen[-1]
+            lacking = lacks(snapshot, roles, members)
+            return dict.fromkeys(roles.counts, Told(refusal=refusal, lacks=lacking)), {}
 
     def _claimed(
         self, members: Mapping[str, Desired], plans: Mapping[str, Plan]
@@ -145,9 +150,9 @@ class GroupReconciler:
         Raises:
             Unplaceable: there is no place for the group.
         """
-        told = {name: desired.request.told or Told() for name, desired in members.items()}
-        if refusal := next((one.refusal for one in told.values() if one.refusal is not None), None):
+        if refusal := refusal_of(members):
             raise refusal
+        told = {name: desired.request.told or Told() for name, desired in members.items()}
         claims: dict[str, Claim] = {}
         for name, plan in plans.items():
             if plan.replicas:

@@ -5,7 +5,7 @@ Other threads may change declarations meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from placement.errors import UnknownDeployment
@@ -47,12 +47,17 @@ def names_of(declared: Mapping[str, Declared], unreadable: Collection[str] = ())
     return tuple(sorted({*declared, *unreadable, *groups}))
 
 
-def with_members(names: Iterable[str], declared: Mapping[str, Declared]) -> list[str]:
-    """The names of deployments, whether they are there or not, with its members in place of each group that is."""
-    found: list[str] = []
-    for name in names:
-        found += [name] if name in declared else _members_of(name, declared) or [name]
-    return found
+def with_members(
+    names: Iterable[str], declared: Mapping[str, Declared], groups: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """The names of deployments, whether they are there or not, with its members in place of each known group.
+
+    Args:
+        names: of deployments and groups.
+        declared: all deployments, by name.
+        groups: name -> members of groups that are there, or were.
+    """
+    return [each for name in names for each in ([name] if name in declared else groups.get(name, [name]))]
 
 
 def changed_with(name: str, declared: Mapping[str, Declared]) -> list[str]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from placement.core.labels import meets, parse_condition
 from placement.core.needs import GIB, WHOLE
 from placement.core.node import UNIT
-from placement.core.request import Request, Resources, Strategy
+from placement.core.request import Lack, Request, Resources, Strategy
 from placement.core.shares import pattern
 from placement.core.wording import describe, describe_cpus
 from placement.errors import counted
@@ -65,16 +66,19 @@ class Need:
         ways: the forms to ask in; the next one is used if no node type can hold the one before.
         labels: label -> condition, in Ray's syntax, sorted.
         floor: the links between its GPUs must reach a floor, which shows once it has joined.
+        group: the group of the replicas that are to be near each other there; empty for a single one.
     """
 
     what: str
     ways: tuple[Way, ...]
     labels: tuple[tuple[str, str], ...] = ()
     floor: bool = False
+    group: str = ""
 
     def __str__(self) -> str:
         on = ", ".join(f"{key} {condition}" for key, condition in self.labels)
-        return f"a node with {self.what}" + (f" and {on}" if on else "")
+        together = f" for replicas of {self.group!r} that talk" if self.group else ""
+        return f"a node with {self.what}" + (f" and {on}" if on else "") + together
 
     def met_by(self, labels: Mapping[str, str]) -> bool:
         """Whether a node's labels meet the conditions."""
@@ -155,12 +159,58 @@ def needs_of(
     conditions = _conditions(request, full_domains)
     if isinstance(conditions, str):
         return conditions
-    labels = tuple(sorted((key, _condition(*condition)) for key, condition in conditions.items()))
+    labels = _sorted(conditions)
     need = _remote(request, labels) if request.provider is not None else _local(request, labels)
     if request.needs.named:  # one node, for all of them
         return {f"{request.deployment}:{index}:0": need for index in [*indices][:1]}
     sets = 1 if request.provider is not None else request.stages * request.parts
     return {f"{request.deployment}:{index}:{part}": need for index in indices for part in range(sets)}
+
+
+def needs_of_group(lacks: Sequence[Lack]) -> dict[str, Need | str]:
+    """The needs of the replicas of a group that wait, each under the first of those that it is for.
+
+    Args:
+        lacks: what the group lacks.
+    """
+    return {f"{lack.first[0]}:{lack.first[1]}:0": lack.why or _need_of(lack) for lack in lacks}
+
+
+def _need_of(lack: Lack) -> Need | str:
+    """What replicas of a group need that are to be near each other; or why no node is asked for."""
+    conditions: Conditions = {label: (True, frozenset({value})) for label, value in lack.labels}
+    for request, _ in chain(*lack.nodes):
+        found = _untold(request) or _conditions(request, ())
+        if isinstance(found, str):
+            return found
+        for key, condition in found.items():
+            _narrow(conditions, key, *condition)
+    if why := _contradiction(conditions):
+        return why
+    labels = _sorted(conditions)
+    each = [*chain(*lack.nodes)]
+    if sum(count for _, count in each) == 1:
+        return _local(each[0][0], labels)
+    together = _together(each)
+    ways = [Way((_amounts(*together),))]
+    if len(lack.nodes) > 1:
+        apart = tuple(_amounts(*_together(home)) for home in lack.nodes)
+        ways.append(Way(apart, smaller_than=int(together[0])))
+    gpus, cpu_milli, memory_bytes = together
+    what = counted(int(gpus), "GPU") + _beside(cpu_milli, memory_bytes)
+    return Need(what, tuple(ways), labels, group=lack.group)
+
+
+def _together(pieces: Iterable[tuple[Request, int]]) -> tuple[float, float, int]:
+    """The GPUs, CPUs (thousandths) and memory of a node on which all of these are."""
+    gpus, least, cpu_milli, memory_bytes = 0, 0, 0, 0
+    for request, count in pieces:
+        needs = request.needs
+        gpus += -(-count // (WHOLE // needs.share)) * needs.gpus  # as in _local, memory takes whole GPUs
+        least = max(least, *(1 + name for name in needs.named if isinstance(name, int)), 0)
+        cpu_milli += count * request.cpu_milli
+        memory_bytes += count * request.memory_bytes
+    return float(max(gpus, least)), cpu_milli, memory_bytes
 
 
 def _untold(request: Request) -> str:
@@ -198,12 +248,22 @@ def _conditions(request: Request, full_domains: Collection[str]) -> Conditions |
         _narrow(conditions, ACCELERATOR_LABEL, True, known)
     if request.spread_label is not None and full_domains:
         _narrow(conditions, request.spread_label, False, frozenset(full_domains))
+    return _contradiction(conditions) or conditions
+
+
+def _contradiction(conditions: Conditions) -> str:
+    """Why no new node can meet all of the conditions; empty if one may."""
     for key, (wanted, values) in conditions.items():
         if wanted and not values:
             return f"no node can meet all conditions on its label {key}"
     if conditions.get(NODE_ID_LABEL, (False, frozenset()))[0]:
         return f"the label {NODE_ID_LABEL} names existing nodes"
-    return conditions
+    return ""
+
+
+def _sorted(conditions: Conditions) -> tuple[tuple[str, str], ...]:
+    """The conditions in Ray's syntax."""
+    return tuple(sorted((key, _condition(*condition)) for key, condition in conditions.items()))
 
 
 def _narrow(conditions: Conditions, key: str, wanted: bool, values: frozenset[str]) -> None:
@@ -255,10 +315,15 @@ def _local(request: Request, labels: tuple[tuple[str, str], ...]) -> Need:
         ways.append(Way((each,) * needs.gpus, smaller_than=needs.gpus))
     if request.on_cpus:
         return Need(describe_cpus(request), tuple(ways), labels)
-    beside = f", {request.cpu_milli / 1000:g} CPUs" if request.cpu_milli else ""
-    beside += f", {request.memory_bytes / GIB:.3g} GiB of memory" if request.memory_bytes else ""
-    beside += "".join(f", {amount / UNIT:g} {resource}" for resource, amount in request.resources)
+    beside = _beside(request.cpu_milli, request.memory_bytes, request.resources)
     return Need(what + beside, tuple(ways), labels, floor=needs.floor and needs.gpus > 1)
+
+
+def _beside(cpu_milli: float, memory_bytes: int, resources: Resources = ()) -> str:
+    """``, 8 CPUs, 64 GiB of memory``: what is taken beside GPUs."""
+    beside = f", {cpu_milli / 1000:g} CPUs" if cpu_milli else ""
+    beside += f", {memory_bytes / GIB:.3g} GiB of memory" if memory_bytes else ""
+    return beside + "".join(f", {amount / UNIT:g} {resource}" for resource, amount in resources)
 
 
 def _amounts(gpus: float, cpu_milli: float, memory_bytes: int, resources: Resources = ()) -> Amounts:

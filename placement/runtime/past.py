@@ -40,7 +40,7 @@ DeploymentPlacementActor`.
         after a restart of the service if that was lately.
 
         Args:
-            name: the deployment, which may be gone by now, or a group, for its members; all, if it is left out.
+            name: the deployment, or a group, for its members, which may be gone by now; all, if it is left out.
             since: the ``number`` of the last one already known.
 
         Raises:
@@ -58,7 +58,7 @@ DeploymentPlacementActor`.
 
         ``watch(seen, ["llama"])``, where ``seen`` is the ``number`` of the last one known, waits for the next change;
         with ``seen = 0`` all that is known comes at once. The names need not be known yet; that of a group stands for
-        its members if it is declared by then. Without any, all are meant. What memory has no more comes from the
+        its members, once it has been declared. Without any, all are meant. What memory has no more comes from the
         history, also after a restart of the service; if that does not have it either, the first event is a ``gap``.
 
         Raises:
@@ -84,7 +84,7 @@ DeploymentPlacementActor`.
 
         Args:
             since: the ``number`` of the last entry already known; for the next page the ``last`` of the one before.
-            names: only those about these deployments, and the members of these groups while they are declared.
+            names: only those about these deployments, and the members of these groups.
             earliest: only those of this time or later, in seconds since 1970.
 
         Returns:

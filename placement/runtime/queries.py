@@ -184,14 +184,14 @@ class Queries:
         """What happened to a deployment, to the members of a group, or to all; see the service."""
         if name is None:
             return self._feed.since(since)
-        names = with_members([name], self._state.deployments)
-        if names == [name] and not self._feed.known(name) and self._state.get(name) is None:
+        names = self.with_members([name])
+        if not any(self._feed.known(each) or self._state.get(each) for each in names):
             raise UnknownDeployment(name, names_of(self._state.deployments))
         return self._feed.since(since, names)
 
     def with_members(self, names: Iterable[str]) -> list[str]:
-        """Deployments, whether they are known or not, with its members in place of each group that is declared."""
-        return with_members(names, self._state.deployments)
+        """Deployments, known or not, with its members in place of each group, also of one that is gone."""
+        return with_members(names, self._state.deployments, self._state.groups)
 
     def kept_events(self, since: int, names: Collection[str] | None) -> list[Event]:
         """The same from the history, the first of them; a ``gap`` before them if some are not kept any more."""

@@ -15,6 +15,8 @@ from typing import Generic, TypeVar
 from placement.core.planner import Shortfall, attempt
 from placement.core.reconcile import Decision, Desired, Observed, Wait, admit, reconcile
 from placement.core.request import Request
+from placement.core.role_lacks import lacks
+from placement.core.roles import refusal_of, tell
 from placement.core.snapshot import Snapshot
 from placement.errors import LeaseExpired, ReservationFailed, Unplaceable
 from placement.runtime.actions import AUTOSCALER
@@ -22,11 +24,13 @@ from placement.runtime.asking import Asked, State
 from placement.runtime.autoscaler import NO_AUTOSCALER
 from placement.runtime.demand import Demand
 from placement.runtime.deployment_state import DeploymentState, Owner
+from placement.runtime.group_needs import GroupNeeds
 from placement.runtime.needs import Need, by_type, needs_of
 from placement.runtime.owners import has_ended
 from placement.runtime.reconciler import Reconciler
 from placement.runtime.turns import Turns
 from placement.wire.deployment import Deployment
+from placement.wire.groups import Group
 from placement.wire.node_types import NodeType
 from placement.wire.requests import request_unchecked
 
@@ -171,6 +175,7 @@ class WaitingQueue:
         self._fleet, self._actions = reconciler.fleet, reconciler.actions
         self.tickets = Tickets()
         self._needs: dict[str, Need | str] = {}
+        self._group_needs = GroupNeeds(demand)
         self._node_types = node_types
         reconciler.outlook, reconciler.types_for = self.outlook, self.types_for
 
@@ -202,6 +207,7 @@ class WaitingQueue:
         For entries that find no room the autoscaler is asked.
         """
         names, tickets = self._state.queue(), self.tickets.all()
+        self._group_needs.keep({group.name for one in self._in_turn(names, ()) if (group := _group(one))})
         if not names and not tickets:
             self._needs = {}
             self.ask_for_nodes()
@@ -213,34 +219,43 @@ class WaitingQueue:
         self._cluster.read()
         with self._state.lock:
             # An entry that is being tried has claimed its room, and would find none beside that.
-            busy = self._turns.names()
+            busy = set(self._turns.names())
+            for name in tuple(busy):
+                if (known := self._state.get(name)) is not None and known.deployment.group is not None:
+                    busy.update(known.deployment.group.members)
             snapshot = self._cluster.snapshot(nodes)
             queue = [one for one in self._in_turn(names, tickets) if one.name not in busy]
             found, waiting = self._look_at(queue, snapshot)
+            groups = {group.name: group for one, *_ in waiting if (group := _group(one))}
+            members = {name: self._members(group, snapshot) for name, group in groups.items()}
         if self._cluster.locate(snapshot, [desired.request for _, desired, _ in waiting]):
             with self._state.lock:
                 snapshot = self._cluster.snapshot(nodes)
         decided = admit(waiting, snapshot)
         # A node that has not reported its GPUs yet cannot be used, but no other node is asked for meanwhile.
-        usable = admit(waiting, _without(snapshot, unknown)) if unknown else decided
+        before = _without(snapshot, unknown) if unknown else snapshot
+        usable = admit(waiting, before) if unknown else decided
         needs = {key: need for key, need in self._needs.items() if key.rsplit(":", 2)[0] in busy}
         told = self.demand.poll()
-        groups = {name: False for one, decision in usable if _waits(decision) and (name := _group(one))}
         for (_, desired, observed), (one, decision), (_, now) in zip(waiting, decided, usable, strict=True):
-            unmet = _unmet(desired, observed, decision)
-            needs |= unmet
             waits = [action for action in now.actions if isinstance(action, Wait)]
-            if group := _group(one):
-                # A group is tried as one, once each member may have room; only then it gets a reason.
-                if groups.setdefault(group, True):
+            if (group := _group(one)) is not None:
+                # A group is tried as one, in the turn of the first of its members.
+                if groups.pop(group.name, None):
+                    unmet = self._unmet_of(group, before, members[group.name], told)
+                    needs |= unmet or {}
+                    if unmet is None:
+                        found.append(one)
+            else:
+                unmet = _unmet(desired, observed, decision)
+                needs |= unmet
+                if len(waits) < len(now.actions):
                     found.append(one)
-                    groups[group] = False
-            elif len(waits) < len(now.actions):
-                found.append(one)
-            elif isinstance(one, DeploymentState):
-                self._reasons_changed(one, waits, unmet, told)
-            elif waits:
-                one.refuse(waits[0].refusal)
+                elif isinstance(one, DeploymentState):
+                    self._reasons_changed(one, self._reasons(waits, unmet, told))
+                elif waits:
+                    one.refuse(waits[0].refusal)
+            before = now.snapshot
         if any(snapshot.bit(node_id) and snapshot.node(node_id).free for node_id in unknown):
             needs = {key: need for key, need in needs.items() if key in self._needs}
         self._needs = needs
@@ -273,17 +288,47 @@ class WaitingQueue:
         known = [one for name in names if (one := self._state.get(name)) is not None]
         return sorted([*known, *tickets], key=_turn)
 
-    def _reasons_changed(
+    def _members(
+        self, group: Group, snapshot: Snapshot
+    ) -> dict[str, tuple[Desired, Mapping[int, Observed]]] | None:
+        """What is declared and there of a group's members; ``None`` if some are missing. Under the lock."""
+        known = [one for name in group.members if (one := self._state.get(name)) is not None]
+        if len(known) < len(group.members) or any(one.releasing for one in known):
+            return None
+        return {one.name: self._reconciler.seen(one, snapshot) for one in known}
+
+    def _unmet_of(
         self,
-        one: DeploymentState,
-        waits: Sequence[Wait],
-        needs: Mapping[str, Need | str],
+        group: Group,
+        snapshot: Snapshot,
+        members: Mapping[str, tuple[Desired, Mapping[int, Observed]]] | None,
         told: Mapping[str, Asked],
-    ) -> None:
-        """Updates the reasons why replicas wait."""
+    ) -> dict[str, Need | str] | None:
+        """The needs of a group that finds no room, whose members get their reason; ``None`` if it is to be tried."""
+        if members is None or any(one.gone for _, observed in members.values() for one in observed.values()):
+            return None
+        roles = group.planned()
+        refusal = refusal_of(tell(snapshot, roles, members))
+        if refusal is None:
+            return None
+        unmet = self._group_needs.of(lacks(snapshot, roles, members))
+        self._group_needs.seen(group, unmet, told)
+        reason = f"{refusal}{self._end(unmet, told)}"
+        for name in members:
+            if (one := self._state.get(name)) is not None:
+                self._reasons_changed(one, dict.fromkeys(one.reasons, reason))
+        return unmet
+
+    def _reasons(
+        self, waits: Sequence[Wait], needs: Mapping[str, Need | str], told: Mapping[str, Asked]
+    ) -> dict[int, str]:
+        """Why replicas wait, by index."""
         ends = self._ends(needs, told)
         other = next(iter(ends.values()), "")  # of replicas that are placed all at once, some alone would fit
-        reasons = {i: f"{wait.refusal}{ends.get(i, other)}" for wait in waits for i in wait.indices}
+        return {i: f"{wait.refusal}{ends.get(i, other)}" for wait in waits for i in wait.indices}
+
+    def _reasons_changed(self, one: DeploymentState, reasons: dict[int, str]) -> None:
+        """Updates the reasons why replicas wait."""
         if reasons == one.reasons:
             return
         with self._turns.sole(one.name, wait=False) as mine:
@@ -292,7 +337,17 @@ class WaitingQueue:
 
     def outlook(self, request: Request, indices: Sequence[int]) -> dict[int, str]:
         """What the autoscaler is, or will be, asked for waiting replicas; as the end of their reason."""
+        if request.told is not None:
+            needs = self._group_needs.of(request.told.lacks)
+            return dict.fromkeys(indices, self._end(needs, self.demand.poll()))
         return self._ends(_needs_of(request, indices), self.demand.poll())
+
+    def _end(self, needs: Mapping[str, Need | str], told: Mapping[str, Asked]) -> str:
+        """The end of the reason of all replicas of a group."""
+        asked = [(told.get(key) or self.demand.outlook(need), need) for key, need in needs.items()]
+        # Why no node is coming is more informative.
+        asked.sort(key=lambda one: one[0].state in (State.ASKED, State.ARRIVED))
+        return self._told(*asked[0]) if asked else ""
 
     def _ends(self, needs: Mapping[str, Need | str], told: Mapping[str, Asked]) -> dict[int, str]:
         ends: dict[int, str] = {}
@@ -392,10 +447,9 @@ def _unmet(desired: Desired, observed: Mapping[int, Observed], decision: Decisio
     return needs
 
 
-def _group(one: Waiting) -> str:
-    """The group of a waiting member; empty if it has none."""
-    group = one.deployment.group if isinstance(one, DeploymentState) else None
-    return group.name if group is not None else ""
+def _group(one: Waiting) -> Group | None:
+    """The group of a waiting member."""
+    return one.deployment.group if isinstance(one, DeploymentState) else None
 
 
 def _waits(decision: Decision) -> list[int]:

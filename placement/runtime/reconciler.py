@@ -178,7 +178,7 @@ class Reconciler:
                     self._release_some(work, action.indices, in_place=reserves)
                 elif isinstance(action, Wait):
                     request = request_unchecked(work.wanted.deployment, action.indices, work.wanted.nodes())
-                    ends = self.outlook(request, action.indices)
+                    ends = self.outlook(replace(request, told=work.told), action.indices)
                     self._wait(work, {i: f"{action.refusal}{ends.get(i, '')}" for i in action.indices})
                 elif isinstance(action, Reserve) and not self._reserve(work, action, claims.pop(0), nodes):
                     return work.replans < work.most_replans

@@ -18,6 +18,9 @@ from placement.runtime.results import NodeAssignment
 from placement.wire.deployment import Deployment
 from placement.wire.held import HeldDeployment
 
+KEPT_GROUPS = 2000
+"""Of how many groups the members are known, those included that are gone."""
+
 
 class ServiceState:
     """All deployments, open claims, and what each node holds.
@@ -30,6 +33,7 @@ class ServiceState:
         deployments: name -> state; read it without the lock, change it by :meth:`put`.
         unreadable: name -> record of the ledger that this version cannot read.
         queue_version: grows with each change of a waiting deployment.
+        groups: name -> members of the groups that were declared last, also of those that are gone.
     """
 
     def __init__(self, changed: Callable[[Iterable[str]], None] = lambda nodes: None) -> None:
@@ -43,6 +47,7 @@ class ServiceState:
         self._keeping_apart: dict[str, list[Deployment]] = {}
         self._queue: set[str] = set()
         self.queue_version = 0
+        self.groups: dict[str, list[str]] = {}
         self._temporary: set[str] = set()
 
     def put(self, state: DeploymentState) -> None:
@@ -50,6 +55,11 @@ class ServiceState:
         with self.lock:
             self._unindex(state.name)
             self.deployments[state.name] = state
+            if (group := state.deployment.group) is not None:
+                self.groups.pop(group.name, None)
+                self.groups[group.name] = sorted(group.members)
+                if len(self.groups) > KEPT_GROUPS:
+                    del self.groups[next(iter(self.groups))]
             # A replica to be replaced counts with its own declaration until then.
             declared = (state.deployment, *state.earlier.values())
             if apart := [one for one in declared if one.constraints and one.constraints.apart_from]:

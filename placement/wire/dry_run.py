@@ -242,13 +242,14 @@ def _tell(snapshot: Snapshot, standing: _Standing, members: Sequence[Deployment]
     Raises:
         GroupStands: placed replicas would have to move.
     """
+    held = {one.name: standing.held.get(one.name) for one in members}
+    there = {name: one for name, one in held.items() if one is not None and not one.releasing}
+    group_placed = any(one.replicas for one in there.values())
     declared = {}
     for one in members:
-        before = standing.held.get(one.name)
-        if before is not None and before.releasing:
-            before = None
+        before = there.get(one.name)
         if before is not None:
-            require_same_places(before.deployment, one, bool(before.replicas))
+            require_same_places(before.deployment, one, bool(before.replicas), group_placed)
         declared[one.name] = (
             desired_of(one, standing.keeping_apart()),
             observed_of(before) if before is not None else {},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Protocol, Self, TypedDict, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -47,6 +47,17 @@ class Grouped(Protocol):
 
 D = TypeVar("D", bound=Grouped)
 
+ViaName = Literal["nvlink", "pcie", "network"]
+
+
+class LinkFields(TypedDict):
+    """The fields of a :class:`GroupLink`, as a type checker sees them in a dictionary."""
+
+    between: tuple[str, str] | list[str]
+    via: Via | ViaName
+    within: NotRequired[str | None]
+    min_bandwidth_gb_per_s: NotRequired[float | None]
+
 
 class GroupLink(Declared):
     """Two members of a group that talk: within a unit, each replica of one with each replica of the other."""
@@ -67,6 +78,17 @@ class GroupLink(Declared):
         description="floor: the least bandwidth of the route between any two of their GPUs, per direction",
         examples=[20],
     )
+
+    if TYPE_CHECKING:  # validation accepts more than the fields' own types
+
+        def __init__(
+            self,
+            *,
+            between: tuple[str, str] | list[str],
+            via: Via | ViaName,
+            within: str | None = None,
+            min_bandwidth_gb_per_s: float | None = None,
+        ) -> None: ...
 
     @model_validator(mode="after")
     def _can_be_met(self) -> GroupLink:
@@ -118,6 +140,17 @@ class Group(Declared):
         description="which members talk",
         examples=[[{"between": ["prefill", "decode"], "via": "pcie"}]],
     )
+
+    if TYPE_CHECKING:  # as above
+
+        def __init__(
+            self,
+            *,
+            name: str,
+            members: Mapping[str, int],
+            units: int = 1,
+            links: Sequence[GroupLink | LinkFields] = (),
+        ) -> None: ...
 
     @field_validator("name")
     @classmethod

@@ -161,13 +161,16 @@ def mix_of(snapshot: Snapshot, deployments: Iterable[Deployment], mix: Mix | Non
     return mix
 
 
-def require_same_places(before: Deployment, wanted: Deployment, placed: bool) -> None:
+def require_same_places(
+    before: Deployment, wanted: Deployment, placed: bool, group_placed: bool = True
+) -> None:
     """Checks that a new declaration of a group's member moves no replica, and keeps the group.
 
     Args:
         before: the current declaration.
         wanted: the new declaration.
         placed: whether any replica of it is placed.
+        group_placed: whether any replica of its group is placed.
 
     Raises:
         GroupStands: it would move one, or leave the group.
@@ -180,7 +183,8 @@ def require_same_places(before: Deployment, wanted: Deployment, placed: bool) ->
         raise GroupStands(name, wanted.name, "it is placed, and was no member of the group")
     if is_now is None:
         raise GroupStands(name, wanted.name, "it is declared without the group")
-    if was.model_copy(update={"units": is_now.units}) != is_now:
+    names = (was.name, was.members.keys()) == (is_now.name, is_now.members.keys())
+    if was.model_copy(update={"units": is_now.units}) != is_now and (group_placed or not names):
         raise GroupStands(
             was.name, wanted.name, "the group has another name, other members or other links now"
         )

@@ -280,3 +280,14 @@ def test_a_replica_more_waits_for_the_node_of_the_others() -> None:
     decision = reconcile(Desired(request(1, 2, replicas=2)), observed, snapshot)
     [wait] = decision.actions
     assert isinstance(wait, Wait) and wait.indices in ((0, 1), (1,))
+
+
+def test_a_node_with_the_gpus_but_not_the_memory_hides_no_other() -> None:
+    """The first has GPUs for one replica and a half, and memory for none; the second both for one."""
+    nodes = [node("a", "012", memory_bytes=1), node("b", "01", memory_bytes=4)]
+    wanted = request(0, 1, 2, replicas=2, fields={"stages": 2, "memory_bytes": 1})
+    outcome = plan(Snapshot(nodes), wanted)
+    assert isinstance(outcome, NotEnoughGpus)
+    assert str(outcome).startswith(
+        "cannot place 'd': replica 1 needs 2 GPUs of GPU 0-2 free on one node; at best b"
+    )

@@ -111,10 +111,32 @@ def test_from_no_gpu_node_the_right_nodes_come_and_the_exact_gpus_are_placed(ser
     assert [] == coming()
 
 
-def test_a_call_that_waits_brings_its_node_in_the_same_way(service: Any) -> None:
-    (assignment,) = ray.get(service.place.remote(PAIR, wait_seconds=100.0), timeout=120).assignments
-    assert {assignment.node: "gpu4"} == machines()
-    assert assignment.gpus == ranks_gpus(assignment)
+def test_a_call_that_waits_brings_its_nodes_and_a_group_one_for_all_that_its_floor_binds(
+    service: Any,
+) -> None:
+    others = {**L40S, "gpus": 3, "replicas": 2}
+    placed = ray.get(service.place.remote(others, wait_seconds=100.0), timeout=120).assignments
+    assert dict.fromkeys((a.node for a in placed), "gpu4") == machines()
+    assert [a.gpus for a in placed] == [ranks_gpus(a) for a in placed]
+    assert settled(lambda: not asked(service))
+    # One GPU is left on each, and the two of the group are to be on one node.
+    of_either = placement.PlacementConstraints(accelerators=("L40S", "H100"))
+    link = placement.GroupLink(between=("p", "d"), via="pcie", within="node")
+    group = placement.Group(name="pd", members={"p": 1, "d": 1}, links=[link])
+    wanted = group.of([placement.Deployment(name=n, model="m", constraints=of_either) for n in "pd"])
+    for result in ray.get(service.apply_all.remote(wanted)):
+        assert "asks for within = 'node'" in result.pending[0]
+        assert (
+            "; autoscaler: asked for a node with 2 GPUs and ray.io/accelerator-type in(" in result.pending[0]
+        )
+        assert result.pending[0].endswith(" for replicas of 'pd' that talk")
+    assert settled(lambda: not reason(service, "p") and not reason(service, "d"), 120), status(service)[
+        "demand"
+    ]
+    parts = [a for name in "pd" for a in ray.get(service.get.remote(name)).assignments]
+    assert ["gpu8"] == [machines()[node] for node in {part.node for part in parts}]
+    assert [part.gpus for part in parts] == [ranks_gpus(part) for part in parts]
+    assert parts[0].gpus != parts[1].gpus
     assert settled(lambda: not asked(service))
 
 

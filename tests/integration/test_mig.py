@@ -12,12 +12,12 @@ import pytest
 import ray
 
 import placement
-from placement import NodeAssignment, topologies
+from placement import Deployment, Group, GroupLink, NodeAssignment, PlacementConstraints, topologies
 from placement.runtime.embedded import SimulatedNode, embedded_cluster
 from placement.runtime.probing import AnotherUser, another_user
 from placement.wire.files import load_deployments
 from tests import fake_nvml
-from tests.integration.conftest import worker_at
+from tests.integration.conftest import settled, worker_at
 
 pytestmark = pytest.mark.integration
 
@@ -161,6 +161,59 @@ def test_the_example_is_placed_and_shown(service: Any) -> None:
     assert sorted(held.values()) == ["1g.10gb"] * 4 + ["3g.40gb"]
     [mixed] = [node for node in report["nodes"] if node["name"] == "mixed"]
     assert [gpu["mig"] for gpu in mixed["gpus"]] == PROFILES
+
+
+def speculative(units: int, *nodes: str, **link: Any) -> list[Deployment]:
+    """In each unit a whole GPU, and an instance of the smallest profile."""
+    links = [GroupLink(between=("target", "draft"), via="pcie", **link)]
+    group = Group(name="sd", members={"target": 1, "draft": 1}, units=units, links=links)
+    limits = PlacementConstraints(gpu_nodes=nodes or None)
+    draft = Deployment(name="draft", model="m", mig="1g.10gb", constraints=limits)
+    return group.of([Deployment(name="target", model="m", constraints=limits), draft])
+
+
+def test_a_group_has_instances_beside_whole_gpus(service: Any) -> None:
+    other = another_user("mixed")  # it holds the first GPU, and so the other one is the target's
+    try:
+        wanted = speculative(1, "mixed", within="node")
+        planned = [one.assignments[0].gpus for one in ray.get(service.plan_all.remote(wanted))]
+        target, draft = (one.assignments for one in ray.get(service.apply_all.remote(wanted, atomic=True)))
+        assert planned == [target[0].gpus, draft[0].gpus]
+        assert ([7], "", [fake_nvml.uuid(3)]) == (target[0].gpus, target[0].mig, seen(target[0]))
+        assert (PROFILES[draft[0].gpus[0]], draft[0].mig) == ("1g.10gb",) * 2
+        assert seen(draft[0]) == [MIXED[draft[0].gpus[0]]]
+        [group] = ray.get(service.status.remote())["groups"]
+        [link] = group["links"]
+        assert (["target/0", "draft/0"], [7, draft[0].gpus[0]]) == (link["between"], link["gpus"])
+        # A second unit waits for the GPU as a whole; the instances that are free are not taken for it.
+        results = ray.get(service.apply_all.remote(speculative(2, "mixed", within="node")))
+        assert [[1], [1]] == [[*one.pending] for one in results]
+    finally:
+        other.leave()
+    assert settled(lambda: not any(ray.get(service.get.remote(name)).pending for name in ("target", "draft")))
+    first, second = ray.get(service.get.remote("draft")).assignments
+    assert first == draft[0] and first.gpus != second.gpus and seen(second) == [MIXED[second.gpus[0]]]
+    assert seen(ray.get(service.get.remote("target")).assignments[1]) == [fake_nvml.uuid(2)]
+    assert 4 == ray.get(service.release.remote("sd"))
+
+
+def test_a_group_of_instances_and_shares_is_on_every_node_that_has_both(service: Any) -> None:
+    """The unlisted node has no instance that Ray knows of."""
+    links = [GroupLink(between=("half", "mig"), via="pcie", within="node")]
+    group = Group(name="g", members={"half": 1, "mig": 2}, units=4, links=links)
+    half = Deployment(name="half", model="m", gpus=0.5)
+    wanted = group.of([half, Deployment(name="mig", model="m", mig="1g.10gb")])
+    halves, instances = (one.assignments for one in ray.get(service.apply_all.remote(wanted, atomic=True)))
+    for unit in range(4):
+        own, several = halves[unit], instances[2 * unit : 2 * unit + 2]
+        assert {own.node_name} == {one.node_name for one in several} <= {"mixed", "recorded"}
+        assert 3 == len({(own.gpus[0], "half"), *((one.gpus[0], "mig") for one in several)})
+        if own.node_name == "mixed":
+            assert [MIXED[one.gpus[0]] for one in (own, *several)] == [
+                seen(one)[0] for one in (own, *several)
+            ]
+    assert 8 == len({(one.node, *one.gpus) for one in instances})
+    assert 12 == ray.get(service.release.remote("mig"))
 
 
 def test_instances_while_another_user_takes_and_frees_some(service: Any) -> None:

@@ -327,15 +327,20 @@ def test_waiting_is_asked_for_in_parts_until_it_is_placed_or_the_time_is_over(
 
 
 def test_following_asks_for_what_came_after_the_last() -> None:
-    events = [{"number": number} for number in (4, 7, 9)]
+    events = [{"number": number, "deployment": name} for number, name in ((4, "a"), (7, ""), (9, "b"))]
 
-    def asked(since: int) -> tuple[Any, ...]:
-        return "watch", {"since": since, "names": ["a"], "timeout_seconds": client_base.WATCH_SECONDS}
+    def asked(since: int, names: list[str] | None = None) -> tuple[Any, ...]:
+        return "watch", {"since": since, "names": names, "timeout_seconds": client_base.WATCH_SECONDS}
 
     service = Service(events[:2], [], events[2:])
-    following = Client(service).follow(["a"], 3)
+    following = Client(service).follow(["group"], 3)
     assert [next(following)["number"] for _ in range(3)] == [4, 7, 9]
-    assert service.calls == [asked(3), asked(7), asked(7)]
+    # Of a group its members are followed on, as the next service may not know it any more.
+    assert service.calls == [asked(3, ["group"]), *[asked(7, ["a", "group"])] * 2]
+    service = Service(events, events)
+    following = Client(service).follow(since=3)
+    assert [next(following)["number"] for _ in range(4)] == [4, 7, 9, 4]
+    assert service.calls == [asked(3), asked(9)]
 
     async def follow() -> list[int]:
         found = []
@@ -402,14 +407,16 @@ def test_the_history_comes_page_by_page_and_is_followed_from_the_last_one(
     for module in (client, async_client):
         monkeypatch.setattr(module, "FOLLOW_SECONDS", 0.0)
     pages = [
-        {"entries": [{"number": 4}, {"number": 7}], "last": 8, "more": True},
+        {"entries": [{"number": n, "deployment": "a"} for n in (4, 7)], "last": 8, "more": True},
         {"entries": [], "last": 8, "more": False},
-        {"entries": [{"number": 9}], "last": 9, "more": False},
+        {"entries": [{"number": 9, "deployment": "b"}], "last": 9, "more": False},
     ]
     service = Service(*pages)
-    following = Client(service).history(["a"], since=3, earliest=1.5, follow=True)
+    following = Client(service).history(["g"], since=3, earliest=1.5, follow=True)
     assert [next(following)["number"] for _ in range(3)] == [4, 7, 9]
-    assert service.calls == [("history", since, ["a"], 1.5) for since in (3, 8, 8)]
+    assert service.calls == [
+        ("history", since, names, 1.5) for since, names in ((3, ["g"]), (8, ["a", "g"]), (8, ["a", "g"]))
+    ]
     assert [one["number"] for one in Client(Service(*pages)).history()] == [4, 7]
 
     async def both() -> tuple[list[int], list[int]]:

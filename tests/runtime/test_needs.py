@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from placement.core.needs import GIB, Needs, Within
-from placement.core.request import Bundle, Request, Strategy
-from placement.runtime.needs import Need, Way, by_type, needs_of
+from placement.core.request import Bundle, Lack, Request, Strategy
+from placement.runtime.needs import Need, Way, by_type, needs_of, needs_of_group
 from placement.wire.node_types import NodeType
 
 
@@ -233,3 +233,74 @@ def test_bundles_are_asked_for_apart_and_where_that_will_do_first_together(
     [need] = needs.values()
     apart = Way(((("GPU", 2), ("CPU", 2.0)), (("GPU", 1), ("CPU", 1.0))))
     assert need.ways == ((Way(((("GPU", 3.0), ("CPU", 3.0)),)), apart) if together else (apart,))
+
+
+def lack(*nodes: tuple[tuple[Request, int], ...], **labels: str) -> Lack:
+    return Lack("g", ("p", 1), nodes, tuple(labels.items()))
+
+
+def asked(one: Lack) -> Any:
+    [(key, need)] = needs_of_group([one]).items()
+    assert "p:1:0" == key
+    return need
+
+
+def test_what_must_be_together_in_a_group_is_one_bundle_with_all_of_it() -> None:
+    large = Request("p", (0, 1), Needs(2), cpu_milli=4000, labels={"zone": "in(a, b)"})
+    small = Request("d", (0, 1), Needs(1), memory_bytes=GIB, labels={"zone": "!b"})
+    need = asked(lack(((large, 1), (small, 3)), rack="r"))
+    assert (Way(((("GPU", 5.0), ("CPU", 4.0), ("memory", 3.0 * GIB)),)),) == need.ways
+    beside = "5 GPUs, 4 CPUs, 3 GiB of memory and rack r, zone a"
+    assert f"a node with {beside} for replicas of 'g' that talk" == str(need)
+    assert need != asked(replace(lack(((large, 1), (small, 3)), rack="r"), group="h"))
+
+
+@pytest.mark.parametrize(
+    ("needs", "count", "gpus"),
+    [
+        (Needs(1, share=250), 4, 1),
+        (Needs(1, share=250), 5, 2),
+        (Needs(1, share=600), 3, 3),
+        (Needs(1, memory_bytes=GIB), 2, 2),  # the memory of a new GPU is not known
+        (Needs(1, profile="1g.10gb"), 3, 3),
+        (Needs(1, named=(5, 6)), 2, 7),
+    ],
+)
+def test_shares_of_a_group_are_asked_for_as_whole_gpus(needs: Needs, count: int, gpus: int) -> None:
+    need = asked(lack(((Request("d", (0,), needs), count),)))
+    assert {"GPU": float(gpus)} == need.ways[0].total
+
+
+def test_a_single_replica_of_a_group_is_asked_for_like_any_other() -> None:
+    share = Request("p", (0, 1), Needs(1, share=250))
+    assert the_need(share) == asked(lack(((share, 1),)))
+    assert "a node with 0.25 of a GPU and rack r" == str(asked(lack(((share, 1),), rack="r")))
+
+
+def test_what_labels_bind_is_asked_for_on_several_nodes_if_none_is_large_enough() -> None:
+    train, roll = Request("p", (0,), Needs(8), stages=2), Request("d", (0,), Needs(4))
+    need = asked(lack(((train, 1),), ((train, 1),), ((roll, 1),), rack="r"))
+    apart = Way(((("GPU", 8.0),), (("GPU", 8.0),), (("GPU", 4.0),)), smaller_than=20)
+    assert (Way(((("GPU", 20.0),),)), apart) == need.ways
+
+
+@pytest.mark.parametrize(
+    ("one", "why"),
+    [
+        (Lack("g", ("p", 1), why="p/0 is on x"), "p/0 is on x"),
+        (
+            lack(((request(near_to=("x",)), 2),)),
+            "constraints.near_to needs a node with another deployment on it",
+        ),
+        (
+            lack(((request(labels={"rack": "!r"}), 2),), rack="r"),
+            "no node can meet all conditions on its label rack",
+        ),
+        (
+            lack(((request(labels={"ray.io/node-id": "n"}), 2),)),
+            "the label ray.io/node-id names existing nodes",
+        ),
+    ],
+)
+def test_what_a_group_cannot_get_from_a_new_node_is_told(one: Lack, why: str) -> None:
+    assert why == asked(one)

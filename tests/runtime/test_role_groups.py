@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from operator import itemgetter
 from typing import Any
 
@@ -21,17 +24,21 @@ from placement.errors import (
     UnknownDeployment,
     Unplaceable,
 )
-from placement.runtime import group_reconciler
+from placement.runtime import asking, group_reconciler, records, state
+from placement.runtime.asking import Asked
 from placement.runtime.clock import Clock
+from placement.runtime.needs import Need
 from placement.wire.groups import GroupLink
-from tests.properties.test_service import AtOnce, DirectService, Killed, NoAutoscaler, Ray
+from tests.properties.test_service import AtOnce, DirectService, Killed, NoAutoscaler, Ray, StoreFailed
 
 
-def pd(units: int = 2, owner: Any = "detached", **link: Any) -> list[Deployment]:
+def pd(
+    units: int = 2, owner: Any = "detached", counts: Mapping[str, int] = {"a": 1, "b": 2}, **link: Any
+) -> list[Deployment]:
     """Two replicas of ``b`` for each of ``a``, on one node."""
     links = GroupLink.model_validate({"between": ("a", "b"), "via": "pcie", "within": "node", **link})
-    group = Group(name="g", members={"a": 1, "b": 2}, units=units, links=(links,))
-    return group.of([Deployment(name=name, model="org/m", owner=owner) for name in "ab"])
+    group = Group(name="g", members=counts, units=units, links=(links,))
+    return group.of([Deployment(name=name, model="org/m", owner=owner) for name in counts])
 
 
 def placed(service: DirectService) -> dict[str, list[str]]:
@@ -41,6 +48,14 @@ def placed(service: DirectService) -> dict[str, list[str]]:
 
 def a_while_passes(service: DirectService) -> None:
     Clock(service, AtOnce()).look()
+
+
+def asked_for(service: DirectService) -> dict[str, Any]:
+    """What the autoscaler is asked for."""
+    a_while_passes(service)
+    demand = service.queue.demand
+    assert isinstance(demand, NoAutoscaler)
+    return demand.wanted
 
 
 def told(service: DirectService, name: str) -> list[tuple[int | None, str]]:
@@ -109,17 +124,68 @@ def test_a_replica_over_several_nodes_waits_for_both_and_is_placed_anew_with_the
 
 @pytest.mark.parametrize(
     ("others", "within", "asked"),
-    [(3, None, ["b:1:0"]), (3, "node", ["b:1:0"]), (2, "node", []), (4, None, ["a:0:0", "b:0:0", "b:1:0"])],
+    [
+        (3, None, {"b:1:0": 1}),
+        (4, None, {"a:0:0": 1, "b:0:0": 1, "b:1:0": 1}),
+        (3, "node", {"a:0:0": 3}),
+        (2, "node", {"a:0:0": 3}),
+        (2, "rack", {"a:0:0": 3}),
+    ],
 )
-def test_nodes_are_asked_for_what_all_together_lack_and_not_for_a_floor(
-    service: DirectService, others: int, within: str | None, asked: list[str]
+def test_nodes_are_asked_for_what_all_lack_and_for_what_a_floor_binds_as_one(
+    service: DirectService, others: int, within: str | None, asked: dict[str, int]
 ) -> None:
     service.apply({"name": "other", "model": "org/m", "gpus": others, "replicas": 2})
     service.apply_all(pd(1, within=within))
-    a_while_passes(service)
-    demand = service.queue.demand
-    assert isinstance(demand, NoAutoscaler)
-    assert asked == [*demand.wanted]
+    assert asked == {key: need.ways[0].total["GPU"] for key, need in asked_for(service).items()}
+
+
+def test_only_units_that_have_no_place_are_asked_for(service: DirectService) -> None:
+    service.apply({"name": "other", "model": "org/m", "constraints": {"gpu_nodes": ["x"]}, "gpus": 2})
+    service.apply_all(pd(3))
+    needs = asked_for(service)
+    assert ["a:1:0", "a:2:0"] == [*needs]
+    assert {"a node with 3 GPUs for replicas of 'g' that talk"} == {str(need) for need in needs.values()}
+    service.apply({"name": "other", "model": "org/m", "gpus": 2, "replicas": 2})
+    assert ["a:0:0", "a:1:0", "a:2:0"] == [*asked_for(service)]
+    service.release("g")
+    assert {} == asked_for(service)
+
+
+def test_no_node_is_asked_for_while_another_part_of_the_group_cannot_get_one(
+    service: DirectService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would come, be idle and leave, again and again."""
+    large = "a node with 4 GPUs"
+    tried: set[str] = set()
+
+    def outlook(need: Need | str) -> Asked:
+        if isinstance(need, str):
+            return Asked(asking.State.NOT_ASKED, need)
+        known = str(need) not in tried
+        return (
+            Asked(asking.State.ASKED, f"asked for {need}")
+            if known
+            else Asked(asking.State.INFEASIBLE, "too large")
+        )
+
+    monkeypatch.setattr(service.queue.demand, "outlook", outlook)
+    service.apply({"name": "other", "model": "org/m", "gpus": 2, "replicas": 2})
+    links = (GroupLink(between=("b", "c"), via="pcie", within="node"),)
+    group = Group(name="g", members={"a": 1, "b": 1, "c": 2}, links=links)
+    sizes = {"a": 4, "b": 1, "c": 1}
+    wanted = group.of([Deployment(name=name, model="org/m", gpus=gpus) for name, gpus in sizes.items()])
+    results = service.apply_all(wanted)
+    pair = "a node with 3 GPUs for replicas of 'g' that talk"
+    assert [large, pair] == [str(need) for need in asked_for(service).values()]
+    assert all(
+        why.endswith(f"; autoscaler: asked for {large}") for one in results for why in one.pending.values()
+    )
+    tried.add(large)
+    assert [large, "too large"] == [str(need) for need in asked_for(service).values()]
+    assert all(why.endswith("; autoscaler: too large") for why in service.get("c").pending.values())
+    tried.clear()
+    assert [large, pair] == [str(need) for need in asked_for(service).values()]
 
 
 def test_by_its_name_the_events_of_all_members_are_told_in_order(
@@ -134,9 +200,25 @@ def test_by_its_name_the_events_of_all_members_are_told_in_order(
     watched = asyncio.run(service.feed.wait(0, service.queries.with_members(["g", "nobody yet"]), 0))
     assert found == [one.to_dict() for one in watched]
     service.release("g")
+    released = service.events("g", found[-1]["number"])
+    assert [("a", 0), ("b", 0), ("b", 1)] == sorted((e["deployment"], e["replica"]) for e in released[-3:])
+    assert {"released"} == {one["state"] for one in released[-3:]}
+    # Who was told of nothing yet, and asks on now, is told how it ended, and nothing of others of its name.
+    watched = asyncio.run(service.feed.wait(found[-1]["number"], service.queries.with_members(["g"]), 0))
+    assert released == [one.to_dict() for one in watched]
     with pytest.raises(UnknownDeployment):
-        service.events("g")
-    assert "released" == service.events("a")[-1]["state"]
+        service.events("nobody")
+    service.place({"name": "g", "model": "m"})
+    assert {"g"} == {one["deployment"] for one in service.events("g")}
+
+
+def test_of_as_many_groups_as_are_known_the_last_are(service: DirectService, monkeypatch: Any) -> None:
+    monkeypatch.setattr(state, "KEPT_GROUPS", 2)
+    for name in ("g", "h", "g", "i"):
+        group = Group(name=name, members={f"{name}-a": 1})
+        service.apply_all(group.of([Deployment(name=f"{name}-a", model="m")]))
+        service.release(name)
+    assert [["g-a"], ["h"], ["i-a"]] == [service.queries.with_members([name]) for name in "ghi"]
 
 
 @pytest.mark.parametrize("atomic", [True, False])
@@ -215,6 +297,56 @@ def test_a_service_that_dies_in_between_goes_on_with_all_of_it(
     assert 6 == len(outside.groups)
 
 
+@pytest.mark.parametrize("write", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", [StoreFailed, Killed])
+def test_all_of_it_is_declared_or_nothing(
+    outside: Ray,
+    service: DirectService,
+    monkeypatch: pytest.MonkeyPatch,
+    write: int,
+    kind: type[BaseException],
+) -> None:
+    """Its two members are written one after the other; once both are, a new service goes on with them."""
+    writes, save = count(1), records.save
+
+    def fail(one: Any) -> None:
+        if next(writes) == write:
+            raise kind
+        save(one)
+
+    monkeypatch.setattr(records, "save", fail)
+    outside.refusals = 100
+    with pytest.raises((kind, ReservationFailed)):
+        service.apply_all(pd(), atomic=True)
+    outside.refusals = 0
+    again = service if kind is StoreFailed else DirectService()
+    a_while_passes(again)
+    a_while_passes(again)
+    goes_on = kind is Killed and write > 2
+    assert placed(again) == ({"a": ["x", "y"], "b": ["x", "x", "y", "y"]} if goes_on else {})
+    assert (6 if goes_on else 0) == len(outside.groups)
+    again.apply_all(pd(), atomic=True)
+
+
+@pytest.mark.parametrize("point", ["service.releasing", "service.given_back", "service.ended"])
+def test_a_refusal_that_was_cut_off_leaves_nothing(outside: Ray, service: DirectService, point: str) -> None:
+    outside.kill_at, outside.refusals = point, 100
+    with pytest.raises(Killed):
+        service.apply_all(pd(), atomic=True)
+    again = DirectService()
+    a_while_passes(again)
+    assert ({}, {}) == (outside.groups, placed(again))
+
+
+def test_a_member_whose_record_cannot_be_read_ends_no_others(outside: Ray, service: DirectService) -> None:
+    service.apply_all(pd(1), atomic=True)
+    [key] = [key for key in outside.store if key.endswith(b"a")]
+    outside.store[key] = json.dumps({**json.loads(outside.store[key]), "version": 99}).encode()
+    again = DirectService()
+    again.reconcile("b")
+    assert {"b": ["x", "x"]} == placed(again)
+
+
 @pytest.mark.parametrize("point", ["service.releasing", "service.given_back", "service.ended"])
 def test_a_release_that_was_cut_off_is_finished(outside: Ray, service: DirectService, point: str) -> None:
     service.apply_all(pd(), atomic=True)
@@ -273,12 +405,33 @@ def test_its_name_means_its_members(service: DirectService) -> None:
 
 def test_what_would_part_or_move_it_is_refused(service: DirectService) -> None:
     service.apply_all(pd())
-    with pytest.raises(PartlyApplied, match="the group has another name, other members or other links now"):
-        service.apply_all(pd(via="network"))
+    for wanted in (pd(via="network", within=None), pd(counts={"a": 2, "b": 2})):
+        with pytest.raises(
+            PartlyApplied, match="the group has another name, other members or other links now"
+        ):
+            service.apply_all(wanted)
     with pytest.raises(GroupStands, match="declared without the group"):
         service.apply({"name": "a", "model": "org/m", "replicas": 2})
     with pytest.raises(DeploymentConflict):
         service.place({"name": "a", "model": "org/m", "replicas": 2})
+
+
+def test_while_nothing_of_it_is_placed_it_may_ask_for_less(service: DirectService) -> None:
+    service.place({"name": "other", "model": "m", "gpus": 2, "replicas": 2})
+    service.apply_all(pd(1))
+    since = service.state.deployments["a"].waiting_since
+    with pytest.raises(PartlyApplied, match="other members"):
+        service.apply_all(pd(1, counts={"a": 1, "b": 1, "c": 1}))
+    service.apply_all(pd(1, counts={"a": 1, "b": 4}))
+    assert since == service.state.deployments["a"].waiting_since
+    service.apply_all(pd(2, counts={"a": 1, "b": 1}))
+    assert {"a": ["x", "y"], "b": ["x", "y"], "other": ["x", "y"]} == placed(service)
+    service.release("g")
+    service.apply_all(pd(1))
+    assert "asks for within = 'node'" in service.get("a").pending[0]
+    assert ["changed", "changed"] == [one.change for one in service.plan_all(pd(1, within=None))]
+    service.apply_all(pd(1, within=None))
+    assert (1, 2) == (len(placed(service)["a"]), len(placed(service)["b"]))
 
 
 def test_a_group_needs_a_name_of_its_own(service: DirectService) -> None:

@@ -7,6 +7,7 @@ from placement import (
     Client,
     Deployment,
     Group,
+    GroupLink,
     NodeAssignment,
     NotEnoughGpus,
     PlacementConstraints,
@@ -16,6 +17,7 @@ from placement import (
     bind,
     placement_group,
 )
+from placement.core.routes import Via
 from placement.runtime.client_base import Event, Status
 
 
@@ -99,6 +101,17 @@ def declared() -> None:
     wanted = Deployment(name="d", model="m", gpus=2, constraints=PlacementConstraints(gpus=(0, 1)))
     assert_type(wanted.replicas, int)
     assert_type(Group(name="g", members={"d": 1}, links=()).of([wanted]), list[Deployment])
+    links = [GroupLink(between=("d", "e"), via="pcie", within="numa", min_bandwidth_gb_per_s=20)]
+    Group(name="g", members={"d": 1, "e": 2}, units=4, links=links)
+    as_documented = Group(name="g", members={"d": 1}, links=[{"between": ["d", "e"], "via": "nvlink"}])
+    assert_type(as_documented.links, tuple[GroupLink, ...])
+    assert_type(as_documented.links[0].via, Via)
+    GroupLink(between=("d", "e"), via="nvswitch")  # type: ignore[arg-type]
+    GroupLink(between="d", via="pcie")  # type: ignore[arg-type]
+    GroupLink(via="pcie")  # type: ignore[call-arg]
+    Group(name="g", members=["d"])  # type: ignore[arg-type]
+    Group(name="g", members={"d": 1}, links=[{"between": ["d", "e"]}])  # type: ignore[list-item]
+    Group(name="g", members={"d": 1}, links=[{"between": ["d", "e"], "via": "usb"}])  # type: ignore[list-item]
     Deployment(name="d")  # type: ignore[call-arg]
     Deployment(name="d", model="m", replica=2)  # type: ignore[call-arg]
     Deployment(name="d", model="m", replicas="two")  # type: ignore[arg-type]
