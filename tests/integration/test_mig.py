@@ -176,9 +176,14 @@ def test_a_group_has_instances_beside_whole_gpus(service: Any) -> None:
     other = another_user("mixed")  # it holds the first GPU, and so the other one is the target's
     try:
         wanted = speculative(1, "mixed", within="node")
-        planned = [one.assignments[0].gpus for one in ray.get(service.plan_all.remote(wanted))]
+
+        def planned() -> list[list[int]]:
+            return [one.assignments[0].gpus for one in ray.get(service.plan_all.remote(wanted))]
+
+        assert settled(lambda: planned()[0] == [7])  # Ray's records show the other user a moment later
+        before = planned()
         target, draft = (one.assignments for one in ray.get(service.apply_all.remote(wanted, atomic=True)))
-        assert planned == [target[0].gpus, draft[0].gpus]
+        assert [target[0].gpus, draft[0].gpus] == before
         assert ([7], "", [fake_nvml.uuid(3)]) == (target[0].gpus, target[0].mig, seen(target[0]))
         assert (PROFILES[draft[0].gpus[0]], draft[0].mig) == ("1g.10gb",) * 2
         assert seen(draft[0]) == [MIXED[draft[0].gpus[0]]]
