@@ -150,7 +150,9 @@ def ends(client: Client, names: list[str], what: str, gpus: float = 8.0, egress:
 
 def waiting_calls(service: Any) -> int:
     """How many calls wait for room in the service."""
-    count: int = ray.get(service.__ray_call__.remote(lambda self: len(self._controller.queue.tickets.all())))
+    count: int = ray.get(
+        service.__ray_call__.remote(lambda self: len(self._service._controller.queue.tickets.all()))
+    )
     return count
 
 
