@@ -110,7 +110,9 @@ def known() -> list[str]:
 
 def waiting() -> int:
     """How many calls wait in the service's queue."""
-    return ray.get(connect().__ray_call__.remote(lambda self: len(self._controller.queue.tickets.all())))
+    return ray.get(
+        connect().__ray_call__.remote(lambda self: len(self._service._controller.queue.tickets.all()))
+    )
 
 
 def run(deployment: Any, version: str, **options: Any) -> Any:
