@@ -12,6 +12,7 @@ from placement.core.needs import GIB, WHOLE, GpuName, Needs, Within
 from placement.core.node import Node
 from placement.core.request import Request
 from placement.core.score import score
+from placement.core.shares import least_gpus
 from placement.core.snapshot import Snapshot
 from placement.core.topology import Path, Topology, components
 from placement.core.wording import any_of, describe, gpu_names, reached, sets_of
@@ -104,7 +105,7 @@ def size_miss(snapshot: Snapshot, nodes: Sequence[Node], request: Request) -> tu
         )
     each = "replica" if request.stages == 1 else "tensor-parallel group"
     fewer = f"ask for at most {counted(most, 'GPU')} per {each}" if most > 1 or not floor else ""
-    return f"the largest node has {most}", any_of(instead, fewer, f"add a node with {needs.least_gpus}")
+    return f"the largest node has {most}", any_of(instead, fewer, f"add a node with {least_gpus(needs)}")
 
 
 def most_free(nodes: Sequence[Node], needs: Needs) -> str:

@@ -14,6 +14,7 @@ from placement.core.needs import ANY_PROFILE, GIB, NO_GPUS, Needs
 from placement.core.node import UNIT, UNKNOWN_PROFILE, Node
 from placement.core.offers import Bits
 from placement.core.request import Request
+from placement.core.shares import least_gpus
 from placement.core.snapshot import Snapshot
 from placement.core.wording import cpus, gpu_names
 
@@ -218,7 +219,8 @@ def too_small(node: Node, needs: Needs) -> str | None:
         return "the memory of its GPUs cannot be read"
     if needs.memory_bytes and needs.share_of(node.gpu_memory_bytes) is None:
         return f"its GPUs have less than {needs.memory_bytes / GIB:g} GiB"
-    return f"has fewer than {needs.least_gpus} GPUs" if node.whole_gpus < needs.least_gpus else None
+    least = least_gpus(needs)
+    return f"has fewer than {least} GPUs" if node.whole_gpus < least else None
 
 
 def outside(field_name: str, allowed: tuple[str, ...] | None) -> Objection:

@@ -68,11 +68,6 @@ class Needs(NamedTuple):
         return self.share == WHOLE and not self.memory_bytes and not self.profile and not self.amounts
 
     @property
-    def least_gpus(self) -> int:
-        """How many GPUs a node must have for it, if all of them were free."""
-        return -(-sum(self.amounts) // WHOLE) or self.gpus
-
-    @property
     def shared(self) -> bool:
         """Whether a share of a GPU is asked for."""
         return not self.whole and not self.profile

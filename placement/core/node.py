@@ -326,8 +326,9 @@ class Node:
             return replace(self, **fields) if fields else self
         if taken.shares:
             amounts = dict(zip(taken.gpus, taken.shares, strict=True))
-            parts = {gpu: share for gpu, share in amounts.items() if share < WHOLE or gpu in self.rests}
-            left = {gpu: self.rests.get(gpu, WHOLE) - share for gpu, share in parts.items()}
+            left = {
+                gpu: self.rests.get(gpu, WHOLE) - share for gpu, share in amounts.items() if share < WHOLE
+            }
             return replace(
                 self, free=self.free.difference(taken.gpus), rests={**self.rests, **left}, **fields
             )

@@ -6,6 +6,7 @@ from placement.core.explanation import AT_BEST, HAS_NO_GPUS, Explanation, Sifted
 from placement.core.limits import NAMED
 from placement.core.needs import Within
 from placement.core.request import Request
+from placement.core.shares import least_gpus
 from placement.core.wording import describe, describe_cpus, gb_per_s, gpu_names, layout_of, sets_of
 from placement.errors import (
     BelowFloor,
@@ -34,7 +35,7 @@ def _refuse_gpus(request: Request, index: int, sifted: Sifted) -> Unplaceable:
     excluded.pop(HAS_NO_GPUS, None)
     largest = sieve.largest
     sets = request.stages * request.parts
-    count, what = needs.least_gpus * sets, describe(needs) if sets == 1 else sets_of(sets, needs)
+    count, what = least_gpus(needs) * sets, describe(needs) if sets == 1 else sets_of(sets, needs)
     if needs.named:
         what += f" of {gpu_names(needs.named)}"
     if stage == "size":

@@ -170,9 +170,13 @@ class Shape:
             return self.best(mask, count)
         if size == count or math.comb(mask.bit_count(), count) > MAX_PICKS:
             return self.best(mask, count, within)
+        kind = {gpu: number for number, twins in enumerate(self.twins) for gpu in twins}
+        alike: dict[tuple[int, ...], tuple[int, ...]] = {}
+        for gpus in combinations((gpu for gpu in range(mask.bit_length()) if mask >> gpu & 1), count):
+            alike.setdefault(tuple(kind[gpu] for gpu in gpus), gpus)  # of interchangeable ones the lowest
         fastest: list[tuple[int, ...]] = []
         speed = -1
-        for gpus in combinations((gpu for gpu in range(mask.bit_length()) if mask >> gpu & 1), count):
+        for gpus in alike.values():
             chosen = tuple(compress(gpus, whole))
             reached = self.mb_per_s(chosen)
             if reached < speed or not self.best(sum(1 << gpu for gpu in chosen), size, within):

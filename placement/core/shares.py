@@ -12,10 +12,11 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+from functools import lru_cache
+from itertools import groupby, islice
 from typing import NamedTuple
 
-from placement.core.needs import WHOLE
+from placement.core.needs import WHOLE, Needs
 
 OPENED = WHOLE - 1
 """What is free of an opened GPU, in thousandths."""
@@ -46,9 +47,9 @@ class Portions(NamedTuple):
     def taken(self) -> dict[int, int]:
         """GPU -> thousandths of it, ascending."""
         amounts: Counter[int] = Counter()
-        for amount, gpus in zip(self.amounts, self.given, strict=True):
+        for (amount, gpus), bundles in Counter(zip(self.amounts, self.given, strict=True)).items():
             for gpu in gpus:
-                amounts[gpu] += min(amount, WHOLE)
+                amounts[gpu] += bundles * min(amount, WHOLE)
         return dict(sorted(amounts.items()))
 
 
@@ -66,19 +67,31 @@ def give(
         The GPUs of each bundle, ascending; ``None`` if there are too few.
     """
     parts, unopened = sorted((rest, gpu) for gpu, rest in rests.items()), iter(sorted(free))
-    given = []
-    for amount in amounts:
-        enough = bisect_left(parts, (amount,)) if amount < WHOLE else len(parts)
-        if enough < len(parts):
-            rest, *gpus = parts.pop(enough)
-        else:
-            rest, gpus = WHOLE, [*islice(unopened, max(1, amount // WHOLE))]
-        if len(gpus) * WHOLE < amount:
-            return None
-        if amount < WHOLE:
-            insort(parts, (rest - amount, gpus[0]))
-        given.append(tuple(gpus))
+    given: list[tuple[int, ...]] = []
+    for amount, alike in groupby(amounts):
+        count = sum(1 for _ in alike)
+        while count:
+            enough = bisect_left(parts, (amount,)) if amount < WHOLE else len(parts)
+            if enough < len(parts):
+                rest, *gpus = parts.pop(enough)
+            else:
+                rest, gpus = WHOLE, [*islice(unopened, max(1, amount // WHOLE))]
+            if len(gpus) * WHOLE < amount:
+                return None
+            several = 1
+            if amount < WHOLE:
+                # What is left of this GPU is now the smallest part: it gets as many as it has room for.
+                several = min(count, rest // amount)
+                insort(parts, (rest - several * amount, gpus[0]))
+            given += [tuple(gpus)] * several
+            count -= several
     return tuple(given)
+
+
+@lru_cache(maxsize=16)
+def least_gpus(needs: Needs) -> int:
+    """How many GPUs a node must have for it, if all of them were free."""
+    return len(pattern(needs.amounts, {})) if needs.amounts else needs.gpus
 
 
 def pattern(amounts: Sequence[int], rests: Mapping[int, int]) -> tuple[bool, ...]:

@@ -12,6 +12,9 @@ from placement.core.score import Score
 from placement.core.topology import ordinals
 from placement.errors import counted
 
+MOST_KINDS = 4
+"""Shares of more sizes are not named one by one."""
+
 
 def gpu_names(names: Iterable[GpuName]) -> str:
     """``GPU 2-3``, ``GPU-1db5...``: named GPUs."""
@@ -29,6 +32,9 @@ def describe(needs: Needs) -> str:
             f"{f'{count} x ' if count > 1 else ''}{share / WHOLE:g} of a GPU"
             for share, count in kinds.items()
         ]
+        if len(kinds) > MOST_KINDS:
+            least, most = min(kinds) / WHOLE, max(kinds) / WHOLE
+            parts = [f"{kinds.total()} shares of a GPU, {least:g} to {most:g}"]
         return " and ".join([*([counted(needs.gpus, "GPU")] if needs.gpus else []), *parts])
     if needs.profile == ANY_PROFILE:
         return "a MIG instance"

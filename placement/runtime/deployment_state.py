@@ -277,8 +277,8 @@ def holding_of(deployment: str, a: NodeAssignment) -> Holding:
 
 def held_replica(a: NodeAssignment, generation: int = 0) -> HeldReplica:
     """An assignment in the form of plans and snapshots; ``generation`` for one to be replaced."""
-    # With several shares of a GPU, or of some, it holds fewer GPUs than it has ranks.
-    amounts = a.taken if a.shares or len({*a.gpus}) < len(a.gpus) else {}
+    # Several ranks may have shares of one GPU: it holds fewer GPUs than it has ranks.
+    amounts = a.taken if a.shares or (a.share < 1 and len(a.gpus) > 1) else {}
     return HeldReplica.model_construct(
         replica_index=a.replica_index,
         node=a.node,

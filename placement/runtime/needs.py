@@ -15,7 +15,7 @@ from placement.core.labels import meets, parse_condition
 from placement.core.needs import GIB, WHOLE
 from placement.core.node import UNIT
 from placement.core.request import Lack, Request, Resources, Strategy
-from placement.core.shares import pattern
+from placement.core.shares import least_gpus
 from placement.core.wording import describe, describe_cpus
 from placement.errors import counted
 from placement.wire.accelerators import accelerator_type
@@ -290,7 +290,7 @@ def _local(request: Request, labels: tuple[tuple[str, str], ...]) -> Need:
     needs = request.needs
     # The memory of a new node's GPUs is unknown, so a whole GPU is asked for.
     gpus = needs.share / WHOLE if needs.share < WHOLE and not needs.memory_bytes else float(needs.gpus)
-    gpus = float(len(pattern(needs.amounts, {}))) if needs.amounts else gpus
+    gpus = float(least_gpus(needs)) if needs.amounts else gpus
     what = describe(needs)
     if needs.named:  # a node with four GPUs has GPU 3
         gpus = 1.0 + max(name for name in needs.named if isinstance(name, int))

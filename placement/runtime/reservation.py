@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from placement.core.needs import WHOLE, Needs
 from placement.core.node import Node
 from placement.core.score import choose, ray_set, score
-from placement.core.shares import give, pattern
+from placement.core.shares import give, least_gpus, pattern
 from placement.core.topology import Topology
 from placement.core.wording import describe, gpu_names
 from placement.runtime import faults
@@ -195,7 +195,7 @@ class NodeReserver:
             unsure |= believed.keys()
             self.gpus.forget_foreign()
             time.sleep(0.01 * attempt)
-        at_most = len(pattern(needs.amounts, {})) - 1 if full else None
+        at_most = least_gpus(needs) - 1 if full else None
         return Refused(reason, attempt, full, at_most)
 
     def _prepare_share(self, order: Order, machine: GpuHardware, share: int) -> Prepared | Refused:

@@ -24,8 +24,8 @@ from placement.runtime.free_gpus import BOOKS_LAG_SECONDS, FreeGpus, Groups
 
 MAX_STRAY_SHARES = 6
 """How many unknown free parts are filled by a share that landed there."""
-MAX_UNKNOWN_PARTS = 16
-"""The same, of the smallest share, for several shares at once."""
+MAX_UNKNOWN_PARTS = 32
+"""How often they are looked for, for several shares at once."""
 READY_DEADLINE_SECONDS = 0.15
 """Long enough for Ray to try twice; see :func:`~placement.runtime.groups.ready_or_removed`."""
 
@@ -185,9 +185,10 @@ class Steerer:
             for kind, run in groupby(sorted(gpu for gpu in free if gpu <= last), kinds.get)
         ]
         self._gpus.catch_up(free)
-        if not strayed:  # what comes last need not be held for a moment
-            if runs and runs[-1][0] == "pool":
-                runs.pop()
+        # What comes last need not be held for a moment. A probe that finds no part lands there: to fail takes a second.
+        if runs and runs[-1][0] == "pool" and (not strayed or max(free) in portions.pool):
+            runs.pop()
+        if not strayed:
             while parts and parts[-1][1] in usable and not attracts(parts[-1][0]):
                 parts.pop()
         holds: list[Any] = []
@@ -211,17 +212,24 @@ class Steerer:
                 groups.remove(group)
 
     def _fill_unknown(self, fillers: list[Any], least: int, free: Collection[int]) -> bool:
-        """Adds fillers for unknown free parts, while all known ones are taken; returns whether none is left."""
+        """Adds fillers for unknown free parts, while all known ones are taken; returns whether none is left.
+
+        The fillers are the smallest share, doubled while that lands in unknown parts, then halved as these get full.
+        """
         groups = self._groups
+        part, grows = least, True
         for _ in range(MAX_UNKNOWN_PARTS):
-            probe = groups.hold(least / WHOLE)
-            if not groups.ready_or_removed(probe, READY_DEADLINE_SECONDS):
-                return True
-            fillers.append(probe)
-            if {*groups.gpus_of(probe, {0: least / WHOLE})} <= {*free}:
+            probe = groups.hold(part / WHOLE)
+            if groups.ready_or_removed(probe, READY_DEADLINE_SECONDS):
+                fillers.append(probe)
+                if not {*groups.gpus_of(probe, {0: part / WHOLE})} <= {*free}:
+                    part *= 2 if grows and 2 * part < WHOLE else 1
+                    continue
                 groups.remove(fillers.pop())
                 time.sleep(BOOKS_LAG_SECONDS)  # a worker ran in it
+            if part == least:
                 return True
+            part, grows = part // 2, False  # no unknown part is as large
         return False
 
     def fill_strays(self, fillers: list[Any], share: int, wanted: int) -> bool:

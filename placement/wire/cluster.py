@@ -167,7 +167,7 @@ class ClusterFile(Model):
                 ) from None
             for replica in standing.replicas:
                 problem = _false_holding(replica, nodes.get(replica.node))
-                for gpu, share in replica.taken.items():
+                for gpu, share in replica.taken.items() if problem is None else ():
                     in_use[replica.node, gpu] += share
                     if in_use[replica.node, gpu] > WHOLE and problem is None:
                         problem = (

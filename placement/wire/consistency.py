@@ -7,6 +7,7 @@ import re
 from placement.core.needs import WHOLE
 from placement.core.policy import Policy
 from placement.core.request import Strategy
+from placement.core.shares import least_gpus
 from placement.errors import counted
 from placement.wire.constraints import PlacementConstraints
 from placement.wire.declaration import Declaration
@@ -262,7 +263,7 @@ def _check_named(one: Declaration) -> None:
             f"{NO_LINKS_BETWEEN_INSTANCES}; ask for 1 GPU per replica"
         )
     each = WHOLE // one.needs.share if one.needs.share < WHOLE else 1
-    per_replica = one.needs.least_gpus * one.stages
+    per_replica = least_gpus(one.needs) * one.stages
     most = len(one.named) * each // per_replica
     if one.replicas > most and not by_memory:
         many = f"{one.replicas} replicas need" if one.replicas > 1 else "a replica needs"

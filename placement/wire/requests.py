@@ -130,10 +130,14 @@ def request_unchecked(
         apart_from=limits.apart_from,
         near_to=limits.near_to,
         kept_away_by=tuple(
-            dict.fromkeys(  # one that is being changed is among them with its old and its new declaration
-                one.name
-                for one in others
-                if one.constraints and wanted.name in one.constraints.apart_from and one.name != wanted.name
+            sorted(
+                {  # one that is being changed is among them with its old and its new declaration
+                    one.name
+                    for one in others
+                    if one.constraints
+                    and wanted.name in one.constraints.apart_from
+                    and one.name != wanted.name
+                }
             )
         ),
         spread_label=limits.spread.label if limits.spread else None,

@@ -226,6 +226,10 @@ def test_a_machine_lists_the_slots_that_nobody_can_tell() -> None:
     [
         ({"gpus": [0, 1, 2, 3]}, "GPU 0-3"),
         ({"gpus": [1], "share": 0.25}, "0.25 of GPU 1"),
+        ({"gpus": [1, 1], "share": 0.25}, "0.5 of GPU 1"),
+        ({"gpus": [1, 2, 3, 1], "shares": [0.5, 1.0, 1.0, 0.25]}, "GPU 2-3, 0.75 of GPU 1"),
+        ({"gpus": [0, 3], "shares": [0.5, 0.25]}, "0.5 of GPU 0, 0.25 of GPU 3"),
+        ({"gpus": [0, 3, 0], "shares": [0.5, 1.0, 0.5]}, "GPU 0,3"),
         ({"gpus": [4], "mig": "1g.10gb"}, "MIG 1g.10gb, slot 4"),
         ({"egress_resource": "egress_openai", "egress_units": 16}, "16 x egress_openai"),
         ({"cpus": 2.5, "memory_bytes": 4 << 30}, "2.5 CPUs, 4 GiB"),

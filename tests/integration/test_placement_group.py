@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from inspect import signature
@@ -20,7 +21,7 @@ from ray.util.placement_group import (
     placement_group_table,
     remove_placement_group,
 )
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 import placement
 from placement import Client, InvalidDeployment, NotEnoughGpus, UnknownGpu, placement_group
@@ -41,6 +42,8 @@ from placement import placement_group
 ray.init(sys.argv[1], _node_ip_address=sys.argv[1].split(":")[0], log_to_driver=False, logging_level="ERROR")
 lifetime, name = sys.argv[2:] or (None, "")
 pg = placement_group([{"GPU": 2}] * 2, strategy="STRICT_SPREAD", name=name, lifetime=lifetime)
+if not lifetime:
+    shares = placement_group([{"GPU": 0.5}, {"GPU": 1}, {"GPU": 0.25}], wait_seconds=0)
 print(pg.id.hex(), flush=True)
 lifetime or sys.stdin.read()
 """
@@ -176,6 +179,53 @@ def test_a_share_is_put_on_the_gpu_that_is_shared_already(
     assert first == second and len(first) == 1
 
 
+def held_by(group: PlacementGroup) -> list[tuple[int, Bundle]]:
+    """What the service says of a group: bundle, and one of its GPUs."""
+    return sorted(
+        (bundle, Bundle(part["node_name"], [gpu]))
+        for one in Client().status()["deployments"]
+        for part in one["assignments"]
+        if part["placement_group"] == group.id.hex()
+        for gpu, bundle in zip(part["gpus"], part["bundle_indices"], strict=True)
+    )
+
+
+def test_shares_and_whole_gpus_beside_another_user_of_half_a_gpu(
+    service: Any, removed: list[PlacementGroup]
+) -> None:
+    """No GPU is given twice, and what the service says is what a worker in each bundle finds."""
+    assert settled(lambda: not known(service)), known(service)
+    used: Counter[tuple[str, int]] = Counter()
+    there = NodeAffinitySchedulingStrategy(node_id("pcie"), soft=False)
+    half = Probe.options(num_gpus=0.5, scheduling_strategy=there).remote()
+    [gpu] = ray.get(half.where.remote())[1]
+    used["pcie", gpu] = 500
+    asked: list[tuple[str, list[float]]] = [
+        ("SPREAD", [0.25, 1, 0.25]), ("STRICT_PACK", [0.25, 2, 0.25]), ("PACK", [0.5] * 4),
+    ]  # fmt: skip
+    try:
+        for strategy, amounts in asked:
+            bundles = [{"GPU": amount} for amount in amounts]
+            removed.append(placement_group(bundles, strategy=strategy, wait_seconds=20))
+            found = bundles_of(removed[-1])
+            assert held_by(removed[-1]) == [
+                (i, Bundle(node, [gpu])) for i, (node, gpus) in enumerate(found) for gpu in gpus
+            ]
+            nodes = len({node for node, _ in found})
+            assert strategy == "PACK" or nodes == (2 if strategy == "SPREAD" else 1)
+            for amount, (node, gpus) in zip(amounts, found, strict=True):
+                for gpu in gpus:
+                    used[node, gpu] += round(min(amount, 1) * 1000)
+            assert max(used.values()) <= 1000, used
+            if strategy == "STRICT_PACK":
+                assert found[1].gpus in ([0, 1], [2, 3]), "whole GPUs are a bridged pair"
+                assert found[0] == found[2], "and the shares are on one GPU"
+        with pytest.raises(NotEnoughGpus, match="needs 2 GPUs and 2 x 0.9 of a GPU free on one node"):
+            placement_group([{"GPU": 2}, *[{"GPU": 0.9}] * 2], strategy="STRICT_PACK", wait_seconds=0)
+    finally:
+        ray.kill(half)
+
+
 def test_what_is_removed_can_be_had_again_at_once_and_is_forgotten(
     service: Any, removed: list[PlacementGroup]
 ) -> None:
@@ -190,7 +240,7 @@ def test_what_is_removed_can_be_had_again_at_once_and_is_forgotten(
 def test_a_service_that_starts_anew_knows_groups_by_whatever_name(
     service: Any, removed: list[PlacementGroup]
 ) -> None:
-    group = placement_group([{"GPU": 4}], name="kept", wait_seconds=0)
+    group = placement_group([{"GPU": 3}, {"GPU": 0.5}, {"GPU": 0.25}], name="kept", wait_seconds=0)
     removed.append(group)
     ray.kill(service, no_restart=False)
     assert known(service) and settled(lambda: "the service has restarted" in str(Client().events()))
@@ -198,7 +248,13 @@ def test_a_service_that_starts_anew_knows_groups_by_whatever_name(
     on = bundles_of(group)
     other = placement_group([{"GPU": 4}], wait_seconds=0)
     removed.append(other)
-    assert sorted(on + bundles_of(other)) == [("pcie", [0, 1, 2, 3]), ("pcie-b", [0, 1, 2, 3])]
+    [(node, _), rest, _] = on
+    assert on == [(node, [0, 1, 2]), (node, [3]), (node, [3])]
+    assert bundles_of(other) == [("pcie-b" if node == "pcie" else "pcie", [0, 1, 2, 3])]
+    removed.append(placement_group([{"GPU": 0.125}] * 2, wait_seconds=0))
+    assert bundles_of(removed[-1]) == [rest, rest], "it knows how much is left of which GPU"
+    with pytest.raises(NotEnoughGpus):
+        placement_group([{"GPU": 0.001}], wait_seconds=0)
 
 
 @pytest.fixture
@@ -229,7 +285,7 @@ def test_a_driver_that_is_killed_leaves_nothing(
 ) -> None:
     process = driver()
     assert says(process)
-    assert settled(lambda: ray.available_resources().get("GPU") == 4), left_over()
+    assert settled(lambda: ray.available_resources().get("GPU") == 2.25), left_over()
     process.kill()
     assert settled(lambda: not left_over()), left_over()
     assert settled(lambda: not known(service)), known(service)

@@ -333,6 +333,7 @@ def held_as(
             gpus=tuple(one.gpus),
             ranks=tuple(one.ranks),
             share=round(one.share * WHOLE),
+            shares=tuple(round(share * WHOLE) for share in one.shares),
             profile=one.mig,
             cpu_milli=round(one.cpus * 1000) or deployment.cpu_milli_per_gpu * len(one.gpus),
             memory_bytes=one.memory_bytes or deployment.memory_bytes_per_gpu * len(one.gpus),

@@ -47,8 +47,8 @@ class World:
         ]
         rests = dict.fromkeys(range(len(machine)), WHOLE)
         for _, replica in here:
-            for gpu in replica.gpus:
-                rests[gpu] -= replica.share
+            for gpu, share in replica.taken.items():
+                rests[gpu] -= share
         remote = [one for one in here if one[1].egress_resource]
         left = UNITS - sum(replica.egress_units for _, replica in remote)
         cpus = CPUS - sum(replica.cpu_milli for _, replica in here)
@@ -93,6 +93,16 @@ REMOTE = st.fixed_dictionaries(
         ),
     }
 )
+LAID_OUT = st.builds(
+    lambda gpus, strategy: {
+        "owner": "caller",
+        "runtime": "python",
+        "placement_group": {"bundles": [{"GPU": amount} for amount in gpus], "strategy": strategy},
+    },
+    st.lists(st.sampled_from((0.25, 0.5, 0.6, 1, 2)), min_size=1, max_size=4),
+    st.sampled_from(("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")),
+)
+"""A caller's group: several shares, whole GPUs, or both."""
 LIMITS = st.fixed_dictionaries(
     {},
     optional={
@@ -117,8 +127,10 @@ def declared(draw: st.DrawFn) -> Deployment:
     if set(limits.get("apart_from", ())) & set(limits.get("near_to", ())):
         limits = {**limits, "near_to": []}
     policy = draw(st.sampled_from(("topology", "topology", "spread", "pack", "fragmentation")))
-    fields = draw(st.one_of(LOCAL, LOCAL, REMOTE))
+    fields = draw(st.one_of(LOCAL, LOCAL, REMOTE, LAID_OUT))
     replicas = draw(st.integers(1, 3))
+    if "placement_group" in fields:
+        limits, replicas = {}, 1
     return Deployment.model_validate(
         {"name": name, "model": "m", "replicas": replicas, "policy": policy, "constraints": limits, **fields}
     )

@@ -21,6 +21,9 @@ from hypothesis.stateful import initialize, invariant, rule
 
 from placement.core.lifecycle import HOLDING, State
 from placement.core.needs import WHOLE
+from placement.core.replicas import PlannedReplica
+from placement.core.request import Strategy
+from placement.core.shares import Portions, give
 from placement.core.topology import Topology
 from placement.errors import (
     DeploymentConflict,
@@ -57,6 +60,7 @@ from placement.runtime.orders import GpuHardware, Holding, Refusal, order_of_gro
 from placement.runtime.owners import owner_of
 from placement.runtime.queue import Ticket
 from placement.runtime.results import NodeAssignment, PlacementResult
+from placement.wire.deployment import Deployment
 from placement.wire.node_types import NodeType
 from placement.wire.plans import ExplainedPlan, PlacementPlan
 from tests.properties import consistent
@@ -247,6 +251,22 @@ class Ray:
         self.groups[group.id.hex()] = group
         return got
 
+    def take_shares(
+        self, group: Group, node: str, amounts: Sequence[int], planned: Collection[int]
+    ) -> list[tuple[int, ...]] | None:
+        """The same for bundles that are reserved at once: the GPUs of each; as planned, or elsewhere."""
+        if node not in self.nodes:
+            return None
+        rests = self.rests(node)
+        shared = {gpu: rest for gpu, rest in rests.items() if rest < WHOLE}
+        free = [gpu for gpu, rest in rests.items() if rest == WHOLE]
+        given = give(amounts, shared, {*free} & {*planned}) or give(amounts, shared, free)
+        if given is None:
+            return None
+        group.held.setdefault(node, {}).update(Portions(tuple(amounts), (), (), given).taken)
+        self.groups[group.id.hex()] = group
+        return list(given)
+
 
 class Fleet(fleet.Fleet):
     """The node actors, as the service sees them."""
@@ -326,7 +346,14 @@ class Fleet(fleet.Fleet):
                 if not group.job:
                     return reserved, [Refusal(part.node_id, part.node_id, 1, "its caller made none")]
             amounts = part.cpu_milli, part.memory_bytes
-            got = ray.take(group, part.node_id, part.gpus, part.share, units, *amounts)
+            shares: list[float] = []
+            if part.shares:
+                here = amounts_on(claim.deployment, part)
+                given = ray.take_shares(group, part.node_id, here, part.gpus)
+                got = None if given is None else [gpu for gpus in given for gpu in gpus]
+                shares = [min(one, WHOLE) / WHOLE for one in here for _ in range(max(1, one // WHOLE))]
+            else:
+                got = ray.take(group, part.node_id, part.gpus, part.share, units, *amounts)
             if create is not None:
                 faults.point("service.group_created")
             if got is None:
@@ -334,7 +361,9 @@ class Fleet(fleet.Fleet):
                 return reserved, [Refusal(part.node_id, part.node_id, 1, "too few", full=True, at_most=0)]
             assignment = NodeAssignment(
                 part.replica_index, part.node_id, got, group, list(range(len(got) or 1)),
-                node_name=part.node_id, ranks=list(part.ranks), share=part.share / WHOLE,
+                node_name=part.node_id, ranks=list(part.ranks),
+                share=part.share / WHOLE if len({*shares}) != 1 else shares[0],
+                shares=shares if len({*shares}) > 1 else [],
                 egress_resource=part.egress_resource, egress_units=units,
                 cpus=part.cpu_milli / 1000, memory_bytes=part.memory_bytes,
             )  # fmt: skip
@@ -358,6 +387,10 @@ class Fleet(fleet.Fleet):
 
     def _late(self, group: Group, part: Any, units: int) -> None:
         amounts = part.cpu_milli, part.memory_bytes
+        if part.shares:  # which bundles they are does not matter any more
+            self._ray.take_shares(group, part.node_id, part.shares, part.gpus)
+            self._ray.orphans_suspected = True
+            return
         self._ray.take(group, part.node_id, part.gpus, part.share, units, *amounts)
         self._ray.orphans_suspected = True
 
@@ -373,6 +406,14 @@ DECLARED = st.builds(
     },
     NAMES, SHAPES, OTHERS, st.integers(1, 3), st.integers(1, 2), TERMS,
 )  # fmt: skip
+
+
+def amounts_on(deployment: Deployment, part: PlannedReplica) -> list[int]:
+    """Thousandths of a GPU, of each bundle on a part's node."""
+    assert deployment.placement_group is not None
+    of = deployment.placement_group.bundle_of_rank
+    bundles = dict.fromkeys(of[rank] for rank in part.ranks or range(len(of)))
+    return [round(deployment.placement_group.bundles[bundle]["GPU"] * WHOLE) for bundle in bundles]
 
 
 def places(what: PlacementResult | PlacementPlan) -> tuple[Any, ...]:
@@ -696,6 +737,24 @@ class Service(Rules):
         asked = replace(call, method="place", fields=(*call.fields, ("owner", "caller")))
         job, lending = {"job": self.jobs[slot]}, Borrower(self.jobs[slot], makes)
         self.tried["a job borrows"] += 1
+        self.send(asked, caller=job, lending=lending)
+
+    @rule(
+        gpus=st.lists(st.sampled_from((0.25, 0.5, 0.6, 1, 2)), min_size=2, max_size=4),
+        strategy=st.sampled_from(Strategy),
+        name=NAMES,
+        slot=st.integers(0, 1),
+        makes=st.integers(0, 3),
+    )
+    def a_job_borrows_shares(
+        self, gpus: list[float], strategy: Strategy, name: str, slot: int, makes: int
+    ) -> None:
+        """Several at once, beside whole GPUs or not."""
+        layout = {"bundles": [{"GPU": amount} for amount in gpus], "strategy": strategy.value}
+        fields = {"owner": "caller", "placement_group": layout, "replicas": 1, "runtime": "python"}
+        asked = Call("place", name, tuple(fields.items()))
+        job, lending = {"job": self.jobs[slot]}, Borrower(self.jobs[slot], makes)
+        self.tried["a job borrows shares"] += 1
         self.send(asked, caller=job, lending=lending)
 
     @rule(step=st.sampled_from(("service.lent", "service.group_created")))

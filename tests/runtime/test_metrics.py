@@ -122,6 +122,11 @@ def test_the_bandwidth_is_that_of_the_slowest_replica_beside_the_best_set_there(
     found = read([info], {"a": one}, facts=facts)
     assert found["placement_allreduce_best_ratio", ("a",)] == pytest.approx(14.9 / 230, rel=0.05)
     assert found["placement_allreduce_bytes_per_second", ("a",)] == 14.9e9
+    part = NodeAssignment(
+        0, "n", [0, 1, 3], _NO_GROUP, [0, 0, 1], "n", shares=[1.0, 1.0, 0.5], bandwidth_gb_per_s=230.0
+    )
+    found = read([info], {"a": Known(one.deployment, [part])}, facts=facts)
+    assert found["placement_allreduce_best_ratio", ("a",)] == 1.0, "it is about the whole GPUs"
     unknown = read([info], {"a": Known(one.deployment, [NodeAssignment(0, "n", [0, 1], _NO_GROUP, [0, 1])])})
     assert not of(unknown, "placement_allreduce_best_ratio")
 

@@ -54,6 +54,10 @@ def test_what_may_be_cut_is_asked_for_in_pieces_next_but_only_where_no_node_is_l
     [
         (Needs(1, share=250), 0.25, "0.25 of a GPU"),
         (Needs(1, memory_bytes=20 * GIB), 1.0, "20 GiB of a GPU"),  # how large a share that is, nobody knows
+        (Needs(0, amounts=(500, 500)), 1.0, "2 x 0.5 of a GPU"),
+        (Needs(0, amounts=(600, 600, 400)), 2.0, "2 x 0.6 of a GPU and 0.4 of a GPU"),
+        (Needs(2, amounts=(250, 2000, 250)), 3.0, "2 GPUs and 2 x 0.25 of a GPU"),
+        (Needs(0, amounts=(100, 200, 300, 400, 500)), 2.0, "5 shares of a GPU, 0.1 to 0.5"),
         (Needs(1, profile="1g.10gb"), 1.0, "a MIG instance 1g.10gb"),
         (Needs(8, within=Within.NVLINK, min_bandwidth_gb_per_s=300), 8.0, "8 GPUs"),
     ],
@@ -217,6 +221,15 @@ def test_custom_resources_are_asked_for_as_well() -> None:
         {"GPU": 2.0, "nvlink-0": 0.002},
         "a node with 2 GPUs, 0.002 nvlink-0",
     )
+
+
+def test_shares_are_asked_for_as_ray_would_deal_them_or_apart() -> None:
+    bundles = Bundle(0, share=600), Bundle(0, share=600), Bundle(1)
+    needs = Needs(1, amounts=(600, 600, 1000))
+    wanted = Request("d", (0,), needs, bundles=bundles, strategy=Strategy.PACK)
+    together, apart = the_need(wanted).ways
+    assert together.bundles == ((("GPU", 3.0),),), "two shares of 0.6 are no GPU and a fifth"
+    assert apart.bundles == ((("GPU", 0.6),), (("GPU", 0.6),), (("GPU", 1.0),))
 
 
 @pytest.mark.parametrize(

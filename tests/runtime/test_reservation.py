@@ -114,8 +114,8 @@ class Slots:
 
     def together(self, amounts: Sequence[float]) -> int:
         """A group of bundles, which Ray reserves one after the other; removed if one of them finds no room."""
-        group, rests = next(self._ids), self.rests()
         self._step()
+        group, rests = next(self._ids), self.rests()
         given: list[list[int]] = []
         for amount in amounts:
             free = [gpu for gpu, rest in rests.items() if rest == WHOLE]

@@ -71,6 +71,32 @@ def test_a_share_says_how_much_of_a_gpu_a_worker_takes_and_a_remote_replica_noth
     assert result.environment(1) == {}
 
 
+def test_each_rank_of_a_mixture_takes_its_own_share() -> None:
+    part = NodeAssignment(0, "a", [1, 2, 3, 1], GROUP, [0, 1, 1, 2], shares=[0.5, 1.0, 1.0, 0.25])
+    result = PlacementResult("d", [part])
+    assert [result.actor_options(0, rank)["num_gpus"] for rank in range(4)] == [0.5, 1, 1, 0.25]
+    assert [part.share_of(rank) for rank in range(4)] == [0.5, 1.0, 1.0, 0.25]
+    assert (part.taken, part.to_dict()["shares"]) == ({1: 0.75, 2: 1.0, 3: 1.0}, [0.5, 1.0, 1.0, 0.25])
+    variables = result.environment(0)
+    assert variables["VLLM_RAY_BUNDLE_INDICES"] == "0,1,1,2"
+    assert "VLLM_RAY_PER_WORKER_GPUS" not in variables, "which is one number for all"
+    halves = NodeAssignment(0, "a", [1, 1], GROUP, [0, 1], share=0.5)
+    assert (halves.taken, PlacementResult("d", [halves]).environment(0)["VLLM_RAY_PER_WORKER_GPUS"]) == (
+        {1: 1.0},
+        "0.5",
+    )
+
+
+def test_ranks_of_one_replica_may_have_whole_gpus_on_one_node_and_a_share_on_another() -> None:
+    parts = [
+        NodeAssignment(0, "a", [0, 1], GROUP, [0, 0], ranks=[0, 1]),
+        NodeAssignment(0, "b", [3], GROUP, [1], ranks=[2], share=0.25),
+    ]
+    result = PlacementResult("d", parts)
+    assert [result.actor_options(0, rank)["num_gpus"] for rank in range(3)] == [1, 1, 0.25]
+    assert "VLLM_RAY_PER_WORKER_GPUS" not in result.environment(0)
+
+
 def test_a_worker_of_a_cpu_replica_takes_its_cpus_and_memory_and_no_gpu() -> None:
     part = NodeAssignment(0, "a", [], GROUP, [0], cpus=2.5, memory_bytes=7)
     options = part.actor_options()

@@ -121,8 +121,7 @@ def test_a_record_is_read_as_it_was_written(monkeypatch: pytest.MonkeyPatch) -> 
     )
     records.save(lasting)
     [(name, record, version)] = written
-    assert version == 3, "an earlier service can read it"
-    assert (name, record["releasing"], record["runtime"]) == ("d", True, "vllm")
+    assert (name, record["releasing"], record["runtime"], version) == ("d", True, "vllm", 3)
     read = records.from_record(json.loads(json.dumps(record)))
     assert (read.deployment, read.generation, read.earlier) == (declared.deployment, 2, {1: one.deployment})
     for before, after in zip(one.assignments(), read.assignments(), strict=True):
@@ -133,6 +132,48 @@ def test_a_record_is_read_as_it_was_written(monkeypatch: pytest.MonkeyPatch) -> 
     assert read.reasons == dict.fromkeys(range(4), "not tried since the service restarted")
     for field in ("releasing", "owner", "expires_at", "given_up", "waiting_since", "declared_at"):
         assert getattr(read, field) == getattr(lasting, field), field
+
+
+def grouped(*gpus: float, **fields: Any) -> Deployment:
+    bundles = [{"GPU": amount} for amount in gpus]
+    return Deployment.recorded(
+        {"name": "g", "model": "m", "runtime": "python", "owner": "caller"}
+        | {"placement_group": {"bundles": bundles}}
+        | fields
+    )
+
+
+@pytest.mark.parametrize(
+    ("gpus", "held", "version"),
+    [
+        ((0.5, 2, 0.25), {"gpus": [0, 1, 2, 0], "shares": [0.5, 1.0, 1.0, 0.25]}, 4),
+        ((0.5, 0.5), {"gpus": [0, 0], "share": 0.5}, 4),
+        ((0.5,), {"gpus": [0], "share": 0.5}, 3),
+        ((1, 1), {"gpus": [0, 1]}, 3),
+    ],
+)
+def test_only_a_record_with_several_shares_asks_for_a_newer_service(
+    monkeypatch: pytest.MonkeyPatch, gpus: tuple[float, ...], held: dict[str, Any], version: int
+) -> None:
+    written: list[Any] = []
+    monkeypatch.setattr(ledger.ray_internals, "kv_put", lambda key, value, namespace: written.append(value))
+    monkeypatch.setattr(groups, "group_from_hex", lambda text: group(int(text, 16)))
+    part = NodeAssignment(
+        0, "n", placement_group=group(1), bundle_indices=[*range(len(held["gpus"]))], **held
+    )
+    one = placed(grouped(*gpus), part)
+    records.save(one)
+    [value] = written
+    assert json.loads(value)["version"] == version
+    record = ledger.read("g", value)
+    assert record.content is not None
+    [again] = records.from_record(record.content).assignments()
+    assert (again.gpus, again.share, again.shares, again.taken) == (
+        part.gpus,
+        part.share,
+        part.shares,
+        part.taken,
+    )
 
 
 def test_claims_are_open_until_they_are_closed() -> None:
@@ -158,6 +199,8 @@ def test_a_node_holds_what_stands_on_it() -> None:
         ("a", "n"), ("a", "m"), ("a", "n"), ("b", "n"),
     ]  # fmt: skip
     assert holding_of("a", on("n", 0, 1, share=0.333)) == Holding("a", {1: 333})
+    several = on("n", 0, 5, 2, 5, shares=[0.333, 1.0, 0.666])
+    assert holding_of("a", several) == Holding("a", {2: 1000, 5: 999})
 
 
 def test_a_tally_counts_what_stands_and_what_is_about_to() -> None:
@@ -180,6 +223,7 @@ def test_a_tally_counts_what_stands_and_what_is_about_to() -> None:
         Claim(local("c"), (PlannedReplica(0, "n", (3, 4), cpu_milli=500, memory_bytes=1), PlannedReplica(1, "m", (0,))))
     )  # fmt: skip
     held.claim(Claim(local("t"), (PlannedReplica(0, "n", (1,), share=100),)))
+    held.claim(Claim(local("u"), (PlannedReplica(0, "m", (1, 2, 3), shares=(1000, 250, 500)),)))
     there, other = held.tally("n"), held.tally("m")
     assert (there.gpus, there.claimed_gpus) == ({1, 2, 3}, {4})
     assert there.shares == {1: 850}
@@ -187,7 +231,8 @@ def test_a_tally_counts_what_stands_and_what_is_about_to() -> None:
     assert set(there.serving) == {("openai", remote.key_fingerprint)}
     assert set(there.deployments) == {"a", "s", "r", "c", "t", "e"}
     assert (there.cpu_milli, there.memory_bytes) == (5500, 20)
-    assert (other.gpus, other.claimed_gpus, set(other.deployments)) == (set(), {0}, {"c"})
+    assert (other.gpus, other.claimed_gpus, other.shares) == (set(), {0, 1, 2, 3}, {2: 250, 3: 500})
+    assert set(other.deployments) == {"c", "u"}
 
 
 def test_an_assignment_in_the_terms_of_plans() -> None:
@@ -199,6 +244,11 @@ def test_an_assignment_in_the_terms_of_plans() -> None:
     assert share.planned() == PlannedReplica(0, "n", (1,), (0,), 250, "1g.10gb")
     cpus = held_replica(NodeAssignment(1, "n", [], group(1), [0], ranks=[0], cpus=2.5, memory_bytes=7))
     assert cpus.planned() == PlannedReplica(1, "n", cpu_milli=2500, memory_bytes=7)
+    mixed = held_replica(on("n", 0, 5, 2, 5, share=1.0, shares=[0.5, 1.0, 0.25], cpus_per_gpu=1))
+    assert mixed.planned() == PlannedReplica(0, "n", (2, 5), (0, 1, 2), shares=(1000, 750), cpu_milli=3000)
+    for gpus, shares in (((3, 3), (1000,)), ((3, 4), (500, 500))):
+        halves = held_replica(on("n", 0, *gpus, share=0.5)).planned()
+        assert halves == PlannedReplica(0, "n", tuple(sorted({*gpus})), (0, 1), shares=shares)
     egress = held_replica(
         NodeAssignment(1, "n", [], group(1), [0], ranks=[0], egress_resource="egress", egress_units=4)
     )

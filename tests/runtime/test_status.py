@@ -113,6 +113,16 @@ def test_a_shared_gpu_lists_all_its_occupants() -> None:
     ]
 
 
+def test_several_shares_of_a_group_are_told_by_gpu() -> None:
+    deployments = known(a=[(1, 0.25)])
+    part = NodeAssignment(0, "n", [1, 2, 1], _NO_GROUP, [0, 1, 2], "n", shares=[0.5, 1.0, 0.25])
+    deployments["g"] = Known(Deployment(name="g", model="m"), [part])
+    report = node(deployments, 2.0)
+    assert [(gpu["state"], [one["share"] for one in gpu["occupants"]]) for gpu in report["gpus"]] == [
+        ("free", []), ("held", [0.25, 0.75]), ("held", [1.0]), ("free", []),
+    ]  # fmt: skip
+
+
 def test_tenths_add_up() -> None:
     report = node(known(a=[(0, 0.1)] * 10), 3.0)
     assert (len(report["gpus"][0]["occupants"]), report["others_unlocated"]) == (10, 0)

@@ -9,6 +9,7 @@ import pytest
 
 from placement.core.needs import ANY_PROFILE, Needs, Within
 from placement.core.request import Bundle, Strategy
+from placement.core.shares import least_gpus
 from placement.errors import InvalidDeployment
 from placement.wire.deployment import Deployment
 from placement.wire.files import parse_model
@@ -58,6 +59,23 @@ def test_a_share_is_the_only_bundle_with_a_gpu(strategy: Strategy) -> None:
     assert request.cpu_milli == (2000 if strategy is Strategy.STRICT_PACK else 1000)
     assert one.placement_group is not None
     assert one.placement_group.bundle_of_rank == [0]
+
+
+def test_several_shares_are_planned_in_the_order_of_their_bundles() -> None:
+    one = declared({"GPU": 0.5, "CPU": 1}, {"CPU": 1}, {"GPU": 2}, {"GPU": 0.333})
+    request = request_unchecked(one, (0,), {})
+    assert request.needs == Needs(2, amounts=(500, 2000, 333))
+    assert [(bundle.gpus, bundle.share) for bundle in request.bundles] == [(0, 500), (2, 0), (0, 333)]
+    assert one.placement_group is not None
+    assert (one.placement_group.bundle_of_rank, one.gpus_per_replica) == ([0, 2, 2, 3], 4)
+    together = declared(*[{"GPU": 0.5}] * 3, strategy="STRICT_PACK")
+    request = request_unchecked(together, (0,), {})
+    assert (request.needs, least_gpus(request.needs), request.bundles) == (
+        Needs(0, amounts=(500,) * 3),
+        2,
+        (),
+    )
+    assert declared(GPU, GPU).needs.amounts == declared({"GPU": 0.5}, {"CPU": 1}).needs.amounts == ()
 
 
 def test_named_gpus_put_all_bundles_on_one_node() -> None:
@@ -113,6 +131,15 @@ def test_another_layout_is_another_shape() -> None:
             [GPU, GPU], {}, {"strategy": "STRICT_PACK", "bundle_label_selector": [{"z": "a"}, {"z": "b"}]},
             "asks for z 'a' and 'b' of one node; write the condition that both mean",
         ),
+        (
+            [{"GPU": 0.6}] * 3, {"constraints": {"gpus": [2, 3]}}, {},
+            "names 2 GPUs, and a replica needs 3; name more",
+        ),
+        (
+            [{"GPU": 0.5}] * 2, {"constraints": {"gpus": ["MIG-0001"]}}, {},
+            "constraints.gpus names MIG instances, and a replica is one of them, all of it",
+        ),
+        ([{"GPU": 0.5}] * 2, {"min_bandwidth_gb_per_s": 10}, {}, "it has one whole GPU at most; leave it out"),
         ([GPU], {"gpus": 1}, {}, "placement_group says all of what is asked for; leave gpus out"),
         ([GPU], {"constraints": {"gpu_nodes": ["a"]}}, {}, "but for constraints.gpus; leave the other constraints out"),
         ([GPU, GPU], {"constraints": {"gpus": [2]}}, {}, "names 1 GPU, and a replica needs 2; name more"),

@@ -191,6 +191,18 @@ def both_hold(*held: dict[str, Any]) -> dict[str, Any]:
         (lying(held={"gpus": [0, 1], "ranks": [1, 1]}), "replica 0: ranks is [1, 1]; give each of its 2 GPUs its own"),
         (lying(held={"gpus": [0, 1], "share": 500}), "share is 500, so that gpus must name one GPU, not 2"),
         (lying(held={"gpus": [0], "share": 0}), "deployment 'd': replica 0: share is 0; use 1 to 1000"),
+        (lying(held={"gpus": [0, 1], "shares": [500]}), "shares has 1 entries for 2 GPUs; give one for each"),
+        (lying(held={"gpus": [0], "shares": [500, 500]}), "shares has 2 entries for 1 GPU; give one for each"),
+        (lying(held={"gpus": [0, 1], "shares": [500, 0]}), "deployment 'd': replica 0: shares is 0; use 1 to 1000"),
+        (lying(held={"gpus": [0, 1], "shares": [1001, 1]}), "deployment 'd': replica 0: shares is 1001; use 1 to 1000"),
+        (lying(held={"gpus": [0, 0], "shares": [500, 500]}), "deployment 'd': replica 0: gpus names one twice: 0,0"),
+        (lying(held={"gpus": [0, 1], "shares": [500, 1000], "ranks": [2]}), "ranks is [2]; give each of its 2 GPUs"),
+        (lying(held={"gpus": [0, 1], "shares": [500, 1000], "ranks": [1, 1, 2]}), "ranks is [1, 1, 2]; give each"),
+        (lying(held={"gpus": [0, 1], "shares": [600, 1000]}, rests={"0": 401}), "of which rests leaves 401 on"),
+        (
+            both_hold({"gpus": [1, 0], "shares": [1000, 600]}, {"gpus": [0], "share": 401}),
+            "deployment 'e': replica 0: gpus names GPU 0, of which others hold too much already",
+        ),
         (lying(held={"gpus": [0], "cpu_milli": -5}), "deployment 'd': replica 0: cpu_milli is -5; use 0 to"),
         (lying(held={"replica_index": -1}), "deployment 'd': replica -1: replica_index is -1; use 0 to"),
         ({**lying(), "deployments": lying(held={"gpus": [0]})["deployments"] * 2}, "deployment 'd' is there twice"),
@@ -268,6 +280,22 @@ def test_shares_of_one_gpu_may_stand_beside_each_other() -> None:
     assert len(ClusterFile.model_validate(file).snapshot().nodes) == 1
     shared = lying(held={"gpus": [0], "share": 600}, rests={"0": 400})
     assert len(ClusterFile.model_validate(shared).snapshot().nodes) == 1
+
+
+def test_shares_of_several_gpus_survive_their_file_and_leave_the_rest_to_others() -> None:
+    held = {"gpus": [0, 1], "shares": [600, 1000], "ranks": [0, 1, 2]}  # ranks 0 and 2 share GPU 0
+    file = ClusterFile.model_validate(lying(held=held, rests={"0": 400}))
+    again = ClusterFile.model_validate_json(file.model_dump_json(exclude_none=True))
+    assert again == file and len(again.snapshot().nodes) == 1
+    [replica] = again.held()["d"].replicas
+    assert (replica.taken, replica.planned().taken) == ({0: 600, 1: 1000}, {0: 600, 1: 1000})
+    group = {"bundles": [{"GPU": 0.2}] * 2}
+    asked = Deployment.recorded(
+        {"name": "g", "model": "m", "runtime": "python", "owner": "caller", "placement_group": group}
+    )
+    [plan] = plan_deployments(again.snapshot(), again.held(), [asked])
+    [one] = plan.assignments
+    assert (one.gpus, one.shares, one.share) == ([0], [0.4], 1.0)
 
 
 def test_what_a_file_says_of_a_node_can_be_shown_on_a_terminal() -> None:
