@@ -62,7 +62,7 @@ def cloud(folder: Path, version: int = 2, idle_seconds: float = 6.0) -> Iterator
         yield address
     finally:
         head.send_signal(signal.SIGTERM)  # the autoscaler first: nothing more comes
-        head.wait(60)
+        head.wait(180)
         log.close()
         for pid in _processes_of(address):
             with suppress(ProcessLookupError):
