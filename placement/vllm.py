@@ -1,6 +1,6 @@
 """vLLM on exact GPUs: ``vllm serve MODEL --distributed-executor-backend placement.vllm.Executor``.
 
-For vLLM 0.27 to 0.32; nothing else of this package imports it. How it is used, and what is not: docs/vllm.md.
+For vLLM 0.21 to 0.32; nothing else of this package imports it. How it is used, and what is not: docs/vllm.md.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ try:
     from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
 except ImportError as error:
     raise ImportError(
-        f"placement.vllm needs vLLM 0.27 or later, in the Python that runs it and on all GPU nodes ({error}); "
-        'install one: pip install "vllm>=0.27"'
+        f"placement.vllm needs vLLM 0.21 or later, in the Python that runs it and on all GPU nodes ({error}); "
+        'install one: pip install "vllm>=0.21"'
     ) from error
 
 OPTIONS = "additional_config.placement"

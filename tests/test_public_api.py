@@ -78,7 +78,7 @@ def test_what_serve_needs_is_imported_without_serve_and_documented() -> None:
 
 def test_without_vllm_its_executor_says_what_to_install() -> None:
     with pytest.raises(
-        ImportError, match=r"needs vLLM 0.27 or later.*\(No module named 'vllm'\).*pip install"
+        ImportError, match=r"needs vLLM 0.21 or later.*\(No module named 'vllm'\).*pip install"
     ):
         importlib.import_module("placement.vllm")
 

@@ -44,10 +44,16 @@ def engine_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_SERVER_DEV_MODE": "1",  # has the server answer /collective_rpc
     }
+    shared = Path("/dev/shm")
+    before = {*shared.glob("*cpushm*")}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.setenv(name, value)
         yield
+    for left in {
+        *shared.glob("*cpushm*")
+    } - before:  # of killed ranks; another run may use the same names, and fail
+        left.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")
