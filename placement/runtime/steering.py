@@ -26,6 +26,8 @@ MAX_STRAY_SHARES = 6
 """How many unknown free parts are filled by a share that landed there."""
 MAX_UNKNOWN_PARTS = 32
 """How often they are looked for, for several shares at once."""
+POOL, OPEN = "pool", "open"
+"""The kinds of GPUs that are steered to: those that are to be the lowest free ones, and those that are opened."""
 READY_DEADLINE_SECONDS = 0.15
 """Long enough for Ray to try twice; see :func:`~placement.runtime.groups.ready_or_removed`."""
 
@@ -80,8 +82,8 @@ class Steerer:
         done = False
         self._gpus.catch_up(free)
         try:
-            for run, is_wanted in _runs(free, wanted)[:-1]:
-                (holds if is_wanted else fillers).append(groups.hold(run))
+            for kind, count in _runs(free, dict.fromkeys(wanted, POOL))[:-1]:
+                (holds if kind == POOL else fillers).append(groups.hold(count))
             if not all(groups.ready_or_removed(group, READY_DEADLINE_SECONDS) for group in holds + fillers):
                 return None
             done = True
@@ -178,15 +180,10 @@ class Steerer:
             return bool(opened) and (rest == 1 or rest >= OPENED)
 
         parts = sorted((rest, gpu) for gpu, rest in rests.items() if rest >= least or attracts(rest))
-        last = max((*portions.pool, *opened), default=-1)
-        kinds = {**dict.fromkeys(portions.pool, "pool"), **dict.fromkeys(opened, "opened")}
-        runs = [
-            (kind, len([*run]))
-            for kind, run in groupby(sorted(gpu for gpu in free if gpu <= last), kinds.get)
-        ]
+        runs = _runs(free, {**dict.fromkeys(portions.pool, POOL), **dict.fromkeys(opened, OPEN)})
         self._gpus.catch_up(free)
         # What comes last need not be held for a moment. A probe that finds no part lands there: to fail takes a second.
-        if runs and runs[-1][0] == "pool" and (not strayed or max(free) in portions.pool):
+        if runs and runs[-1][0] == POOL and (not strayed or max(free) in portions.pool):
             runs.pop()
         if not strayed:
             while parts and parts[-1][1] in usable and not attracts(parts[-1][0]):
@@ -198,11 +195,11 @@ class Steerer:
             for rest, gpu in parts:
                 (holds if gpu in usable else fillers).append(groups.hold(rest / WHOLE))
             for kind, count in runs:
-                for _ in range(count if kind == "opened" else 0):
+                for _ in range(count if kind == OPEN else 0):
                     holds.append(groups.hold(OPENED / WHOLE))
                     fillers.append(groups.hold(1 / WHOLE))  # it finds no smaller part than what that left
-                if kind != "opened":
-                    (holds if kind == "pool" else fillers).append(groups.hold(count))
+                if kind != OPEN:
+                    (holds if kind == POOL else fillers).append(groups.hold(count))
             done = all(groups.ready_or_removed(group, READY_DEADLINE_SECONDS) for group in holds + fillers)
             done = done and (not strayed or self._fill_unknown(fillers, least, free))
             return fillers if done else None
@@ -256,13 +253,8 @@ class Steerer:
                 groups.remove(fillers.pop())
 
 
-def _runs(free: Iterable[int], wanted: tuple[int, ...]) -> list[tuple[int, bool]]:
-    """The free GPUs up to the highest wanted one, as runs (length, whether wanted) in ascending order."""
-    runs: list[tuple[int, bool]] = []
-    for gpu in sorted(g for g in free if g <= wanted[-1]):
-        is_wanted = gpu in wanted
-        if runs and runs[-1][1] == is_wanted:
-            runs[-1] = (runs[-1][0] + 1, is_wanted)
-        else:
-            runs.append((1, is_wanted))
-    return runs
+def _runs(free: Iterable[int], kinds: Mapping[int, str]) -> list[tuple[str | None, int]]:
+    """The free GPUs up to the highest that has a kind, as runs of one kind (kind, length) in ascending order."""
+    last = max(kinds, default=-1)
+    alike = groupby(sorted(gpu for gpu in free if gpu <= last), kinds.get)
+    return [(kind, len([*run])) for kind, run in alike]
